@@ -1,0 +1,119 @@
+"""One tree of errors; the class says whose fault it is, the text says what to do about it.
+
+Invariant: everything that Corolla raises on purpose is a `CorollaError`, and its text is one sentence
+that a user can act on. The command line prints that sentence and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CorollaError(Exception):
+    """Base of all errors that Corolla raises on purpose."""
+
+    exit_code = 1
+
+
+# --- The caller's fault: a wrong argument, file or model ------------------------------------------------
+
+
+class UsageError(CorollaError):
+    """Something that the user gave is wrong; the text says what, and what to do instead."""
+
+    exit_code = 2
+
+
+class UnknownModel(UsageError):
+    """No checkpoint answers to this name, or it cannot be reached."""
+
+
+class UnsupportedFamily(UsageError):
+    """The model's family cannot be split into spans; refused at load, before anything is served."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint's files are missing, truncated or do not hold the tensors that they should."""
+
+
+class DataError(UsageError):
+    """Training data that cannot be read or in which no row has a known shape."""
+
+
+class BundleError(UsageError):
+    """A saved prompt that cannot be read, or that belongs to another model."""
+
+
+class SessionLimit(UsageError):
+    """A call would run past the `max_length` that its session was opened with; nothing was computed."""
+
+
+class NonFiniteLoss(UsageError):
+    """The training loss became NaN or infinite; the text says what to try."""
+
+
+# --- A peer's fault: it is avoided for a while, and another one is tried --------------------------------
+
+
+class RemoteError(CorollaError):
+    """A peer did not do what it should; `peer_id` says which."""
+
+    def __init__(self, message: str, *, peer_id: str | None = None) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class PeerUnreachable(RemoteError):
+    """No connection to the peer could be opened."""
+
+
+class PeerDisconnected(RemoteError):
+    """The stream ended in the middle of an exchange."""
+
+
+class PeerSilent(RemoteError):
+    """The peer sent nothing, not even a sign of life, for longer than allowed."""
+
+
+class ProtocolError(RemoteError):
+    """The peer sent something that the protocol does not allow; `field` names what was wrong."""
+
+    def __init__(self, message: str, *, field: str | None = None, peer_id: str | None = None) -> None:
+        super().__init__(message, peer_id=peer_id)
+        self.field = field
+
+
+class RequestRefused(RemoteError):
+    """The peer answered with a typed refusal (`wire.messages.Failure`).
+
+    `code` is one of `wire.messages.FailureCode`; `retry_after` is in seconds where the peer named a time.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        field: str | None = None,
+        retry_after: float | None = None,
+        peer_id: str | None = None,
+    ) -> None:
+        super().__init__(message, peer_id=peer_id)
+        self.code = code
+        self.field = field
+        self.retry_after = retry_after
+
+
+# --- Nobody's fault, or the swarm's as a whole ----------------------------------------------------------
+
+
+class SwarmUnavailable(CorollaError):
+    """The swarm cannot do the work now: nobody answers, or nobody serves some blocks."""
+
+
+class MissingBlocks(SwarmUnavailable):
+    """No reachable server serves `blocks`; the text says which, and what to start."""
+
+    def __init__(self, message: str, *, blocks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.blocks = tuple(blocks)

@@ -1,0 +1,183 @@
+"""Everything that two peers may say to each other, as typed, versioned, closed structures.
+
+Invariant: a message that decodes is well-formed (types, ranges, no unknown field); what it *means* for a
+session is judged by `wire/session.py` (legal order) and by the server (its own blocks and budgets).
+Tensors do not live in messages: a frame carries them beside the message, by name (`wire/frames.py`).
+Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
+R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, H hidden size,
+P prompt tokens and N blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+# Peers refuse another major protocol version with a typed failure; fields may only be added with a new one.
+PROTOCOL_VERSION = 1
+PROTOCOL_NAME = "corolla/1"
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Identity = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
+BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+FailureCode = Literal[
+    "malformed",  # the frame or a message's field is not what the schema says
+    "version",  # another protocol version
+    "out_of_order",  # a legal message at the wrong time
+    "wrong_model",  # this server serves another model identity
+    "wrong_blocks",  # these blocks are not all served here
+    "too_large",  # over a limit that will not change by waiting
+    "busy",  # over a budget now; try again after `retry_after`
+    "evicted",  # the session's cache is gone; replay it
+    "draining",  # the server is going away; use another
+    "not_allowed",  # the peer may not use this server
+    "internal",  # the server's own fault
+]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", kw_only=True):
+    """Base of all messages; `type` on the wire is the class name."""
+
+
+# --- Client to server -----------------------------------------------------------------------------------
+
+
+class OpenSession(Message, frozen=True):
+    """Reserve an attention cache for `rows` sequences over blocks [start, end) of `model`.
+
+    `max_tokens` counts what the caches must hold, prompts included. A deep prompt travels here, once, so
+    that whoever replays the session cannot forget it.
+    """
+
+    model: Identity
+    start: BlockIndex
+    end: BlockIndex
+    rows: Positive
+    max_tokens: Positive
+
+
+class Step(Message, frozen=True):
+    """Run the new tokens through the session's blocks, from `position` on.
+
+    What the cache holds from `position` on is forgotten first (a rollback costs no round trip); with the
+    tensor `rows` the cached sequences are reordered (beam search) or repeated before that.
+    """
+
+    position: Count
+
+
+class CloseSession(Message, frozen=True):
+    """Free the session's cache; the stream may then be used for another session."""
+
+
+class Forward(Message, frozen=True):
+    """Run whole sequences through blocks [start, end), without a cache (training)."""
+
+    model: Identity
+    start: BlockIndex
+    end: BlockIndex
+
+
+class Backward(Message, frozen=True):
+    """Gradients of `Forward` on the same tensors, given the gradient of its output."""
+
+    model: Identity
+    start: BlockIndex
+    end: BlockIndex
+    prompt_gradient: bool = False  # whether the gradient for the deep prompts is wanted as well
+
+
+class Ping(Message, frozen=True):
+    """Ask for `ServerStatus`."""
+
+
+# --- Server to client -----------------------------------------------------------------------------------
+
+
+class Opened(Message, frozen=True):
+    """The session's cache is reserved."""
+
+
+class Output(Message, frozen=True):
+    """The hidden states after the blocks that were asked for."""
+
+
+class Gradients(Message, frozen=True):
+    """The answer to `Backward`."""
+
+
+class Closed(Message, frozen=True):
+    """The session's cache is freed."""
+
+
+class Alive(Message, frozen=True):
+    """Sign of life, sent every `HEARTBEAT_SECONDS` while a request waits or computes."""
+
+    ahead: Count = 0  # requests that will be computed before this one
+
+
+class ServerStatus(Message, frozen=True):
+    """What a server is and has done; counters are totals since its start."""
+
+    model: Identity
+    start: BlockIndex
+    end: BlockIndex
+    dtype: Annotated[str, msgspec.Meta(max_length=32)]
+    version: Annotated[str, msgspec.Meta(max_length=64)]
+    sessions: Count
+    free_cache_tokens: Count
+    tokens_inference: int  # rows × new tokens of all `Step`s
+    tokens_forward: int
+    tokens_backward: int
+
+
+class Failure(Message, frozen=True):
+    """A typed refusal; `field` names the message field or tensor that was wrong, where one was."""
+
+    code: FailureCode
+    message: ShortText
+    field: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    retry_after: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
+
+
+ClientMessage = OpenSession | Step | CloseSession | Forward | Backward | Ping
+ServerMessage = Opened | Output | Gradients | Closed | Alive | ServerStatus | Failure
+AnyMessage = ClientMessage | ServerMessage
+
+HEARTBEAT_SECONDS = 1.0
+SILENCE_SECONDS = 5.0  # a peer that says nothing for so long while a request is open is taken for hung
+
+# name -> (shape, required). Optional tensors are left out of the frame.
+#   hidden     activations in the compute dtype
+#   mask       bool, True where a token is real; left out when all are
+#   positions  int64 position ids; left out when they are start, start+1, …
+#   rows       int64 [R], which cached row each row continues
+#   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
+TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
+    OpenSession: {"prompts": ("N P H", False)},
+    Step: {
+        "hidden": ("R T H", True),
+        "mask": ("R S", False),
+        "positions": ("R T", False),
+        "rows": ("R", False),
+    },
+    Forward: {
+        "hidden": ("R T H", True),
+        "mask": ("R T", False),
+        "positions": ("R T", False),
+        "prompts": ("N P H", False),
+    },
+    Backward: {
+        "hidden": ("R T H", True),
+        "grad": ("R T H", True),
+        "mask": ("R T", False),
+        "positions": ("R T", False),
+        "prompts": ("N P H", False),
+    },
+    Output: {"hidden": ("R T H", True)},
+    Gradients: {"grad": ("R T H", True), "prompts": ("N P H", False)},
+}
