@@ -1,0 +1,97 @@
+"""The only prompt arithmetic: where soft prompts stand, and what they are added to.
+
+Invariant: a prompt of P tokens stands at positions 0…P-1 of every row, before the row's own tokens and
+before its padding; training, prefill and cached decoding all go through the functions below, so the same
+prompt means the same thing in each. Prompts are fp32; they are cast to the activations' dtype on use.
+
+Soft prompts: Lester et al. 2021 (arXiv:2104.08691), `ptune`. Deep prompts, one for each block: Li and Liang
+2021 (arXiv:2101.00190) and Liu et al. 2021 (arXiv:2110.07602), in the additive form of Petals, `deep_ptune`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SoftPrompt(nn.Module):
+    """The trainable parameters: `input` [P, H] and, for deep prompts, `deep` [blocks, P, H]; fp32."""
+
+    input: nn.Parameter
+    deep: nn.Parameter | None
+
+    def __init__(self, input_vectors: Tensor, deep_blocks: int = 0) -> None:
+        """Start from `input_vectors` [P, H]; deep prompts start at zero, which changes nothing."""
+        super().__init__()
+        self.input = nn.Parameter(input_vectors.detach().float().clone())
+        if deep_blocks:
+            length, hidden = input_vectors.shape
+            self.deep = nn.Parameter(torch.zeros(deep_blocks, length, hidden))
+        else:
+            self.register_parameter("deep", None)
+
+    @property
+    def length(self) -> int:
+        """P, the number of prompt positions."""
+        return int(self.input.shape[0])
+
+    @property
+    def mode(self) -> str:
+        """`ptune` or `deep_ptune`."""
+        return "ptune" if self.deep is None else "deep_ptune"
+
+
+def prepend(embeddings: Tensor, prompt: Tensor) -> Tensor:
+    """[R, T, H] and [P, H] to [R, P+T, H], in the embeddings' dtype."""
+    rows = prompt.to(embeddings.dtype).unsqueeze(0).expand(embeddings.shape[0], -1, -1)
+    return torch.cat([rows, embeddings], dim=1)
+
+
+def prepend_mask(mask: Tensor, length: int) -> Tensor:
+    """A mask [R, S] for the user's tokens to one [R, P+S] that shows the prompt to every row."""
+    return torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=1)
+
+
+def prepend_positions(positions: Tensor, length: int) -> Tensor:
+    """Position ids [R, T] of the user's tokens to [R, P+T]: the prompt comes first, the rest moves up."""
+    own = torch.arange(length, device=positions.device, dtype=positions.dtype)
+    return torch.cat([own.expand(positions.shape[0], -1), positions + length], dim=1)
+
+
+def add_deep(hidden: Tensor, prompt: Tensor, start: int) -> Tensor:
+    """Add one block's prompt [P, H] to those of `hidden` [R, T, H] that stand at positions 0…P-1.
+
+    `start` is the position of `hidden`'s first token (0 in training and prefill, more in cached decoding).
+    Differentiable in both; returns `hidden` itself when it lies wholly behind the prompt.
+    """
+    stop = min(prompt.shape[0], start + hidden.shape[1])
+    if start >= stop:
+        return hidden
+    count = stop - start
+    touched = hidden[:, :count] + prompt[start:stop].to(hidden.dtype)
+    return torch.cat([touched, hidden[:, count:]], dim=1)
+
+
+def initial_vectors(
+    embedding: nn.Module, length: int, *, token_ids: Tensor | None = None, vocab_size: int = 0, seed: int = 0
+) -> Tensor:
+    """Rows of the model's own embedding to start a prompt from, [length, H], fp32.
+
+    With `token_ids` (a text's), those, repeated or cut to `length`; otherwise tokens sampled from the
+    vocabulary without replacement under `seed`.
+    """
+    if token_ids is None:
+        generator = torch.Generator().manual_seed(seed)
+        token_ids = torch.randperm(vocab_size, generator=generator)[:length]
+    repeats = -(-length // token_ids.numel())
+    chosen = token_ids.flatten().repeat(repeats)[:length]
+    device = next(embedding.parameters()).device
+    with torch.no_grad():
+        vectors: Tensor = embedding(chosen.to(device))
+    return vectors.float()
+
+
+def random_vectors(length: int, hidden_size: int, *, std: float, seed: int = 0) -> Tensor:
+    """Gaussian vectors [length, H] of the embeddings' own scale; N(0, 1) is ~20 times too large."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(length, hidden_size, generator=generator) * std
