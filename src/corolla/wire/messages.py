@@ -57,17 +57,20 @@ class OpenSession(Message, frozen=True):
     start: BlockIndex
     end: BlockIndex
     rows: Positive
-    max_tokens: Positive
+    max_tokens: Positive  # reserved at once; a `Step` may ask for more
 
 
 class Step(Message, frozen=True):
     """Run the new tokens through the session's blocks, from `position` on.
 
     What the cache holds from `position` on is forgotten first (a rollback costs no round trip); with the
-    tensor `rows` the cached sequences are reordered (beam search) or repeated before that.
+    tensor `rows` the cached sequences are reordered (beam search) or repeated before that; their number
+    may change. `reserve` is the total number of tokens a row may reach in the present call: the server grows
+    the session's reservation to that, or refuses with "busy" before it computes anything.
     """
 
     position: Count
+    reserve: Count = 0
 
 
 class CloseSession(Message, frozen=True):
