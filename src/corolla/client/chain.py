@@ -1,0 +1,216 @@
+"""One inference session over the chain of servers that holds its caches; mends itself.
+
+Invariant: between two steps every span's history is exactly what the user's tokens made of it, so a span
+whose server is lost can be rebuilt anywhere: its replacement is given the history and the deep prompts,
+the other servers keep their caches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corolla.client.history import History
+from corolla.client.retry import Retry
+from corolla.client.view import SwarmView
+from corolla.errors import ProtocolError, RemoteError, UsageError
+from corolla.swarm.channel import Channel, request
+from corolla.swarm.routing import Hop
+from corolla.wire.frames import Packet
+from corolla.wire.messages import CloseSession, OpenSession, Step
+
+REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
+
+
+class SpanSession:
+    """The part of a session that one server holds. `channel` is None when that server has no cache."""
+
+    def __init__(self, hop: Hop, history: History) -> None:
+        self.hop = hop
+        self.history = history
+        self.channel: Channel | None = None
+
+    async def open(self, view: SwarmView, *, rows: int, max_tokens: int, deep: Tensor | None) -> None:
+        """Reserve a cache. Raises `RemoteError`."""
+        channel = await view.channel(self.hop.peer_id)
+        message = OpenSession(
+            model=view.model, start=self.hop.start, end=self.hop.end, rows=rows, max_tokens=max_tokens
+        )
+        tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
+        try:
+            await request(channel, Packet(message, tensors))
+        except BaseException:
+            channel.abandon()
+            raise
+        self.channel = channel
+
+    async def step(self, hidden: Tensor, step: Step, extra: dict[str, Tensor]) -> Tensor:
+        """Outputs [R, T, H] of this span. After an error the server's cache is given up."""
+        assert self.channel is not None
+        try:
+            reply = await request(self.channel, Packet(step, {"hidden": hidden} | extra))
+            return checked(reply, "hidden", hidden, self.hop)
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Give the server's cache up; the history stays."""
+        if self.channel is not None:
+            self.channel.abandon()
+            self.channel = None
+
+    async def close(self, view: SwarmView) -> None:
+        """Free the server's cache and give the stream back."""
+        if self.channel is None:
+            return
+        channel, self.channel = self.channel, None
+        try:
+            await request(channel, Packet(CloseSession(), {}))
+            view.release(channel)
+        except RemoteError:
+            channel.abandon()  # the server frees the cache when the stream ends
+
+
+class SessionChain:
+    """A session over blocks [start, end). All methods but `reorder` and `reserve` run on the event loop."""
+
+    def __init__(self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None) -> None:
+        self._view = view
+        self._retry = retry
+        self._start, self._end = start, end
+        self._deep = None if deep is None else deep.detach().float().cpu().clone()
+        self._spans: list[SpanSession] = []
+        self._rows = 0
+        self._order: Tensor | None = None
+        self._reserved = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """See `models.cache.BlocksSession`."""
+        self._order = rows if self._order is None else self._order[rows]
+
+    def reserve(self, tokens: int) -> None:
+        """See `models.cache.BlocksSession`."""
+        self._reserved = max(self._reserved, tokens)
+
+    async def step(self, hidden: Tensor, *, start: int, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Run `hidden` [R, T, H] on from position `start`, forgetting what stood there.
+
+        `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends.
+        """
+        order = self._take_order(int(hidden.shape[0]))
+        for span in self._spans:
+            if order is not None:
+                span.history.select_rows(order)
+            span.history.truncate(start)
+        self.reserve(start + int(hidden.shape[1]))
+        progress = _Progress(hidden, start, mask, positions, order)
+        try:
+            await self._retry.run(lambda: self._advance(progress), what="a generation step")
+        except BaseException:
+            for span in self._spans[progress.done :]:
+                span.drop()  # whether these servers took the step is not known: they are replayed
+            raise
+        self._rows = int(hidden.shape[0])
+        return progress.value
+
+    def _take_order(self, rows: int) -> Tensor | None:
+        """The reorder to send with this step; one cached row may become many (beams, samples)."""
+        order, self._order = self._order, None
+        cached = self._rows if order is None else len(order)
+        if cached in (0, rows):
+            return order
+        if rows % cached:
+            raise UsageError(f"This session holds {cached} sequences; a batch of {rows} cannot continue it.")
+        repeat = torch.arange(cached).repeat_interleave(rows // cached)
+        return repeat if order is None else order[repeat]
+
+    async def _advance(self, progress: _Progress) -> None:
+        """Take the step through the remaining spans; what is done stays done when a span fails."""
+        if not self._spans:
+            self._spans = [SpanSession(hop, History()) for hop in await self._view.route(self._start, self._end)]
+        while progress.done < len(self._spans):
+            if self._spans[progress.done].channel is None:
+                await self._mend(progress)
+            span = self._spans[progress.done]
+            output = await span.step(progress.value, self._message(progress.start), progress.extra(span))
+            self._view.succeeded(span.hop.peer_id)
+            span.history.append(progress.value, progress.positions)
+            progress.value = output
+            progress.done += 1
+
+    def _message(self, position: int) -> Step:
+        return Step(position=position, reserve=self._reserved)
+
+    async def _mend(self, progress: _Progress) -> None:
+        """Replace the span at `progress.done` by servers that are up, and bring their caches to the present."""
+        lost = self._spans[progress.done]
+        hops = await self._view.route(lost.hop.start, lost.hop.end)
+        fresh = [SpanSession(hop, History()) for hop in hops]
+        rows = int(progress.value.shape[0])
+        try:
+            for span in fresh:
+                await span.open(self._view, rows=rows, max_tokens=self._reserved, deep=self._deep)
+            await self._replay(lost.history, fresh, progress.mask)
+        except BaseException:
+            for span in fresh:
+                span.drop()
+            raise
+        self._spans[progress.done : progress.done + 1] = fresh
+        progress.replayed.update(id(span) for span in fresh)
+
+    async def _replay(self, history: History, spans: list[SpanSession], mask: Tensor | None) -> None:
+        past = history.inputs()
+        if past is None:
+            return
+        hidden, positions = past
+        width = max(1, REPLAY_TOKENS // hidden.shape[0])
+        for start in range(0, hidden.shape[1], width):
+            stop = min(start + width, hidden.shape[1])
+            value, ids = hidden[:, start:stop], positions[:, start:stop]
+            for span in spans:
+                extra = {"positions": ids} | ({} if mask is None else {"mask": mask[:, :stop]})
+                output = await span.step(value, self._message(start), extra)
+                span.history.append(value, ids)
+                value = output
+
+    async def close(self) -> None:
+        """Free all caches; safe to call twice."""
+        spans, self._spans = self._spans, []
+        for span in spans:
+            await span.close(self._view)
+
+
+class _Progress:
+    """How far one step has come along the chain."""
+
+    def __init__(
+        self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None, order: Tensor | None
+    ) -> None:
+        self.value = hidden  # input of the span at index `done`
+        self.start = start
+        self.mask = mask
+        self.positions = positions
+        self.done = 0
+        self.replayed: set[int] = set()  # spans whose history was already in this step's order of rows
+        self._order = order
+
+    def extra(self, span: SpanSession) -> dict[str, Tensor]:
+        """The step's optional tensors for one span."""
+        tensors = {"mask": self.mask, "positions": self.positions}
+        if id(span) not in self.replayed:
+            tensors["rows"] = self._order
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def checked(reply: Packet, name: str, like: Tensor, hop: Hop) -> Tensor:
+    """The reply's tensor, if it has the shape and dtype of `like`. Raises `ProtocolError`."""
+    tensor = reply.tensors.get(name)
+    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ProtocolError(
+            f"{hop.peer_id} sent {found} where {like.dtype} {list(like.shape)} was due.",
+            field=name,
+            peer_id=hop.peer_id,
+        )
+    return tensor

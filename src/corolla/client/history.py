@@ -1,0 +1,78 @@
+"""What a server has been given in one session, kept so that any replacement can be given the same.
+
+Invariant: `inputs()` equals what the span's cache was computed from: rolled-back tokens are gone and rows
+stand in the order of the latest reorder. Reordering costs nothing until a replay needs the tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The inputs of one step, as they were sent; `rows` says which of them the cached rows continue."""
+
+    hidden: Tensor  # [r, T, H]
+    positions: Tensor | None  # int64 [r, T]
+    rows: Tensor | None = None  # int64 [R]
+
+    @property
+    def length(self) -> int:
+        return int(self.hidden.shape[1])
+
+    def first(self, count: int) -> _Segment:
+        positions = None if self.positions is None else self.positions[:, :count]
+        return replace(self, hidden=self.hidden[:, :count], positions=positions)
+
+    def select(self, rows: Tensor) -> _Segment:
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def tensors(self, start: int) -> tuple[Tensor, Tensor]:
+        """Inputs [R, T, H] and position ids [R, T] in the present order of rows."""
+        hidden, positions = self.hidden, self.positions
+        if positions is None:
+            positions = torch.arange(start, start + self.length).expand(hidden.shape[0], -1)
+        if self.rows is not None:
+            hidden, positions = hidden[self.rows], positions[self.rows]
+        return hidden, positions
+
+
+class History:
+    """The inputs of one span's session, in order."""
+
+    def __init__(self) -> None:
+        self._segments: list[_Segment] = []
+        self.length = 0  # tokens a row
+
+    def append(self, hidden: Tensor, positions: Tensor | None) -> None:
+        """Add a step's inputs [R, T, H]; `positions` None means that they follow on from `length`."""
+        self._segments.append(_Segment(hidden, positions))
+        self.length += int(hidden.shape[1])
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        while self.length > length:
+            last = self._segments.pop()
+            self.length -= last.length
+            if self.length < length:
+                kept = last.first(length - self.length)
+                self._segments.append(kept)
+                self.length += kept.length
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Rows now continue the former rows that int64 [R] names."""
+        self._segments = [segment.select(rows) for segment in self._segments]
+
+    def inputs(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs [R, length, H] and position ids [R, length]; None when there are none."""
+        parts, start = [], 0
+        for segment in self._segments:
+            parts.append(segment.tensors(start))
+            start += segment.length
+        if not parts:
+            return None
+        return torch.cat([hidden for hidden, _ in parts], 1), torch.cat([ids for _, ids in parts], 1)
