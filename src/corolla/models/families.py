@@ -1,0 +1,143 @@
+"""What differs between model families, as far as splitting is concerned.
+
+Invariant: everything that can be read off the family's own classes is read off them; only what cannot be
+seen there stands in the tables below, one line a family. Nothing here knows a tensor's value.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from corolla.errors import UnsupportedFamily
+
+# Attributes of the model that runs the blocks which change hidden states before the first block, and the
+# value that undoes them. A server gets hidden states that have been through them at the client.
+NEUTRAL_ATTRIBUTES: Mapping[str, Mapping[str, object]] = {
+    "granite": {"embedding_multiplier": 1.0},
+}
+
+# Names of the modules whose output is added to the hidden states before the first block.
+ADDED_POSITIONS: Mapping[str, str] = {
+    "gpt2": "wpe",
+    "opt": "embed_positions",
+}
+
+# Families whose decoder layers return a tuple; the others return the hidden states alone.
+TUPLE_LAYERS = frozenset({"bloom", "falcon"})
+
+_inspected: dict[type[PretrainedConfig], Structure] = {}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the blocks of a family live."""
+
+    causal_lm: type[PreTrainedModel]  # e.g. LlamaForCausalLM
+    holder: type[PreTrainedModel]  # the model whose forward runs the blocks, e.g. LlamaModel, OPTDecoder
+    blocks: str  # the holder's attribute that is the ModuleList of blocks, e.g. "layers", "h"
+    prefix: str  # path of the blocks in the state dict of the causal LM, e.g. "model.layers"
+    optional_prefix: str  # what a checkpoint of the base model alone leaves out, e.g. "model."
+
+
+def structure(config: PretrainedConfig) -> Structure:
+    """Find the blocks of this config's family by looking at its own classes (once a process).
+
+    Raises `UnsupportedFamily` when transformers has no causal model for the config, or when its blocks are
+    not one list.
+    """
+    known = _inspected.get(type(config))
+    if known is None:
+        known = _inspected[type(config)] = _inspect(config)
+    return known
+
+
+def blocks_prefix(config: PretrainedConfig) -> str:
+    """Path of the list of blocks in the `...ForCausalLM`'s state dict, e.g. `model.layers`."""
+    return structure(config).prefix
+
+
+def base_prefix(config: PretrainedConfig) -> str:
+    """Name of the base model inside the `...ForCausalLM`, e.g. `model` or `transformer`."""
+    return str(structure(config).causal_lm.base_model_prefix)
+
+
+def returns_tuple(config: PretrainedConfig) -> bool:
+    """Whether the family's decoder layers return a tuple (hidden states first)."""
+    return config.model_type in TUPLE_LAYERS
+
+
+def block_key_pattern(config: PretrainedConfig) -> re.Pattern[str]:
+    """Matches a checkpoint's key of a block's tensor; groups `index` and `rest`.
+
+    Checkpoints of a base model alone (gpt2, bloom on the hub) leave the base model's name out of their keys.
+    """
+    found = structure(config)
+    inner = found.prefix.removeprefix(found.optional_prefix)
+    return re.compile(
+        rf"^(?:{re.escape(found.optional_prefix)})?{re.escape(inner)}\.(?P<index>\d+)\.(?P<rest>.+)$"
+    )
+
+
+def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedConfig:
+    """A copy for blocks [start, end): fewer layers, and its per-layer lists cut accordingly."""
+    sliced = copy.deepcopy(config)
+    depth = config.num_hidden_layers
+    for name, value in list(vars(sliced).items()):
+        if "layer" in name and isinstance(value, list) and len(value) == depth:
+            setattr(sliced, name, value[start:end])
+    sliced.num_hidden_layers = end - start
+    return sliced
+
+
+def _inspect(config: PretrainedConfig) -> Structure:
+    causal_class = _causal_class(config)
+    with torch.device("meta"):
+        model: Any = causal_class(slice_config(config, 0, 1))
+    base_name = str(causal_class.base_model_prefix)
+    path = _shallowest_list(getattr(model, base_name, None), config.model_type)
+    owner, _, attribute = path.rpartition(".")
+    holder = getattr(model, base_name).get_submodule(owner)
+    if not isinstance(holder, PreTrainedModel):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split: what runs their blocks is not a model."
+        )
+    return Structure(
+        causal_lm=causal_class,
+        holder=type(holder),
+        blocks=attribute,
+        prefix=f"{base_name}.{path}",
+        optional_prefix=f"{base_name}.",
+    )
+
+
+def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    mapping = AutoModelForCausalLM._model_mapping
+    # A config with a text_config describes a model that also takes images or sound.
+    if type(config) not in mapping or hasattr(config, "text_config"):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} are not causal language models that Corolla can split; use a "
+            "text-only decoder such as llama, qwen3 or bloom."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _shallowest_list(base: nn.Module | None, model_type: str) -> str:
+    """Path of the one ModuleList nearest to the root of the base model."""
+    lists = [
+        name for name, module in (base.named_modules() if base else ()) if isinstance(module, nn.ModuleList)
+    ]
+    lists.sort(key=lambda name: name.count("."))
+    if not lists or (len(lists) > 1 and lists[0].count(".") == lists[1].count(".")):
+        raise UnsupportedFamily(
+            f"Models of type {model_type} cannot be split: their blocks are not one list of layers."
+        )
+    return lists[0]
