@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
-from corolla.models.cache import SpanCache
+from corolla.models.span_cache import SpanCache
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import (
     ADDED_POSITIONS,
