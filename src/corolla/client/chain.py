@@ -103,6 +103,8 @@ class SessionChain:
             if order is not None:
                 span.history.select_rows(order)
             span.history.truncate(start)
+        if order is not None:
+            self._rows = len(order)
         self.reserve(start + int(hidden.shape[1]))
         progress = _Progress(hidden, start, mask, positions, order)
         try:

@@ -1,0 +1,91 @@
+"""A client's connection to the swarm: one event loop on a thread of its own, one peer, one view.
+
+Invariant: everything that touches the network runs on that loop; callers wait for it from any thread. The
+loop starts when the first model is loaded and ends with `close()`, which nothing outlives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from corolla.client.retry import DEFAULT_PATIENCE, Retry
+from corolla.client.view import SwarmView
+from corolla.swarm.node import EventLoopThread, Node
+
+T = TypeVar("T")
+
+
+class SwarmConnection:
+    """What a distributed model holds of the swarm."""
+
+    def __init__(
+        self,
+        loop: EventLoopThread,
+        node: Node,
+        *,
+        model: str,
+        model_name: str,
+        num_blocks: int,
+        patience: float = DEFAULT_PATIENCE,
+        owns_loop: bool = True,
+    ) -> None:
+        """`model` is the checkpoint's identity, `model_name` what people call it."""
+        self._loop = loop
+        self._node = node
+        self._owns_loop = owns_loop
+        self.view = SwarmView(
+            node.transport, node.directory, model=model, model_name=model_name, num_blocks=num_blocks
+        )
+        self.retry = Retry(self.view, patience=patience)
+
+    @classmethod
+    def connect(
+        cls,
+        initial_peers: Sequence[str],
+        *,
+        model: str,
+        model_name: str,
+        num_blocks: int,
+        patience: float = DEFAULT_PATIENCE,
+    ) -> SwarmConnection:
+        """Join through `initial_peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`."""
+        loop = EventLoopThread()
+        try:
+            node = loop.run(Node.create(initial_peers=initial_peers, client_only=True))
+        except BaseException:
+            loop.close()
+            raise
+        return cls(
+            loop, node, model=model, model_name=model_name, num_blocks=num_blocks, patience=patience
+        )
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for `work` on the loop. Ctrl-C cancels it."""
+        return self._loop.run(work)
+
+    def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Start `work` on the loop without waiting; for finalizers, which may run on any thread."""
+        self._loop.run_soon(work)
+
+    @property
+    def is_open(self) -> bool:
+        """False after `close()`."""
+        return not self._loop.closed
+
+    def check_complete(self) -> None:
+        """Raises `MissingBlocks` unless every block is served now."""
+        self.run(self.view.route(0, self.view.num_blocks))
+
+    def close(self) -> None:
+        """Leave the swarm and end the loop; safe to call twice."""
+        if not self.is_open:
+            return
+        self._loop.run(self._close())
+        if self._owns_loop:
+            self._loop.close()
+
+    async def _close(self) -> None:
+        await self.view.close()
+        if self._owns_loop:
+            await self._node.close()

@@ -1,0 +1,110 @@
+"""The blocks as the client's model sees them: one callable that runs on other machines, with gradients.
+
+Invariant: with `requires_grad` anywhere in its inputs the output carries the exact gradient of the remote
+computation; with a session, tokens are run once and only once. Tensors go to the wire from the CPU and come
+back to the device that they came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from corolla.client.chain import SessionChain
+from corolla.client.connection import SwarmConnection
+from corolla.client.training import TrainingPass
+from corolla.errors import UsageError
+from corolla.models.shell import BlocksCall
+
+
+class RemoteBlocks:
+    """Blocks [start, end) of a model in the swarm; `blocks[i:j]` is a part of them, `blocks[i:j](hidden)` runs it."""
+
+    def __init__(self, connection: SwarmConnection, start: int, end: int) -> None:
+        self.connection = connection
+        self.start, self.end = start, end
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, index: slice | int) -> RemoteBlocks:
+        if isinstance(index, int):
+            position = range(len(self))[index]
+            index = slice(position, position + 1)
+        start, stop, step = index.indices(len(self))
+        if step != 1 or start >= stop:
+            raise UsageError(f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty.")
+        return RemoteBlocks(self.connection, self.start + start, self.start + stop)
+
+    def __call__(self, hidden: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Hidden states [R, T, H] after these blocks; `mask` [R, T] is 1 for tokens, `positions` int64 [R, T].
+
+        Differentiable in `hidden`. Raises `MissingBlocks` or `SwarmUnavailable`.
+        """
+        mask = None if mask is None or bool(mask.all()) else mask.bool()
+        return self.run(hidden, BlocksCall(mask, positions, None, None, 0))
+
+    def open_chain(self, deep: Tensor | None) -> SessionChain:
+        """A session over these blocks, with nothing in it yet."""
+        return SessionChain(
+            self.connection.view, self.connection.retry, start=self.start, end=self.end, deep=deep
+        )
+
+    def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
+        if call.cache is not None:
+            return self._step(hidden, call)
+        output: Tensor = _RemoteForward.apply(hidden, call.deep, self, call.mask, call.positions)
+        return output
+
+    def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        assert call.cache is not None
+        chain = call.cache.session
+        assert isinstance(chain, SessionChain)
+        positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
+        step = chain.step(
+            _to_wire(hidden), start=call.start, mask=_to_cpu(call.mask), positions=_to_cpu(positions)
+        )
+        return self.connection.run(step).to(hidden.device)
+
+
+class _RemoteForward(torch.autograd.Function):
+    """Autograd's view of a `TrainingPass`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        deep: Tensor | None,
+        blocks: RemoteBlocks,
+        mask: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        connection = blocks.connection
+        training = TrainingPass(
+            connection.view, connection.retry, start=blocks.start, end=blocks.end, deep=deep
+        )
+        output = connection.run(training.forward(_to_wire(hidden), _to_cpu(mask), _to_cpu(positions)))
+        ctx.training, ctx.connection, ctx.deep = training, connection, deep
+        return output.to(hidden.device)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        work = ctx.training.backward(_to_wire(grad))  # type: ignore[attr-defined]
+        grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]
+        deep: Tensor | None = ctx.deep  # type: ignore[attr-defined]
+        if deep is not None and grad_deep is not None:
+            grad_deep = grad_deep.to(deep.device, deep.dtype)
+        return grad_hidden.to(grad.device), grad_deep, None, None, None
+
+
+def _to_wire(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _to_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().cpu()

@@ -1,0 +1,143 @@
+"""Prompts on disk: safetensors and JSON, in peft's own adapter layout where peft has one (`ptune`).
+
+Invariant: a prompt is read back only for the model identity that it was trained for; files are replaced
+whole or not at all.
+
+    prompt.json                  which model, which mode, which shapes
+    adapter_config.json          ptune: what peft reads
+    adapter_model.safetensors    ptune: `prompt_embeddings` [P, H]
+    prompts.safetensors          deep_ptune: `input` [P, H] and `deep` [blocks, P, H]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from corolla.errors import BundleError
+from corolla.models.prompts import SoftPrompt
+
+PROMPT_FILE = "prompt.json"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+DEEP_WEIGHTS = "prompts.safetensors"
+FORMAT_VERSION = 1
+
+
+def save_prompt(
+    folder: Path, prompt: SoftPrompt, *, config: PretrainedConfig, model_name: str, identity: str
+) -> None:
+    """Write a prompt for the model of that name and identity. Raises `BundleError` when it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = prompt.input.detach().float().cpu().contiguous()
+        if prompt.deep is None:
+            write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors}))
+            write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name))
+        else:
+            deep = prompt.deep.detach().float().cpu().contiguous()
+            write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": deep}))
+        write_json(
+            folder / PROMPT_FILE,
+            {
+                "format": FORMAT_VERSION,
+                "model": model_name,
+                "identity": identity,
+                "mode": prompt.mode,
+                "prompt_tokens": prompt.length,
+                "hidden_size": int(vectors.shape[1]),
+                "blocks": 0 if prompt.deep is None else int(prompt.deep.shape[0]),
+            },
+        )
+    except OSError as error:
+        raise BundleError(f"The prompt could not be saved to {folder}: {error.strerror or error}.") from error
+
+
+def load_prompt(folder: Path, *, model_name: str, identity: str) -> SoftPrompt:
+    """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read."""
+    about = read_prompt_info(folder)
+    if about["identity"] != identity:
+        raise BundleError(
+            f"The prompt in {folder} was trained for {about['model']} (identity {about['identity'][:12]}), "
+            f"not for {model_name} (identity {identity[:12]}): load it with the model that it belongs to."
+        )
+    deep_mode = about["mode"] == "deep_ptune"
+    tensors = _read_tensors(folder / (DEEP_WEIGHTS if deep_mode else PEFT_WEIGHTS))
+    vectors = tensors.get("input" if deep_mode else "prompt_embeddings")
+    deep = tensors.get("deep")
+    shape = (about["prompt_tokens"], about["hidden_size"])
+    if vectors is None or tuple(vectors.shape) != shape or deep_mode != (deep is not None):
+        raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
+    prompt = SoftPrompt(vectors, about["blocks"])
+    if prompt.deep is not None and deep is not None:
+        if prompt.deep.shape != deep.shape:
+            raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
+        prompt.deep.data.copy_(deep)
+    return prompt
+
+
+def read_prompt_info(folder: Path) -> dict[str, Any]:
+    """The content of `prompt.json`. Raises `BundleError`."""
+    path = folder / PROMPT_FILE
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"model": str, "identity": str, "mode": str, "prompt_tokens": int, "hidden_size": int, "blocks": int}
+        bad = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} holds no {PROMPT_FILE}, so it is not a saved prompt.") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} cannot be read; copy the bundle again.") from error
+    if bad or about.get("format") != FORMAT_VERSION:
+        raise BundleError(f"{path} is not of a form that this version of Corolla reads.")
+    return about
+
+
+def _peft_config(prompt: SoftPrompt, config: PretrainedConfig, model_name: str) -> dict[str, Any]:
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model_name,
+        "inference_mode": True,
+        "num_virtual_tokens": prompt.length,
+        "token_dim": int(prompt.input.shape[1]),
+        "num_transformer_submodules": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+    }
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Copied: a mapped file that is truncated later would kill the process.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} is missing or truncated; copy the bundle again.") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for people to read, atomically."""
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file whole: temporary file, fsync, rename. What was there stays when this fails."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
