@@ -110,7 +110,9 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             with InferenceSession(self._blocks, self.prompts, ContextVar("unused"), max_length=None) as own:
                 return self._generate_in(own, inputs, *args, **kwargs)
 
-        def _generate_in(self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        def _generate_in(
+            self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any
+        ) -> Any:
             inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
             if kwargs.get("inputs_embeds") is not None:
                 return super().generate(inputs, *args, past_key_values=session.cache, **kwargs)
@@ -214,7 +216,9 @@ def load_distributed(
         connection.check_complete()
         model = load_shell(checkpoint, connection, dtype)
         if prompts is not None:
-            model.prompts = load_prompt(Path(prompts), model_name=checkpoint.name, identity=checkpoint.identity)
+            model.prompts = load_prompt(
+                Path(prompts), model_name=checkpoint.name, identity=checkpoint.identity
+            )
         elif tuning_mode is not None:
             model.prompts = initial_prompt(
                 model, checkpoint, tuning_mode, pre_seq_len, prompt_init, prompt_text, seed
@@ -229,7 +233,9 @@ def _check_tuning(mode: str | None, length: int, init: str, prompts: str | Path 
     if mode not in TUNING_MODES:
         raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
     if mode is not None and length < 1:
-        raise UsageError(f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}.")
+        raise UsageError(
+            f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
+        )
     if init not in ("vocab", "text", "random"):
         raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
     if mode is not None and prompts is not None:
@@ -241,7 +247,9 @@ def _connect(
 ) -> SwarmConnection:
     peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
     if not peers:
-        raise UsageError("Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed.")
+        raise UsageError(
+            "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
+        )
     options = {} if patience is None else {"patience": patience}
     return SwarmConnection.connect(
         peers,
@@ -271,7 +279,9 @@ def load_shell(checkpoint: Checkpoint, connection: SwarmConnection, dtype: str |
         output_loading_info=True,
     )
     if info["missing_keys"]:
-        raise CheckpointError(f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again.")
+        raise CheckpointError(
+            f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
+        )
     model.config._name_or_path = model.name_or_path = checkpoint.name
     model.generation_config = _generation_config(checkpoint, model.generation_config)
     return model.requires_grad_(False).eval()
@@ -294,7 +304,9 @@ def initial_prompt(
     embedding = model.get_input_embeddings()
     if init == "random":
         weight: Tensor = embedding.weight
-        vectors = prompt_math.random_vectors(length, weight.shape[1], std=float(weight.float().std()), seed=seed)
+        vectors = prompt_math.random_vectors(
+            length, weight.shape[1], std=float(weight.float().std()), seed=seed
+        )
     elif init == "text":
         if not text:
             raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")

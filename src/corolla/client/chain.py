@@ -40,7 +40,7 @@ class SpanSession:
         try:
             await request(channel, Packet(message, tensors))
         except BaseException:
-            channel.abandon()
+            await channel.close()
             raise
         self.channel = channel
 
@@ -51,14 +51,14 @@ class SpanSession:
             reply = await request(self.channel, Packet(step, {"hidden": hidden} | extra))
             return checked(reply, "hidden", hidden, self.hop)
         except BaseException:
-            self.drop()
+            await self.drop()
             raise
 
-    def drop(self) -> None:
-        """Give the server's cache up; the history stays."""
+    async def drop(self) -> None:
+        """Give the server's cache up (it is freed when the stream ends); the history stays."""
         if self.channel is not None:
-            self.channel.abandon()
-            self.channel = None
+            channel, self.channel = self.channel, None
+            await channel.close()
 
     async def close(self, view: SwarmView) -> None:
         """Free the server's cache and give the stream back."""
@@ -69,7 +69,7 @@ class SpanSession:
             await request(channel, Packet(CloseSession(), {}))
             view.release(channel)
         except RemoteError:
-            channel.abandon()  # the server frees the cache when the stream ends
+            await channel.close()
 
 
 class SessionChain:
@@ -93,7 +93,9 @@ class SessionChain:
         """See `models.cache.BlocksSession`."""
         self._reserved = max(self._reserved, tokens)
 
-    async def step(self, hidden: Tensor, *, start: int, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    async def step(
+        self, hidden: Tensor, *, start: int, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
         """Run `hidden` [R, T, H] on from position `start`, forgetting what stood there.
 
         `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends.
@@ -111,7 +113,7 @@ class SessionChain:
             await self._retry.run(lambda: self._advance(progress), what="a generation step")
         except BaseException:
             for span in self._spans[progress.done :]:
-                span.drop()  # whether these servers took the step is not known: they are replayed
+                await span.drop()  # whether these servers took the step is not known: they are replayed
             raise
         self._rows = int(hidden.shape[0])
         return progress.value
@@ -130,7 +132,9 @@ class SessionChain:
     async def _advance(self, progress: _Progress) -> None:
         """Take the step through the remaining spans; what is done stays done when a span fails."""
         if not self._spans:
-            self._spans = [SpanSession(hop, History()) for hop in await self._view.route(self._start, self._end)]
+            self._spans = [
+                SpanSession(hop, History()) for hop in await self._view.route(self._start, self._end)
+            ]
         while progress.done < len(self._spans):
             if self._spans[progress.done].channel is None:
                 await self._mend(progress)
@@ -156,7 +160,7 @@ class SessionChain:
             await self._replay(lost.history, fresh, progress.mask)
         except BaseException:
             for span in fresh:
-                span.drop()
+                await span.drop()
             raise
         self._spans[progress.done : progress.done + 1] = fresh
         progress.replayed.update(id(span) for span in fresh)

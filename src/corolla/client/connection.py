@@ -56,9 +56,7 @@ class SwarmConnection:
         except BaseException:
             loop.close()
             raise
-        return cls(
-            loop, node, model=model, model_name=model_name, num_blocks=num_blocks, patience=patience
-        )
+        return cls(loop, node, model=model, model_name=model_name, num_blocks=num_blocks, patience=patience)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for `work` on the loop. Ctrl-C cancels it."""

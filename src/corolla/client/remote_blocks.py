@@ -19,6 +19,8 @@ from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
 from corolla.models.shell import BlocksCall
 
+MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message of a session carries at most
+
 
 class RemoteBlocks:
     """Blocks [start, end) of a model in the swarm; `blocks[i:j]` is a part of them, `blocks[i:j](hidden)` runs it."""
@@ -36,10 +38,14 @@ class RemoteBlocks:
             index = slice(position, position + 1)
         start, stop, step = index.indices(len(self))
         if step != 1 or start >= stop:
-            raise UsageError(f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty.")
+            raise UsageError(
+                f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
+            )
         return RemoteBlocks(self.connection, self.start + start, self.start + stop)
 
-    def __call__(self, hidden: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [R, T, H] after these blocks; `mask` [R, T] is 1 for tokens, `positions` int64 [R, T].
 
         Differentiable in `hidden`. Raises `MissingBlocks` or `SwarmUnavailable`.
@@ -65,10 +71,26 @@ class RemoteBlocks:
         chain = call.cache.session
         assert isinstance(chain, SessionChain)
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
-        step = chain.step(
-            _to_wire(hidden), start=call.start, mask=_to_cpu(call.mask), positions=_to_cpu(positions)
-        )
+        step = _step_in_chunks(chain, _to_wire(hidden), call.start, _to_cpu(call.mask), _to_cpu(positions))
         return self.connection.run(step).to(hidden.device)
+
+
+async def _step_in_chunks(
+    chain: SessionChain, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
+) -> Tensor:
+    """A step, in pieces where it is too large for one message."""
+    width = max(1, MESSAGE_BYTES // (hidden[:, :1].numel() * hidden.element_size()))
+    outputs = []
+    for first in range(0, hidden.shape[1], width):
+        last = min(first + width, hidden.shape[1])
+        output = await chain.step(
+            hidden[:, first:last],
+            start=start + first,
+            mask=None if mask is None else mask[:, : start + last],
+            positions=None if positions is None else positions[:, first:last],
+        )
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class _RemoteForward(torch.autograd.Function):

@@ -56,7 +56,7 @@ class Retry:
 
     async def _prepare_next(self, error: CorollaError, failures: int) -> None:
         if isinstance(error, RemoteError):
-            self._view.failed(error)
+            await self._view.failed(error)
             return  # another server, if there is one, can take over at once
         pause = min(LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))
         pause = max(0.05, min(pause, self._view.next_return() or pause))

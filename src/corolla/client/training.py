@@ -141,7 +141,9 @@ class TrainingPass:
         self, micro: MicroBatch, hop: Hop, inputs: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         wants_prompts = self._deep is not None
-        message = Backward(model=self._view.model, start=hop.start, end=hop.end, prompt_gradient=wants_prompts)
+        message = Backward(
+            model=self._view.model, start=hop.start, end=hop.end, prompt_gradient=wants_prompts
+        )
         tensors = {"hidden": inputs, "grad": grad} | micro.extra(self._deep, hop.start, hop.end)
         reply = await self._exchange(hop, message, tensors)
         piece = None
@@ -163,7 +165,7 @@ class TrainingPass:
         try:
             reply = await request(channel, Packet(message, tensors))
         except BaseException:
-            channel.abandon()
+            await channel.close()
             raise
         self._view.release(channel)
         self._view.succeeded(hop.peer_id)

@@ -83,13 +83,13 @@ class SwarmView:
         self._records = await self._directory.servers(self.model)
         self._refreshed = self._clock()
 
-    def failed(self, error: RemoteError) -> None:
+    async def failed(self, error: RemoteError) -> None:
         """Avoid the peer that `error` names for a while, longer each time in a row."""
         peer = error.peer_id
         if peer is None:
             return
         for channel in self._idle.pop(peer, []):
-            channel.abandon()
+            await channel.close()
         if isinstance(error, RequestRefused) and error.code == "evicted":
             return  # the server is well; only the session has to be replayed
         self._failures[peer] += 1

@@ -35,7 +35,9 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.prompt_length = prompt_length
         self.max_length = max_length
         self.length = 0
-        self.ids: Tensor | None = None  # [R, length] of what the servers have seen; -1 where only embeddings are known
+        self.ids: Tensor | None = (
+            None  # [R, length] of what the servers have seen; -1 where only embeddings are known
+        )
 
     # --- what generation and the models ask for ---------------------------------------------------------
 

@@ -89,7 +89,14 @@ def read_prompt_info(folder: Path) -> dict[str, Any]:
     path = folder / PROMPT_FILE
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"model": str, "identity": str, "mode": str, "prompt_tokens": int, "hidden_size": int, "blocks": int}
+        kinds = {
+            "model": str,
+            "identity": str,
+            "mode": str,
+            "prompt_tokens": int,
+            "hidden_size": int,
+            "blocks": int,
+        }
         bad = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
     except FileNotFoundError as error:
         raise BundleError(f"{folder} holds no {PROMPT_FILE}, so it is not a saved prompt.") from error

@@ -61,7 +61,9 @@ class BlocksLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor]:
         call = _call.get()
         if call is None:
-            raise UsageError("The blocks were called outside of their model's forward; use model.blocks[i:j](hidden).")
+            raise UsageError(
+                "The blocks were called outside of their model's forward; use model.blocks[i:j](hidden)."
+            )
         output = self._run(hidden_states, call)
         return (output,) if self._returns_tuple else output
 
@@ -96,7 +98,9 @@ class BaseModelHooks:
         base.register_forward_pre_hook(self._enter, with_kwargs=True)
         base.register_forward_hook(self._leave, always_call=True)
 
-    def _enter(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
         shaped = ids if ids is not None else embeddings
@@ -131,7 +135,9 @@ class BaseModelHooks:
         if isinstance(given, RemoteCache):
             return given
         if given is not None and given.get_seq_length() > 0:
-            raise UsageError("A distributed model keeps its attention cache in a session: pass session=, not a filled cache.")
+            raise UsageError(
+                "A distributed model keeps its attention cache in a session: pass session=, not a filled cache."
+            )
         return self._default_cache(named.get("use_cache") is True)
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
