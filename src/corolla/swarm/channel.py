@@ -1,0 +1,215 @@
+"""A stream that carries packets: framing, legal order and silence, in one place.
+
+Invariant: what `receive` returns is well-formed and legal at this moment, and what `send` has begun is
+never cut in the middle without the channel being unusable from then on. No wait for a peer that owes
+something is unbounded: each piece of at most `PIECE` bytes has to move within `silence` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from corolla.errors import (
+    PeerDisconnected,
+    PeerSilent,
+    RemoteError,
+    RequestRefused,
+    UsageError,
+)
+from corolla.swarm.transport.base import Buffer, Stream
+from corolla.wire.frames import (
+    PREAMBLE_SIZE,
+    Limits,
+    Packet,
+    encode,
+    parse_header,
+    parse_payload,
+    parse_preamble,
+)
+from corolla.wire.messages import (
+    HEARTBEAT_SECONDS,
+    SILENCE_SECONDS,
+    Alive,
+    ClientMessage,
+    Failure,
+    ServerMessage,
+)
+from corolla.wire.session import Conversation
+
+T = TypeVar("T")
+
+PIECE = 128 * 1024
+# A server waits longer for a client's bytes: no request of others depends on them.
+SERVER_SILENCE_SECONDS = 30.0
+
+
+class Channel:
+    """Packets over a `Stream`. One task receives; any task may send, frames never mix."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        side: Literal["client", "server"],
+        limits: Limits | None = None,
+        silence: float | None = None,
+    ) -> None:
+        """`silence`: seconds that a piece may take in either direction; the default depends on the side."""
+        self.stream = stream
+        self.peer_id = stream.peer_id
+        self.conversation = Conversation()
+        self._server = side == "server"
+        self._limits = limits or Limits()
+        default = SERVER_SILENCE_SECONDS if self._server else SILENCE_SECONDS
+        self._silence = default if silence is None else silence
+        self._receivable: Any = ClientMessage if self._server else ServerMessage
+        self._sending = asyncio.Lock()
+        self._usable = True
+
+    async def send(self, packet: Packet) -> None:
+        """Send one packet.
+
+        Raises `PeerSilent` when the peer takes nothing for `silence` seconds, `PeerDisconnected` when the
+        stream has ended; `ValueError` or `UsageError` (see `encode`) or, for a message out of order,
+        `ProtocolError` before anything is sent. Cancelled in the middle, it leaves the channel unusable.
+        """
+        buffers = encode(packet, self._limits)
+        async with self._sending:
+            if not self._usable:
+                raise PeerDisconnected("The stream was cut in the middle of a message.", peer_id=self.peer_id)
+            self.conversation.advance(packet.message)
+            self._usable = False
+            for group in _pieces(buffers):
+                await self._bounded(self.stream.write(group), self._silence)
+            self._usable = True
+
+    async def receive(self, *, timeout: float | None) -> Packet:
+        """The next packet.
+
+        `timeout`: seconds until the packet begins, `None` for ever; after it has begun, `silence` applies to
+        each of its pieces. Raises `PeerSilent`, `PeerDisconnected`, or `ProtocolError` for what is malformed
+        or out of order; after the latter nothing more can be received. A server sends signs of life by
+        itself while a large request arrives.
+        """
+        try:
+            preamble = await self._bounded(self.stream.read(PREAMBLE_SIZE), timeout)
+            sizes = parse_preamble(preamble, self._limits)
+            data = await self._bounded(self.stream.read(sizes.header), self._silence)
+            header = parse_header(data, sizes.payload, self._receivable)
+            self.conversation.advance(header.message)
+            if self._server and sizes.payload > PIECE:
+                async with self.heartbeat():
+                    payload = await self._read_payload(sizes.payload)
+            else:
+                payload = await self._read_payload(sizes.payload)
+            return parse_payload(header, payload)
+        except RemoteError as error:
+            error.peer_id = self.peer_id
+            raise
+
+    async def close(self) -> None:
+        """End the stream; safe to call twice, and never raises."""
+        self._usable = False
+        await self.stream.close()
+
+    @contextlib.asynccontextmanager
+    async def heartbeat(self, ahead: Callable[[], int] = lambda: 0) -> AsyncIterator[None]:
+        """For servers: send `Alive` every `HEARTBEAT_SECONDS` while the body runs.
+
+        `ahead()` counts the requests that will be computed before this one. The heartbeat has ended, and no
+        `Alive` is half sent, when the body's answer is sent after the block. A peer that went away is not
+        noticed here but by whoever sends or receives next.
+        """
+        done = asyncio.Event()
+        task = asyncio.create_task(self._beat(done, ahead))
+        try:
+            yield
+            done.set()
+        finally:
+            if not done.is_set():  # left by an error or a cancellation: do not wait for a slow peer
+                task.cancel()
+            await asyncio.wait([task])
+
+    async def _beat(self, done: asyncio.Event, ahead: Callable[[], int]) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), HEARTBEAT_SECONDS)
+            if done.is_set():
+                return
+            try:
+                await self.send(Packet(Alive(ahead=ahead())))
+            except RemoteError:
+                return
+
+    async def _read_payload(self, size: int) -> bytearray:
+        # Grown as the bytes arrive: a peer that only announces a large payload takes no memory.
+        payload = bytearray()
+        while len(payload) < size:
+            piece = self.stream.read(min(PIECE, size - len(payload)))
+            payload += await self._bounded(piece, self._silence)
+        return payload
+
+    async def _bounded(self, operation: Awaitable[T], seconds: float | None) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await operation
+        except TimeoutError:
+            raise PeerSilent(
+                f"Peer {self.peer_id} was silent for {seconds:g} seconds.", peer_id=self.peer_id
+            ) from None
+
+
+async def request(channel: Channel, packet: Packet) -> Packet:
+    """A client's whole exchange: send, wait through signs of life, return the answer.
+
+    Raises `RequestRefused` for a `Failure`, after which the channel is as `wire/session.py` says, and
+    `PeerSilent`, `PeerDisconnected` or `ProtocolError`. After these, and when cancelled, an answer may still
+    be under way: the channel is closed. `UsageError` and `ValueError` come before anything is sent.
+    """
+    sent = False
+    try:
+        await channel.send(packet)
+        sent = True
+        answer = await _answer(channel)
+    except BaseException as error:
+        if sent or not isinstance(error, ValueError | UsageError):
+            await channel.close()
+        raise
+    if isinstance(answer.message, Failure):
+        failure = answer.message
+        raise RequestRefused(
+            failure.message,
+            code=failure.code,
+            field=failure.field,
+            retry_after=failure.retry_after,
+            peer_id=channel.peer_id,
+        )
+    return answer
+
+
+async def _answer(channel: Channel) -> Packet:
+    while True:
+        packet = await channel.receive(timeout=SILENCE_SECONDS)
+        if not isinstance(packet.message, Alive):
+            return packet
+
+
+def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
+    """The same bytes in groups of at most `PIECE`, small buffers together, large ones cut, none copied."""
+    group: list[Buffer] = []
+    room = PIECE
+    for buffer in buffers:
+        view = memoryview(buffer)
+        while view.nbytes:
+            part = view[:room]
+            group.append(part)
+            room -= part.nbytes
+            view = view[part.nbytes :]
+            if not room:
+                yield group
+                group, room = [], PIECE
+    if group:
+        yield group

@@ -1,0 +1,108 @@
+"""The legal order of messages on one stream, as a table that both sides use.
+
+Invariant: at any moment both peers agree on whose turn it is. A stream carries one exchange at a time: a
+client speaks in IDLE and OPEN, a server in all other states, until ENDED, where nobody does.
+
+A `Failure` answers the request at hand and, by its code, decides what is left:
+
+- malformed, version, out_of_order: the bytes that follow cannot be trusted; the stream is over (ENDED). A
+  server may send these in any state, and closes the stream after them.
+- busy, too_large in answer to a `Step`: nothing was computed and the cache is as it was; the session is
+  still OPEN.
+- any other answer to a `Step` or `CloseSession`: the session is gone (IDLE); its client replays it.
+- any other answer to another request: as if it had not been made.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from corolla.errors import ProtocolError
+from corolla.wire.messages import (
+    Alive,
+    Backward,
+    Closed,
+    CloseSession,
+    Failure,
+    Forward,
+    Gradients,
+    Message,
+    Opened,
+    OpenSession,
+    Output,
+    Ping,
+    ServerStatus,
+    Step,
+)
+
+
+class State(Enum):
+    """Where the conversation on a stream stands."""
+
+    IDLE = "idle"
+    OPENING = "opening a session"
+    OPEN = "open session"
+    STEPPING = "computing a step"
+    CLOSING = "closing a session"
+    FORWARD = "computing a forward pass"
+    BACKWARD = "computing a backward pass"
+    PING = "answering a ping"
+    PING_OPEN = "answering a ping inside a session"
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[State, dict[type[Message], State]] = {
+    State.IDLE: {
+        OpenSession: State.OPENING,
+        Forward: State.FORWARD,
+        Backward: State.BACKWARD,
+        Ping: State.PING,
+    },
+    State.OPENING: {Opened: State.OPEN, Alive: State.OPENING, Failure: State.IDLE},
+    State.OPEN: {Step: State.STEPPING, CloseSession: State.CLOSING, Ping: State.PING_OPEN},
+    State.STEPPING: {Output: State.OPEN, Alive: State.STEPPING, Failure: State.IDLE},
+    State.CLOSING: {Closed: State.IDLE, Alive: State.CLOSING, Failure: State.IDLE},
+    State.FORWARD: {Output: State.IDLE, Alive: State.FORWARD, Failure: State.IDLE},
+    State.BACKWARD: {Gradients: State.IDLE, Alive: State.BACKWARD, Failure: State.IDLE},
+    State.PING: {ServerStatus: State.IDLE, Alive: State.PING, Failure: State.IDLE},
+    State.PING_OPEN: {ServerStatus: State.OPEN, Alive: State.PING_OPEN, Failure: State.OPEN},
+    State.ENDED: {},
+}
+
+# Codes after which the stream is over, whatever was going on.
+FATAL_CODES = frozenset({"malformed", "version", "out_of_order"})
+# Codes that leave a session as it was before the refused `Step`.
+HARMLESS_CODES = frozenset({"busy", "too_large"})
+
+CLIENT_TURN = frozenset({State.IDLE, State.OPEN})
+
+
+def following(state: State, message: Message) -> State:
+    """The state after `message`. Raises `ProtocolError(field="type")` where it is not legal in `state`."""
+    if state is not State.ENDED and isinstance(message, Failure):
+        if message.code in FATAL_CODES:
+            return State.ENDED
+        if state is State.STEPPING and message.code in HARMLESS_CODES:
+            return State.OPEN
+    try:
+        return TRANSITIONS[state][type(message)]
+    except KeyError:
+        raise ProtocolError(
+            f"{type(message).__name__} is out of order here (state: {state.value}).", field="type"
+        ) from None
+
+
+class Conversation:
+    """One side's view of a stream's conversation; both sides advance it with every message."""
+
+    def __init__(self) -> None:
+        self.state = State.IDLE
+
+    def advance(self, message: Message) -> None:
+        """Note a message that was sent or received. Raises `ProtocolError`, and stays as it was."""
+        self.state = following(self.state, message)
+
+    @property
+    def request_open(self) -> bool:
+        """Whether the server owes an answer."""
+        return self.state not in CLIENT_TURN and self.state is not State.ENDED

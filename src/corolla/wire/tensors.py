@@ -1,0 +1,171 @@
+"""The tensor codec: which tensors a message may carry, and how they become bytes and tensors again.
+
+Invariant: a tensor that comes out has a name, dtype and shape that `messages.TENSORS` and the tables below
+allow, and lies inside the payload that was announced. All of that is checked on the header, before the
+payload's memory is taken. Bytes are little-endian, row-major; every tensor starts at a multiple of
+`ALIGNMENT`. Both directions are free of copies where the tensor is contiguous and on the CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Annotated, Any
+
+import msgspec
+import torch
+
+from corolla.errors import ProtocolError
+from corolla.wire.messages import TENSORS, Backward, Forward, Message, OpenSession
+
+if sys.byteorder != "little":
+    raise ImportError("Corolla's wire format is little-endian; this machine is not.")
+
+ALIGNMENT = 16
+MAX_DIMENSION = 2**31 - 1
+
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+_ALLOWED_DTYPES: dict[str, tuple[str, ...]] = {
+    "hidden": _FLOATING,
+    "grad": _FLOATING,
+    "prompts": _FLOATING,
+    "mask": ("bool",),
+    "positions": ("int64",),
+    "rows": ("int64",),
+}
+_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bool": torch.bool,
+    "int64": torch.int64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Dimension = Annotated[int, msgspec.Meta(ge=1, le=MAX_DIMENSION)]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One tensor of a frame: its name, dtype and shape."""
+
+    name: Annotated[str, msgspec.Meta(max_length=32)]
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+    shape: Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=4)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor itself, without padding."""
+        return prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
+    """The specs of `tensors`, in their order. Raises `ProtocolError` for a dtype that cannot travel."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ProtocolError(f"A tensor of dtype {tensor.dtype} cannot be sent.", field=name)
+    return tuple(TensorSpec(name, _NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
+
+
+def check(message: Message, specs: Sequence[TensorSpec]) -> None:
+    """Compare the tensors of a frame with what its message takes.
+
+    Raises `ProtocolError`, whose `field` is the tensor's name (or the message's field), for an unknown,
+    repeated or missing tensor, a dtype outside the allowlist, a wrong rank, or shapes that contradict each
+    other or the message.
+    """
+    table = TENSORS.get(type(message), {})
+    given = {spec.name for spec in specs}
+    if len(given) != len(specs):
+        raise ProtocolError("A frame names the same tensor twice.", field="tensors")
+    for name, (_, required) in table.items():
+        if required and name not in given:
+            raise ProtocolError(f"{type(message).__name__} needs the tensor {name!r}.", field=name)
+    sizes = _sizes_from_message(message)
+    for spec in specs:
+        if spec.name not in table:
+            raise ProtocolError(f"{type(message).__name__} takes no tensor {spec.name!r}.", field=spec.name)
+        if spec.dtype not in _ALLOWED_DTYPES[spec.name]:
+            allowed = ", ".join(_ALLOWED_DTYPES[spec.name])
+            raise ProtocolError(
+                f"The tensor {spec.name!r} is {spec.dtype}; it may be {allowed}.", field=spec.name
+            )
+        _match(spec, table[spec.name][0].split(), sizes)
+    if "S" in sizes and "T" in sizes and sizes["S"] < sizes["T"]:
+        raise ProtocolError("The mask is shorter than the new tokens; it must cover them all.", field="mask")
+
+
+def _sizes_from_message(message: Message) -> dict[str, int]:
+    if not isinstance(message, OpenSession | Forward | Backward):
+        return {}
+    if message.end <= message.start:
+        raise ProtocolError(f"Blocks {message.start}:{message.end} are an empty range.", field="end")
+    return {"N": message.end - message.start}
+
+
+def _match(spec: TensorSpec, letters: list[str], sizes: dict[str, int]) -> None:
+    """Bind each letter of a shape to its size, or compare it with the size that it already has."""
+    if len(spec.shape) != len(letters):
+        raise ProtocolError(
+            f"The tensor {spec.name!r} has {len(spec.shape)} dimensions instead of {len(letters)}.",
+            field=spec.name,
+        )
+    for letter, size in zip(letters, spec.shape, strict=True):
+        if sizes.setdefault(letter, size) != size:
+            raise ProtocolError(
+                f"The tensor {spec.name!r} has shape {list(spec.shape)}, but its dimension {letter} must be "
+                f"{sizes[letter]}.",
+                field=spec.name,
+            )
+
+
+def padded(nbytes: int) -> int:
+    """`nbytes`, rounded up to where the next tensor starts."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def payload_size(specs: Sequence[TensorSpec]) -> int:
+    """Bytes that the tensors take in a payload, padding included. The dtypes must be known ones."""
+    return sum(padded(spec.nbytes) for spec in specs)
+
+
+def to_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
+    """The payload's bytes. The buffers share memory with the tensors: do not change these until sent."""
+    buffers: list[memoryview] = []
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        raw: Any = flat.view(torch.uint8).numpy()
+        buffers.append(memoryview(raw))
+        if gap := padded(raw.nbytes) - raw.nbytes:
+            buffers.append(memoryview(bytes(gap)))
+    return buffers
+
+
+def from_payload(specs: Sequence[TensorSpec], payload: bytearray) -> dict[str, torch.Tensor]:
+    """The tensors of a payload; they share its memory, so that it must not be used for anything else.
+
+    Raises `ProtocolError` for values that no dtype can rule out: a bool that is neither 0 nor 1, a negative
+    position or row.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    offset = 0
+    for spec in specs:
+        tensors[spec.name] = _checked(spec, payload, offset).reshape(spec.shape)
+        offset += padded(spec.nbytes)
+    return tensors
+
+
+def _checked(spec: TensorSpec, payload: bytearray, offset: int) -> torch.Tensor:
+    dtype = _DTYPES[spec.dtype]
+    flat: torch.Tensor
+    if dtype == torch.bool:
+        # Any other byte would be an invalid C++ bool, whose meaning differs between kernels.
+        flat = torch.frombuffer(payload, dtype=torch.uint8, count=prod(spec.shape), offset=offset)
+        if int(flat.max()) > 1:
+            raise ProtocolError(f"The tensor {spec.name!r} holds bytes other than 0 and 1.", field=spec.name)
+        return flat.view(torch.bool)
+    flat = torch.frombuffer(payload, dtype=dtype, count=prod(spec.shape), offset=offset)
+    if dtype == torch.int64 and int(flat.min()) < 0:
+        raise ProtocolError(f"The tensor {spec.name!r} holds a negative number.", field=spec.name)
+    return flat
