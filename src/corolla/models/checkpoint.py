@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,35 +19,16 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from corolla.errors import CheckpointError, UnknownModel, UnsupportedFamily
+from corolla.errors import CheckpointError, UnsupportedFamily
 from corolla.models.families import structure
-from corolla.models.identity import model_identity
-from corolla.models.shards import ReadRange, TensorEntry, local_reader, read_entries, read_tensors
+from corolla.models.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
+from corolla.models.hub import HubRepo
+from corolla.models.identity import Sample, model_identity, sample_plan
+from corolla.models.local_cache import cache_root, made_once
+from corolla.models.shards import TensorEntry, local_reader, read_entries, read_tensors
+from corolla.models.source import INDEX_FILE, LocalFolder, Source, read_json
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-
-class Source(ABC):
-    """Where a checkpoint's files are."""
-
-    location: str  # what transformers' own loaders (tokenizers) take: a folder or a hub name
-
-    @abstractmethod
-    def config_path(self) -> Path:
-        """A local `config.json`."""
-
-    @abstractmethod
-    def weight_map(self) -> dict[str, str]:
-        """Which file holds each tensor. Raises `CheckpointError` when there are no safetensors."""
-
-    @abstractmethod
-    def reader(self, file: str) -> ReadRange:
-        """Reads of parts of one file, without fetching it."""
-
-    @abstractmethod
-    def fetch(self, file: str) -> Path:
-        """The whole file, here."""
+SAMPLERS = 16  # reads in flight while sampling a checkpoint that is far away
 
 
 class Checkpoint:
@@ -59,14 +40,24 @@ class Checkpoint:
     source: Source
 
     def __init__(
-        self, name: str, revision: str | None, source: Source, *, known_identity: str | None = None
+        self,
+        name: str,
+        revision: str | None,
+        source: Source,
+        *,
+        known_identity: str | None = None,
+        memory: Path | None = None,
     ) -> None:
-        """`known_identity` is for converted files, whose identity is that of what they came from."""
+        """`known_identity` is for converted files, whose identity is that of what they came from.
+
+        `memory` is a folder where identities of a source that cannot change are kept.
+        """
         self.name = name
         self.revision = revision
         self.source = source
         self._known_identity = known_identity
-        self._raw_config = _read_json(source.config_path())
+        self._memory = memory
+        self._raw_config = read_json(source.config_path())
         self.config = _load_config(name, source.config_path(), self._raw_config)
         self.architecture = structure(self.config).causal_lm.__name__
 
@@ -90,13 +81,26 @@ class Checkpoint:
         """32 hexadecimal digits that are equal for equal weights only; reads every file's header."""
         if self._known_identity is not None:
             return self._known_identity
-        owners = {name: file for file in self._files for name in self._entries(file)}
-        entries = [entry for file in self._files for entry in self._entries(file).values()]
+        if self._memory is None or self.source.commit is None:
+            return self._computed_identity()
+        noted = self._memory / f"{self.source.location.replace('/', '--')}@{self.source.commit}"
 
-        def sample(entry: TensorEntry, offset: int, size: int) -> bytes:
-            return self.source.reader(owners[entry.name])(entry.offset + offset, size)
+        def note(work: Path) -> None:
+            (work / "identity").write_text(self._computed_identity())
 
-        return model_identity(self._raw_config, entries, sample)
+        return (made_once(noted, note) / "identity").read_text()
+
+    def _computed_identity(self) -> str:
+        per_file = {file: self._entries(file) for file in self._files}
+        owners = {name: file for file, entries in per_file.items() for name in entries}
+        everything = [entry for entries in per_file.values() for entry in entries.values()]
+
+        def read(sample: Sample) -> bytes:
+            return self.source.reader(owners[sample.entry.name])(sample.offset, sample.size)
+
+        with ThreadPoolExecutor(SAMPLERS) as pool:
+            samples = list(pool.map(read, sample_plan(everything)))
+        return model_identity(self._raw_config, everything, samples)
 
     def tensors(
         self, wanted: Callable[[str], bool], *, widen_to: torch.dtype | None = None
@@ -151,37 +155,6 @@ class Checkpoint:
         return chosen
 
 
-class LocalFolder(Source):
-    """A checkpoint in a folder: `config.json` and one or many safetensors files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.location = str(folder)
-
-    def config_path(self) -> Path:
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise UnknownModel(f"{self.folder} holds no config.json, so it is not a model's folder.")
-        return path
-
-    def weight_map(self) -> dict[str, str]:
-        index = self.folder / INDEX_FILE
-        if index.is_file():
-            return parse_index(index)
-        if (self.folder / SINGLE_FILE).is_file():
-            return dict.fromkeys(read_entries(self.reader(SINGLE_FILE), SINGLE_FILE), SINGLE_FILE)
-        raise no_safetensors(self.location, any(self.folder.glob("*.bin")))
-
-    def reader(self, file: str) -> ReadRange:
-        return local_reader(self.fetch(file))
-
-    def fetch(self, file: str) -> Path:
-        path = self.folder / file
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though the checkpoint's index names it.")
-        return path
-
-
 def open_checkpoint(
     name: str, *, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None
 ) -> Checkpoint:
@@ -191,46 +164,23 @@ def open_checkpoint(
     hub name; of a hub name with `-petals` at its end, the original's is used. `cache_dir` replaces the
     user's cache folders. Raises `UnknownModel`, `UnsupportedFamily` or `CheckpointError`.
     """
-    if Path(name).is_dir():
-        return Checkpoint(name, revision, LocalFolder(Path(name).resolve()))
-    raise UnknownModel(f"There is no model {name}: it is neither a folder nor a file here, nor on the hub.")
-
-
-def parse_index(path: Path) -> dict[str, str]:
-    """The weight map of an index file; file names that leave the folder are refused."""
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} names no tensors, so it is not a checkpoint's index.")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {file!r}, which is not a safetensors file beside it.")
-    return weight_map
-
-
-def no_safetensors(place: str, has_pickles: bool) -> CheckpointError:
-    """The error for a checkpoint without safetensors."""
-    if has_pickles:
-        return CheckpointError(
-            f"{place} holds only pickled weights (.bin), which can run code when read; convert it to safetensors."
-        )
-    return CheckpointError(f"{place} holds no safetensors file, so there are no weights to read.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON; download or copy it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold one JSON object.")
-    return content
+    path = Path(name)
+    if path.is_dir():
+        return Checkpoint(name, revision, LocalFolder(path.resolve()))
+    if name == EMBEDDED_ALIAS or path.suffix == ".gguf":
+        file = embedded_gguf() if name == EMBEDDED_ALIAS else path
+        identity = gguf_identity(file)
+        folder = converted_gguf(file, identity, cache_dir)
+        return Checkpoint(name, revision, LocalFolder(folder), known_identity=identity)
+    source = HubRepo(name, revision=revision, token=token, cache_dir=cache_dir)
+    return Checkpoint(name, revision, source, memory=cache_root(cache_dir) / "identities")
 
 
 def _load_config(name: str, path: Path, raw: dict[str, Any]) -> PretrainedConfig:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "some method")
         raise CheckpointError(
-            f"{name} is stored quantized ({method}), which Corolla does not read; use an unquantized checkpoint."
+            f"{name} is stored quantized ({method}), which Corolla does not read; use an unquantized one."
         )
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)

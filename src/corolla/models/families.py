@@ -123,11 +123,12 @@ def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     # A config with a text_config describes a model that also takes images or sound.
     if type(config) not in mapping or hasattr(config, "text_config"):
         raise UnsupportedFamily(
-            f"Models of type {config.model_type} are not causal language models that Corolla can split; use a "
-            "text-only decoder such as llama, qwen3 or bloom."
+            f"Models of type {config.model_type} are not causal language models that Corolla can split; "
+            "use a text-only decoder such as llama, qwen3 or bloom."
         )
     found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return causal_class
 
 
 def _shallowest_list(base: nn.Module | None, model_type: str) -> str:
@@ -140,4 +141,5 @@ def _shallowest_list(base: nn.Module | None, model_type: str) -> str:
         raise UnsupportedFamily(
             f"Models of type {model_type} cannot be split: their blocks are not one list of layers."
         )
-    return lists[0]
+    path: str = lists[0]
+    return path

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from corolla.models.shards import TensorEntry
@@ -30,21 +31,34 @@ VOLATILE_CONFIG_KEYS = frozenset(
 )
 
 
-def model_identity(
-    config: dict[str, Any], entries: Iterable[TensorEntry], sample: Callable[[TensorEntry, int, int], bytes]
-) -> str:
-    """32 hexadecimal digits for a raw config (as in `config.json`) and a checkpoint's tensors.
+@dataclass(frozen=True)
+class Sample:
+    """A few bytes of one tensor, `offset` counted from the start of its file."""
 
-    `sample(entry, offset, size)` reads `size` bytes at `offset` from the tensor's first byte. Which tensors
-    are sampled depends on their names alone, so every reader asks for the same bytes.
+    entry: TensorEntry
+    offset: int
+    size: int
+
+
+def sample_plan(entries: Iterable[TensorEntry]) -> list[Sample]:
+    """Which bytes to read; depends on names and sizes alone, so every reader asks for the same."""
+    chosen = sorted(entries, key=_lot)[:SAMPLED_TENSORS]
+    sizes = [min(SAMPLE_BYTES, entry.size) for entry in chosen]
+    return [
+        Sample(entry, entry.offset + (entry.size - size) // 2, size)
+        for entry, size in zip(chosen, sizes, strict=True)
+    ]
+
+
+def model_identity(config: dict[str, Any], entries: Iterable[TensorEntry], samples: Iterable[bytes]) -> str:
+    """32 hexadecimal digits for a raw config (as in `config.json`), a checkpoint's tensors and what
+    `sample_plan` for these tensors told to read, in its order.
     """
     digest = hashlib.sha256(canonical_config(config))
-    ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
+    for entry in sorted(entries, key=lambda entry: entry.name):
         digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
-    for entry in sorted(ordered, key=_lot)[:SAMPLED_TENSORS]:
-        size = min(SAMPLE_BYTES, entry.size)
-        digest.update(sample(entry, (entry.size - size) // 2, size))
+    for sample in samples:
+        digest.update(sample)
     return digest.hexdigest()[:32]
 
 

@@ -100,8 +100,8 @@ def read_tensors(path: Path, entries: list[TensorEntry], widen_to: torch.dtype |
             tensor = _empty(path, entry)
             file.seek(entry.offset)
             # A view of the tensor's own memory: the file is read straight into it.
-            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            if file.readinto(target) != entry.size:  # type: ignore[attr-defined]
+            target = tensor.reshape(-1).view(torch.uint8).numpy().data
+            if file.readinto(target) != entry.size:
                 raise CheckpointError(f"{path} is truncated; download or copy it again.")
             if widen_to is not None and tensor.is_floating_point() and tensor.itemsize < widen_to.itemsize:
                 tensor = tensor.to(widen_to)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
-from corolla.models.span_cache import SpanCache
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import (
     ADDED_POSITIONS,
@@ -28,6 +27,7 @@ from corolla.models.families import (
     structure,
 )
 from corolla.models.prompts import add_deep
+from corolla.models.span_cache import SpanCache
 
 
 class Span:
@@ -64,12 +64,14 @@ class Span:
     @property
     def dtype(self) -> torch.dtype:
         """What the span computes in."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def nbytes(self) -> int:
         """Memory of the span's weights in bytes."""
@@ -216,7 +218,8 @@ def _load_blocks(
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise CheckpointError(
-            f"{checkpoint.name} lacks tensors of blocks {start}:{end}, {first} (counted from block {start}) among them."
+            f"{checkpoint.name} lacks tensors of blocks {start}:{end}, among them {first} (counted from "
+            f"block {start})."
         )
     model.requires_grad_(False)
     return model.eval()

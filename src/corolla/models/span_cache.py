@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 
-class SpanCache(DynamicCache):
+class SpanCache(DynamicCache):  # type: ignore[misc]
     """Keys and values of blocks [first, …), addressed by the blocks' indices in the whole model."""
 
     def __init__(self, first: int) -> None:
