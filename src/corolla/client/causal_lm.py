@@ -57,8 +57,8 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self._blocks = RemoteBlocks(connection, 0, config.num_hidden_layers)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             layer = BlocksLayer(self._blocks.run, returns_tuple=families.returns_tuple(config))
-            replace_blocks(self, families.blocks_prefix(config), layer)
-            BaseModelHooks(self.base_model, prompts=self._get_prompts, default_cache=self._default_cache)
+            holder = replace_blocks(self, families.blocks_prefix(config), layer)
+            BaseModelHooks(holder, prompts=self._get_prompts, default_cache=self._default_cache)
             weakref.finalize(self, connection.close)
 
         # --- blocks, prompts, sessions ------------------------------------------------------------------
@@ -181,7 +181,10 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 return super().from_pretrained(name, *args, **kwargs)
             return load_distributed(name, *args, only=architecture, **kwargs)
 
-    Distributed.__name__ = Distributed.__qualname__ = f"Distributed{architecture}"
+    # transformers looks conversions of weights up by the class's name, and refuses them to classes that are
+    # not its own; so the class carries the family's name and module.
+    Distributed.__name__, Distributed.__module__ = architecture, family.__module__
+    Distributed.__qualname__ = f"Distributed{architecture}"
     return Distributed
 
 
@@ -317,7 +320,8 @@ def initial_prompt(
         vectors = prompt_math.initial_vectors(
             embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
         )
-    return SoftPrompt(vectors, checkpoint.num_blocks if mode == "deep_ptune" else 0).to(model.device)
+    blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
+    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
 
 
 class AutoDistributedModelForCausalLM:

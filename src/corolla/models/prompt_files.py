@@ -76,11 +76,13 @@ def load_prompt(folder: Path, *, model_name: str, identity: str) -> SoftPrompt:
     shape = (about["prompt_tokens"], about["hidden_size"])
     if vectors is None or tuple(vectors.shape) != shape or deep_mode != (deep is not None):
         raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
-    prompt = SoftPrompt(vectors, about["blocks"])
-    if prompt.deep is not None and deep is not None:
-        if prompt.deep.shape != deep.shape:
-            raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
-        prompt.deep.data.copy_(deep)
+    if deep is None:
+        return SoftPrompt(vectors)
+    if deep.ndim != 3 or deep.shape[:2] != (about["blocks"], about["prompt_tokens"]):
+        raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
+    prompt = SoftPrompt(vectors, about["blocks"], int(deep.shape[2]))
+    assert prompt.deep is not None
+    prompt.deep.data.copy_(deep)
     return prompt
 
 

@@ -20,13 +20,16 @@ class SoftPrompt(nn.Module):
     input: nn.Parameter
     deep: nn.Parameter | None
 
-    def __init__(self, input_vectors: Tensor, deep_blocks: int = 0) -> None:
-        """Start from `input_vectors` [P, H]; deep prompts start at zero, which changes nothing."""
+    def __init__(self, input_vectors: Tensor, deep_blocks: int = 0, deep_size: int | None = None) -> None:
+        """Start from `input_vectors` [P, H]; deep prompts start at zero, which changes nothing.
+
+        `deep_size` is the blocks' width where a family's embeddings are narrower (opt-350m).
+        """
         super().__init__()
         self.input = nn.Parameter(input_vectors.detach().float().clone())
         if deep_blocks:
             length, hidden = input_vectors.shape
-            self.deep = nn.Parameter(torch.zeros(deep_blocks, length, hidden))
+            self.deep = nn.Parameter(torch.zeros(deep_blocks, length, deep_size or hidden))
         else:
             self.register_parameter("deep", None)
 

@@ -81,7 +81,7 @@ class _Entered:
 
 
 class BaseModelHooks:
-    """Stands around the base model's forward: puts prompts in front, takes their outputs away again."""
+    """Stands around the forward that runs the blocks: puts prompts in front, takes their outputs away again."""
 
     def __init__(
         self,
@@ -216,8 +216,13 @@ def _trim(item: Any, entered: _Entered) -> Any:
     return item
 
 
-def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> None:
-    """Put the pseudo-layer where the family keeps its list of blocks (`prefix`, such as `model.layers`)."""
-    parent_name, _, name = prefix.rpartition(".")
-    setattr(model.get_submodule(parent_name), name, nn.ModuleList([layer]))
+def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> PreTrainedModel:
+    """Put the pseudo-layer where the family keeps its list of blocks (`prefix`, such as `model.layers`).
+
+    Returns the model whose forward runs them.
+    """
+    path, _, name = prefix.rpartition(".")
+    holder: Any = model.get_submodule(path)
+    setattr(holder, name, nn.ModuleList([layer]))
     model.config._attn_implementation = ATTENTION_NAME
+    return holder  # type: ignore[no-any-return]
