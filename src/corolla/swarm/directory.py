@@ -49,3 +49,7 @@ class Directory(ABC):
     @abstractmethod
     async def all_servers(self) -> list[ServerRecord]:
         """All valid records of all models: the swarm's map."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop taking part in the directory; safe to call twice. Records stay until they expire."""

@@ -49,3 +49,6 @@ class MemoryDirectory(Directory):
 
     async def all_servers(self) -> list[ServerRecord]:
         return self._board.valid()
+
+    async def close(self) -> None:
+        """Nothing to let go of."""

@@ -93,7 +93,7 @@ def find_route(
 
 def uncovered(records: Iterable[ServerRecord], start: int, end: int) -> list[int]:
     """The blocks of [start, end) that none of `records` covers, ascending."""
-    covered = set()
+    covered: set[int] = set()
     for record in records:
         covered.update(range(max(start, record.start), min(end, record.end)))
     return [block for block in range(start, end) if block not in covered]
@@ -131,7 +131,8 @@ def _missing(records: Sequence[ServerRecord], start: int, end: int, avoid: Colle
 def _served_by_nobody(records: Sequence[ServerRecord], blocks: list[int]) -> MissingBlocks:
     # The name comes from strangers, and the command is there to be pasted into a shell.
     name = shlex.quote(
-        min((r.model_name for r in records if r.model_name.isprintable()), default="") or "MODEL"
+        min((r.model_name for r in records if r.model_name and r.model_name.isprintable()), default="")
+        or "MODEL"
     )
     commands = " and ".join(f"`corolla serve {name} --blocks {a}:{b} --peers …`" for a, b in ranges(blocks))
     return MissingBlocks(f"{_in_words(blocks)} served by nobody; start {commands}.", blocks=blocks)

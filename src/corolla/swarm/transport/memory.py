@@ -15,8 +15,9 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from corolla.errors import PeerDisconnected, PeerUnreachable
+from corolla.errors import PeerDisconnected, PeerUnreachable, RemoteError
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class _Pipe:
         taken = bytearray()
         while len(taken) < size:
             wanted = min(size - len(taken), BUFFER_BYTES)
-            await self.network.wait_until(lambda wanted=wanted: self._may_read(wanted), self._readable)
+            await self.network.wait_until(partial(self._may_read, wanted), self._readable)
             if len(self.buffer) < wanted:
                 raise PeerDisconnected(f"The stream from peer {self.sender} has ended.", peer_id=self.sender)
             taken += self.buffer[:wanted]
@@ -259,6 +260,8 @@ class MemoryTransport(Transport):
         try:
             await self._network.until_running(self.peer_id)
             await handler(stream)
+        except RemoteError as error:
+            logger.debug("A stream from peer %s: %s", stream.peer_id, error)
         except Exception:
             logger.exception("The handler of a stream from peer %s failed", stream.peer_id)
         finally:

@@ -1,0 +1,99 @@
+"""One asyncio loop on a thread of its own, for callers who are not asynchronous.
+
+Invariant: all of a client's network work runs on this one loop, whichever thread asks for it (a notebook's
+cell, a trainer, a finalizer); when `close()` returns, no task of it is left and its thread has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from corolla.errors import UsageError
+
+T = TypeVar("T")
+
+
+class EventLoopThread:
+    """An event loop that runs until `close()`. Its thread is a daemon: it keeps no program alive."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name="corolla-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` has been called."""
+        return self._closed
+
+    def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Wait for `work` and return its result or raise its error.
+
+        After `timeout` seconds `work` is cancelled and `TimeoutError` raised; Ctrl-C in the calling thread
+        cancels it as well. Raises `UsageError` in a forked process and after `close()`.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("EventLoopThread.run would wait for itself; await the coroutine instead.")
+        future = self._submit(work)
+        try:
+            return future.result(timeout)
+        except BaseException:
+            # Whatever ended the wait (an interrupt, the timeout, or the work itself), nothing goes on.
+            future.cancel()
+            raise
+
+    def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Start `work` without waiting; it may outlast the call but not `close()`.
+
+        For finalizers: in a forked process or after `close()`, `work` is dropped and nothing raised.
+        """
+        try:
+            self._submit(work)
+        except UsageError:
+            return
+
+    def close(self) -> None:
+        """Cancel what runs, end the loop and its thread; safe to call twice, from any thread but its own."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if os.getpid() != self._pid:
+            return  # the thread lives in the parent only
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if os.getpid() != self._pid:
+            work.close()
+            raise UsageError(
+                "A model's connection to the swarm does not survive a fork; use the model in the process that "
+                "loaded it, not in a DataLoader worker."
+            )
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise UsageError("The connection to the swarm is closed; load the model again.")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        finally:
+            self._loop.close()

@@ -1,0 +1,252 @@
+"""Streams between peers over libp2p, by hivemind's daemon `p2pd`. Importing this module takes seconds.
+
+Invariant: hivemind is known here and in `swarm/directory_dht.py` only. The daemon and the folder with its
+sockets belong to the transport and end with it; what daemon and library log reaches our own logger at
+debug level and nobody's terminal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
+from hivemind.utils.logging import use_hivemind_log_handler
+
+from corolla.errors import (
+    CorollaError,
+    PeerDisconnected,
+    PeerUnreachable,
+    RemoteError,
+    SwarmUnavailable,
+    UsageError,
+)
+from corolla.swarm.addresses import check_ports_free, is_loopback, join_multiaddr, listen_multiaddr
+from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
+from corolla.swarm.transport.identity import prepare_identity
+from corolla.swarm.transport.runtime_dir import RuntimeDir
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LISTEN = ("127.0.0.1:0",)
+OPEN_SECONDS = 10.0  # a dial into the void takes libp2p minutes
+CLOSE_SECONDS = 1.0  # how long closing waits for a peer to take what was already written
+READ_BUFFER = 512 * 1024
+
+
+class _ToOurLogger(logging.Handler):
+    """Passes hivemind's records on at debug level: none of them is a user's business."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
+
+
+def _tame_hivemind_logging() -> None:
+    # On import, hivemind installs a handler that prints to stderr and renames the level WARNING.
+    use_hivemind_log_handler("nowhere")
+    logging.addLevelName(logging.WARNING, "WARNING")
+    hivemind_logger = logging.getLogger("hivemind")
+    hivemind_logger.propagate = False
+    hivemind_logger.setLevel(logging.INFO)
+    hivemind_logger.addHandler(_ToOurLogger())
+
+
+_tame_hivemind_logging()
+
+
+def _daemon_class(runtime_dir: Path) -> type[Any]:
+    """A `P2P` whose sockets lie in `runtime_dir` and whose daemon is left alone by Ctrl-C."""
+
+    class Daemon(P2P):  # type: ignore[misc]
+        _UNIX_SOCKET_PREFIX = f"/unix{runtime_dir}/"
+
+        @staticmethod
+        def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+            # A terminal's Ctrl-C goes to the whole process group; the daemon must outlive our own reaction
+            # to it. Go keeps SIGINT ignored when it is so at the start.
+            command: list[str] = P2P._make_process_args(*args, **kwargs)
+            return ["/bin/sh", "-c", 'trap "" INT; exec "$0" "$@"', *command]
+
+    return Daemon
+
+
+class Libp2pStream(Stream):
+    """A stream, as the daemon hands it over: a local socket."""
+
+    def __init__(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.peer_id = peer_id
+        self._reader = reader
+        self._writer = writer
+
+    async def write(self, buffers: Sequence[Buffer]) -> None:
+        if self._writer.is_closing():
+            raise self._ended()
+        try:
+            for buffer in buffers:
+                self._writer.write(buffer)
+                await self._writer.drain()
+        except OSError as error:
+            raise self._ended() from error
+
+    async def read(self, size: int) -> bytearray:
+        try:
+            return bytearray(await self._reader.readexactly(size))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise self._ended() from error
+
+    async def close(self) -> None:
+        self._writer.close()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._writer.wait_closed()
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            self._writer.transport.abort()
+            # Whoever reads here at this moment learns of it too.
+            self._reader.feed_eof()
+
+    def _ended(self) -> PeerDisconnected:
+        return PeerDisconnected(f"The stream to peer {self.peer_id} has ended.", peer_id=self.peer_id)
+
+
+class Libp2pTransport(Transport):
+    """One peer, with a daemon of its own. Made by `create`."""
+
+    def __init__(self, p2p: Any, runtime_dir: RuntimeDir) -> None:
+        self.p2p = p2p
+        self.peer_id: str = p2p.peer_id.to_base58()
+        self._control = p2p._daemon_listen_maddr["unix"]
+        self._runtime_dir = runtime_dir
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        initial_peers: Sequence[str] = (),
+        listen: Sequence[str] | None = None,
+        announce: Sequence[str] | None = None,
+        identity: Path | None = None,
+        client_only: bool = False,
+    ) -> Libp2pTransport:
+        """Start a daemon and connect it; the arguments are `Node.create`'s, and so are the errors."""
+        peers = [join_multiaddr(address) for address in initial_peers]
+        hosts = [listen_multiaddr(address) for address in (listen or DEFAULT_LISTEN)]
+        announced = [listen_multiaddr(address) for address in announce] if announce else None
+        check_ports_free(hosts)
+        runtime_dir = RuntimeDir()
+        try:
+            if identity is not None:
+                prepare_identity(identity, runtime_dir.path)
+            p2p = await _daemon_class(runtime_dir.path).create(
+                initial_peers=peers or None,
+                host_maddrs=hosts,
+                announce_maddrs=announced,
+                identity_path=None if identity is None else str(identity),
+                dht_mode="client" if client_only else "server",
+                nat_port_map=not is_loopback(hosts),
+            )
+        except P2PDaemonError as error:
+            runtime_dir.close()
+            raise _explain(error, initial_peers, hosts) from error
+        except BaseException:
+            runtime_dir.close()
+            raise
+        return cls(p2p, runtime_dir)
+
+    async def addresses(self) -> list[str]:
+        return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+
+    async def open(self, peer_id: str, protocol: str) -> Stream:
+        if self._closed:
+            raise PeerUnreachable("This peer has left the network.", peer_id=peer_id)
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._control, limit=READ_BUFFER)
+        except OSError as error:
+            raise SwarmUnavailable("The network process of this peer has ended; start it again.") from error
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                await self._ask_for_stream(peer_id, protocol, reader, writer)
+        except BaseException as error:
+            writer.transport.abort()
+            if isinstance(error, TimeoutError | OSError | EOFError):
+                raise PeerUnreachable(f"Peer {peer_id} cannot be reached.", peer_id=peer_id) from error
+            raise
+        return Libp2pStream(peer_id, reader, writer)
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        async def handle(
+            info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            stream = Libp2pStream(info.peer_id.to_base58(), reader, writer)
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            try:
+                await handler(stream)
+            except RemoteError as error:
+                logger.debug("A stream from peer %s: %s", stream.peer_id, error)
+            except Exception:
+                logger.exception("The handler of a stream from peer %s failed", stream.peer_id)
+            finally:
+                self._tasks.discard(task)
+                await stream.close()
+
+        await self.p2p.add_binary_stream_handler(protocol, handle)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        try:
+            await self.p2p.shutdown()
+        finally:
+            self._runtime_dir.close()
+
+    async def _ask_for_stream(
+        self, peer_id: str, protocol: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        # hivemind's own function for this leaves its socket open when the daemon refuses.
+        try:
+            peer = PeerID.from_base58(peer_id).to_bytes()
+        except ValueError as error:
+            raise PeerUnreachable(f"{peer_id!r} is not a peer id.", peer_id=peer_id) from error
+        opening = p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol])
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
+        await write_pbmsg(writer, request)
+        response = p2pd_pb2.Response()
+        await read_pbmsg_safe(reader, response)
+        if response.type == p2pd_pb2.Response.ERROR:
+            logger.debug("No stream to %s: %s", peer_id, response.error.msg)
+            raise PeerUnreachable(f"Peer {peer_id} cannot be reached.", peer_id=peer_id)
+
+
+def _explain(error: Exception, initial_peers: Sequence[str], hosts: Sequence[str]) -> CorollaError:
+    """The daemon's last words as one sentence of ours."""
+    text = str(error)
+    if "bootstrap peers" in text or ("failed to start in" in text and initial_peers):
+        return SwarmUnavailable(
+            f"Nobody answers at {', '.join(initial_peers)}; check the join address and that its peer is running."
+        )
+    if "failed to listen" in text:
+        return UsageError(f"Cannot listen on {', '.join(hosts)}; choose another address or port.")
+    if "already taken" in text:
+        return UsageError(
+            "Another running peer uses this identity file; give each peer its own with --identity."
+        )
+    return SwarmUnavailable(f"The network process of this peer did not start: {text}.")
