@@ -23,6 +23,8 @@ _LLAMA_LIKE: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 _SLIDING = {"sliding_window": 6}
+# These repeat one token for ever when a random head is tied to a random embedding.
+_UNTIED = frozenset({"bloom", "gemma2", "gemma3_text", "gpt2"})
 
 
 def _layer_types(layers: int) -> list[str]:
@@ -112,7 +114,10 @@ FAMILIES: tuple[str, ...] = (
 
 def tiny_config(family: str, *, layers: int = 4, **changes: Any) -> PretrainedConfig:
     """A config of a few thousand parameters; `changes` override its fields."""
-    arguments = {**_TOKENS, "vocab_size": VOCABULARY, **_arguments(family, layers), **changes}
+    arguments = {**_TOKENS, "vocab_size": VOCABULARY, **_arguments(family, layers)}
+    if family in _UNTIED:
+        arguments["tie_word_embeddings"] = False
+    arguments |= changes
     return AutoConfig.for_model(family, num_hidden_layers=layers, **arguments)
 
 
@@ -122,11 +127,14 @@ def tiny_model(
     """The family's own model with every parameter drawn anew, norms and biases too."""
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
+    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]))
+            if parameter is embedding:
+                parameter.copy_(noise * 0.1)  # narrow, so that a tied head does not merely repeat its input
+            elif parameter.ndim >= 2:
+                parameter.copy_(noise * 2.0 / math.sqrt(parameter.shape[-1]))
             elif name.endswith("weight"):
                 parameter.add_(noise * 0.1)  # a norm's scale: its own neutral value, disturbed
             else:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def check_family(config: PretrainedConfig) -> None:
     except (CorollaError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be served: a miniature of this one could not be split "
-            f"({type(error).__name__}: {error})."
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]:.120})."
         ) from error
     if difference is not None:
         raise UnsupportedFamily(
@@ -92,13 +93,14 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     ratio = _heads_per_key(config)
     for name, size in SMALL.items():
         value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            setattr(small, name, min(value, size) if name != "hidden_size" else size)
+        computed = isinstance(getattr(type(config), name, None), property)
+        if isinstance(value, int) and not computed:
+            setattr(small, name, size)
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
-    small.num_attention_heads = SMALL["num_attention_heads"]
-    if getattr(config, "num_key_value_heads", None) is not None:
-        small.num_key_value_heads = max(1, small.num_attention_heads // ratio)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None) is not None:
+            setattr(small, name, max(1, small.num_attention_heads // ratio))
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
     small.rope_parameters = _shorter_factors(getattr(config, "rope_parameters", None))
     small.dtype = torch.float32
@@ -106,7 +108,11 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _heads_per_key(config: PretrainedConfig) -> int:
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    keys = (
+        getattr(config, "num_key_value_heads", None)
+        or getattr(config, "num_kv_heads", None)
+        or config.num_attention_heads
+    )
     return max(1, int(config.num_attention_heads // keys))
 
 
@@ -146,10 +152,7 @@ def _random_model(causal_lm: type[PreTrainedModel], config: PretrainedConfig) ->
 def _spans(folder: Path, depth: int) -> list[Span]:
     checkpoint = Checkpoint("miniature", None, LocalFolder(folder))
     cuts = sorted({0, 1, (depth + 2) // 2, depth})
-    return [
-        load_span(checkpoint, start, end, dtype=torch.float32)
-        for start, end in zip(cuts, cuts[1:], strict=False)
-    ]
+    return [load_span(checkpoint, start, end, dtype=torch.float32) for start, end in pairwise(cuts)]
 
 
 @dataclass

@@ -1,0 +1,72 @@
+"""What is read off a family's classes is right, and what cannot be split is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, Gemma3Config, PretrainedConfig, T5Config
+
+from corolla.errors import UnsupportedFamily
+from corolla.models.families import (
+    base_prefix,
+    block_key_pattern,
+    blocks_prefix,
+    returns_tuple,
+    slice_config,
+    structure,
+)
+from tests.tiny_models import FAMILIES, tiny_config
+
+PREFIXES = {
+    "bloom": "transformer.h",
+    "gpt2": "transformer.h",
+    "falcon": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "opt": "model.decoder.layers",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_the_blocks_live(family: str) -> None:
+    config = tiny_config(family)
+    prefix = PREFIXES.get(family, "model.layers")
+    assert blocks_prefix(config) == prefix
+    assert base_prefix(config) == prefix.split(".")[0]
+    pattern = block_key_pattern(config)
+    match = pattern.match(f"{prefix}.12.attn.weight")
+    assert match is not None
+    assert (match["index"], match["rest"]) == ("12", "attn.weight")
+    assert pattern.match(f"{prefix.partition('.')[2]}.3.attn.weight")  # a base model's own checkpoint
+    assert not pattern.match(f"other.{prefix}.3.attn.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whether_layers_return_tuples(family: str) -> None:
+    config = tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config)
+    outputs = []
+    block = model.get_submodule(blocks_prefix(config))[0]
+    block.register_forward_hook(lambda _block, _arguments, output: outputs.append(output))
+    model(torch.tensor([[3, 4, 5]]))
+    assert isinstance(outputs[0], tuple) == returns_tuple(config)
+
+
+def test_slicing_a_config_cuts_its_lists() -> None:
+    config = tiny_config("smollm3")
+    sliced = slice_config(config, 1, 3)
+    assert sliced.num_hidden_layers == 2
+    assert sliced.no_rope_layers == config.no_rope_layers[1:3]
+    assert sliced.layer_types == config.layer_types[1:3]
+    assert config.num_hidden_layers == 4  # the original is untouched
+    assert len(config.no_rope_layers) == 4
+
+
+@pytest.mark.parametrize("config", [T5Config(), Gemma3Config()], ids=lambda config: config.model_type)
+def test_what_is_no_causal_text_model_is_refused(config: PretrainedConfig) -> None:
+    with pytest.raises(UnsupportedFamily, match=f"type {config.model_type} "):
+        structure(config)
+
+
+def test_blocks_that_no_model_runs_are_refused() -> None:
+    with pytest.raises(UnsupportedFamily, match="what runs their blocks is not a model"):
+        structure(BertConfig(is_decoder=True))
