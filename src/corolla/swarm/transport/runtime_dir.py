@@ -25,7 +25,7 @@ class RuntimeDir:
 
     def __init__(self) -> None:
         base = _base()
-        _remove_abandoned(base)
+        remove_abandoned()
         self.path = Path(tempfile.mkdtemp(prefix=f"corolla-{os.getpid()}-", dir=base))
         self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -44,8 +44,9 @@ def _base() -> Path:
     return base if needed <= _MAX_SOCKET_PATH else Path("/tmp")
 
 
-def _remove_abandoned(base: Path) -> None:
-    for path in base.glob("corolla-*-*"):
+def remove_abandoned() -> None:
+    """Remove the folders of processes that died without doing so; never raises."""
+    for path in _base().glob("corolla-*-*"):
         match = _NAME.fullmatch(path.name)
         with suppress(OSError):
             status = path.lstat()

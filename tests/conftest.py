@@ -1,0 +1,75 @@
+"""What every test relies on: small thread pools, deterministic examples, and nothing left behind.
+
+`nothing_left_behind` fails a run in which a process or a socket folder that the tests caused outlives them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import psutil
+import pytest
+import torch
+
+from corolla.swarm.transport.runtime_dir import remove_abandoned
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("corolla")
+
+MARKER = "COROLLA_TEST_RUN"
+GRACE_SECONDS = 15.0  # a daemon notices within seconds that its killed parent is gone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Gives this worker's processes a mark and a temporary folder of their own; checks both at the end."""
+    run = uuid.uuid4().hex
+    # Short, because socket paths are.
+    scratch = Path(tempfile.mkdtemp(prefix="ct-", dir="/tmp"))
+    saved = {name: os.environ.get(name) for name in (MARKER, "TMPDIR")}
+    os.environ.update({MARKER: run, "TMPDIR": str(scratch)})
+    tempfile.tempdir = None
+    yield
+    try:
+        _, alive = psutil.wait_procs(_processes_of(run), timeout=GRACE_SECONDS)
+        names = [_describe(process) for process in alive]
+        for process in alive:
+            process.kill()
+        assert not names, f"processes outlived the tests: {names}"
+        remove_abandoned()  # what a killed peer leaves is removed by the next one that starts
+        folders = sorted(path.name for path in scratch.glob("corolla-*"))
+        assert not folders, f"socket folders outlived the tests: {folders}"
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        tempfile.tempdir = None
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _processes_of(run: str) -> list[psutil.Process]:
+    """Everything this worker started, orphans included, which are recognised by their environment."""
+    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == run:
+                found[process.pid] = process
+        except psutil.Error:
+            continue
+    found.pop(os.getpid(), None)
+    return [process for process in found.values() if "resource_tracker" not in _describe(process)]
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return f"process {process.pid}"
