@@ -1,0 +1,128 @@
+"""A swarm in one process: real servers and clients of a checkpoint on the in-memory network.
+
+Everything runs on one event-loop thread, as a client's own loop does; `MemorySwarm.network` makes faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from corolla.client.causal_lm import load_distributed
+from corolla.client.connection import SwarmConnection
+from corolla.models.checkpoint import open_checkpoint
+from corolla.models.span import load_span
+from corolla.server.engine import Engine
+from corolla.server.handlers import BlockServer
+from corolla.server.kv_cache import CacheBudget
+from corolla.swarm.directory import ServerRecord
+from corolla.swarm.directory_memory import Board, MemoryDirectory
+from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.transport.memory import MemoryNetwork
+from corolla.wire.messages import PROTOCOL_NAME
+
+FOREVER = 1e6
+
+
+class MemorySwarm:
+    """Servers for `spans` of the checkpoint in `folder`; `model()` loads a distributed model from it."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        spans: Sequence[tuple[int, int]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        cache_tokens: int = 100_000,
+    ) -> None:
+        self.checkpoint = open_checkpoint(str(folder))
+        self.dtype = dtype
+        self.cache_tokens = cache_tokens
+        self.network = MemoryNetwork()
+        self.board = Board()
+        self.loop = EventLoopThread()
+        self.servers: dict[str, BlockServer] = {}
+        self._connections: list[SwarmConnection] = []
+        for start, end in spans:
+            self.add(start, end)
+
+    def add(self, start: int, end: int, peer_id: str | None = None, throughput: float = 100.0) -> str:
+        """Start a server; gives its peer id."""
+        span = load_span(self.checkpoint, start, end, dtype=self.dtype)
+        return self.loop.run(self._add(span, peer_id, throughput))
+
+    async def _add(self, span: Any, peer_id: str | None, throughput: float) -> str:
+        transport = self.network.transport(peer_id)
+        engine = Engine()
+        engine.start()
+        budget = CacheBudget(self.cache_tokens * (span.end - span.start))
+        server = BlockServer(span, engine, budget, model=self.checkpoint.identity)
+        await transport.serve(PROTOCOL_NAME, server.handle)
+        record = ServerRecord(
+            peer_id=transport.peer_id,
+            model=self.checkpoint.identity,
+            model_name=self.checkpoint.name,
+            num_blocks=self.checkpoint.num_blocks,
+            start=span.start,
+            end=span.end,
+            dtype="float32",
+            throughput=throughput,
+        )
+        await MemoryDirectory(self.board).announce(record, FOREVER)
+        self.servers[transport.peer_id] = server
+        return transport.peer_id
+
+    def kill(self, peer_id: str) -> None:
+        """SIGKILL a server; its record stays."""
+
+        async def kill() -> None:
+            self.network.kill(peer_id)
+
+        self.loop.run(kill())
+
+    def connect(self, **options: Any) -> SwarmConnection:
+        """A new client's connection."""
+
+        async def node() -> Node:
+            return Node(self.network.transport(), MemoryDirectory(self.board))
+
+        connection = SwarmConnection(
+            self.loop,
+            self.loop.run(node()),
+            model=self.checkpoint.identity,
+            model_name=self.checkpoint.name,
+            num_blocks=self.checkpoint.num_blocks,
+            owns_loop=False,
+            **options,
+        )
+        self._connections.append(connection)
+        return connection
+
+    def model(self, *, patience: float = 20.0, **arguments: Any) -> Any:
+        """A distributed model over this swarm; `arguments` as for `from_pretrained`."""
+        arguments.setdefault("dtype", self.dtype)
+        return load_distributed(self.checkpoint.name, connection=self.connect(patience=patience), **arguments)
+
+    def counted(self, name: str = "inference") -> dict[str, int]:
+        """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""
+        return {peer: int(getattr(server.counters, name)) for peer, server in self.servers.items()}
+
+    def close(self) -> None:
+        """End the servers and the loop."""
+        for connection in self._connections:
+            connection.close()
+        for server in self.servers.values():
+            self.loop.run(server.engine.close())
+        self.loop.close()
+
+    def __enter__(self) -> MemorySwarm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
