@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_models import FAMILIES, tiny_config
 from transformers import AutoModelForCausalLM, BertConfig, Gemma3Config, PretrainedConfig, T5Config
 
 from corolla.errors import UnsupportedFamily
@@ -15,7 +16,6 @@ from corolla.models.families import (
     slice_config,
     structure,
 )
-from tests.tiny_models import FAMILIES, tiny_config
 
 PREFIXES = {
     "bloom": "transformer.h",

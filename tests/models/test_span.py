@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import FAMILIES, VOCABULARY, write_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -18,7 +20,6 @@ from corolla.models.families import blocks_prefix
 from corolla.models.prompts import add_deep
 from corolla.models.span import Span, load_span
 from corolla.models.span_cache import SpanCache, crop_cache, select_rows
-from tests.tiny_models import FAMILIES, VOCABULARY, write_tiny
 
 LAYERS = 4
 CUTS = ([0, 2, 4], [0, 1, 3, 4])
@@ -46,10 +47,7 @@ def checkpoint(folder: Path) -> Checkpoint:
 
 
 def chain_of(checkpoint: Checkpoint, cuts: list[int]) -> list[Span]:
-    return [
-        load_span(checkpoint, start, end, dtype=torch.float32)
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    return [load_span(checkpoint, start, end, dtype=torch.float32) for start, end in pairwise(cuts)]
 
 
 @contextmanager
