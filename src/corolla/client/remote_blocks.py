@@ -63,7 +63,9 @@ class RemoteBlocks:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
         if call.cache is not None:
             return self._step(hidden, call)
-        output: Tensor = _RemoteForward.apply(hidden, call.deep, self, call.mask, call.positions)
+        output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
+            hidden, call.deep, self, call.mask, call.positions
+        )
         return output
 
     def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
@@ -114,7 +116,7 @@ class _RemoteForward(torch.autograd.Function):
         return output.to(hidden.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         work = ctx.training.backward(_to_wire(grad))  # type: ignore[attr-defined]
         grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]

@@ -61,9 +61,11 @@ class TrainingPass:
     async def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """Outputs [R, T, H] for inputs [R, T, H]; `mask` is bool [R, T], `positions` int64 [R, T]."""
         rows = max(1, MICRO_BATCH_TOKENS // int(hidden.shape[1]))
-        parts = hidden.split(rows)
-        masks = [None] * len(parts) if mask is None else mask.split(rows)
-        ids = [None] * len(parts) if positions is None else positions.expand(len(hidden), -1).split(rows)
+        parts = torch.split(hidden, rows)
+        masks = [None] * len(parts) if mask is None else torch.split(mask, rows)
+        ids = (
+            [None] * len(parts) if positions is None else torch.split(positions.expand(len(hidden), -1), rows)
+        )
         self._micro_batches = [MicroBatch(m, p) for m, p in zip(masks, ids, strict=True)]
         limit = asyncio.Semaphore(MOST_IN_FLIGHT)
 
@@ -84,7 +86,7 @@ class TrainingPass:
             async with limit:
                 return await self._backward(micro, part)
 
-        parts = zip(self._micro_batches, grad.split(rows), strict=True)
+        parts = zip(self._micro_batches, torch.split(grad, rows), strict=True)
         results = await _together([one(micro, part) for micro, part in parts])
         if deep_grad is not None:
             for _, pieces in results:  # in the order of the batch, so that sums are the same every time

@@ -225,4 +225,4 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     holder: Any = model.get_submodule(path)
     setattr(holder, name, nn.ModuleList([layer]))
     model.config._attn_implementation = ATTENTION_NAME
-    return holder  # type: ignore[no-any-return]
+    return holder

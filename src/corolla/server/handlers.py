@@ -8,9 +8,10 @@ off in the middle takes its session's cache with it (the client replays). All co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from corolla.wire.messages import (
     Closed,
     CloseSession,
     Failure,
+    FailureCode,
     Forward,
     Gradients,
     Message,
@@ -41,8 +43,6 @@ from corolla.wire.messages import (
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -67,6 +67,25 @@ class BlockServer:
         self.model = model
         self.counters = Counters()
         self.draining = False
+        self._open_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def request_open(self) -> Iterator[None]:
+        """Counts a request while it is being answered."""
+        self._open_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._open_requests -= 1
+            if not self._open_requests:
+                self._idle.set()
+
+    async def until_idle(self) -> None:
+        """Wait until no request is being answered."""
+        await self._idle.wait()
 
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until it ends. A `StreamHandler` for `Transport.serve`."""
@@ -115,8 +134,9 @@ class _Stream:
                 await self._refuse(_failure_of(error))
                 return
             try:
-                if not await self._answer(packet):
-                    return
+                with self._server.request_open():
+                    if not await self._answer(packet):
+                        return
             except (PeerDisconnected, PeerSilent):
                 return
 
@@ -312,7 +332,7 @@ def _check_prompts(prompts: Tensor | None, span: Span) -> None:
         prompts.shape[0] != span.end - span.start or prompts.shape[2] != span.hidden_size
     ):
         raise RequestRefused(
-            f"Deep prompts for these blocks are {span.end - span.start} × tokens × {span.hidden_size}.",
+            f"Deep prompts for these blocks are {span.end - span.start} by tokens by {span.hidden_size}.",
             code="malformed",
             field="prompts",
         )
@@ -341,7 +361,9 @@ def _check_step(message: Step, tensors: dict[str, Tensor], session: CachedSessio
 
 
 def _failure_of(error: ProtocolError) -> Failure:
-    code = "version" if error.field == "version" else "out_of_order" if error.field == "type" else "malformed"
+    code: FailureCode = (
+        "version" if error.field == "version" else "out_of_order" if error.field == "type" else "malformed"
+    )
     return Failure(code=code, message=str(error)[:2048], field=error.field)
 
 

@@ -131,5 +131,5 @@ def bytes_per_block_token(span: Span) -> int:
     probe = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
     with torch.inference_mode():
         span.forward(probe, cache=cache)
-    total = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    total: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return max(1, total // (span.end - span.start))

@@ -1,0 +1,5 @@
+"""`python -m corolla` is `corolla`."""
+
+from corolla.cli.main import main
+
+main()

@@ -1,0 +1,123 @@
+"""What several commands share: printing, stopping in order, the life of a child process.
+
+Invariant: a user's mistake ends in one sentence on stderr and a non-zero exit, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from corolla.errors import CorollaError
+
+console = Console()
+error_console = Console(stderr=True)
+
+PeersOption = Annotated[
+    list[str] | None, typer.Option("--peers", help="Address to join through; may be repeated.")
+]
+ListenOption = Annotated[
+    list[str] | None,
+    typer.Option("--listen", help="HOST:PORT or multiaddress to listen on (default: this machine only)."),
+]
+AnnounceOption = Annotated[
+    list[str] | None, typer.Option("--announce", help="Address that others reach this machine at.")
+]
+IdentityOption = Annotated[
+    Path | None, typer.Option("--identity", help="File that keeps the peer id; made when it is not there.")
+]
+ReadyFileOption = Annotated[
+    Path | None, typer.Option("--ready-file", help="JSON file that is there while the process is ready.")
+]
+DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
+
+
+def say(line: str) -> None:
+    """One line for the user, whole even when stdout is a file."""
+    print(line, flush=True)
+
+
+def run_until_stopped(
+    work: Callable[[asyncio.Event], Coroutine[Any, Any, None]], *, die_with_parent: bool = False
+) -> None:
+    """Run `work(stop)`; SIGTERM, Ctrl-C or the parent's end set `stop`, a second Ctrl-C cancels it."""
+    asyncio.run(_until_stopped(work, die_with_parent))
+
+
+async def _until_stopped(
+    work: Callable[[asyncio.Event], Coroutine[Any, Any, None]], die_with_parent: bool
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work(stop))
+    ready_to_stop = _stopper(stop, task)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ready_to_stop)
+    if die_with_parent:
+        _watch_parent(lambda: loop.call_soon_threadsafe(ready_to_stop))
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _stopper(stop: asyncio.Event, task: asyncio.Future[None]) -> Callable[[], None]:
+    def ask() -> None:
+        if stop.is_set():
+            task.cancel()
+        stop.set()
+
+    return ask
+
+
+def _watch_parent(ended: Callable[[], object]) -> None:
+    """Call `ended` when stdin, a pipe that the parent holds, is closed: also after the parent's SIGKILL."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            ended()
+
+    threading.Thread(target=wait, daemon=True, name="watch-parent").start()
+
+
+def explain(error: CorollaError) -> int:
+    """Print an error's sentence; gives the exit code."""
+    error_console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+    return error.exit_code
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Warnings on stderr as one line each; everything with `--verbose`."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s" if verbose else "%(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    if not verbose:
+        for noisy in ("asyncio", "httpx", "huggingface_hub", "transformers"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of libraries between our own lines; call before a model is loaded."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,116 @@
+"""A swarm on this machine for the duration of one command: a bootstrap peer and some server processes.
+
+Invariant: the processes end with the block, and also when this process is killed: each of them watches a
+pipe that only we hold open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corolla.errors import SwarmUnavailable, UsageError
+from corolla.models.checkpoint import open_checkpoint
+
+START_SECONDS = 300.0  # a first start may have to convert or download the model
+STOP_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class LocalSwarm:
+    """What the block is given."""
+
+    peers: tuple[str, ...]  # join addresses
+    servers: tuple[Child, ...]
+
+
+class Child:
+    """One process of the swarm."""
+
+    def __init__(self, folder: Path, name: str, arguments: Sequence[str]) -> None:
+        self.name = name
+        self._ready = folder / f"{name}.json"
+        self._log = folder / f"{name}.log"
+        command = [sys.executable, "-m", "corolla", *arguments]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--ready-file", str(self._ready), "--die-with-parent"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us; we end the servers in order
+            )
+
+    def wait_ready(self, deadline: float) -> dict[str, Any]:
+        """The content of the ready file. Raises `SwarmUnavailable` with the process's own last words."""
+        while not self._ready.exists():
+            if self.process.poll() is not None:
+                words = self._log.read_text(errors="replace").strip().splitlines()
+                last = words[-1].removeprefix("error: ") if words else f"exit code {self.process.returncode}"
+                if self.process.returncode == UsageError.exit_code:
+                    raise UsageError(last)
+                raise SwarmUnavailable(f"The local {self.name} did not start: {last}")
+            if time.monotonic() > deadline:
+                raise SwarmUnavailable(f"The local {self.name} was not ready after {START_SECONDS:.0f} s.")
+            time.sleep(0.05)
+        content: dict[str, Any] = json.loads(self._ready.read_text())
+        return content
+
+    def ask_to_stop(self) -> None:
+        """Let the process finish what it does; closing its pipe is what the parent's end would do."""
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+
+    def wait_stopped(self, deadline: float) -> None:
+        """Wait for the process's end, and force it after the deadline."""
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def local_swarm(
+    model: str, *, servers: int = 2, dtype: str = "auto", options: Sequence[str] = ()
+) -> Iterator[LocalSwarm]:
+    """Serve all of a model's blocks from `servers` processes on this machine, each with its share of cores."""
+    blocks = open_checkpoint(model).num_blocks  # a wrong name is found out before anything is started
+    servers = min(servers, blocks)
+    threads = max(1, (os.cpu_count() or 1) // servers)
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory(prefix="corolla-swarm-") as temporary:
+        folder = Path(temporary)
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            bootstrap = Child(folder, "bootstrap", ["bootstrap"])
+            children.append(bootstrap)
+            peers = tuple(bootstrap.wait_ready(deadline)["addresses"][:1])
+            for index in range(servers):
+                span = f"{index * blocks // servers}:{(index + 1) * blocks // servers}"
+                arguments = ["serve", model, "--blocks", span, "--peers", peers[0]]
+                arguments += ["--threads", str(threads), "--dtype", dtype, *options]
+                children.append(Child(folder, f"server {index + 1}", arguments))
+            for child in children:
+                child.wait_ready(deadline)
+            yield LocalSwarm(peers, tuple(children[1:]))
+        finally:
+            _stop(children)
+
+
+def _stop(children: Sequence[Child]) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    for child in reversed(children):
+        child.ask_to_stop()
+    for child in reversed(children):
+        child.wait_stopped(deadline)

@@ -1,0 +1,59 @@
+"""The `corolla` command.
+
+Invariant: the modules of the commands import nothing heavy at their top, so `corolla --help` is quick; a
+user's mistake ends here in one sentence.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from corolla import __version__
+from corolla.cli.bootstrap import bootstrap
+from corolla.cli.common import explain, set_up_logging
+from corolla.cli.serve import serve
+from corolla.cli.status import status
+from corolla.errors import CorollaError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
+)
+for _command in (bootstrap, serve, status):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"corolla {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the log and, for errors, tracebacks.")
+    ] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    set_up_logging(verbose)
+
+
+def main() -> None:
+    """Run the command line; the process ends with the right exit code."""
+    try:
+        app()
+    except CorollaError as error:
+        if {"-v", "--verbose"} & set(sys.argv[1:3]):
+            raise
+        sys.exit(explain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,70 @@
+"""`corolla serve`: hold some blocks of a model and run them for the swarm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corolla.cli.common import (
+    AnnounceOption,
+    DieWithParentOption,
+    IdentityOption,
+    ListenOption,
+    PeersOption,
+    ReadyFileOption,
+    run_until_stopped,
+    say,
+)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2.")],
+    blocks: Annotated[
+        str | None, typer.Option(help="First block and the one after the last, as 0:15.")
+    ] = None,
+    peers: PeersOption = None,
+    listen: ListenOption = None,
+    announce: AnnounceOption = None,
+    identity: IdentityOption = None,
+    ready_file: ReadyFileOption = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores).")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token, for gated models.", envvar="HF_TOKEN")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder for downloaded and converted files.")] = None,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of attention cache (default: what half of the free memory holds)."),
+    ] = None,
+    die_with_parent: DieWithParentOption = False,
+) -> None:
+    """Serve blocks of a model. Without --peers, this server begins a swarm that others can join."""
+    from corolla.config import NodeConfig, ServerConfig, parse_blocks
+
+    node = NodeConfig(
+        initial_peers=tuple(peers or ()),
+        listen=tuple(listen or ()),
+        announce=tuple(announce or ()),
+        identity=identity,
+        ready_file=ready_file,
+    )
+    config = ServerConfig(
+        model=model,
+        node=node,
+        blocks=None if blocks is None else parse_blocks(blocks),
+        device=device,
+        threads=threads,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        cache_tokens=cache_tokens,
+    )
+    from corolla.cli.common import quiet_libraries
+    from corolla.server.serve import serve as run
+
+    quiet_libraries()
+    run_until_stopped(lambda stop: run(config, stop, say), die_with_parent=die_with_parent)

@@ -1,0 +1,63 @@
+"""`corolla status`: the swarm's map."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+import typer
+
+from corolla.cli.common import PeersOption, console
+from corolla.errors import UsageError
+from corolla.swarm.directory import ServerRecord
+
+
+def status(
+    peers: PeersOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """Show which servers hold which blocks, and which blocks nobody serves."""
+    if not peers:
+        raise UsageError("Give --peers, the address that `corolla bootstrap` or `corolla serve` printed.")
+    records = asyncio.run(fetch(peers))
+    if as_json:
+        print(json.dumps(as_plain(records), indent=2))
+        return
+    from corolla.cli.swarm_map import swarm_map
+
+    console.print(swarm_map(records))
+
+
+async def fetch(peers: list[str]) -> list[ServerRecord]:
+    """All servers that the swarm's directory names."""
+    from corolla.swarm.node import Node
+
+    node = await Node.create(initial_peers=peers, client_only=True)
+    try:
+        return await node.directory.all_servers()
+    finally:
+        await node.close()
+
+
+def as_plain(records: list[ServerRecord]) -> dict[str, Any]:
+    """The map as JSON: servers, and for each model the ranges that nobody serves."""
+    import msgspec
+
+    from corolla.cli.swarm_map import missing_blocks
+
+    models: dict[str, list[ServerRecord]] = {}
+    for record in records:
+        models.setdefault(record.model, []).append(record)
+    return {
+        "servers": [msgspec.to_builtins(record) for record in records],
+        "models": [
+            {
+                "model": model,
+                "name": group[0].model_name,
+                "blocks": group[0].num_blocks,
+                "missing": missing_blocks(group),
+            }
+            for model, group in models.items()
+        ],
+    }

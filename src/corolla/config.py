@@ -1,0 +1,56 @@
+"""Settings of the processes that people start, checked when they are made.
+
+Invariant: a config that exists is valid by itself; what depends on the machine or the model (a port in use,
+blocks that the model does not have) is checked by whoever opens it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from corolla.errors import UsageError
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """How a process takes part in the network."""
+
+    initial_peers: tuple[str, ...] = ()
+    listen: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    identity: Path | None = None
+    ready_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What `corolla serve` runs."""
+
+    model: str
+    node: NodeConfig
+    blocks: tuple[int, int] | None = None  # [start, end); None for all
+    device: str = "cpu"
+    threads: int | None = None  # None for a fair share of the cores
+    dtype: str = "auto"
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: Path | None = None
+    cache_tokens: int | None = None  # None for what half of the free memory holds
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads is {self.threads}; a server needs at least one.")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise UsageError(f"--cache-tokens is {self.cache_tokens}; a server needs at least one.")
+
+
+def parse_blocks(text: str) -> tuple[int, int]:
+    """`0:15` to (0, 15). Raises `UsageError`."""
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(
+            f"--blocks is {text!r}; give the first block and the one after the last, such as 0:15."
+        )
+    return int(match[1]), int(match[2])
