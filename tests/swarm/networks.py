@@ -11,11 +11,10 @@ from abc import ABC, abstractmethod
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
-import psutil
+from tests.swarm.behaviours import serve_all
 
 from corolla.swarm.transport.base import Transport
 from corolla.swarm.transport.memory import MemoryNetwork
-from tests.swarm.behaviours import serve_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +73,36 @@ class InMemory(Network):
 
 
 class OverLibp2p(Network):
+    """Both peers in this process: quick to start, but not to be hurt."""
+
+    async def start(self) -> None:
+        from corolla.swarm.transport.libp2p import Libp2pTransport
+
+        self.local = await Libp2pTransport.create()
+        self.remote = await Libp2pTransport.create(initial_peers=await self.local.addresses())
+        self.remote_id = self.remote.peer_id
+        await serve_all(self.remote)
+
+    async def kill(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        raise NotImplementedError
+
+    async def leave(self) -> None:
+        await self.remote.close()
+
+    async def close(self) -> None:
+        await self.remote.close()
+        await self.local.close()
+
+
+class AcrossProcesses(Network):
+    """The remote peer is a real process, and so are its faults."""
+
     process: Process
 
     async def start(self) -> None:
@@ -92,7 +121,6 @@ class OverLibp2p(Network):
         )
         assert self.process.stdout is not None
         self.remote_id = json.loads(await self.process.stdout.readline())["peer_id"]
-        self.daemons = psutil.Process(self.process.pid).children(recursive=True)
 
     async def kill(self) -> None:
         self.process.kill()
@@ -117,3 +145,4 @@ class OverLibp2p(Network):
 
 
 NETWORKS = {"memory": InMemory, "libp2p": OverLibp2p}
+FAULTY_NETWORKS = {"memory": InMemory, "libp2p": AcrossProcesses}

@@ -6,8 +6,9 @@ import asyncio
 import json
 import sys
 
-from corolla.swarm.transport.libp2p import Libp2pTransport
 from tests.swarm.behaviours import serve_all
+
+from corolla.swarm.transport.libp2p import Libp2pTransport
 
 
 async def main() -> None:

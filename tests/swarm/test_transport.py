@@ -8,23 +8,42 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+from tests.swarm.behaviours import FLOOD_BYTES, call_echo
+from tests.swarm.networks import FAULTY_NETWORKS, NETWORKS, Network
 
 from corolla.errors import PeerDisconnected, PeerUnreachable
-from tests.swarm.behaviours import FLOOD_BYTES, call_echo
-from tests.swarm.networks import NETWORKS, Network
 
 SOON = 20.0  # seconds; only ever waited for in full when a test fails
 SILENT = 0.5  # long enough for an answer on this machine to have come
 
 
-@pytest.fixture(params=list(NETWORKS))
-async def network(request: pytest.FixtureRequest) -> AsyncIterator[Network]:
-    network = NETWORKS[request.param]()
+async def _started(network: Network) -> AsyncIterator[Network]:
     await network.start()
     try:
         yield network
     finally:
         await network.close()
+
+
+@pytest.fixture(params=list(NETWORKS))
+async def network(request: pytest.FixtureRequest) -> AsyncIterator[Network]:
+    async for network in _started(NETWORKS[request.param]()):
+        yield network
+
+
+@pytest.fixture(params=list(FAULTY_NETWORKS))
+async def faulty(request: pytest.FixtureRequest) -> AsyncIterator[Network]:
+    """As `network`, with a remote peer that can be killed and stopped."""
+    async for network in _started(FAULTY_NETWORKS[request.param]()):
+        yield network
+
+
+async def _ask(network: Network, protocol: str) -> None:
+    stream = await network.local.open(network.remote_id, protocol)
+    try:
+        await call_echo(stream, b"anybody?")
+    finally:
+        await stream.close()
 
 
 async def test_bytes_come_back_as_sent(network: Network) -> None:
@@ -166,30 +185,26 @@ async def test_unknown_peers_and_protocols_are_unreachable(network: Network) -> 
         await network.local.open("nonsense", "echo")
     # The refusal of a protocol may come with the opening or with the first bytes.
     with pytest.raises((PeerUnreachable, PeerDisconnected)):
-        stream = await network.local.open(network.remote_id, "no such protocol")
-        try:
-            await stream.read(1)
-        finally:
-            await stream.close()
+        await _ask(network, "no such protocol")
 
 
-async def test_kill_ends_streams_at_once(network: Network) -> None:
-    stream = await network.local.open(network.remote_id, "echo")
+async def test_kill_ends_streams_at_once(faulty: Network) -> None:
+    stream = await faulty.local.open(faulty.remote_id, "echo")
     assert await call_echo(stream, b"hello") == b"hello"
     reading = asyncio.create_task(stream.read(1))
-    await network.kill()
+    await faulty.kill()
     async with asyncio.timeout(5):
         with pytest.raises(PeerDisconnected):
             await reading
     await stream.close()
 
 
-async def test_kill_ends_a_write_that_waits(network: Network) -> None:
-    stream = await network.local.open(network.remote_id, "stall")
+async def test_kill_ends_a_write_that_waits(faulty: Network) -> None:
+    stream = await faulty.local.open(faulty.remote_id, "stall")
     writing = asyncio.create_task(stream.write([bytes(64 * 1024 * 1024)]))
-    other = await network.local.open(network.remote_id, "echo")
+    other = await faulty.local.open(faulty.remote_id, "echo")
     await call_echo(other, b"the write has begun")
-    await network.kill()
+    await faulty.kill()
     async with asyncio.timeout(5):
         with pytest.raises(PeerDisconnected):
             await writing
@@ -197,26 +212,22 @@ async def test_kill_ends_a_write_that_waits(network: Network) -> None:
     await other.close()
 
 
-async def test_a_killed_peer_answers_no_new_stream(network: Network) -> None:
-    await network.kill()
+async def test_a_killed_peer_answers_no_new_stream(faulty: Network) -> None:
+    await faulty.kill()
     async with asyncio.timeout(SOON):
         with pytest.raises((PeerUnreachable, PeerDisconnected)):
-            stream = await network.local.open(network.remote_id, "echo")
-            try:
-                await call_echo(stream, b"anybody?")
-            finally:
-                await stream.close()
+            await _ask(faulty, "echo")
 
 
-async def test_a_stopped_peer_is_silent_and_goes_on_later(network: Network) -> None:
-    old = await network.local.open(network.remote_id, "echo")
+async def test_a_stopped_peer_is_silent_and_goes_on_later(faulty: Network) -> None:
+    old = await faulty.local.open(faulty.remote_id, "echo")
     assert await call_echo(old, b"hello") == b"hello"
-    network.stop()
-    new = await network.local.open(network.remote_id, "echo")
+    faulty.stop()
+    new = await faulty.local.open(faulty.remote_id, "echo")
     answers = [asyncio.create_task(call_echo(stream, b"still there?")) for stream in (old, new)]
     done, _ = await asyncio.wait(answers, timeout=SILENT)
     assert not done
-    network.resume()
+    faulty.resume()
     async with asyncio.timeout(SOON):
         assert [await answer for answer in answers] == [b"still there?"] * 2
     await old.close()

@@ -56,15 +56,18 @@ class Channel:
         side: Literal["client", "server"],
         limits: Limits | None = None,
         silence: float | None = None,
+        heartbeat: float = HEARTBEAT_SECONDS,
     ) -> None:
-        """`silence`: seconds that a piece may take in either direction; the default depends on the side."""
+        """`silence`: seconds that a piece may take in either direction, and a client waits for a sign of
+        life; the default depends on the side. `heartbeat`: seconds between a server's signs of life."""
         self.stream = stream
         self.peer_id = stream.peer_id
         self.conversation = Conversation()
         self._server = side == "server"
         self._limits = limits or Limits()
         default = SERVER_SILENCE_SECONDS if self._server else SILENCE_SECONDS
-        self._silence = default if silence is None else silence
+        self.silence = default if silence is None else silence
+        self._heartbeat = heartbeat
         self._receivable: Any = ClientMessage if self._server else ServerMessage
         self._sending = asyncio.Lock()
         self._usable = True
@@ -83,7 +86,7 @@ class Channel:
             self.conversation.advance(packet.message)
             self._usable = False
             for group in _pieces(buffers):
-                await self._bounded(self.stream.write(group), self._silence)
+                await self._bounded(self.stream.write(group), self.silence)
             self._usable = True
 
     async def receive(self, *, timeout: float | None) -> Packet:
@@ -97,7 +100,7 @@ class Channel:
         try:
             preamble = await self._bounded(self.stream.read(PREAMBLE_SIZE), timeout)
             sizes = parse_preamble(preamble, self._limits)
-            data = await self._bounded(self.stream.read(sizes.header), self._silence)
+            data = await self._bounded(self.stream.read(sizes.header), self.silence)
             header = parse_header(data, sizes.payload, self._receivable)
             self.conversation.advance(header.message)
             if self._server and sizes.payload > PIECE:
@@ -117,7 +120,7 @@ class Channel:
 
     @contextlib.asynccontextmanager
     async def heartbeat(self, ahead: Callable[[], int] = lambda: 0) -> AsyncIterator[None]:
-        """For servers: send `Alive` every `HEARTBEAT_SECONDS` while the body runs.
+        """For servers: send `Alive` at regular intervals while the body runs.
 
         `ahead()` counts the requests that will be computed before this one. The heartbeat has ended, and no
         `Alive` is half sent, when the body's answer is sent after the block. A peer that went away is not
@@ -136,7 +139,7 @@ class Channel:
     async def _beat(self, done: asyncio.Event, ahead: Callable[[], int]) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(done.wait(), HEARTBEAT_SECONDS)
+                await asyncio.wait_for(done.wait(), self._heartbeat)
             if done.is_set():
                 return
             try:
@@ -149,7 +152,7 @@ class Channel:
         payload = bytearray()
         while len(payload) < size:
             piece = self.stream.read(min(PIECE, size - len(payload)))
-            payload += await self._bounded(piece, self._silence)
+            payload += await self._bounded(piece, self.silence)
         return payload
 
     async def _bounded(self, operation: Awaitable[T], seconds: float | None) -> T:
@@ -192,7 +195,7 @@ async def request(channel: Channel, packet: Packet) -> Packet:
 
 async def _answer(channel: Channel) -> Packet:
     while True:
-        packet = await channel.receive(timeout=SILENCE_SECONDS)
+        packet = await channel.receive(timeout=channel.silence)
         if not isinstance(packet.message, Alive):
             return packet
 

@@ -76,22 +76,19 @@ def check(message: Message, specs: Sequence[TensorSpec]) -> None:
     other or the message.
     """
     table = TENSORS.get(type(message), {})
-    given = {spec.name for spec in specs}
+    given = {spec.name: spec for spec in specs}
     if len(given) != len(specs):
         raise ProtocolError("A frame names the same tensor twice.", field="tensors")
-    for name, (_, required) in table.items():
-        if required and name not in given:
-            raise ProtocolError(f"{type(message).__name__} needs the tensor {name!r}.", field=name)
+    for name in given.keys() - table.keys():
+        raise ProtocolError(f"{type(message).__name__} takes no tensor {name!r}.", field=name)
     sizes = _sizes_from_message(message)
-    for spec in specs:
-        if spec.name not in table:
-            raise ProtocolError(f"{type(message).__name__} takes no tensor {spec.name!r}.", field=spec.name)
-        if spec.dtype not in _ALLOWED_DTYPES[spec.name]:
-            allowed = ", ".join(_ALLOWED_DTYPES[spec.name])
-            raise ProtocolError(
-                f"The tensor {spec.name!r} is {spec.dtype}; it may be {allowed}.", field=spec.name
-            )
-        _match(spec, table[spec.name][0].split(), sizes)
+    # In the table's order: what contradicts the hidden states is at fault, not the hidden states.
+    for name, (shape, required) in table.items():
+        if name in given:
+            _check_dtype(given[name])
+            _match(given[name], shape.split(), sizes)
+        elif required:
+            raise ProtocolError(f"{type(message).__name__} needs the tensor {name!r}.", field=name)
     if "S" in sizes and "T" in sizes and sizes["S"] < sizes["T"]:
         raise ProtocolError("The mask is shorter than the new tokens; it must cover them all.", field="mask")
 
@@ -102,6 +99,14 @@ def _sizes_from_message(message: Message) -> dict[str, int]:
     if message.end <= message.start:
         raise ProtocolError(f"Blocks {message.start}:{message.end} are an empty range.", field="end")
     return {"N": message.end - message.start}
+
+
+def _check_dtype(spec: TensorSpec) -> None:
+    allowed = _ALLOWED_DTYPES[spec.name]
+    if spec.dtype not in allowed:
+        raise ProtocolError(
+            f"The tensor {spec.name!r} is {spec.dtype}; it may be {', '.join(allowed)}.", field=spec.name
+        )
 
 
 def _match(spec: TensorSpec, letters: list[str], sizes: dict[str, int]) -> None:

@@ -1,0 +1,337 @@
+"""Packets over streams: framing, order, silence, backpressure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+import torch
+
+from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused, UsageError
+from corolla.swarm.channel import PIECE, Channel, request
+from corolla.swarm.transport.base import Stream
+from corolla.swarm.transport.memory import MemoryNetwork
+from corolla.wire.frames import Limits, Packet, encode
+from corolla.wire.messages import (
+    HEARTBEAT_SECONDS,
+    Alive,
+    Backward,
+    CloseSession,
+    Failure,
+    Forward,
+    Opened,
+    OpenSession,
+    Output,
+    Step,
+)
+from corolla.wire.session import State
+
+Handler = Callable[[Channel], Awaitable[None]]
+
+FORWARD = Forward(model="m", start=0, end=2)
+
+
+class World:
+    """A client and a server whose handler the test chooses."""
+
+    def __init__(self) -> None:
+        self.network = MemoryNetwork()
+        self.client = self.network.transport("client")
+        self.server = self.network.transport("server")
+        self.errors: list[Exception] = []
+
+    async def connect(
+        self, handler: Handler, *, silence: float | None = None, heartbeat: float = HEARTBEAT_SECONDS
+    ) -> Channel:
+        async def serve(stream: Stream) -> None:
+            try:
+                await handler(Channel(stream, side="server", heartbeat=heartbeat))
+            except Exception as error:
+                self.errors.append(error)
+
+        await self.server.serve("corolla/1", serve)
+        return Channel(await self.client.open("server", "corolla/1"), side="client", silence=silence)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    yield world
+    await world.client.close()
+    await world.server.close()
+
+
+async def echo_forward(channel: Channel) -> None:
+    while True:
+        packet = await channel.receive(timeout=None)
+        await channel.send(Packet(Output(), {"hidden": packet.tensors["hidden"]}))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 64), (3, 257, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+async def test_tensors_cross_exactly(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    channel = await world.connect(echo_forward)
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    answer = await request(channel, Packet(FORWARD, {"hidden": hidden}))
+    assert answer.message == Output()
+    assert torch.equal(answer.tensors["hidden"], hidden)
+
+
+async def test_a_received_tensor_may_be_written_to(world: World) -> None:
+    channel = await world.connect(echo_forward)
+    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 2, 4)}))
+    assert answer.tensors["hidden"].add_(1).sum() == 16
+
+
+async def test_a_session_from_opening_to_closing(world: World) -> None:
+    seen: list[str] = []
+
+    async def server(channel: Channel) -> None:
+        answers = {OpenSession: Opened(), Step: Output(), CloseSession: None}
+        while True:
+            packet = await channel.receive(timeout=None)
+            seen.append(type(packet.message).__name__)
+            answer = answers[type(packet.message)]
+            if answer is None:
+                return
+            tensors = {"hidden": packet.tensors["hidden"]} if isinstance(answer, Output) else {}
+            await channel.send(Packet(answer, tensors))
+
+    channel = await world.connect(server)
+    await request(channel, Packet(OpenSession(model="m", start=0, end=1, rows=1, max_tokens=8)))
+    assert channel.conversation.state is State.OPEN
+    for position in range(3):
+        await request(channel, Packet(Step(position=position), {"hidden": torch.zeros(1, 1, 4)}))
+    with pytest.raises(PeerDisconnected):
+        await request(channel, Packet(CloseSession()))
+    assert seen == ["OpenSession", "Step", "Step", "Step", "CloseSession"]
+
+
+async def test_signs_of_life_are_eaten(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        packet = await channel.receive(timeout=None)
+        for ahead in (2, 1, 0):
+            await channel.send(Packet(Alive(ahead=ahead)))
+        await channel.send(Packet(Output(), packet.tensors))
+
+    channel = await world.connect(server)
+    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    assert answer.message == Output()
+
+
+async def test_a_refusal_becomes_an_error_and_the_channel_stays_usable(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        packet = await channel.receive(timeout=None)
+        await channel.send(Packet(Failure(code="busy", message="Later.", field="hidden", retry_after=2.5)))
+        packet = await channel.receive(timeout=None)
+        await channel.send(Packet(Output(), packet.tensors))
+
+    channel = await world.connect(server)
+    packet = Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)})
+    with pytest.raises(RequestRefused, match=r"Later\.") as refused:
+        await request(channel, packet)
+    error = refused.value
+    assert (error.code, error.field, error.retry_after, error.peer_id) == ("busy", "hidden", 2.5, "server")
+    assert (await request(channel, packet)).message == Output()
+
+
+async def test_a_silent_server_is_noticed(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        await channel.receive(timeout=None)
+        await asyncio.Event().wait()
+
+    channel = await world.connect(server, silence=0.05)
+    with pytest.raises(PeerSilent) as silent:
+        await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    assert silent.value.peer_id == "server"
+    with pytest.raises(PeerDisconnected):
+        await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+
+
+async def test_a_stopped_server_is_noticed_while_sending(world: World) -> None:
+    channel = await world.connect(echo_forward, silence=0.05)
+    world.network.stop("server")
+    with pytest.raises(PeerSilent):
+        await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1024, 1024)}))
+
+
+async def test_silence_counts_between_pieces_not_in_all(world: World) -> None:
+    """A transfer may take longer than `silence` as long as it moves."""
+    pieces, pause, silence = 12, 0.05, 0.3
+    hidden = torch.ones(1, pieces, PIECE // 4)
+
+    async def server(channel: Channel) -> None:
+        await channel.receive(timeout=None)
+        for buffer in encode(Packet(Output(), {"hidden": hidden})):
+            view = memoryview(buffer)
+            for at in range(0, view.nbytes, PIECE):
+                await channel.stream.write([view[at : at + PIECE]])
+                await asyncio.sleep(pause)
+        await asyncio.Event().wait()
+
+    channel = await world.connect(server, silence=silence)
+    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    started = asyncio.get_running_loop().time()
+    answer = await channel.receive(timeout=silence)
+    assert asyncio.get_running_loop().time() - started > silence
+    assert torch.equal(answer.tensors["hidden"], hidden)
+
+
+async def test_a_peer_that_stalls_inside_a_message_is_noticed(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        await channel.receive(timeout=None)
+        frame = b"".join(encode(Packet(Output(), {"hidden": torch.ones(1, 1, 64)})))
+        await channel.stream.write([frame[:-1]])
+        await asyncio.Event().wait()
+
+    channel = await world.connect(server, silence=0.05)
+    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    with pytest.raises(PeerSilent):
+        await channel.receive(timeout=None)
+
+
+async def test_a_server_may_wait_for_a_request_in_vain_and_go_on(world: World) -> None:
+    waited = asyncio.Event()
+
+    async def server(channel: Channel) -> None:
+        with pytest.raises(PeerSilent):
+            await channel.receive(timeout=0.01)
+        waited.set()
+        await echo_forward(channel)
+
+    channel = await world.connect(server)
+    await waited.wait()
+    await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+
+
+async def test_heartbeats_while_computing(world: World) -> None:
+    """A request may take longer than `silence` as long as the server gives signs of life."""
+
+    async def server(channel: Channel) -> None:
+        while True:
+            packet = await channel.receive(timeout=None)
+            async with channel.heartbeat(ahead=lambda: 3):
+                await asyncio.sleep(0.8)
+            await channel.send(Packet(Output(), packet.tensors))
+
+    channel = await world.connect(server, silence=0.5, heartbeat=0.01)
+    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    assert answer.message == Output()
+    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    assert (await channel.receive(timeout=5)).message == Alive(ahead=3)
+
+
+async def test_heartbeats_while_a_large_request_arrives(world: World) -> None:
+    channel = await world.connect(echo_forward, heartbeat=0.01)
+    first, *rest = encode(Packet(FORWARD, {"hidden": torch.ones(1, 64, 1024)}))
+    channel.conversation.advance(FORWARD)
+    await channel.stream.write([first])
+    assert (await channel.receive(timeout=5)).message == Alive()
+    await channel.stream.write(rest)
+    packet = await channel.receive(timeout=5)
+    while isinstance(packet.message, Alive):
+        packet = await channel.receive(timeout=5)
+    assert packet.message == Output()
+
+
+async def test_frames_of_several_tasks_do_not_mix(world: World) -> None:
+    """A heartbeat that falls into the sending of a large answer waits for its end."""
+    hidden = torch.arange(1024 * 1024, dtype=torch.float32).reshape(1, 1024, 1024)
+
+    async def server(channel: Channel) -> None:
+        await channel.receive(timeout=None)
+        await asyncio.gather(*(channel.send(Packet(Alive(ahead=i))) for i in range(5)))
+        await channel.send(Packet(Output(), {"hidden": hidden}))
+
+    channel = await world.connect(server)
+    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    assert torch.equal(answer.tensors["hidden"], hidden)
+
+
+async def test_a_cut_message_makes_the_channel_unusable(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        await asyncio.Event().wait()
+
+    channel = await world.connect(server)
+    sending = asyncio.create_task(channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1024, 1024)})))
+    done, _ = await asyncio.wait([sending], timeout=0.05)
+    assert not done
+    sending.cancel()
+    await asyncio.wait([sending])
+    with pytest.raises(PeerDisconnected):
+        await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+
+
+async def test_a_cancelled_request_closes_its_channel(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        packet = await channel.receive(timeout=None)
+        with pytest.raises(PeerDisconnected):
+            await channel.receive(timeout=5)
+        world.errors.append(ValueError(type(packet.message).__name__))
+
+    channel = await world.connect(server)
+    asking = asyncio.create_task(request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)})))
+    await asyncio.wait([asking], timeout=0.05)
+    asking.cancel()
+    await asyncio.wait([asking])
+    async with asyncio.timeout(5):
+        while not world.errors:
+            await asyncio.sleep(0)
+    assert str(world.errors) == str([ValueError("Forward")])
+
+
+async def test_what_we_must_not_send_is_refused_here(world: World) -> None:
+    channel = await world.connect(echo_forward)
+    with pytest.raises(ProtocolError, match="out of order"):
+        await channel.send(Packet(Step(position=0), {"hidden": torch.ones(1, 1, 1)}))
+    with pytest.raises(ValueError, match="hidden"):
+        await request(channel, Packet(FORWARD))
+    small = Channel(channel.stream, side="client", limits=Limits(max_payload_bytes=64))
+    with pytest.raises(UsageError, match="smaller batch"):
+        await request(small, Packet(FORWARD, {"hidden": torch.ones(1, 4, 8)}))
+    # None of it has reached the stream.
+    assert (await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))).message == Output()
+
+
+@pytest.mark.parametrize(
+    ("frame", "field"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "magic"),
+        (b"".join(encode(Packet(Output(), {"hidden": torch.ones(1, 1, 1)}))), "type"),
+        (b"".join(encode(Packet(Step(position=0), {"hidden": torch.ones(1, 1, 1)}))), "type"),
+        (b"".join(encode(Packet(FORWARD, {"hidden": torch.ones(1, 1, 100)}))), "payload"),
+    ],
+    ids=["not ours", "a server's message", "at the wrong time", "over the server's limit"],
+)
+async def test_a_server_names_what_is_wrong(world: World, frame: bytes, field: str) -> None:
+    caught: asyncio.Future[ProtocolError] = asyncio.get_running_loop().create_future()
+
+    async def serve(stream: Stream) -> None:
+        channel = Channel(stream, side="server", limits=Limits(max_payload_bytes=256))
+        try:
+            await channel.receive(timeout=5)
+        except ProtocolError as error:
+            caught.set_result(error)
+            await channel.send(Packet(Failure(code="malformed", message=str(error), field=error.field)))
+
+    await world.server.serve("corolla/1", serve)
+    channel = Channel(await world.client.open("server", "corolla/1"), side="client")
+    await channel.stream.write([frame])
+    error = await caught
+    assert (error.field, error.peer_id) == (field, "client")
+    answer = await channel.receive(timeout=5)
+    assert isinstance(answer.message, Failure)
+    assert answer.message.field == field
+
+
+async def test_a_server_that_answers_something_else_is_noticed(world: World) -> None:
+    async def server(channel: Channel) -> None:
+        packet = await channel.receive(timeout=None)
+        await channel.stream.write(encode(Packet(Output(), {"hidden": packet.tensors["hidden"]})))
+
+    channel = await world.connect(server)
+    tensors = {"hidden": torch.ones(1, 1, 1), "grad": torch.ones(1, 1, 1)}
+    with pytest.raises(ProtocolError) as wrong:
+        await request(channel, Packet(Backward(model="m", start=0, end=1), tensors))
+    assert (wrong.value.field, wrong.value.peer_id) == ("type", "server")
