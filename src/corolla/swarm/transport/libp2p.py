@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ OPEN_SECONDS = 10.0  # a dial into the void takes libp2p minutes
 CLOSE_SECONDS = 1.0  # how long closing waits for a peer to take what was already written
 READ_BUFFER = 512 * 1024
 
+_IN_OWN_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+
 
 class _ToOurLogger(logging.Handler):
     """Passes hivemind's records on at debug level: none of them is a user's business."""
@@ -69,10 +72,10 @@ def _daemon_class(runtime_dir: Path) -> type[Any]:
 
         @staticmethod
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-            # A terminal's Ctrl-C goes to the whole process group; the daemon must outlive our own reaction
-            # to it. Go keeps SIGINT ignored when it is so at the start.
+            # A terminal's Ctrl-C goes to its whole process group, and the daemon would obey it at once, before
+            # its peer could say goodbye. A session of its own keeps it out of that.
             command: list[str] = P2P._make_process_args(*args, **kwargs)
-            return ["/bin/sh", "-c", 'trap "" INT; exec "$0" "$@"', *command]
+            return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
 
     return Daemon
 
