@@ -1,0 +1,193 @@
+"""A bundle: a trained prompt with everything that is needed to talk with it.
+
+Invariant: a bundle's folder appears whole or not at all, and one that loads is complete: its prompt belongs
+to the model that `bundle.json` names.
+
+    prompt.json, adapter_config.json, adapter_model.safetensors | prompts.safetensors    models/prompt_files.py
+    bundle.json      model, rendering, stop, sampling, training arguments, metrics
+    metrics.jsonl    one line a logged step
+    loss.png         the loss curve
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+import corolla
+from corolla.data.render import RenderSettings
+from corolla.errors import BundleError, CorollaError, UsageError
+from corolla.models.prompt_files import (
+    DEEP_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    read_prompt_info,
+    save_prompt,
+    write_atomically,
+    write_json,
+)
+from corolla.models.prompts import SoftPrompt
+from corolla.tuning.curve import draw_curve
+
+BUNDLE_FILE = "bundle.json"
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+FORMAT_VERSION = 1
+SAMPLING = {"temperature": 0.6, "top_k": 100, "max_new_tokens": 64}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model a prompt was trained for; `identity` as in `Checkpoint.identity`."""
+
+    name: str
+    identity: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `bundle.json` says; the prompt itself is read with `from_pretrained(..., prompts=folder)`."""
+
+    model: ModelInfo
+    mode: str
+    prompt_tokens: int
+    rendering: RenderSettings
+    stop: dict[str, Any]
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    sampling: dict[str, Any] = field(default_factory=lambda: dict(SAMPLING))
+    folder: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `bundle.json`."""
+        return {
+            "format": FORMAT_VERSION,
+            "corolla": corolla.__version__,
+            "model": {
+                "name": self.model.name,
+                "revision": self.model.revision,
+                "identity": self.model.identity,
+            },
+            "mode": self.mode,
+            "prompt_tokens": self.prompt_tokens,
+            "rendering": self.rendering.to_dict(),
+            "stop": self.stop,
+            "sampling": self.sampling,
+            "training": self.training,
+            "metrics": self.metrics,
+        }
+
+
+def save_bundle(
+    out: Path,
+    bundle: Bundle,
+    prompt: SoftPrompt,
+    *,
+    config: PretrainedConfig,
+    history: Sequence[dict[str, float]],
+    overwrite: bool = False,
+) -> None:
+    """Write a bundle as the folder `out`. Raises `BundleError`, and leaves what was there, when it cannot.
+
+    `history` is a line of figures a logged step: "step", and "loss" or "eval_loss".
+    """
+    temporary: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        save_prompt(
+            temporary, prompt, config=config, model_name=bundle.model.name, identity=bundle.model.identity
+        )
+        write_atomically(temporary / METRICS_FILE, _json_lines(history))
+        draw_curve(history, temporary / CURVE_FILE, title=f"{bundle.model.name}, {bundle.mode}")
+        write_json(temporary / BUNDLE_FILE, bundle.to_dict())
+        temporary.chmod(0o755)
+        _put_in_place(temporary, out, overwrite)
+    except OSError as error:
+        raise BundleError(f"The bundle could not be saved to {out}: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists already: give another --out, or --overwrite to replace it.")
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+    os.rename(out, old / out.name)
+    os.rename(temporary, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _json_lines(history: Iterable[dict[str, float]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in history).encode()
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read and check a bundle's description. Raises `BundleError` with one sentence."""
+    path = folder / BUNDLE_FILE
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder, so it is not a bundle.")
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} cannot be read; copy the bundle again.") from error
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format {version}, and this Corolla reads format {FORMAT_VERSION}: "
+            "use the version that wrote it, or train again."
+        )
+    try:
+        bundle = _from_content(content, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, CorollaError) as error:
+        raise BundleError(f"{path} lacks or garbles what a bundle says; copy the bundle again.") from error
+    _check_prompt(bundle, folder)
+    return bundle
+
+
+def _from_content(content: dict[str, Any], folder: Path) -> Bundle:
+    model = content["model"]
+    for name, kind in {"mode": str, "prompt_tokens": int, "stop": dict, "sampling": dict}.items():
+        if not isinstance(content[name], kind):
+            raise TypeError(name)
+    return Bundle(
+        model=ModelInfo(str(model["name"]), str(model["identity"]), model["revision"]),
+        mode=content["mode"],
+        prompt_tokens=content["prompt_tokens"],
+        rendering=RenderSettings.from_dict(content["rendering"]),
+        stop=content["stop"],
+        training=dict(content["training"]),
+        metrics=dict(content["metrics"]),
+        sampling=content["sampling"],
+        folder=folder,
+    )
+
+
+def _check_prompt(bundle: Bundle, folder: Path) -> None:
+    about = read_prompt_info(folder)
+    if about["identity"] != bundle.model.identity or about["mode"] != bundle.mode:
+        raise BundleError(
+            f"In {folder} the prompt is for {about['model']} and the bundle for {bundle.model.name}: "
+            "files of two bundles are mixed; copy one of them again."
+        )
+    needed = (DEEP_WEIGHTS,) if bundle.mode == "deep_ptune" else (PEFT_WEIGHTS, PEFT_CONFIG)
+    for name in needed:
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder} lacks {name}; copy the bundle again.")

@@ -1,0 +1,93 @@
+"""What a tuning run is told to do.
+
+Invariant: a `TuneSettings` that exists is one that a run can start with; `to_dict` says everything that the
+losses depend on, so that a resumed run can be held to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from corolla.data.render import RenderSettings
+from corolla.errors import UsageError
+
+REPORTERS = ("none", "wandb", "tensorboard", "trackio")
+# What may differ between a run and its continuation, since no loss depends on it.
+FREE_ON_RESUME = frozenset({"save_every", "eval_every", "report_to"})
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Training arguments; raises `UsageError` for values that cannot be meant.
+
+    `steps` are optimizer steps of `batch_size` × `accumulate` examples and take precedence over `epochs`.
+    `samples` is the number of training examples to draw (None: all), `held_out` the share (below 1) or number
+    of conversations kept for evaluation (None: a tenth, at most 32), `held_out_samples` how many examples of
+    those are evaluated. `eval_every` None means at the start and at the end only.
+    """
+
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    epochs: float = 1.0
+    steps: int | None = None
+    samples: int | None = None
+    held_out: float | int | None = None
+    held_out_samples: int = 64
+    eval_every: int | None = None
+    save_every: int = 50
+    seed: int = 0
+    report_to: str = "none"
+    rendering: RenderSettings = field(default_factory=RenderSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{_option(name)} is {value}; it must be a number above 0.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UsageError(f"{_option('weight_decay')} is {self.weight_decay}; it must be 0 or more.")
+        for name in (
+            "batch_size",
+            "accumulate",
+            "steps",
+            "samples",
+            "held_out_samples",
+            "eval_every",
+            "save_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{_option(name)} is {value}; it must be at least 1.")
+        if self.held_out is not None and self.held_out <= 0:
+            raise UsageError(
+                f"--held-out is {self.held_out}; give a share below 1, such as 0.1, or a number of conversations."
+            )
+        check_reporter(self.report_to)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON values; `from_dict` reads them back."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {**values, "rendering": self.rendering.to_dict()}
+
+    def decisive(self) -> dict[str, Any]:
+        """Those settings that the losses of a run depend on."""
+        return {key: value for key, value in self.to_dict().items() if key not in FREE_ON_RESUME}
+
+
+def check_reporter(name: str) -> None:
+    """Raise `UsageError` for a reporter that is unknown or not installed."""
+    if name not in REPORTERS:
+        raise UsageError(f"--report-to is {name!r}; it must be one of {', '.join(REPORTERS)}.")
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UsageError(f"--report-to {name} needs a package that is not here: pip install {name}")
+
+
+def _option(name: str) -> str:
+    return {"learning_rate": "--lr"}.get(name, "--" + name.replace("_", "-"))

@@ -1,0 +1,169 @@
+"""`transformers.Trainer` for prompts alone.
+
+Invariant: only the prompt is optimized and only the prompt is written; a step's loss is the mean over all
+label tokens of all its batches, whatever their sizes; a loss or gradient that is not finite never reaches
+the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from corolla.errors import NonFiniteLoss, UsageError
+from corolla.models.prompt_files import load_prompt, save_prompt
+from corolla.models.prompts import SoftPrompt
+from corolla.tuning.batches import Prepared
+from corolla.tuning.bundle import ModelInfo
+from corolla.tuning.checkpoints import RunFolder
+from corolla.tuning.evaluate import Evaluation, evaluate, flat_targets
+from corolla.tuning.settings import TuneSettings
+
+ADVICE = "try a lower --lr (such as 1e-3), --prompt-init vocab, and servers and client in float32"
+
+
+class PromptTrainer(Trainer):
+    """Trains `model.prompts` on `prepared.train`; `evaluations` maps steps to held-out losses."""
+
+    def __init__(
+        self,
+        model: Any,
+        settings: TuneSettings,
+        prepared: Prepared,
+        folder: RunFolder,
+        about: ModelInfo,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        if model.prompts is None:
+            raise UsageError(
+                "The model has no prompt to train: load it with tuning_mode='ptune' or 'deep_ptune'."
+            )
+        model.requires_grad_(False)
+        model.prompts.requires_grad_(True)
+        optimizer = torch.optim.AdamW(
+            model.prompts.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._prepared = prepared
+        self._folder = folder
+        self._about = about
+        self.evaluations: dict[int, Evaluation] = {}
+        super().__init__(
+            model=model,
+            args=training_arguments(settings, folder, on_cpu=model.device.type == "cpu"),
+            data_collator=prepared.batches,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.held_out,
+            optimizers=(optimizer, None),
+            compute_loss_func=summed_loss,
+            callbacks=[FiniteGradients(), *callbacks],
+        )
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; raises `NonFiniteLoss`."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLoss(f"The loss of step {self.state.global_step + 1} is {loss.item()}: {ADVICE}.")
+        return loss
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Held-out losses now; they are logged, and kept in `evaluations`."""
+        step = self.state.global_step
+        result = evaluate(
+            self.model, self._prepared.held_out, self._prepared.batches, self.args.per_device_eval_batch_size
+        )
+        self.evaluations[step] = result
+        if step == 0:
+            self._folder.note_before(result)
+        metrics = result.metrics()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the prompt; a model without its blocks is never written as if it were whole."""
+        save_prompt(
+            Path(output_dir or self.args.output_dir),
+            self.model.prompts,
+            config=self.model.config,
+            model_name=self._about.name,
+            identity=self._about.identity,
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._folder.saving(self.state.global_step) as temporary:
+            self.save_model(str(temporary))
+            self._save_optimizer_and_scheduler(str(temporary))
+            self._save_rng_state(str(temporary))
+            self.state.save_to_json(str(temporary / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_prompt(
+            Path(resume_from_checkpoint), model_name=self._about.name, identity=self._about.identity
+        )
+        copy_prompt(saved, self.model.prompts)
+
+
+def copy_prompt(source: SoftPrompt, target: SoftPrompt) -> None:
+    """Give `target` the values of `source`, in place, so that an optimizer keeps hold of it."""
+    target.load_state_dict(source.state_dict())
+
+
+def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of the kept positions, summed and divided by the step's count of label tokens.
+
+    `outputs.logits` [n, V] stand where `logits_to_keep` is true, in the order of `flat_targets(labels)`.
+    """
+    logits, targets = outputs.logits.float(), flat_targets(labels)
+    count = targets.numel() if num_items_in_batch is None else num_items_in_batch
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before the optimizer would write NaN into the prompt."""
+
+    def on_pre_optimizer_step(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises `NonFiniteLoss`."""
+        for parameter in kwargs["model"].prompts.parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                raise NonFiniteLoss(f"The gradient of step {state.global_step + 1} is not finite: {ADVICE}.")
+
+
+def training_arguments(settings: TuneSettings, folder: RunFolder, *, on_cpu: bool) -> TrainingArguments:
+    """The settings as the Trainer takes them."""
+    return TrainingArguments(
+        output_dir=str(folder.path),
+        run_name=folder.out.name,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every or 10**9,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=settings.report_to,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        # The client's part stays on the device that its user chose.
+        use_cpu=on_cpu,
+    )

@@ -1,0 +1,164 @@
+"""One training run, from prepared examples to a bundle.
+
+Invariant: the run ends in a bundle at `out`, or in a run folder from which `resume` goes on with the losses
+that an uninterrupted run would have had, or in an error that says in one sentence what to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback
+
+from corolla.errors import UsageError
+from corolla.tuning.batches import Prepared
+from corolla.tuning.bundle import CURVE_FILE, Bundle, ModelInfo, save_bundle
+from corolla.tuning.checkpoints import RunFolder
+from corolla.tuning.evaluate import Difference, Evaluation, compare
+from corolla.tuning.progress import ProgressReport
+from corolla.tuning.settings import TuneSettings
+from corolla.tuning.stopping import StopOnInterrupt
+from corolla.tuning.trainer import PromptTrainer
+
+# What a line of metrics.jsonl may hold.
+FIGURES = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
+FIGURES += ("eval_marker_loss", "num_input_tokens_seen")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a finished run has to show."""
+
+    bundle: Path
+    curve: Path
+    before: Evaluation
+    after: Evaluation
+    difference: Difference
+    losses: list[float]  # of each step, from the first one on even when the run was resumed
+    steps: int
+    seconds: float  # of this call
+
+
+@dataclass(frozen=True)
+class TuneStopped:
+    """A run that was interrupted and saved; `resume=True` goes on from there."""
+
+    step: int
+    total: int
+    checkpoint: Path
+
+
+def tune(
+    model: Any,
+    settings: TuneSettings,
+    prepared: Prepared,
+    out: Path,
+    about: ModelInfo,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TuneResult | TuneStopped:
+    """Train `model.prompts` on `prepared` and write the bundle `out`.
+
+    `notes` are further facts for the bundle (which data, how the prompt was started); `console` is where
+    progress goes (None: nowhere). Raises `UsageError` when `out` or the run folder is in the way,
+    `NonFiniteLoss`, `BundleError` when something cannot be written.
+    """
+    started = time.monotonic()
+    console = console or Console(quiet=True)
+    folder = RunFolder(out)
+    trained = _what_is_trained(model, settings, prepared, about)
+    checkpoint = folder.begin(trained, resume=resume, overwrite=overwrite)
+    progress = ProgressReport(console)
+    interrupt = StopOnInterrupt(lambda line: console.print(line, highlight=False))
+    trainer = PromptTrainer(model, settings, prepared, folder, about, [progress, interrupt, *callbacks])
+    _drop_default_printer(trainer)
+    trainer.args.eval_on_start = checkpoint is None
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
+        model.eval()
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        return TuneStopped(state.global_step, state.max_steps, folder.all()[-1])
+    before, after = _before_and_after(trainer, folder)
+    difference = compare(before, after, seed=settings.seed)
+    history = _history(state.log_history)
+    bundle = Bundle(
+        model=about,
+        mode=model.prompts.mode,
+        prompt_tokens=model.prompts.length,
+        rendering=settings.rendering,
+        stop=stop_settings(prepared),
+        training={**settings.to_dict(), **(notes or {}), "steps": state.global_step},
+        metrics=_metrics(before, after, difference),
+    )
+    save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=overwrite)
+    folder.remove()
+    return TuneResult(
+        bundle=out,
+        curve=out / CURVE_FILE,
+        before=before,
+        after=after,
+        difference=difference,
+        losses=[line["loss"] for line in history if "loss" in line],
+        steps=state.global_step,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _what_is_trained(
+    model: Any, settings: TuneSettings, prepared: Prepared, about: ModelInfo
+) -> dict[str, Any]:
+    """Everything that the losses depend on, but for the prompt's first values."""
+    if model.prompts is None:
+        raise UsageError(
+            "The model has no prompt to train: load it with tuning_mode='ptune' or 'deep_ptune'."
+        )
+    return {
+        **settings.decisive(),
+        "model": about.identity,
+        "mode": model.prompts.mode,
+        "prompt_tokens": model.prompts.length,
+        "data": prepared.fingerprint(),
+    }
+
+
+def _drop_default_printer(trainer: PromptTrainer) -> None:
+    """The Trainer prints every log line as a dictionary unless it is told not to."""
+    trainer.remove_callback(PrinterCallback)
+
+
+def _before_and_after(trainer: PromptTrainer, folder: RunFolder) -> tuple[Evaluation, Evaluation]:
+    """The first and the last evaluation; the last is made anew when the run was resumed at its very end."""
+    last = trainer.state.max_steps
+    if last not in trainer.evaluations:
+        trainer.evaluate()
+    before = folder.before()
+    assert before is not None  # no step comes before it
+    return before, trainer.evaluations[last]
+
+
+def _history(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The Trainer's log without its bookkeeping."""
+    lines = [{key: line[key] for key in FIGURES if key in line} for line in log]
+    return [line for line in lines if "loss" in line or "eval_loss" in line]
+
+
+def _metrics(before: Evaluation, after: Evaluation, difference: Difference) -> dict[str, Any]:
+    return {
+        "before": before.metrics(),
+        "after": after.metrics(),
+        "difference": {"mean": difference.mean, "low": difference.low, "high": difference.high},
+        "held_out_conversations": before.conversations,
+    }
