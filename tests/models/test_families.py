@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
-from transformers import AutoModelForCausalLM, BertConfig, Gemma3Config, PretrainedConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3Config,
+    PretrainedConfig,
+    T5Config,
+    XGLMConfig,
+)
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.families import (
@@ -70,3 +77,9 @@ def test_what_is_no_causal_text_model_is_refused(config: PretrainedConfig) -> No
 def test_blocks_that_no_model_runs_are_refused() -> None:
     with pytest.raises(UnsupportedFamily, match="what runs their blocks is not a model"):
         structure(BertConfig(is_decoder=True))
+
+
+def test_a_config_that_describes_no_model_is_refused() -> None:
+    with pytest.raises(UnsupportedFamily, match=r"describes no model .*divisible") as error:
+        structure(XGLMConfig(d_model=1000, attention_heads=7))
+    assert "\n" not in str(error.value)

@@ -46,3 +46,68 @@ def test_families_that_cannot_be_split_at_all_are_refused() -> None:
         check_family(AutoConfig.for_model("mamba"))
     assert "Models of type mamba cannot be" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+VARIANTS = {
+    "falcon-7b": ("falcon", {"num_attention_heads": 71, "hidden_size": 4544, "multi_query": True}),
+    "falcon-40b": (
+        "falcon",
+        {
+            "num_attention_heads": 128,
+            "hidden_size": 8192,
+            "num_kv_heads": 8,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "falcon-rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt-350m": (
+        "opt",
+        {
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "word_embed_proj_dim": 512,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "bloom residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "pythia residual": ("gpt_neox", {"use_parallel_residual": False}),
+    "llama-3.1": (
+        "llama",
+        {
+            "max_position_embeddings": 131072,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "phi-3 long": (
+        "phi3",
+        {
+            "hidden_size": 3072,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + at / 50 for at in range(48)],
+                "long_factor": [1.0 + at / 5 for at in range(48)],
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+    "dense layers first": ("qwen3_moe", {"mlp_only_layers": [0, 1], "num_hidden_layers": 12}),
+    "one layer": ("llama", {"num_hidden_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_variants_pass(name: str) -> None:
+    family, fields = VARIANTS[name]
+    check_family(AutoConfig.for_model(family, **fields))

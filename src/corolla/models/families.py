@@ -99,8 +99,14 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
 
 def _inspect(config: PretrainedConfig) -> Structure:
     causal_class = _causal_class(config)
-    with torch.device("meta"):
-        model: Any = causal_class(slice_config(config, 0, 1))
+    try:
+        with torch.device("meta"):
+            model: Any = causal_class(slice_config(config, 0, 1))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UnsupportedFamily(
+            f"This config of type {config.model_type} describes no model that can be built ({reason:.200})."
+        ) from error
     base_name = str(causal_class.base_model_prefix)
     path = _shallowest_list(getattr(model, base_name, None), config.model_type)
     owner, _, attribute = path.rpartition(".")

@@ -211,7 +211,7 @@ def _load_blocks(
             dtype=dtype,
             output_loading_info=True,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"The tensors of blocks {start}:{end} in {checkpoint.name} do not fit its config."
         ) from error
