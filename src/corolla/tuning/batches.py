@@ -17,12 +17,13 @@ from torch import Tensor
 
 from corolla.data.collate import Collator
 from corolla.data.conversation import Conversation
-from corolla.data.render import Example, Renderer
+from corolla.data.render import NO_LOSS, Example, Renderer
 from corolla.data.split import split_conversations, subsample
 from corolla.errors import DataError
 from corolla.tuning.settings import TuneSettings
 
 MOST_HELD_OUT = 32  # conversations, unless the user says otherwise
+SPREAD = 4  # examples that are rendered for each that is drawn
 
 
 class BatchMaker:
@@ -34,10 +35,10 @@ class BatchMaker:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = self._collator(examples)
         labels = batch["labels"].clone()
-        labels[:, 0] = -100
+        labels[:, 0] = NO_LOSS
         # Position t predicts token t+1; a bool mask, so that rows may keep different numbers of positions.
         keep = torch.zeros_like(labels, dtype=torch.bool)
-        keep[:, :-1] = labels[:, 1:] != -100
+        keep[:, :-1] = labels[:, 1:] != NO_LOSS
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
@@ -70,25 +71,43 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
         wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
     train, held_out = split_conversations(conversations, held_out=wanted, seed=settings.seed)
     renderer = Renderer(tokenizer, settings.rendering)
-    train_examples = _render(renderer, train, "training")
-    held_out_examples = _render(renderer, held_out, "evaluation")
-    if settings.samples is not None:
-        train_examples = subsample(train_examples, settings.samples, settings.seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Prepared(
-        train=train_examples,
-        held_out=subsample(held_out_examples, settings.held_out_samples, settings.seed),
+        train=_draw(renderer, train, _needed(settings), settings.seed, "training"),
+        held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation"),
         batches=BatchMaker(Collator(padding or 0)),
         renderer=renderer,
     )
 
 
-def _render(renderer: Renderer, conversations: Sequence[Conversation], purpose: str) -> list[Example]:
-    examples = [example for conversation in conversations for example in renderer.examples(conversation)]
-    examples = [example for example in examples if any(label != -100 for label in example.labels[1:])]
+def _needed(settings: TuneSettings) -> int | None:
+    """How many training examples the run can use; None means all."""
+    if settings.samples is not None or settings.steps is None:
+        return settings.samples
+    return settings.steps * settings.batch_size * settings.accumulate
+
+
+def _draw(
+    renderer: Renderer, conversations: Sequence[Conversation], count: int | None, seed: int, purpose: str
+) -> list[Example]:
+    """`count` examples of these conversations, in random order; None: all.
+
+    Rendering a large data set takes long, so conversations are drawn first, several times as many as needed:
+    a long one gives many examples, and these should not all be its.
+    """
+    examples: list[Example] = []
+    for conversation in subsample(conversations, len(conversations), seed):
+        examples += [example for example in renderer.examples(conversation) if _has_label(example)]
+        if count is not None and len(examples) >= SPREAD * count:
+            break
     if not examples:
         raise DataError(
             f"Of {len(conversations)} conversations none gives an example for {purpose}: use more data or a "
             "larger --max-length."
         )
-    return examples
+    return subsample(examples, len(examples) if count is None else count, seed)
+
+
+def _has_label(example: Example) -> bool:
+    """The first token does not count: nothing predicts it."""
+    return any(label != NO_LOSS for label in example.labels[1:])

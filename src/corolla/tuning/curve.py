@@ -17,6 +17,7 @@ def draw_curve(history: Sequence[dict[str, float]], path: Path, *, title: str) -
     # matplotlib takes a second to import, and only this needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -25,7 +26,7 @@ def draw_curve(history: Sequence[dict[str, float]], path: Path, *, title: str) -
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(f"Prompt tuning: {title}", loc="left")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.data.render import Example
+from corolla.data.render import NO_LOSS, Example
 from corolla.tuning.batches import BatchMaker
 
 RESAMPLES = 4000
@@ -121,7 +121,7 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def flat_targets(labels: Tensor) -> Tensor:
     """The tokens to predict, in the order of the logits that `logits_to_keep` leaves; int64 [n]."""
     shifted = labels[:, 1:]
-    return shifted[shifted != -100]
+    return shifted[shifted != NO_LOSS]
 
 
 def _collect(
@@ -130,7 +130,9 @@ def _collect(
     position = 0
     for example in batch:
         kinds = [
-            kind for kind, label in zip(example.kinds[1:], example.labels[1:], strict=True) if label != -100
+            kind
+            for kind, label in zip(example.kinds[1:], example.labels[1:], strict=True)
+            if label != NO_LOSS
         ]
         own = losses[position : position + len(kinds)].double()
         position += len(kinds)

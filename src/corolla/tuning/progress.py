@@ -16,7 +16,7 @@ QUIET_LINES = 10  # about so many in a run
 WEIGHT = 0.8  # of the past in the loss that is shown
 
 
-class ProgressReport(TrainerCallback):
+class ProgressReport(TrainerCallback):  # type: ignore[misc]
     """A Trainer's callback that shows step, smoothed loss, tokens a second and the time left."""
 
     def __init__(self, console: Console) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class StopOnInterrupt(TrainerCallback):
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """A callback and a context manager; `requested` is true after the first Ctrl-C inside the block."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:

@@ -27,8 +27,10 @@ from corolla.tuning.settings import TuneSettings
 ADVICE = "try a lower --lr (such as 1e-3), --prompt-init vocab, and servers and client in float32"
 
 
-class PromptTrainer(Trainer):
+class PromptTrainer(Trainer):  # type: ignore[misc]
     """Trains `model.prompts` on `prepared.train`; `evaluations` maps steps to held-out losses."""
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
 
 
-class FiniteGradients(TrainerCallback):
+class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     """Stops before the optimizer would write NaN into the prompt."""
 
     def on_pre_optimizer_step(

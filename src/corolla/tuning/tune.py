@@ -26,8 +26,17 @@ from corolla.tuning.stopping import StopOnInterrupt
 from corolla.tuning.trainer import PromptTrainer
 
 # What a line of metrics.jsonl may hold.
-FIGURES = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
-FIGURES += ("eval_marker_loss", "num_input_tokens_seen")
+FIGURES = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "num_input_tokens_seen",
+    "eval_loss",
+    "eval_perplexity",
+    "eval_marker_loss",
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def tune(
         mode=model.prompts.mode,
         prompt_tokens=model.prompts.length,
         rendering=settings.rendering,
-        stop=stop_settings(prepared),
+        stop=_stop_settings(prepared),
         training={**settings.to_dict(), **(notes or {}), "steps": state.global_step},
         metrics=_metrics(before, after, difference),
     )
@@ -153,6 +162,12 @@ def _history(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     """The Trainer's log without its bookkeeping."""
     lines = [{key: line[key] for key in FIGURES if key in line} for line in log]
     return [line for line in lines if "loss" in line or "eval_loss" in line]
+
+
+def _stop_settings(prepared: Prepared) -> dict[str, Any]:
+    """What ends a reply, for programs that read the bundle without Corolla's renderer."""
+    renderer = prepared.renderer
+    return {"ids": list(renderer.stop_ids), "text": renderer.tokenizer.decode(renderer.stop_ids)}
 
 
 def _metrics(before: Evaluation, after: Evaluation, difference: Difference) -> dict[str, Any]:

@@ -1,0 +1,274 @@
+"""`corolla tune`: train a prompt through the swarm and save it as a bundle.
+
+Invariant: what is wrong with the arguments or the data is said before a server is started or asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from corolla.cli.common import PeersOption, console, quiet_libraries
+from corolla.errors import UsageError
+
+if TYPE_CHECKING:
+    from corolla.tuning.batches import Prepared
+    from corolla.tuning.settings import TuneSettings
+    from corolla.tuning.tune import TuneResult
+
+MODES = ("ptune", "deep_ptune")
+INITS = ("vocab", "text", "random")
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """What to train and on what; the settings say how. Raises `UsageError`."""
+
+    model: str
+    data: str
+    out: Path
+    speaker: str | None = None
+    persona: bool = False
+    mode: str = "ptune"
+    prompt_tokens: int = 16
+    prompt_init: str = "vocab"
+    prompt_text: str | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"--mode is {self.mode!r}; it must be {' or '.join(MODES)}.")
+        if self.prompt_tokens < 1:
+            raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prompt needs at least 1 token.")
+        if self.prompt_init not in INITS:
+            raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
+        if (self.prompt_init == "text") != bool(self.prompt_text):
+            raise UsageError("--prompt-init text and --prompt-text TEXT go together.")
+
+    def notes(self) -> dict[str, Any]:
+        """For the bundle."""
+        names = ("data", "speaker", "persona", "prompt_init", "prompt_text", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file or smollm2.")] = "smollm2",
+    peers: PeersOption = None,
+    data: Annotated[str, typer.Option(help="chitchat, a json/jsonl/csv/parquet file, or a hub name.")] = (
+        "chitchat"
+    ),
+    speaker: Annotated[str | None, typer.Option(help="chitchat: the person whose turns to learn.")] = None,
+    persona: Annotated[bool, typer.Option(help="PersonaChat: put the personality in front.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("bundle"),
+    mode: Annotated[str, typer.Option(help="ptune or deep_ptune (a prompt for each block besides).")] = (
+        "ptune"
+    ),
+    prompt_tokens: Annotated[int, typer.Option(help="Trainable prompt tokens.")] = 16,
+    prompt_init: Annotated[str, typer.Option(help="Start from vocab, text or random.")] = "vocab",
+    prompt_text: Annotated[str | None, typer.Option(help="The text to start from.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate; falls linearly to 0.")] = 1e-2,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
+    samples: Annotated[int | None, typer.Option(help="Training examples to draw (default: all).")] = None,
+    max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 256,
+    style: Annotated[str, typer.Option(help="Join turns by a delimiter or by the chat template.")] = (
+        "delimiter"
+    ),
+    delimiter: Annotated[str, typer.Option(help="What stands between turns.")] = "\n-----\n",
+    loss_on: Annotated[str, typer.Option(help="Learn replies or all tokens.")] = "replies",
+    held_out: Annotated[
+        float | None, typer.Option(help="Share (below 1) or number of conversations kept for evaluation.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate every N steps, too.")] = None,
+    save_every: Annotated[int, typer.Option(help="Checkpoint every N steps.")] = 50,
+    seed: Annotated[int, typer.Option(help="For the split, the order and the prompt.")] = 0,
+    report_to: Annotated[str, typer.Option(help="none, wandb, tensorboard or trackio.")] = "none",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
+) -> None:
+    """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
+    quiet_libraries()
+    from corolla.data.render import RenderSettings
+    from corolla.tuning.settings import TuneSettings
+
+    job = TuneJob(
+        model=model,
+        data=data,
+        out=out,
+        speaker=speaker,
+        persona=persona,
+        mode=mode,
+        prompt_tokens=prompt_tokens,
+        prompt_init=prompt_init,
+        prompt_text=prompt_text,
+        revision=revision,
+        token=token,
+        dtype=dtype,
+    )
+    settings = TuneSettings(
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        steps=steps,
+        epochs=epochs,
+        samples=samples,
+        held_out=held_out,
+        eval_every=eval_every,
+        save_every=save_every,
+        seed=seed,
+        report_to=report_to,
+        rendering=RenderSettings(style=style, delimiter=delimiter, loss_on=loss_on, max_length=max_length),
+    )
+    prepared = prepare_data(job, settings)
+    with joined(peers, job) as addresses:
+        train_and_report(job, settings, prepared, addresses, resume=resume, overwrite=overwrite)
+    show_next_step(job, peers)
+
+
+def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Prepared:
+    """Read and render the conversations; shows the report and `shown` examples."""
+    from transformers import AutoTokenizer
+
+    from corolla.data.preview import preview
+    from corolla.data.sources import load_conversations
+    from corolla.models.checkpoint import open_checkpoint
+    from corolla.tuning.batches import prepare
+
+    checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
+    conversations, report = load_conversations(
+        job.data, speaker=job.speaker, persona=job.persona, token=job.token
+    )
+    for line in report.lines():
+        _say(line)
+    tokenizer = AutoTokenizer.from_pretrained(
+        checkpoint.tokenizer_source, revision=job.revision, token=job.token
+    )
+    prepared = prepare(tokenizer, settings, conversations)
+    people = len({example.conversation for example in prepared.held_out})
+    _say(
+        f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} of {people} other "
+        "conversations held out"
+    )
+    console.print(preview(prepared.train, tokenizer, shown))
+    return prepared
+
+
+@contextlib.contextmanager
+def joined(peers: Sequence[str] | None, job: TuneJob) -> Iterator[Sequence[str]]:
+    """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
+    if peers:
+        yield peers
+        return
+    from corolla.cli.local_swarm import local_swarm
+
+    with console.status("starting two servers on this machine …"):
+        swarm = contextlib.ExitStack()
+        addresses = swarm.enter_context(local_swarm(job.model)).peers
+    with swarm:
+        yield addresses
+
+
+def train_and_report(
+    job: TuneJob,
+    settings: TuneSettings,
+    prepared: Prepared,
+    peers: Sequence[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> TuneResult:
+    """Train through the swarm at `peers`; ends with a table. Exits with 130 when it was interrupted."""
+    from corolla import AutoDistributedModelForCausalLM
+    from corolla.tuning.bundle import ModelInfo
+    from corolla.tuning.tune import TuneStopped
+    from corolla.tuning.tune import tune as run
+
+    with AutoDistributedModelForCausalLM.from_pretrained(
+        job.model,
+        initial_peers=list(peers),
+        tuning_mode=job.mode,
+        pre_seq_len=job.prompt_tokens,
+        prompt_init=job.prompt_init,
+        prompt_text=job.prompt_text,
+        dtype=job.dtype,
+        revision=job.revision,
+        token=job.token,
+        seed=settings.seed,
+    ) as model:
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        _say(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
+        result = run(
+            model,
+            settings,
+            prepared,
+            job.out,
+            ModelInfo(job.model, model.blocks.connection.view.model, job.revision),
+            notes=job.notes(),
+            resume=resume,
+            overwrite=overwrite,
+            console=console,
+        )
+    if isinstance(result, TuneStopped):
+        _say(f"Stopped after step {result.step} of {result.total}; go on with\n  {_resume_command()}")
+        raise typer.Exit(130)
+    console.print(result_table(result))
+    return result
+
+
+def result_table(result: TuneResult) -> Any:
+    """Held-out losses before and after, with the interval of their difference."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    before, after, change = result.before, result.after, result.difference
+    table = Table(title="Held-out conversations", title_justify="left", title_style="bold")
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = (
+        ("loss of replies (nats a token)", before.reply_loss, after.reply_loss, ".3f"),
+        ("perplexity of replies", before.perplexity, after.perplexity, ".1f"),
+        ("loss of delimiters and ends", before.marker_loss, after.marker_loss, ".3f"),
+    )
+    for name, old, new, form in rows:
+        table.add_row(name, format(old, form), format(new, form), format(new - old, "+" + form))
+    words = f"{result.steps} steps in {result.seconds:.0f} s, {before.conversations} held-out conversations"
+    if change.low is not None and change.high is not None:
+        words += (
+            f"; change of the replies' loss, paired 95 % interval: {change.low:+.3f} to {change.high:+.3f}"
+        )
+    return Group(table, Text(words, style="dim"))
+
+
+def show_next_step(job: TuneJob, peers: Sequence[str] | None) -> None:
+    """Where the bundle is, and how to chat with it."""
+    from corolla.tuning.bundle import CURVE_FILE
+
+    _say(f"Bundle: {job.out}   loss curve: {job.out / CURVE_FILE}")
+    join = [part for address in peers or () for part in ("--peers", address)]
+    _say(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(job.out), *join])}")
+
+
+def _resume_command() -> str:
+    words = sys.argv[1:]
+    return shlex.join(["corolla", *words, *([] if "--resume" in words else ["--resume"])])
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
