@@ -16,6 +16,7 @@ from corolla.cli.bootstrap import bootstrap
 from corolla.cli.common import explain, set_up_logging
 from corolla.cli.serve import serve
 from corolla.cli.status import status
+from corolla.cli.tune import tune
 from corolla.errors import CorollaError
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status):
+for _command in (bootstrap, serve, status, tune):
     app.command()(_command)
 
 
