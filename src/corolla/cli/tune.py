@@ -86,7 +86,7 @@ def tune(
     style: Annotated[str, typer.Option(help="Join turns by a delimiter or by the chat template.")] = (
         "delimiter"
     ),
-    delimiter: Annotated[str, typer.Option(help="What stands between turns.")] = "\n-----\n",
+    delimiter: Annotated[str, typer.Option(help="What stands between turns.")] = r"\n-----\n",
     loss_on: Annotated[str, typer.Option(help="Learn replies or all tokens.")] = "replies",
     held_out: Annotated[
         float | None, typer.Option(help="Share (below 1) or number of conversations kept for evaluation.")
@@ -104,6 +104,7 @@ def tune(
     """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
     quiet_libraries()
     from corolla.data.render import RenderSettings
+    from corolla.tuning.checkpoints import RunFolder
     from corolla.tuning.settings import TuneSettings
 
     job = TuneJob(
@@ -133,8 +134,11 @@ def tune(
         save_every=save_every,
         seed=seed,
         report_to=report_to,
-        rendering=RenderSettings(style=style, delimiter=delimiter, loss_on=loss_on, max_length=max_length),
+        rendering=RenderSettings(
+            style=style, delimiter=_unescaped(delimiter), loss_on=loss_on, max_length=max_length
+        ),
     )
+    RunFolder(out).check(resume=resume, overwrite=overwrite)
     prepared = prepare_data(job, settings)
     with joined(peers, job) as addresses:
         train_and_report(job, settings, prepared, addresses, resume=resume, overwrite=overwrite)
@@ -263,6 +267,11 @@ def show_next_step(job: TuneJob, peers: Sequence[str] | None) -> None:
     _say(f"Bundle: {job.out}   loss curve: {job.out / CURVE_FILE}")
     join = [part for address in peers or () for part in ("--peers", address)]
     _say(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(job.out), *join])}")
+
+
+def _unescaped(text: str) -> str:
+    """Line breaks are hard to type on a command line."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _resume_command() -> str:

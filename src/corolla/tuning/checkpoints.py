@@ -43,16 +43,11 @@ class RunFolder:
         `overwrite` allows `out` to be replaced at the end and, without `resume`, an unfinished run now.
         Raises `UsageError` rather than destroy something, or continue a run with other settings.
         """
-        if self.out.exists() and not overwrite:
-            raise UsageError(f"{self.out} exists already: give another --out, or --overwrite to replace it.")
+        self.check(resume=resume, overwrite=overwrite)
         if resume:
             return self._continue(decisive)
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif self.latest() is not None:
-            raise UsageError(
-                f"{self.path} holds an unfinished run: continue it with --resume, or drop it with --overwrite."
-            )
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN_FILE, decisive)
@@ -60,9 +55,18 @@ class RunFolder:
             raise BundleError(f"{self.path} cannot be written: {error.strerror or error}.") from error
         return None
 
-    def _continue(self, decisive: dict[str, Any]) -> Path | None:
-        if not (self.path / RUN_FILE).is_file():
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raises `UsageError` when something is in the way, or nothing is there to continue."""
+        if self.out.exists() and not overwrite:
+            raise UsageError(f"{self.out} exists already: give another --out, or --overwrite to replace it.")
+        if resume and not (self.path / RUN_FILE).is_file():
             raise UsageError(f"There is no unfinished run at {self.path}; start one without --resume.")
+        if not resume and not overwrite and self.latest() is not None:
+            raise UsageError(
+                f"{self.path} holds an unfinished run: continue it with --resume, or drop it with --overwrite."
+            )
+
+    def _continue(self, decisive: dict[str, Any]) -> Path | None:
         noted = self._read(RUN_FILE)
         for name in sorted(noted.keys() | decisive.keys()):
             if noted.get(name) != json.loads(json.dumps(decisive.get(name))):
