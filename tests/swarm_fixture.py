@@ -84,6 +84,14 @@ class MemorySwarm:
 
         self.loop.run(kill())
 
+    def stop(self, peer_id: str) -> None:
+        """SIGSTOP a server: it stays silent, its streams stay open."""
+
+        async def stop() -> None:
+            self.network.stop(peer_id)
+
+        self.loop.run(stop())
+
     def connect(self, **options: Any) -> SwarmConnection:
         """A new client's connection."""
 
@@ -110,6 +118,10 @@ class MemorySwarm:
     def counted(self, name: str = "inference") -> dict[str, int]:
         """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""
         return {peer: int(getattr(server.counters, name)) for peer, server in self.servers.items()}
+
+    def reserved(self) -> list[int]:
+        """What each server's cache budget has given away."""
+        return [server.budget.reserved for server in self.servers.values()]
 
     def close(self) -> None:
         """End the servers and the loop."""

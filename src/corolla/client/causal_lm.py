@@ -121,7 +121,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             if mask is not None:
                 kwargs["attention_mask"] = mask
             result = super().generate(ids, *args, past_key_values=session.cache, **kwargs)
-            newer = session.keep(sequences_of(result), mask, before)
+            newer = session.keep(sequences_of(result), before)
             if isinstance(result, Tensor):
                 return newer
             result.sequences = newer

@@ -49,7 +49,6 @@ class InferenceSession:
         self._active = active
         self._tokens: list[Token[InferenceSession | None]] = []
         self._output_ids: Tensor | None = None
-        self._mask: Tensor | None = None
         # A session that is dropped without `close()` must not hold the servers' memory. The finalizer hangs
         # on the cache, since that is what a caller of `model(..., use_cache=True)` keeps.
         self._connection = blocks.connection
@@ -76,7 +75,6 @@ class InferenceSession:
         tokens = self.output_ids
         self.cache.truncate(min(position, self.cache.length))
         self._output_ids = None if tokens is None or position == 0 else tokens[:, :position]
-        self._mask = None if self._mask is None or position == 0 else self._mask[:, :position]
 
     # --- used by generate --------------------------------------------------------------------------------
 
@@ -87,35 +85,34 @@ class InferenceSession:
         """
         past = self.output_ids
         ids = _appended(past, inputs)
-        mask = self._whole_mask(mask, past, ids)
-        if ids is not None:
-            self.cache.align(ids)
-        return ids, mask
+        if past is None or ids is None:
+            return ids, mask
+        self.cache.align(ids)
+        return ids, self._whole_mask(mask, int(past.shape[1]), ids)
 
-    def _whole_mask(self, mask: Tensor | None, past: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        if ids is None or (mask is None and self._mask is None):
-            return mask
+    def _whole_mask(self, mask: Tensor | None, before: int, ids: Tensor) -> Tensor:
+        """The mask for `ids` [R, n]: as it was for what the servers have seen, and given or real behind that.
+
+        It is never left to be guessed from padding tokens, since a model may have said one.
+        """
         total = int(ids.shape[1])
-        before = 0 if past is None else int(past.shape[1])
         if mask is not None and mask.shape[1] == total:
             return mask
-        old = torch.ones(ids.shape[0], before, dtype=torch.long) if self._mask is None else self._mask
-        old = _repeated(old, ids.shape[0])
-        new = torch.ones(ids.shape[0], total - before, dtype=torch.long) if mask is None else mask
-        if new.shape[1] != total - before:
+        if mask is not None and mask.shape[1] != total - before:
             raise UsageError(
-                f"The attention mask covers {new.shape[1]} tokens; give one for the {total - before} new tokens "
-                f"or for all {total}."
+                f"The attention mask covers {mask.shape[1]} tokens; give one for the {total - before} new "
+                f"tokens or for all {total}."
             )
-        return torch.cat([old, new.to(old.device, old.dtype)], dim=1)
+        whole = torch.ones_like(ids)
+        if self.cache.mask is not None:
+            whole[:, : self.cache.length] = self.cache.mask.to(whole.device)
+        if mask is not None:
+            whole[:, before:] = mask.to(whole.device)
+        return whole
 
-    def keep(self, sequences: Tensor, mask: Tensor | None, before: int) -> Tensor:
+    def keep(self, sequences: Tensor, before: int) -> Tensor:
         """Note what a call has returned, [R, n]; gives back what came after the first `before` tokens."""
         self._output_ids = sequences
-        if mask is not None:
-            old = _repeated(mask, sequences.shape[0])
-            grown = sequences.shape[1] - old.shape[1]
-            self._mask = torch.cat([old, old.new_ones(old.shape[0], grown)], dim=1)
         return sequences[:, before:]
 
     # --- life --------------------------------------------------------------------------------------------
@@ -149,11 +146,6 @@ def _appended(past: Tensor | None, inputs: Tensor | None) -> Tensor | None:
             f"This session holds {past.shape[0]} sequences; inputs of {inputs.shape[0]} cannot continue it."
         )
     return torch.cat([past.to(inputs.device), inputs], dim=1)
-
-
-def _repeated(mask: Tensor, rows: int) -> Tensor:
-    """One row of the mask may have become several sequences (num_return_sequences)."""
-    return mask if mask.shape[0] == rows else mask.repeat_interleave(rows // mask.shape[0], dim=0)
 
 
 def sequences_of(result: Any) -> Tensor:

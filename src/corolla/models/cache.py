@@ -75,8 +75,10 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.length = length
         if self.ids is not None:
             self.ids = self.ids[:, :length]
-            if length == 0:
-                self.ids = None
+        if self.mask is not None:
+            self.mask = self.mask[:, :length]
+        if length == 0:
+            self.ids, self.mask = None, None
 
     def select_rows(self, rows: Tensor) -> None:
         """Continue with the rows that the int64 tensor `rows` [R] names."""
@@ -84,6 +86,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
             return
         rows = rows.detach().to("cpu", torch.int64)
         self.ids = self.ids[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
         self.session.reorder(rows)
 
     def check_room(self, new_tokens: int) -> None:
@@ -99,8 +102,12 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.check_room(tokens - self.length)
         self.session.reserve(self.prompt_length + tokens)
 
-    def record(self, ids: Tensor | None, rows: int, count: int) -> None:
-        """Note what a step has added: token ids [R, T], or None where embeddings were given."""
+    def record(self, ids: Tensor | None, rows: int, count: int, mask: Tensor | None) -> None:
+        """Note what a step has added: token ids [R, T], or None where embeddings were given.
+
+        `mask` [R, length + T] covers all tokens, those of the step included.
+        """
+        self.mask = None if mask is None else mask.detach().to("cpu", torch.int64)
         new = torch.full((rows, count), -1) if ids is None else ids.detach().to("cpu", torch.int64)
         self.ids = new if self.ids is None else torch.cat([self.ids, new], dim=1)
         self.length += count

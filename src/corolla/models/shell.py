@@ -75,6 +75,7 @@ class _Entered:
     token: Token[BlocksCall | None]
     cache: RemoteCache | None
     ids: Tensor | None
+    mask: Tensor | None  # the user's, [R, S]
     rows: int
     new_tokens: int  # the user's
     prompt_tokens: int  # that were prepended in this call
@@ -110,6 +111,7 @@ class BaseModelHooks:
         cache = self._pick_cache(named)
         if cache is not None:
             cache.check_room(new_tokens)
+        mask = named.get("attention_mask")
         prompt = self._prompts()
         first = cache is None or cache.length == 0
         prepended = prompt.length if prompt is not None and first else 0
@@ -126,7 +128,7 @@ class BaseModelHooks:
             start=0 if view is None else view.past,
         )
         call = _without_plain_positions(call, new_tokens + prepended)
-        entered = _Entered(_call.set(call), cache, ids, rows, new_tokens, prepended)
+        entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended)
         self._entered.set((*self._entered.get(), entered))
         return (), named
 
@@ -149,7 +151,7 @@ class BaseModelHooks:
         if output is None:  # the forward raised; `always_call` brings us here to tidy up
             return output
         if entered.cache is not None:
-            entered.cache.record(entered.ids, entered.rows, entered.new_tokens)
+            entered.cache.record(entered.ids, entered.rows, entered.new_tokens, entered.mask)
         return _users_view(output, entered)
 
 

@@ -7,6 +7,7 @@ cell, a trainer, a finalizer); when `close()` returns, no task of it is left and
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
 from collections.abc import Coroutine
@@ -83,7 +84,9 @@ class EventLoopThread:
             if self._closed:
                 work.close()
                 raise UsageError("The connection to the swarm is closed; load the model again.")
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+            # In a context of its own: tasks that outlive the call (a stream's) would otherwise keep everything
+            # alive that the caller's context variables hold, a session among it.
+            return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, self._loop)
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -1,0 +1,62 @@
+"""Swarms of tiny models, made once for each family and process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.reference import local_model
+from tests.swarm_fixture import MemorySwarm
+from tests.tiny_models import write_tiny
+
+TWO = ((0, 2), (2, 4))
+THREE = ((0, 1), (1, 3), (3, 4))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A swarm and the local model that it must equal."""
+
+    swarm: MemorySwarm
+    local: Any
+
+    def model(self, **arguments: Any) -> Any:
+        """A distributed model that, like the local one, never stops early."""
+        model = self.swarm.model(**arguments)
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        return model
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair]]:
+    """`pair_of(family, spans)`; swarms live as long as the module's tests."""
+    torch.set_num_threads(1)
+    swarms: list[MemorySwarm] = []
+
+    @cache
+    def folder_of(family: str) -> Path:
+        return write_tiny(family, tmp_path_factory.mktemp(family))
+
+    @cache
+    def make(family: str, spans: tuple[tuple[int, int], ...] = TWO) -> Pair:
+        swarm = MemorySwarm(folder_of(family), spans)
+        swarms.append(swarm)
+        local = local_model(folder_of(family))
+        local.generation_config.eos_token_id = None
+        local.generation_config.pad_token_id = 0
+        return Pair(swarm, local)
+
+    yield make
+    for swarm in swarms:
+        swarm.close()
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Token ids [rows, length] without the special ones."""
+    return torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,109 @@
+"""Local Hugging Face models with prompts, written without any of Corolla's prompt arithmetic.
+
+What the swarm gives is compared with these; so they stay as plain as possible.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+TIE = 1e-4
+BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+
+
+def local_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    """The whole model, frozen, on this machine."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def blocks_of(model: Any) -> Any:
+    """The model's list of blocks."""
+    for path in BLOCKS:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    raise AssertionError(f"no blocks in {type(model).__name__}")
+
+
+class Prompted:
+    """A local model with vectors before the embeddings and, per block, added to the first positions."""
+
+    def __init__(self, model: Any, vectors: Tensor, deep: Tensor | None = None) -> None:
+        self.model = model
+        self.vectors = vectors.detach().clone().requires_grad_()
+        self.deep = None if deep is None else deep.detach().clone().requires_grad_()
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [R, T, V] at the user's tokens."""
+        rows, length = ids.shape[0], self.vectors.shape[0]
+        embedded = self.model.get_input_embeddings()(ids)
+        front = self.vectors.to(embedded.dtype).expand(rows, -1, -1)
+        mask = torch.ones_like(ids) if mask is None else mask
+        whole_mask = F.pad(mask, (length, 0), value=1)
+        handles = [] if self.deep is None else self._hook(length)
+        try:
+            whole = torch.cat([front, embedded], 1)
+            output = self.model(inputs_embeds=whole, attention_mask=whole_mask, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output.logits[:, length:]
+
+    def _hook(self, length: int) -> list[Any]:
+        def adder(vector: Tensor) -> Any:
+            def add(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                pad = hidden.shape[1] - length
+                added = hidden + F.pad(vector.to(hidden.dtype), (0, 0, 0, pad))
+                return (added, *args[1:]), kwargs
+
+            return add
+
+        assert self.deep is not None
+        return [
+            block.register_forward_pre_hook(adder(vector), with_kwargs=True)
+            for block, vector in zip(blocks_of(self.model), self.deep, strict=True)
+        ]
+
+    def loss(self, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean cross entropy of the next tokens."""
+        logits = self.logits(ids, mask)[:, :-1].float()
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    @torch.no_grad()
+    def assert_greedy(self, found: Tensor, start: int, mask: Tensor | None = None) -> None:
+        """Every token of `found` [R, n] from `start` on is this model's best after those before it.
+
+        In fp32 a row computed in another arrangement differs by up to 3e-5: where the two best logits are
+        within 1e-4, either is right. Such cases are shown.
+        """
+        logits = self.logits(found, mask)[:, start - 1 : -1]
+        chosen = logits.gather(2, found[:, start:, None])[..., 0]
+        behind = logits.max(-1).values - chosen
+        ties = int(((behind > 0) & (behind <= TIE)).sum())
+        if ties:
+            print(f"{ties} of {chosen.numel()} tokens are one of two best within {TIE}")
+        assert float(behind.max()) <= TIE, f"a token is {float(behind.max())} behind the best"
+
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, count: int) -> Tensor:
+        """`ids` [R, T] and `count` more tokens, all computed anew for every token."""
+        for _ in range(count):
+            ids = torch.cat([ids, self.logits(ids)[:, -1:].argmax(-1)], 1)
+        return ids
+
+
+def relative(found: Tensor | None, expected: Tensor | None) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    assert found is not None
+    assert expected is not None
+    assert float(expected.norm()) > 0
+    return float((found - expected).norm() / expected.norm())
