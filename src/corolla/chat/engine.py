@@ -1,33 +1,48 @@
-"""A conversation with a model over one inference session.
+"""A chat: turns in, replies out as they are generated, one session's caches behind them.
 
-Invariant: between two replies the session's tokens are a beginning of `history.ids`, the tokens that training
-has for the same turns; so a turn costs the servers its own tokens, never the history's, and whatever ended a
-reply (the delimiter, its greatest length, Ctrl-C, an error), the next turn starts at the right place.
+Invariant: between turns, the session's tokens are a beginning of the window's, which are what training
+renders for the same turns; a turn feeds what the session lacks and nothing else. The session lacks the end
+of a reply that was cut short, and nothing of one that the model ended in training's own tokens.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
-from corolla.chat.history import ChatHistory, Exchange
+from corolla.chat.generation import Generation
 from corolla.chat.reader import ReplyReader
 from corolla.chat.sampling import SamplingSettings
+from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.render import Renderer
-from corolla.errors import UsageError
+from corolla.errors import SessionLimit, UsageError
 from corolla.models.prompt_files import write_json
 
-UNBOUNDED_CONTEXT = 2048  # for families whose config names no length (alibi)
+UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, falcon with alibi)
+
+
+def context_limit(model: Any) -> int:
+    """How many tokens of conversation a model can read: its positions without those of its prompt."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT
+    return int(positions) - (0 if model.prompts is None else model.prompts.length)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn that is being generated."""
+
+    said: str
+    generation: Generation
 
 
 class ChatEngine:
-    """Talks with a distributed model. Use it from one thread; only `stop` may be called from others."""
+    """One conversation with a distributed model. Not for several threads at once."""
 
     def __init__(
         self,
@@ -35,215 +50,199 @@ class ChatEngine:
         renderer: Renderer,
         *,
         sampling: SamplingSettings,
-        max_context: int | None = None,
+        max_context: int,
         system: str | None = None,
-        notify: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] = lambda notice: None,
     ) -> None:
-        """`max_context` is the most tokens of conversation, prompts not counted (None: what the model can).
+        """`max_context` is what `context_limit` gives, or less: the tokens of conversation, replies included.
 
-        `notify` is given a sentence when old turns had to be forgotten. Raises `UsageError`.
+        `notify` is told in a sentence when older turns are left behind. A `seed` in `sampling` seeds torch's
+        own generator, here and once. Raises `UsageError` when a reply alone would fill the context.
         """
-        most = context_length(model)
-        self.max_context = most if max_context is None else min(max_context, most)
-        if self.max_context <= sampling.max_new_tokens:
+        if sampling.max_new_tokens >= max_context:
             raise UsageError(
-                f"A context of {self.max_context} tokens has no room for a message and a reply of up to "
-                f"{sampling.max_new_tokens} tokens: ask for shorter replies (--max-new-tokens)."
+                f"Replies of up to {sampling.max_new_tokens} tokens leave no room in a context of {max_context}: "
+                "lower --max-new-tokens or raise --max-length."
             )
-        self.sampling = sampling
-        self.history = ChatHistory(renderer, system=system)
         self._model = model
         self._renderer = renderer
-        self._notify = notify or (lambda _sentence: None)
+        self._sampling = sampling
+        self._max_context = max_context
+        self._system = system
+        self._notify = notify
+        self._exchanges: list[Exchange] = []
+        self._window = Window(renderer, system)
         self._session: Any = None
-        self._stopped = threading.Event()
-        self._replying = False
-        self._random = _random_state(sampling.seed)
-
-    @property
-    def _limit(self) -> int:
-        """Tokens that a turn may begin with."""
-        return self.max_context - self.sampling.max_new_tokens
+        self._turn: _Turn | None = None
+        self._end_ids = _end_ids(model, renderer)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
 
     # --- talking -----------------------------------------------------------------------------------------
 
-    def reply(self, text: str) -> Iterator[str]:
-        """The model's reply to `text`, piece by piece as it comes.
+    def reply(self, said: str) -> Generator[str, None, None]:
+        """The reply to `said`, in pieces as they are generated.
 
-        Closing the iterator early, or `stop`, ends the reply and keeps what was said until then. After an
-        error the conversation is what it was before. Raises `UsageError`, `SwarmUnavailable`.
+        Closing the generator, or Ctrl-C while it waits, stops the reply and keeps what was said of it; a turn
+        that raises is forgotten. Raises `SessionLimit` when `said` is too long, `SwarmUnavailable`.
         """
-        if self._replying:
-            raise UsageError("One reply at a time: close the iterator of the last one first.")
-        if not text.strip():
-            raise UsageError("There is no reply to an empty message.")
-        forgotten = self.history.make_room(text, limit=self._limit, room=self._limit // 2)
-        if forgotten:
-            self._settle()
-            self._notify(
-                f"The conversation has outgrown the {self.max_context:,} tokens that fit the model: "
-                f"it goes on without the oldest {forgotten} of its exchanges."
-            )
+        self._settle()
+        if not said.strip():
+            raise UsageError("There is nothing to reply to; say something.")
+        prompt = self._make_room(said)
         if self._session is None:
-            self._session = self._model.inference_session(max_length=self.max_context)
-        self._replying = True
-        reader = self._reader()
-        try:
-            yield from self._say(self.history.ids + self.history.prompt_ids(text), reader)
-        except GeneratorExit:
-            self._keep(text, reader)
-            raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                self._keep(text, reader)
-            raise
-        else:
-            self._keep(text, reader)
-        finally:
-            self._settle()
-            self._replying = False
-
-    def stop(self) -> None:
-        """End the reply that is being given after its present token; safe from signal handlers."""
-        self._stopped.set()
-
-    def _reader(self) -> ReplyReader:
-        settings, tokenizer = self._renderer.settings, self._renderer.tokenizer
-        return ReplyReader(
-            tokenizer,
+            self._session = self._model.inference_session(max_length=self._max_context)
+        new = torch.tensor([prompt[self._session.position :]], device=self._model.device)
+        reader = ReplyReader(
+            self._renderer.tokenizer,
             stop_ids=self._renderer.stop_ids,
-            end_ids=_end_ids(self._model, tokenizer),
-            stop_text=settings.delimiter if settings.style == "delimiter" else None,
+            end_ids=self._end_ids,
+            stop_text=_stop_text(self._renderer),
         )
 
-    def _keep(self, text: str, reader: ReplyReader) -> None:
-        reader.finish()
-        if reader.ids or reader.ended:
-            self.history.add(Exchange(text, reader.text, tuple(reader.ids)))
-
-    def _say(self, ids: list[int], reader: ReplyReader) -> Iterator[str]:
-        """Generate on a thread of its own, so that Ctrl-C never hits in the middle of a step."""
-        self._stopped.clear()
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        listener = _Listener(reader, pieces.put, self._stopped)
-        new = torch.tensor([ids[self._session.position :]])
-
-        def work() -> None:
-            try:
-                self._generate(new, listener)
-                pieces.put(None)
-            except BaseException as error:
-                pieces.put(error)
-
-        thread = threading.Thread(target=work, name="chat-reply", daemon=True)
-        thread.start()
-        try:
-            while isinstance(piece := pieces.get(), str):
-                if piece:
-                    yield piece
-            if piece is not None:
-                raise piece
-            if rest := reader.finish():
-                yield rest
-        finally:
-            self._stopped.set()
-            thread.join()
-
-    def _generate(self, new: torch.Tensor, listener: _Listener) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._random)
+        def generate(criteria: StoppingCriteriaList) -> None:
             self._model.generate(
                 new,
+                # Without one, tokens equal to the padding's would be hidden.
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=new.device),
                 session=self._session,
-                attention_mask=torch.ones_like(new),
-                stopping_criteria=StoppingCriteriaList([listener]),
-                pad_token_id=0,  # one row is never padded; without it transformers would write a warning
-                **self.sampling.generate_arguments(),
+                stopping_criteria=criteria,
+                eos_token_id=None,  # the reader knows them
+                **self._sampling.generate_arguments(),
             )
-            self._random = torch.get_rng_state()
+
+        self._turn = _Turn(said, Generation(generate, reader))
+        try:
+            yield from self._turn.generation.pieces()
+        finally:
+            self._settle()
+
+    def _make_room(self, said: str) -> list[int]:
+        """The prompt's tokens, after older turns were left behind if they had to be."""
+        room = self._max_context - self._sampling.max_new_tokens
+        prompt = self._window.prompted(said)
+        started_anew = len(self._window) == 0 and bool(self._exchanges)
+        if len(prompt) <= room and not started_anew:
+            return prompt
+        # Half of the room is kept free, or every turn from now on would leave one more behind and replay.
+        window = newest_that_fit(self._renderer, self._system, self._exchanges, said, room // 2)
+        prompt = window.prompted(said)
+        if len(prompt) > room:
+            raise SessionLimit(
+                f"This message takes {len(prompt)} tokens, but the chat has room for {room} besides its reply: "
+                "shorten it, or lower --max-new-tokens."
+            )
+        self._begin(window)
+        self._notify(
+            f"The conversation has outgrown the {self._max_context} tokens that fit; "
+            f"going on with {_count(len(window), 'earlier exchange')}."
+        )
+        return prompt
 
     def _settle(self) -> None:
-        """Set the session to the longest beginning that it shares with the history."""
-        if self._session is None:
+        """Bring a turn that has been begun to its end; interrupted itself, it is done by the next call."""
+        if self._turn is None:
             return
-        seen = self._session.output_ids
-        tokens = [] if seen is None else seen[0].tolist()
-        self._session.position = _shared_beginning(tokens, self.history.ids)
+        said, generation = self._turn.said, self._turn.generation
+        generation.stop()
+        self._turn = None
+        reader = generation.reader
+        if generation.error is None and not (generation.stopped and not reader.text):
+            exchange = Exchange(said, reader.text, tuple(reader.ids))
+            self._window.add(exchange)
+            self._exchanges.append(exchange)
+        self._align_session()
 
-    # --- the conversation as a whole ---------------------------------------------------------------------
+    def _align_session(self) -> None:
+        """Take from the session what is not the window's: an end token, the cut part of a reply, a turn."""
+        if self._session is None or self._session.output_ids is None:
+            return
+        held = self._session.output_ids[0].tolist()
+        self._session.position = _shared(held, self._window.ids)
 
-    def undo(self) -> bool:
-        """Forget the newest exchange, as if it had not been; False when there is none."""
-        undone = self.history.undo(room=self._limit // 2)
+    # --- the conversation as a whole -----------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> list[int]:
+        """What of the conversation the model sees, with what closes the last reply."""
         self._settle()
-        return undone
+        return list(self._window.ids)
+
+    def undo(self) -> str | None:
+        """Forget the last exchange, as if it had not been; gives what was said in it, None without one."""
+        self._settle()
+        if not self._exchanges:
+            return None
+        forgotten = self._exchanges.pop()
+        if len(self._window):
+            self._window.drop_newest()
+            self._align_session()
+        return forgotten.said
 
     def reset(self) -> None:
-        """Forget everything, and free the servers' memory."""
-        self.history.clear()
-        self.close()
-
-    def close(self) -> None:
-        """Free the servers' memory; the next reply would run the conversation anew. Safe to call twice."""
-        if self._session is not None:
-            session, self._session = self._session, None
-            session.close()
+        """Forget the whole conversation."""
+        self._settle()
+        self._exchanges.clear()
+        self._begin(Window(self._renderer, self._system))
 
     def transcript(self) -> list[dict[str, str]]:
-        """All that was said: `role` (system, user, assistant) and `content`, in order."""
-        return self.history.messages()
+        """Everything that was said, as messages with `role` and `content`."""
+        self._settle()
+        messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        for exchange in self._exchanges:
+            messages.append({"role": "user", "content": exchange.said})
+            messages.append({"role": "assistant", "content": exchange.reply})
+        return messages
 
     def save(self, path: Path) -> None:
-        """Write the transcript as `{"messages": […]}`, which `corolla tune --data` reads; whole or not at all."""
+        """Write the conversation as JSON that `corolla tune --data` reads. Raises `UsageError`."""
         try:
-            write_json(path, {"messages": self.transcript()})
+            write_json(path, [{"messages": self.transcript()}])
         except OSError as error:
             raise UsageError(
-                f"The conversation could not be saved to {path}: {error.strerror or error}."
+                f"The chat could not be saved to {path}: {error.strerror or error}; give another file."
             ) from error
 
+    def _begin(self, window: Window) -> None:
+        self._window = window
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
-class _Listener(StoppingCriteria):  # type: ignore[misc]
-    """Hears every token of a `generate` call as it comes, and says when to stop."""
+    def close(self) -> None:
+        """Free the servers' caches; safe to call twice."""
+        self._settle()
+        self._begin(self._window)
 
-    def __init__(self, reader: ReplyReader, put: Callable[[str], None], stopped: threading.Event) -> None:
-        self._reader = reader
-        self._put = put
-        self._stopped = stopped
+    def __enter__(self) -> Self:
+        return self
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
-        if not self._reader.ended:
-            self._put(self._reader.push(int(input_ids[0, -1])))
-        done = self._reader.ended or self._stopped.is_set()
-        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
-
-
-def context_length(model: Any) -> int:
-    """How many tokens of conversation the model takes, its trained prompt not counted."""
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
-    prompt = model.prompts
-    return int(length) - (0 if prompt is None else prompt.length)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Single tokens that end a reply in any style."""
-    known = model.generation_config.eos_token_id
-    listed = known if isinstance(known, list) else [known]
-    return {int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None}
+def _end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
+    """Single tokens that end a reply: those of the model and of the tokenizer."""
+    named = model.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named]) | {renderer.tokenizer.eos_token_id}
+    return frozenset(ids - {None})
 
 
-def _random_state(seed: int | None) -> torch.Tensor:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator.get_state()
+def _stop_text(renderer: Renderer) -> str | None:
+    return renderer.settings.delimiter if renderer.settings.style == "delimiter" else None
 
 
-def _shared_beginning(left: list[int], right: list[int]) -> int:
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens are equal."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
         if one != other:
-            return index
-    return min(len(left), len(right))
+            break
+        count += 1
+    return count
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"

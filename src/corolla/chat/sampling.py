@@ -1,66 +1,66 @@
-"""How replies are drawn.
+"""How the next token is chosen, checked when it is set.
 
-Invariant: a chat depends on these settings alone, never on what a checkpoint's generation config suggests.
+Invariant: settings that exist can be handed to `generate` as they are, and say everything that decides the
+choice: what a checkpoint's own generation config says about it does not show through.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, fields
+from typing import Any
 
 from corolla.errors import BundleError, UsageError
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Raises `UsageError` for values that cannot be meant. `temperature` 0 takes the likeliest token always.
-
-    `top_k` 0 and `top_p` 1 leave all tokens in; `max_new_tokens` is the most that one reply may have;
-    `seed` None draws differently each time.
-    """
+    """Greedy at `temperature` 0. Raises `UsageError` for values that mean nothing."""
 
     temperature: float = 0.6
-    top_k: int = 100
+    top_k: int = 100  # 0: all of the vocabulary
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    max_new_tokens: int = 128
-    seed: int | None = None
+    max_new_tokens: int = 128  # a reply's length at most
+    seed: int | None = None  # None: different every time
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more.")
         if self.top_k < 0:
-            raise UsageError(f"--top-k is {self.top_k}; it must be 1 or more, or 0 for all tokens.")
+            raise UsageError(f"--top-k is {self.top_k}; it must be 0 (all tokens) or more.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p is {self.top_p}; it must be above 0 and at most 1.")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UsageError(f"--repetition-penalty is {self.repetition_penalty}; it must be above 0.")
+            raise UsageError(
+                f"--repetition-penalty is {self.repetition_penalty}; it must be above 0 (1 changes nothing)."
+            )
         if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1.")
+            raise UsageError(f"--max-new-tokens is {self.max_new_tokens}; a reply needs at least 1.")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> Self:
-        """A bundle's saved settings; `changes` that are not None take precedence. Raises `BundleError`."""
-        names = {item.name for item in dataclasses.fields(cls)}
-        given = {name: value for name, value in changes.items() if value is not None}
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingSettings:
+        """A bundle's sampling settings; what they do not name stays at its default. Raises `BundleError`."""
+        kinds: dict[str, Any] = {field.name: int for field in fields(cls)}
+        kinds |= dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (int, float))
+        for name, value in values.items():
+            if name not in kinds or isinstance(value, bool) or not isinstance(value, kinds[name]):
+                raise BundleError(f"The bundle's sampling setting {name}={value!r} is not one that is known.")
         try:
-            saved = cls(**values)
-        except (TypeError, UsageError) as error:
-            raise BundleError(f"The saved sampling settings are not valid ({error}).") from error
-        return dataclasses.replace(saved, **{name: given[name] for name in names & set(given)})
+            return cls(**values)
+        except UsageError as error:
+            raise BundleError(f"The bundle's sampling settings are not valid: {error}") from error
 
     def generate_arguments(self) -> dict[str, Any]:
-        """What to call `generate` with; everything is said, so that no default of a checkpoint slips in."""
-        common = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
-        if self.temperature == 0:
-            return {**common, "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        """Arguments of `generate`; with the neutral values where there is nothing to sample."""
+        sample = self.temperature > 0
         return {
-            **common,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
+            "do_sample": sample,
+            "temperature": self.temperature if sample else 1.0,
+            "top_k": self.top_k if sample else 50,  # `generate` warns of any other where it is greedy
+            "top_p": self.top_p if sample else 1.0,
+            "repetition_penalty": self.repetition_penalty,
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": 1,
         }
