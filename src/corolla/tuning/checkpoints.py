@@ -69,11 +69,17 @@ class RunFolder:
     def _continue(self, decisive: dict[str, Any]) -> Path | None:
         noted = self._read(RUN_FILE)
         for name in sorted(noted.keys() | decisive.keys()):
-            if noted.get(name) != json.loads(json.dumps(decisive.get(name))):
+            if noted.get(name) == json.loads(json.dumps(decisive.get(name))):
+                continue
+            if name == "data":
                 raise UsageError(
-                    f"The run at {self.path} was started with {name}={noted.get(name)}, not "
-                    f"{decisive.get(name)}: resume it with the same settings, or start anew with --overwrite."
+                    f"The run at {self.path} was started on other examples: resume it with the same data, or "
+                    "start anew with --overwrite."
                 )
+            raise UsageError(
+                f"The run at {self.path} was started with {name}={noted.get(name)}, not "
+                f"{decisive.get(name)}: resume it with the same settings, or start anew with --overwrite."
+            )
         for leftover in self._checkpoints.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return self.latest()

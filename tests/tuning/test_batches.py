@@ -1,0 +1,54 @@
+"""Examples are drawn from the right conversations, and labels stand where they are predicted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.tuning.tiny_setup import conversations, settings
+
+from corolla.data.collate import Collator
+from corolla.data.conversation import Conversation, Turn
+from corolla.data.render import Example
+from corolla.errors import DataError
+from corolla.tuning.batches import BatchMaker, prepare
+from corolla.tuning.evaluate import flat_targets
+
+
+def test_held_out_conversations_are_not_trained_on_and_the_choice_is_repeatable(tokenizer: Any) -> None:
+    first = prepare(tokenizer, settings(), conversations())
+    again = prepare(tokenizer, settings(), conversations())
+    trained = {example.conversation for example in first.train}
+    held_out = {example.conversation for example in first.held_out}
+    assert len(held_out) == 5
+    assert not trained & held_out
+    assert first.fingerprint() == again.fingerprint()
+    assert first.fingerprint() != prepare(tokenizer, settings(seed=1), conversations()).fingerprint()
+
+
+def test_samples_limit_the_training_examples(tokenizer: Any) -> None:
+    assert len(prepare(tokenizer, settings(samples=7), conversations()).train) == 7
+    assert len(prepare(tokenizer, settings(steps=2, batch_size=3), conversations()).train) == 6
+    everything = prepare(tokenizer, settings(steps=None), conversations()).train
+    assert len({example.conversation for example in everything}) == 24 - 5
+
+
+def test_conversations_without_a_reply_are_an_error_that_names_the_purpose(tokenizer: Any) -> None:
+    silent = [Conversation((Turn("user", "hello?"),), id=str(index)) for index in range(9)]
+    with pytest.raises(DataError, match="training"):
+        prepare(tokenizer, settings(), silent)
+
+
+def test_a_kept_position_is_the_one_before_its_label_and_padding_is_never_kept() -> None:
+    examples = [
+        Example([5, 6, 7, 8], [5, -100, 7, 8], ["reply"] * 4, "a"),  # the first label is never predicted
+        Example([9, 10], [-100, 10], ["context", "reply"], "b"),
+    ]
+    batch = BatchMaker(Collator(0))(examples)
+    expected = torch.tensor([[False, True, True, False], [True, False, False, False]])
+    assert torch.equal(batch["logits_to_keep"], expected)
+    assert flat_targets(batch["labels"]).tolist() == [7, 8, 10]
+    assert batch["labels"][0, 0] == -100
+    # Counted from the second token on, as the Trainer does it, or from the first: the same.
+    assert (batch["labels"] != -100).sum() == batch["logits_to_keep"].sum()
