@@ -216,9 +216,10 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_
     prepared = prepare(tokenizer, chosen, conversations())
     model = local_model(tiny_folder)
     said = r"step 4 could not be saved.*step-000002 is still good"
-    with ExitStack() as disk, pytest.raises(BundleError, match=said):
+    with ExitStack() as disk:
         fills_up = At(3, lambda: disk.enter_context(largest_file(300)))
-        tune(model, chosen, prepared, tmp_path / "out", ABOUT, callbacks=[fills_up])
+        with pytest.raises(BundleError, match=said):
+            tune(model, chosen, prepared, tmp_path / "out", ABOUT, callbacks=[fills_up])
     resumed, _ = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "out", resume=True)
     assert resumed.losses == whole.losses
 
