@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused, UsageError
-from corolla.swarm.channel import PIECE, Channel, request
-from corolla.swarm.transport.base import Stream
+from corolla.swarm.channel import PIECE, Channel, _pieces, request
+from corolla.swarm.transport.base import Buffer, Stream
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.frames import Limits, Packet, encode
 from corolla.wire.messages import (
@@ -235,18 +237,46 @@ async def test_heartbeats_while_a_large_request_arrives(world: World) -> None:
     assert packet.message == Output()
 
 
-async def test_frames_of_several_tasks_do_not_mix(world: World) -> None:
-    """A heartbeat that falls into the sending of a large answer waits for its end."""
-    hidden = torch.arange(1024 * 1024, dtype=torch.float32).reshape(1, 1024, 1024)
+class Trickle(Stream):
+    """A stream that takes one byte at a time, so that everybody else gets a turn in between."""
 
+    def __init__(self, stream: Stream) -> None:
+        self.peer_id = stream.peer_id
+        self._stream = stream
+
+    async def write(self, buffers: Sequence[Buffer]) -> None:
+        for byte in b"".join(buffers):
+            await self._stream.write([bytes([byte])])
+            await asyncio.sleep(0)
+
+    async def read(self, size: int) -> bytearray:
+        return await self._stream.read(size)
+
+    async def close(self) -> None:
+        await self._stream.close()
+
+
+async def test_frames_of_several_tasks_do_not_mix(world: World) -> None:
     async def server(channel: Channel) -> None:
-        await channel.receive(timeout=None)
-        await asyncio.gather(*(channel.send(Packet(Alive(ahead=i))) for i in range(5)))
-        await channel.send(Packet(Output(), {"hidden": hidden}))
+        trickle = Channel(Trickle(channel.stream), side="server")
+        packet = await trickle.receive(timeout=None)
+        beats = (trickle.send(Packet(Alive(ahead=ahead))) for ahead in range(5))
+        await asyncio.gather(*beats, trickle.send(Packet(Output(), packet.tensors)))
 
     channel = await world.connect(server)
-    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
-    assert torch.equal(answer.tensors["hidden"], hidden)
+    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 3, 5)}))
+    for ahead in range(5):
+        assert (await channel.receive(timeout=5)).message == Alive(ahead=ahead)
+    assert torch.equal((await channel.receive(timeout=5)).tensors["hidden"], torch.ones(1, 3, 5))
+
+
+@given(st.lists(st.integers(0, 3 * PIECE), max_size=6))
+def test_pieces_are_the_same_bytes_in_bounded_groups(sizes: list[int]) -> None:
+    buffers = [bytes([index]) * size for index, size in enumerate(sizes)]
+    groups = [b"".join(group) for group in _pieces(buffers)]
+    assert b"".join(groups) == b"".join(buffers)
+    assert all(len(group) == PIECE for group in groups[:-1])
+    assert all(0 < len(group) <= PIECE for group in groups)
 
 
 async def test_a_cut_message_makes_the_channel_unusable(world: World) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,24 +155,34 @@ def test_only_folders_of_the_dead_are_removed() -> None:
     dead.wait()
     ours = RuntimeDir()
     assert ours.path.stat().st_mode & 0o777 == 0o700
-    # As if seen from another container, where our pid means nothing: the lock still speaks for us.
-    elsewhere = base / f"corolla-{dead.pid}-elsewhere"
-    elsewhere.symlink_to(ours.path)
-    abandoned = base / f"corolla-{dead.pid}-abandoned"
-    abandoned.mkdir()
-    (abandoned / "lock").touch()
-    unrelated = base / "corolla-notes-x"
-    unrelated.mkdir()
+    # Held by a process of another container, whose pid means nothing here: its lock speaks for it.
+    elsewhere = _folder(base / f"corolla-{dead.pid}-elsewhere")
+    lock = os.open(elsewhere / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # Just made, and not locked yet: its pid speaks for it.
+    young = _folder(base / f"corolla-{os.getpid()}-young")
+    link = base / f"corolla-{dead.pid}-link"
+    link.symlink_to(young)
+    unrelated = _folder(base / "corolla-notes-x")
+    abandoned = _folder(base / f"corolla-{dead.pid}-abandoned")
     remove_abandoned()
-    assert ours.path.exists()
-    assert elsewhere.is_symlink()
-    assert unrelated.exists()
+    assert [path.exists() for path in (ours.path, elsewhere, young, link, unrelated)] == [True] * 5
     assert not abandoned.exists()
-    elsewhere.unlink()
-    unrelated.rmdir()
+    os.close(lock)
+    remove_abandoned()
+    assert not elsewhere.exists()
+    link.unlink()
+    shutil.rmtree(young)
+    shutil.rmtree(unrelated)
     ours.close()
     ours.close()
     assert not ours.path.exists()
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "lock").touch()
+    return path
 
 
 def test_a_long_temporary_path_does_not_break_the_sockets(

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.swarm.behaviours import FLOOD_BYTES, call_echo
+from tests.swarm.behaviours import FLOOD_BYTES, LENGTH, call_echo
 from tests.swarm.networks import FAULTY_NETWORKS, NETWORKS, Network
 
 from corolla.errors import PeerDisconnected, PeerUnreachable
@@ -168,6 +168,14 @@ async def test_our_own_close_ends_our_reads_and_writes(network: Network) -> None
             await stream.read(1)
 
 
+async def test_nothing_is_read_after_our_own_close(network: Network) -> None:
+    stream = await network.local.open(network.remote_id, "farewell")
+    assert await stream.read(1) == b"g"
+    await stream.close()
+    with pytest.raises(PeerDisconnected):
+        await stream.read(1)
+
+
 async def test_a_cancelled_read_takes_no_bytes(network: Network) -> None:
     stream = await network.local.open(network.remote_id, "echo")
     reading = asyncio.create_task(stream.read(9))
@@ -232,6 +240,18 @@ async def test_a_stopped_peer_is_silent_and_goes_on_later(faulty: Network) -> No
         assert [await answer for answer in answers] == [b"still there?"] * 2
     await old.close()
     await new.close()
+
+
+async def test_a_stopped_peer_holds_the_writer(faulty: Network) -> None:
+    stream = await faulty.local.open(faulty.remote_id, "echo")
+    assert await call_echo(stream, b"hello") == b"hello"
+    faulty.stop()
+    writing = asyncio.create_task(stream.write([LENGTH.pack(2**26), bytes(2**26)]))
+    done, _ = await asyncio.wait([writing], timeout=2)
+    assert not done, "a stopped peer took 64 MiB"
+    writing.cancel()
+    await asyncio.wait([writing])
+    await stream.close()
 
 
 async def test_a_peer_that_leaves_ends_its_streams(network: Network) -> None:

@@ -206,6 +206,18 @@ def test_a_shape_that_claims_more_than_the_payload() -> None:
     refuse(raw_frame({"tensors": huge, "message": {"type": "Output"}}, b"\0" * 16), "payload")
 
 
+def test_a_payload_of_another_size_than_its_tensors() -> None:
+    header = {"tensors": [["hidden", "float32", [1, 1, 4]]], "message": {"type": "Output"}}
+    refuse(raw_frame(header, bytes(32)), "payload")
+    refuse(raw_frame(header, b""), "payload")
+    refuse(raw_frame({"tensors": [], "message": {"type": "Ping"}}, bytes(1)), "payload")
+
+
+def test_a_bottomless_message() -> None:
+    body = b"\x82\xa7tensors\x90\xa7message" + b"\x91" * 60_000 + b"\xc0"
+    refuse(raw_frame(body), "message")
+
+
 @pytest.mark.parametrize(
     ("message", "field"),
     [

@@ -69,10 +69,7 @@ def find_route(
     """
     if not 0 <= start < end:
         raise ValueError(f"Blocks {start}:{end} are not a range.")
-    usable = sorted(
-        (r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end),
-        key=lambda r: (r.peer_id, r.start, r.end),
-    )
+    usable = [r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end]
     done = _Path(0.0, 0, (), ())
     inside: dict[int, _Path] = {}  # the best path whose last server is usable[i]
     for block in range(start, end):

@@ -139,7 +139,7 @@ def to_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
     """The payload's bytes. The buffers share memory with the tensors: do not change these until sent."""
     buffers: list[memoryview] = []
     for tensor in tensors.values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.detach().cpu().reshape(-1)  # copies only what is not contiguous
         raw: Any = flat.view(torch.uint8).numpy()
         buffers.append(memoryview(raw))
         if gap := padded(raw.nbytes) - raw.nbytes:

@@ -16,10 +16,10 @@ from typing import Any
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
 
 from corolla.errors import (
     CorollaError,
@@ -64,11 +64,18 @@ def _tame_hivemind_logging() -> None:
 _tame_hivemind_logging()
 
 
-def _daemon_class(runtime_dir: Path) -> type[Any]:
-    """A `P2P` whose sockets lie in `runtime_dir` and whose daemon is left alone by Ctrl-C."""
+def _daemon_class(runtime_dir: Path, made: list[Any]) -> type[Any]:
+    """A `P2P` whose sockets lie in `runtime_dir` and whose daemon is left alone by Ctrl-C.
+
+    Its objects are noted in `made`: where `create` fails, hivemind leaves them to the garbage collector.
+    """
 
     class Daemon(P2P):  # type: ignore[misc]
         _UNIX_SOCKET_PREFIX = f"/unix{runtime_dir}/"
+
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
 
         @staticmethod
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
@@ -99,6 +106,8 @@ class Libp2pStream(Stream):
             raise self._ended() from error
 
     async def read(self, size: int) -> bytearray:
+        if self._writer.is_closing():
+            raise self._ended()
         try:
             return bytearray(await self._reader.readexactly(size))
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -128,6 +137,8 @@ class Libp2pTransport(Transport):
         self.peer_id: str = p2p.peer_id.to_base58()
         self._control = p2p._daemon_listen_maddr["unix"]
         self._runtime_dir = runtime_dir
+        self._server: asyncio.Server | None = None
+        self._handlers: dict[str, StreamHandler] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -147,10 +158,11 @@ class Libp2pTransport(Transport):
         announced = [listen_multiaddr(address) for address in announce] if announce else None
         check_ports_free(hosts)
         runtime_dir = RuntimeDir()
+        made: list[Any] = []
         try:
             if identity is not None:
                 prepare_identity(identity, runtime_dir.path)
-            p2p = await _daemon_class(runtime_dir.path).create(
+            p2p = await _daemon_class(runtime_dir.path, made).create(
                 initial_peers=peers or None,
                 host_maddrs=hosts,
                 announce_maddrs=announced,
@@ -158,11 +170,11 @@ class Libp2pTransport(Transport):
                 dht_mode="client" if client_only else "server",
                 nat_port_map=not is_loopback(hosts),
             )
-        except P2PDaemonError as error:
+        except BaseException as error:
+            await _end(made)
             runtime_dir.close()
-            raise _explain(error, initial_peers, hosts) from error
-        except BaseException:
-            runtime_dir.close()
+            if isinstance(error, P2PDaemonError):
+                raise _explain(error, initial_peers, hosts) from error
             raise
         return cls(p2p, runtime_dir)
 
@@ -173,70 +185,97 @@ class Libp2pTransport(Transport):
         if self._closed:
             raise PeerUnreachable("This peer has left the network.", peer_id=peer_id)
         try:
-            reader, writer = await asyncio.open_unix_connection(self._control, limit=READ_BUFFER)
-        except OSError as error:
-            raise SwarmUnavailable("The network process of this peer has ended; start it again.") from error
+            peer = PeerID.from_base58(peer_id).to_bytes()
+        except ValueError as error:
+            raise PeerUnreachable(f"{peer_id!r} is not a peer id.", peer_id=peer_id) from error
+        opening = p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol])
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
         try:
             async with asyncio.timeout(OPEN_SECONDS):
-                await self._ask_for_stream(peer_id, protocol, reader, writer)
-        except BaseException as error:
-            writer.transport.abort()
-            if isinstance(error, TimeoutError | OSError | EOFError):
-                raise PeerUnreachable(f"Peer {peer_id} cannot be reached.", peer_id=peer_id) from error
-            raise
+                reader, writer = await self._ask_daemon(request)
+        except (P2PDaemonError, TimeoutError) as error:
+            logger.debug("No stream to %s: %s", peer_id, error)
+            raise PeerUnreachable(f"Peer {peer_id} cannot be reached.", peer_id=peer_id) from error
         return Libp2pStream(peer_id, reader, writer)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
-        async def handle(
-            info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-        ) -> None:
-            stream = Libp2pStream(info.peer_id.to_base58(), reader, writer)
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks.add(task)
-            try:
-                await handler(stream)
-            except RemoteError as error:
-                logger.debug("A stream from peer %s: %s", stream.peer_id, error)
-            except Exception:
-                logger.exception("The handler of a stream from peer %s failed", stream.peer_id)
-            finally:
-                self._tasks.discard(task)
-                await stream.close()
-
-        await self.p2p.add_binary_stream_handler(protocol, handle)
+        path = self._runtime_dir.path / "streams.sock"
+        if self._server is None:
+            self._server = await asyncio.start_unix_server(self._accept, path, limit=READ_BUFFER)
+        self._handlers[protocol] = handler
+        address = Multiaddr(f"/unix{path}").to_bytes()
+        serving = p2pd_pb2.StreamHandlerRequest(addr=address, proto=[protocol], balanced=False)
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=serving)
+        _, writer = await self._ask_daemon(request)
+        writer.close()
+        await writer.wait_closed()
 
     async def close(self) -> None:
         if self._closed:
             return
         self._closed = True
+        try:
+            if self._server is not None:
+                self._server.close()
+            await self._end_handlers()
+            await self.p2p.shutdown()
+            await self._end_handlers()  # of streams that came in meanwhile
+        finally:
+            self._runtime_dir.close()
+
+    # hivemind's own functions for the two things below leave a socket open when they fail.
+
+    async def _ask_daemon(self, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the daemon on which it has agreed to `request`. Raises `P2PDaemonError`."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._control, limit=READ_BUFFER)
+        except OSError as error:
+            raise SwarmUnavailable("The network process of this peer has ended; start it again.") from error
+        try:
+            await write_pbmsg(writer, request)
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            if response.type == p2pd_pb2.Response.ERROR:
+                raise P2PDaemonError(response.error.msg)
+        except BaseException as error:
+            writer.transport.abort()
+            if isinstance(error, OSError | EOFError):
+                raise P2PDaemonError("The daemon hung up.") from error
+            raise
+        return reader, writer
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Run the handler for a stream that the daemon hands over."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        stream = Libp2pStream("", reader, writer)
+        try:
+            info = p2pd_pb2.StreamInfo()
+            await read_pbmsg_safe(reader, info)
+            stream.peer_id = PeerID(info.peer).to_base58()
+            await self._handlers[info.proto](stream)
+        except (RemoteError, EOFError, OSError) as error:
+            logger.debug("A stream from peer %s: %s", stream.peer_id, error)
+        except Exception:
+            logger.exception("The handler of a stream from peer %s failed", stream.peer_id)
+        finally:
+            await stream.close()
+            self._tasks.discard(task)
+
+    async def _end_handlers(self) -> None:
         current = asyncio.current_task()
         tasks = [task for task in self._tasks if task is not current]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        try:
-            await self.p2p.shutdown()
-        finally:
-            self._runtime_dir.close()
 
-    async def _ask_for_stream(
-        self, peer_id: str, protocol: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        # hivemind's own function for this leaves its socket open when the daemon refuses.
-        try:
-            peer = PeerID.from_base58(peer_id).to_bytes()
-        except ValueError as error:
-            raise PeerUnreachable(f"{peer_id!r} is not a peer id.", peer_id=peer_id) from error
-        opening = p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol])
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
-        await write_pbmsg(writer, request)
-        response = p2pd_pb2.Response()
-        await read_pbmsg_safe(reader, response)
-        if response.type == p2pd_pb2.Response.ERROR:
-            logger.debug("No stream to %s: %s", peer_id, response.error.msg)
-            raise PeerUnreachable(f"Peer {peer_id} cannot be reached.", peer_id=peer_id)
+
+async def _end(made: Sequence[Any]) -> None:
+    for p2p in made:
+        if p2p._child is not None:
+            await p2p.shutdown()
 
 
 def _explain(error: Exception, initial_peers: Sequence[str], hosts: Sequence[str]) -> CorollaError:
