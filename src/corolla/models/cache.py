@@ -35,9 +35,10 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.prompt_length = prompt_length
         self.max_length = max_length
         self.length = 0
-        self.ids: Tensor | None = (
-            None  # [R, length] of what the servers have seen; -1 where only embeddings are known
-        )
+        # Both [R, length], of what the servers have seen: token ids (-1 where only embeddings are known) and
+        # the padding mask, None while all tokens are real.
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
 
     # --- what generation and the models ask for ---------------------------------------------------------
 
@@ -78,7 +79,8 @@ class RemoteCache(Cache):  # type: ignore[misc]
         if self.mask is not None:
             self.mask = self.mask[:, :length]
         if length == 0:
-            self.ids, self.mask = None, None
+            self.ids = None
+            self.mask = None
 
     def select_rows(self, rows: Tensor) -> None:
         """Continue with the rows that the int64 tensor `rows` [R] names."""

@@ -1,0 +1,144 @@
+"""peft and TRL on top of the distributed model do what they do on the local one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.client.conftest import Pair, random_ids
+from tests.reference import relative
+from tests.tiny_models import FAMILIES
+from transformers import PreTrainedModel
+
+from corolla.errors import UsageError
+
+PairOf = Callable[..., Pair]
+
+
+def peft_pair(pair: Pair) -> tuple[Any, Any]:
+    """peft's prompt tuning on the distributed and on the local model, with the same vectors."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    remote = get_peft_model(pair.model(), PromptTuningConfig(**settings))
+    local = get_peft_model(pair.local, PromptTuningConfig(**settings))
+    vectors = torch.randn(4, pair.local.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    for model in (remote, local):
+        parameters = [one for one in model.parameters() if one.requires_grad]
+        assert len(parameters) == 1
+        parameters[0].data.copy_(vectors)
+    return remote, local
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family != "opt"]
+)  # peft: equal widths only
+def test_peft_prompt_tuning(pair_of: PairOf, family: str) -> None:
+    remote, local = peft_pair(pair_of(family))
+    ids, mask = random_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    losses = []
+    for model in (remote, local):
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert abs(losses[0] - losses[1]) < 1e-4
+    found, expected = (
+        next(one.grad for one in model.parameters() if one.requires_grad) for model in (remote, local)
+    )
+    assert relative(found, expected) < 1e-4
+    remote.eval()
+    local.eval()
+    settings: dict[str, Any] = {"attention_mask": mask[:1], "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        remote.generate(input_ids=ids[:1], **settings), local.generate(input_ids=ids[:1], **settings)
+    )
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer whose words are the numbers of a tiny model's tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({str(index): index for index in range(256)}, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="0", eos_token="2")
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL and accelerate warn about their own choices
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trl_prints_the_local_runs_losses(pair_of: PairOf, tmp_path: Path, checkpointing: bool) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_list([{"input_ids": random_ids(1, 5 + n % 4, seed=n)[0].tolist()} for n in range(16)])
+
+    def losses(model: Any, name: str) -> list[float]:
+        settings = SFTConfig(
+            output_dir=str(tmp_path / name),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            logging_steps=1,
+            learning_rate=1e-2,
+            gradient_checkpointing=checkpointing,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(model, args=settings, train_dataset=data, processing_class=word_tokenizer())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    remote, local = peft_pair(pair_of("qwen2"))
+    found, expected = losses(remote, "remote"), losses(local, "local")
+    assert len(found) == 3
+    assert len(set(found)) > 1
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_it_is_a_plain_pretrained_model(pair_of: PairOf, tmp_path: Path) -> None:
+    pair = pair_of("llama")
+    model = pair.model(tuning_mode="ptune", pre_seq_len=3)
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, type(pair.local))
+    assert set(model.state_dict()) == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "prompts.input",
+    }
+    assert model.to("cpu").train().training
+    assert not model.eval().training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(random_ids(1, 5), labels=random_ids(1, 5)).loss.backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"prompts.input"}
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("model*"))
+    again = pair.model(prompts=tmp_path)
+    assert torch.equal(again.prompts.input, model.prompts.input)
+    with pytest.raises(UsageError, match="no blocks to save"):
+        pair.model().save_pretrained(tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_prompt_is_what_peft_loads(pair_of: PairOf, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    pair = pair_of("llama")
+    model = pair.model(tuning_mode="ptune", pre_seq_len=3)
+    model.save_pretrained(tmp_path)
+    adapted = PeftModel.from_pretrained(pair.local, tmp_path)
+    ids = random_ids(2, 6)
+    # peft keeps the prompt's positions in its output.
+    assert (adapted(input_ids=ids).logits[:, 3:] - model(ids).logits).abs().max() < 1e-4
