@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import PretrainedConfig, StoppingCriteriaList
 
 from corolla.chat.generation import Generation
 from corolla.chat.reader import ReplyReader
@@ -27,10 +27,19 @@ from corolla.models.prompt_files import write_json
 UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, falcon with alibi)
 
 
-def context_limit(model: Any) -> int:
-    """How many tokens of conversation a model can read: its positions without those of its prompt."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT
-    return int(positions) - (0 if model.prompts is None else model.prompts.length)
+def context_limit(config: PretrainedConfig, prompt_tokens: int) -> int:
+    """How many tokens of conversation a model can read: its positions without those of its soft prompt."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT
+    return int(positions) - prompt_tokens
+
+
+def check_context(sampling: SamplingSettings, max_context: int) -> None:
+    """Raises `UsageError` when a reply alone may fill the context."""
+    if sampling.max_new_tokens >= max_context:
+        raise UsageError(
+            f"Replies of up to {sampling.max_new_tokens} tokens leave no room in a context of {max_context}: "
+            "lower --max-new-tokens or raise --max-length."
+        )
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,7 @@ class ChatEngine:
         `notify` is told in a sentence when older turns are left behind. A `seed` in `sampling` seeds torch's
         own generator, here and once. Raises `UsageError` when a reply alone would fill the context.
         """
-        if sampling.max_new_tokens >= max_context:
-            raise UsageError(
-                f"Replies of up to {sampling.max_new_tokens} tokens leave no room in a context of {max_context}: "
-                "lower --max-new-tokens or raise --max-length."
-            )
+        check_context(sampling, max_context)
         self._model = model
         self._renderer = renderer
         self._sampling = sampling

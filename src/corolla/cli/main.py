@@ -13,6 +13,7 @@ import typer
 
 from corolla import __version__
 from corolla.cli.bootstrap import bootstrap
+from corolla.cli.chat import chat
 from corolla.cli.common import explain, set_up_logging
 from corolla.cli.serve import serve
 from corolla.cli.status import status
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune):
+for _command in (bootstrap, serve, status, tune, chat):
     app.command()(_command)
 
 

@@ -1,0 +1,208 @@
+"""`corolla chat`: talk with a model, or with a bundle's tuned one, through the swarm.
+
+Invariant: a bundle is talked with as it was trained, unless a flag says otherwise; what is wrong with the
+arguments is said before a server is started or asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from corolla.cli.common import PeersOption, console, quiet_libraries
+from corolla.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from corolla.chat.repl import Repl
+    from corolla.chat.sampling import SamplingSettings
+    from corolla.data.render import Renderer, RenderSettings
+    from corolla.models.checkpoint import Checkpoint
+
+STYLES = ("delimiter", "template")
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Whom to talk with: a model, and a prompt with how it was trained."""
+
+    model: str
+    revision: str | None = None
+    prompts: Path | None = None
+    rendering: RenderSettings | None = None  # None: the tokenizer's chat template if it has one
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+
+
+def chat(
+    partner: Annotated[
+        str,
+        typer.Argument(metavar="[BUNDLE|MODEL]", help="Folder of a bundle, or a model as for corolla serve."),
+    ] = "smollm2",
+    peers: PeersOption = None,
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token. [0.6]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many tokens; 0: all. [100]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among this share of likelihood. [1]")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer repetitions. [1]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens. [128]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of conversation that are kept. [what the model can read]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes replies repeatable.")] = None,
+    style: Annotated[
+        str | None, typer.Option(help="delimiter, or template: the tokenizer's own chat format.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A text that stands before the conversation.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
+) -> None:
+    """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
+    quiet_libraries()
+    from corolla.chat.repl import notice
+    from corolla.chat.sampling import SamplingSettings
+
+    if style is not None and style not in STYLES:
+        raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
+    whom = find_partner(partner, revision)
+    flags = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    sampling = replace(SamplingSettings.from_dict(whom.sampling), **given)
+    prepared = prepare(whom, sampling, style=style, max_length=max_length, token=token)
+    with joined(peers, whom) as addresses, opened(prepared, addresses, system=system) as repl:
+        notice(console, f"Talking with {whom.about}. /help lists the commands.")
+        repl.run()
+
+
+def find_partner(name: str, revision: str | None = None) -> Partner:
+    """A bundle's folder, a folder with a saved prompt only, or a model's name. Raises `BundleError`."""
+    from corolla.models.prompt_files import PROMPT_FILE, read_prompt_info
+    from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
+
+    folder = Path(name)
+    if (folder / BUNDLE_FILE).is_file():
+        bundle = load_bundle(folder)
+        return Partner(
+            bundle.model.name,
+            revision or bundle.model.revision,
+            folder,
+            bundle.rendering,
+            bundle.sampling,
+            f"{bundle.model.name}, tuned ({bundle.mode}, {bundle.prompt_tokens} prompt tokens)",
+        )
+    if (folder / PROMPT_FILE).is_file():
+        about = read_prompt_info(folder)
+        words = f"{about['model']}, tuned ({about['mode']}, {about['prompt_tokens']} prompt tokens)"
+        return Partner(about["model"], revision, folder, about=words)
+    return Partner(name, revision, about=name)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All of a chat but the swarm."""
+
+    partner: Partner
+    renderer: Renderer
+    sampling: SamplingSettings
+    max_context: int
+    token: str | None = field(default=None, repr=False)
+
+
+def prepare(
+    partner: Partner,
+    sampling: SamplingSettings,
+    *,
+    style: str | None = None,
+    max_length: int | None = None,
+    token: str | None = None,
+) -> Prepared:
+    """Read what there is to read without the swarm. Raises `UsageError` for what does not go together."""
+    from corolla.chat.engine import check_context, context_limit
+    from corolla.data.render import Renderer, RenderSettings
+    from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.prompt_files import load_prompt
+
+    checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token)
+    prompt_tokens = 0
+    if partner.prompts is not None:
+        prompt = load_prompt(partner.prompts, model_name=checkpoint.name, identity=checkpoint.identity)
+        prompt_tokens = prompt.length
+    limit = context_limit(checkpoint.config, prompt_tokens)
+    if max_length is not None and not 1 < max_length <= limit:
+        raise UsageError(f"--max-length is {max_length}; {partner.model} can keep 2 to {limit} tokens.")
+    check_context(sampling, max_length or limit)
+    tokenizer = load_tokenizer(checkpoint, token)
+    rendering = partner.rendering or RenderSettings(
+        style="template" if tokenizer.chat_template else "delimiter"
+    )
+    if style is not None:
+        rendering = replace(rendering, style=style)
+    return Prepared(partner, Renderer(tokenizer, rendering), sampling, max_length or limit, token)
+
+
+def load_tokenizer(checkpoint: Checkpoint, token: str | None = None) -> Any:
+    """The checkpoint's tokenizer. Raises `CheckpointError` when it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.tokenizer_source, revision=checkpoint.revision, token=token
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer that can be read ({reason[0] if reason else 'no reason given'}); "
+            "a chat needs one."
+        ) from error
+
+
+@contextlib.contextmanager
+def joined(peers: Sequence[str] | None, partner: Partner) -> Iterator[Sequence[str]]:
+    """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
+    if peers:
+        yield peers
+        return
+    from corolla.cli.local_swarm import local_swarm
+
+    options = [] if partner.revision is None else ["--revision", partner.revision]
+    with contextlib.ExitStack() as swarm:
+        with console.status("starting two servers on this machine …"):
+            addresses = swarm.enter_context(local_swarm(partner.model, options=options)).peers
+        yield addresses
+
+
+@contextlib.contextmanager
+def opened(prepared: Prepared, peers: Sequence[str], *, system: str | None = None) -> Iterator[Repl]:
+    """A chat over the swarm at `peers`."""
+    from corolla import AutoDistributedModelForCausalLM
+    from corolla.chat.engine import ChatEngine
+    from corolla.chat.repl import Repl, notice
+
+    partner = prepared.partner
+    with AutoDistributedModelForCausalLM.from_pretrained(
+        partner.model,
+        initial_peers=list(peers),
+        prompts=partner.prompts,
+        revision=partner.revision,
+        token=prepared.token,
+    ) as model:
+        engine = ChatEngine(
+            model,
+            prepared.renderer,
+            sampling=prepared.sampling,
+            max_context=prepared.max_context,
+            system=system,
+            notify=lambda text: notice(console, text),
+        )
+        with engine:
+            yield Repl(engine, console)
