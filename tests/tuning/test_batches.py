@@ -34,6 +34,15 @@ def test_samples_limit_the_training_examples(tokenizer: Any) -> None:
     assert len({example.conversation for example in everything}) == 24 - 5
 
 
+def test_one_example_of_each_conversation_comes_before_a_second_of_any(tokenizer: Any) -> None:
+    turns = [Turn("user", "so?"), Turn("assistant", "x" * 40)]
+    long = [Conversation(tuple(turns * 4), id=f"long-{index}") for index in range(20)]
+    chosen = settings(samples=18, held_out=4, steps=1)
+    names = [example.conversation for example in prepare(tokenizer, chosen, long).train]
+    assert len(names) == 18
+    assert len(set(names)) == 16
+
+
 def test_conversations_without_a_reply_are_an_error_that_names_the_purpose(tokenizer: Any) -> None:
     silent = [Conversation((Turn("user", "hello?"),), id=str(index)) for index in range(9)]
     with pytest.raises(DataError, match="training"):

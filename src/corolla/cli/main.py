@@ -15,6 +15,7 @@ from corolla import __version__
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.common import explain, set_up_logging
+from corolla.cli.demo import demo
 from corolla.cli.serve import serve
 from corolla.cli.status import status
 from corolla.cli.tune import tune
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, chat):
+for _command in (bootstrap, serve, status, tune, chat, demo):
     app.command()(_command)
 
 

@@ -5,16 +5,16 @@ Invariant: what is wrong with the arguments or the data is said before a server 
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from corolla.cli.chat import Partner, joined, load_tokenizer
 from corolla.cli.common import PeersOption, console, quiet_libraries
 from corolla.errors import UsageError
 
@@ -140,15 +140,15 @@ def tune(
     )
     RunFolder(out).check(resume=resume, overwrite=overwrite)
     prepared = prepare_data(job, settings)
-    with joined(peers, job) as addresses:
-        train_and_report(job, settings, prepared, addresses, resume=resume, overwrite=overwrite)
+    with joined(peers, Partner(model, revision)) as addresses:
+        train_and_report(
+            job, settings, prepared, addresses, resume=resume, overwrite=overwrite, again=_resume_command()
+        )
     show_next_step(job, peers)
 
 
 def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Prepared:
     """Read and render the conversations; shows the report and `shown` examples."""
-    from transformers import AutoTokenizer
-
     from corolla.data.preview import preview
     from corolla.data.sources import load_conversations
     from corolla.models.checkpoint import open_checkpoint
@@ -159,33 +159,16 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
         job.data, speaker=job.speaker, persona=job.persona, token=job.token
     )
     for line in report.lines():
-        _say(line)
-    tokenizer = AutoTokenizer.from_pretrained(
-        checkpoint.tokenizer_source, revision=job.revision, token=job.token
-    )
+        say_plainly(line)
+    tokenizer = load_tokenizer(checkpoint, job.token)
     prepared = prepare(tokenizer, settings, conversations)
     people = len({example.conversation for example in prepared.held_out})
-    _say(
+    say_plainly(
         f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} of {people} other "
         "conversations held out"
     )
     console.print(preview(prepared.train, tokenizer, shown))
     return prepared
-
-
-@contextlib.contextmanager
-def joined(peers: Sequence[str] | None, job: TuneJob) -> Iterator[Sequence[str]]:
-    """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
-    if peers:
-        yield peers
-        return
-    from corolla.cli.local_swarm import local_swarm
-
-    with console.status("starting two servers on this machine …"):
-        swarm = contextlib.ExitStack()
-        addresses = swarm.enter_context(local_swarm(job.model)).peers
-    with swarm:
-        yield addresses
 
 
 def train_and_report(
@@ -196,8 +179,12 @@ def train_and_report(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    again: str | None = None,
 ) -> TuneResult:
-    """Train through the swarm at `peers`; ends with a table. Exits with 130 when it was interrupted."""
+    """Train through the swarm at `peers`; ends with a table.
+
+    Exits with 130 when it was interrupted; `again` is the command that goes on.
+    """
     from corolla import AutoDistributedModelForCausalLM
     from corolla.tuning.bundle import ModelInfo
     from corolla.tuning.tune import TuneStopped
@@ -216,7 +203,7 @@ def train_and_report(
         seed=settings.seed,
     ) as model:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        _say(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
+        say_plainly(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
         result = run(
             model,
             settings,
@@ -229,7 +216,9 @@ def train_and_report(
             console=console,
         )
     if isinstance(result, TuneStopped):
-        _say(f"Stopped after step {result.step} of {result.total}; go on with\n  {_resume_command()}")
+        say_plainly(f"Stopped after step {result.step} of {result.total}.")
+        if again is not None:
+            say_plainly(f"Go on with\n  {again}")
         raise typer.Exit(130)
     console.print(result_table(result))
     return result
@@ -264,9 +253,9 @@ def show_next_step(job: TuneJob, peers: Sequence[str] | None) -> None:
     """Where the bundle is, and how to chat with it."""
     from corolla.tuning.bundle import CURVE_FILE
 
-    _say(f"Bundle: {job.out}   loss curve: {job.out / CURVE_FILE}")
+    say_plainly(f"Bundle: {job.out}   loss curve: {job.out / CURVE_FILE}")
     join = [part for address in peers or () for part in ("--peers", address)]
-    _say(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(job.out), *join])}")
+    say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(job.out), *join])}")
 
 
 def _unescaped(text: str) -> str:
@@ -279,5 +268,6 @@ def _resume_command() -> str:
     return shlex.join(["corolla", *words, *([] if "--resume" in words else ["--resume"])])
 
 
-def _say(line: str) -> None:
+def say_plainly(line: str) -> None:
+    """A line as it is, never folded."""
     console.print(line, highlight=False, soft_wrap=True, markup=False)

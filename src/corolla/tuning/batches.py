@@ -8,6 +8,7 @@ first token of a row, which nothing predicts, never carries one.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from corolla.errors import DataError
 from corolla.tuning.settings import TuneSettings
 
 MOST_HELD_OUT = 32  # conversations, unless the user says otherwise
-SPREAD = 4  # examples that are rendered for each that is drawn
 
 
 class BatchMaker:
@@ -90,22 +90,26 @@ def _needed(settings: TuneSettings) -> int | None:
 def _draw(
     renderer: Renderer, conversations: Sequence[Conversation], count: int | None, seed: int, purpose: str
 ) -> list[Example]:
-    """`count` examples of these conversations, in random order; None: all.
+    """`count` examples of these conversations; None: all.
 
-    Rendering a large data set takes long, so conversations are drawn first, several times as many as needed:
-    a long one gives many examples, and these should not all be its.
+    One of each conversation comes before a second of any: examples of one conversation have much in common.
+    Rendering a large data set takes long, so no more is rendered than needed.
     """
-    examples: list[Example] = []
+    rounds: list[list[Example]] = []
     for conversation in subsample(conversations, len(conversations), seed):
-        examples += [example for example in renderer.examples(conversation) if _has_label(example)]
-        if count is not None and len(examples) >= SPREAD * count:
+        windows = [example for example in renderer.examples(conversation) if _has_label(example)]
+        random.Random(f"{seed}:{conversation.id}").shuffle(windows)
+        rounds += [[] for _ in range(len(windows) - len(rounds))]
+        for examples, window in zip(rounds, windows, strict=False):
+            examples.append(window)
+        if count is not None and rounds and len(rounds[0]) >= count:
             break
-    if not examples:
+    if not rounds:
         raise DataError(
             f"Of {len(conversations)} conversations none gives an example for {purpose}: use more data or a "
             "larger --max-length."
         )
-    return subsample(examples, len(examples) if count is None else count, seed)
+    return [example for examples in rounds for example in examples][:count]
 
 
 def _has_label(example: Example) -> bool:

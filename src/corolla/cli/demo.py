@@ -1,0 +1,103 @@
+"""`corolla demo`: all of it on one machine, in a few minutes.
+
+Invariant: every step is the real one, with real server processes, a real model and human conversations; at
+its end nothing is left running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corolla.cli.common import console, quiet_libraries
+from corolla.errors import UsageError
+
+MODEL = "smollm2"
+# Sized so that two cores need about five minutes.
+STEPS, BATCH, TOKENS = 30, 8, 96
+HELD_OUT = 48  # conversations, one example of each
+SCRIPT = (
+    "Hi! How was your day?",
+    "What do you like to do on the weekend?",
+    "Nice. Do you have any music to recommend?",
+)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("demo-run"),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = STEPS,
+) -> None:
+    """Start a swarm here, prompt-tune a small model on human conversations, and chat with the result."""
+    quiet_libraries()
+    from corolla.cli.local_swarm import local_swarm
+    from corolla.tuning.bundle import BUNDLE_FILE
+
+    if out.exists() and not (out / BUNDLE_FILE).is_file():
+        raise UsageError(f"{out} exists and is no bundle of an earlier demo: give another --out.")
+    started = time.monotonic()
+    _heading(1, "A swarm on this machine: two servers, each with half of the model's blocks")
+    with local_swarm(MODEL) as swarm:
+        _show_map(swarm.peers)
+        _heading(2, "Human conversations to learn from (marked: what the model learns to say)")
+        _train(out, steps, swarm.peers)
+        _show(f"So far: {time.monotonic() - started:.0f} s.")
+        _heading(5, "A chat with the tuned model, over the same swarm")
+        _chat(out, swarm.peers)
+
+
+def _show_map(peers: Sequence[str]) -> None:
+    from corolla.cli.status import fetch
+    from corolla.cli.swarm_map import swarm_map
+
+    console.print(swarm_map(asyncio.run(fetch(list(peers)))))
+
+
+def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
+    from corolla.cli.tune import TuneJob, prepare_data, train_and_report
+    from corolla.data.render import RenderSettings
+    from corolla.tuning.settings import TuneSettings
+
+    job = TuneJob(model=MODEL, data="chitchat", out=out)
+    settings = TuneSettings(
+        steps=steps,
+        batch_size=BATCH,
+        held_out=HELD_OUT,
+        held_out_samples=HELD_OUT,
+        rendering=RenderSettings(max_length=TOKENS),
+    )
+    prepared = prepare_data(job, settings, shown=2)
+    _heading(3, f"Training {job.prompt_tokens} prompt vectors; the model itself stays as it is")
+    result = train_and_report(job, settings, prepared, peers, overwrite=True)
+    _heading(4, "What came of it")
+    _show(f"The bundle, ready to chat with or to share:  {out}/")
+    _show(f"The loss curve:                              {result.curve}")
+
+
+def _chat(out: Path, peers: Sequence[str]) -> None:
+    from corolla.chat.sampling import SamplingSettings
+    from corolla.cli.chat import find_partner, opened, prepare
+
+    partner = find_partner(str(out))
+    sampling = SamplingSettings.from_dict({**partner.sampling, "seed": 0})
+    with opened(prepare(partner, sampling), peers) as repl:
+        if sys.stdin.isatty():
+            _show("Type something; /help lists the commands, /quit ends.")
+            repl.run()
+        else:
+            repl.run(SCRIPT)
+    _show(f"Chat again whenever you like:\n  corolla chat {out}")
+
+
+def _heading(number: int, text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{number}[/]  {text}", align="left", style="dim")
+
+
+def _show(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
