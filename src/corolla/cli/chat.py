@@ -184,9 +184,9 @@ def joined(peers: Sequence[str] | None, partner: Partner) -> Iterator[Sequence[s
 @contextlib.contextmanager
 def opened(prepared: Prepared, peers: Sequence[str], *, system: str | None = None) -> Iterator[Repl]:
     """A chat over the swarm at `peers`."""
-    from corolla import AutoDistributedModelForCausalLM
     from corolla.chat.engine import ChatEngine
     from corolla.chat.repl import Repl, notice
+    from corolla.client.causal_lm import AutoDistributedModelForCausalLM
 
     partner = prepared.partner
     with AutoDistributedModelForCausalLM.from_pretrained(
