@@ -6,6 +6,7 @@ Knows nothing of sessions, caches or Corolla's prompt arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TIE = 1e-4
+END = 2
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -80,3 +82,50 @@ def _adding(vectors: torch.Tensor) -> Any:
         return (hidden, *args[1:]), kwargs
 
     return hook
+
+
+class Expected:
+    """The conversation as it must go, and what its turns cost a server; renders without Corolla's renderer."""
+
+    def __init__(self, reference: LocalReference, tokenizer: Any, style: str, delimiter: str) -> None:
+        self._reference = reference
+        self._tokenizer = tokenizer
+        template = style == "template"
+        self._fed = "<|user|>{}</s>\n<|assistant|>" if template else "{}" + delimiter.replace("{", "{{")
+        self._closing = self._ids("</s>\n" if template else delimiter)
+        self._stop = [END] if template else self._closing
+        self.ids: list[int] = []
+        self.cached = 0  # of `ids`, by the servers
+
+    def turn(self, text: str, most: int) -> tuple[list[int], int, bool]:
+        """The reply's tokens, how many tokens a server computes for it, and whether it ended by itself."""
+        prompt = [*self.ids, *self._ids(self._fed.format(text))]
+        said = self._reference.greedy(prompt, most=most, stop=self._stop, ends=[END])
+        held = [*prompt, *said[:-1]]  # what was said last has not been computed
+        cost = len(held) - self.cached
+        ended = said[-len(self._stop) :] == self._stop or said[-1] == END
+        reply = without_end(said, self._stop)
+        self.ids = [*prompt, *reply, *self._closing]
+        self.cached = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(held, self.ids, strict=False))))
+        return reply, cost, ended
+
+    def undo(self, ids: Sequence[int]) -> None:
+        """Go back to where the conversation was `ids`."""
+        self.ids = list(ids)
+        self.cached = min(self.cached, len(self.ids))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+
+def without_end(said: list[int], stop: list[int]) -> list[int]:
+    """A reply without what ended it, be it only the beginning of a delimiter."""
+    if said[-len(stop) :] == stop:
+        return said[: -len(stop)]
+    if said[-1] == END:
+        said = said[:-1]
+    for size in range(len(stop) - 1, 0, -1):
+        if said[-size:] == stop[:size]:
+            return said[:-size]
+    return said

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.chat.reference import VOCABULARY, LocalReference, byte_tokenizer
+from tests.chat.reference import VOCABULARY, Expected, LocalReference, byte_tokenizer
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from transformers import AutoModelForCausalLM
@@ -23,7 +22,6 @@ MOST = 16
 # Family to seed and delimiter, chosen so that some replies end by themselves and others are cut.
 FAMILIES = {"llama": (1, "##"), "bloom": (1, "|"), "gemma2": (0, "\n-----\n")}
 MODES = [None, "ptune", "deep_ptune"]
-END = 2
 
 
 @pytest.fixture(scope="module")
@@ -59,46 +57,13 @@ def greedy(most: int = MOST) -> SamplingSettings:
     return SamplingSettings(temperature=0, max_new_tokens=most)
 
 
-class Expected:
-    """The conversation as it must go, and what its turns cost a server; renders without Corolla's renderer."""
-
-    def __init__(self, reference: LocalReference, tokenizer: Any, style: str, delimiter: str) -> None:
-        self._reference = reference
-        self._tokenizer = tokenizer
-        template = style == "template"
-        self._fed = "<|user|>{}</s>\n<|assistant|>" if template else "{}" + delimiter.replace("{", "{{")
-        self._closing = self._ids("</s>\n" if template else delimiter)
-        self._stop = [END] if template else self._closing
-        self.ids: list[int] = []
-        self.cached = 0  # of `ids`, by the servers
-
-    def turn(self, text: str, most: int = MOST) -> tuple[list[int], int, bool]:
-        """The reply's tokens, how many tokens a server computes for it, and whether it ended by itself."""
-        prompt = [*self.ids, *self._ids(self._fed.format(text))]
-        said = self._reference.greedy(prompt, most=most, stop=self._stop, ends=[END])
-        held = [*prompt, *said[:-1]]  # what was said last has not been computed
-        cost = len(held) - self.cached
-        ended = said[-len(self._stop) :] == self._stop or said[-1] == END
-        reply = without_end(said, self._stop)
-        self.ids = [*prompt, *reply, *self._closing]
-        self.cached = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(held, self.ids, strict=False))))
-        return reply, cost, ended
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+def prompt_length(model: Any) -> int:
+    return 0 if model.prompts is None else int(model.prompts.length)
 
 
-def without_end(said: list[int], stop: list[int]) -> list[int]:
-    """A reply without what ended it, be it only the beginning of a delimiter."""
-    if said[-len(stop) :] == stop:
-        return said[: -len(stop)]
-    if said[-1] == END:
-        said = said[:-1]
-    for size in range(len(stop) - 1, 0, -1):
-        if said[-size:] == stop[:size]:
-            return said[:-size]
-    return said
+def costs(swarm: MemorySwarm, before: dict[str, int]) -> set[int]:
+    """What each server has computed since, in tokens."""
+    return {count - before[peer] for peer, count in swarm.counted().items()}
 
 
 @pytest.mark.parametrize(
@@ -122,16 +87,95 @@ def test_six_turns_equal_recomputing_the_text(
         for number, text in enumerate(MESSAGES):
             before = swarm.counted()
             pieces = list(engine.reply(text))
-            reply, cost, ended = expected.turn(text)
+            reply, cost, ended = expected.turn(text, MOST)
             assert engine.tokens == expected.ids
             assert "".join(pieces) == engine.transcript()[-1]["content"] == rendered.reply_text(reply)
-            prompt = model.prompts.length if mode is not None and number == 0 else 0
-            assert {peer: count - before[peer] for peer, count in swarm.counted().items()} == dict.fromkeys(
-                before, cost + prompt
-            )
+            assert costs(swarm, before) == {cost + (0 if number else prompt_length(model))}
             said += reply
             endings.add(ended)
         assert len(set(said)) > 15, "too uniform to prove anything"
         if mode is None:
             assert endings == {True, False}, "the test should see replies that end and replies that are cut"
         engine.close()
+
+
+@pytest.fixture(params=MODES)
+def llama(request: pytest.FixtureRequest, swarms: dict[str, MemorySwarm]) -> Iterator[tuple[Any, ...]]:
+    """Swarm, model, engine and what is expected of it, with each kind of prompt."""
+    swarm, delimiter = swarms["llama"], FAMILIES["llama"][1]
+    rendered = renderer("delimiter", delimiter)
+    with distributed(swarm, request.param) as model:
+        expected = Expected(local(swarm, model.prompts), rendered.tokenizer, "delimiter", delimiter)
+        with ChatEngine(model, rendered, sampling=greedy(), max_context=400) as engine:
+            yield swarm, model, engine, expected
+
+
+def test_undo_is_as_if_it_had_not_been(llama: tuple[Any, ...]) -> None:
+    swarm, _, engine, expected = llama
+    list(engine.reply(MESSAGES[0]))
+    expected.turn(MESSAGES[0], MOST)
+    first = list(expected.ids)
+    for text in MESSAGES[1:3]:
+        list(engine.reply(text))
+        expected.turn(text, MOST)
+    assert engine.undo() == MESSAGES[2]
+    assert engine.undo() == MESSAGES[1]
+    assert engine.tokens == first
+    expected.undo(first)
+    before = swarm.counted()
+    list(engine.reply(MESSAGES[3]))
+    _, cost, _ = expected.turn(MESSAGES[3], MOST)
+    assert engine.tokens == expected.ids
+    assert costs(swarm, before) == {cost}
+    assert [m["content"] for m in engine.transcript() if m["role"] == "user"] == [MESSAGES[0], MESSAGES[3]]
+
+
+def test_undoing_everything_begins_anew(llama: tuple[Any, ...]) -> None:
+    """The prompt, which comes before the first token, must come again."""
+    swarm, model, engine, expected = llama
+    list(engine.reply(MESSAGES[1]))
+    assert engine.undo() == MESSAGES[1]
+    assert engine.undo() is None
+    assert engine.tokens == []
+    before = swarm.counted()
+    list(engine.reply(MESSAGES[0]))
+    _, cost, _ = expected.turn(MESSAGES[0], MOST)
+    assert engine.tokens == expected.ids
+    assert costs(swarm, before) == {cost + prompt_length(model)}
+
+
+def test_reset_begins_anew(llama: tuple[Any, ...]) -> None:
+    swarm, model, engine, expected = llama
+    for text in MESSAGES[1:3]:
+        list(engine.reply(text))
+    engine.reset()
+    assert engine.transcript() == []
+    before = swarm.counted()
+    list(engine.reply(MESSAGES[0]))
+    _, cost, _ = expected.turn(MESSAGES[0], MOST)
+    assert engine.tokens == expected.ids
+    assert costs(swarm, before) == {cost + prompt_length(model)}
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_stopped_reply_is_kept_and_the_next_turn_is_exact(llama: tuple[Any, ...], interrupt: bool) -> None:
+    _, _, engine, expected = llama
+    whole, _, _ = expected.turn(MESSAGES[0], MOST)
+    prompt = expected.ids[: -len(whole) - 2]
+    pieces = engine.reply(MESSAGES[0])
+    shown = next(pieces) + next(pieces)
+    if interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            pieces.throw(KeyboardInterrupt)
+    else:
+        pieces.close()
+    kept = engine.tokens[len(prompt) : -2]
+    assert engine.tokens[: len(prompt)] == prompt
+    assert engine.tokens[-2:] == expected.ids[-2:]  # the delimiter was added
+    assert len(kept) >= 2
+    assert kept == whole[: len(kept)]
+    assert engine.transcript()[-1]["content"].startswith(shown)
+    expected.undo(engine.tokens)
+    list(engine.reply(MESSAGES[1]))
+    expected.turn(MESSAGES[1], MOST)
+    assert engine.tokens == expected.ids
