@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from corolla.errors import SwarmUnavailable, UsageError
 from corolla.models.checkpoint import open_checkpoint
+from corolla.swarm.transport.runtime_dir import RuntimeDir
 
 START_SECONDS = 300.0  # a first start may have to convert or download the model
 STOP_SECONDS = 15.0
@@ -89,18 +89,18 @@ def local_swarm(
     servers = min(servers, blocks)
     threads = max(1, (os.cpu_count() or 1) // servers)
     children: list[Child] = []
-    with tempfile.TemporaryDirectory(prefix="corolla-swarm-") as temporary:
-        folder = Path(temporary)
+    # A folder that a later start removes, should we be killed.
+    with contextlib.closing(RuntimeDir()) as folder:
         try:
             deadline = time.monotonic() + START_SECONDS
-            bootstrap = Child(folder, "bootstrap", ["bootstrap"])
+            bootstrap = Child(folder.path, "bootstrap", ["bootstrap"])
             children.append(bootstrap)
             peers = tuple(bootstrap.wait_ready(deadline)["addresses"][:1])
             for index in range(servers):
                 span = f"{index * blocks // servers}:{(index + 1) * blocks // servers}"
                 arguments = ["serve", model, "--blocks", span, "--peers", peers[0]]
                 arguments += ["--threads", str(threads), "--dtype", dtype, *options]
-                children.append(Child(folder, f"server {index + 1}", arguments))
+                children.append(Child(folder.path, f"server {index + 1}", arguments))
             for child in children:
                 child.wait_ready(deadline)
             yield LocalSwarm(peers, tuple(children[1:]))

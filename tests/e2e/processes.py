@@ -1,0 +1,130 @@
+"""Real `corolla` processes for tests: started with ready files, gone when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_SECONDS = 120.0
+COROLLA = [sys.executable, "-m", "corolla"]
+
+
+def environment() -> dict[str, str]:
+    """Ours, with one compute thread a process."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def corolla(*arguments: str, timeout: float = 120.0, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `text` is its stdin."""
+    return subprocess.run(
+        [*COROLLA, *arguments],
+        capture_output=True,
+        text=True,
+        input=text,
+        timeout=timeout,
+        check=False,
+        env=environment(),
+    )
+
+
+@dataclass
+class Process:
+    """A running command and the content of its ready file."""
+
+    popen: subprocess.Popen[bytes]
+    ready_path: Path
+    log_path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """What others join through."""
+        return str(self.about["addresses"][0])
+
+    def wait_ready(self) -> Process:
+        """Wait for the ready file; the process's own words are shown when it ends before."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.ready_path.exists():
+            assert self.popen.poll() is None, self.log_path.read_text()
+            assert time.monotonic() < deadline, self.log_path.read_text()
+            time.sleep(0.02)
+        self.about = json.loads(self.ready_path.read_text())
+        return self
+
+    def end(self) -> None:
+        """Kill what is still running, and wait for it and its daemon."""
+        family = []
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(self.popen.pid).children(recursive=True)
+        if self.popen.poll() is None:
+            self.popen.terminate()
+            try:
+                self.popen.wait(20)
+            except subprocess.TimeoutExpired:
+                self.popen.kill()
+        self.popen.wait()
+        psutil.wait_procs(family, timeout=20)
+
+
+class Processes:
+    """Starts commands; ends them all with the block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[Process] = []
+
+    def start(self, name: str, *arguments: str) -> Process:
+        """Start a command without waiting for it."""
+        ready, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                [*COROLLA, *arguments, "--ready-file", str(ready)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+            )
+        process = Process(popen, ready, log)
+        self.started.append(process)
+        return process
+
+    def swarm(self, model: Path | str, spans: Sequence[str], *extra: str) -> tuple[str, list[Process]]:
+        """A bootstrap peer and a server for each span, all ready; gives the join address and the servers."""
+        number = len(self.started)
+        first = self.start(f"bootstrap-{number}", "bootstrap").wait_ready()
+        serve = ("serve", str(model), "--peers", first.address)
+        servers = [
+            self.start(
+                f"server-{number}-{index}",
+                "serve",
+                str(model),
+                "--blocks",
+                span,
+                "--peers",
+                first.address,
+                *extra,
+            )
+            for index, span in enumerate(spans)
+        ]
+        return first.address, [server.wait_ready() for server in servers]
+
+
+@contextlib.contextmanager
+def processes(folder: Path) -> Iterator[Processes]:
+    """See `Processes`."""
+    started = Processes(folder)
+    try:
+        yield started
+    finally:
+        for process in reversed(started.started):
+            process.end()
