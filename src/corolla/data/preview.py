@@ -26,6 +26,7 @@ def _panel(example: Example, tokenizer: Any, number: int) -> RenderableType:
     tokens = zip(example.input_ids, example.labels, strict=True)
     for learnt, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
         piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        piece = piece.replace("\x1b", "␛")  # data must not steer the terminal
         text.append(f"⟦{piece}⟧" if learnt else piece, style="bold green" if learnt else "dim")
     learnt_count = sum(label != NO_LOSS for label in example.labels)
     title = f"example {number}: {len(example.input_ids)} tokens, ⟦{learnt_count} carry loss⟧"

@@ -3,17 +3,19 @@
 Invariant: the tokens that a chat feeds, turn by turn with the replies in between, are the tokens that an
 example of the same turns has. Padding does not occur here, and a token carries loss at most once however
 many windows a long conversation is cut into.
+
+No end-of-text token is added: what closes a reply is what a chat stops at, and a chat always goes on after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from corolla.data.conversation import Conversation, Turn
-from corolla.data.styles import DelimiterStyle, Style, TemplateStyle
+from corolla.data.styles import DelimiterStyle, Style, TemplateStyle, TurnPieces
 from corolla.errors import BundleError, UsageError
 
 NO_LOSS = -100
@@ -64,15 +66,26 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """One turn of a conversation, ready to be put into windows."""
+class _Part:
+    """Some tokens of one turn (or of several), and which of them are labels."""
 
-    ids: list[int]
-    kinds: list[Kind]
-    learn: bool  # a reply to be learnt
+    ids: list[int] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    reply: bool = False  # one to be learnt
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.ids + other.ids, self.kinds + other.kinds, self.labels + other.labels)
+
+    def __getitem__(self, cut: slice) -> _Part:
+        return _Part(self.ids[cut], self.kinds[cut], self.labels[cut])
+
+    def silent(self) -> _Part:
+        """The same tokens as context, without loss."""
+        return _context(self.ids)
 
 
 class Renderer:
@@ -90,84 +103,80 @@ class Renderer:
     # --- training ----------------------------------------------------------------------------------------
 
     def examples(self, conversation: Conversation) -> list[Example]:
-        """The conversation in windows of at most `max_length` tokens; every reply is learnt in one of them.
+        """The conversation in windows of at most `max_length` tokens, cut between turns.
 
-        A window begins with what was said before its first reply. Where not even one turn and its reply fit,
-        the newest of what came before is kept, and the reply whole if it fits.
+        Every reply is learnt in exactly one window, which also holds what came before it: at least one turn,
+        and as many as fit. A system turn stands in front of every window. Where not even a reply and the turn
+        before it fit, that turn loses its beginning; a reply that is too long by itself loses its end, and a
+        quarter of the window is left to what came before it.
         """
-        turns = [self._turn(conversation.turns, index) for index in range(len(conversation.turns))]
-        first = 1 if conversation.turns[0].role == "system" else 0
-        system, turns = turns[:first], turns[first:]
-        windows, learnt = [], 1  # the first turn answers nothing, so it is never learnt
-        while (reply := _next_reply(turns, learnt)) is not None:
-            begin, end = self._window(system, turns, reply)
-            windows.append(self._example(system, turns[begin:end], learnt - begin, conversation.id))
-            learnt = end
+        if not conversation.has_reply:
+            return []
+        self.style.check(conversation.turns)
+        begins_with_system = conversation.turns[0].role == "system"
+        opener = int(begins_with_system)  # answers nothing, so it is not a reply whoever says it
+        turns = [
+            self._part(turn, pieces, answers=index > opener)
+            for index, (turn, pieces) in enumerate(
+                zip(conversation.turns, self.style.pieces(conversation.turns), strict=True)
+            )
+        ]
+        opening = _context(self.style.opening(system=begins_with_system))
+        system = turns.pop(0) if begins_with_system else _Part()
+        windows: list[Example] = []
+        fresh = 0  # turns from here on have not been in a window of their own
+        while (reply := _next_reply(turns, fresh)) is not None:
+            begin, end = self._window(turns, reply, self.settings.max_length - len(opening) - len(system))
+            window = [
+                turn if index >= fresh else turn.silent()
+                for index, turn in enumerate(turns[begin:end], start=begin)
+            ]
+            whole = self._fitted(opening, system.silent() if fresh else system, window)
+            windows.append(Example(whole.ids, whole.labels, whole.kinds, conversation.id))
+            fresh = end
         return windows
 
-    def _window(self, system: Sequence[_Rendered], turns: Sequence[_Rendered], reply: int) -> tuple[int, int]:
-        """Turns [begin, end) around the next reply: one turn before it, then as much as fits."""
-        room = self._room(system)
+    def _window(self, turns: Sequence[_Part], reply: int, room: int) -> tuple[int, int]:
+        """Turns [begin, end): the next reply and the turn before it, then later replies, then older turns."""
         begin, end = reply - 1, reply + 1
-        used = len(turns[begin]) + len(turns[reply])
-        best = end
-        while end < len(turns) and used + len(turns[end]) <= room:
-            used += len(turns[end])
-            end += 1
-            if turns[end - 1].learn:
-                best = end
-        used = sum(len(turn) for turn in turns[begin:best])
-        while begin > 0 and used + len(turns[begin - 1]) <= room:  # older context, where there is room
+        used = best = len(turns[begin]) + len(turns[reply])
+        for index in range(end, len(turns)):
+            used += len(turns[index])
+            if used > room:
+                break
+            if turns[index].reply:
+                end, best = index + 1, used
+        while begin > 0 and best + len(turns[begin - 1]) <= room:
             begin -= 1
-            used += len(turns[begin])
-        return begin, best
+            best += len(turns[begin])
+        return begin, end
 
-    def _opening(self, system: Sequence[_Rendered]) -> list[int]:
-        return list(self.style.opening(system=bool(system)))
+    def _fitted(self, opening: _Part, system: _Part, window: Sequence[_Part]) -> _Part:
+        """The window as one part of at most `max_length` tokens; it ends with a reply."""
+        context, reply = sum(window[:-1], _Part()), window[-1]
+        room = self.settings.max_length - len(opening)
+        if len(reply) > room:
+            reply = reply[: room - min(len(context), room // 4)]
+        room -= len(reply)
+        if len(system) > room:
+            system = _Part()
+        room -= len(system)
+        return opening + system + context[max(0, len(context) - room) :] + reply
 
-    def _room(self, system: Sequence[_Rendered]) -> int:
-        return self.settings.max_length - len(self._opening(system)) - sum(len(turn) for turn in system)
-
-    def _example(
-        self, system: Sequence[_Rendered], turns: Sequence[_Rendered], fresh: int, conversation: str
-    ) -> Example:
-        """One window; turns before index `fresh` carry no loss, since an earlier window has learnt them."""
-        ids = self._opening(system)
+    def _part(self, turn: Turn, pieces: TurnPieces, *, answers: bool) -> _Part:
+        ids = pieces.ids
+        reply = turn.role == "assistant" and turn.learn and answers
         kinds: list[Kind] = ["context"] * len(ids)
-        wanted = [False] * len(ids)
-        for turn in system:
-            ids += turn.ids
-            kinds += turn.kinds
-            wanted += [False] * len(turn)
+        if reply:
+            kinds = ["context"] * len(pieces.lead)
+            kinds += ["reply"] * len(pieces.text)
+            kinds += ["marker"] * len(pieces.closing)
         everything = self.settings.loss_on == "all"
-        for index, turn in enumerate(turns):
-            ids += turn.ids
-            kinds += turn.kinds if turn.learn and index >= fresh else ["context"] * len(turn)
-            if everything:
-                wanted += [index >= fresh or index == 0] * len(turn)
-            else:
-                wanted += [turn.learn and index >= fresh and kind != "context" for kind in turn.kinds]
-        cut = self._cut(len(ids), turns)
-        labels = [token if want else NO_LOSS for token, want in zip(ids, wanted, strict=True)]
-        return Example(ids[cut], labels[cut], kinds[cut], conversation)
-
-    def _cut(self, length: int, turns: Sequence[_Rendered]) -> slice:
-        """Which tokens to keep of a window that is too long: the newest, and the beginning of a long reply."""
-        limit = self.settings.max_length
-        if length <= limit:
-            return slice(None)
-        reply = len(turns[-1])
-        if reply >= limit:
-            return slice(length - reply, length - reply + limit)
-        return slice(length - limit, None)
-
-    def _turn(self, turns: Sequence[Turn], index: int) -> _Rendered:
-        pieces = self.style.pieces(turns, index)
-        learn = turns[index].role == "assistant" and turns[index].learn
-        kinds: list[Kind] = ["context"] * len(pieces.lead)
-        kinds += ["reply" if learn else "context"] * len(pieces.text)
-        kinds += ["marker" if learn else "context"] * len(pieces.closing)
-        return _Rendered(pieces.ids, kinds, learn)
+        labels = [
+            token if everything or kind != "context" else NO_LOSS
+            for token, kind in zip(ids, kinds, strict=True)
+        ]
+        return _Part(ids, kinds, labels, reply)
 
     # --- chatting ----------------------------------------------------------------------------------------
 
@@ -177,9 +186,9 @@ class Renderer:
         The first `known` turns, with all that closes them, have been fed already.
         """
         ids = [] if known else list(self.style.opening(system=turns[0].role == "system"))
-        for index in range(known, len(turns)):
-            ids += self.style.pieces(turns, index).ids
-        return [*ids, *self.style.reply_lead(turns)]
+        for pieces in self.style.pieces(turns[known:]):
+            ids += pieces.ids
+        return [*ids, *self.style.reply_lead]
 
     @property
     def closing_ids(self) -> list[int]:
@@ -191,8 +200,13 @@ class Renderer:
         """The beginning of `closing_ids`; once the model has said it, its reply has ended."""
         return self.style.stop
 
+    @property
+    def stop_text(self) -> str:
+        """Text that ends a reply too, since a model may spell the delimiter in other tokens; "" for none."""
+        return self.style.stop_text
+
     def reply_text(self, ids: Sequence[int]) -> str:
-        """The text of a reply's tokens, without what closes it."""
+        """The text of a reply's tokens, up to what closes it."""
         kept = list(ids)
         stop = self.stop_ids
         for start in range(len(kept) - len(stop) + 1):
@@ -200,8 +214,12 @@ class Renderer:
                 kept = kept[:start]
                 break
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return text
+        return text.partition(self.stop_text)[0] if self.stop_text else text
 
 
-def _next_reply(turns: Sequence[_Rendered], start: int) -> int | None:
-    return next((index for index in range(start, len(turns)) if turns[index].learn), None)
+def _context(ids: list[int]) -> _Part:
+    return _Part(list(ids), ["context"] * len(ids), [NO_LOSS] * len(ids))
+
+
+def _next_reply(turns: Sequence[_Part], start: int) -> int | None:
+    return next((index for index in range(start, len(turns)) if turns[index].reply), None)

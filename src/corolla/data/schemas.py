@@ -1,7 +1,7 @@
-"""The shapes of rows that are understood, each turned into conversations.
+"""The shapes of rows that are understood, each turned into a conversation.
 
-Invariant: a row either becomes conversations of the shape that its file's first good row has, or a `BadRow`
-says why not; nothing of it is guessed.
+Invariant: a row either becomes one conversation or a `BadRow` says why not; nothing of it is guessed. Rows
+that tell of the same conversation (equal rows, PersonaChat's many rows of one dialogue) get the same id.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Schema:
     name: str
     shape: str  # an example, for people
     fits: Callable[[Row], bool]  # by the names of columns alone
-    convert: Callable[[Row, int, bool], Conversation]  # row, its number, whether the persona is wanted
+    convert: Callable[[Row, bool], Conversation]  # the row, and whether the persona goes in front
 
 
 ROLES: dict[str, Role] = {
@@ -71,28 +71,33 @@ def _said(turns: Sequence[Any], role_key: str, text_key: str, what: str) -> tupl
     return tuple(said)
 
 
-def _checked(turns: tuple[Turn, ...], conversation_id: str) -> Conversation:
-    conversation = Conversation(turns, conversation_id)
+def _hash(said: Sequence[str]) -> str:
+    return hashlib.sha256(repr(list(said)).encode()).hexdigest()[:16]
+
+
+def _checked(turns: tuple[Turn, ...], conversation_id: str | None = None) -> Conversation:
+    """Without an id of its own, a conversation is named by what is said in it."""
+    conversation = Conversation(turns, conversation_id or _hash([turn.text for turn in turns]))
     if not conversation.has_reply:
         raise BadRow("no reply to learn, with something said before it")
     return conversation
 
 
-def _messages(row: Row, number: int, _persona: bool) -> Conversation:
-    return _checked(_said(row["messages"], "role", "content", "messages"), f"row-{number}")
+def _messages(row: Row, _persona: bool) -> Conversation:
+    return _checked(_said(row["messages"], "role", "content", "messages"))
 
 
-def _sharegpt(row: Row, number: int, _persona: bool) -> Conversation:
+def _sharegpt(row: Row, _persona: bool) -> Conversation:
     turns = _said(row["conversations"], "from", "value", "conversations")
-    return _checked(turns, str(row.get("id") or f"row-{number}"))
+    return _checked(turns, str(row["id"]) if row.get("id") else None)
 
 
-def _prompt_response(row: Row, number: int, _persona: bool) -> Conversation:
+def _prompt_response(row: Row, _persona: bool) -> Conversation:
     turns = (
         Turn("user", _text(row["prompt"], "prompt")),
         Turn("assistant", _text(row["response"], "response")),
     )
-    return _checked(turns, f"row-{number}")
+    return _checked(turns)
 
 
 def _alternating(texts: Sequence[str]) -> list[Turn]:
@@ -101,31 +106,37 @@ def _alternating(texts: Sequence[str]) -> list[Turn]:
     return [Turn(roles[(len(texts) - 1 - index) % 2], text) for index, text in enumerate(texts)]
 
 
+def _dialogue(row: Row, last: Mapping[str, Any], persona: bool, *, learn_all: bool) -> Conversation:
+    """PersonaChat's history and its gold reply, the last candidate; the other candidates are distractors.
+
+    The published files tell each dialogue from both sides, one of which begins with a silence. It is dropped,
+    and the dialogue named by its first two utterances, so that both sides have one id.
+    """
+    history = [text for text in _texts(last.get("history"), "history") if text.strip("_ ") != "SILENCE"]
+    texts = [*history, _texts(last.get("candidates"), "candidates")[-1]]
+    turns = _alternating(texts)
+    if not learn_all:
+        turns[:-1] = [Turn(turn.role, turn.text, learn=False) for turn in turns[:-1]]
+    return _checked((*_persona_turns(row, persona), *turns), _hash(texts[:2]))
+
+
 def _persona_turns(row: Row, persona: bool) -> list[Turn]:
     if not persona:
         return []
     return [Turn("system", " ".join(_texts(row.get("personality"), "personality")))]
 
 
-def _personachat(row: Row, _number: int, persona: bool) -> Conversation:
-    history = _texts(row["history"], "history")
-    gold = _texts(row["candidates"], "candidates")[-1]
-    turns = _alternating([*history, gold])
+def _personachat(row: Row, persona: bool) -> Conversation:
     # The earlier replies are rows of their own: here they are context.
-    context = [Turn(turn.role, turn.text, learn=False) for turn in turns[:-1]]
-    # The rows of one dialogue begin alike and share its personality (and its number, where there is one).
-    beginning = repr((row.get("conv_id"), row.get("personality"), history[0]))
-    conversation_id = hashlib.sha256(beginning.encode()).hexdigest()[:16]
-    return _checked((*_persona_turns(row, persona), *context, turns[-1]), conversation_id)
+    return _dialogue(row, row, persona, learn_all=False)
 
 
-def _personachat_dialogue(row: Row, number: int, persona: bool) -> Conversation:
+def _personachat_nested(row: Row, persona: bool) -> Conversation:
     utterances = row["utterances"]
     if not isinstance(utterances, Sequence) or not utterances or not isinstance(utterances[-1], Mapping):
         raise BadRow("utterances is not a list of history and candidates")
-    last = utterances[-1]
-    texts = [*_texts(last.get("history"), "history"), _texts(last.get("candidates"), "candidates")[-1]]
-    return _checked((*_persona_turns(row, persona), *_alternating(texts)), f"row-{number}")
+    # The last one's history is the whole dialogue.
+    return _dialogue(row, utterances[-1], persona, learn_all=True)
 
 
 SCHEMAS: tuple[Schema, ...] = (
@@ -151,7 +162,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "PersonaChat dialogues",
         '{"personality": ["…"], "utterances": [{"history": ["…"], "candidates": ["…"]}]}',
         lambda row: "utterances" in row,
-        _personachat_dialogue,
+        _personachat_nested,
     ),
     Schema(
         "prompt and response",
@@ -160,6 +171,9 @@ SCHEMAS: tuple[Schema, ...] = (
         _prompt_response,
     ),
 )
+
+
+PERSONA_SCHEMAS = frozenset({"PersonaChat", "PersonaChat dialogues"})
 
 
 def chitchat_conversation(
@@ -180,5 +194,7 @@ def chitchat_conversation(
             role: Role = "user" if speaks_first else "assistant"
         else:
             role = "assistant" if sender == speaker else "user"
+        if turns and turns[-1].role == role:  # what stood between them was empty
+            text = f"{turns.pop().text}\n{text}"
         turns.append(Turn(role, text))
     return _checked(tuple(turns), conversation_id)

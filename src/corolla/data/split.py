@@ -1,7 +1,6 @@
 """Which conversations are held out, and which examples are drawn.
 
-Invariant: the choice depends on the seed and the conversations' ids only, not on their order; no id is on
-both sides.
+Invariant: no id is on both sides; who is held out depends on the seed and the ids only, not on their order.
 """
 
 from __future__ import annotations
