@@ -12,9 +12,11 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypeVar
+
+from corolla.errors import RequestRefused
 
 T = TypeVar("T")
 
@@ -29,14 +31,14 @@ class Kind(IntEnum):
     TRAINING = 2
 
 
-@dataclass
+@dataclass(eq=False)  # the same work submitted twice is two jobs
 class Job:
     """One computation: `run` is called on the compute thread; its result or error ends in `done`."""
 
     kind: Kind
     run: Callable[[], Any]
     arrived: float
-    done: asyncio.Future[Any] = field(compare=False)
+    done: asyncio.Future[Any]
 
     def urgency(self, now: float) -> tuple[float, float]:
         """Smaller is sooner."""
@@ -52,13 +54,19 @@ class Engine:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="corolla-compute")
         self._loop: asyncio.Task[None] | None = None
+        self._closed = False
 
     def start(self) -> None:
         """Begin to run what is submitted."""
         self._loop = asyncio.create_task(self._run(), name="engine")
 
     async def submit(self, kind: Kind, run: Callable[[], T]) -> T:
-        """The result of `run()`, or its error. Cancelling the caller takes a job back that has not begun."""
+        """The result of `run()`, or its error. Cancelling the caller takes a job back that has not begun.
+
+        Raises `RequestRefused` (draining) once the engine is closed.
+        """
+        if self._closed:
+            raise RequestRefused("This server is going away; use another.", code="draining")
         job = Job(kind, run, self._clock(), asyncio.get_running_loop().create_future())
         self._waiting.append(job)
         self._arrived.set()
@@ -75,26 +83,29 @@ class Engine:
         return len(self._waiting)
 
     async def close(self) -> None:
-        """Stop after the job at hand; waiting jobs are cancelled."""
-        if self._loop is not None:
-            self._loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop
+        """Stop after the job at hand, whose awaiter gets its result; waiting jobs are cancelled."""
+        self._closed = True
+        self._arrived.set()
         for job in self._waiting:
             job.done.cancel()
+        self._waiting.clear()
+        if self._loop is not None:
+            await self._loop
         self._thread.shutdown(wait=True)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            while not self._waiting:
+        while not self._closed:
+            if not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
+                continue
             job = min(self._waiting, key=lambda waiting: waiting.urgency(self._clock()))
             self._waiting.remove(job)
             try:
                 result = await loop.run_in_executor(self._thread, job.run)
             except asyncio.CancelledError:
+                job.done.cancel()
                 raise
             except BaseException as error:
                 if not job.done.done():
