@@ -1,0 +1,228 @@
+"""A server on the in-memory network, and two kinds of client: one that speaks raw bytes, and an honest one."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import struct
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from tests.tiny_models import write_tiny
+from torch import Tensor
+
+from corolla.models.checkpoint import open_checkpoint
+from corolla.models.span import Span, load_span
+from corolla.server.engine import Engine, Kind
+from corolla.server.handlers import BlockServer
+from corolla.server.kv_cache import CacheBudget
+from corolla.swarm.channel import Channel, request
+from corolla.swarm.transport.base import Stream
+from corolla.swarm.transport.memory import MemoryNetwork
+from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble
+from corolla.wire.messages import (
+    PROTOCOL_NAME,
+    PROTOCOL_VERSION,
+    Alive,
+    Backward,
+    CloseSession,
+    Forward,
+    Message,
+    OpenSession,
+    ServerMessage,
+    Step,
+)
+
+MODEL = "the-tiny-model"
+START, END = 1, 3  # of four blocks
+BLOCKS = END - START
+HIDDEN = 32
+CAPACITY = 400  # block-tokens: 200 tokens of one row
+PREAMBLE = "<4sHHIQ"  # magic, version, reserved, header bytes, payload bytes
+DTYPES = {torch.float32: "float32", torch.bool: "bool", torch.int64: "int64", torch.int32: "int32"}
+
+
+@functools.cache
+def span_of(family: str) -> Span:
+    """Blocks 1 and 2 of a tiny random model; for reading only, since all tests of a process share it."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint(str(write_tiny(family, Path(folder))))
+        return load_span(checkpoint, START, END, dtype=torch.float32)
+
+
+class World:
+    """One server, and as many clients as the test connects. Lives in the test's event loop."""
+
+    def __init__(self, family: str = "llama", *, span: Span | None = None, capacity: int = CAPACITY) -> None:
+        self.network = MemoryNetwork()
+        self.client = self.network.transport("client")
+        self.transport = self.network.transport("server")
+        self.span = span or span_of(family)
+        self.engine = Engine()
+        self.budget = CacheBudget(capacity)
+        self.server = BlockServer(self.span, self.engine, self.budget, model=MODEL)
+        self._running = 0
+        self._ended = asyncio.Condition()
+
+    async def start(self) -> None:
+        self.engine.start()
+        await self.transport.serve(PROTOCOL_NAME, self._handle)
+
+    async def close(self) -> None:
+        await self.client.close()
+        await self.transport.close()
+        await self.engine.close()
+
+    async def _handle(self, stream: Stream) -> None:
+        self._running += 1
+        try:
+            await self.server.handle(stream)
+        finally:
+            self._running -= 1
+            async with self._ended:
+                self._ended.notify_all()
+
+    async def all_streams_ended(self) -> None:
+        """Wait until the server has left all its streams."""
+        async with self._ended, asyncio.timeout(20):
+            await self._ended.wait_for(lambda: not self._running)
+
+    async def connect(self) -> Channel:
+        """An honest client's channel."""
+        return Channel(await self.client.open("server", PROTOCOL_NAME), side="client", silence=20)
+
+    async def raw(self) -> RawClient:
+        """A client that may send anything."""
+        return RawClient(await self.client.open("server", PROTOCOL_NAME))
+
+    @property
+    def held(self) -> tuple[int, int, int]:
+        """What must be 0 once every client has left: reserved room, sessions, waiting jobs."""
+        return self.budget.reserved, self.server.counters.sessions, self.engine.waiting
+
+
+class RawClient:
+    """Builds frames by itself, as `wire/frames.py` describes them, without any of its checks."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    async def send(self, message: Message | dict[str, Any], **tensors: Tensor) -> None:
+        await self.stream.write([frame(message, **tensors)])
+
+    async def answer(self) -> Packet:
+        """The next message that is not a sign of life."""
+        while True:
+            packet = await self.next()
+            if not isinstance(packet.message, Alive):
+                return packet
+
+    async def next(self) -> Packet:
+        """The next message, signs of life included."""
+        async with asyncio.timeout(20):
+            sizes = parse_preamble(await self.stream.read(PREAMBLE_SIZE))
+            header = parse_header(await self.stream.read(sizes.header), sizes.payload, ServerMessage)
+            return parse_payload(header, await self.stream.read(sizes.payload))
+
+    async def ask(self, message: Message | dict[str, Any], **tensors: Tensor) -> Packet:
+        await self.send(message, **tensors)
+        return await self.answer()
+
+
+def frame(message: Message | dict[str, Any], *, version: int = PROTOCOL_VERSION, **tensors: Tensor) -> bytes:
+    """One frame's bytes."""
+    payload = b""
+    for tensor in tensors.values():
+        data = bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        payload += data + bytes(-len(data) % 16)
+    described = [[name, DTYPES[value.dtype], list(value.shape)] for name, value in tensors.items()]
+    header = msgspec.msgpack.encode({"tensors": described, "message": message})
+    return struct.pack(PREAMBLE, b"CRLA", version, 0, len(header), len(payload)) + header + payload
+
+
+class Blocker:
+    """Keeps an engine's compute thread busy until `release()`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._begun, self.free = threading.Event(), threading.Event()
+        self.task = asyncio.create_task(engine.submit(Kind.DECODE, self._block))
+
+    def _block(self) -> None:
+        self._begun.set()
+        assert self.free.wait(60)
+
+    async def begun(self) -> None:
+        assert await asyncio.to_thread(self._begun.wait, 20)
+
+    async def release(self) -> None:
+        self.free.set()
+        await self.task
+
+    async def __aenter__(self) -> Blocker:
+        await self.begun()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.release()
+
+
+def opening(rows: int = 1, tokens: int = 20, **changes: Any) -> OpenSession:
+    values = {"model": MODEL, "start": START, "end": END, "rows": rows, "max_tokens": tokens}
+    return OpenSession(**(values | changes))
+
+
+def forward(**changes: Any) -> Forward:
+    return Forward(**({"model": MODEL, "start": START, "end": END} | changes))
+
+
+def backward(**changes: Any) -> Backward:
+    return Backward(**({"model": MODEL, "start": START, "end": END} | changes))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+async def stepwise(channel: Channel, hidden: Tensor, cuts: Sequence[int], **extra: Tensor) -> Tensor:
+    """The outputs [R, T, H] of a session that is fed `hidden` in pieces that end at `cuts`."""
+    outputs, begin = [], 0
+    for end in cuts:
+        tensors = {"hidden": hidden[:, begin:end].contiguous()}
+        if "mask" in extra:
+            tensors["mask"] = extra["mask"][:, :end].contiguous()
+        if "positions" in extra:
+            tensors["positions"] = extra["positions"][:, begin:end].contiguous()
+        answer = await request(channel, Packet(Step(position=begin), tensors))
+        outputs.append(answer.tensors["hidden"])
+        begin = end
+    return torch.cat(outputs, dim=1)
+
+
+async def assert_serves_exactly(world: World, channel: Channel | None = None) -> None:
+    """An honest client's session, forward and backward equal what the blocks give by themselves."""
+    channel = channel or await world.connect()
+    hidden, prompts, grad = noise(2, 7, HIDDEN, seed=1), noise(BLOCKS, 3, HIDDEN, seed=2), noise(2, 7, HIDDEN)
+    hidden.requires_grad_()
+    prompts.requires_grad_()
+    expected = world.span.forward(hidden, prompts=prompts)
+    wanted = torch.autograd.grad(expected, [hidden, prompts], grad)
+    hidden, prompts, expected = hidden.detach(), prompts.detach(), expected.detach()
+
+    await request(channel, Packet(opening(rows=2, tokens=7), {"prompts": prompts}))
+    assert_same(await stepwise(channel, hidden, (2, 5, 6, 7)), expected)
+    await request(channel, Packet(CloseSession()))
+    output = await request(channel, Packet(forward(), {"hidden": hidden, "prompts": prompts}))
+    assert_same(output.tensors["hidden"], expected)
+    tensors = {"hidden": hidden, "grad": grad, "prompts": prompts}
+    grads = await request(channel, Packet(backward(prompt_gradient=True), tensors))
+    assert_same(grads.tensors["grad"], wanted[0])
+    assert_same(grads.tensors["prompts"], wanted[1])
