@@ -164,7 +164,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     prepared = prepare(tokenizer, settings, conversations)
     people = len({example.conversation for example in prepared.held_out})
     say_plainly(
-        f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} of {people} other "
+        f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} from {people} other "
         "conversations held out"
     )
     console.print(preview(prepared.train, tokenizer, shown))
@@ -185,7 +185,7 @@ def train_and_report(
 
     Exits with 130 when it was interrupted; `again` is the command that goes on.
     """
-    from corolla import AutoDistributedModelForCausalLM
+    from corolla.client.causal_lm import AutoDistributedModelForCausalLM
     from corolla.tuning.bundle import ModelInfo
     from corolla.tuning.tune import TuneStopped
     from corolla.tuning.tune import tune as run

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-import corolla
+from corolla import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.models.prompt_files import (
@@ -71,7 +71,7 @@ class Bundle:
         """The content of `bundle.json`."""
         return {
             "format": FORMAT_VERSION,
-            "corolla": corolla.__version__,
+            "corolla": __version__,
             "model": {
                 "name": self.model.name,
                 "revision": self.model.revision,

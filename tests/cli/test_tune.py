@@ -1,0 +1,178 @@
+"""`corolla tune` as its user meets it: mistakes are one sentence, a run ends in a bundle or can go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.e2e.processes import COROLLA, corolla, environment
+from tests.tuning.tiny_setup import conversations, write_model
+
+from corolla.cli.local_swarm import local_swarm
+from corolla.cli.main import main
+from corolla.tuning.bundle import load_bundle
+
+OPTIONS = [
+    "--steps",
+    "6",
+    "--batch-size",
+    "3",
+    "--prompt-tokens",
+    "4",
+    "--held-out",
+    "5",
+    "--delimiter",
+    r"\n",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conversations as a file of message lists, with one row that has no shape."""
+    path = tmp_path_factory.mktemp("data") / "talks.jsonl"
+    rows = [
+        {"messages": [{"role": turn.role, "content": turn.text} for turn in talk.turns]}
+        for talk in conversations()
+    ]
+    lines = [json.dumps(row) for row in [*rows, {"messages": "none"}]]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def peers(tiny: Path) -> Iterator[list[str]]:
+    with local_swarm(str(tiny)) as swarm:
+        yield ["--peers", swarm.peers[0]]
+
+
+def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that these arguments end in; the exit code is 2."""
+    monkeypatch.setattr(sys, "argv", ["corolla", "tune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    assert said[-1] != "\\"
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt-tokens", "0"], "--prompt-tokens is 0"),
+        (["--mode", "lora"], "ptune or deep_ptune"),
+        (["--prompt-init", "zeros"], "vocab, text, random"),
+        (["--prompt-init", "text"], "--prompt-text"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--lr", "-1"], "--lr is -1"),
+        (["--max-length", "2"], "--max-length is 2"),
+        (["--style", "poem"], "--style"),
+        (["--loss-on", "nothing"], "--loss-on"),
+        (["--report-to", "pigeon"], "--report-to"),
+        (["--data", "missing.jsonl"], "no file missing.jsonl"),
+        (["--held-out", "0"], "--held-out is 0"),
+        (["--resume", "--out", "nowhere"], "no unfinished run"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    words: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in mistake([str(tiny), *arguments], monkeypatch, capsys)
+
+
+def test_a_model_or_data_that_cannot_be_used_is_one_sentence(
+    tiny: Path,
+    talks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bundle").mkdir()
+    data = ["--data", str(talks)]
+    assert "config.json" in mistake(["folder", *data, "--out", "new"], monkeypatch, capsys)
+    assert "empty" in mistake([str(tiny), "--data", "empty.jsonl", "--out", "new"], monkeypatch, capsys)
+    assert "--overwrite" in mistake([str(tiny), *data], monkeypatch, capsys)
+    assert "--held-out" in mistake(
+        [str(tiny), *data, "--out", "new", "--held-out", "24"], monkeypatch, capsys
+    )
+    wrong = [str(tiny), *data, "--out", "new", "--held-out", "5", "--peers", "nonsense"]
+    assert "nonsense" in mistake(wrong, monkeypatch, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "empty.jsonl", "folder"]
+
+
+def test_a_run_without_peers_starts_its_own_swarm_and_ends_in_a_bundle(
+    tiny: Path, talks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ended = corolla(
+        "tune", str(tiny), "--data", str(talks), *OPTIONS, "--mode", "deep_ptune", "--out", str(out)
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "24 of 25" in ended.stdout
+    assert ended.stdout.count("carry loss") == 3
+    assert "paired 95 % interval" in " ".join(ended.stdout.split())
+    assert f"corolla chat {out}" in ended.stdout
+    bundle = load_bundle(out)
+    assert (bundle.mode, bundle.prompt_tokens, bundle.rendering.delimiter) == ("deep_ptune", 4, "\n")
+    assert bundle.training["data"] == str(talks)
+    assert bundle.model.name == str(tiny)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_ends_the_run(
+    tiny: Path, talks: Path, tmp_path: Path, peers: list[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [str(tiny), *peers, "--data", str(talks), *OPTIONS, "--out", str(out)]
+    # Enough steps for the signal to come in time; the last of two --steps counts.
+    arguments += ["--steps", "300", "--save-every", "1000"]
+    with subprocess.Popen(
+        [*COROLLA, "tune", *arguments],
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        said = ""
+        for line in run.stdout:
+            said += line
+            if line.startswith("step 30/300:"):
+                run.send_signal(signal.SIGINT)
+        code = run.wait(timeout=60)
+    assert code == 130, said
+    assert re.search(r"Stopped after step \d+ of 300\.", said), said
+    assert "Traceback" not in said
+    assert not out.exists()
+    again = shlex.split(said.rsplit("corolla ", 1)[1])
+    assert again == ["tune", *arguments, "--resume"]
+    ended = corolla(*again)
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 301))
+    assert not (tmp_path / "out.run").exists()
