@@ -21,8 +21,8 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def reader_of(tokenizer: Any, delimiter: str | None = DELIMITER) -> ReplyReader:
-    stop = [END] if delimiter is None else ids_of(tokenizer, delimiter)
+def reader_of(tokenizer: Any, delimiter: str = DELIMITER) -> ReplyReader:
+    stop = [END] if not delimiter else ids_of(tokenizer, delimiter)
     return ReplyReader(tokenizer, stop_ids=stop, end_ids={END}, stop_text=delimiter)
 
 
@@ -39,7 +39,7 @@ def read(reader: ReplyReader, ids: list[int]) -> list[str]:
 @given(TEXTS)
 def test_pieces_joined_are_the_text_and_characters_come_whole(text: str) -> None:
     tokenizer = merging_tokenizer()
-    reader = reader_of(tokenizer, None)
+    reader = reader_of(tokenizer, "")
     ids = ids_of(tokenizer, text)
     pieces = read(reader, ids)
     assert "".join(pieces) == reader.text == text
@@ -50,7 +50,7 @@ def test_pieces_joined_are_the_text_and_characters_come_whole(text: str) -> None
 @given(st.lists(st.integers(3, 399), max_size=30))
 def test_any_tokens_give_what_decoding_them_gives(ids: list[int]) -> None:
     tokenizer = merging_tokenizer()
-    reader = reader_of(tokenizer, None)
+    reader = reader_of(tokenizer, "")
     assert "".join(read(reader, ids)) == reader.text == tokenizer.decode(ids)
     assert reader.ids == ids
 
@@ -130,8 +130,8 @@ def test_what_only_looked_like_a_delimiter_is_shown_once_it_is_clear() -> None:
     assert not reader.ended
 
 
-@pytest.mark.parametrize("delimiter", [DELIMITER, None])
-def test_an_end_token_ends_a_reply(delimiter: str | None) -> None:
+@pytest.mark.parametrize("delimiter", [DELIMITER, ""])
+def test_an_end_token_ends_a_reply(delimiter: str) -> None:
     tokenizer = merging_tokenizer()
     own = ids_of(tokenizer, "the lazy dog")
     reader = reader_of(tokenizer, delimiter)

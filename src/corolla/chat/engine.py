@@ -102,7 +102,7 @@ class ChatEngine:
             self._renderer.tokenizer,
             stop_ids=self._renderer.stop_ids,
             end_ids=self._end_ids,
-            stop_text=_stop_text(self._renderer),
+            stop_text=self._renderer.stop_text,
         )
 
         def generate(criteria: StoppingCriteriaList) -> None:
@@ -129,8 +129,10 @@ class ChatEngine:
         started_anew = len(self._window) == 0 and bool(self._exchanges)
         if len(prompt) <= room and not started_anew:
             return prompt
-        # Half of the room is kept free, or every turn from now on would leave one more behind and replay.
-        window = newest_that_fit(self._renderer, self._system, self._exchanges, said, room // 2)
+        # When it overflows, half of the room is set free, or every turn from now on would leave one more
+        # exchange behind and replay the others.
+        within = room if started_anew else room // 2
+        window = newest_that_fit(self._renderer, self._system, self._exchanges, said, within)
         prompt = window.prompted(said)
         if len(prompt) > room:
             raise SessionLimit(
@@ -138,10 +140,11 @@ class ChatEngine:
                 "shorten it, or lower --max-new-tokens."
             )
         self._begin(window)
-        self._notify(
-            f"The conversation has outgrown the {self._max_context} tokens that fit; "
-            f"going on with {_count(len(window), 'earlier exchange')}."
-        )
+        if len(window) < len(self._exchanges):
+            self._notify(
+                f"The conversation has outgrown the {self._max_context} tokens that fit; "
+                f"going on with {_count(len(window), 'earlier exchange')}."
+            )
         return prompt
 
     def _settle(self) -> None:
@@ -233,10 +236,6 @@ def _end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
     named = model.generation_config.eos_token_id
     ids = set(named if isinstance(named, list) else [named]) | {renderer.tokenizer.eos_token_id}
     return frozenset(ids - {None})
-
-
-def _stop_text(renderer: Renderer) -> str | None:
-    return renderer.settings.delimiter if renderer.settings.style == "delimiter" else None
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:

@@ -19,16 +19,16 @@ class ReplyReader:
     """Reads one reply; `ended` once the model has said what ends a reply."""
 
     def __init__(
-        self, tokenizer: Any, *, stop_ids: Sequence[int], end_ids: Collection[int], stop_text: str | None
+        self, tokenizer: Any, *, stop_ids: Sequence[int], end_ids: Collection[int], stop_text: str
     ) -> None:
         """A reply ends with the sequence `stop_ids`, with any single one of `end_ids`, or with `stop_text`.
 
-        `stop_text` is the delimiter, which a model may also say in other tokens than training's.
+        `stop_text` is the delimiter, which a model may also say in other tokens than training's; "" for none.
         """
         self._tokenizer = tokenizer
         self._stop_ids = list(stop_ids)
         self._end_ids = frozenset(end_ids)
-        self._stop_text = stop_text or ""
+        self._stop_text = stop_text
         self.ids: list[int] = []
         self.text = ""
         self.ended = False

@@ -93,9 +93,11 @@ class Repl:
         begun = False
         try:
             for piece in pieces:
-                # The label waits for the first piece, since a notice may come before it.
-                self._console.out("" if begun else REPLY, printable(piece), sep="", end="", highlight=False)
-                begun = True
+                if not begun:  # the label waits for this, since a notice may come before it
+                    self._show(REPLY + printable(piece).lstrip())
+                    begun = True
+                else:
+                    self._show(printable(piece))
         except KeyboardInterrupt:
             pieces.close()
             self._notice(" (stopped)" if begun else "(stopped)")
@@ -104,6 +106,9 @@ class Repl:
             self._notice("(nothing was said)")
         else:
             self._console.out("\n")
+
+    def _show(self, text: str) -> None:
+        self._console.out(text, end="", highlight=False)
 
     def _notice(self, text: str) -> None:
         notice(self._console, text)
