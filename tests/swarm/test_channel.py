@@ -160,7 +160,7 @@ async def test_a_stopped_server_is_noticed_while_sending(world: World) -> None:
 
 async def test_silence_counts_between_pieces_not_in_all(world: World) -> None:
     """A transfer may take longer than `silence` as long as it moves."""
-    pieces, pause, silence = 12, 0.05, 0.3
+    pieces, pause, silence = 12, 0.1, 1.0
     hidden = torch.ones(1, pieces, PIECE // 4)
 
     async def server(channel: Channel) -> None:
@@ -217,7 +217,7 @@ async def test_heartbeats_while_computing(world: World) -> None:
                 await asyncio.sleep(0.8)
             await channel.send(Packet(Output(), packet.tensors))
 
-    channel = await world.connect(server, silence=0.5, heartbeat=0.01)
+    channel = await world.connect(server, silence=0.7, heartbeat=0.01)
     answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
     assert answer.message == Output()
     await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))

@@ -88,7 +88,7 @@ async def test_a_withdrawn_record_is_gone_at_once_and_may_come_back(peers: Peers
 
 
 async def test_a_record_expires(peers: Peers) -> None:
-    await peers[0].announce(record("a"), 1.0)
+    await peers[0].announce(record("a"), 3.0)
     await peers[1].announce(record("b"), 60)
     assert [r.peer_id for r in await peers[2].servers("m")] == ["a", "b"]
     async with asyncio.timeout(10):

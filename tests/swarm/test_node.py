@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
+import gc
+import logging
 import os
 import shutil
 import signal
@@ -37,6 +40,13 @@ async def test_a_wrong_join_address_is_one_sentence() -> None:
     with pytest.raises(UsageError, match="'junk' is not a join address"):
         await Node.create(initial_peers=["junk"])
     assert folders() == before
+
+
+def test_a_start_that_fails_lets_go_of_its_daemon() -> None:
+    """Even when the event loop ends at once; what it left would complain when it is collected."""
+    with contextlib.suppress(SwarmUnavailable):
+        asyncio.run(Node.create(initial_peers=[DEAD_PEER]))
+    gc.collect()
 
 
 async def test_one_of_several_join_addresses_is_enough() -> None:
@@ -109,6 +119,22 @@ except KeyboardInterrupt:
 """
 
 
+async def test_hivemind_talks_to_our_logger_only(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    seen: list[tuple[str, str]] = []
+    handler = logging.Handler()  # pytest's own listens to loggers that do not propagate as well
+    handler.emit = lambda record: seen.append((record.name, record.levelname))  # type: ignore[method-assign]
+    node = await Node.create()
+    logging.getLogger().addHandler(handler)
+    try:
+        logging.getLogger("hivemind.p2p").error("boom")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        await node.close()
+    assert seen == [("corolla.swarm.transport.libp2p", "DEBUG")]
+    assert logging.getLevelName(logging.WARNING) == "WARNING"
+
+
 def start_peer() -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", PEER],
@@ -125,6 +151,8 @@ def test_ctrl_c_leaves_time_to_say_goodbye_and_the_terminal_clean() -> None:
     peer = start_peer()
     assert peer.stdout is not None
     assert "/p2p/" in peer.stdout.readline()
+    daemons = psutil.Process(peer.pid).children(recursive=True)
+    assert [os.getpgid(daemon.pid) == peer.pid for daemon in daemons] == [False]
     os.killpg(peer.pid, signal.SIGINT)
     out, err = peer.communicate(timeout=60)
     assert out == "0 True\nended\n"
