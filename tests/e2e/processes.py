@@ -79,8 +79,9 @@ class Process:
 class Processes:
     """Starts commands; ends them all with the block."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, launcher: Sequence[str] = COROLLA) -> None:
         self.folder = folder
+        self.launcher = launcher
         self.started: list[Process] = []
 
     def start(self, name: str, *arguments: str) -> Process:
@@ -88,7 +89,7 @@ class Processes:
         ready, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
-                [*COROLLA, *arguments, "--ready-file", str(ready)],
+                [*self.launcher, *arguments, "--ready-file", str(ready)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -102,27 +103,18 @@ class Processes:
         """A bootstrap peer and a server for each span, all ready; gives the join address and the servers."""
         number = len(self.started)
         first = self.start(f"bootstrap-{number}", "bootstrap").wait_ready()
-        serve = ("serve", str(model), "--peers", first.address)
+        serve = ("serve", str(model), "--peers", first.address, *extra)
         servers = [
-            self.start(
-                f"server-{number}-{index}",
-                "serve",
-                str(model),
-                "--blocks",
-                span,
-                "--peers",
-                first.address,
-                *extra,
-            )
+            self.start(f"server-{number}-{index}", *serve, "--blocks", span)
             for index, span in enumerate(spans)
         ]
         return first.address, [server.wait_ready() for server in servers]
 
 
 @contextlib.contextmanager
-def processes(folder: Path) -> Iterator[Processes]:
-    """See `Processes`."""
-    started = Processes(folder)
+def processes(folder: Path, launcher: Sequence[str] = COROLLA) -> Iterator[Processes]:
+    """See `Processes`; `launcher` is the beginning of every command line."""
+    started = Processes(folder, launcher)
     try:
         yield started
     finally:

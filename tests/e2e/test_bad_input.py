@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from corolla.cli.main import main
 from tests.e2e.processes import corolla
 from tests.tiny_models import write_tiny
+
+from corolla.cli.main import main
 
 Run = Callable[..., str]
 
@@ -83,7 +83,8 @@ def test_a_malformed_join_address(refused: Run, tiny: Path) -> None:
 def test_a_join_address_where_nobody_answers(refused: Run) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound but not listening: nothing else can answer there
-        address = f"/ip4/127.0.0.1/tcp/{held.getsockname()[1]}/p2p/12D3KooWJ174AZPjEsMEW14VammQjwUUQMxnRzJw963fn4XuMypr"
+        port = held.getsockname()[1]
+        address = f"/ip4/127.0.0.1/tcp/{port}/p2p/12D3KooWJ174AZPjEsMEW14VammQjwUUQMxnRzJw963fn4XuMypr"
         assert address in refused("status", "--peers", address, code=1)
 
 
