@@ -2,7 +2,8 @@
 
 Invariant: no input of a client ends a server or leaves a session half stepped: a request is checked in full
 before anything is enqueued, refused with a typed `Failure` that names the field, and a step that breaks
-off in the middle takes its session's cache with it (the client replays). All computing happens in the engine.
+off in the middle takes its session's cache with it (the client replays). All computing happens in the engine;
+work whose client has gone is not computed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +22,17 @@ from torch import Tensor
 from corolla import __version__
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.models.span import Span
+from corolla.server.checks import (
+    check_hidden,
+    check_memory,
+    check_prompts,
+    check_step,
+    failure_from,
+    failure_of,
+)
 from corolla.server.engine import Engine, Kind
 from corolla.server.kv_cache import CacheBudget, CachedSession
+from corolla.server.sequences import Sequences
 from corolla.swarm.channel import Channel
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet
@@ -29,7 +41,6 @@ from corolla.wire.messages import (
     Closed,
     CloseSession,
     Failure,
-    FailureCode,
     Forward,
     Gradients,
     Message,
@@ -44,7 +55,8 @@ from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
 
 log = logging.getLogger(__name__)
 
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PREFILL_TOKENS = 512  # rows x tokens that are computed at once, so that others' decode steps come in between
+WORKING_BYTES = 4 * 2**30
 
 
 @dataclass
@@ -58,9 +70,20 @@ class Counters:
 
 
 class BlockServer:
-    """Answers requests for the blocks of one span. `model` is the identity of its checkpoint."""
+    """Answers requests for the blocks of one span."""
 
-    def __init__(self, span: Span, engine: Engine, budget: CacheBudget, *, model: str) -> None:
+    def __init__(
+        self,
+        span: Span,
+        engine: Engine,
+        budget: CacheBudget,
+        *,
+        model: str,
+        working_bytes: int = WORKING_BYTES,
+    ) -> None:
+        """`model` is the identity of the span's checkpoint; a computation that would need more than
+        `working_bytes` beside weights and caches is refused."""
+        self.working_bytes = working_bytes
         self.span = span
         self.engine = engine
         self.budget = budget
@@ -68,6 +91,7 @@ class BlockServer:
         self.counters = Counters()
         self.draining = False
         self._open_requests = 0
+        self._last_request = -float("inf")
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -80,12 +104,22 @@ class BlockServer:
             yield
         finally:
             self._open_requests -= 1
+            self._last_request = asyncio.get_running_loop().time()
             if not self._open_requests:
                 self._idle.set()
 
-    async def until_idle(self) -> None:
-        """Wait until no request is being answered."""
-        await self._idle.wait()
+    async def until_idle(self, quiet: float = 0.0) -> None:
+        """Wait until no request is being answered and, for `quiet` seconds, none was.
+
+        Between two steps of a reply, or a forward and its backward, a client computes too.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._idle.wait()
+            missing = self._last_request + quiet - loop.time()
+            if missing <= 0:
+                return
+            await asyncio.sleep(missing)
 
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until it ends. A `StreamHandler` for `Transport.serve`."""
@@ -125,20 +159,39 @@ class _Stream:
         self._session: CachedSession | None = None
 
     async def run(self) -> None:
-        while True:
-            try:
-                packet = await self._channel.receive(timeout=None)
-            except (PeerDisconnected, PeerSilent):
-                return
-            except ProtocolError as error:
-                await self._refuse(_failure_of(error))
-                return
-            try:
-                with self._server.request_open():
-                    if not await self._answer(packet):
-                        return
-            except (PeerDisconnected, PeerSilent):
-                return
+        """Answer requests until the stream ends. Cancelled, it leaves nothing running."""
+        incoming = self._listen()
+        try:
+            while True:
+                packet = await incoming
+                incoming = self._listen()
+                if not await self._answer_while_wanted(packet, incoming):
+                    return
+        except ProtocolError as error:
+            await self._refuse(failure_of(error))
+        except (PeerDisconnected, PeerSilent):
+            return
+        finally:
+            await _give_up(incoming)
+
+    def _listen(self) -> asyncio.Task[Packet]:
+        return asyncio.create_task(self._channel.receive(timeout=None))
+
+    async def _answer_while_wanted(self, packet: Packet, incoming: asyncio.Task[Packet]) -> bool:
+        """Answer one request; False when the stream is over.
+
+        While the answer is due nothing may come in. What does come is the stream's end, or a message out of
+        order: then the answer is given up, and whoever awaits `incoming` hears why.
+        """
+        answer = asyncio.create_task(self._answer(packet))
+        try:
+            with self._server.request_open():
+                await asyncio.wait({answer, incoming}, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done() and incoming.exception() is not None:
+                    return True
+                return await answer  # when a request came in, its client has the answer to this one already
+        finally:
+            await _give_up(answer)
 
     async def _answer(self, packet: Packet) -> bool:
         """Answer one request; False when the stream is over."""
@@ -146,14 +199,7 @@ class _Stream:
             async with self._channel.heartbeat(lambda: self._server.engine.waiting):
                 reply = await self._reply(packet)
         except RequestRefused as refusal:
-            reply = Packet(
-                Failure(
-                    code=refusal.code,  # type: ignore[arg-type]
-                    message=str(refusal)[:2048],
-                    field=refusal.field,
-                    retry_after=refusal.retry_after,
-                )
-            )
+            reply = Packet(failure_from(refusal))
         except (PeerDisconnected, asyncio.CancelledError):
             raise
         except Exception as error:  # a bug or exhausted memory: the client is told, the server lives on
@@ -191,10 +237,9 @@ class _Stream:
 
     def _open(self, message: OpenSession, tensors: dict[str, Tensor]) -> Packet:
         span = self._checked_span(message)
-        if self._server.draining:
-            raise RequestRefused("This server is going away; use another.", code="draining")
+        self._check_staying()
         prompts = tensors.get("prompts")
-        _check_prompts(prompts, span)
+        check_prompts(prompts, span)
         self.close_session()
         self._session = CachedSession(
             span,
@@ -212,21 +257,27 @@ class _Stream:
             raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
         hidden = tensors["hidden"]
         rows, count = int(hidden.shape[0]), int(hidden.shape[1])
-        _check_hidden(hidden, session.span)
-        _check_step(message, tensors, session)
-        session.reserve(rows, max(message.reserve, message.position + count))
-        arguments = {name: tensors.get(name) for name in ("rows", "mask", "positions")}
-        device, dtype = session.span.device, session.span.dtype
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in arguments.items()}
-
-        def compute() -> Tensor:
-            output = session.step(hidden.to(device, dtype), position=message.position, **moved)
-            return output.to("cpu", hidden.dtype)
-
+        check_hidden(hidden, session.span)
+        check_step(message, tensors, session)
+        width = max(1, PREFILL_TOKENS // rows)
+        total = message.position + count
+        limit = self._server.working_bytes
+        check_memory(
+            session.span,
+            rows=rows,
+            tokens=min(width, count),
+            total=total,
+            with_gradients=False,
+            limit=limit,
+        )
+        session.reserve(rows, max(message.reserve, total))
         kind = Kind.DECODE if count == 1 else Kind.PREFILL
-        output = await self._server.engine.submit(kind, compute)
+        outputs = [
+            await self._server.engine.submit(kind, piece)
+            for piece in _pieces(session, message.position, tensors, width)
+        ]
         self._server.counters.inference += rows * count
-        return Packet(Output(), {"hidden": output})
+        return Packet(Output(), {"hidden": torch.cat(outputs, dim=1)})
 
     def close_session(self) -> None:
         """Free the session's cache, if there is one."""
@@ -239,19 +290,24 @@ class _Stream:
 
     async def _forward(self, message: Forward, tensors: dict[str, Tensor]) -> Packet:
         span = self._checked_span(message)
-        work = _Sequences(span, tensors)
+        self._check_staying()
+        work = Sequences(span, tensors, with_gradients=False, memory_limit=self._server.working_bytes)
         output = await self._server.engine.submit(Kind.TRAINING, work.forward)
         self._server.counters.forward += work.tokens
         return Packet(Output(), {"hidden": output})
 
     async def _backward(self, message: Backward, tensors: dict[str, Tensor]) -> Packet:
-        span = self._checked_span(message)
-        work = _Sequences(span, tensors)
+        span = self._checked_span(message)  # not refused while draining: its forward may have been done here
+        work = Sequences(span, tensors, with_gradients=True, memory_limit=self._server.working_bytes)
         grads = await self._server.engine.submit(
-            Kind.TRAINING, lambda: work.backward(tensors["grad"], message.prompt_gradient)
+            Kind.TRAINING, lambda: work.backward(message.prompt_gradient)
         )
         self._server.counters.backward += work.tokens
         return Packet(Gradients(), grads)
+
+    def _check_staying(self) -> None:
+        if self._server.draining:
+            raise RequestRefused("This server is going away; use another.", code="draining")
 
     def _checked_span(self, message: OpenSession | Forward | Backward) -> Span:
         server = self._server
@@ -267,104 +323,37 @@ class _Stream:
         return server.span.view(message.start, message.end)
 
 
-class _Sequences:
-    """Whole sequences on their way through a span, without a cache."""
+def _pieces(
+    session: CachedSession, position: int, tensors: dict[str, Tensor], width: int
+) -> Iterator[Callable[[], Tensor]]:
+    """A step cut into computations of at most `width` tokens a row, to be run one after the other.
 
-    def __init__(self, span: Span, tensors: dict[str, Tensor]) -> None:
-        """Raises `RequestRefused` for tensors that do not fit the span."""
-        _check_hidden(tensors["hidden"], span)
-        _check_prompts(tensors.get("prompts"), span)
-        self._span = span
-        self._tensors = tensors
-        self.tokens = int(tensors["hidden"].shape[0] * tensors["hidden"].shape[1])
+    Each gives its outputs [R, T', H] on the CPU, in the dtype of the inputs.
+    """
+    device, dtype = session.span.device, session.span.dtype
+    hidden, mask, ids = tensors["hidden"], tensors.get("mask"), tensors.get("positions")
+    rows = tensors.get("rows")
 
-    def forward(self) -> Tensor:
-        """Outputs [R, T, H] in the dtype of the inputs; runs on the compute thread."""
-        hidden = self._tensors["hidden"]
-        with torch.inference_mode():
-            output = self._run(self._moved(hidden), self._tensors.get("prompts"))
+    def piece(begin: int, end: int) -> Tensor:
+        output = session.step(
+            hidden[:, begin:end].to(device, dtype),
+            position=position + begin,
+            rows=rows.to(device) if rows is not None and begin == 0 else None,
+            mask=None if mask is None else mask[:, : position + end].to(device),
+            positions=None if ids is None else ids[:, begin:end].to(device),
+        )
         return output.to("cpu", hidden.dtype)
 
-    def backward(self, grad: Tensor, prompt_gradient: bool) -> dict[str, Tensor]:
-        """Gradients for the inputs and, where wanted, the deep prompts; computes the span again."""
-        sent = self._tensors["hidden"]
-        hidden = self._moved(sent).requires_grad_()
-        prompts = self._tensors.get("prompts")
-        if prompts is not None:
-            prompts = prompts.to(self._span.device).requires_grad_(prompt_gradient)
-        wanted = [hidden] if prompts is None or not prompt_gradient else [hidden, prompts]
-        with torch.enable_grad():
-            output = self._run(hidden, prompts)
-        grads = torch.autograd.grad(output, wanted, self._moved(grad))
-        answer = {"grad": grads[0].to("cpu", sent.dtype)}
-        if len(grads) > 1:
-            answer["prompts"] = grads[1].to("cpu", torch.float32)
-        return answer
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._span.device, self._span.dtype).detach()
-
-    def _run(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
-        mask, positions = self._tensors.get("mask"), self._tensors.get("positions")
-        device = self._span.device
-        return self._span.forward(
-            hidden,
-            mask=None if mask is None else mask.to(device),
-            positions=None if positions is None else positions.to(device),
-            prompts=None if prompts is None else prompts.to(device),
-        )
+    for begin in range(0, int(hidden.shape[1]), width):
+        yield partial(piece, begin, min(begin + width, int(hidden.shape[1])))
 
 
-# --- checks -----------------------------------------------------------------------------------------------
-
-
-def _check_hidden(hidden: Tensor, span: Span) -> None:
-    if hidden.shape[2] != span.hidden_size or hidden.dtype not in FLOATING:
-        raise RequestRefused(
-            f"Hidden states are {span.hidden_size} wide here, not {hidden.shape[2]}.",
-            code="malformed",
-            field="hidden",
-        )
-
-
-def _check_prompts(prompts: Tensor | None, span: Span) -> None:
-    if prompts is not None and (
-        prompts.shape[0] != span.end - span.start or prompts.shape[2] != span.hidden_size
-    ):
-        raise RequestRefused(
-            f"Deep prompts for these blocks are {span.end - span.start} by tokens by {span.hidden_size}.",
-            code="malformed",
-            field="prompts",
-        )
-
-
-def _check_step(message: Step, tensors: dict[str, Tensor], session: CachedSession) -> None:
-    """Everything about a step that depends on the session's state."""
-    count = int(tensors["hidden"].shape[1])
-    if message.position > session.length:
-        raise RequestRefused(
-            f"The session holds {session.length} tokens; a step cannot begin at {message.position}.",
-            code="malformed",
-            field="position",
-        )
-    rows, cached = tensors.get("rows"), session.rows
-    if rows is not None and (int(rows.min()) < 0 or int(rows.max()) >= cached):
-        raise RequestRefused(f"The session holds rows 0 to {cached - 1}.", code="malformed", field="rows")
-    expected = cached if rows is None else int(rows.shape[0])
-    if session.length and int(tensors["hidden"].shape[0]) != expected:
-        raise RequestRefused(f"The session has {expected} rows.", code="malformed", field="hidden")
-    mask = tensors.get("mask")
-    if mask is not None and int(mask.shape[1]) != message.position + count:
-        raise RequestRefused(
-            f"The mask must cover all {message.position + count} tokens.", code="malformed", field="mask"
-        )
-
-
-def _failure_of(error: ProtocolError) -> Failure:
-    code: FailureCode = (
-        "version" if error.field == "version" else "out_of_order" if error.field == "type" else "malformed"
-    )
-    return Failure(code=code, message=str(error)[:2048], field=error.field)
+async def _give_up(task: asyncio.Task[Any]) -> None:
+    """End a task whose result nobody wants any more."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # seen, so that asyncio does not report it
 
 
 def _ends_session(request: Message, failure: Failure) -> bool:

@@ -1,0 +1,109 @@
+"""What a server asks of a request before anything is computed for it.
+
+Invariant: a request that passes fits the span and the session it is for, and its computation fits into
+memory. Every refusal is typed and names the field that was wrong. Nothing here computes or changes anything.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from corolla.errors import ProtocolError, RequestRefused
+from corolla.models.span import Span
+from corolla.server.kv_cache import CachedSession
+from corolla.wire.messages import Failure, FailureCode, Step
+
+
+def check_hidden(hidden: Tensor, span: Span) -> None:
+    """Hidden states as wide as the span's. Raises `RequestRefused`."""
+    if hidden.shape[2] != span.hidden_size:
+        raise RequestRefused(
+            f"Hidden states are {span.hidden_size} wide here, not {hidden.shape[2]}.",
+            code="malformed",
+            field="hidden",
+        )
+
+
+def check_prompts(prompts: Tensor | None, span: Span) -> None:
+    """Deep prompts [blocks, P, H] for exactly the span's blocks, or none. Raises `RequestRefused`."""
+    if prompts is not None and (
+        prompts.shape[0] != span.end - span.start or prompts.shape[2] != span.hidden_size
+    ):
+        raise RequestRefused(
+            f"Deep prompts for these blocks are {span.end - span.start} by tokens by {span.hidden_size}.",
+            code="malformed",
+            field="prompts",
+        )
+
+
+def check_step(message: Step, tensors: dict[str, Tensor], session: CachedSession) -> None:
+    """Everything about a step that depends on the session's state. Raises `RequestRefused`."""
+    count = int(tensors["hidden"].shape[1])
+    if message.position > session.length:
+        raise RequestRefused(
+            f"The session holds {session.length} tokens; a step cannot begin at {message.position}.",
+            code="malformed",
+            field="position",
+        )
+    rows, cached = tensors.get("rows"), session.rows
+    if rows is not None and (int(rows.min()) < 0 or int(rows.max()) >= cached):
+        raise RequestRefused(f"The session holds rows 0 to {cached - 1}.", code="malformed", field="rows")
+    expected = cached if rows is None else int(rows.shape[0])
+    if session.length and int(tensors["hidden"].shape[0]) != expected:
+        raise RequestRefused(f"The session has {expected} rows.", code="malformed", field="hidden")
+    mask = tensors.get("mask")
+    if mask is not None and int(mask.shape[1]) != message.position + count:
+        raise RequestRefused(
+            f"The mask must cover all {message.position + count} tokens.", code="malformed", field="mask"
+        )
+
+
+def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int) -> None:
+    """That `rows` of `tokens` new tokens, of `total` so far, can be computed in `limit` bytes at once.
+
+    Raises `RequestRefused` (too_large). Without it, one client's single long request would end the process:
+    memory that the kernel takes back is no exception that could be answered.
+    """
+    needed = working_bytes(span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients)
+    if needed > limit:
+        raise RequestRefused(
+            f"Computing {rows} x {tokens} tokens here would take about {needed / 2**30:.1f} GiB of "
+            f"{limit / 2**30:.1f}: send fewer rows or shorter sequences.",
+            code="too_large",
+            field="hidden",
+        )
+
+
+def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool) -> int:
+    """About what a computation takes beyond weights and cache; an estimate on the high side.
+
+    Gradients keep every block's activations; otherwise one block's at a time are there. Attention code that
+    writes its weights out takes rows x heads x tokens x total of them, fused code only a mask.
+    """
+    config, size = span.config, span.dtype.itemsize
+    blocks = span.end - span.start if with_gradients else 1
+    inner = getattr(config, "intermediate_size", None) or 4 * span.hidden_size
+    activations = rows * tokens * (8 * span.hidden_size + 3 * int(inner)) * size
+    if getattr(config, "_attn_implementation", "eager") == "eager":
+        # The products, and their softmax, which is computed in float32 at least.
+        attention = rows * int(config.num_attention_heads) * tokens * total * (size + max(4, size))
+        return blocks * (activations + attention)
+    return blocks * activations + rows * tokens * total * size
+
+
+def failure_of(error: ProtocolError) -> Failure:
+    """The typed answer to bytes that could not be taken."""
+    code: FailureCode = (
+        "version" if error.field == "version" else "out_of_order" if error.field == "type" else "malformed"
+    )
+    return Failure(code=code, message=str(error)[:2048], field=error.field)
+
+
+def failure_from(refusal: RequestRefused) -> Failure:
+    """The typed answer to a request that was refused."""
+    return Failure(
+        code=refusal.code,  # type: ignore[arg-type]
+        message=str(refusal)[:2048],
+        field=refusal.field,
+        retry_after=refusal.retry_after,
+    )
