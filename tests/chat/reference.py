@@ -1,11 +1,12 @@
 """What a chat must say, computed the plain way: the whole text, locally, anew for every single token.
 
-Knows nothing of sessions, caches or Corolla's prompt arithmetic.
+Knows nothing of sessions, of Corolla's renderer and prompt arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -55,51 +56,87 @@ class LocalReference:
                 layer.register_forward_pre_hook(_adding(vectors), with_kwargs=True)
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Of the token after `ids`, [V]."""
-        embeddings = self.model.get_input_embeddings()(torch.tensor([list(ids)]))
-        if self._input is not None:
-            embeddings = torch.cat([self._input[None].to(embeddings.dtype), embeddings], dim=1)
-        return self.model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
-
     def greedy(self, ids: Sequence[int], *, most: int, stop: Sequence[int], ends: Sequence[int]) -> list[int]:
         """What the model says after `ids`, with what ends it. Ties would make a test blind."""
         said: list[int] = []
-        while (
-            len(said) < most and said[-len(stop) :] != list(stop) and said[-1:] not in [[end] for end in ends]
-        ):
-            best = self.logits([*ids, *said]).topk(2)
-            assert float(best.values[0] - best.values[1]) > TIE, "a tie: choose another seed"
-            said.append(int(best.indices[0]))
-        return said
+        while True:
+            output = self.model(inputs_embeds=self._embeddings([*ids, *said]), use_cache=False)
+            said.append(_best(output.logits[0, -1]))
+            if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] in ends:
+                return said
+
+    def _embeddings(self, ids: Sequence[int]) -> torch.Tensor:
+        embeddings = self.model.get_input_embeddings()(torch.tensor([list(ids)]))
+        if self._input is None:
+            return embeddings
+        return torch.cat([self._input[None].to(embeddings.dtype), embeddings], dim=1)
+
+
+class CachingReference(LocalReference):
+    """Runs the whole text once a reply, and its tokens behind a local cache: for models of real size."""
+
+    @torch.no_grad()
+    def greedy(self, ids: Sequence[int], *, most: int, stop: Sequence[int], ends: Sequence[int]) -> list[int]:
+        """As `LocalReference.greedy`."""
+        said: list[int] = []
+        output = self.model(inputs_embeds=self._embeddings(ids), use_cache=True)
+        while True:
+            said.append(_best(output.logits[0, -1]))
+            if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] in ends:
+                return said
+            output = self.model(torch.tensor([said[-1:]]), past_key_values=output.past_key_values)
+
+
+def _best(logits: torch.Tensor) -> int:
+    best = logits.topk(2)
+    assert float(best.values[0] - best.values[1]) > TIE, "a tie: choose another seed"
+    return int(best.indices[0])
 
 
 def _adding(vectors: torch.Tensor) -> Any:
     def hook(_layer: Any, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        hidden = hidden.clone()
-        hidden[:, : len(vectors)] += vectors.to(hidden.dtype)
+        if hidden.shape[1] > 1:  # not where one token is run behind a cache
+            hidden = hidden.clone()
+            hidden[:, : len(vectors)] += vectors.to(hidden.dtype)
         return (hidden, *args[1:]), kwargs
 
     return hook
 
 
-class Expected:
-    """The conversation as it must go, and what its turns cost a server; renders without Corolla's renderer."""
+@dataclass(frozen=True)
+class Form:
+    """How a conversation is written down; `fed` has TEXT where the user's text stands."""
 
-    def __init__(self, reference: LocalReference, tokenizer: Any, style: str, delimiter: str) -> None:
+    fed: str
+    closing: str
+    opening: str = ""
+    stop: list[int] | None = None  # None: all of `closing`
+
+
+def delimited(delimiter: str) -> Form:
+    """Turns and replies, each followed by the delimiter."""
+    return Form(fed="TEXT" + delimiter, closing=delimiter)
+
+
+TEMPLATED = Form(fed="<|user|>TEXT</s>\n<|assistant|>", closing="</s>\n", stop=[END])
+
+
+class Expected:
+    """The conversation as it must go, and what its turns cost a server."""
+
+    def __init__(self, reference: LocalReference, tokenizer: Any, form: Form) -> None:
         self._reference = reference
         self._tokenizer = tokenizer
-        template = style == "template"
-        self._fed = "<|user|>{}</s>\n<|assistant|>" if template else "{}" + delimiter.replace("{", "{{")
-        self._closing = self._ids("</s>\n" if template else delimiter)
-        self._stop = [END] if template else self._closing
-        self.ids: list[int] = []
+        self._form = form
+        self._closing = self._tokens(form.closing)
+        self._stop = self._closing if form.stop is None else form.stop
+        self.ids = self._tokens(form.opening)
         self.cached = 0  # of `ids`, by the servers
 
     def turn(self, text: str, most: int) -> tuple[list[int], int, bool]:
         """The reply's tokens, how many tokens a server computes for it, and whether it ended by itself."""
-        prompt = [*self.ids, *self._ids(self._fed.format(text))]
+        prompt = [*self.ids, *self._tokens(self._form.fed.replace("TEXT", text))]
         said = self._reference.greedy(prompt, most=most, stop=self._stop, ends=[END])
         held = [*prompt, *said[:-1]]  # what was said last has not been computed
         cost = len(held) - self.cached
@@ -109,12 +146,12 @@ class Expected:
         self.cached = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(held, self.ids, strict=False))))
         return reply, cost, ended
 
-    def undo(self, ids: Sequence[int]) -> None:
-        """Go back to where the conversation was `ids`."""
+    def go_back(self, ids: Sequence[int]) -> None:
+        """To where the conversation was `ids`."""
         self.ids = list(ids)
         self.cached = min(self.cached, len(self.ids))
 
-    def _ids(self, text: str) -> list[int]:
+    def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids
 

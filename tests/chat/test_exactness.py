@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.chat.reference import VOCABULARY, Expected, LocalReference, byte_tokenizer
+from tests.chat.reference import TEMPLATED, VOCABULARY, Expected, LocalReference, byte_tokenizer, delimited
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from transformers import AutoModelForCausalLM
@@ -81,7 +81,8 @@ def test_six_turns_equal_recomputing_the_text(
     with distributed(swarm, mode) as model:
         rendered = renderer(style, delimiter)
         engine = ChatEngine(model, rendered, sampling=greedy(), max_context=400)
-        expected = Expected(local(swarm, model.prompts), rendered.tokenizer, style, delimiter)
+        form = TEMPLATED if style == "template" else delimited(delimiter)
+        expected = Expected(local(swarm, model.prompts), rendered.tokenizer, form)
         said: list[int] = []
         endings = set()
         for number, text in enumerate(MESSAGES):
@@ -105,7 +106,7 @@ def llama(request: pytest.FixtureRequest, swarms: dict[str, MemorySwarm]) -> Ite
     swarm, delimiter = swarms["llama"], FAMILIES["llama"][1]
     rendered = renderer("delimiter", delimiter)
     with distributed(swarm, request.param) as model:
-        expected = Expected(local(swarm, model.prompts), rendered.tokenizer, "delimiter", delimiter)
+        expected = Expected(local(swarm, model.prompts), rendered.tokenizer, delimited(delimiter))
         with ChatEngine(model, rendered, sampling=greedy(), max_context=400) as engine:
             yield swarm, model, engine, expected
 
@@ -121,7 +122,7 @@ def test_undo_is_as_if_it_had_not_been(llama: tuple[Any, ...]) -> None:
     assert engine.undo() == MESSAGES[2]
     assert engine.undo() == MESSAGES[1]
     assert engine.tokens == first
-    expected.undo(first)
+    expected.go_back(first)
     before = swarm.counted()
     list(engine.reply(MESSAGES[3]))
     _, cost, _ = expected.turn(MESSAGES[3], MOST)
@@ -175,7 +176,7 @@ def test_a_stopped_reply_is_kept_and_the_next_turn_is_exact(llama: tuple[Any, ..
     assert len(kept) >= 2
     assert kept == whole[: len(kept)]
     assert engine.transcript()[-1]["content"].startswith(shown)
-    expected.undo(engine.tokens)
+    expected.go_back(engine.tokens)
     list(engine.reply(MESSAGES[1]))
     expected.turn(MESSAGES[1], MOST)
     assert engine.tokens == expected.ids
