@@ -1,0 +1,76 @@
+"""The seed's six steps as one flat script, on both kinds of data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.e2e.processes import environment
+from tests.tuning.tiny_setup import WORDS, write_model
+
+from corolla.cli.local_swarm import local_swarm
+from corolla.models.prompt_files import read_prompt_info
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "personachat_loop.py"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("example") / "model", family="bloom")
+
+
+@pytest.fixture(scope="module")
+def address(tiny: Path) -> Iterator[str]:
+    with local_swarm(str(tiny)) as swarm:
+        yield swarm.peers[0]
+
+
+def persona_chat(path: Path) -> Path:
+    """Dialogue turns as the published data set has them: the gold reply is the last of the candidates."""
+    rows = [
+        {
+            "personality": [f"i like the {word} ."],
+            "candidates": ["something else .", "wrong again .", f"the {word} is mine ."],
+            "history": ["hello !", f"what of the {word} ?"],
+            "conv_id": index,
+            "utterance_idx": 0,
+        }
+        for index, word in enumerate(WORDS)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["chitchat", "personachat"])
+def test_the_six_steps(kind: str, tiny: Path, address: str, tmp_path: Path) -> None:
+    data = "chitchat" if kind == "chitchat" else str(persona_chat(tmp_path / "rows.json"))
+    chosen = "DistributedBloomForCausalLM" if kind == "chitchat" else "AutoDistributedModelForCausalLM"
+    arguments = ["--model", str(tiny), "--model-class", chosen, "--peers", address, "--data", data]
+    arguments += ["--steps", "3", "--batch-size", "4", "--prefix-tokens", "4", "--max-length", "48"]
+    arguments += ["--reply-tokens", "6", "--out", str(tmp_path / "prompt")]
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        input="hello there\nand then?\n",
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    losses = [float(loss) for loss in re.findall(r"step \d/3: loss (\S+)", ended.stdout)]
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+    assert len(set(losses)) == 3
+    assert re.findall(r"you: (.*)", ended.stdout) == ["hello there", "and then?"]
+    assert ended.stdout.count("\nbot: ") == 2
+    assert read_prompt_info(tmp_path / "prompt")["prompt_tokens"] == 4
+
+
+def test_the_script_stays_short_enough_to_be_read() -> None:
+    assert len(SCRIPT.read_text().splitlines()) < 100
