@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.data.tokenizers_made import with_bos
 from transformers import AutoTokenizer
 
 from corolla.models.checkpoint import open_checkpoint
-from tests.data.tokenizers_made import with_bos
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,11 @@ def shown(tokenizer: Any, *texts: str, color: bool = False) -> str:
     examples = Renderer(tokenizer, RenderSettings()).examples(Conversation(turns, "c"))
     stream = io.StringIO()
     console = Console(
-        file=stream, width=60, force_terminal=color, no_color=not color, color_system="standard" if color else None
+        file=stream,
+        width=60,
+        force_terminal=color,
+        no_color=not color,
+        color_system="standard" if color else None,
     )
     console.print(preview(examples * 4, tokenizer, 3))
     return stream.getvalue()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.tokenizers_made import INST, STRICT, with_bos
 
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
 from corolla.errors import BundleError, UsageError
-from tests.data.tokenizers_made import INST, STRICT, with_bos
 
 DELIMITER = "\n-----\n"
 # In the byte tokenizer a letter is a token and the delimiter is 7 of them.
@@ -68,7 +68,9 @@ def test_in_a_template_replies_and_their_end_carry_loss(smol: Any) -> None:
     turns = (Turn("system", "Be brief."), *said("Hi", "Ho", "What?", "Nothing"))
     (example,) = Renderer(smol, RenderSettings(style="template")).examples(Conversation(turns, "c"))
     assert learnt(example, smol) == "·Ho<|im_end|>\n·Nothing<|im_end|>\n"
-    markers = [token for token, kind in zip(example.input_ids, example.kinds, strict=True) if kind == "marker"]
+    markers = [
+        token for token, kind in zip(example.input_ids, example.kinds, strict=True) if kind == "marker"
+    ]
     assert smol.decode(markers) == "<|im_end|>\n" * 2
 
 

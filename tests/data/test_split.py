@@ -45,7 +45,10 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
     assert kept(MANY, 0) == kept(shuffled, 0)
     assert kept(MANY, 0) != kept(MANY, 1)
     # Not all from one end.
-    assert kept(MANY, 0) not in ({f"c{index}" for index in range(10)}, {f"c{index}" for index in range(40, 50)})
+    assert kept(MANY, 0) not in (
+        {f"c{index}" for index in range(10)},
+        {f"c{index}" for index in range(40, 50)},
+    )
 
 
 def test_more_data_keeps_most_of_who_was_held_out_by_share() -> None:

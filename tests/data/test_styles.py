@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.tokenizers_made import FORGETS, INST, LAST_DIFFERS, NO_END, STRICT, with_bos
 
 from corolla.data.conversation import Turn
 from corolla.data.styles import DelimiterStyle, Style, TemplateStyle
 from corolla.errors import UsageError
-from tests.data.tokenizers_made import FORGETS, INST, LAST_DIFFERS, NO_END, STRICT, with_bos
 
 # Anything that people write, but no text that a tokenizer takes for a special token.
-TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<|>\r"), min_size=1, max_size=30).map(str.strip)
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<|>\r"), min_size=1, max_size=30).map(
+    str.strip
+)
 TEXTS = TEXTS.filter(bool)
 
 
@@ -23,9 +25,7 @@ def exchanges(draw: st.DrawFn) -> list[Turn]:
     """Perhaps a system's turn, then a user and an assistant by turns, the assistant last."""
     system = [Turn("system", draw(TEXTS))] if draw(st.booleans()) else []
     pairs = draw(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4))
-    return system + [
-        turn for said, reply in pairs for turn in (Turn("user", said), Turn("assistant", reply))
-    ]
+    return system + [turn for said, reply in pairs for turn in (Turn("user", said), Turn("assistant", reply))]
 
 
 def joined(style: Style, turns: list[Turn]) -> list[int]:

@@ -40,7 +40,10 @@ FORGETS = (
     "{% for m in messages[-4:] %}{{ '|' + m.role + '|' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '|assistant|' }}{% endif %}"
 )
-NO_END = "{% for m in messages %}{{ '|' + m.role + '|' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '|assistant|' }}{% endif %}"
+NO_END = (
+    "{% for m in messages %}{{ '|' + m.role + '|' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '|assistant|' }}{% endif %}"
+)
 
 
 def with_bos(template: str | None = None) -> Any:

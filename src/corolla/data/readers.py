@@ -6,6 +6,8 @@ of the others are right and it is counted; only a source that gives no rows rais
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -47,10 +49,9 @@ def read_file(path: Path, split: str | None) -> list[Row]:
         case "jsonl":
             rows = _json_lines(_read_text(path))
         case "csv":
-            # As text, since a reply of "10" or "NA" is text too.
-            rows = [_decoded(row) for row in _read_table(path, "csv", dtype=str, keep_default_na=False)]
+            rows = _read_csv(path)
         case _:
-            rows = _read_table(path, "parquet")
+            rows = _read_parquet(path)
     if not rows:
         raise DataError(f"{path} is empty: it holds no rows.")
     return rows
@@ -124,22 +125,27 @@ def _as_row(item: Any) -> Row:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, kind: str, **options: Any) -> list[Row]:
+def _read_csv(path: Path) -> list[Row]:
+    """Read here, since a reply of "10" or "NA" is text too. Lists in cells are written as JSON."""
+    lines = io.StringIO(_read_text(path))
+    try:
+        return [
+            {name: _json_cell(value) for name, value in row.items()}
+            for row in csv.DictReader(lines, strict=True)
+        ]
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as csv: {error}.") from error
+
+
+def _read_parquet(path: Path) -> list[Row]:
     if path.stat().st_size == 0:
         return []
-    table = _datasets().Dataset
-    read = table.from_csv if kind == "csv" else table.from_parquet
     # A folder of its own, so that no copy of the user's data stays behind.
     with tempfile.TemporaryDirectory(prefix="corolla-data-") as scratch:
         try:
-            return list(read(str(path), cache_dir=scratch, keep_in_memory=True, **options))
-        except Exception as error:  # pyarrow, pandas and datasets raise what they like for a broken file
-            raise DataError(f"{path} cannot be read as {kind}: {_first_line(error)}") from error
-
-
-def _decoded(row: Row) -> Row:
-    """A csv row; lists in its cells are written as JSON."""
-    return {name: _json_cell(value) for name, value in row.items()}
+            return list(_datasets().Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True))
+        except Exception as error:  # pyarrow and datasets raise what they like for a broken file
+            raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
 
 
 def _json_cell(value: Any) -> Any:
