@@ -94,22 +94,30 @@ class Engine:
         self._thread.shutdown(wait=True)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while not self._closed:
-            if not self._waiting:
+            if self._waiting:
+                await self._run_one()
+            else:
                 self._arrived.clear()
                 await self._arrived.wait()
-                continue
-            job = min(self._waiting, key=lambda waiting: waiting.urgency(self._clock()))
-            self._waiting.remove(job)
-            try:
-                result = await loop.run_in_executor(self._thread, job.run)
-            except asyncio.CancelledError:
-                job.done.cancel()
-                raise
-            except BaseException as error:
-                if not job.done.done():
-                    job.done.set_exception(error)
-            else:
-                if not job.done.done():
-                    job.done.set_result(result)
+
+    async def _run_one(self) -> None:
+        job = min(self._waiting, key=lambda waiting: waiting.urgency(self._clock()))
+        self._waiting.remove(job)
+        result, error = await asyncio.get_running_loop().run_in_executor(self._thread, _outcome, job.run)
+        if job.done.done():  # given up
+            return
+        if error is None:
+            job.done.set_result(result)
+        else:
+            job.done.set_exception(error)
+
+
+def _outcome(run: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """The result of `run()`, or its error as one that a future can carry."""
+    try:
+        return run(), None
+    except (StopIteration, asyncio.CancelledError) as error:  # these would not reach the awaiter
+        return None, RuntimeError(f"A computation raised {type(error).__name__}.")
+    except BaseException as error:
+        return None, error
