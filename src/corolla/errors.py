@@ -83,6 +83,10 @@ class ProtocolError(RemoteError):
         self.field = field
 
 
+class OutOfOrder(ProtocolError):
+    """The peer sent a message that is legal, but not at this moment."""
+
+
 class RequestRefused(RemoteError):
     """The peer answered with a typed refusal (`wire.messages.Failure`).
 

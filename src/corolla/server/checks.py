@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from corolla.errors import ProtocolError, RequestRefused
+from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
 from corolla.models.span import Span
 from corolla.server.kv_cache import CachedSession
 from corolla.wire.messages import Failure, FailureCode, Step
@@ -24,13 +24,22 @@ def check_hidden(hidden: Tensor, span: Span) -> None:
         )
 
 
-def check_prompts(prompts: Tensor | None, span: Span) -> None:
-    """Deep prompts [blocks, P, H] for exactly the span's blocks, or none. Raises `RequestRefused`."""
-    if prompts is not None and (
-        prompts.shape[0] != span.end - span.start or prompts.shape[2] != span.hidden_size
-    ):
+def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
+    """Deep prompts [blocks, P, H] for exactly the span's blocks, or none. Raises `RequestRefused`.
+
+    P may be bounded: a session keeps its prompts, so their room must be bounded by that of its tokens.
+    """
+    if prompts is None:
+        return
+    if prompts.shape[0] != span.end - span.start or prompts.shape[2] != span.hidden_size:
         raise RequestRefused(
             f"Deep prompts for these blocks are {span.end - span.start} by tokens by {span.hidden_size}.",
+            code="malformed",
+            field="prompts",
+        )
+    if at_most is not None and prompts.shape[1] > at_most:
+        raise RequestRefused(
+            f"Deep prompts for {prompts.shape[1]} tokens are more than the {at_most} that the session holds.",
             code="malformed",
             field="prompts",
         )
@@ -93,9 +102,9 @@ def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradie
 
 def failure_of(error: ProtocolError) -> Failure:
     """The typed answer to bytes that could not be taken."""
-    code: FailureCode = (
-        "version" if error.field == "version" else "out_of_order" if error.field == "type" else "malformed"
-    )
+    code: FailureCode = "version" if error.field == "version" else "malformed"
+    if isinstance(error, OutOfOrder):
+        code = "out_of_order"
     return Failure(code=code, message=str(error)[:2048], field=error.field)
 
 

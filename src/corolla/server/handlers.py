@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ from corolla.wire.messages import (
     Step,
 )
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +241,7 @@ class _Stream:
         span = self._checked_span(message)
         self._check_staying()
         prompts = tensors.get("prompts")
-        check_prompts(prompts, span)
+        check_prompts(prompts, span, at_most=message.max_tokens)
         self.close_session()
         self._session = CachedSession(
             span,
@@ -272,10 +274,8 @@ class _Stream:
         )
         session.reserve(rows, max(message.reserve, total))
         kind = Kind.DECODE if count == 1 else Kind.PREFILL
-        outputs = [
-            await self._server.engine.submit(kind, piece)
-            for piece in _pieces(session, message.position, tensors, width)
-        ]
+        pieces = _pieces(session, message.position, tensors, width)
+        outputs = await _in_order([self._server.engine.submit(kind, piece) for piece in pieces])
         self._server.counters.inference += rows * count
         return Packet(Output(), {"hidden": torch.cat(outputs, dim=1)})
 
@@ -318,7 +318,7 @@ class _Stream:
                 f"Blocks {message.start}:{message.end} are not all served here; this server has "
                 f"{server.span.start}:{server.span.end}.",
                 code="wrong_blocks",
-                field="start",
+                field="end" if server.span.start <= message.start < server.span.end else "start",
             )
         return server.span.view(message.start, message.end)
 
@@ -346,6 +346,19 @@ def _pieces(
 
     for begin in range(0, int(hidden.shape[1]), width):
         yield partial(piece, begin, min(begin + width, int(hidden.shape[1])))
+
+
+async def _in_order(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; everything waits from the start, so that less urgent work does not come in between.
+
+    The first error gives the rest up.
+    """
+    tasks = [asyncio.create_task(item) for item in work]
+    try:
+        return [await task for task in tasks]
+    finally:
+        for task in tasks:
+            await _give_up(task)
 
 
 async def _give_up(task: asyncio.Task[Any]) -> None:

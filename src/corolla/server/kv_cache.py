@@ -39,20 +39,23 @@ class CacheBudget:
         """Block-tokens that nobody has reserved."""
         return self.capacity - self.reserved
 
-    def resize(self, reservation: Reservation, amount: int) -> None:
-        """Grow or shrink a reservation. Raises `RequestRefused` (busy, too_large) and leaves it as it was."""
+    def resize(self, reservation: Reservation, amount: int, field: str) -> None:
+        """Grow or shrink a reservation; `field` is the message field that asks for it.
+
+        Raises `RequestRefused` (busy, too_large) and leaves the reservation as it was.
+        """
         if amount > self.capacity:
             raise RequestRefused(
                 f"This session would need {amount} of the server's {self.capacity} cached block-tokens: "
                 "ask for fewer tokens or rows.",
                 code="too_large",
-                field="max_tokens",
+                field=field,
             )
         if amount - reservation.amount > self.free:
             raise RequestRefused(
                 f"The server's attention cache is full ({self.free} of {self.capacity} block-tokens are free).",
                 code="busy",
-                field="max_tokens",
+                field=field,
                 retry_after=RETRY_SECONDS,
             )
         self.reserved += amount - reservation.amount
@@ -79,12 +82,12 @@ class CachedSession:
         self._reservation = Reservation()
         self._tokens = 0
         self._cache: SpanCache = span.new_cache()
-        self.reserve(rows, max_tokens)
+        self.reserve(rows, max_tokens, "max_tokens")
 
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Make sure that `rows` may reach `tokens` each. Raises `RequestRefused`."""
+    def reserve(self, rows: int, tokens: int, field: str = "reserve") -> None:
+        """Make sure that `rows` may reach `tokens` each. Raises `RequestRefused`, naming `field`."""
         tokens = max(tokens, self._tokens)
-        self._budget.resize(self._reservation, rows * tokens * (self.span.end - self.span.start))
+        self._budget.resize(self._reservation, rows * tokens * (self.span.end - self.span.start), field)
         self._tokens = tokens
 
     def step(

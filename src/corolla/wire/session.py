@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from corolla.errors import ProtocolError
+from corolla.errors import OutOfOrder
 from corolla.wire.messages import (
     Alive,
     Backward,
@@ -78,7 +78,7 @@ CLIENT_TURN = frozenset({State.IDLE, State.OPEN})
 
 
 def following(state: State, message: Message) -> State:
-    """The state after `message`. Raises `ProtocolError(field="type")` where it is not legal in `state`."""
+    """The state after `message`. Raises `OutOfOrder(field="type")` where it is not legal in `state`."""
     if state is not State.ENDED and isinstance(message, Failure):
         if message.code in FATAL_CODES:
             return State.ENDED
@@ -87,7 +87,7 @@ def following(state: State, message: Message) -> State:
     try:
         return TRANSITIONS[state][type(message)]
     except KeyError:
-        raise ProtocolError(
+        raise OutOfOrder(
             f"{type(message).__name__} is out of order here (state: {state.value}).", field="type"
         ) from None
 
@@ -99,7 +99,7 @@ class Conversation:
         self.state = State.IDLE
 
     def advance(self, message: Message) -> None:
-        """Note a message that was sent or received. Raises `ProtocolError`, and stays as it was."""
+        """Note a message that was sent or received. Raises `OutOfOrder`, and stays as it was."""
         self.state = following(self.state, message)
 
     @property
