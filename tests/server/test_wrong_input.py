@@ -1,0 +1,272 @@
+"""Whatever a client sends, it gets a typed refusal that names what was wrong, and the server serves on."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.server.world import (
+    CAPACITY,
+    HIDDEN,
+    PREAMBLE,
+    START,
+    RawClient,
+    World,
+    assert_same,
+    assert_serves_exactly,
+    backward,
+    forward,
+    frame,
+    noise,
+    opening,
+)
+from torch import Tensor
+
+from corolla.errors import PeerDisconnected
+from corolla.wire.frames import Limits
+from corolla.wire.messages import (
+    Closed,
+    CloseSession,
+    Failure,
+    FailureCode,
+    Message,
+    Opened,
+    Output,
+    Ping,
+    ServerStatus,
+    Step,
+)
+from corolla.wire.session import FATAL_CODES
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrong request, and how it is to be answered; `opened` says whether it is sent inside a session.
+
+    That session has two rows, which hold four tokens each and may hold 20.
+    """
+
+    name: str
+    code: FailureCode
+    wrong: str | None  # the field
+    message: Message | dict[str, Any]
+    tensors: Tensors = field(default_factory=dict)
+    opened: bool = False
+
+
+def hidden(rows: int = 2, tokens: int = 3, width: int = HIDDEN) -> Tensors:
+    return {"hidden": noise(rows, tokens, width)}
+
+
+def step(position: int = 4, reserve: int = 0) -> dict[str, Any]:
+    return {"type": "Step", "position": position, "reserve": reserve}
+
+
+def as_dict(message: Message, **changes: Any) -> dict[str, Any]:
+    values = {name: getattr(message, name) for name in message.__struct_fields__}
+    return {"type": type(message).__name__} | values | changes
+
+
+BOTH = hidden() | {"grad": noise(2, 3, HIDDEN)}
+NO_TOKENS = {"hidden": torch.zeros(1, 0, HIDDEN)}
+NO_ROWS = {"hidden": torch.zeros(0, 1, HIDDEN)}
+
+CASES = [
+    # --- what this server does not have
+    Case("open, another model", "wrong_model", "model", opening(model="another")),
+    Case("forward, another model", "wrong_model", "model", forward(model="another"), hidden()),
+    Case("backward, another model", "wrong_model", "model", backward(model="another"), BOTH),
+    Case("open, a block before", "wrong_blocks", "start", opening(start=0)),
+    Case("open, a block behind", "wrong_blocks", "end", opening(end=4)),
+    Case("forward, a block before", "wrong_blocks", "start", forward(start=0), hidden()),
+    Case("backward, a block behind", "wrong_blocks", "end", backward(end=4), BOTH),
+    Case("forward, blocks far away", "wrong_blocks", "start", forward(start=7, end=9), hidden()),
+    Case("open, no blocks", "malformed", "end", opening(end=START)),
+    # --- shapes
+    Case("forward, hidden too narrow", "malformed", "hidden", forward(), hidden(width=HIDDEN - 1)),
+    Case("backward, hidden too wide", "malformed", "hidden", backward(),
+         {name: noise(2, 3, HIDDEN + 1) for name in ("hidden", "grad")}),
+    Case("step, hidden too wide", "malformed", "hidden", step(), hidden(width=HIDDEN + 1), opened=True),
+    Case("forward, flat hidden", "malformed", "hidden", forward(), {"hidden": noise(3, HIDDEN)}),
+    Case("forward, no hidden", "malformed", "hidden", forward()),
+    Case("forward, integer hidden", "malformed", "hidden", forward(),
+         {"hidden": torch.zeros(1, 2, HIDDEN, dtype=torch.int64)}),
+    Case("forward, no tokens", "malformed", "tensors", forward(), NO_TOKENS),
+    Case("forward, no rows", "malformed", "tensors", forward(), NO_ROWS),
+    Case("backward, grad of another shape", "malformed", "grad", backward(),
+         hidden() | {"grad": noise(2, 2, HIDDEN)}),
+    Case("backward, no grad", "malformed", "grad", backward(), hidden()),
+    Case("open, prompts for too many blocks", "malformed", "prompts", opening(),
+         {"prompts": noise(3, 4, HIDDEN)}),
+    Case("open, prompts too narrow", "malformed", "prompts", opening(), {"prompts": noise(2, 4, HIDDEN - 1)}),
+    Case("open, more prompts than tokens", "malformed", "prompts", opening(tokens=3),
+         {"prompts": noise(2, 4, HIDDEN)}),
+    Case("forward, prompts for too few blocks", "malformed", "prompts", forward(),
+         hidden() | {"prompts": noise(1, 2, HIDDEN)}),
+    Case("forward, prompts too wide", "malformed", "prompts", forward(),
+         hidden() | {"prompts": noise(2, 2, HIDDEN + 1)}),
+    Case("forward, a mask too short", "malformed", "mask", forward(),
+         hidden() | {"mask": torch.ones(2, 2, dtype=torch.bool)}),
+    Case("forward, a mask of integers", "malformed", "mask", forward(),
+         hidden() | {"mask": torch.ones(2, 3, dtype=torch.int64)}),
+    Case("forward, positions for another batch", "malformed", "positions", forward(),
+         hidden() | {"positions": torch.zeros(1, 3, dtype=torch.int64)}),
+    Case("forward, negative positions", "malformed", "positions", forward(),
+         hidden() | {"positions": torch.full((2, 3), -1)}),
+    Case("forward, a tensor that it does not take", "malformed", "rows", forward(),
+         hidden() | {"rows": torch.zeros(2, dtype=torch.int64)}),
+    Case("forward, a tensor that nobody takes", "malformed", "soul", forward(),
+         hidden() | {"soul": noise(1)}),
+    # --- a session's state
+    Case("step, position behind the cache", "malformed", "position", step(position=5), hidden(), opened=True),
+    Case("step, no tokens", "malformed", "tensors", step(), NO_TOKENS, opened=True),
+    Case("step, no rows", "malformed", "tensors", step(), NO_ROWS, opened=True),
+    Case("step, more rows than there are", "malformed", "hidden", step(), hidden(rows=3), opened=True),
+    Case("step, fewer rows than there are", "malformed", "hidden", step(), hidden(rows=1), opened=True),
+    Case("step, a row that is not there", "malformed", "rows", step(),
+         hidden() | {"rows": torch.tensor([0, 2])}, opened=True),
+    Case("step, a negative row", "malformed", "rows", step(),
+         hidden() | {"rows": torch.tensor([0, -1])}, opened=True),
+    Case("step, rows for another batch", "malformed", "rows", step(),
+         hidden() | {"rows": torch.tensor([0, 1, 1])}, opened=True),
+    Case("step, a mask for the new tokens only", "malformed", "mask", step(),
+         hidden() | {"mask": torch.ones(2, 3, dtype=torch.bool)}, opened=True),
+    Case("step, a mask too long", "malformed", "mask", step(),
+         hidden() | {"mask": torch.ones(2, 8, dtype=torch.bool)}, opened=True),
+    # --- budgets
+    Case("open, more than the server has", "too_large", "max_tokens", opening(tokens=CAPACITY // 2 + 1)),
+    Case("open, more rows than the server has room for", "too_large", "max_tokens", opening(rows=2**31 - 1)),
+    Case("step, a reserve that the server does not have", "too_large", "reserve",
+         step(reserve=CAPACITY // 4 + 1), hidden(), opened=True),
+    Case("step, an enormous reserve", "too_large", "reserve", step(reserve=2**31 - 1), hidden(), opened=True),
+    # --- messages
+    Case("a message of no kind", "malformed", "type", {"type": "Nonsense"}),
+    Case("a message without a kind", "malformed", "type", {}),
+    Case("a server's message", "malformed", "type", {"type": "Closed"}),
+    Case("an unknown field", "malformed", "colour", as_dict(opening(), colour="red")),
+    Case("a missing field", "malformed", "max_tokens", {"type": "OpenSession", "model": "m", "start": 1,
+                                                       "end": 2, "rows": 1}),
+    Case("no rows to open", "malformed", "rows", as_dict(opening(), rows=0)),
+    Case("a negative position", "malformed", "position", step(position=-1), hidden(), opened=True),
+    Case("an enormous position", "malformed", "position", step(position=2**40), hidden(), opened=True),
+    Case("text for a number", "malformed", "start", as_dict(opening(), start="one")),
+    # --- order
+    Case("step without a session", "out_of_order", "type", step(position=0), hidden()),
+    Case("close without a session", "out_of_order", "type", CloseSession()),
+    Case("open inside a session", "out_of_order", "type", opening(), opened=True),
+    Case("forward inside a session", "out_of_order", "type", forward(), hidden(), opened=True),
+    Case("backward inside a session", "out_of_order", "type", backward(), BOTH, opened=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_a_wrong_request_is_refused_by_name(world: World, case: Case) -> None:
+    client = await world.raw()
+    if case.opened:
+        await open_with_four(client)
+    before = world.held
+    refusal = (await client.ask(case.message, **case.tensors)).message
+    assert isinstance(refusal, Failure)
+    assert (refusal.code, refusal.field) == (case.code, case.wrong)
+    if case.code in FATAL_CODES:
+        with pytest.raises(PeerDisconnected):
+            await client.next()
+        await world.all_streams_ended()
+        assert world.held == (0, 0, 0)
+    else:  # nothing has changed, and the stream goes on
+        assert world.held == before
+        assert isinstance((await client.ask(Ping())).message, ServerStatus)
+        if case.opened:
+            await goes_on_after_four(world, client)
+    await client.stream.close()
+    await world.all_streams_ended()
+    await assert_serves_exactly(world)
+
+
+async def open_with_four(client: RawClient) -> None:
+    assert (await client.ask(opening(rows=2))).message == Opened()
+    answer = await client.ask(Step(position=0), hidden=noise(2, 9, HIDDEN, seed=3)[:, :4])
+    assert answer.message == Output()
+
+
+async def goes_on_after_four(world: World, client: RawClient) -> None:
+    """The session of `open_with_four` is as it was."""
+    tokens = noise(2, 9, HIDDEN, seed=3)
+    answer = await client.ask(Step(position=4), hidden=tokens[:, 4:])
+    assert_same(answer.tensors["hidden"], world.span.forward(tokens)[:, 4:])
+    assert (await client.ask(CloseSession())).message == Closed()
+
+
+def preamble(
+    magic: bytes = b"CRLA", version: int = 1, reserved: int = 0, header: int = 8, payload: int = 0
+) -> bytes:
+    return struct.pack(PREAMBLE, magic, version, reserved, header, payload)
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "wrong"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "malformed", "magic"),
+        (preamble(version=2), "version", "version"),
+        (preamble(version=0), "version", "version"),
+        (preamble(reserved=1), "malformed", "reserved"),
+        (preamble(header=2**32 - 1), "malformed", "header"),
+        (preamble(payload=2**64 - 1), "malformed", "payload"),
+        (preamble(payload=Limits().max_payload_bytes + 1), "malformed", "payload"),
+        (preamble(header=8) + b"\xff" * 8, "malformed", "message"),
+        (preamble(header=8) + b"\x91" * 8, "malformed", "message"),
+        (preamble(header=0), "malformed", "message"),
+        (frame(forward(), hidden=noise(1, 2, HIDDEN))[:-1], None, None),  # ends within the payload
+        (frame(Ping())[:30], None, None),  # ends within the header
+        (b"CRLA", None, None),  # ends within the preamble
+        (b"", None, None),
+    ],
+)  # fmt: skip
+async def test_garbage_is_refused_or_forgotten(
+    world: World, data: bytes, code: FailureCode | None, wrong: str | None
+) -> None:
+    client = await world.raw()
+    await client.stream.write([data])
+    if code is not None:
+        refusal = (await client.answer()).message
+        assert isinstance(refusal, Failure)
+        assert (refusal.code, refusal.field) == (code, wrong)
+        with pytest.raises(PeerDisconnected):
+            await client.next()
+    await client.stream.close()
+    await world.all_streams_ended()
+    assert world.held == (0, 0, 0)
+    await assert_serves_exactly(world)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+async def test_no_damaged_frame_harms_the_server(data: st.DataObject) -> None:
+    """Honest frames with some of their bytes changed, dropped or added."""
+    world = World()
+    await world.start()
+    try:
+        client = await world.raw()
+        honest = bytearray(
+            frame(opening(rows=2))
+            + frame(Step(position=0), hidden=noise(2, 3, HIDDEN))
+            + frame(CloseSession())
+            + frame(forward(), hidden=noise(1, 2, HIDDEN))
+        )
+        place = data.draw(st.integers(0, len(honest) - 1))
+        dropped = data.draw(st.integers(0, 3))
+        honest[place : place + dropped] = data.draw(st.binary(max_size=4))
+        await client.stream.write([honest])
+        await client.stream.close()
+        await world.all_streams_ended()
+        assert world.held == (0, 0, 0)
+        await assert_serves_exactly(world)
+    finally:
+        await world.close()
