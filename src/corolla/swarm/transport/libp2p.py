@@ -215,11 +215,15 @@ class Libp2pTransport(Transport):
             return
         self._closed = True
         try:
-            if self._server is not None:
-                self._server.close()
             await self._end_handlers()
             await self.p2p.shutdown()
-            await self._end_handlers()  # of streams that came in meanwhile
+            # A stream that came in meanwhile takes the loop four turns (poll, accept, connect, start) to become
+            # a task of ours. Were the server closed in between, asyncio would lose the socket.
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await self._end_handlers()
+            if self._server is not None:
+                self._server.close()
         finally:
             self._runtime_dir.close()
 
