@@ -143,6 +143,13 @@ def test_a_long_conversation_becomes_windows_with_what_came_before(bos: Any) -> 
     assert [learnt(window, bos) for window in windows] == ["·aaaa/·bbbb/", "·cccc/·dddd/"]
 
 
+def test_with_loss_on_all_no_token_is_learnt_twice(bos: Any) -> None:
+    turns = (Turn("system", "S"), *said("1", "aaaa", "2", "bbbb", "3", "cccc", "4", "dddd"))
+    settings = RenderSettings(delimiter="/", max_length=22, loss_on="all")
+    windows = Renderer(bos, settings).examples(Conversation(turns, "c"))
+    assert [learnt(window, bos) for window in windows] == ["·S/1/aaaa/2/bbbb/", "·3/cccc/4/dddd/"]
+
+
 def test_older_turns_fill_the_room_before_a_windows_replies(bos: Any) -> None:
     turns = said("1", "aa", "2", "b" * 12, "3", "c")
     windows = Renderer(bos, RenderSettings(delimiter="/", max_length=22)).examples(Conversation(turns, "c"))
