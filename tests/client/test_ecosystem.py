@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
-from tests.reference import relative
+from tests.reference import Prompted, relative
 from tests.tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
@@ -102,6 +102,57 @@ def test_trl_prints_the_local_runs_losses(pair_of: PairOf, tmp_path: Path, check
     assert len(found) == 3
     assert len(set(found)) > 1
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Sequences with their labels."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = random_ids(1, 9, seed=index)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_plain_trainer_trains_a_prompt(pair_of: PairOf, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    pair = pair_of("llama")
+    model = pair.model(tuning_mode="ptune", pre_seq_len=3)
+    local = Prompted(pair.local, model.prompts.input)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        num_train_epochs=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_steps=3,
+        train_sampling_strategy="sequential",
+    )
+    trainer = Trainer(model, settings, train_dataset=Rows())
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    optimizer, expected = torch.optim.AdamW([local.vectors], lr=1e-2, weight_decay=0.0), []
+    for start in (0, 4, 8) * 2:
+        ids = torch.stack([Rows()[index]["input_ids"] for index in range(start, start + 4)])
+        loss = local.loss(ids, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert (model.prompts.input - local.vectors).abs().max() < 1e-4
+    checkpoint = tmp_path / "checkpoint-3"
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    assert not (checkpoint / "model.safetensors").exists()
 
 
 def test_it_is_a_plain_pretrained_model(pair_of: PairOf, tmp_path: Path) -> None:
