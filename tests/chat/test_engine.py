@@ -232,6 +232,18 @@ def test_there_is_nothing_to_undo_at_first(chat: Chat) -> None:
     assert engine.tokens == []
 
 
+def test_turns_are_left_behind_when_one_token_is_too_many(chat: Chat) -> None:
+    notices: list[str] = []
+    engine = chat(max_context=150, notify=notices.append)
+    said_by(engine, "one")
+    fits = 150 - GREEDY.max_new_tokens - len(engine.tokens) - len("\n-----\n")
+    said_by(engine, "x" * fits)
+    assert notices == []
+    engine.undo()
+    said_by(engine, "x" * (fits + 1))
+    assert len(notices) == 1
+
+
 def test_undoing_what_was_left_behind_brings_older_turns_back(chat: Chat) -> None:
     notices: list[str] = []
     engine = chat(max_context=110, notify=notices.append)
@@ -267,7 +279,7 @@ def test_a_chat_may_go_to_the_very_end_of_the_models_positions(tmp_path: Path) -
         with ChatEngine(model, renderer, sampling=GREEDY, max_context=limit) as engine:
             said_by(engine, "x" * (limit - 13))
             assert len(engine.tokens) >= limit - 13 + 2
-            with pytest.raises(SessionLimit):
+            with pytest.raises(SessionLimit, match="This message takes"):
                 said_by(engine, "x" * (limit - 12))
 
 

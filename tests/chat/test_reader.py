@@ -110,16 +110,25 @@ def test_a_token_that_straddles_the_delimiter_is_tokenized_anew() -> None:
     assert reader.ids == [*own, *ids_of(tokenizer, ".")]
 
 
+@pytest.mark.parametrize("tokenizer", [merging_tokenizer(), spacing_tokenizer()], ids=["bytes", "words"])
 @pytest.mark.parametrize("ending", [[], [END]], ids=["cut", "end token"])
-@pytest.mark.parametrize("begun", ["\n", "\n-", "\n-----"])
-def test_a_delimiter_that_was_only_begun_is_not_the_replys(begun: str, ending: list[int]) -> None:
+def test_a_delimiter_that_was_only_begun_is_not_the_replys(tokenizer: Any, ending: list[int]) -> None:
+    own, delimiter = ids_of(tokenizer, "And then what?"), ids_of(tokenizer, DELIMITER)
+    for size in range(1, len(delimiter)):
+        reader = reader_of(tokenizer)
+        pieces = read(reader, [*own, *delimiter[:size], *ending])
+        assert "".join(pieces) == "And then what?"
+        assert reader.ids == own
+        assert reader.ended == bool(ending)
+
+
+@pytest.mark.parametrize("begun", ["\n", "\n-", "\n----"])
+def test_nor_is_one_begun_in_other_tokens(begun: str) -> None:
     tokenizer = merging_tokenizer()
-    own = ids_of(tokenizer, "And then what?")
     reader = reader_of(tokenizer)
-    pieces = read(reader, [*own, *ids_of(tokenizer, begun), *ending])
-    assert "".join(pieces) == "And then what?"
-    assert reader.ids == own
-    assert reader.ended == bool(ending)
+    ids = [token for text in ("And then what?", *begun) for token in ids_of(tokenizer, text)]
+    assert "".join(read(reader, ids)) == "And then what?"
+    assert reader.ids == ids_of(tokenizer, "And then what?")
 
 
 def test_what_only_looked_like_a_delimiter_is_shown_once_it_is_clear() -> None:
