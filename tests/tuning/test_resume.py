@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.swarm_fixture import MemorySwarm
-from tests.tuning.tiny_setup import ABOUT, conversations, local_model, prompt_for, settings
+from tests.tuning.tiny_setup import ABOUT, conversations, local_model, prompt_for, settings, write_model
 from transformers import TrainerCallback
 
 from corolla.errors import BundleError, UsageError
@@ -75,6 +75,19 @@ def test_a_killed_run_resumes_with_the_same_losses_to_the_bit(
     assert resumed.before == whole.before
     assert resumed.after == whole.after
     assert not (tmp_path / "out.run").exists()
+
+
+def test_random_numbers_go_on_where_they_were(tokenizer: Any, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", family="gpt2")  # it drops out a tenth of the activations
+    chosen = settings()
+    whole, whole_prompt = finished(local_model(folder), chosen, tokenizer, tmp_path / "whole")
+    prepared = prepare(tokenizer, chosen, conversations())
+    with pytest.raises(Killed):
+        tune(local_model(folder), chosen, prepared, tmp_path / "out", ABOUT, callbacks=[At(3, die)])
+    torch.manual_seed(99)
+    resumed, resumed_prompt = finished(local_model(folder), chosen, tokenizer, tmp_path / "out", resume=True)
+    assert resumed.losses == whole.losses
+    assert torch.equal(resumed_prompt, whole_prompt)
 
 
 def test_a_run_through_a_swarm_resumes_with_the_same_losses(
