@@ -30,7 +30,7 @@ def test_the_rows_shown_are_of_the_shapes_named(tmp_path: Path, name: str, row: 
     path.write_text(row)
     (read,), report = load_conversations(str(path))
     assert report.schema == name
-    assert read.turns == (Turn("user", "Hi"), Turn("assistant", "Hello!"))
+    assert [(turn.role, turn.text) for turn in read.turns] == [("user", "Hi"), ("assistant", "Hello!")]
 
 
 def test_all_shapes_are_shown() -> None:
