@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.e2e.processes import corolla, processes
 
 import corolla as public
-from tests.e2e.processes import corolla, processes
 
 
 @pytest.mark.nightly
