@@ -12,6 +12,7 @@ from corolla.cli.common import (
     ListenOption,
     PeersOption,
     ReadyFileOption,
+    ended_by_signals,
     run_until_stopped,
     say,
 )
@@ -26,8 +27,9 @@ def bootstrap(
     die_with_parent: DieWithParentOption = False,
 ) -> None:
     """Start a peer that others join the swarm through; prints the line to paste."""
-    from corolla.swarm.node import Node
-    from corolla.swarm.ready_file import ready_file as announced
+    with ended_by_signals():
+        from corolla.swarm.node import Node
+        from corolla.swarm.ready_file import ready_file as announced
 
     async def run(stop: asyncio.Event) -> None:
         node = await Node.create(

@@ -10,14 +10,14 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 
 from corolla.errors import CorollaError
 
@@ -46,6 +46,20 @@ DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=T
 def say(line: str) -> None:
     """One line for the user, whole even when stdout is a file."""
     print(line, flush=True)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """For the imports at a command's beginning: Ctrl-C ends the process at once.
+
+    A library whose import is interrupted is left half made and fails in ways of its own, which would be all
+    that the user saw; and there is nothing yet to put in order.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_until_stopped(
@@ -104,12 +118,13 @@ def _escaped(text: str) -> str:
 
 def set_up_logging(verbose: bool) -> None:
     """Warnings on stderr as one line each; everything with `--verbose`."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s" if verbose else "%(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    handler: logging.Handler = logging.StreamHandler()
+    if error_console.is_terminal:
+        handler = RichHandler(console=error_console, show_path=False, show_time=verbose, markup=False)
+    elif verbose:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     if not verbose:
         for noisy in ("asyncio", "httpx", "huggingface_hub", "transformers"):
             logging.getLogger(noisy).setLevel(logging.ERROR)

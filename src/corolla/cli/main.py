@@ -6,6 +6,7 @@ user's mistake ends here in one sentence.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -20,6 +21,8 @@ from corolla.cli.serve import serve
 from corolla.cli.status import status
 from corolla.cli.tune import tune
 from corolla.errors import CorollaError
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
@@ -55,8 +58,7 @@ def main() -> None:
     try:
         app()
     except CorollaError as error:
-        if {"-v", "--verbose"} & set(sys.argv[1:3]):
-            raise
+        log.info("The error came from here:", exc_info=error)
         sys.exit(explain(error))
     except KeyboardInterrupt:
         sys.exit(130)

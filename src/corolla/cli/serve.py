@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from corolla.cli.common import (
     ListenOption,
     PeersOption,
     ReadyFileOption,
+    ended_by_signals,
+    quiet_libraries,
     run_until_stopped,
     say,
 )
@@ -63,8 +66,11 @@ def serve(
         cache_dir=cache_dir,
         cache_tokens=cache_tokens,
     )
-    from corolla.cli.common import quiet_libraries
-    from corolla.server.serve import serve as run
+    with ended_by_signals():
+        from corolla.server.serve import serve as run
+        from corolla.server.serve import still_loading
 
-    quiet_libraries()
+        quiet_libraries()
     run_until_stopped(lambda stop: run(config, stop, say), die_with_parent=die_with_parent)
+    if still_loading():
+        os._exit(0)

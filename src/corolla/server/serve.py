@@ -10,9 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -32,21 +36,27 @@ from corolla.swarm.node import Node
 from corolla.swarm.ready_file import ready_file
 from corolla.wire.messages import PROTOCOL_NAME
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 TTL_SECONDS = 60.0
 DRAIN_SECONDS = 30.0
+QUIET_SECONDS = 1.0  # a reply whose next step does not come for so long has ended
 
 
 async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], None]) -> None:
     """Serve until `stop` is set; `say` gets a line for the user at each stage.
 
     Raises `UsageError` and its kin before anything is announced, `SwarmUnavailable` for peers that do not
-    answer.
+    answer. Stopped while it reads the blocks, it leaves the reading thread to the end of the process: see
+    `still_loading`.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    span, checkpoint = await asyncio.to_thread(load, config, say)
+    opened = await _unless(stop, lambda: open_model(config, say))
+    if opened is None:
+        return
     node = await Node.create(
         initial_peers=config.node.initial_peers,
         listen=config.node.listen or None,
@@ -56,30 +66,57 @@ async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], 
     engine = Engine()
     engine.start()
     try:
-        capacity = config.cache_tokens
-        free = psutil.virtual_memory().available
-        blocks = span.end - span.start
-        budget = CacheBudget(default_capacity(span, free) if capacity is None else capacity * blocks)
-        server = BlockServer(span, engine, budget, model=checkpoint.identity)
-        await node.transport.serve(PROTOCOL_NAME, server.handle)
-        throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
-        announcer = Announcer(node, server, checkpoint, throughput)
-        await announcer.announce()
-        addresses = await node.join_addresses()
-        say(f"Serving blocks {span.start}:{span.end} of {checkpoint.name} as {node.peer_id}")
-        say(f"Others join with: --peers {addresses[0]}")
-        about = {"peer_id": node.peer_id, "addresses": addresses, "blocks": [span.start, span.end]}
-        with ready_file(config.node.ready_file, about | {"pid": os.getpid()}):
-            await announcer.run_until(stop)
-        say("Finishing what has begun, then leaving…")
-        await announcer.drain()
+        span = await _unless(stop, lambda: load_blocks(opened, say))
+        if span is not None:
+            await _serve_span(config, node, engine, span, opened.checkpoint, stop, say)
     finally:
         await engine.close()
         await node.close()
 
 
-def load(config: ServerConfig, say: Callable[[str], None]) -> tuple[Span, Checkpoint]:
-    """The server's blocks, checked to be splittable and read into memory."""
+async def _serve_span(
+    config: ServerConfig,
+    node: Node,
+    engine: Engine,
+    span: Span,
+    checkpoint: Checkpoint,
+    stop: asyncio.Event,
+    say: Callable[[str], None],
+) -> None:
+    free, blocks = free_bytes(span.device), span.end - span.start
+    tokens = config.cache_tokens
+    budget = CacheBudget(default_capacity(span, free) if tokens is None else tokens * blocks)
+    server = BlockServer(span, engine, budget, model=checkpoint.identity, working_bytes=free // 4)
+    await node.transport.serve(PROTOCOL_NAME, server.handle)
+    throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
+    announcer = Announcer(node, server, checkpoint, throughput)
+    await announcer.announce()
+    addresses = await node.join_addresses()
+    say(f"Serving blocks {span.start}:{span.end} of {checkpoint.name} as {node.peer_id}")
+    say(f"Others join with: --peers {addresses[0]}")
+    about = {"peer_id": node.peer_id, "addresses": addresses, "blocks": [span.start, span.end]}
+    with ready_file(config.node.ready_file, about | {"pid": os.getpid()}):
+        await announcer.run_until(stop)
+    say("Finishing what has begun, then leaving…")
+    await announcer.drain()
+
+
+# --- reading the blocks ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What is known before any weight is read, checked as far as that goes."""
+
+    checkpoint: Checkpoint
+    start: int
+    end: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
+    """Find the checkpoint and check that these blocks of it can be served here. Raises `UsageError`."""
     say(f"Opening {config.model}")
     checkpoint = open_checkpoint(
         config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir
@@ -96,10 +133,56 @@ def load(config: ServerConfig, say: Callable[[str], None]) -> tuple[Span, Checkp
         raise UsageError(f"--device {config.device} is not available on this machine.") from error
     check_family(checkpoint.config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
-    say(f"Loading blocks {start}:{end} of {checkpoint.num_blocks} in {dtype_name(dtype)}")
-    span = load_span(checkpoint, start, end, dtype=dtype, device=device)
+    return OpenedModel(checkpoint, start, end, dtype, device)
+
+
+def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
+    """Read the blocks' weights into memory. Raises `CheckpointError`."""
+    start, end, count = opened.start, opened.end, opened.checkpoint.num_blocks
+    say(f"Loading blocks {start}:{end} of {count} in {dtype_name(opened.dtype)}")
+    span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
-    return span, checkpoint
+    return span
+
+
+LOADING = "corolla-load"
+
+
+def still_loading() -> bool:
+    """Whether a stopped `serve` has left its reading thread behind.
+
+    It cannot be interrupted, and the interpreter must not be torn down under it: end with `os._exit`.
+    """
+    return any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
+
+
+async def _unless(stop: asyncio.Event, work: Callable[[], T]) -> T | None:
+    """The result of `work()`, on a thread of its own; None when `stop` is set before that."""
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()  # from here on the thread alone settles it
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=LOADING, daemon=True).start()
+    ready, stopped = asyncio.wrap_future(result), asyncio.ensure_future(stop.wait())
+    both: set[asyncio.Future[Any]] = {ready, stopped}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        return ready.result() if ready.done() else None
+    finally:
+        ready.cancel()
+        stopped.cancel()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses where the span is."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def measure(span: Span) -> float:
@@ -112,6 +195,12 @@ def measure(span: Span) -> float:
             span.forward(hidden, cache=span.new_cache())
             steps += 1
     return steps / (time.perf_counter() - started)
+
+
+def shown_name(name: str) -> str:
+    """What a server's record calls its model: a hub's name, or a folder's, never the path to it."""
+    path = Path(name)
+    return path.resolve().name if path.exists() else name
 
 
 class Announcer:
@@ -129,9 +218,7 @@ class Announcer:
         return ServerRecord(
             peer_id=self._node.peer_id,
             model=self._checkpoint.identity,
-            model_name=Path(self._checkpoint.name).name
-            if os.sep in self._checkpoint.name
-            else self._checkpoint.name,
+            model_name=shown_name(self._checkpoint.name),
             num_blocks=self._checkpoint.num_blocks,
             start=span.start,
             end=span.end,
@@ -164,4 +251,4 @@ class Announcer:
         with contextlib.suppress(CorollaError):
             await self._node.directory.withdraw(self.record())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._server.until_idle(), DRAIN_SECONDS)
+            await asyncio.wait_for(self._server.until_idle(QUIET_SECONDS), DRAIN_SECONDS)
