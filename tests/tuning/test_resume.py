@@ -237,6 +237,16 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_
     assert resumed.losses == whole.losses
 
 
+def test_a_reporters_log_outlives_the_run_folder(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    (folder.path / "runs").mkdir()
+    (folder.path / "runs" / "events").write_text("figures")
+    folder.out.mkdir()
+    folder.finish()
+    assert (folder.out / "runs" / "events").read_text() == "figures"
+    assert not folder.path.exists()
+
+
 def test_what_a_kill_left_half_written_is_removed_and_not_resumed_from(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     save(folder, 2)

@@ -27,6 +27,7 @@ from corolla.tuning.evaluate import Evaluation
 KEPT = 2
 RUN_FILE = "run.json"
 BEFORE_FILE = "before.json"
+LOGS = "runs"  # where the Trainer puts TensorBoard's
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -143,8 +144,10 @@ class RunFolder:
             return None
         return Evaluation.from_dict(self._read(BEFORE_FILE))
 
-    def remove(self) -> None:
-        """The run has ended in a bundle."""
+    def finish(self) -> None:
+        """The run has ended in a bundle; TensorBoard's log goes along."""
+        if (self.path / LOGS).is_dir():
+            shutil.move(self.path / LOGS, self.out / LOGS)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _read(self, name: str) -> dict[str, Any]:

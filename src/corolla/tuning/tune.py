@@ -113,7 +113,7 @@ def tune(
         metrics=_metrics(before, after, difference),
     )
     save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=overwrite)
-    folder.remove()
+    folder.finish()
     return TuneResult(
         bundle=out,
         curve=out / CURVE_FILE,
