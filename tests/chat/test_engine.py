@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,28 @@ def test_a_stopped_reply_keeps_what_was_said_and_the_chat_goes_on(
     assert engine.tokens[-7:] == delimiter, "the next turn would not begin behind a delimiter"
     said_by(engine, "And?")
     assert len(engine.transcript()) == 4
+
+
+def test_a_turn_that_is_stopped_before_anything_was_said_is_forgotten(chat: Chat, swarm: MemorySwarm) -> None:
+    engine = chat()
+    said_by(engine, "one")
+    before = engine.transcript(), engine.tokens
+
+    def press(_module: Any, _args: Any) -> None:
+        """Ctrl-C while the first token is computed, which goes on once the chat knows of it."""
+        hook.remove()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert engine._turn.generation._stop.wait(60)
+
+    hook = engine._model.get_input_embeddings().register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        said_by(engine, "two")
+    assert (engine.transcript(), engine.tokens) == before
+    fresh = chat()
+    for text in ("one", "three"):
+        said_by(fresh, text)
+    said_by(engine, "three")
+    assert engine.tokens == fresh.tokens
 
 
 def test_a_reply_that_nobody_reads_on_is_ended_by_the_next_call(chat: Chat) -> None:

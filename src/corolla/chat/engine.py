@@ -112,7 +112,7 @@ class ChatEngine:
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=new.device),
                 session=self._session,
                 stopping_criteria=criteria,
-                eos_token_id=None,  # the reader knows them
+                eos_token_id=None,  # the reader knows them; `generate` would want one to pad with
                 **self._sampling.generate_arguments(),
             )
 

@@ -1,7 +1,7 @@
 """One `generate` call on a thread of its own, and its reply as an iterator of text.
 
 Invariant: the call always runs to a proper end. Ctrl-C reaches the main thread only; a reply that is stopped
-ends after the token that is being computed, so the session behind it is never left half way.
+ends with the token that is being computed, which is not taken, so the session is never left half way.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ class Generation:
 
     def _take(self, token: int) -> bool:
         """Read a token; whether the reply is over."""
+        if self._stop.is_set():  # whoever stopped it will not see this token
+            self.stopped = True
+            return True
         self._show(self.reader.push(token))
-        self.stopped = self._stop.is_set() and not self.reader.ended
-        return self.reader.ended or self.stopped
+        return self.reader.ended
 
     def _show(self, piece: str) -> None:
         if piece:
