@@ -28,6 +28,7 @@ def draw_curve(history: Sequence[dict[str, float]], path: Path, *, title: str) -
     axes.set_title(f"Prompt tuning: {title}", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
+    axes.margins(y=0.12)  # room for the figures beside the points
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
@@ -39,14 +40,16 @@ def _draw_training(axes: Any, points: list[tuple[int, float]]) -> None:
         return
     steps, losses = zip(*points, strict=True)
     axes.plot(steps, losses, color=RAW, linewidth=1.0, alpha=0.8, label="training, each step")
-    axes.plot(steps, smoothed(losses), color=SMOOTH, linewidth=2.0, label="training, smoothed")
+    axes.plot(
+        steps, smoothed(losses), color=SMOOTH, linewidth=2.0, label="training, smoothed (delimiters included)"
+    )
 
 
 def _draw_held_out(axes: Any, points: list[tuple[int, float]]) -> None:
     if not points:
         return
     steps, losses = zip(*points, strict=True)
-    axes.plot(steps, losses, "o--", color=HELD_OUT, linewidth=1.2, label="held-out replies")
+    axes.plot(steps, losses, "o--", color=HELD_OUT, linewidth=1.2, label="held-out, replies only")
     for step, loss in (points[0], points[-1])[: len(points)]:
         axes.annotate(
             f"{loss:.3f}",
