@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,21 @@ class Child:
                 start_new_session=True,  # Ctrl-C is for us; we end the servers in order
             )
 
-    def wait_ready(self, deadline: float) -> dict[str, Any]:
-        """The content of the ready file. Raises `SwarmUnavailable` with the process's own last words."""
-        while not self._ready.exists():
-            if self.process.poll() is not None:
-                words = self._log.read_text(errors="replace").strip().splitlines()
-                last = words[-1].removeprefix("error: ") if words else f"exit code {self.process.returncode}"
-                if self.process.returncode == UsageError.exit_code:
-                    raise UsageError(last)
-                raise SwarmUnavailable(f"The local {self.name} did not start: {last}")
-            if time.monotonic() > deadline:
-                raise SwarmUnavailable(f"The local {self.name} was not ready after {START_SECONDS:.0f} s.")
-            time.sleep(0.05)
-        content: dict[str, Any] = json.loads(self._ready.read_text())
-        return content
+    def about(self) -> dict[str, Any] | None:
+        """The content of the ready file, or None as long as the process is not ready.
+
+        Raises `UsageError` or `SwarmUnavailable` with the process's own last words when it has ended.
+        """
+        if self._ready.exists():
+            content: dict[str, Any] = json.loads(self._ready.read_text())
+            return content
+        if self.process.poll() is None:
+            return None
+        words = self._log.read_text(errors="replace").strip().splitlines()
+        last = words[-1].removeprefix("error: ") if words else f"exit code {self.process.returncode}"
+        if self.process.returncode == UsageError.exit_code:
+            raise UsageError(last)
+        raise SwarmUnavailable(f"The local {self.name} did not start: {last}")
 
     def ask_to_stop(self) -> None:
         """Let the process finish what it does; closing its pipe is what the parent's end would do."""
@@ -82,9 +83,18 @@ class Child:
 
 @contextlib.contextmanager
 def local_swarm(
-    model: str, *, servers: int = 2, dtype: str = "auto", options: Sequence[str] = ()
+    model: str,
+    *,
+    servers: int = 2,
+    dtype: str = "auto",
+    options: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[LocalSwarm]:
-    """Serve all of a model's blocks from `servers` processes on this machine, each with its share of cores."""
+    """Serve all of a model's blocks from `servers` processes on this machine, each with its share of cores.
+
+    `options` are passed to `corolla serve`; `say` gets a line for each process that has become ready. Raises
+    `UsageError` or `SwarmUnavailable` when one of them does not.
+    """
     blocks = open_checkpoint(model).num_blocks  # a wrong name is found out before anything is started
     servers = min(servers, blocks)
     threads = max(1, (os.cpu_count() or 1) // servers)
@@ -93,19 +103,34 @@ def local_swarm(
     with contextlib.closing(RuntimeDir()) as folder:
         try:
             deadline = time.monotonic() + START_SECONDS
-            bootstrap = Child(folder.path, "bootstrap", ["bootstrap"])
+            bootstrap = Child(folder.path, "bootstrap peer", ["bootstrap"])
             children.append(bootstrap)
-            peers = tuple(bootstrap.wait_ready(deadline)["addresses"][:1])
+            (first,) = _ready([bootstrap], deadline, say)
+            address: str = first["addresses"][0]
             for index in range(servers):
                 span = f"{index * blocks // servers}:{(index + 1) * blocks // servers}"
-                arguments = ["serve", model, "--blocks", span, "--peers", peers[0]]
+                arguments = ["serve", model, "--blocks", span, "--peers", address]
                 arguments += ["--threads", str(threads), "--dtype", dtype, *options]
-                children.append(Child(folder.path, f"server {index + 1}", arguments))
-            for child in children:
-                child.wait_ready(deadline)
-            yield LocalSwarm(peers, tuple(children[1:]))
+                children.append(Child(folder.path, f"server of blocks {span}", arguments))
+            _ready(children[1:], deadline, say)
+            yield LocalSwarm((address,), tuple(children[1:]))
         finally:
             _stop(children)
+
+
+def _ready(children: Sequence[Child], deadline: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What the processes' ready files say, once all are there; one that ends meanwhile ends the wait."""
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < len(children):
+        for child in children:
+            if child.name not in found and (about := child.about()) is not None:
+                found[child.name] = about
+                say(f"The {child.name} is ready: process {about['pid']}, peer …{about['peer_id'][-8:]}")
+        if time.monotonic() > deadline:
+            late = next(child.name for child in children if child.name not in found)
+            raise SwarmUnavailable(f"The local {late} was not ready after {START_SECONDS:.0f} s.")
+        time.sleep(0.05)
+    return [found[child.name] for child in children]
 
 
 def _stop(children: Sequence[Child]) -> None:

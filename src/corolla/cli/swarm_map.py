@@ -34,7 +34,9 @@ def _model(records: list[ServerRecord]) -> RenderableType:
     if gaps:
         named = ", ".join(f"{start}:{end}" for start, end in gaps)
         state = Text(f"nobody serves blocks {named}", style="bold red")
-    title = Text.assemble((first.model_name, "bold"), f"  {first.num_blocks} blocks, {count}, ", state)
+    title = Text.assemble(
+        (_plain(first.model_name), "bold"), f"  {first.num_blocks} blocks, {count}, ", state
+    )
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     table.add_column("server", no_wrap=True)
     table.add_column(_ruler(first.num_blocks), no_wrap=True)
@@ -44,19 +46,17 @@ def _model(records: list[ServerRecord]) -> RenderableType:
     table.add_column("free tokens", justify="right", no_wrap=True)
     for record in sorted(records, key=lambda record: (record.start, record.end, record.peer_id)):
         style = "yellow" if record.state == "draining" else "cyan"
+        bar = _marked([(record.start, record.end)], first.num_blocks, "█", "·")
         table.add_row(
-            f"…{record.peer_id[-8:]}",
-            Text(_bar(record.start, record.end, record.num_blocks), style=style),
+            Text(f"…{_plain(record.peer_id[-8:])}"),
+            Text(bar, style=style),
             f"{record.start}:{record.end}",
-            record.dtype,
+            Text(_plain(record.dtype)),
             f"{record.throughput:.0f}",
             f"{record.free_cache_tokens:,}",
         )
     if gaps:
-        marks = "".join(
-            "!" if any(start <= block < end for start, end in gaps) else " "
-            for block in _shown(first.num_blocks)
-        )
+        marks = _marked(gaps, first.num_blocks, "!", " ")
         table.add_row(Text("missing", style="bold red"), Text(marks, style="bold red"))
     return Group(title, table, Text(""))
 
@@ -67,18 +67,26 @@ def missing_blocks(records: Sequence[ServerRecord]) -> list[tuple[int, int]]:
     return ranges(uncovered(serving, 0, records[0].num_blocks))
 
 
-def _shown(blocks: int) -> Sequence[int]:
-    """The block that each character stands for."""
-    if blocks <= WIDEST:
-        return range(blocks)
-    return [column * blocks // WIDEST for column in range(WIDEST)]
+def _columns(blocks: int) -> list[range]:
+    """The blocks that each character stands for."""
+    width = min(blocks, WIDEST)
+    return [range(at * blocks // width, (at + 1) * blocks // width) for at in range(width)]
 
 
-def _bar(start: int, end: int, blocks: int) -> str:
-    return "".join("█" if start <= block < end else "·" for block in _shown(blocks))
+def _marked(spans: Sequence[tuple[int, int]], blocks: int, inside: str, outside: str) -> str:
+    """A character for each column: `inside` where at least one of its blocks is in one of the spans."""
+    return "".join(
+        inside if any(start < column.stop and column.start < end for start, end in spans) else outside
+        for column in _columns(blocks)
+    )
+
+
+def _plain(text: str) -> str:
+    """What a stranger wrote about himself, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _ruler(blocks: int) -> str:
-    width = len(_shown(blocks))
+    width = len(_columns(blocks))
     last = str(blocks - 1)
     return "0" + last.rjust(width - 1) if width > len(last) else last
