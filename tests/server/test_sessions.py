@@ -86,6 +86,17 @@ async def test_padded_rows_equal_themselves_alone(family: str) -> None:
     outputs = await stepwise(channel, tokens, (6, 7, 9), mask=mask, positions=positions)
     assert_same(outputs[:1], world.span.forward(tokens[:1]), 2e-4)
     assert_same(outputs[1:, 4:], world.span.forward(tokens[1:, 4:]), 2e-4)
+    await request(channel, Packet(CloseSession()))
+
+    sent = {"hidden": tokens, "mask": mask, "positions": positions}
+    output = (await request(channel, Packet(forward(), sent))).tensors["hidden"]
+    assert_same(output[1:, 4:], world.span.forward(tokens[1:, 4:]), 2e-4)
+    grad = noise(2, 9, HIDDEN, seed=12).float() * mask[:, :, None]  # as a loss gives none to padding
+    found = (await request(channel, Packet(backward(), sent | {"grad": grad}))).tensors["grad"]
+    alone = tokens[1:, 4:].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(world.span.forward(alone), alone, grad[1:, 4:])
+    torch.testing.assert_close(found[1:, 4:], wanted, rtol=1e-3, atol=1e-3)
+    assert not found[1, :4].any()
     await world.close()
 
 
