@@ -23,6 +23,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         self._announce = announce
         self._earlier: Any = None
         self._training = False
+        self._announcer: threading.Thread | None = None
 
     def __enter__(self) -> StopOnInterrupt:
         # Python allows signal handlers on the main thread only; elsewhere the caller has its own way to stop.
@@ -35,12 +36,17 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self._earlier is not None:
             signal.signal(signal.SIGINT, self._earlier)
+        if self._announcer is not None:
+            self._announcer.join()
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         if self.requested or not self._training:
             raise KeyboardInterrupt
         self.requested = True
-        self._announce("Stopping after this step; Ctrl-C again to stop at once without saving it.")
+        # On a thread: the signal may have come in the middle of a line that the main thread is writing.
+        line = "Stopping after this step; Ctrl-C again to stop at once without saving it."
+        self._announcer = threading.Thread(target=self._announce, args=(line,))
+        self._announcer.start()
 
     def on_step_begin(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: Any
