@@ -32,7 +32,8 @@ check: setup     ## lint and types
 	$(BIN)/mypy
 
 bench: setup     ## measure, each figure beside its baseline
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/quality_vs_peft.py
 
 nightly: setup   ## the tests that take longer
 	$(BIN)/pytest -n 2 --dist worksteal -m nightly

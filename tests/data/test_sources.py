@@ -112,8 +112,10 @@ def test_rows_that_do_not_fit_are_counted_and_the_rest_is_used(tmp_path: Path) -
     ]
     first, second = report.lines()
     assert first == "4 of 8 conversations used (messages)"
-    assert second.startswith("4 left out: row 4: not valid JSON; row 5: ")
-    assert second.endswith("; …")
+    assert second == (
+        "4 left out: not valid JSON (row 4); not of the shape of messages (rows 5, 6); "
+        "no reply to learn, with something said before it (row 7)"
+    )
 
 
 def test_of_many_bad_rows_the_first_are_kept_and_all_are_counted(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_of_many_bad_rows_the_first_are_kept_and_all_are_counted(tmp_path: Path)
     _, report = load_conversations(write(tmp_path / "data.json", rows))
     assert (report.read, report.used) == (1001, 1)
     assert [number for number, _ in report.skipped] == list(range(1, 21))
-    assert report.lines()[1].startswith("1,000 left out: row 1: prompt is empty; ")
+    assert report.lines()[1] == "1,000 left out: prompt is empty (rows 1, 2, 3, …)"
 
 
 def test_a_json_file_may_hold_named_lists(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -97,7 +96,6 @@ def local_swarm(
     """
     blocks = open_checkpoint(model).num_blocks  # a wrong name is found out before anything is started
     servers = min(servers, blocks)
-    threads = max(1, (os.cpu_count() or 1) // servers)
     children: list[Child] = []
     # A folder that a later start removes, should we be killed.
     with contextlib.closing(RuntimeDir()) as folder:
@@ -110,7 +108,7 @@ def local_swarm(
             for index in range(servers):
                 span = f"{index * blocks // servers}:{(index + 1) * blocks // servers}"
                 arguments = ["serve", model, "--blocks", span, "--peers", address]
-                arguments += ["--threads", str(threads), "--dtype", dtype, *options]
+                arguments += ["--dtype", dtype, *options]
                 children.append(Child(folder.path, f"server of blocks {span}", arguments))
             _ready(children[1:], deadline, say)
             yield LocalSwarm((address,), tuple(children[1:]))

@@ -7,6 +7,7 @@ user's mistake ends here in one sentence.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -55,6 +56,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; the process ends with the right exit code."""
+    # Idle compute threads sleep instead of spinning: servers, their network daemons and a client often share
+    # cores, and a spinning pool takes them from whoever has work. Has to be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except CorollaError as error:

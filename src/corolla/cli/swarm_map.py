@@ -43,7 +43,7 @@ def _model(records: list[ServerRecord]) -> RenderableType:
     table.add_column("blocks", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     table.add_column("tokens/s", justify="right", no_wrap=True)
-    table.add_column("free tokens", justify="right", no_wrap=True)
+    table.add_column("room", justify="right", no_wrap=True)  # tokens of attention cache
     for record in sorted(records, key=lambda record: (record.start, record.end, record.peer_id)):
         style = "yellow" if record.state == "draining" else "cyan"
         bar = _marked([(record.start, record.end)], first.num_blocks, "█", "·")

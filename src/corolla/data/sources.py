@@ -41,9 +41,19 @@ class LoadReport:
         lines = [f"{self.used:,} of {self.read:,} conversations used ({self.schema})"]
         left = self.read - self.used
         if left:
-            shown = "; ".join(f"row {number}: {reason}" for number, reason in self.skipped[:3])
-            lines.append(f"{left:,} left out: {shown}{'; …' if left > 3 else ''}")
+            lines.append(f"{left:,} left out: {'; '.join(self._reasons(left))}")
         return lines
+
+    def _reasons(self, left: int) -> list[str]:
+        """The kept reasons, each once, with the rows that it befell."""
+        rows: dict[str, list[str]] = {}
+        for number, reason in self.skipped:
+            rows.setdefault(reason, []).append(str(number))
+        shown = []
+        for reason, numbers in rows.items():
+            listed = ", ".join([*numbers[:3], *(["…"] if len(numbers) > 3 else [])])
+            shown.append(f"{reason} (row{'s' if len(numbers) > 1 else ''} {listed})")
+        return [*shown, "…"] if left > len(self.skipped) and len(rows) > 1 else shown
 
 
 def load_conversations(
