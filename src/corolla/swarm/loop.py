@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from corolla.errors import UsageError
 
@@ -44,12 +44,13 @@ class EventLoopThread:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("EventLoopThread.run would wait for itself; await the coroutine instead.")
-        future = self._submit(work)
+        cancellable = _Cancellable(work)
         try:
-            return future.result(timeout)
+            return self._submit(cancellable.run()).result(timeout)
         except BaseException:
-            # Whatever ended the wait (an interrupt, the timeout, or the work itself), nothing goes on.
-            future.cancel()
+            # Whatever ended the wait (an interrupt, even one that came while the work was being handed over,
+            # the timeout, or the work itself), nothing goes on.
+            self._call_off(cancellable)
             raise
 
     def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -72,6 +73,13 @@ class EventLoopThread:
             return  # the thread lives in the parent only
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def _call_off(self, work: _Cancellable[Any]) -> None:
+        with self._lock:
+            if os.getpid() == self._pid and not self._closed:
+                self._loop.call_soon_threadsafe(work.call_off)
+                return
+        work.call_off()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if os.getpid() != self._pid:
@@ -100,3 +108,27 @@ class EventLoopThread:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()
+
+
+class _Cancellable(Generic[T]):
+    """Work that can be called off at any moment, also before it has become a task."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._called_off = False
+
+    async def run(self) -> T:
+        """The work itself."""
+        if self._called_off:
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+        return await self._work
+
+    def call_off(self) -> None:
+        """Cancel it, or keep it from beginning. Runs on the loop's thread, or when there is no loop."""
+        self._called_off = True
+        if self._task is None:
+            self._work.close()
+        elif not self._task.done():
+            self._task.cancel()
