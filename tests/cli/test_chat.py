@@ -130,20 +130,19 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """Read until `text` is on the screen; gives what came before it, and forgets both."""
         while text not in self.seen:
-            ready, _, _ = select.select([self.screen], [], [], SECONDS)
-            assert ready, f"{text!r} did not come; the screen shows {self.seen!r}"
-            self.seen += os.read(self.screen, 4096).decode(errors="replace")
+            assert self.look(SECONDS), f"{text!r} did not come; the screen shows {self.seen!r}"
         before, _, self.seen = self.seen.partition(text)
         return before
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
-    def look(self, seconds: float) -> None:
-        """Read what comes within so many seconds."""
+    def look(self, seconds: float) -> bool:
+        """Read what comes within so many seconds; whether anything did."""
         ready, _, _ = select.select([self.screen], [], [], seconds)
         if ready:
-            self.seen += os.read(self.screen, 65536).decode(errors="replace")
+            self.seen += os.read(self.screen, 4096).decode(errors="replace")
+        return bool(ready)
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

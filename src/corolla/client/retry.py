@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEFAULT_PATIENCE = 600.0  # seconds without any success after which a call gives up
+DEFAULT_PATIENCE = 600.0  # seconds after its beginning at which a call that fails again gives up
 LONGEST_PAUSE = 5.0
 MOST_INTERNAL_ERRORS = 3  # of servers in a row for one request: then it is the request that they cannot do
 FINAL_REFUSALS = {"malformed", "too_large", "out_of_order"}  # another server would say the same
@@ -39,7 +39,7 @@ class Retry:
 
         Raises the attempt's own error where repeating cannot help, `SwarmUnavailable` when patience ends.
         """
-        last_success, failures, internal = time.monotonic(), 0, 0
+        started, failures, internal = time.monotonic(), 0, 0
         while True:
             try:
                 return await attempt()
@@ -48,7 +48,7 @@ class Retry:
                 if _is_final(error) or internal > MOST_INTERNAL_ERRORS:
                     raise
                 failures += 1
-                waited = time.monotonic() - last_success
+                waited = time.monotonic() - started
                 if waited > self._patience:
                     raise SwarmUnavailable(f"Gave up on {what} after {waited:.0f} s: {error}") from error
                 log.warning("%s: %s; trying again", what, error)
