@@ -1,0 +1,70 @@
+"""Asking for help loads nothing heavy, so that it is there at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# What takes long to import; and the packages of ours that could only be there to bring such things in.
+HEAVY = (
+    "torch",
+    "transformers",
+    "hivemind",
+    "numpy",
+    "scipy",
+    "datasets",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "pandas",
+    "pyarrow",
+    "corolla.models",
+    "corolla.client",
+    "corolla.server",
+    "corolla.tuning",
+    "corolla.chat",
+)
+COMMANDS = ("bootstrap", "serve", "status", "tune", "chat", "demo")
+
+PROGRAM = f"""
+import sys
+from corolla.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+print("loaded:", *loaded, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), *((command,) for command in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    done = run(PROGRAM, *arguments, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
+    assert done.stderr.split("loaded:")[-1].split() == []
+
+
+def test_the_version_imports_nothing_heavy() -> None:
+    done = run(PROGRAM, "--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("corolla ")
+    assert done.stderr.split("loaded:")[-1].split() == []
+
+
+def test_an_import_would_be_seen() -> None:
+    done = run("import corolla.models.prompts\n" + PROGRAM, "--help")
+    assert {"torch", "corolla.models"} <= set(done.stderr.split("loaded:")[-1].split())
