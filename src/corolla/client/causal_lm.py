@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.heads import share_head
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.session import InferenceSession, sequences_of
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
@@ -287,7 +288,9 @@ def load_shell(checkpoint: Checkpoint, connection: SwarmConnection, dtype: str |
         )
     model.config._name_or_path = model.name_or_path = checkpoint.name
     model.generation_config = _generation_config(checkpoint, model.generation_config)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    share_head(model)
+    return model
 
 
 def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:

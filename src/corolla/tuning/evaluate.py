@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.client.losses import deferred_logits, token_losses
 from corolla.data.render import NO_LOSS, Example
 from corolla.tuning.batches import BatchMaker
 
@@ -111,11 +112,12 @@ def evaluate(model: Any, examples: Sequence[Example], batches: BatchMaker, batch
 
 @torch.no_grad()
 def _token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of every token that carries one, row after row, float32 [n]."""
+    """The loss of every token that carries one, row after row, at least float32 [n]."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits.float()
-    return torch.nn.functional.cross_entropy(logits, flat_targets(labels), reduction="none").cpu()
+    with deferred_logits():
+        logits = model(**batch, use_cache=False).logits
+    return token_losses(logits, flat_targets(labels)).cpu()
 
 
 def flat_targets(labels: Tensor) -> Tensor:

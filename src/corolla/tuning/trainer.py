@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from corolla.client.losses import summed_cross_entropy
 from corolla.errors import NonFiniteLoss, UsageError
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
@@ -120,9 +121,9 @@ def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
 
     `outputs.logits` [n, V] stand where `logits_to_keep` is true, in the order of `flat_targets(labels)`.
     """
-    logits, targets = outputs.logits.float(), flat_targets(labels)
+    targets = flat_targets(labels)
     count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
+    return summed_cross_entropy(outputs.logits, targets) / count
 
 
 class FiniteGradients(TrainerCallback):  # type: ignore[misc]

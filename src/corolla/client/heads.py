@@ -1,0 +1,200 @@
+"""The head of a distributed model: one for all its users, and no logits that nobody looks at.
+
+Invariant: a `SharedHead` is the family's `nn.Linear` to all who look at it (weight, bias, keys of the state
+dict, tied weights), and gives its logits. Two things differ, both unseen: rows that several threads bring at
+the same time are multiplied together, since a product of many rows costs little more than that of one (the
+weights are read once); and in training logits are deferred (`client/losses.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from corolla.client.losses import DeferredLogits, causal_lm_loss, wanted_deferred
+
+FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing from company
+MOST_ROWS = 256  # of one product
+
+Product = Callable[[Tensor], Tensor]
+
+
+def share_head(model: PreTrainedModel) -> None:
+    """Put a `SharedHead` in the place of the model's head, and the loss that goes with it.
+
+    A head that is no plain `nn.Linear`, or a loss other than the usual one, is left as it is.
+    """
+    head: Any = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(SharedHead.like(head))
+    if model.loss_function is ForCausalLMLoss:
+        model.loss_function = causal_lm_loss
+
+
+class SharedHead(nn.Linear):
+    """Hidden states [..., H] to logits [..., V]; to be called from any number of threads."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._queue = RowQueue()
+        self._kernel: tuple[Product] | None = None  # in a tuple, so that it is no part of the state dict
+
+    @classmethod
+    def like(cls, head: nn.Linear) -> Self:
+        """One with the very parameters of `head`."""
+        made = cls(head.in_features, head.out_features, head.bias is not None, device="meta")
+        made.weight, made.bias = head.weight, head.bias
+        return made.train(head.training)
+
+    def use_kernel(self, kernel: Product | None) -> None:
+        """Compute logits by `kernel`, [n, H] to [n, V]; None: by the weights as they are.
+
+        It must be differentiable for hidden states, and is only used while the weights are frozen.
+        """
+        self._kernel = None if kernel is None else (kernel,)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no parameter wants a gradient."""
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As `nn.Linear`; deferred where a loss is likely to follow."""
+        if not self.frozen:
+            return super().forward(hidden)
+        if wanted_deferred(hidden):
+            return DeferredLogits(hidden, self._product, self.out_features)
+        if not self._may_share(hidden):
+            return self._product(hidden)
+        rows = hidden.reshape(-1, self.in_features)
+        return self._queue.run(rows, self._product).reshape(*hidden.shape[:-1], self.out_features)
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        if self._kernel is None or not self.frozen:
+            return F.linear(hidden, self.weight, self.bias)
+        rows = self._kernel[0](hidden.reshape(-1, self.in_features))
+        return rows.reshape(*hidden.shape[:-1], self.out_features)
+
+    def _may_share(self, hidden: Tensor) -> bool:
+        """What would raise, or compute otherwise than its neighbours, stays by itself."""
+        return (
+            hidden.device.type == "cpu"
+            and hidden.shape[-1] == self.in_features
+            and hidden.dtype == self.weight.dtype
+            and 0 < hidden.numel() <= FEW_ROWS * self.in_features
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
+class _Call:
+    """One caller's rows, and what becomes of them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.result: Tensor | None = None
+        self.error: Exception | None = None
+        self.woken = threading.Event()  # served, or to lead
+
+    @property
+    def served(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class RowQueue:
+    """Joins what threads bring while a product is being computed into the next product.
+
+    Whoever comes when nobody is at work leads: takes its own rows and all that wait, multiplies, hands out the
+    results and lets the next one lead. So one caller alone waits for nothing. An interrupt in one thread (they
+    come at any point of the code) costs the others at most a second computation: calls leave the list when
+    they are served and not before, and every caller puts things in order when it leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[_Call] = []  # all that are not served, the leader among them
+        self._leader: _Call | None = None
+
+    def __deepcopy__(self, _memo: Any) -> RowQueue:
+        return RowQueue()
+
+    def __reduce__(self) -> tuple[type[RowQueue], tuple[()]]:
+        return RowQueue, ()
+
+    @property
+    def waiting(self) -> int:
+        """Calls that are not served yet."""
+        return len(self._waiting)
+
+    def run(self, rows: Tensor, product: Product) -> Tensor:
+        """`product(rows)`, [n, H] to [n, V], in one with other threads' rows; n > 0, no gradient.
+
+        An error of the product is raised in all threads whose rows were in it.
+        """
+        call = _Call(rows)
+        try:
+            self._enter(call)
+            if self._leader is not call:
+                call.woken.wait()
+            if not call.served:
+                self._lead(call, product)
+        finally:
+            self._leave(call)
+        if call.error is not None:
+            raise call.error
+        assert call.result is not None
+        return call.result
+
+    def _enter(self, call: _Call) -> None:
+        with self._lock:
+            self._waiting.append(call)
+            if self._leader is None:
+                self._leader = call
+
+    def _lead(self, call: _Call, product: Product) -> None:
+        with self._lock:
+            batch = self._batch_of(call)
+        try:
+            results = _multiply([member.rows for member in batch], product)
+        except Exception as error:
+            for member in batch:
+                member.error = error
+        else:
+            for member, result in zip(batch, results, strict=True):
+                member.result = result
+
+    def _batch_of(self, leader: _Call) -> list[_Call]:
+        """The leader and those that wait, first come first served, as many as fit."""
+        batch, count = [leader], len(leader.rows)
+        for call in self._waiting:
+            if call is not leader and count + len(call.rows) <= MOST_ROWS:
+                batch.append(call)
+                count += len(call.rows)
+        return batch
+
+    def _leave(self, call: _Call) -> None:
+        with self._lock:
+            for other in self._waiting:
+                if other.served:
+                    other.woken.set()
+            self._waiting = [other for other in self._waiting if other is not call and not other.served]
+            if self._leader is call:
+                self._leader = self._waiting[0] if self._waiting else None
+            if self._leader is not None:
+                self._leader.woken.set()
+
+
+def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:
+    # Neither the leader's inference mode nor its gradients may come to strangers with the results.
+    with torch.inference_mode(False), torch.no_grad():
+        if len(parts) == 1:
+            return [product(parts[0])]
+        return list(torch.split(product(torch.cat(parts)), [len(part) for part in parts]))

@@ -1,0 +1,259 @@
+"""Cross-entropy without the logits: the head and the loss together, some rows at a time.
+
+Invariant: what comes out equals what the family's own head, its scaling and its cross-entropy give; but of the
+logits of a batch [n, V] no more than `CHUNK_ROWS` rows exist at a time, and the gradient for the hidden states
+is made while they do. Whoever reads the logits all the same finds them: they are computed then.
+
+The head and the loss in one: Hsu et al. 2024 (Liger kernels, arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+CHUNK_ROWS = 256  # of 50,000 words in float32: 50 MB
+IGNORED = -100  # the label of a position that carries no loss
+
+Product = Callable[[Tensor], Tensor]
+_deferring: ContextVar[bool] = ContextVar("corolla_deferring", default=False)
+
+# What can be said of logits without having them.
+_KNOWN: frozenset[Any] = frozenset(
+    {
+        Tensor.shape.__get__,  # type: ignore[attr-defined]
+        Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        Tensor.device.__get__,
+        Tensor.layout.__get__,  # type: ignore[attr-defined]
+        Tensor.ndim.__get__,  # type: ignore[attr-defined]
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.is_floating_point,
+        torch.is_floating_point,
+    }
+)
+# What families do to each logit by itself (gemma2's cap, cohere's and granite's scale): noted, done later.
+_ELEMENTWISE: frozenset[Any] = frozenset(
+    {
+        Tensor.__mul__,
+        Tensor.__rmul__,
+        Tensor.__truediv__,
+        Tensor.mul,
+        Tensor.div,
+        torch.mul,
+        torch.div,
+        Tensor.tanh,
+        torch.tanh,
+        Tensor.float,
+        Tensor.contiguous,
+    }
+)
+
+
+class DeferredLogits(Tensor):
+    """Logits [..., V] that are computed when somebody looks at them, from hidden states [..., H].
+
+    For all other code a tensor like any other: the first operation on it, but for those that treat each
+    number by itself and alike, computes the whole, with the gradient that it would have had.
+    """
+
+    hidden: Tensor
+    _product: Product
+    _steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
+    _with_grad: bool
+    _whole: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, hidden: Tensor, product: Product, width: int, *, dtype: torch.dtype | None = None
+    ) -> DeferredLogits:
+        """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable."""
+        made = Tensor._make_wrapper_subclass(
+            cls, (*hidden.shape[:-1], width), dtype=dtype or hidden.dtype, device=hidden.device
+        )
+        made.hidden, made._product, made._steps, made._whole = hidden, product, (), None
+        made._with_grad = torch.is_grad_enabled()
+        result: DeferredLogits = made
+        return result
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """The logits [n, V] of other hidden states [n, H]."""
+        logits = self._product(hidden)
+        for function, arguments in self._steps:
+            logits = function(logits, *arguments)
+        return logits
+
+    def whole(self) -> Tensor:
+        """All logits, as an ordinary tensor."""
+        if self._whole is None:
+            with torch.set_grad_enabled(self._with_grad):
+                self._whole = self.of(self.hidden)
+        return self._whole
+
+    def _then(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> DeferredLogits:
+        dtype = torch.float32 if function is Tensor.float else self.dtype
+        later = DeferredLogits(self.hidden, self._product, self.shape[-1], dtype=dtype)
+        later._steps = (*self._steps, (function, arguments))
+        later._with_grad = self._with_grad
+        return later
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args else None
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is Tensor.requires_grad.__get__ and isinstance(first, cls):  # type: ignore[attr-defined]
+            return first._with_grad and first.hidden.requires_grad
+        simple = all(isinstance(argument, (int, float)) for argument in args[1:]) and not kwargs
+        if func in _ELEMENTWISE and isinstance(first, cls) and first._whole is None and simple:
+            return first._then(func, args[1:])
+        real_args, real_kwargs = tree_map(_real, (args, kwargs or {}))
+        return func(*real_args, **real_kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        real_args, real_kwargs = tree_map(_real, (args, kwargs or {}))
+        return func(*real_args, **real_kwargs)
+
+
+def _real(value: Any) -> Any:
+    return value.whole() if isinstance(value, DeferredLogits) else value
+
+
+@contextlib.contextmanager
+def deferred_logits() -> Iterator[None]:
+    """Within the block a distributed model's logits are deferred without gradients, too."""
+    token = _deferring.set(True)
+    try:
+        yield
+    finally:
+        _deferring.reset(token)
+
+
+def wanted_deferred(hidden: Tensor) -> bool:
+    """Whether the logits of these hidden states should be deferred: a loss is likely to follow."""
+    return _deferring.get() or (torch.is_grad_enabled() and hidden.requires_grad)
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As `transformers`' `ForCausalLMLoss`, rows without a label left out and the others in chunks.
+
+    A scalar, float32 (float64 for a model in float64).
+    """
+    targets = None if labels is None else F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels if shift_labels is not None else targets
+    deferred = isinstance(logits, DeferredLogits)
+    if not deferred or targets is None or targets.numel() != logits.shape[:-1].numel():
+        loss: Tensor = ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )
+        return loss
+    targets = targets.reshape(-1).to(logits.device)
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, Tensor):
+        count = count.to(logits.device)
+    return summed_cross_entropy(logits, targets, ignore_index) / count
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Sum of the cross-entropies of logits [..., V] with `targets` int64 [n], those to ignore left out.
+
+    A scalar, float32 or float64. In chunks where the logits are deferred.
+    """
+    if not isinstance(logits, DeferredLogits):
+        rows = _wide(logits.reshape(-1, logits.shape[-1]))
+        return F.cross_entropy(rows, targets, reduction="sum", ignore_index=ignore_index)
+    hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+    kept = targets != ignore_index
+    if not bool(kept.all()):
+        hidden, targets = hidden[kept], targets[kept]
+    total: Tensor = _ChunkedLoss.apply(hidden, targets, logits.of)  # type: ignore[no-untyped-call]
+    return total
+
+
+@torch.no_grad()
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each row of logits [..., V] with `targets` int64 [n]; float32 or float64 [n].
+
+    Not differentiable. In chunks where the logits are deferred.
+    """
+    if not isinstance(logits, DeferredLogits):
+        rows = _wide(logits.reshape(-1, logits.shape[-1]))
+        return F.cross_entropy(rows, targets, reduction="none")
+    hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+    losses = [
+        F.cross_entropy(_wide(logits.of(rows)), wanted, reduction="none")
+        for rows, wanted in zip(
+            torch.split(hidden, CHUNK_ROWS), torch.split(targets, CHUNK_ROWS), strict=True
+        )
+    ]
+    return torch.cat(losses)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Hidden states [n, H] and targets [n] to the summed loss; the gradient is ready when the loss is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits_of: Product) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            rows, wanted = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
+            loss, own = _loss_of_chunk(rows, wanted, logits_of, with_gradient=gradient is not None)
+            total += loss
+            if gradient is not None and own is not None:
+                gradient[start : start + CHUNK_ROWS] = own
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        gradient: Tensor = ctx.gradient
+        return gradient * grad.to(gradient.dtype), None, None
+
+
+def _loss_of_chunk(
+    hidden: Tensor, targets: Tensor, logits_of: Product, *, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    with torch.set_grad_enabled(with_gradient):
+        leaf = hidden.detach().requires_grad_(with_gradient)
+        logits = logits_of(leaf)
+    chances = torch.log_softmax(_wide(logits.detach()), dim=-1)
+    loss = -chances.gather(1, targets[:, None]).sum()
+    if not with_gradient:
+        return loss, None
+    # The gradient of the loss for the logits: the probabilities, less one where the target is.
+    chances.exp_()
+    chances[torch.arange(len(targets), device=targets.device), targets] -= 1
+    (gradient,) = torch.autograd.grad(logits, leaf, chances.to(logits.dtype))
+    return loss, gradient
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32, as `transformers` computes losses."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,303 @@
+"""One head for many threads: rows that come together are multiplied together, and nobody is hurt by another.
+
+Threads are led by a product that waits until the test lets it go, so every order of events is one that was
+asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from tests.client.conftest import Pair, random_ids
+from tests.tiny_models import tiny_config, tiny_model
+from torch import Tensor, nn
+
+from corolla.client.heads import FEW_ROWS, MOST_ROWS, RowQueue, SharedHead, share_head
+
+PairOf = Callable[..., Pair]
+WAIT = 30.0  # seconds after which a test that hangs is given up
+WIDTH, WORDS = 16, 40
+
+
+class Product:
+    """A head's product, each of which waits to be let go."""
+
+    def __init__(self, count_of_holds: int = 1) -> None:
+        self.weight = torch.randn(WORDS, WIDTH, generator=torch.Generator().manual_seed(1))
+        self.sizes: list[int] = []
+        self.errors: dict[int, BaseException] = {}  # by the number of the product
+        self.begun = [threading.Event() for _ in range(count_of_holds)]
+        self.let_go = [threading.Event() for _ in range(count_of_holds)]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        number = len(self.sizes)
+        self.sizes.append(len(rows))
+        if number < len(self.begun):
+            self.begun[number].set()
+            assert self.let_go[number].wait(WAIT)
+        if number in self.errors:
+            raise self.errors[number]
+        return rows @ self.weight.T
+
+
+def rows_of(seed: int, count: int = 1) -> Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(100 + seed))
+
+
+class Crowd:
+    """Threads that use one queue."""
+
+    def __init__(self, product: Any) -> None:
+        self.queue = RowQueue()
+        self.product = product
+        self.threads: list[threading.Thread] = []
+
+    def call(self, rows: Tensor) -> Future[Tensor]:
+        """`rows` from a new thread, which has joined the queue (or got its result) on return."""
+        future: Future[Tensor] = Future()
+        expected = self.queue.waiting + 1
+
+        def work() -> None:
+            try:
+                future.set_result(self.queue.run(rows, self.product))
+            except BaseException as error:
+                future.set_exception(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        deadline = threading.Event()
+        while self.queue.waiting < expected and not future.done():
+            deadline.wait(0.001)
+        return future
+
+    def end(self) -> None:
+        """All threads are done, and the queue is as at the beginning."""
+        for thread in self.threads:
+            thread.join(WAIT)
+            assert not thread.is_alive()
+        assert self.queue.waiting == 0
+        assert self.queue._leader is None
+
+
+def test_one_alone_computes_at_once_and_in_its_own_thread() -> None:
+    seen: list[threading.Thread] = []
+
+    def product(rows: Tensor) -> Tensor:
+        seen.append(threading.current_thread())
+        return rows * 2
+
+    queue, rows = RowQueue(), rows_of(0)
+    assert torch.equal(queue.run(rows, product), rows * 2)
+    assert seen == [threading.current_thread()]
+    assert queue.waiting == 0
+
+
+def test_who_comes_meanwhile_goes_together() -> None:
+    product = Product()
+    crowd = Crowd(product)
+    parts = [rows_of(index, 1 + index % 3) for index in range(9)]
+    futures = [crowd.call(parts[0])]
+    assert product.begun[0].wait(WAIT)
+    futures += [crowd.call(part) for part in parts[1:]]
+    product.let_go[0].set()
+    for part, future in zip(parts, futures, strict=True):
+        torch.testing.assert_close(future.result(WAIT), part @ product.weight.T, atol=1e-5, rtol=0.0)
+    assert product.sizes == [1, sum(len(part) for part in parts[1:])]
+    crowd.end()
+
+
+def test_a_product_does_not_grow_without_end() -> None:
+    product = Product()
+    crowd = Crowd(product)
+    futures = [crowd.call(rows_of(0))]
+    assert product.begun[0].wait(WAIT)
+    futures += [crowd.call(rows_of(index, FEW_ROWS)) for index in range(1, 7)]
+    product.let_go[0].set()
+    for future in futures:
+        future.result(WAIT)
+    assert product.sizes == [1, MOST_ROWS, 6 * FEW_ROWS - MOST_ROWS]
+    crowd.end()
+
+
+def test_an_error_reaches_all_whose_rows_were_in_it_and_nobody_else() -> None:
+    product = Product(2)
+    product.errors[1] = MemoryError("no room")
+    crowd = Crowd(product)
+    first = crowd.call(rows_of(0))
+    assert product.begun[0].wait(WAIT)
+    unlucky = [crowd.call(rows_of(index)) for index in range(1, 4)]
+    product.let_go[0].set()
+    assert product.begun[1].wait(WAIT)
+    later = crowd.call(rows_of(4))
+    product.let_go[1].set()
+    for future in unlucky:
+        with pytest.raises(MemoryError, match="no room"):
+            future.result(WAIT)
+    for seed, future in ((0, first), (4, later)):
+        torch.testing.assert_close(future.result(WAIT), rows_of(seed) @ product.weight.T, atol=1e-5, rtol=0.0)
+    crowd.end()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["alone", "for others too"])
+def test_ctrl_c_in_the_thread_that_computes_hurts_no_other(number: int) -> None:
+    product = Product(2)
+    product.errors[number] = KeyboardInterrupt()
+    crowd = Crowd(product)
+    first = crowd.call(rows_of(0))
+    assert product.begun[0].wait(WAIT)
+    others = [crowd.call(rows_of(index)) for index in range(1, 4)]
+    for event in product.let_go:
+        event.set()
+    results = [future.exception(WAIT) for future in (first, *others)]
+    assert [type(error) for error in results].count(KeyboardInterrupt) == 1
+    for seed, future in enumerate((first, *others)):
+        if future.exception(WAIT) is None:
+            expected = rows_of(seed) @ product.weight.T
+            torch.testing.assert_close(future.result(WAIT), expected, atol=1e-5, rtol=0.0)
+    assert product.sizes == ([1, 3] if number == 0 else [1, 3, 2])
+    crowd.end()
+
+
+def test_ctrl_c_in_a_thread_that_waits_hurts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes where a thread stands that has just been asked to lead."""
+    product = Product()
+    crowd = Crowd(product)
+    first = crowd.call(rows_of(0))
+    assert product.begun[0].wait(WAIT)
+    plain = threading.Event.wait
+    interrupted: list[threading.Event] = []
+
+    def wait(self: threading.Event, timeout: float | None = None) -> bool:
+        done = plain(self, timeout)
+        if self in interrupted:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    second = crowd.call(rows_of(1))
+    third = crowd.call(rows_of(2))
+    interrupted.append(crowd.queue._waiting[1].woken)
+    product.let_go[0].set()
+    assert isinstance(second.exception(WAIT), KeyboardInterrupt)
+    for seed, future in ((0, first), (2, third)):
+        torch.testing.assert_close(future.result(WAIT), rows_of(seed) @ product.weight.T, atol=1e-5, rtol=0.0)
+    assert product.sizes == [1, 1]
+    crowd.end()
+
+
+def test_gradients_and_inference_mode_stay_with_their_thread() -> None:
+    """A leader in inference mode gives others tensors that they can go on with."""
+    product = Product()
+    queue, results = RowQueue(), {}
+
+    def infer() -> None:
+        with torch.inference_mode():
+            results["leader"] = queue.run(rows_of(0), product)
+
+    def follow() -> None:
+        results["follower"] = queue.run(rows_of(1), product)
+
+    threads = [threading.Thread(target=infer)]
+    threads[0].start()
+    assert product.begun[0].wait(WAIT)
+    threads += [threading.Thread(target=follow), threading.Thread(target=infer)]
+    for count, thread in enumerate(threads[1:], start=2):
+        thread.start()
+        while queue.waiting < count:
+            pass
+    product.let_go[0].set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert product.sizes == [1, 2]
+    assert not results["follower"].is_inference()
+    weight = torch.ones(WORDS, requires_grad=True)
+    (results["follower"] * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, results["follower"][0])
+
+
+# --- as a module ---------------------------------------------------------------------------------------------
+
+
+def test_it_is_the_familys_head_to_all_who_look_at_it() -> None:
+    plain = tiny_model(tiny_config("llama", layers=1, tie_word_embeddings=True)).requires_grad_(False)
+    model = copy.deepcopy(plain)
+    share_head(model)
+    head = model.get_output_embeddings()
+    assert isinstance(head, SharedHead)
+    assert isinstance(head, nn.Linear)
+    assert head.weight is model.get_input_embeddings().weight
+    assert list(model.state_dict()) == list(plain.state_dict())
+    head.use_kernel(nn.Linear(32, 256))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert len(list(model.parameters())) == len(list(plain.parameters()))
+    head.use_kernel(None)
+    model.tie_weights()
+    assert model.get_output_embeddings() is head
+    assert head.weight is model.get_input_embeddings().weight
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(other(torch.ones(1, 32)), head(torch.ones(1, 32)))
+    model.double()
+    assert model(torch.tensor([[3, 4]])).logits.dtype == torch.float64
+    model.resize_token_embeddings(260)
+    assert model(torch.tensor([[3, 259]])).logits.shape == (1, 2, 260)
+
+
+def test_a_kernel_computes_while_the_head_is_frozen() -> None:
+    head = SharedHead(4, 6).requires_grad_(False)
+    rows = torch.ones(2, 3, 4)
+    expected = head(rows)
+    head.use_kernel(lambda hidden: nn.functional.linear(hidden, head.weight, head.bias) + 1)
+    torch.testing.assert_close(head(rows), expected + 1)
+    torch.testing.assert_close(head(torch.ones(2, 50, 4))[:, :3], expected + 1)
+    torch.testing.assert_close(head(rows.requires_grad_()) + 0, expected + 1)
+    head.requires_grad_(True)
+    torch.testing.assert_close(head(rows), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5, 3)])
+def test_rows_that_do_not_fit_are_nobody_elses_error(shape: tuple[int, ...]) -> None:
+    head = SharedHead(4, 6).requires_grad_(False)
+    with pytest.raises(RuntimeError):
+        head(torch.ones(shape))
+    with pytest.raises(RuntimeError):
+        head(torch.ones(1, 4, dtype=torch.float64))
+    assert head._queue.waiting == 0
+
+
+def test_sessions_in_threads_say_what_they_say_alone(pair_of: PairOf) -> None:
+    pair = pair_of("llama")
+    model = pair.model()
+    prompts = [random_ids(1, 3 + index, seed=index) for index in range(6)]
+    alone = [pair.local.generate(ids, max_new_tokens=12, do_sample=False) for ids in prompts]
+    head = model.get_output_embeddings()
+    sizes: list[int] = []
+    together = threading.Barrier(len(prompts))
+
+    def product(rows: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        return nn.functional.linear(rows, head.weight)
+
+    head.use_kernel(product)
+    found: dict[int, Tensor] = {}
+
+    def talk(index: int) -> None:
+        together.wait(WAIT)
+        with model.inference_session(max_length=40) as session:
+            found[index] = model.generate(prompts[index], max_new_tokens=12, do_sample=False, session=session)
+
+    threads = [threading.Thread(target=talk, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    for index, expected in enumerate(alone):
+        assert torch.equal(found[index], expected)
+    assert sum(sizes) == 12 * len(prompts)
