@@ -1,0 +1,196 @@
+"""Each kernel against `F.linear` in the same arithmetic: values, gradients, shapes, strangers, memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corolla.errors import UsageError
+from corolla.models.kernels.int8 import Int8Linear, activation_levels, has_int8
+from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
+
+SIZES = [(7, 5), (64, 48), (1, 33), (130, 1)]  # [out, in]
+KINDS = [
+    pytest.param(
+        PackedLinear,
+        marks=pytest.mark.skipif(
+            not is_packable(torch.device("cpu"), torch.float32), reason="torch without oneDNN"
+        ),
+    ),
+    pytest.param(Int8Linear, marks=pytest.mark.skipif(not has_int8(), reason="torch without fbgemm")),
+]
+Kind = type[PackedLinear] | type[Int8Linear]
+
+
+def plain(out: int, width: int, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(out * 1000 + width)
+    return nn.Linear(width, out, bias=bias).requires_grad_(False)
+
+
+def made(kind: Kind, layer: nn.Linear) -> FrozenLinear:
+    return kind(layer.weight, layer.bias)
+
+
+def expected(kind: Kind, value: Tensor, layer: nn.Linear) -> Tensor:
+    """In the kernel's own arithmetic: for int8, rows and channels rounded to their steps, in float64."""
+    if kind is PackedLinear:
+        return F.linear(value, layer.weight, layer.bias)
+    levels = activation_levels()
+    largest = value.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
+    rounded = torch.round(value / largest * levels).double() * (largest.double() / levels)
+    return F.linear(
+        rounded, stored(layer).double(), layer.bias if layer.bias is None else layer.bias.double()
+    ).float()
+
+
+def stored(layer: nn.Linear) -> Tensor:
+    """The weight after rounding to 127 steps a channel."""
+    scales = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+    return torch.round(layer.weight / scales) * scales
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(1,), (9,), (0,), (2, 3), (2, 0), (1, 1), (70,)], ids=str)
+def test_values(kind: Kind, size: tuple[int, int], bias: bool, shape: tuple[int, ...]) -> None:
+    layer = plain(*size, bias=bias)
+    value = torch.randn(*shape, size[1])
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            result = made(kind, layer)(value)
+        assert result.shape == (*shape, size[0])
+        torch.testing.assert_close(result, expected(kind, value, layer), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (0,), (2, 3), (40,)], ids=str)
+def test_the_gradient_is_that_of_the_weight_that_is_stored(
+    kind: Kind, size: tuple[int, int], shape: tuple[int, ...]
+) -> None:
+    layer = plain(*size)
+    packed = made(kind, layer)
+    value = torch.randn(*shape, size[1], requires_grad=True)
+    output = packed(value)
+    # A gradient with strides of its own, as an expanded or transposed one has.
+    outer = torch.randn(*reversed((*shape, size[0]))).permute(*reversed(range(len(shape) + 1)))
+    (found,) = torch.autograd.grad(output, value, outer)
+    weight = layer.weight if kind is PackedLinear else stored(layer)
+    torch.testing.assert_close(found, outer @ weight, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_say_the_same_as_the_gradient(kind: Kind) -> None:
+    """Finite differences along the gradient, so that forward and backward are about the same function."""
+    layer = plain(48, 64)
+    packed = made(kind, layer)
+    value = torch.randn(5, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(packed(value).square().sum(), value)
+    step = 0.5 * gradient / gradient.norm()  # wide, so that int8's steps average out
+    with torch.no_grad():
+        above = packed(value + step).double().square().sum()
+        below = packed(value - step).double().square().sum()
+    tolerance = 1e-4 if kind is PackedLinear else 2e-2
+    assert float(above - below) == pytest.approx(float(gradient.norm()), rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_of_layers_passes_gradients_on(kind: Kind) -> None:
+    first, second = plain(48, 64), plain(7, 48)
+    value = torch.randn(3, 64, requires_grad=True)
+    hidden = made(kind, first)(value)
+    made(kind, second)(torch.tanh(hidden)).sum().backward()
+    assert value.grad is not None
+    assert float(value.grad.norm()) > 0
+    assert hidden.grad_fn is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_do_not_matter(kind: Kind) -> None:
+    layer = plain(64, 48)
+    packed = made(kind, layer)
+    wide = torch.randn(6, 8, 96)
+    for view in (wide[:, ::3, ::2], wide[..., :48].transpose(0, 1), torch.randn(48, 5).t()):
+        torch.testing.assert_close(packed(view), packed(view.contiguous()), atol=0, rtol=0)
+    turned = nn.Linear(48, 64).requires_grad_(False)
+    turned.weight = nn.Parameter(layer.weight.t().contiguous().t(), requires_grad=False)
+    torch.testing.assert_close(kind(turned.weight).weight, kind(layer.weight).weight, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [2, 8, 33])
+def test_a_row_is_the_same_alone_and_among_strangers(kind: Kind, rows: int) -> None:
+    packed = made(kind, plain(130, 96))
+    crowd = torch.randn(rows, 96) * torch.logspace(-3, 3, rows)[:, None]  # loud strangers
+    together = packed(crowd)
+    for index in range(rows):
+        alone = packed(crowd[index : index + 1])
+        tolerance = 0.0 if kind is Int8Linear else 3e-6 * float(crowd[index].abs().max())
+        torch.testing.assert_close(together[index : index + 1], alone, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_weight_is_freed(kind: Kind) -> None:
+    layer = plain(64, 48)
+    weight = weakref.ref(layer.weight)
+    packed = made(kind, layer)
+    packed(torch.randn(2, 48, requires_grad=True)).sum().backward()
+    del layer
+    gc.collect()
+    assert weight() is None
+    assert packed.weight_bytes() <= 64 * 48 * 4 + 64 * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_reads_as_a_plain_tensor(kind: Kind) -> None:
+    layer = plain(64, 48)
+    packed = made(kind, layer)
+    assert (packed.weight.shape, packed.weight.dtype, packed.weight.device) == (
+        layer.weight.shape,
+        torch.float32,
+        torch.device("cpu"),
+    )
+    torch.testing.assert_close(packed.weight, layer.weight if kind is PackedLinear else stored(layer))
+    assert list(packed.state_dict()) == list(layer.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_dtype_is_refused(kind: Kind) -> None:
+    packed = made(kind, plain(64, 48))
+    for wrong in (torch.randn(2, 48, dtype=torch.float64), torch.randn(2, 48).bfloat16(), torch.randn(2, 47)):
+        with pytest.raises(UsageError, match=r"takes float32 \[..., 48\]"):
+            packed(wrong)
+    for move in (packed.double, packed.bfloat16, lambda: packed.to("meta")):
+        with pytest.raises(UsageError, match="stays in float32"):
+            move()
+    assert packed.float() is packed
+    assert packed.to("cpu") is packed
+
+
+@pytest.mark.skipif(not has_int8(), reason="torch without fbgemm")
+def test_int8_does_not_saturate() -> None:
+    """The worst case: every product at its largest, on both ends of the range."""
+    width = 576
+    weight = torch.ones(16, width)
+    weight[8:] = -1
+    packed = Int8Linear(weight)
+    for sign in (1.0, -1.0):
+        found = packed(torch.full((3, width), sign))
+        torch.testing.assert_close(found, weight.sum(dim=1).expand(3, -1) * sign)
+
+
+@pytest.mark.skipif(not has_int8(), reason="torch without fbgemm")
+def test_int8_keeps_zeros_and_extremes() -> None:
+    packed = Int8Linear(torch.zeros(4, 8))
+    assert torch.equal(packed(torch.randn(2, 8)), torch.zeros(2, 4))
+    packed = Int8Linear(torch.eye(8), torch.ones(8))
+    assert torch.equal(packed(torch.zeros(1, 8)), torch.ones(1, 8))
+    tiny, huge = torch.full((1, 8), 1e-20), torch.full((1, 8), 1e20)
+    torch.testing.assert_close(packed(huge), huge)
+    torch.testing.assert_close(Int8Linear(torch.eye(8))(tiny), tiny)
