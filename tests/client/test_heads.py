@@ -208,7 +208,7 @@ def test_gradients_and_inference_mode_stay_with_their_thread() -> None:
     threads = [threading.Thread(target=infer)]
     threads[0].start()
     assert product.begun[0].wait(WAIT)
-    threads += [threading.Thread(target=follow), threading.Thread(target=infer)]
+    threads += [threading.Thread(target=infer), threading.Thread(target=follow)]
     for count, thread in enumerate(threads[1:], start=2):
         thread.start()
         while queue.waiting < count:
