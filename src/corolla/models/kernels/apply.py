@@ -1,7 +1,7 @@
 """Puts faster layers where a model has plain frozen ones.
 
-Invariant: only what is exactly a frozen `nn.Linear` with a weight of its own is replaced, one layer at a time,
-so that memory never holds more than one weight twice; everything else is left as it was.
+Invariant: only what is exactly a frozen `nn.Linear` with a weight of its own is replaced, one layer (or one
+group of siblings) at a time, so that memory never holds more than that twice; the rest is left as it was.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import torch
 from torch import nn
 
 from corolla.errors import UsageError
+from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
+Kind = type[PackedLinear] | type[Int8Linear]
 Quantization = Literal["none", "int8"]
+# Siblings that the families' code calls with the same tensor, one after the other; one product instead of
+# three saves 60 of 150 µs (fp32) and 60 of 115 µs (int8) in a block of SmolLM2 with one row.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def supported(device: torch.device | str, dtype: torch.dtype, quantization: Quantization = "none") -> bool:
@@ -29,19 +34,48 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none") -> i
     """Replace the frozen linear layers below `module` in place; returns how many.
 
     Subclasses of `nn.Linear`, layers with hooks, trainable weights, weights that several layers share, and
-    other devices or dtypes are left alone. Raises `UsageError` when int8 is asked for and this machine or the
-    model's dtype cannot do it.
+    other devices or dtypes are left alone. Raises `UsageError` when this machine has no int8 kernel.
     """
     if quantization not in get_args(Quantization):
         raise UsageError(
             f"Unknown quantization {quantization!r}; use one of {', '.join(get_args(Quantization))}."
         )
+    if quantization == "int8" and not has_int8():
+        raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
+    kind: Kind = PackedLinear if quantization == "none" else Int8Linear
     owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
     # Names, not modules: a list of the layers would keep every plain weight alive until the end.
-    names = [name for name, child in module.named_modules() if name and _is_replaceable(child, owners)]
-    for name in names:
-        module.set_submodule(name, _packed(module.get_submodule(name), quantization))
-    return len(names)
+    names = {name for name, child in module.named_modules() if name and _is_replaceable(child, owners)}
+    total = len(names)
+    for parent in sorted({name.rpartition(".")[0] for name in names}):
+        for siblings in SIBLINGS:
+            group = [f"{parent}.{one}".lstrip(".") for one in siblings]
+            if names.issuperset(group) and _fuse(module.get_submodule(parent), siblings, kind):
+                names.difference_update(group)
+    for name in sorted(names):
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        module.set_submodule(name, kind(layer.weight, layer.bias))
+        del layer
+    return total
+
+
+def _fuse(parent: nn.Module, names: tuple[str, ...], kind: Kind) -> bool:
+    """Replace these children of `parent` by parts of one group; False when their shapes do not allow it."""
+    layers = [parent.get_submodule(name) for name in names]
+    widths = {layer.in_features for layer in layers}
+    if len(widths) > 1 or len({layer.bias is None for layer in layers}) > 1:
+        return False
+    sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
+    for name in names:  # free the plain weights before there is a third copy
+        setattr(parent, name, None)
+    layers.clear()
+    group = Group(kind(weight, bias), sizes)
+    for index, name in enumerate(names):
+        setattr(parent, name, FusedPart(group, index))
+    return True
 
 
 def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> bool:
@@ -51,12 +85,6 @@ def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> bool:
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and is_packable(layer.weight.device, layer.weight.dtype)
     )
-
-
-def _packed(layer: nn.Module, quantization: Quantization) -> FrozenLinear:
-    assert isinstance(layer, nn.Linear)
-    made = PackedLinear if quantization == "none" else Int8Linear
-    return made(layer.weight, layer.bias)
 
 
 def weight_bytes(module: nn.Module) -> int:
