@@ -1,0 +1,21 @@
+"""The sizes that figures are measured at, which need no library to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODEL = "smollm2"
+PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """What `corolla demo` trains with (see `corolla/cli/demo.py`)."""
+
+    steps: int = 30
+    batch: int = 8
+    max_length: int = 96  # tokens of an example
+    held_out: int = 48  # conversations
+
+
+DEMO = DemoSizes()
