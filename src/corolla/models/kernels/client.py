@@ -1,0 +1,140 @@
+"""The client's two large tables, embedding and head, in less memory or with faster products.
+
+Invariant: `embedding.weight` and `head.weight` stay readable parameters [V, H], and stay one where a model ties
+them; the embedding gives the dtype that it gave before. What is kept in 16 bit is multiplied in float32, so a
+checkpoint that was published in bfloat16 loses nothing by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from corolla.errors import UsageError
+from corolla.models.kernels.int8 import Int8Linear
+from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable, multiply
+
+ClientQuantization = Literal["none", "int8", "bfloat16"]
+CHUNK = 2048  # rows of a 16-bit weight that are widened at a time; 4.7 MB for SmolLM2
+
+
+def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "none") -> FrozenLinear | None:
+    """Prepare a client's model for its machine; gives the head's product, float32 [..., H] to [..., V], or None.
+
+    `none`: a packed float32 copy of the head beside the shared embedding, nothing else changes. `bfloat16`: both
+    tables in 16 bit, one memory where they are tied, products in float32. `int8`: the head multiplies in 8 bit;
+    the embedding (and what reads as the head's weight) is kept in 16 bit.
+
+    A model that is not float32 on a CPU, or whose head is trained or no plain linear layer, is left as it is
+    (None). The head is not replaced: hand the product to whatever calls it. Raises `UsageError` for an unknown
+    name and where the machine has no int8 kernel.
+    """
+    if quantization not in get_args(ClientQuantization):
+        raise UsageError(
+            f"Unknown quantization {quantization!r}; use one of {', '.join(get_args(ClientQuantization))}."
+        )
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.requires_grad:
+        return None
+    if not is_packable(head.weight.device, head.weight.dtype):
+        return None
+    if quantization == "none":
+        return PackedLinear(head.weight, head.bias)
+    product = Int8Linear(head.weight, head.bias) if quantization == "int8" else None
+    halve_tables(model, head)
+    return product or HalfLinear(head.weight, head.bias)
+
+
+def halve_tables(model: PreTrainedModel, head: nn.Linear) -> None:
+    """Keep the embedding and the head's weight in bfloat16, tied if they were.
+
+    An embedding of a family's own class stays as it is, and so does a head that is tied to it.
+    """
+    embedding: Any = model.get_input_embeddings()
+    tied = embedding.weight is head.weight
+    if type(embedding) is nn.Embedding and not embedding.weight.requires_grad:
+        half = HalfEmbedding.like(embedding)
+        model.set_input_embeddings(half)
+        if tied:
+            head.weight = half.weight
+    if not tied:
+        head.weight = _halved(head.weight)
+
+
+def _halved(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+
+
+class HalfEmbedding(nn.Embedding):
+    """An embedding kept in bfloat16 that gives float32 [..., H]."""
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding) -> HalfEmbedding:
+        """One with the rows of `embedding` rounded to 16 bit."""
+        made = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            padding_idx=embedding.padding_idx,
+            device="meta",
+        )
+        made.weight = _halved(embedding.weight)
+        return made.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int64 [...] to float32 [..., H]."""
+        return super().forward(input).float()
+
+
+class HalfLinear(FrozenLinear):
+    """A linear layer on a bfloat16 weight that is somebody else's too; products in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """`weight` [out, in] is kept by reference, so that a tied table is in memory once."""
+        super().__init__(int(weight.shape[0]), int(weight.shape[1]), bias)
+        self._weight = (weight.detach(),)  # in a tuple: not part of the state, which is the owner's
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as float32 [out, in]; made anew at each reading."""
+        return self._weight[0].float()
+
+    def weight_bytes(self) -> int:
+        """Nothing but the bias: the weight is counted where it lives."""
+        return 0 if self.bias is None else self.bias.nbytes
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
+        self.check_input(input)
+        if input.requires_grad and torch.is_grad_enabled():
+            product: Tensor = _HalfProduct.apply(input, self._weight[0], self.bias)  # type: ignore[no-untyped-call]
+            return product
+        return _multiply_chunks(input, self._weight[0], self.bias)
+
+
+class _HalfProduct(torch.autograd.Function):
+    """The product with its gradient for the input; the weight has none."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _multiply_chunks(value, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        result = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1])
+        parts = zip(torch.split(ctx.weight, CHUNK), torch.split(gradient, CHUNK, dim=-1), strict=True)
+        for weight, part in parts:
+            result += multiply(part.contiguous(), weight.float().t(), None)
+        return result, None, None
+
+
+def _multiply_chunks(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result = value.new_empty(*value.shape[:-1], weight.shape[0])
+    for rows, part in zip(torch.split(weight, CHUNK), torch.split(result, CHUNK, dim=-1), strict=True):
+        part.copy_(multiply(value, rows.float(), None))
+    return result if bias is None else result.add_(bias)
