@@ -6,6 +6,7 @@ Everything runs on one event-loop thread, as a client's own loop does; `MemorySw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +16,12 @@ import torch
 from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
 from corolla.models.checkpoint import open_checkpoint
+from corolla.models.pages import PAGE
+from corolla.models.selfcheck import check_family
 from corolla.models.span import load_span
+from corolla.server.block_server import BlockServer
 from corolla.server.engine import Engine
-from corolla.server.handlers import BlockServer
+from corolla.server.handlers import handle
 from corolla.server.kv_cache import CacheBudget
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.directory_memory import Board, MemoryDirectory
@@ -53,15 +57,16 @@ class MemorySwarm:
     def add(self, start: int, end: int, peer_id: str | None = None, throughput: float = 100.0) -> str:
         """Start a server; gives its peer id."""
         span = load_span(self.checkpoint, start, end, dtype=self.dtype)
+        span.packable = check_family(self.checkpoint.config)
         return self.loop.run(self._add(span, peer_id, throughput))
 
     async def _add(self, span: Any, peer_id: str | None, throughput: float) -> str:
         transport = self.network.transport(peer_id)
         engine = Engine()
         engine.start()
-        budget = CacheBudget(self.cache_tokens * (span.end - span.start))
+        budget = CacheBudget(max(1, self.cache_tokens // PAGE))
         server = BlockServer(span, engine, budget, model=self.checkpoint.identity)
-        await transport.serve(PROTOCOL_NAME, server.handle)
+        await transport.serve(PROTOCOL_NAME, partial(handle, server))
         record = ServerRecord(
             peer_id=transport.peer_id,
             model=self.checkpoint.identity,

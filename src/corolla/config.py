@@ -24,6 +24,10 @@ class NodeConfig:
     ready_file: Path | None = None
 
 
+# How weights are kept: as they are, in 8-bit integers, or (with CUDA) in 4-bit normal floats.
+QUANTIZATIONS = ("none", "int8", "nf4")
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """What `corolla serve` runs."""
@@ -34,16 +38,24 @@ class ServerConfig:
     device: str = "cpu"
     threads: int | None = None  # None for a fair share of the cores
     dtype: str = "auto"
+    quantization: str = "none"  # a name in QUANTIZATIONS
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
     cache_tokens: int | None = None  # None for what half of the free memory holds
+    lease_bytes: int | None = None  # of graphs kept for training; None for an eighth of the free memory
 
     def __post_init__(self) -> None:
+        if self.quantization not in QUANTIZATIONS:
+            raise UsageError(
+                f"--quantization is {self.quantization!r}; it must be one of {', '.join(QUANTIZATIONS)}."
+            )
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}; a server needs at least one.")
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise UsageError(f"--cache-tokens is {self.cache_tokens}; a server needs at least one.")
+        if self.lease_bytes is not None and self.lease_bytes < 0:
+            raise UsageError(f"--lease-bytes is {self.lease_bytes}; give 0 to keep no graphs.")
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

@@ -35,12 +35,21 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores).")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    quantization: Annotated[
+        str, typer.Option(help="How weights are kept: none, int8, or nf4 (CUDA only).")
+    ] = "none",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token, for gated models.", envvar="HF_TOKEN")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder for downloaded and converted files.")] = None,
     cache_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of attention cache (default: what half of the free memory holds)."),
+    ] = None,
+    lease_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Memory for graphs that training clients will come back for (default: an eighth of what is free)."
+        ),
     ] = None,
     die_with_parent: DieWithParentOption = False,
 ) -> None:
@@ -61,10 +70,12 @@ def serve(
         device=device,
         threads=threads,
         dtype=dtype,
+        quantization=quantization,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
         cache_tokens=cache_tokens,
+        lease_bytes=lease_bytes,
     )
     with ended_by_signals():
         from corolla.server.serve import serve as run

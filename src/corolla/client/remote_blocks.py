@@ -63,8 +63,9 @@ class RemoteBlocks:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
         if call.cache is not None:
             return self._step(hidden, call)
+        wanted = hidden.requires_grad or (call.deep is not None and call.deep.requires_grad)
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
-            hidden, call.deep, self, call.mask, call.positions
+            hidden, call.deep, self, call.mask, call.positions, wanted and torch.is_grad_enabled()
         )
         return output
 
@@ -106,10 +107,11 @@ class _RemoteForward(torch.autograd.Function):
         blocks: RemoteBlocks,
         mask: Tensor | None,
         positions: Tensor | None,
+        lend: bool,
     ) -> Tensor:
         connection = blocks.connection
         training = TrainingPass(
-            connection.view, connection.retry, start=blocks.start, end=blocks.end, deep=deep
+            connection.view, connection.retry, start=blocks.start, end=blocks.end, deep=deep, lend=lend
         )
         output = connection.run(training.forward(_to_wire(hidden), _to_cpu(mask), _to_cpu(positions)))
         ctx.training, ctx.connection, ctx.deep = training, connection, deep
@@ -117,13 +119,13 @@ class _RemoteForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         work = ctx.training.backward(_to_wire(grad))  # type: ignore[attr-defined]
         grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]
         deep: Tensor | None = ctx.deep  # type: ignore[attr-defined]
         if deep is not None and grad_deep is not None:
             grad_deep = grad_deep.to(deep.device, deep.dtype)
-        return grad_hidden.to(grad.device), grad_deep, None, None, None
+        return grad_hidden.to(grad.device), grad_deep, None, None, None, None
 
 
 def _to_wire(tensor: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Forward and backward of whole sequences through the swarm, in micro-batches that are in flight together.
 
 Invariant: for every span that a micro-batch went through, the client keeps the input; so a backward whose
-server is lost is done by any other that serves the blocks, with the same result. Servers keep nothing that
-the client depends on.
+server is lost is done by any other that serves the blocks, with the same result. What a server keeps for
+the backward (a lease) saves time, and nothing depends on it. Padding never travels: sequences are packed
+one behind the other.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from corolla.client.chain import checked
 from corolla.client.retry import Retry
 from corolla.client.view import SwarmView
-from corolla.errors import RemoteError
+from corolla.errors import RemoteError, RequestRefused
 from corolla.swarm.channel import request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
@@ -31,68 +33,120 @@ T = TypeVar("T")
 
 
 @dataclass
-class MicroBatch:
-    """Some rows of a batch on their way through the blocks."""
+class Stage:
+    """One span of a micro-batch's way: who ran it, on what input [1, N, H], and under which lease."""
 
-    mask: Tensor | None  # bool [r, T]
-    positions: Tensor | None  # int64 [r, T]
-    stages: list[tuple[Hop, Tensor]] = field(default_factory=list)  # each span and its input [r, T, H]
+    hop: Hop
+    inputs: Tensor
+    lease: str | None
+
+
+@dataclass
+class MicroBatch:
+    """Some sequences of a batch, packed, on their way through the blocks."""
+
+    places: Tensor  # int64 [N], where each packed token stands in the flattened batch [R × T]
+    lengths: Tensor  # int64 [K]
+    positions: Tensor | None  # int64 [1, N]; None when every sequence counts from 0
+    stages: list[Stage] = field(default_factory=list)
 
     def extra(self, deep: Tensor | None, start: int, end: int) -> dict[str, Tensor]:
         tensors = {
-            "mask": self.mask,
+            "lengths": self.lengths,
             "positions": self.positions,
             "prompts": None if deep is None else deep[start:end],
         }
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
+    def packed(self, batch: Tensor) -> Tensor:
+        """This micro-batch's tokens [1, N, H] of a batch [R, T, H]."""
+        return batch.reshape(-1, batch.shape[-1])[self.places].unsqueeze(0)
+
+
+def micro_batches(
+    rows: int, tokens: int, mask: Tensor | None, positions: Tensor | None
+) -> Iterator[MicroBatch]:
+    """A batch of `rows` × `tokens` cut into packed micro-batches of about `MICRO_BATCH_TOKENS` tokens each.
+
+    `mask` is bool [rows, tokens], `positions` int64 [rows, tokens]. Rows without a token are left out.
+    """
+    columns = torch.arange(tokens)
+    if mask is None:
+        mask = torch.ones(rows, tokens, dtype=torch.bool)
+    elif positions is None and not bool((mask == (columns < mask.sum(1, keepdim=True))).all()):
+        positions = columns.expand(rows, -1)  # padding in front or in the middle: tokens keep their columns
+    lengths = mask.sum(1)
+    for group in _groups(lengths.tolist()):
+        chosen = torch.tensor(group)
+        places = (chosen[:, None] * tokens + columns)[mask[chosen]]
+        ids = None if positions is None else positions.reshape(-1)[places].unsqueeze(0)
+        yield MicroBatch(places, lengths[chosen], ids)
+
+
+def _groups(lengths: list[int]) -> Iterator[list[int]]:
+    """Rows in order, as many at a time as fit; those of no length left out."""
+    group: list[int] = []
+    total = 0
+    for row, length in enumerate(lengths):
+        if group and total + length > MICRO_BATCH_TOKENS:
+            yield group
+            group, total = [], 0
+        if length:
+            group.append(row)
+            total += length
+    if group:
+        yield group
+
 
 class TrainingPass:
     """One batch's way through blocks [start, end) and back. Runs on the event loop."""
 
-    def __init__(self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None) -> None:
-        """`deep` holds the deep prompts of all the model's blocks, fp32 [blocks, P, H]."""
+    def __init__(
+        self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None, lend: bool
+    ) -> None:
+        """`deep` holds the deep prompts of all the model's blocks, fp32 [blocks, P, H]; `lend` says that a
+        backward will follow."""
         self._view = view
         self._retry = retry
         self._start, self._end = start, end
         self._deep = None if deep is None else deep.detach().float().cpu()
+        self._lend = lend
         self._micro_batches: list[MicroBatch] = []
 
     async def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Outputs [R, T, H] for inputs [R, T, H]; `mask` is bool [R, T], `positions` int64 [R, T]."""
-        rows = max(1, MICRO_BATCH_TOKENS // int(hidden.shape[1]))
-        parts = torch.split(hidden, rows)
-        masks = [None] * len(parts) if mask is None else torch.split(mask, rows)
-        ids = (
-            [None] * len(parts) if positions is None else torch.split(positions.expand(len(hidden), -1), rows)
-        )
-        self._micro_batches = [MicroBatch(m, p) for m, p in zip(masks, ids, strict=True)]
-        limit = asyncio.Semaphore(MOST_IN_FLIGHT)
+        """Outputs [R, T, H] for inputs [R, T, H]; `mask` is bool [R, T], `positions` int64 [R, T].
 
-        async def one(micro: MicroBatch, part: Tensor) -> Tensor:
-            async with limit:
-                return await self._forward(micro, part, self._start, self._end)
+        Outputs of padding are zero.
+        """
+        rows, tokens = int(hidden.shape[0]), int(hidden.shape[1])
+        ids = None if positions is None else positions.expand(rows, -1)
+        self._micro_batches = list(micro_batches(rows, tokens, mask, ids))
 
-        outputs = await _together([one(m, p) for m, p in zip(self._micro_batches, parts, strict=True)])
-        return torch.cat(outputs)
+        async def one(micro: MicroBatch) -> Tensor:
+            return await self._forward(micro, micro.packed(hidden), self._start, self._end)
+
+        return self._unpacked(await _together(one, self._micro_batches), hidden)
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients for the inputs [R, T, H] and, with deep prompts, for those [blocks, P, H], fp32."""
-        rows = self._micro_batches[0].stages[0][1].shape[0]
+
+        async def one(micro: MicroBatch) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
+            return await self._backward(micro, micro.packed(grad))
+
+        results = await _together(one, self._micro_batches)
         deep_grad = None if self._deep is None else torch.zeros_like(self._deep)
-        limit = asyncio.Semaphore(MOST_IN_FLIGHT)
-
-        async def one(micro: MicroBatch, part: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
-            async with limit:
-                return await self._backward(micro, part)
-
-        parts = zip(self._micro_batches, torch.split(grad, rows), strict=True)
-        results = await _together([one(micro, part) for micro, part in parts])
         if deep_grad is not None:
             for _, pieces in results:  # in the order of the batch, so that sums are the same every time
                 for hop, piece in pieces:
                     deep_grad[hop.start : hop.end] += piece
-        return torch.cat([grad_hidden for grad_hidden, _ in results]), deep_grad
+        return self._unpacked([grad_hidden for grad_hidden, _ in results], grad), deep_grad
+
+    def _unpacked(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The micro-batches' results [1, N, H] in their places of a batch [R, T, H]."""
+        whole = like.new_zeros(like.shape[0] * like.shape[1], like.shape[2])
+        for micro, part in zip(self._micro_batches, parts, strict=True):
+            whole[micro.places] = part[0]
+        return whole.view(like.shape)
 
     async def _forward(self, micro: MicroBatch, hidden: Tensor, start: int, end: int) -> Tensor:
         """Take a micro-batch through blocks [start, end), noting each span's input in `micro.stages`."""
@@ -104,11 +158,12 @@ class TrainingPass:
             while block < end:
                 route = route or await self._view.route(block, end)
                 hop, route = route[0], []
-                message = Forward(model=self._view.model, start=hop.start, end=hop.end)
+                lease = secrets.token_hex(16) if self._lend else None
+                message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
                 tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
                 reply = await self._exchange(hop, message, tensors)
                 output = checked(reply, "hidden", value, hop)
-                micro.stages.append((hop, value))
+                micro.stages.append(Stage(hop, value, lease))
                 value, block = output, hop.end
             return value
 
@@ -122,50 +177,78 @@ class TrainingPass:
         async def attempt() -> Tensor:
             nonlocal value, lost
             while stages:
-                hop, inputs = stages[-1]
+                stage = stages[-1]
                 if lost:
-                    stages[-1:] = await self._reroute(micro, hop, inputs)
+                    stages[-1:] = await self._reroute(micro, stage)
                     lost = False
                     continue
                 try:
-                    value, piece = await self._backward_hop(micro, hop, inputs, value)
+                    value, piece = await self._backward_hop(micro, stage, value)
                 except RemoteError:
                     lost = True
                     raise
                 stages.pop()
                 if piece is not None:
-                    pieces.append((hop, piece))
+                    pieces.append((stage.hop, piece))
             return value
 
         return await self._retry.run(attempt, what="a backward pass"), pieces
 
     async def _backward_hop(
-        self, micro: MicroBatch, hop: Hop, inputs: Tensor, grad: Tensor
+        self, micro: MicroBatch, stage: Stage, grad: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        wants_prompts = self._deep is not None
-        message = Backward(
-            model=self._view.model, start=hop.start, end=hop.end, prompt_gradient=wants_prompts
-        )
-        tensors = {"hidden": inputs, "grad": grad} | micro.extra(self._deep, hop.start, hop.end)
-        reply = await self._exchange(hop, message, tensors)
+        hop = stage.hop
+        reply = await self._redeem(stage, grad)
+        if reply is None:
+            tensors = {"hidden": stage.inputs, "grad": grad} | micro.extra(self._deep, hop.start, hop.end)
+            reply = await self._exchange(hop, self._backward_message(hop, None), tensors)
         piece = None
         if self._deep is not None:
             piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop)
-        return checked(reply, "grad", inputs, hop), piece
+        return checked(reply, "grad", stage.inputs, hop), piece
 
-    async def _reroute(self, micro: MicroBatch, hop: Hop, inputs: Tensor) -> list[tuple[Hop, Tensor]]:
+    async def _redeem(self, stage: Stage, grad: Tensor) -> Packet | None:
+        """The gradients through the graph that the server kept; None when it has not kept it."""
+        if stage.lease is None:
+            return None
+        lease, stage.lease = stage.lease, None  # good for one try
+        message = self._backward_message(stage.hop, lease)
+        try:
+            return await self._exchange(stage.hop, message, {"grad": grad})
+        except RequestRefused as refusal:
+            if refusal.code != "no_lease":
+                raise
+            return None
+
+    def _backward_message(self, hop: Hop, lease: str | None) -> Backward:
+        return Backward(
+            model=self._view.model,
+            start=hop.start,
+            end=hop.end,
+            prompt_gradient=self._deep is not None,
+            lease=lease,
+        )
+
+    async def _reroute(self, micro: MicroBatch, stage: Stage) -> list[Stage]:
         """Stages that replace a lost one; where the new spans are shorter, their inputs are computed again."""
-        route = await self._view.route(hop.start, hop.end)
+        start, end = stage.hop.start, stage.hop.end
+        route = await self._view.route(start, end)
         if len(route) == 1:
-            return [(route[0], inputs)]
-        detour = MicroBatch(micro.mask, micro.positions)
-        await self._forward(detour, inputs, hop.start, hop.end)
+            return [Stage(route[0], stage.inputs, None)]
+        detour = MicroBatch(micro.places, micro.lengths, micro.positions)
+        await self._forward(detour, stage.inputs, start, end)
         return detour.stages
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         channel = await self._view.channel(hop.peer_id)
         try:
             reply = await request(channel, Packet(message, tensors))
+        except RequestRefused as refusal:
+            if refusal.code == "no_lease":  # as if nothing had been asked: the stream is good
+                self._view.release(channel)
+            else:
+                await channel.close()
+            raise
         except BaseException:
             await channel.close()
             raise
@@ -174,9 +257,15 @@ class TrainingPass:
         return reply
 
 
-async def _together(work: Sequence[Awaitable[T]]) -> list[T]:
-    """All results in order; the first error cancels the rest and is raised as it is."""
-    tasks = [asyncio.ensure_future(item) for item in work]
+async def _together(work: Callable[[MicroBatch], Awaitable[T]], micros: Sequence[MicroBatch]) -> list[T]:
+    """All results in order, some in flight together; the first error cancels the rest and is raised as it is."""
+    limit = asyncio.Semaphore(MOST_IN_FLIGHT)
+
+    async def limited(micro: MicroBatch) -> T:
+        async with limit:
+            return await work(micro)
+
+    tasks = [asyncio.ensure_future(limited(micro)) for micro in micros]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

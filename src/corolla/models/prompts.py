@@ -75,6 +75,14 @@ def add_deep(hidden: Tensor, prompt: Tensor, start: int) -> Tensor:
     return torch.cat([touched, hidden[:, count:]], dim=1)
 
 
+def add_deep_packed(hidden: Tensor, vectors: Tensor, tokens: Tensor) -> Tensor:
+    """Add prompt vectors [M, H] of one block to the tokens int64 [M] of packed `hidden` [1, N, H].
+
+    The same sum as `add_deep`'s, where rows do not lie one below the other. Differentiable in both.
+    """
+    return hidden.index_add(1, tokens, vectors.to(hidden.dtype).unsqueeze(0))
+
+
 def initial_vectors(
     embedding: nn.Module, length: int, *, token_ids: Tensor | None = None, vocab_size: int = 0, seed: int = 0
 ) -> Tensor:

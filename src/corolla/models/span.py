@@ -8,8 +8,9 @@ before and after the blocks replaced by nothing; blocks keep the index that they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,13 @@ from corolla.models.families import (
     slice_config,
     structure,
 )
-from corolla.models.prompts import add_deep
+from corolla.models.kernels.apply import weight_bytes
+from corolla.models.packed_bloom import pack_bloom
+from corolla.models.packing import PACKED, PackedBatch, current_batch, packed
+from corolla.models.prompts import add_deep, add_deep_packed
 from corolla.models.span_cache import SpanCache
+
+BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
 class Span:
@@ -36,13 +42,19 @@ class Span:
     start: int
     end: int
     model: PreTrainedModel  # the family's own, holding these blocks only
+    packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
 
     def __init__(self, model: PreTrainedModel, blocks: str, start: int, end: int) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
         self.start = start
         self.end = end
+        self.packable = False
         self._blocks = blocks
+        # The whole model's config, which all blocks share and by which their attention code is chosen.
+        self._block_config: Any = next(
+            (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
+        )
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
 
     @property
@@ -75,9 +87,7 @@ class Span:
 
     def nbytes(self) -> int:
         """Memory of the span's weights in bytes."""
-        return sum(one.nbytes for one in self.blocks.parameters()) + sum(
-            one.nbytes for one in self.blocks.buffers()
-        )
+        return weight_bytes(self.blocks)
 
     def view(self, start: int, end: int) -> Span:
         """The sub-span [start, end), in indices of the whole model, on the same weights.
@@ -99,7 +109,9 @@ class Span:
         model._modules = dict(self.model._modules)
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         model.config = slice_config(self.config, first, last)
-        return Span(model, self._blocks, start, end)
+        view = Span(model, self._blocks, start, end)
+        view.packable = self.packable
+        return view
 
     def new_cache(self) -> SpanCache:
         """An empty attention cache for these blocks."""
@@ -132,14 +144,54 @@ class Span:
         result: Tensor = output.last_hidden_state
         return result
 
+    def forward_packed(
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        *,
+        positions: Tensor,
+        deep: DeepRows | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Hidden states [N, H] of the batch's packed tokens before block `start` to those after `end - 1`.
+
+        `positions` int64 [N] are position ids. `deep` are deep prompts and the tokens that they are added to.
+        `between` is called before each block, in a backward pass too. For families that `selfcheck` found
+        to be packable. Differentiable in `hidden` and the prompts where nothing is cached.
+        """
+        hooks = _packed_hooks(self.blocks, batch, deep, between)
+        with self._attention(PACKED), packed(batch), self._hooked(hooks):
+            output: Any = self.model(
+                inputs_embeds=hidden.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+            )
+        result: Tensor = output.last_hidden_state
+        return result.squeeze(0)
+
     @contextmanager
-    def _with_prompts(self, prompts: Tensor | None, past: int) -> Iterator[None]:
-        if prompts is None:
+    def _attention(self, name: str) -> Iterator[None]:
+        """The family's code uses the attention function of that name inside."""
+        configs = (self.model.config, self._block_config)
+        before = [config._attn_implementation_internal for config in configs]
+        for config in configs:
+            config._attn_implementation_internal = name
+        try:
             yield
-            return
+        finally:
+            for config, own in zip(configs, before, strict=True):
+                config._attn_implementation_internal = own
+
+    def _with_prompts(self, prompts: Tensor | None, past: int) -> AbstractContextManager[None]:
+        if prompts is None:
+            return nullcontext()
+        return self._hooked([(_PromptAdder(prompt, past),) for prompt in prompts])
+
+    @contextmanager
+    def _hooked(self, hooks: Sequence[Sequence[BlockHook]]) -> Iterator[None]:
+        """Each block's hooks see, and may replace, its inputs inside."""
         handles = [
-            block.register_forward_pre_hook(_PromptAdder(prompt, past))
-            for block, prompt in zip(self.blocks, prompts, strict=True)
+            block.register_forward_pre_hook(hook)
+            for block, own in zip(self.blocks, hooks, strict=bool(hooks))
+            for hook in own
         ]
         try:
             yield
@@ -157,6 +209,70 @@ class _PromptAdder:
 
     def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (add_deep(arguments[0], self.prompt, self.past), *arguments[1:])
+
+
+@dataclass(frozen=True)
+class DeepRows:
+    """Deep prompts in a packed pass: `vectors` [blocks, M, H] are added to the packed tokens int64 [M]."""
+
+    tokens: Tensor
+    vectors: Tensor
+
+    @staticmethod
+    def of(places: Sequence[tuple[int, int, int]], prompts: Sequence[Tensor]) -> DeepRows | None:
+        """For stretches (first packed token, its position in its sequence, count), each with its prompts.
+
+        `prompts` are [blocks, P, H]; a stretch takes those of positions below P. None when no token does.
+        """
+        tokens, vectors = [], []
+        for (begin, start, count), prompt in zip(places, prompts, strict=True):
+            stop = min(prompt.shape[1], start + count)
+            if start < stop:
+                tokens.append(torch.arange(begin, begin + stop - start, device=prompt.device))
+                vectors.append(prompt[:, start:stop])
+        return DeepRows(torch.cat(tokens), torch.cat(vectors, dim=1)) if tokens else None
+
+
+class _PackedHook:
+    """Before a block of one batch's pass: a pause, and that block's deep prompts.
+
+    In the pause other batches may pass through the same blocks; their inputs are left alone.
+    """
+
+    def __init__(
+        self,
+        batch: PackedBatch,
+        between: Callable[[], None] | None,
+        tokens: Tensor | None,
+        vectors: Tensor | None,
+    ) -> None:
+        self.batch = batch
+        self.between = between
+        self.tokens = tokens
+        self.vectors = vectors
+
+    def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if current_batch() is not self.batch:
+            return None
+        hidden: Tensor = arguments[0]
+        if self.between is not None:
+            self._pause(self.between, hidden)
+        if self.tokens is None or self.vectors is None:
+            return None
+        return (add_deep_packed(hidden, self.vectors, self.tokens), *arguments[1:])
+
+    def _pause(self, between: Callable[[], None], hidden: Tensor) -> None:
+        between()
+        if hidden.requires_grad and not hidden.is_leaf:
+            hidden.register_hook(lambda _grad: between())  # type: ignore[no-untyped-call]
+
+
+def _packed_hooks(
+    blocks: nn.ModuleList, batch: PackedBatch, deep: DeepRows | None, between: Callable[[], None] | None
+) -> list[list[BlockHook]]:
+    if deep is None:
+        return [] if between is None else [[_PackedHook(batch, between, None, None)] for _ in blocks]
+    return [[_PackedHook(batch, between, deep.tokens, vectors)] for vectors in deep.vectors]
 
 
 class _NoPositions(nn.Module):
@@ -222,6 +338,8 @@ def _load_blocks(
             f"block {start})."
         )
     model.requires_grad_(False)
+    if checkpoint.config.model_type == "bloom":
+        pack_bloom(getattr(model, found.blocks))
     return model.eval()
 
 

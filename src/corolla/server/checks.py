@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
 from corolla.models.span import Span
-from corolla.server.kv_cache import CachedSession
+from corolla.server.sessions import CachedSession
 from corolla.wire.messages import Failure, FailureCode, Step
 
 
@@ -64,6 +64,12 @@ def check_step(message: Step, tensors: dict[str, Tensor], session: CachedSession
     if mask is not None and int(mask.shape[1]) != message.position + count:
         raise RequestRefused(
             f"The mask must cover all {message.position + count} tokens.", code="malformed", field="mask"
+        )
+    if not session.same_past(mask, message.position, rows):
+        raise RequestRefused(
+            "The mask says of earlier tokens what it did not say when they were computed; replay the session.",
+            code="evicted",
+            field="mask",
         )
 
 

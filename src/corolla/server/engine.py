@@ -1,26 +1,34 @@
-"""The scheduler's loop: every computation of a server passes through here, one at a time per device.
+"""The scheduler: every computation of a server passes through here, on one compute thread.
 
-Invariant: handlers only enqueue and await; model code runs on the one compute thread. Waiting generation
-steps come before prefill, prefill before training, and whatever has waited `AGEING_SECONDS` moves up a
-class, so nobody starves. An exception of a job goes to whoever awaits it; the loop goes on.
+Invariant: handlers only enqueue and await; model code runs on the compute thread alone. An iteration takes
+the most urgent work: all generation steps that are ready, packed into one pass, then pieces of prompts up to
+a budget of tokens, or one job (training, or a family that cannot be packed). Whatever has waited
+`AGEING_SECONDS` moves up a class, so nobody starves. An error goes to whoever awaits it; the loop goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from corolla.errors import RequestRefused
 
 T = TypeVar("T")
 
 AGEING_SECONDS = 2.0
+PASS_TOKENS = 512  # tokens that one packed pass takes at most
+SHARED_PASS_SECONDS = 0.03  # what pieces of prompts may add to a pass while others generate
+LEAST_PREFILL_TOKENS = 16
+GENERATING_SECONDS = (
+    1.0  # how long after a generation step its client is taken to be in the middle of a reply
+)
+IDLE_SECONDS = 5.0
 
 
 class Kind(IntEnum):
@@ -31,82 +39,249 @@ class Kind(IntEnum):
     TRAINING = 2
 
 
-@dataclass(eq=False)  # the same work submitted twice is two jobs
-class Job:
-    """One computation: `run` is called on the compute thread; its result or error ends in `done`."""
+class Packable(Protocol):
+    """A generation step that may share its passes with others."""
 
     kind: Kind
-    run: Callable[[], Any]
+    group: Any  # steps of the same group may share a pass
+    session: Any  # whose step it is
+    tokens_left: int
+
+    def result(self) -> Any:
+        """What the step gives, once no tokens are left."""
+
+
+# Takes (step, tokens) pairs of one group through one pass; gives the error of each, or None.
+RunPass = Callable[[list[tuple[Any, int]]], list[BaseException | None]]
+
+
+@dataclass(eq=False)  # the same work submitted twice is two jobs
+class Job:
+    """One computation, either `run` or a `step` in as many passes as it takes. Ends in `done`."""
+
+    kind: Kind
     arrived: float
     done: asyncio.Future[Any]
+    run: Callable[[], Any] | None = None
+    step: Packable | None = None
+    begun: bool = False
 
     def urgency(self, now: float) -> tuple[float, float]:
         """Smaller is sooner."""
         return (self.kind - (now - self.arrived) // AGEING_SECONDS, self.arrived)
 
 
+class _Pace:
+    """What the last passes say about the next: what a prompt token costs, and who is in the middle of a reply."""
+
+    def __init__(self) -> None:
+        self._seconds_a_token = 0.002
+        self._generated: dict[int, float] = {}  # when each session's last generation step was computed
+
+    def prefill_budget(self, now: float, prefilling: set[int]) -> int:
+        """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
+        self._generated = {who: at for who, at in self._generated.items() if now - at < GENERATING_SECONDS}
+        return self.shared_budget() if self._generated.keys() - prefilling else PASS_TOKENS
+
+    def shared_budget(self) -> int:
+        """Prompt tokens that delay a generation step by about `SHARED_PASS_SECONDS`."""
+        return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
+
+    def generated(self, session: object, now: float) -> None:
+        """A generation step of the session was computed."""
+        self._generated[id(session)] = now
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """A pass took so long."""
+        if tokens >= LEAST_PREFILL_TOKENS:
+            self._seconds_a_token += 0.3 * (seconds / tokens - self._seconds_a_token)
+
+
 class Engine:
     """Runs jobs in order of urgency. Made and used inside one event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        run_pass: RunPass | None = None,
+        when_idle: Callable[[], None] | None = None,
+    ) -> None:
+        """`run_pass` computes packed steps; `when_idle` is called on the compute thread every few seconds."""
+        self.run_pass = run_pass
+        self.when_idle = when_idle
         self._clock = clock
-        self._waiting: list[Job] = []
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="corolla-compute")
-        self._loop: asyncio.Task[None] | None = None
+        self._pace = _Pace()
+        self._open: set[Job] = set()  # the loop's side: not yet answered
+        self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._ready: list[Job] = []  # the compute thread's side: to be computed
+        self._letting_in = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._compute, name="corolla-compute", daemon=True)
         self._closed = False
 
     def start(self) -> None:
         """Begin to run what is submitted."""
-        self._loop = asyncio.create_task(self._run(), name="engine")
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
 
     async def submit(self, kind: Kind, run: Callable[[], T]) -> T:
         """The result of `run()`, or its error. Cancelling the caller takes a job back that has not begun.
 
         Raises `RequestRefused` (draining) once the engine is closed.
         """
+        result: T = await self._enqueue(kind, run=run)
+        return result
+
+    async def step(self, step: Packable) -> Any:
+        """The result of a generation step, computed together with others'. Raises as `submit` does."""
+        return await self._enqueue(step.kind, step=step)
+
+    async def _enqueue(self, kind: Kind, **work: Any) -> Any:
         if self._closed:
             raise RequestRefused("This server is going away; use another.", code="draining")
-        job = Job(kind, run, self._clock(), asyncio.get_running_loop().create_future())
-        self._waiting.append(job)
-        self._arrived.set()
+        job = Job(kind, self._clock(), asyncio.get_running_loop().create_future(), **work)
+        self._open.add(job)
+        self._inbox.put(job)
         try:
-            result: T = await job.done
-            return result
+            return await job.done
         finally:
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(job)
+            self._open.discard(job)
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Have `work` done on the compute thread before anything that is submitted later."""
+        if not self._closed:
+            self._inbox.put(work)
 
     @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
-        return len(self._waiting)
+        return sum(not job.begun for job in self._open)
 
     async def close(self) -> None:
-        """Stop after the job at hand, whose awaiter gets its result; waiting jobs are cancelled."""
+        """Stop after the pass at hand, whose awaiters get their results; waiting jobs are cancelled."""
         self._closed = True
-        self._arrived.set()
-        for job in self._waiting:
-            job.done.cancel()
-        self._waiting.clear()
+        for job in list(self._open):
+            if not job.begun:
+                job.done.cancel()
+        self._inbox.put(None)
         if self._loop is not None:
-            await self._loop
-        self._thread.shutdown(wait=True)
+            await asyncio.to_thread(self._thread.join)
+            await asyncio.sleep(0)  # what the thread settled last
+        for job in list(self._open):
+            job.done.cancel()
 
-    async def _run(self) -> None:
-        while not self._closed:
-            if self._waiting:
-                await self._run_one()
-            else:
-                self._arrived.clear()
-                await self._arrived.wait()
+    # --- on the compute thread ------------------------------------------------------------------------------
 
-    async def _run_one(self) -> None:
-        job = min(self._waiting, key=lambda waiting: waiting.urgency(self._clock()))
-        self._waiting.remove(job)
-        result, error = await asyncio.get_running_loop().run_in_executor(self._thread, _outcome, job.run)
-        if job.done.done():  # given up
+    def _compute(self) -> None:
+        while True:
+            if not self._receive(wait=not self._ready):
+                return
+            if self._ready:
+                self._iterate()
+
+    def _receive(self, *, wait: bool) -> bool:
+        """Take over what has arrived; False when the engine is closed."""
+        try:
+            item = self._inbox.get(timeout=IDLE_SECONDS) if wait else self._inbox.get_nowait()
+            while True:
+                if item is None:
+                    self._inbox.put(None)  # for `_compute`, if this was `let_in`
+                    return False
+                if isinstance(item, Job):
+                    self._ready.append(item)
+                else:
+                    item()
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            if wait and self.when_idle is not None:
+                self.when_idle()
+            return True
+
+    def _iterate(self) -> None:
+        self._ready = [job for job in self._ready if not job.done.cancelled()]
+        if not self._ready:
             return
+        now = self._clock()
+        job = min(self._ready, key=lambda ready: ready.urgency(now))
+        if job.step is None:
+            self._run_alone(job)
+        else:
+            self._run_together(job, now)
+
+    def _run_alone(self, job: Job) -> None:
+        self._ready.remove(job)
+        job.begun = True
+        assert job.run is not None
+        result, error = _outcome(job.run)
+        self._settle([(job, result, error)])
+
+    def _run_together(self, first: Job, now: float) -> None:
+        """One pass with `first` and what fits beside it."""
+        taken = self._pack(first, now)
+        for job, _ in taken:
+            job.begun = True
+        assert self.run_pass is not None
+        started = time.perf_counter()
+        errors = self.run_pass([(job.step, count) for job, count in taken])
+        self._pace.passed(sum(count for _, count in taken), time.perf_counter() - started)
+        ended: list[tuple[Job, Any, BaseException | None]] = []
+        for (job, _), error in zip(taken, errors, strict=True):
+            assert job.step is not None
+            if job.step.kind is Kind.DECODE:
+                self._pace.generated(job.step.session, now)
+            if error is not None:
+                ended.append((job, None, error))
+            elif not job.step.tokens_left:
+                ended.append((job, *_outcome(job.step.result)))
+        for job, _, _ in ended:
+            self._ready.remove(job)
+        self._settle(ended)
+
+    def _pack(self, first: Job, now: float) -> list[tuple[Job, int]]:
+        """Steps of `first`'s group with the tokens that each gets in this pass."""
+        assert first.step is not None
+        group = first.step.group
+        steps = [job.step for job in self._ready if job.step is not None and job.step.group is group]
+        jobs = {id(job.step): job for job in self._ready}
+        steps.sort(key=lambda step: (step.kind, step is not first.step, jobs[id(step)].arrived))
+        prefilling = {id(step.session) for step in steps if step.kind is not Kind.DECODE}
+        for_prompts = self._pace.prefill_budget(now, prefilling) if prefilling else 0
+        if len(prefilling) < len(steps):
+            for_prompts = min(for_prompts, self._pace.shared_budget())
+        budget, taken = PASS_TOKENS, []
+        for step in steps:
+            room = budget if step.kind is Kind.DECODE else min(budget, for_prompts)
+            count = min(step.tokens_left, room)
+            if count or not step.tokens_left:
+                taken.append((jobs[id(step)], count))
+            budget -= count
+            for_prompts -= 0 if step.kind is Kind.DECODE else count
+        return taken
+
+    def let_in(self) -> None:
+        """Called in the middle of a long job: computes the generation steps that have arrived meanwhile."""
+        if self._letting_in or not self._receive(wait=False):
+            return
+        ready = [job for job in self._ready if job.kind is Kind.DECODE and not job.done.cancelled()]
+        steps = [job for job in ready if job.step is not None]
+        if not steps:
+            return
+        self._letting_in = True
+        try:
+            self._run_together(steps[0], self._clock())
+        finally:
+            self._letting_in = False
+
+    def _settle(self, ended: list[tuple[Job, Any, BaseException | None]]) -> None:
+        if ended and self._loop is not None:
+            self._loop.call_soon_threadsafe(_set_results, ended)
+
+
+def _set_results(ended: list[tuple[Job, Any, BaseException | None]]) -> None:
+    for job, result, error in ended:
+        if job.done.done():  # given up
+            continue
         if error is None:
             job.done.set_result(result)
         else:

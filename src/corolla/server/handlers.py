@@ -12,16 +12,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from corolla import __version__
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.models.span import Span
+from corolla.server.block_server import BlockServer
 from corolla.server.checks import (
     check_hidden,
     check_memory,
@@ -30,9 +29,10 @@ from corolla.server.checks import (
     failure_from,
     failure_of,
 )
-from corolla.server.engine import Engine, Kind
-from corolla.server.kv_cache import CacheBudget, CachedSession
-from corolla.server.sequences import Sequences
+from corolla.server.engine import Kind
+from corolla.server.sequences import Sequences, backward_of
+from corolla.server.sessions import CachedSession
+from corolla.server.steps import PackedStep, kind_of, pieces
 from corolla.swarm.channel import Channel
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet
@@ -48,7 +48,6 @@ from corolla.wire.messages import (
     OpenSession,
     Output,
     Ping,
-    ServerStatus,
     Step,
 )
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
@@ -58,98 +57,15 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 512  # rows x tokens that are computed at once, so that others' decode steps come in between
-WORKING_BYTES = 4 * 2**30
 
 
-@dataclass
-class Counters:
-    """Totals since the server's start, in rows × tokens; and what is open now."""
-
-    sessions: int = 0
-    inference: int = 0
-    forward: int = 0
-    backward: int = 0
-
-
-class BlockServer:
-    """Answers requests for the blocks of one span."""
-
-    def __init__(
-        self,
-        span: Span,
-        engine: Engine,
-        budget: CacheBudget,
-        *,
-        model: str,
-        working_bytes: int = WORKING_BYTES,
-    ) -> None:
-        """`model` is the identity of the span's checkpoint; a computation that would need more than
-        `working_bytes` beside weights and caches is refused."""
-        self.working_bytes = working_bytes
-        self.span = span
-        self.engine = engine
-        self.budget = budget
-        self.model = model
-        self.counters = Counters()
-        self.draining = False
-        self._open_requests = 0
-        self._last_request = -float("inf")
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @contextlib.contextmanager
-    def request_open(self) -> Iterator[None]:
-        """Counts a request while it is being answered."""
-        self._open_requests += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._open_requests -= 1
-            self._last_request = asyncio.get_running_loop().time()
-            if not self._open_requests:
-                self._idle.set()
-
-    async def until_idle(self, quiet: float = 0.0) -> None:
-        """Wait until no request is being answered and, for `quiet` seconds, none was.
-
-        Between two steps of a reply, or a forward and its backward, a client computes too.
-        """
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._idle.wait()
-            missing = self._last_request + quiet - loop.time()
-            if missing <= 0:
-                return
-            await asyncio.sleep(missing)
-
-    async def handle(self, stream: Stream) -> None:
-        """Serve one stream until it ends. A `StreamHandler` for `Transport.serve`."""
-        conversation = _Stream(self, Channel(stream, side="server"))
-        try:
-            await conversation.run()
-        finally:
-            conversation.close_session()
-
-    def status(self) -> ServerStatus:
-        """What `Ping` is answered with."""
-        return ServerStatus(
-            model=self.model,
-            start=self.span.start,
-            end=self.span.end,
-            dtype=str(self.span.dtype).removeprefix("torch."),
-            version=__version__,
-            sessions=self.counters.sessions,
-            free_cache_tokens=self.free_tokens,
-            tokens_inference=self.counters.inference,
-            tokens_forward=self.counters.forward,
-            tokens_backward=self.counters.backward,
-        )
-
-    @property
-    def free_tokens(self) -> int:
-        """Tokens that still fit, for a session over all of the span's blocks."""
-        return self.budget.free // (self.span.end - self.span.start)
+async def handle(server: BlockServer, stream: Stream) -> None:
+    """Serve one stream until it ends. With its first argument bound, a `StreamHandler` for `Transport.serve`."""
+    conversation = _Stream(server, Channel(stream, side="server"))
+    try:
+        await conversation.run()
+    finally:
+        conversation.close_session()
 
 
 class _Stream:
@@ -198,7 +114,7 @@ class _Stream:
     async def _answer(self, packet: Packet) -> bool:
         """Answer one request; False when the stream is over."""
         try:
-            async with self._channel.heartbeat(lambda: self._server.engine.waiting):
+            async with self._channel.heartbeat(self._ahead):
                 reply = await self._reply(packet)
         except RequestRefused as refusal:
             reply = Packet(failure_from(refusal))
@@ -212,6 +128,11 @@ class _Stream:
         await self._channel.send(reply)
         return not (isinstance(reply.message, Failure) and reply.message.code in FATAL_CODES)
 
+    def _ahead(self) -> int:
+        """Requests that come before this stream's: in the line for room, else for the compute thread."""
+        in_line = 0 if self._session is None else self._server.budget.ahead(self._session)
+        return in_line or max(0, self._server.engine.waiting - 1)
+
     async def _refuse(self, failure: Failure) -> None:
         try:
             await self._channel.send(Packet(failure))
@@ -221,7 +142,7 @@ class _Stream:
     async def _reply(self, packet: Packet) -> Packet:
         match packet.message:
             case OpenSession():
-                return self._open(packet.message, packet.tensors)
+                return await self._open(packet.message, packet.tensors)
             case Step():
                 return await self._step(packet.message, packet.tensors)
             case CloseSession():
@@ -237,25 +158,42 @@ class _Stream:
 
     # --- sessions -------------------------------------------------------------------------------------------
 
-    def _open(self, message: OpenSession, tensors: dict[str, Tensor]) -> Packet:
-        span = self._checked_span(message)
+    async def _open(self, message: OpenSession, tensors: dict[str, Tensor]) -> Packet:
+        server, span = self._server, self._checked_span(message)
         self._check_staying()
         prompts = tensors.get("prompts")
         check_prompts(prompts, span, at_most=message.max_tokens)
         self.close_session()
-        self._session = CachedSession(
+        session = CachedSession(
             span,
-            self._server.budget,
-            rows=message.rows,
-            max_tokens=message.max_tokens,
+            server.budget,
+            server.pool,
+            server.engine.post,
             prompts=None if prompts is None else prompts.to(span.device),
         )
-        self._server.counters.sessions += 1
+        self._session = session
+        server.counters.sessions += 1
+        try:
+            with self._in_use(session):
+                await session.reserve(message.rows, message.max_tokens, "max_tokens")
+        except BaseException:
+            self.close_session()
+            raise
         return Packet(Opened())
 
+    @contextlib.contextmanager
+    def _in_use(self, session: CachedSession) -> Iterator[None]:
+        """The session is not evicted inside."""
+        session.busy = True
+        try:
+            yield
+        finally:
+            session.busy = False
+            self._server.budget.used(session)
+
     async def _step(self, message: Step, tensors: dict[str, Tensor]) -> Packet:
-        session = self._session
-        if session is None:
+        server, session = self._server, self._session
+        if session is None or session.evicted:
             raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
         hidden = tensors["hidden"]
         rows, count = int(hidden.shape[0]), int(hidden.shape[1])
@@ -263,21 +201,38 @@ class _Stream:
         check_step(message, tensors, session)
         width = max(1, PREFILL_TOKENS // rows)
         total = message.position + count
-        limit = self._server.working_bytes
         check_memory(
             session.span,
             rows=rows,
             tokens=min(width, count),
             total=total,
             with_gradients=False,
-            limit=limit,
+            limit=server.working_bytes,
         )
-        session.reserve(rows, max(message.reserve, total))
-        kind = Kind.DECODE if count == 1 else Kind.PREFILL
-        pieces = _pieces(session, message.position, tensors, width)
-        outputs = await _in_order([self._server.engine.submit(kind, piece) for piece in pieces])
-        self._server.counters.inference += rows * count
-        return Packet(Output(), {"hidden": torch.cat(outputs, dim=1)})
+        room, order = max(message.reserve, total), tensors.get("rows")
+        await session.reserve(rows, room, "reserve", position=message.position, order=order)
+        with self._in_use(session):
+            output = await self._compute(session, message, tensors, room=room, width=width)
+        server.counters.inference += rows * count
+        return Packet(Output(), {"hidden": output})
+
+    async def _compute(
+        self, session: CachedSession, message: Step, tensors: dict[str, Tensor], *, room: int, width: int
+    ) -> Tensor:
+        """The step's outputs [R, T, H]: packed with others' where the family allows it, else in pieces."""
+        engine, hidden = self._server.engine, tensors["hidden"]
+        arguments: dict[str, Any] = {
+            "position": message.position,
+            "order": tensors.get("rows"),
+            "mask": tensors.get("mask"),
+            "positions": tensors.get("positions"),
+        }
+        if session.span.packable:
+            output: Tensor = await engine.step(PackedStep(session, hidden, **arguments, room=room))
+            return output
+        kind = kind_of(int(hidden.shape[1]))
+        parts = pieces(session, hidden, **arguments, width=width)
+        return torch.cat(await _in_order([engine.submit(kind, part) for part in parts]), dim=1)
 
     def close_session(self) -> None:
         """Free the session's cache, if there is one."""
@@ -291,19 +246,58 @@ class _Stream:
     async def _forward(self, message: Forward, tensors: dict[str, Tensor]) -> Packet:
         span = self._checked_span(message)
         self._check_staying()
-        work = Sequences(span, tensors, with_gradients=False, memory_limit=self._server.working_bytes)
-        output = await self._server.engine.submit(Kind.TRAINING, work.forward)
+        work = self._sequences(span, tensors, with_gradients=False)
+        output = await self._server.engine.submit(
+            Kind.TRAINING, work.forward if message.lease is None else partial(self._lend, work, message.lease)
+        )
         self._server.counters.forward += work.tokens
         return Packet(Output(), {"hidden": output})
 
+    def _lend(self, work: Sequences, name: str) -> Tensor:
+        """Compute a forward and keep its graph, on the compute thread."""
+        output, lease = work.forward_kept()
+        if lease is not None:
+            self._server.leases.keep(self._channel.peer_id, name, lease)
+        return output
+
     async def _backward(self, message: Backward, tensors: dict[str, Tensor]) -> Packet:
         span = self._checked_span(message)  # not refused while draining: its forward may have been done here
-        work = Sequences(span, tensors, with_gradients=True, memory_limit=self._server.working_bytes)
-        grads = await self._server.engine.submit(
-            Kind.TRAINING, lambda: work.backward(message.prompt_gradient)
-        )
-        self._server.counters.backward += work.tokens
+        if message.lease is not None:
+            run: Callable[[], dict[str, Tensor]] = partial(self._redeem, message, tensors["grad"])
+            tokens = int(tensors["grad"].shape[1])
+        else:
+            if "hidden" not in tensors or "lengths" not in tensors:
+                raise RequestRefused(
+                    "A backward without a lease needs its inputs.", code="malformed", field="hidden"
+                )
+            work = self._sequences(span, tensors, with_gradients=True)
+            run, tokens = partial(work.backward, message.prompt_gradient, tensors["grad"]), work.tokens
+        grads = await self._server.engine.submit(Kind.TRAINING, run)
+        self._server.counters.backward += tokens
         return Packet(Gradients(), grads)
+
+    def _redeem(self, message: Backward, grad: Tensor) -> dict[str, Tensor]:
+        """The backward of a kept graph, on the compute thread."""
+        lease = self._server.leases.take(self._channel.peer_id, message.lease or "")
+        if lease is None or lease.blocks != (message.start, message.end):
+            raise RequestRefused("The forward's graph is gone; send its inputs.", code="no_lease")
+        if grad.shape != lease.output.shape:
+            raise RequestRefused(
+                f"The gradient must be {list(lease.output.shape)}, as the forward's output was.",
+                code="malformed",
+                field="grad",
+            )
+        self._server.counters.redeemed += lease.tokens
+        return backward_of(lease, grad, message.prompt_gradient)
+
+    def _sequences(self, span: Span, tensors: dict[str, Tensor], *, with_gradients: bool) -> Sequences:
+        return Sequences(
+            span,
+            tensors,
+            with_gradients=with_gradients,
+            memory_limit=self._server.working_bytes,
+            between=self._server.engine.let_in,
+        )
 
     def _check_staying(self) -> None:
         if self._server.draining:
@@ -321,31 +315,6 @@ class _Stream:
                 field="end" if server.span.start <= message.start < server.span.end else "start",
             )
         return server.span.view(message.start, message.end)
-
-
-def _pieces(
-    session: CachedSession, position: int, tensors: dict[str, Tensor], width: int
-) -> Iterator[Callable[[], Tensor]]:
-    """A step cut into computations of at most `width` tokens a row, to be run one after the other.
-
-    Each gives its outputs [R, T', H] on the CPU, in the dtype of the inputs.
-    """
-    device, dtype = session.span.device, session.span.dtype
-    hidden, mask, ids = tensors["hidden"], tensors.get("mask"), tensors.get("positions")
-    rows = tensors.get("rows")
-
-    def piece(begin: int, end: int) -> Tensor:
-        output = session.step(
-            hidden[:, begin:end].to(device, dtype),
-            position=position + begin,
-            rows=rows.to(device) if rows is not None and begin == 0 else None,
-            mask=None if mask is None else mask[:, : position + end].to(device),
-            positions=None if ids is None else ids[:, begin:end].to(device),
-        )
-        return output.to("cpu", hidden.dtype)
-
-    for begin in range(0, int(hidden.shape[1]), width):
-        yield partial(piece, begin, min(begin + width, int(hidden.shape[1])))
 
 
 async def _in_order(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

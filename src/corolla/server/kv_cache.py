@@ -1,138 +1,162 @@
-"""Attention caches of a server's sessions, and the budget that they share.
+"""Room for attention caches: who holds how much, who must go, who waits.
 
-Invariant: the tokens reserved never exceed the budget; a session's cache holds exactly the tokens of the
-steps that were answered, or it is gone. Only the compute thread touches tensors; reservations are made on
-the event loop before a step is enqueued.
+Invariant: the pages reserved never exceed the capacity, and a session never fills more than it reserved.
+Where room is missing, idle sessions lose their caches, least recently used first (their clients replay);
+then newcomers wait in order of arrival. Used on the event loop only; the pages themselves are touched by
+the compute thread alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
 
 from corolla.errors import RequestRefused
-from corolla.models.span import Span
-from corolla.models.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.pages import PAGE
 
 RETRY_SECONDS = 5.0
+IDLE_SECONDS = 5.0  # a session whose last step is so long ago is between two replies
+WAIT_SECONDS = 30.0  # in line, before a newcomer is told to come back later
+LOOK_AGAIN_SECONDS = 0.5  # how often the head of the line looks for sessions that have become idle
 
 
-@dataclass
-class Reservation:
-    """Room that one session holds, in block-tokens: rows × tokens × blocks."""
+class Holder(Protocol):
+    """A session, or something kept of one, as far as its room is concerned."""
 
-    amount: int = 0
+    pages: int  # reserved
+    last_used: float
+    evicted: bool
+
+    @property
+    def idle_after(self) -> float | None:
+        """Seconds without use after which it may be evicted; None while it must not."""
+
+    def let_go(self) -> None:
+        """Free the cache; called when it is evicted."""
 
 
 class CacheBudget:
-    """How many block-tokens all sessions may hold together."""
+    """How many pages all sessions may hold together; a page is `PAGE` tokens of one row in all blocks."""
 
-    def __init__(self, capacity: int) -> None:
-        """`capacity` in block-tokens: tokens that one block's keys and values are kept for."""
+    def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`capacity` in pages."""
         self.capacity = capacity
         self.reserved = 0
+        self._clock = clock
+        self._holders: list[Holder] = []
+        self._line: deque[Holder] = deque()
+        self._changed = asyncio.Event()
 
     @property
     def free(self) -> int:
-        """Block-tokens that nobody has reserved."""
+        """Pages that nobody has reserved."""
         return self.capacity - self.reserved
 
-    def resize(self, reservation: Reservation, amount: int, field: str) -> None:
-        """Grow or shrink a reservation; `field` is the message field that asks for it.
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of one row that fit into what nobody has reserved."""
+        return self.free * PAGE
 
-        Raises `RequestRefused` (busy, too_large) and leaves the reservation as it was.
+    def ahead(self, holder: Holder) -> int:
+        """How many wait in line before this one."""
+        return self._line.index(holder) if holder in self._line else 0
+
+    def used(self, holder: Holder) -> None:
+        """Note that it is being used now."""
+        holder.last_used = self._clock()
+
+    async def reserve(self, holder: Holder, pages: int, field: str) -> None:
+        """Grow or shrink a reservation to `pages`; `field` is the message field that asks for it.
+
+        Raises `RequestRefused`, and leaves the reservation as it was: too_large, busy after `WAIT_SECONDS` in
+        line, evicted when others took this one's own room while it waited for more.
         """
-        if amount > self.capacity:
+        if pages > self.capacity:
             raise RequestRefused(
-                f"This session would need {amount} of the server's {self.capacity} cached block-tokens: "
-                "ask for fewer tokens or rows.",
+                f"This session would need {pages * PAGE} of the {self.capacity * PAGE} tokens that the "
+                "server can cache: ask for fewer tokens or rows.",
                 code="too_large",
                 field=field,
             )
-        if amount - reservation.amount > self.free:
-            raise RequestRefused(
-                f"The server's attention cache is full ({self.free} of {self.capacity} block-tokens are free).",
-                code="busy",
-                field=field,
-                retry_after=RETRY_SECONDS,
-            )
-        self.reserved += amount - reservation.amount
-        reservation.amount = amount
+        if not self._line and self._resized(holder, pages):
+            return
+        if pages <= holder.pages:
+            self._resized(holder, pages)
+            return
+        await self._stand_in_line(holder, pages, field)
 
-    def release(self, reservation: Reservation) -> None:
+    async def _stand_in_line(self, holder: Holder, pages: int, field: str) -> None:
+        self._line.append(holder)
+        deadline = self._clock() + WAIT_SECONDS
+        try:
+            while not (self._line[0] is holder and self._resized(holder, pages)):
+                if holder.evicted:
+                    raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
+                if self._clock() >= deadline:
+                    raise RequestRefused(
+                        f"The server's attention cache is full, {self.ahead(holder)} ahead of you.",
+                        code="busy",
+                        field=field,
+                        retry_after=RETRY_SECONDS,
+                    )
+                await self._change()
+        finally:
+            self._line.remove(holder)
+            self._changed.set()
+
+    async def _change(self) -> None:
+        """Wait until room was given back, or long enough for somebody to have become idle."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(LOOK_AGAIN_SECONDS):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def _resized(self, holder: Holder, pages: int) -> bool:
+        """Whether the reservation is as wanted now, after evictions where these were needed and enough."""
+        more = pages - holder.pages
+        if more > self.free and not self._evict(more - self.free, holder):
+            return False
+        self.reserved += more
+        holder.pages = pages
+        if pages and holder not in self._holders:
+            self._holders.append(holder)
+        if more < 0:
+            self._changed.set()
+        return True
+
+    def _evict(self, missing: int, but: Holder) -> bool:
+        """Free `missing` pages or more, least recently used first; False, and nobody goes, if that is not enough."""
+        now = self._clock()
+        idle = [one for one in self._holders if one is not but and _is_idle(one, now)]
+        idle.sort(key=lambda one: one.last_used)
+        chosen: list[Holder] = []
+        for one in idle:
+            if missing <= 0:
+                break
+            chosen.append(one)
+            missing -= one.pages
+        if missing > 0:
+            return False
+        for one in chosen:
+            one.evicted = True
+            self.release(one)
+            one.let_go()
+        return True
+
+    def release(self, holder: Holder) -> None:
         """Give everything back; safe to call twice."""
-        self.reserved -= reservation.amount
-        reservation.amount = 0
+        self.reserved -= holder.pages
+        holder.pages = 0
+        if holder in self._holders:
+            self._holders.remove(holder)
+        self._changed.set()
 
 
-class CachedSession:
-    """One session's cache over the blocks of `span`."""
-
-    def __init__(
-        self, span: Span, budget: CacheBudget, *, rows: int, max_tokens: int, prompts: Tensor | None
-    ) -> None:
-        """`prompts` are the deep prompts [blocks, P, H] of these blocks. Raises `RequestRefused`."""
-        self.span = span
-        self.rows = rows
-        self.length = 0
-        self._prompts = prompts
-        self._budget = budget
-        self._reservation = Reservation()
-        self._tokens = 0
-        self._cache: SpanCache = span.new_cache()
-        self.reserve(rows, max_tokens, "max_tokens")
-
-    def reserve(self, rows: int, tokens: int, field: str = "reserve") -> None:
-        """Make sure that `rows` may reach `tokens` each. Raises `RequestRefused`, naming `field`."""
-        tokens = max(tokens, self._tokens)
-        self._budget.resize(self._reservation, rows * tokens * (self.span.end - self.span.start), field)
-        self._tokens = tokens
-
-    def step(
-        self,
-        hidden: Tensor,
-        *,
-        position: int,
-        rows: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-    ) -> Tensor:
-        """Outputs [R, T, H] for new tokens that stand at `position`; runs on the compute thread.
-
-        What is cached from `position` on is forgotten, and the rows are reordered, before that.
-        """
-        if rows is not None and self.length:
-            select_rows(self._cache, rows)
-        if position == 0:
-            self._cache = self.span.new_cache()
-        elif position < self.length:
-            crop_cache(self._cache, position)
-        with torch.inference_mode():
-            output = self.span.forward(
-                hidden, mask=mask, positions=positions, cache=self._cache, prompts=self._prompts
-            )
-        self.rows, self.length = int(hidden.shape[0]), position + int(hidden.shape[1])
-        return output
-
-    def close(self) -> None:
-        """Free the cache; safe to call twice."""
-        self._budget.release(self._reservation)
-        self._cache = self.span.new_cache()
-        self.length = 0
-
-
-def default_capacity(span: Span, free_bytes: int) -> int:
-    """Block-tokens that half of the free memory can hold, by the span's own layout of keys and values."""
-    return max(1, free_bytes // 2 // bytes_per_block_token(span))
-
-
-def bytes_per_block_token(span: Span) -> int:
-    """Memory that one token of one row takes in one block's cache, measured on the span itself."""
-    cache = span.new_cache()
-    probe = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
-    with torch.inference_mode():
-        span.forward(probe, cache=cache)
-    total: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return max(1, total // (span.end - span.start))
+def _is_idle(holder: Holder, now: float) -> bool:
+    limit = holder.idle_after
+    return limit is not None and now - holder.last_used >= limit

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +27,15 @@ from corolla.config import ServerConfig
 from corolla.errors import CorollaError, UsageError
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.numerics import choose_dtype, dtype_name
+from corolla.models.pages import PAGE
+from corolla.models.quantization import check_quantization, use_kernels
 from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
+from corolla.server.block_server import BlockServer
 from corolla.server.engine import Engine, Kind
-from corolla.server.handlers import BlockServer
-from corolla.server.kv_cache import CacheBudget, default_capacity
+from corolla.server.handlers import handle
+from corolla.server.kv_cache import CacheBudget
+from corolla.server.sessions import default_capacity
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.node import Node
 from corolla.swarm.ready_file import ready_file
@@ -83,13 +88,19 @@ async def _serve_span(
     stop: asyncio.Event,
     say: Callable[[str], None],
 ) -> None:
-    free, blocks = free_bytes(span.device), span.end - span.start
-    tokens = config.cache_tokens
-    budget = CacheBudget(default_capacity(span, free) if tokens is None else tokens * blocks)
-    server = BlockServer(span, engine, budget, model=checkpoint.identity, working_bytes=free // 4)
-    await node.transport.serve(PROTOCOL_NAME, server.handle)
+    free, tokens = free_bytes(span.device), config.cache_tokens
+    budget = CacheBudget(default_capacity(span, free) if tokens is None else max(1, tokens // PAGE))
+    server = BlockServer(
+        span,
+        engine,
+        budget,
+        model=checkpoint.identity,
+        working_bytes=free // 4,
+        lease_bytes=free // 8 if config.lease_bytes is None else config.lease_bytes,
+    )
+    await node.transport.serve(PROTOCOL_NAME, partial(handle, server))
     throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
-    announcer = Announcer(node, server, checkpoint, throughput)
+    announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
     await announcer.announce()
     addresses = await node.join_addresses()
     say(f"Serving blocks {span.start}:{span.end} of {checkpoint.name} as {node.peer_id}")
@@ -113,6 +124,8 @@ class OpenedModel:
     end: int
     dtype: torch.dtype
     device: torch.device
+    packable: bool
+    quantization: str
 
 
 def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
@@ -131,16 +144,20 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device} is not available on this machine.") from error
-    check_family(checkpoint.config)
+    packable = check_family(checkpoint.config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
-    return OpenedModel(checkpoint, start, end, dtype, device)
+    check_quantization(config.quantization, dtype, device)
+    return OpenedModel(checkpoint, start, end, dtype, device, packable, config.quantization)
 
 
 def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
     """Read the blocks' weights into memory. Raises `CheckpointError`."""
     start, end, count = opened.start, opened.end, opened.checkpoint.num_blocks
-    say(f"Loading blocks {start}:{end} of {count} in {dtype_name(opened.dtype)}")
+    kept = "" if opened.quantization == "none" else f", weights in {opened.quantization}"
+    say(f"Loading blocks {start}:{end} of {count} in {dtype_name(opened.dtype)}{kept}")
     span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
+    use_kernels(span.model, opened.quantization, opened.device)
+    span.packable = opened.packable
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
     return span
 
@@ -206,10 +223,13 @@ def shown_name(name: str) -> str:
 class Announcer:
     """Keeps a server's record in the directory true."""
 
-    def __init__(self, node: Node, server: BlockServer, checkpoint: Checkpoint, throughput: float) -> None:
+    def __init__(
+        self, node: Node, server: BlockServer, checkpoint: Checkpoint, throughput: float, quantization: str
+    ) -> None:
         self._node = node
         self._server = server
         self._checkpoint = checkpoint
+        self._quantization = quantization
         self._throughput = throughput
 
     def record(self) -> ServerRecord:
@@ -223,6 +243,7 @@ class Announcer:
             start=span.start,
             end=span.end,
             dtype=dtype_name(span.dtype),
+            quantization=self._quantization,
             throughput=self._throughput,
             free_cache_tokens=min(self._server.free_tokens, 2**31 - 1),
             version=__version__,

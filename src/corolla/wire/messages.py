@@ -5,7 +5,7 @@ session is judged by `wire/session.py` (legal order) and by the server (its own 
 Tensors do not live in messages: a frame carries them beside the message, by name (`wire/frames.py`).
 Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
 R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, H hidden size,
-P prompt tokens and N blocks.
+P prompt tokens, N blocks and K packed sequences.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Annotated, Literal
 import msgspec
 
 # Peers refuse another major protocol version with a typed failure; fields may only be added with a new one.
-PROTOCOL_VERSION = 1
-PROTOCOL_NAME = "corolla/1"
+PROTOCOL_VERSION = 2
+PROTOCOL_NAME = "corolla/2"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Identity = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
+LeaseName = Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 FailureCode = Literal[
@@ -33,6 +34,7 @@ FailureCode = Literal[
     "too_large",  # over a limit that will not change by waiting
     "busy",  # over a budget now; try again after `retry_after`
     "evicted",  # the session's cache is gone; replay it
+    "no_lease",  # the forward's graph is gone; send the backward's inputs
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
     "internal",  # the server's own fault
@@ -78,20 +80,30 @@ class CloseSession(Message, frozen=True):
 
 
 class Forward(Message, frozen=True):
-    """Run whole sequences through blocks [start, end), without a cache (training)."""
+    """Run whole sequences through blocks [start, end), without a cache (training).
+
+    They travel packed, one behind the other in a single row. With a `lease`, a name that the client makes
+    up, the server may keep what a backward needs for a while.
+    """
 
     model: Identity
     start: BlockIndex
     end: BlockIndex
+    lease: LeaseName | None = None
 
 
 class Backward(Message, frozen=True):
-    """Gradients of `Forward` on the same tensors, given the gradient of its output."""
+    """Gradients of `Forward` on the same tensors, given the gradient of its output.
+
+    With a `lease` only `grad` is sent; a server that has kept nothing under that name answers "no_lease",
+    and is sent everything.
+    """
 
     model: Identity
     start: BlockIndex
     end: BlockIndex
     prompt_gradient: bool = False  # whether the gradient for the deep prompts is wanted as well
+    lease: LeaseName | None = None
 
 
 class Ping(Message, frozen=True):
@@ -159,6 +171,7 @@ SILENCE_SECONDS = 5.0  # a peer that says nothing for so long while a request is
 #   mask       bool, True where a token is real; left out when all are
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues
+#   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
 TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
     OpenSession: {"prompts": ("N P H", False)},
@@ -170,14 +183,14 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
     },
     Forward: {
         "hidden": ("R T H", True),
-        "mask": ("R T", False),
+        "lengths": ("K", True),
         "positions": ("R T", False),
         "prompts": ("N P H", False),
     },
     Backward: {
-        "hidden": ("R T H", True),
         "grad": ("R T H", True),
-        "mask": ("R T", False),
+        "hidden": ("R T H", False),
+        "lengths": ("K", False),
         "positions": ("R T", False),
         "prompts": ("N P H", False),
     },

@@ -33,6 +33,7 @@ _ALLOWED_DTYPES: dict[str, tuple[str, ...]] = {
     "mask": ("bool",),
     "positions": ("int64",),
     "rows": ("int64",),
+    "lengths": ("int64",),
 }
 _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,

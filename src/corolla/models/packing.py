@@ -1,0 +1,219 @@
+"""Tokens of many sequences in one pass: `[1, N, H]` without padding, attention per sequence.
+
+Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
+outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
+family's own code runs over them unchanged; attention reaches `attend` through transformers' registry of
+attention functions, under `PACKED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corolla.errors import UsageError
+from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for
+
+# No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
+PACKED = "corolla_packed"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one block's scores become weights, beyond the plain softmax(scale · q·k)."""
+
+    scale: float | None = None
+    window: int | None = None  # a token sees this many newest ones, itself included
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
+    slopes: Tensor | None = None  # [heads], alibi
+
+    @property
+    def plain(self) -> bool:
+        """Whether the fused kernel computes it without a bias."""
+        return self.softcap is None and self.sinks is None and self.slopes is None
+
+
+@dataclass
+class Segment:
+    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before."""
+
+    begin: int
+    count: int
+    row: CachedRow | None = None
+    room: int = 0  # tokens that the row may reach in the present call
+    past: int = 0
+    slots: Tensor | None = None
+    _pages: Tensor | None = None  # where the row's pages do not follow each other
+    _first: int | None = None
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """The packed token behind the last one."""
+        return self.begin + self.count
+
+    def prepare(self) -> None:
+        """Take slots for the new tokens; once, before the first block."""
+        if self.row is None:
+            return
+        self.past = self.row.length
+        self.slots = self.row.grow(self.count, self.room)
+        self._first = self.row.stretch()
+        if self._first is None:
+            self._pages = torch.tensor(self.row.pages[: pages_for(self.row.length)])
+
+    def cached(self, store: Tensor) -> Tensor:
+        """All tokens of the row, past and new, from a block's store: [1, heads, past + count, D]."""
+        total = self.past + self.count
+        if self._first is not None:
+            found = store[self._first * PAGE : self._first * PAGE + total]
+        else:
+            assert self._pages is not None
+            paged = store.view(-1, PAGE, *store.shape[1:])
+            found = paged.index_select(0, self._pages.to(store.device)).flatten(0, 1)[:total]
+        return found.transpose(0, 1).unsqueeze(0)
+
+    def visible(self, window: int | None, device: torch.device) -> Tensor:
+        """bool [count, past + count]: which cached token each new one sees."""
+        if window not in self._masks:
+            total = self.past + self.count
+            seen = torch.ones(self.count, total, dtype=torch.bool, device=device).tril_(self.past)
+            if window is not None:
+                seen = seen.triu_(self.past - window + 1)
+            self._masks[window] = seen
+        return self._masks[window]
+
+
+def segments_of(lengths: Sequence[int], rows: Sequence[CachedRow] | None = None) -> list[Segment]:
+    """Segments of these lengths, one behind the other."""
+    segments, begin = [], 0
+    for index, length in enumerate(lengths):
+        segments.append(Segment(begin, length, None if rows is None else rows[index]))
+        begin += length
+    return segments
+
+
+class PackedBatch:
+    """The segments of one pass, in the order of their tokens."""
+
+    def __init__(self, segments: Sequence[Segment], pool: PagePool | None = None) -> None:
+        """`pool` is where the segments' rows are cached; without one, nothing is."""
+        self.segments = list(segments)
+        self._pool = pool
+        for segment in self.segments:
+            segment.prepare()
+        slots = [segment.slots for segment in self.segments if segment.slots is not None]
+        self._slots = torch.cat(slots) if slots else None
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+        """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
+        store = None
+        if self._pool is not None:
+            assert self._slots is not None
+            slots = self._slots.to(key.device)
+            store = self._pool.write(block, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        parts = []
+        for one in self.segments:
+            new = query[:, :, one.begin : one.end]
+            if store is not None:
+                keys, values = one.cached(store[0]), one.cached(store[1])
+            else:
+                keys, values = key[:, :, one.begin : one.end], value[:, :, one.begin : one.end]
+            parts.append(attend_one(new, keys, values, one, rules).transpose(1, 2))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    """One sequence's attention: `query` [1, heads, T, D] at the end of `keys` [1, kv_heads, S, D]."""
+    window, total = rules.window, int(keys.shape[2])
+    if window is not None and total <= window:
+        window = None
+    if not rules.plain:
+        return _attend_plainly(query, keys, values, one, rules, window)
+    grouped = query.shape[1] != keys.shape[1]
+    if one.count == 1:  # sees everything, or the newest of it
+        if window is not None:
+            keys, values = keys[:, :, -window:], values[:, :, -window:]
+        return scaled_dot_product_attention(query, keys, values, scale=rules.scale, enable_gqa=grouped)
+    if one.past == 0 and window is None:
+        return scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=rules.scale, enable_gqa=grouped
+        )
+    mask = one.visible(window, query.device)
+    return scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=grouped
+    )
+
+
+def _attend_plainly(
+    query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules, window: int | None
+) -> Tensor:
+    """With the scores written out; softmax in float32 at least, as the families' own eager code does."""
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if rules.scale is None else rules.scale
+    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+    if rules.slopes is not None:
+        places = torch.arange(keys.shape[2], device=scores.device)
+        scores = scores + (rules.slopes[:, None, None] * places).to(scores.dtype)
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = scores.masked_fill(~one.visible(window, scores.device), torch.finfo(scores.dtype).min)
+    if rules.sinks is not None:
+        sinks = rules.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(values.dtype)
+    return torch.matmul(weights[..., : keys.shape[2]], values)
+
+
+_batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
+
+
+@contextmanager
+def packed(batch: PackedBatch) -> Iterator[None]:
+    """Attention inside works on `batch`."""
+    token = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+
+
+def current_batch() -> PackedBatch | None:
+    """The batch whose pass is running, if one is."""
+    return _batch.get()
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers' registry takes them; see `PackedBatch.attend`."""
+    batch = current_batch()
+    if batch is None:
+        raise UsageError("The blocks of a packed span were called without a packed batch.")
+    rules = Rules(scaling, sliding_window, softcap, s_aux)
+    block: Any = module.layer_idx
+    return batch.attend(block, query, key, value, rules), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

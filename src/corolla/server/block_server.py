@@ -1,0 +1,113 @@
+"""What a server is, beside the streams that it answers: its blocks, engine, budgets and counters.
+
+Invariant: there is one of each, shared by all streams; a request is counted from its arrival to its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from corolla import __version__
+from corolla.models.pages import PagePool
+from corolla.models.span import Span
+from corolla.server.engine import Engine
+from corolla.server.kv_cache import CacheBudget
+from corolla.server.leases import Leases
+from corolla.server.steps import run_pass
+from corolla.wire.messages import ServerStatus
+
+WORKING_BYTES = 4 * 2**30
+LEASE_BYTES = 2 * 2**30
+
+
+@dataclass
+class Counters:
+    """Totals since the server's start, in rows × tokens; and what is open now."""
+
+    sessions: int = 0
+    inference: int = 0
+    forward: int = 0
+    backward: int = 0
+    redeemed: int = 0  # of the backwards' tokens, those whose graph had been kept
+
+
+class BlockServer:
+    """Answers requests for the blocks of one span."""
+
+    def __init__(
+        self,
+        span: Span,
+        engine: Engine,
+        budget: CacheBudget,
+        *,
+        model: str,
+        working_bytes: int = WORKING_BYTES,
+        lease_bytes: int = LEASE_BYTES,
+    ) -> None:
+        """`model` is the identity of the span's checkpoint; a computation that would need more than
+        `working_bytes` beside weights and caches is refused; kept graphs take `lease_bytes` at most."""
+        self.working_bytes = working_bytes
+        self.leases = Leases(lease_bytes)
+        self.pool = PagePool(budget.capacity, dtype=span.dtype, device=span.device)
+        engine.run_pass = partial(run_pass, self.pool)
+        engine.when_idle = self.leases.expire
+        self.span = span
+        self.engine = engine
+        self.budget = budget
+        self.model = model
+        self.counters = Counters()
+        self.draining = False
+        self._open_requests = 0
+        self._last_request = -float("inf")
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def request_open(self) -> Iterator[None]:
+        """Counts a request while it is being answered."""
+        self._open_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._open_requests -= 1
+            self._last_request = asyncio.get_running_loop().time()
+            if not self._open_requests:
+                self._idle.set()
+
+    async def until_idle(self, quiet: float = 0.0) -> None:
+        """Wait until no request is being answered and, for `quiet` seconds, none was.
+
+        Between two steps of a reply, or a forward and its backward, a client computes too.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._idle.wait()
+            missing = self._last_request + quiet - loop.time()
+            if missing <= 0:
+                return
+            await asyncio.sleep(missing)
+
+    def status(self) -> ServerStatus:
+        """What `Ping` is answered with."""
+        return ServerStatus(
+            model=self.model,
+            start=self.span.start,
+            end=self.span.end,
+            dtype=str(self.span.dtype).removeprefix("torch."),
+            version=__version__,
+            sessions=self.counters.sessions,
+            free_cache_tokens=self.free_tokens,
+            tokens_inference=self.counters.inference,
+            tokens_forward=self.counters.forward,
+            tokens_backward=self.counters.backward,
+        )
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of one row that still fit."""
+        return self.budget.free_tokens

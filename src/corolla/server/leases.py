@@ -1,0 +1,105 @@
+"""Graphs of recent training forwards, kept for the backward that will probably follow.
+
+Invariant: what is kept never exceeds the budget; a lease is its peer's alone, is taken once, and is gone
+after `LEASE_SECONDS` at the latest. Nobody depends on one: without it a backward computes its forward again.
+Used from the compute thread only, but for `close`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEASE_SECONDS = 60.0
+
+
+@dataclass
+class Lease:
+    """A forward's output with the graph behind it, and the leaves whose gradients may be asked for."""
+
+    blocks: tuple[int, int]
+    output: Tensor
+    hidden: Tensor
+    prompts: Tensor | None
+    nbytes: int
+    tokens: int
+    until: float = 0.0
+
+
+class Leases:
+    """All leases of a server, least recently made first."""
+
+    def __init__(self, budget: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`budget` in bytes of saved activations."""
+        self.budget = budget
+        self.held = 0
+        self._clock = clock
+        self._kept: OrderedDict[tuple[str, str], Lease] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, peer: str, key: str, lease: Lease) -> None:
+        """Keep it, at the expense of older ones; one that is larger than the budget is let go."""
+        self.expire()
+        self._drop((peer, key))
+        if lease.nbytes > self.budget:
+            return
+        while self.held + lease.nbytes > self.budget:
+            self._drop(next(iter(self._kept)))
+        lease.until = self._clock() + LEASE_SECONDS
+        self._kept[peer, key] = lease
+        self.held += lease.nbytes
+
+    def take(self, peer: str, key: str) -> Lease | None:
+        """The peer's lease, which is kept no longer; None when there is none."""
+        self.expire()
+        lease = self._kept.get((peer, key))
+        self._drop((peer, key))
+        return lease
+
+    def expire(self) -> None:
+        """Let go of what is too old."""
+        now = self._clock()
+        for name in [name for name, lease in self._kept.items() if lease.until <= now]:
+            self._drop(name)
+
+    def _drop(self, name: tuple[str, str]) -> None:
+        lease = self._kept.pop(name, None)
+        if lease is not None:
+            self.held -= lease.nbytes
+
+
+class Saved:
+    """Counts the bytes that autograd keeps for a backward."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct tensors' memory, without weights."""
+        return sum(self._storages.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Everything that is saved inside is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _same):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        # Weights are leaves or buffers that no graph made; views and slices share one memory.
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,155 @@
+"""A session's attention cache over the blocks of a span.
+
+Invariant: it holds exactly the tokens of the steps that were answered, or it is gone. What a step says is
+checked on the event loop; rows and pages are touched by the compute thread alone, so what ends a session
+on the loop is handed over to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for, shared_pages
+from corolla.models.span import Span
+from corolla.models.span_cache import SpanCache, crop_cache, select_rows
+from corolla.server.kv_cache import IDLE_SECONDS, CacheBudget
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class CachedSession:
+    """What a server keeps of one session. Made by `OpenSession`, filled by steps (`server/steps.py`)."""
+
+    def __init__(
+        self, span: Span, budget: CacheBudget, pool: PagePool, post: Post, *, prompts: Tensor | None
+    ) -> None:
+        """`prompts` are the deep prompts [blocks, P, H] of these blocks; `post` hands work to the compute thread."""
+        self.span = span
+        self.prompts = prompts
+        self.pool = pool
+        self.rows = 0  # sequences
+        self.length = 0  # columns: tokens a row, padding included
+        self.mask: Tensor | None = None  # bool [rows, length], None while all tokens are real
+        self.pages = 0
+        self.last_used = 0.0
+        self.evicted = False
+        self.busy = False
+        self.cached: list[CachedRow] = []  # of a family that can be packed
+        self.plain: SpanCache = span.new_cache()  # of one that cannot
+        self._budget = budget
+        self._post = post
+
+    @property
+    def idle_after(self) -> float | None:
+        """See `kv_cache.Holder`."""
+        return None if self.busy else IDLE_SECONDS
+
+    async def reserve(
+        self, rows: int, tokens: int, field: str, *, position: int = 0, order: Tensor | None = None
+    ) -> None:
+        """Make sure that `rows` may reach `tokens` each, the cached rows in `order` kept up to `position`.
+
+        Raises `RequestRefused`, naming `field`.
+        """
+        await self._budget.reserve(self, self._pages_needed(rows, tokens, position, order), field)
+
+    def _pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
+        """At most so many distinct pages: what all rows have in common counts once.
+
+        Never fewer than are reserved already: pages lie with the rows until these are freed.
+        """
+        each, common = pages_for(tokens), 0
+        if rows > 1 and self.cached and position:
+            chosen = range(self.rows) if order is None else order.tolist()
+            kept = min(self.real_tokens(row, position) for row in set(chosen))
+            common = shared_pages([self.cached[row] for row in chosen], kept)
+        return max(self.pages, common + rows * (each - common))
+
+    def real_tokens(self, row: int, columns: int) -> int:
+        """How many of a row's first `columns` cached columns are tokens, not padding."""
+        return columns if self.mask is None else int(self.mask[row, :columns].sum())
+
+    def same_past(self, mask: Tensor | None, position: int, order: Tensor | None) -> bool:
+        """Whether a step's mask [R, S] says of the cached columns what was true when they were computed."""
+        if position == 0:
+            return True
+        past = None if self.mask is None else self.mask[:, :position]
+        if past is not None and order is not None:
+            past = past[order]
+        given = None if mask is None else mask[:, :position]
+        if past is None:
+            return given is None or bool(given.all())
+        return bool(past.all()) if given is None else torch.equal(past, given)
+
+    # --- on the compute thread --------------------------------------------------------------------------
+
+    def rearrange(self, rows: int, position: int, order: Tensor | None) -> None:
+        """Reorder or repeat the cached rows, then forget what stands from column `position` on."""
+        if self.span.packable:
+            self._rearrange_pages(rows, position, order)
+        else:
+            self._rearrange_plain(position, order)
+        if order is not None and self.mask is not None:
+            self.mask = self.mask[order]
+        self.mask = None if self.mask is None or not position else self.mask[:, :position]
+
+    def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
+        before = self.cached
+        if position == 0 or not before:
+            self.cached = [CachedRow(self.pool) for _ in range(rows)]
+        elif order is not None:
+            self.cached = []
+            for source in order.tolist():
+                row = before[source].fork()
+                row.truncate(self.real_tokens(source, position))
+                self.cached.append(row)
+        else:
+            for index, row in enumerate(before):
+                row.truncate(self.real_tokens(index, position))
+            return
+        for row in before:
+            row.free()
+
+    def _rearrange_plain(self, position: int, order: Tensor | None) -> None:
+        if order is not None and self.length:
+            select_rows(self.plain, order)
+        if position == 0:
+            self.plain = self.span.new_cache()
+        else:
+            crop_cache(self.plain, position)
+
+    # --- its end ----------------------------------------------------------------------------------------
+
+    def let_go(self) -> None:
+        """See `kv_cache.Holder`."""
+        self._post(self._free)
+
+    def close(self) -> None:
+        """Free the cache; safe to call twice."""
+        self._budget.release(self)
+        self._post(self._free)
+
+    def _free(self) -> None:
+        for row in self.cached:
+            row.free()
+        self.cached = []
+        self.plain = self.span.new_cache()
+        self.length = self.rows = 0
+
+
+def default_capacity(span: Span, free_bytes: int) -> int:
+    """Pages that half of the free memory can hold, by the span's own layout of keys and values."""
+    return max(1, free_bytes // 2 // (bytes_per_token(span) * PAGE))
+
+
+def bytes_per_token(span: Span) -> int:
+    """Memory that one token of one row takes in the caches of all blocks, measured on the span itself."""
+    cache = span.new_cache()
+    probe = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
+    with torch.inference_mode():
+        span.forward(probe, cache=cache)
+    total: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return max(1, total)
