@@ -64,6 +64,17 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(hidden.numel() // hidden.shape[-1])
         return plain(self, hidden)
 
+    def by_hand(weight: Tensor, count: int) -> Any:
+        chunk = plain_head(weight, count)
+
+        def run(hidden: Tensor, *others: Any) -> Any:
+            rows.append(len(hidden))
+            return chunk(hidden, *others)
+
+        return run
+
+    plain_head = losses._plain_head
+    monkeypatch.setattr(losses, "_plain_head", by_hand)
     monkeypatch.setattr(SharedHead, "_product", counted)
     return rows
 
@@ -140,6 +151,20 @@ def test_no_label_at_all_and_labels_that_do_not_fit() -> None:
     for model in (plain, fused):
         with pytest.raises(ValueError, match="batch_size"):
             model(inputs_embeds=vectors, labels=labels, logits_to_keep=2)
+
+
+def test_a_kernel_and_a_bias_are_part_of_the_loss() -> None:
+    head = torch.nn.Linear(8, 30).double().requires_grad_(False)
+    rows, targets = torch.randn(12, 8, dtype=torch.float64, requires_grad=True), torch.arange(12)
+    for kernel in (None, lambda hidden: F.linear(hidden, head.weight * 2, head.bias)):
+        shared = SharedHead.like(head)
+        shared.use_kernel(kernel)
+        logits = F.linear(rows, head.weight * (2 if kernel else 1), head.bias)
+        expected = F.cross_entropy(logits, targets, reduction="sum")
+        found = summed_cross_entropy(shared(rows), targets)
+        torch.testing.assert_close(found, expected)
+        own, wanted = (torch.autograd.grad(loss, rows)[0] for loss in (found, expected))
+        torch.testing.assert_close(own, wanted)
 
 
 def test_a_head_that_is_trained_goes_the_plain_way() -> None:

@@ -72,7 +72,10 @@ class SharedHead(nn.Linear):
         if not self.frozen:
             return super().forward(hidden)
         if wanted_deferred(hidden):
-            return DeferredLogits(hidden, self._product, self.out_features)
+            bias: Tensor | None = self.bias
+            plain = self._kernel is None and bias is None and not _autocasting(hidden)
+            weight = self.weight.detach() if plain else None
+            return DeferredLogits(hidden, self._product, self.out_features, weight=weight)
         if not self._may_share(hidden):
             return self._product(hidden)
         rows = hidden.reshape(-1, self.in_features)
@@ -91,8 +94,12 @@ class SharedHead(nn.Linear):
             and hidden.shape[-1] == self.in_features
             and hidden.dtype == self.weight.dtype
             and 0 < hidden.numel() <= FEW_ROWS * self.in_features
-            and not torch.is_autocast_enabled("cpu")
+            and not _autocasting(hidden)
         )
+
+
+def _autocasting(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 class _Call:

@@ -72,16 +72,27 @@ class DeferredLogits(Tensor):
     _steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
     _with_grad: bool
     _whole: Tensor | None
+    _weight: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, hidden: Tensor, product: Product, width: int, *, dtype: torch.dtype | None = None
+        cls,
+        hidden: Tensor,
+        product: Product,
+        width: int,
+        *,
+        weight: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> DeferredLogits:
-        """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable."""
+        """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable.
+
+        `weight` [V, H] is given where the product is nothing but the one with it.
+        """
         made = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], width), dtype=dtype or hidden.dtype, device=hidden.device
         )
         made.hidden, made._product, made._steps, made._whole = hidden, product, (), None
+        made._weight = weight
         made._with_grad = torch.is_grad_enabled()
         result: DeferredLogits = made
         return result
@@ -92,6 +103,14 @@ class DeferredLogits(Tensor):
         for function, arguments in self._steps:
             logits = function(logits, *arguments)
         return logits
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[V, H] where these logits are `hidden @ weight.T` and nothing else, in float32 or float64."""
+        plain = self._weight is not None and self._weight.dtype == self.hidden.dtype == self.dtype
+        if not plain or self._steps or self.dtype not in (torch.float32, torch.float64):
+            return None
+        return self._weight
 
     def whole(self) -> Tensor:
         """All logits, as an ordinary tensor."""
@@ -190,7 +209,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IG
     kept = targets != ignore_index
     if not bool(kept.all()):
         hidden, targets = hidden[kept], targets[kept]
-    total: Tensor = _ChunkedLoss.apply(hidden, targets, logits.of)  # type: ignore[no-untyped-call]
+    total: Tensor = _ChunkedLoss.apply(hidden, targets, logits)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -217,16 +236,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """Hidden states [n, H] and targets [n] to the summed loss; the gradient is ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits_of: Product) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits: DeferredLogits) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        weight = logits.weight
+        chunk = _any_head(logits.of) if weight is None else _plain_head(weight, len(hidden))
+        total = torch.zeros((), dtype=_at_least_float32(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), CHUNK_ROWS):
-            rows, wanted = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
-            loss, own = _loss_of_chunk(rows, wanted, logits_of, with_gradient=gradient is not None)
-            total += loss
-            if gradient is not None and own is not None:
-                gradient[start : start + CHUNK_ROWS] = own
+            rows = slice(start, start + CHUNK_ROWS)
+            total += chunk(hidden[rows], targets[rows], None if gradient is None else gradient[rows])
         ctx.gradient = gradient
         return total
 
@@ -237,23 +254,59 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None
 
 
-def _loss_of_chunk(
-    hidden: Tensor, targets: Tensor, logits_of: Product, *, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    with torch.set_grad_enabled(with_gradient):
-        leaf = hidden.detach().requires_grad_(with_gradient)
-        logits = logits_of(leaf)
-    chances = torch.log_softmax(_wide(logits.detach()), dim=-1)
-    loss = -chances.gather(1, targets[:, None]).sum()
-    if not with_gradient:
-        return loss, None
-    # The gradient of the loss for the logits: the probabilities, less one where the target is.
+# Hidden states [n, H] and targets [n] to their summed loss; the gradient [n, H] is written where one is wanted.
+_Chunk = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _any_head(logits_of: Product) -> _Chunk:
+    """By autograd, through whatever the family does to its logits."""
+
+    def chunk(hidden: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
+        with torch.set_grad_enabled(gradient is not None):
+            leaf = hidden.detach().requires_grad_(gradient is not None)
+            logits = logits_of(leaf)
+        chances = torch.log_softmax(_wide(logits.detach()), dim=-1)
+        loss = _summed(chances, targets)
+        if gradient is not None:
+            errors = _errors(chances, targets).to(logits.dtype)
+            gradient.copy_(torch.autograd.grad(logits, leaf, errors)[0])
+        return loss
+
+    return chunk
+
+
+def _plain_head(weight: Tensor, rows: int) -> _Chunk:
+    """By hand, in two buffers for all chunks: fresh memory of this size costs as much as what is done in it."""
+    rows = min(rows, CHUNK_ROWS)
+    logits, chances = (weight.new_empty(rows, len(weight)) for _ in range(2))
+
+    def chunk(hidden: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
+        some_logits, some = logits[: len(hidden)], chances[: len(hidden)]
+        torch.mm(hidden, weight.T, out=some_logits)
+        torch.log_softmax(some_logits, dim=-1, out=some)
+        loss = _summed(some, targets)
+        if gradient is not None:
+            torch.mm(_errors(some, targets), weight, out=gradient)
+        return loss
+
+    return chunk
+
+
+def _summed(chances: Tensor, targets: Tensor) -> Tensor:
+    return -chances.gather(1, targets[:, None]).sum()
+
+
+def _errors(chances: Tensor, targets: Tensor) -> Tensor:
+    """The loss's gradient for the logits, in the place of the log-probabilities [n, V]."""
     chances.exp_()
     chances[torch.arange(len(targets), device=targets.device), targets] -= 1
-    (gradient,) = torch.autograd.grad(logits, leaf, chances.to(logits.dtype))
-    return loss, gradient
+    return chances
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """At least float32, as `transformers` computes losses."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """As `transformers` computes losses."""
+    return logits.to(_at_least_float32(logits.dtype))
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
