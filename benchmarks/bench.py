@@ -95,9 +95,9 @@ class Bench:
     # --- baselines ------------------------------------------------------------------------------------------
 
     def local(self, kind: str) -> tuple[Worker, dict[str, Any]]:
-        """The process of the local models that is fastest at "decode", "prefill" or "train", set up for it.
+        """The process of the local models that is fastest at a kind of work, set up for it.
 
-        Gives what was tried, too.
+        Kinds are those of `workers/local.py`. Gives what was tried, too.
         """
         return self._fastest("local", kind, lambda worker: worker.ask("use", kind=kind))
 

@@ -23,7 +23,7 @@ def decode_batch(bench: Bench) -> Pair:
     """One client's batch of 8."""
     client, tokens = bench.client(), bench.size(32, 6)
     ours = partial(client.ask, "decode", rows=8, tokens=tokens)
-    return bench.beside_transformers(client, ours, "decode", "decode", rows=8, tokens=tokens)
+    return bench.beside_transformers(client, ours, "batch", "decode", rows=8, tokens=tokens)
 
 
 def decode_int8(bench: Bench) -> Pair:

@@ -36,7 +36,9 @@ def over_sessions(bench: Bench) -> Iterator[Point]:
         ours = partial(client.ask, "sessions", count=count, tokens=tokens)
         yield (
             count,
-            bench.beside_transformers(client, ours, "decode", "decode", rows=count, tokens=tokens),
+            bench.beside_transformers(
+                client, ours, "decode" if count == 1 else "batch", "decode", rows=count, tokens=tokens
+            ),
         )
 
 

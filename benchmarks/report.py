@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT
-from benchmarks.results import RESULTS, describe, newest
+from benchmarks.results import RESULTS, chosen, describe, newest
 
 PAGE = ROOT / "docs" / "performance.md"
 TABLE, PLOTS = "bench", "growth"  # what the markers are called
@@ -57,9 +57,23 @@ def _cell(text: str) -> str:
 
 
 def _sources(lines: Sequence[dict[str, Any]]) -> str:
-    """When, of which commit and with what the lines were measured; a paragraph for each run."""
-    runs = dict.fromkeys(describe(line) for line in sorted(lines, key=lambda line: str(line["date"])))
-    return "\n\n".join(f"Measured {run}." for run in runs) or "Nothing has been measured yet."
+    """When, of which commits and with what the lines were measured; then how each baseline was run."""
+    days: dict[str, list[str]] = {}
+    for line in sorted(lines, key=lambda line: str(line["date"])):
+        days.setdefault(describe(line), []).append(line["date"][:10])
+    runs = [f"Measured {_span(dates)}: {run}." for run, dates in days.items()]
+    hows: dict[str, list[str]] = {}
+    for line in lines:
+        if how := chosen(line):
+            hows.setdefault(how, []).append(f"`{line['figure']}`")
+    baselines = [f"- {how}: {', '.join(names)}" for how, names in hows.items()]
+    if baselines:
+        runs.append("How the local baselines were run, whatever was fastest:\n\n" + "\n".join(baselines))
+    return "\n\n".join(runs) or "Nothing has been measured yet."
+
+
+def _span(dates: Sequence[str]) -> str:
+    return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
 
 
 def pictures(lines: Lines, folder: Path) -> str:

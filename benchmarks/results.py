@@ -43,11 +43,11 @@ def conditions() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The conditions in two lines of text."""
+    """The conditions in two lines of text, but for the date."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     machine = found["machine"]
     return (
-        f"{found['date']}, commit {found['commit']}{' with changes' if found['dirty'] else ''}; {versions}\n"
+        f"commit {found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}; {versions}\n"
         f"{machine['cores']} cores, {machine['cpu']} ({' '.join(machine['flags'])}; torch uses "
         f"{machine['torch']})"
     )
@@ -66,6 +66,20 @@ def line_of(measured: Measured) -> dict[str, Any]:
         "runs": {"ours": measured.ours, "baseline": measured.baseline},
         "details": measured.details,
     }
+
+
+def chosen(line: dict[str, Any]) -> str:
+    """How a line's baseline was run: what was fastest, or what it was built for; empty without a choice."""
+    about = line.get("details", {}).get("baseline")
+    if about is None:
+        return ""
+    waiting = about["idle threads"]
+    best = about[waiting]
+    if "llama.cpp" in best:
+        how = f"llama-cpp-python {best['llama-cpp-python']}, {' '.join(best['llama.cpp'].split())}"
+    else:
+        how = f"attention {best['attention']}"
+    return f"{how}; idle threads {waiting}"
 
 
 def not_measured(figure: Figure, reason: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from benchmarks.bench import CLIENT_ENV, Bench, Options
 from benchmarks.figures import Line, measure
 from benchmarks.growth import Growth
 from benchmarks.processes import NotMeasured
-from benchmarks.results import RESULTS, append, conditions, describe, line_of, not_measured
+from benchmarks.results import RESULTS, append, chosen, conditions, describe, line_of, not_measured
 from corolla.errors import CorollaError
 
 LINES: list[Line] = [*generation.LINES, *sessions.LINES, *training.LINES, *memory.LINES]
@@ -37,7 +37,7 @@ class Run:
 
     def head(self) -> None:
         """What everything is measured with."""
-        print(describe(self._conditions))
+        print(f"{self._conditions['date']}, {describe(self._conditions)}")
         threads = f"baselines: {os.cpu_count()} threads, servers and clients stopped meanwhile"
         print(f"{threads}; OMP_WAIT_POLICY {CLIENT_ENV['OMP_WAIT_POLICY']} (ours), ", end="")
         print("what is faster for the baseline, and the faster attention (see the lines' details)")
@@ -54,6 +54,8 @@ class Run:
             bound = f"{'<=' if figure.at_most else '>='} {figure.target:g}x"
             self._print(result, bound)
             self._append(result)
+        if how := chosen(found[0]):
+            print(f"{'':24} baseline: {how}", flush=True)
 
     def growth(self, item: Growth) -> None:
         """Measure a plot's points and note them as one line."""

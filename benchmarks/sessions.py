@@ -23,7 +23,7 @@ def independent(bench: Bench, count: int, quantization: str | None = None) -> Pa
     tokens = bench.size(24 if count > 8 else 32, 4)
     ours = partial(client.ask, "sessions", count=count, tokens=tokens)
     return bench.beside_transformers(
-        client, ours, "decode", "decode", rows=8, tokens=bench.size(32, 6), context=16
+        client, ours, "batch", "decode", rows=8, tokens=bench.size(32, 6), context=16
     )
 
 
@@ -34,7 +34,7 @@ def processes(bench: Bench) -> Pair:
     tokens = bench.size(24, 4)
     ours = partial(_at_once, clients, tokens)
     pair = bench.beside_transformers(
-        clients[0], ours, "decode", "decode", rows=8, tokens=bench.size(32, 6), context=16
+        clients[0], ours, "batch", "decode", rows=8, tokens=bench.size(32, 6), context=16
     )
     pair.clean_up = partial(_close, clients)
     return pair

@@ -7,6 +7,7 @@ all cores.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -64,28 +65,29 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 # --- the best attention -----------------------------------------------------------------------------------
 
 
+# A short piece of each kind of work, in tokens/s, that the attention is chosen by.
+TRIALS: dict[str, Callable[[], float]] = {
+    "decode": lambda: loops.decode(plain(), 1, 12),
+    "batch": lambda: loops.decode(plain(), 8, 6),
+    "prefill": lambda: loops.prefill(plain(), 512),
+    "train": lambda: loops.dense(tuned(), training_step(), 4, 256),
+    "chitchat": lambda: loops.dense(tuned(), training_step(), 8, 80),
+}
+
+
 @cache
 def best_attention(kind: str) -> dict[str, Any]:
-    """Try each implementation for "decode", "prefill" or "train", and keep the faster one (best of 3)."""
+    """Try each implementation for a kind of work, and keep the faster one (best of 3)."""
     rates: dict[str, float] = {}
     for name in ATTENTION:
         plain().set_attn_implementation(name)
-        _try(kind)  # the first run of anything is slow
-        rates[name] = max(_try(kind) for _ in range(3))
+        rates[name] = max(TRIALS[kind]() for _ in range(3))
     best = max(rates, key=lambda name: rates[name])
     return {"attention": best, "tokens/s": rates[best], "tried": rates}
 
 
-def _try(kind: str) -> float:
-    if kind == "decode":
-        return loops.decode(plain(), 1, 12)
-    if kind == "prefill":
-        return loops.prefill(plain(), 256)
-    return loops.dense(tuned(), training_step(), 2, 128)
-
-
 def use(kind: str) -> dict[str, Any]:
-    """Set the attention for this kind of work; gives what was found about it."""
+    """Set the attention for this kind of work (see `TRIALS`); gives what was found about it."""
     found = best_attention(kind)
     plain().set_attn_implementation(found["attention"])
     return found
@@ -107,7 +109,7 @@ def cut(blocks: int, folder: str) -> None:
 
 
 def decode(rows: int, tokens: int, context: int = 16, folder: str | None = None) -> float:
-    use("decode")
+    use("decode" if rows == 1 else "batch")
     return loops.decode(plain() if folder is None else cut_model(folder), rows, tokens, context)
 
 
@@ -123,7 +125,7 @@ def train(rows: int, length: int) -> float:
 
 def chitchat(count: int, padding: str) -> float:
     """Real tokens/s; `padding` is "longest" (of each batch) or "max_length" (of every example)."""
-    use("train")
+    use("chitchat")
     return loops.over_batches(
         training_step(), batches(count), lambda batch: _loss(_padded(batch, padding == "max_length"))
     )

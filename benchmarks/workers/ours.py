@@ -101,7 +101,8 @@ class Threads:
         for thread in self._threads:
             thread.join()
         if self._errors:
-            raise next(e for e in self._errors if not isinstance(e, threading.BrokenBarrierError))
+            causes = (e for e in self._errors if not isinstance(e, threading.BrokenBarrierError))
+            raise next(causes, self._errors[0])
 
 
 def sessions(count: int, tokens: int) -> float:

@@ -71,6 +71,15 @@ def test_each_run_is_named_once() -> None:
     assert "def5678" in text
 
 
+def test_one_paragraph_for_equal_conditions_and_one_line_for_equal_baselines() -> None:
+    about = {"idle threads": "sleep", "sleep": {"attention": "sdpa"}, "spin": {"attention": "eager"}}
+    later = line(SMALL, [1.0], [1.0], date="2026-01-03T00:00:00+00:00", details={"baseline": about})
+    text = table([FAST, SMALL], {"fast": line(FAST, [1.0], [1.0], details=later["details"]), "small": later})
+    assert text.count("Measured ") == 1
+    assert "2026-01-01 to 2026-01-03" in text
+    assert "- attention sdpa; idle threads sleep: `fast`, `small`" in text
+
+
 def test_newest_line_counts_whatever_file_it_is_in(tmp_path: Path) -> None:
     later = {"date": "2026-02-01T00:00:00+00:00"}
     write(tmp_path / "a.jsonl", line(FAST, [2.0], [1.0], **later), line(SMALL, [1.0], [1.0]))
