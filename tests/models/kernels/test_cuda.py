@@ -27,4 +27,4 @@ def test_no_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UsageError, match="on CUDA use nf4 or int8"):
-        quantize_linears(nn.Sequential(nn.Linear(4, 4)), "none")  # type: ignore[arg-type]
+        quantize_linears(nn.Sequential(nn.Linear(4, 4)), "none")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corolla.errors import UsageError
+from corolla.models.kernels import int8
 from corolla.models.kernels.int8 import Int8Linear, activation_levels, has_int8
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
@@ -41,11 +42,12 @@ def expected(kind: Kind, value: Tensor, layer: nn.Linear) -> Tensor:
     if kind is PackedLinear:
         return F.linear(value, layer.weight, layer.bias)
     levels = activation_levels()
-    largest = value.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
-    rounded = torch.round(value / largest * levels).double() * (largest.double() / levels)
-    return F.linear(
-        rounded, stored(layer).double(), layer.bias if layer.bias is None else layer.bias.double()
-    ).float()
+    step = value.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / levels
+    rounded = torch.round(value / step)
+    if levels != 127:  # two pieces
+        rounded = rounded + torch.round((value / step - rounded) * 2 * levels) / (2 * levels)
+    bias = None if layer.bias is None else layer.bias.double()
+    return F.linear(rounded.double() * step.double(), stored(layer).double(), bias).float()
 
 
 def stored(layer: nn.Linear) -> Tensor:
@@ -194,3 +196,17 @@ def test_int8_keeps_zeros_and_extremes() -> None:
     tiny, huge = torch.full((1, 8), 1e-20), torch.full((1, 8), 1e20)
     torch.testing.assert_close(packed(huge), huge)
     torch.testing.assert_close(Int8Linear(torch.eye(8))(tiny), tiny)
+
+
+@pytest.mark.skipif(not has_int8(), reason="torch without fbgemm")
+@pytest.mark.parametrize("levels", [63, 127])
+def test_two_pieces_leave_only_the_weights_error(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "activation_levels", lambda: min(levels, activation_levels()))
+    layer = plain(130, 96)
+    value = torch.randn(9, 96)
+    value[:, 5] *= 100  # an outlier, which makes one piece coarse
+    exact = F.linear(value, stored(layer), layer.bias)
+    one, two = (Int8Linear(layer.weight, layer.bias, pieces=count)(value) for count in (1, 2))
+    assert float((two - exact).norm() / exact.norm()) < 6e-4
+    assert float((one - exact).norm() / exact.norm()) > 1e-3
+    assert torch.equal(Int8Linear(layer.weight, layer.bias, pieces=2)(value[3:4]), two[3:4])

@@ -7,17 +7,19 @@ group of siblings) at a time, so that memory never holds more than that twice; t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corolla.errors import UsageError
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
-Kind = type[PackedLinear] | type[Int8Linear]
+Make = Callable[[Tensor, Tensor | None], FrozenLinear]  # of weight and bias
 Quantization = Literal["none", "int8"]
 # Siblings that the families' code calls with the same tensor, one after the other; one product instead of
 # three saves 60 of 150 µs (fp32) and 60 of 115 µs (int8) in a block of SmolLM2 with one row.
@@ -30,11 +32,11 @@ def supported(device: torch.device | str, dtype: torch.dtype, quantization: Quan
     return packable and (quantization == "none" or has_int8())
 
 
-def pack_linears(module: nn.Module, *, quantization: Quantization = "none") -> int:
+def pack_linears(module: nn.Module, *, quantization: Quantization = "none", pieces: int | None = None) -> int:
     """Replace the frozen linear layers below `module` in place; returns how many.
 
     Subclasses of `nn.Linear`, layers with hooks, trainable weights, weights that several layers share, and
-    other devices or dtypes are left alone. Raises `UsageError` when this machine has no int8 kernel.
+    other devices or dtypes are left alone. `pieces` is `Int8Linear`'s. Raises `UsageError` when this machine has no int8 kernel.
     """
     if quantization not in get_args(Quantization):
         raise UsageError(
@@ -42,7 +44,7 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none") -> i
         )
     if quantization == "int8" and not has_int8():
         raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
-    kind: Kind = PackedLinear if quantization == "none" else Int8Linear
+    make: Make = PackedLinear if quantization == "none" else partial(Int8Linear, pieces=pieces)
     owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
     # Names, not modules: a list of the layers would keep every plain weight alive until the end.
     names = {name for name, child in module.named_modules() if name and _is_replaceable(child, owners)}
@@ -50,17 +52,17 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none") -> i
     for parent in sorted({name.rpartition(".")[0] for name in names}):
         for siblings in SIBLINGS:
             group = [f"{parent}.{one}".lstrip(".") for one in siblings]
-            if names.issuperset(group) and _fuse(module.get_submodule(parent), siblings, kind):
+            if names.issuperset(group) and _fuse(module.get_submodule(parent), siblings, make):
                 names.difference_update(group)
     for name in sorted(names):
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        module.set_submodule(name, kind(layer.weight, layer.bias))
+        module.set_submodule(name, make(layer.weight, layer.bias))
         del layer
     return total
 
 
-def _fuse(parent: nn.Module, names: tuple[str, ...], kind: Kind) -> bool:
+def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:
     """Replace these children of `parent` by parts of one group; False when their shapes do not allow it."""
     layers = [parent.get_submodule(name) for name in names]
     widths = {layer.in_features for layer in layers}
@@ -72,7 +74,7 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], kind: Kind) -> bool:
     for name in names:  # free the plain weights before there is a third copy
         setattr(parent, name, None)
     layers.clear()
-    group = Group(kind(weight, bias), sizes)
+    group = Group(make(weight, bias), sizes)
     for index, name in enumerate(names):
         setattr(parent, name, FusedPart(group, index))
     return True

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from corolla.errors import UsageError
 
-CudaQuantization = Literal["nf4", "int8"]
+QUANTIZATIONS = ("nf4", "int8")
 
 
-def quantize_linears(module: nn.Module, quantization: CudaQuantization) -> int:
+def quantize_linears(module: nn.Module, quantization: str) -> int:
     """Replace the frozen linear layers below `module` (on a CUDA device, float16 or bfloat16); returns how many.
 
     Raises `UsageError` for an unknown name, and where there is no CUDA device or no bitsandbytes.
     """
-    if quantization not in get_args(CudaQuantization):
-        raise UsageError(
-            f"Unknown quantization {quantization!r}; on CUDA use {' or '.join(get_args(CudaQuantization))}."
-        )
+    if quantization not in QUANTIZATIONS:
+        raise UsageError(f"Unknown quantization {quantization!r}; on CUDA use {' or '.join(QUANTIZATIONS)}.")
     library = _bitsandbytes()
     owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
     names = [name for name, child in module.named_modules() if name and _is_replaceable(child, owners)]
@@ -57,7 +55,7 @@ def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> bool:
     )
 
 
-def _quantized(library: Any, layer: nn.Linear, quantization: CudaQuantization) -> nn.Module:
+def _quantized(library: Any, layer: nn.Linear, quantization: str) -> nn.Module:
     sizes = (layer.in_features, layer.out_features, layer.bias is not None)
     device, weight = layer.weight.device, layer.weight.detach().cpu()
     if quantization == "nf4":

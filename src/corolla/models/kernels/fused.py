@@ -50,19 +50,19 @@ class FusedPart(FrozenLinear):
         super().__init__(
             group.sizes[index], group.layer.in_features, None if biases is None else biases[index]
         )
-        self._group = group
+        self.group = group
         self._index = index
 
     @property
     def weight(self) -> Tensor:
         """A plain copy of this part's weight, float32 [out, in]; made anew at each reading."""
-        return self._group.weight(self._index)
+        return self.group.weight(self._index)
 
     def weight_bytes(self) -> int:
         """Memory of this part's weight and bias in bytes."""
-        group = self._group
+        group = self.group
         return group.layer.weight_bytes() * self.out_features // sum(group.sizes)
 
     def forward(self, input: Tensor) -> Tensor:
         """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
-        return self._group.take(self._index, input)
+        return self.group.take(self._index, input)

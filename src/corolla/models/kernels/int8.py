@@ -1,8 +1,8 @@
 """A frozen linear layer in 8-bit integers: weights per output channel, activations per row.
 
 Invariant: a row's result has the same bits whoever it is batched with. fbgemm's dynamic kernel gives the
-whole batch one scale; here every row is brought to [-1, 1] by its own largest value first, the kernel then
-quantizes with one fixed scale, and sums of integers are exact in any order.
+whole batch one scale; here every row is divided by a step of its own first, the kernel then rounds to whole
+numbers, and sums of integers are exact in any order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def activation_levels() -> int:
             packed = _pack(torch.ones(16, 64))
             for levels in (127, 63):
                 if torch.allclose(
-                    _multiply_rows(torch.ones(1, 64), packed, None, levels), torch.tensor(64.0)
+                    _multiply_rows(torch.ones(1, 64), packed, None, levels, 1), torch.tensor(64.0)
                 ):
                     return levels
     except (RuntimeError, AttributeError):  # the operators left torch, or were not built for this machine
@@ -53,8 +53,12 @@ def has_int8() -> bool:
 class Int8Linear(FrozenLinear):
     """A frozen linear layer on an x86 CPU; takes and gives float32, differentiable in its input."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pieces: int | None = None) -> None:
         """Quantizes `weight` float32 [out, in], keeping no reference to it; `bias` float32 [out] is kept.
+
+        An activation is one 8-bit number, or two (`pieces`): itself, and what rounding left of it. Two make
+        the activations' error vanish, for 5 µs with one row and twice the arithmetic with many. Left out: one,
+        but two where sums would saturate, since one of 7 bits costs 0.1 nats.
 
         Raises `UsageError` where torch has no such kernel.
         """
@@ -63,6 +67,7 @@ class Int8Linear(FrozenLinear):
             raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
         super().__init__(int(weight.shape[0]), int(weight.shape[1]), bias)
         self.levels = levels
+        self.pieces = pieces or (1 if levels == 127 else 2)
         self.packed = _pack(weight.detach())
 
     @property
@@ -78,24 +83,26 @@ class Int8Linear(FrozenLinear):
         """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
         self.check_input(input)
         if input.requires_grad and torch.is_grad_enabled():
-            arguments = (input, self.packed, self.bias, self.levels)
+            arguments = (input, self.packed, self.bias, self.levels, self.pieces)
             product: Tensor = _Int8Product.apply(*arguments)  # type: ignore[no-untyped-call]
             return product
-        return _multiply_rows(input, self.packed, self.bias, self.levels)
+        return _multiply_rows(input, self.packed, self.bias, self.levels, self.pieces)
 
 
 class _Int8Product(torch.autograd.Function):
     """The product, whose gradient for the input is that of the dequantized weight (straight through)."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, packed: Any, bias: Tensor | None, levels: int) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int
+    ) -> Tensor:
         ctx.packed = packed
-        return _multiply_rows(value, packed, bias, levels)
+        return _multiply_rows(value, packed, bias, levels, pieces)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return multiply(gradient, _dequantized(ctx.packed).t(), None), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return multiply(gradient, _dequantized(ctx.packed).t(), None), None, None, None, None
 
 
 def _pack(weight: Tensor) -> Any:
@@ -118,14 +125,27 @@ def _dequantized(packed: Any) -> Tensor:
     return weight
 
 
-def _multiply_rows(value: Tensor, packed: Any, bias: Tensor | None, levels: int) -> Tensor:
+def _multiply_rows(value: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int) -> Tensor:
     """value @ weight.T + bias with every row of `value` quantized by its own largest entry."""
     rows = value.reshape(-1, value.shape[-1])
-    largest = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(TINY)
-    product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-        rows / largest, 1.0 / levels, levels + 1, packed
-    )
-    product.mul_(largest)
+    step = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(TINY).div_(levels)
+    scaled = rows / step
+    if pieces == 1:
+        product = _integer_product(scaled, packed, levels)
+    else:
+        near = scaled.round()
+        left = scaled.sub_(near).mul_(2 * levels)  # at most half a step, brought to the full range
+        both = _integer_product(torch.cat((near, left)), packed, levels)
+        product = both[: len(rows)].add_(both[len(rows) :], alpha=0.5 / levels)
+    product.mul_(step)
     if bias is not None:
         product.add_(bias)
     return product.view(*value.shape[:-1], product.shape[-1])
+
+
+def _integer_product(rows: Tensor, packed: Any, levels: int) -> Tensor:
+    """rows @ weight.T, float32, for `rows` [n, in] within -levels … levels, rounded to whole numbers."""
+    product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        rows, 1.0, levels + 1, packed
+    )
+    return product
