@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -83,10 +84,10 @@ def test_every_plain_weight_is_freed_while_the_next_is_still_there(quantization:
     original = PackedLinear.__init__ if quantization == "none" else Int8Linear.__init__
     kind = PackedLinear if quantization == "none" else Int8Linear
 
-    def counting(self: FrozenLinear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def counting(self: FrozenLinear, *arguments: Any, **options: Any) -> None:
         gc.collect()
         alive.append(sum(one() is not None for one in weights))
-        original(self, weight, bias)  # type: ignore[arg-type]
+        original(self, *arguments, **options)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "__init__", counting)

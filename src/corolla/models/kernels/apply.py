@@ -36,7 +36,8 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
     """Replace the frozen linear layers below `module` in place; returns how many.
 
     Subclasses of `nn.Linear`, layers with hooks, trainable weights, weights that several layers share, and
-    other devices or dtypes are left alone. `pieces` is `Int8Linear`'s. Raises `UsageError` when this machine has no int8 kernel.
+    other devices or dtypes are left alone. `pieces` is `Int8Linear`'s. Raises `UsageError` when this machine
+    has no int8 kernel.
     """
     if quantization not in get_args(Quantization):
         raise UsageError(
