@@ -1,0 +1,190 @@
+"""The CPU kernels beside `F.linear`, and what a one-token step through blocks is made of.
+
+Every figure is a median, the kernels interleaved in one run; weights rotate through more memory than the caches
+hold, as they do while a model decodes. One JSON line each. (Not named `kernels.py`: transformers would import it
+in place of the optional package of that name.)
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py            # products, gradients, blocks
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --compile  # and torch.compile of one block
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from corolla.models.kernels.apply import Quantization, pack_linears
+from corolla.models.kernels.client import HalfLinear
+from corolla.models.kernels.int8 import Int8Linear
+from corolla.models.kernels.packed import PackedLinear
+
+SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # SmolLM2's, [out, in]
+HEAD = (49152, 576)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+ROTATED_BYTES = 100e6
+PAST = 200  # tokens in the cache of a step
+
+Call = Callable[[], Any]
+
+
+def interleaved(calls: dict[str, Call], *, seconds: float = 0.1) -> dict[str, float]:
+    """Median time of each call in ms."""
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end or len(times[next(iter(calls))]) < 5:
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(found) * 1e3 for name, found in times.items()}
+
+
+def report(what: str, figures: dict[str, float], **about: Any) -> None:
+    """One JSON line."""
+    print(json.dumps({"what": what, **about, "ms": {k: round(v, 4) for k, v in figures.items()}}), flush=True)
+
+
+def kernels(shape: tuple[int, int], copies: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+    """Layers of every kind, `copies` of each with weights of its own."""
+    weights = [torch.randn(*shape) * 0.05 for _ in range(copies)]
+    return {
+        "F.linear": [lambda value, weight=weight: F.linear(value, weight) for weight in weights],
+        "packed": [PackedLinear(weight) for weight in weights],
+        "int8": [Int8Linear(weight, pieces=1) for weight in weights],
+        "int8, 2 pieces": [Int8Linear(weight, pieces=2) for weight in weights],
+        "16 bit": [HalfLinear(weight.bfloat16()) for weight in weights],
+    }
+
+
+def products(shape: tuple[int, int], rows: tuple[int, ...]) -> None:
+    """Forward, without gradients."""
+    copies = max(1, int(ROTATED_BYTES / (shape[0] * shape[1] * 4)))
+    layers = kernels(shape, copies)
+    if shape != HEAD:
+        del layers["16 bit"]  # the client's table only
+    turn = [0]
+
+    def run(name: str, value: Tensor) -> Tensor:
+        turn[0] += 1
+        return layers[name][turn[0] % copies](value)
+
+    for count in rows:
+        value = torch.randn(count, shape[1])
+        with torch.inference_mode():
+            calls = {name: lambda name=name, value=value: run(name, value) for name in layers}
+            report("product", interleaved(calls), shape=shape, rows=count)
+
+
+def gradients(shape: tuple[int, int], rows: int) -> None:
+    """Forward and the gradient for the input."""
+    value = torch.randn(rows, shape[1], requires_grad=True)
+    outer = torch.randn(rows, shape[0])
+    layers = {name: made[0] for name, made in kernels(shape, 1).items()}
+    calls = {
+        name: lambda layer=layer: torch.autograd.grad(layer(value), value, outer)
+        for name, layer in layers.items()
+    }
+    report("forward and gradient", interleaved(calls), shape=shape, rows=rows)
+
+
+def model(blocks: int, quantization: Quantization | None, pieces: int = 1) -> Any:
+    """Blocks of SmolLM2's size with random weights; None for plain layers."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8,
+        max_position_embeddings=8192,
+    )
+    made = LlamaModel(config).eval().requires_grad_(False)
+    made.norm = torch.nn.Identity()
+    if quantization is not None:
+        pack_linears(made, quantization=quantization, pieces=pieces)
+    return made
+
+
+class Step:
+    """One token for each of `rows` sessions through a model, its cache of PAST tokens put back afterwards."""
+
+    def __init__(self, made: Any, rows: int) -> None:
+        self.model = made
+        self.cache = DynamicCache()
+        self.value = torch.randn(rows, 1, 576)
+        made(inputs_embeds=torch.randn(rows, PAST, 576), past_key_values=self.cache, use_cache=True)
+
+    def __call__(self) -> None:
+        self.model(inputs_embeds=self.value, past_key_values=self.cache, use_cache=True)
+        self.cache.crop(-1)
+
+
+def steps(blocks: int, rows: int) -> None:
+    """A decode step through `blocks` blocks, whole and without its products."""
+    variants: dict[str, Any] = {
+        "plain": model(blocks, None),
+        "packed": model(blocks, "none"),
+        "int8": model(blocks, "int8"),
+        "int8, 2 pieces": model(blocks, "int8", 2),
+    }
+    with torch.inference_mode():
+        calls: dict[str, Call] = {name: Step(made, rows) for name, made in variants.items()}
+        report("step", interleaved(calls, seconds=1.0), blocks=blocks, rows=rows, past=PAST)
+
+
+def compiled() -> None:
+    """One block, eager and compiled, with the compile time."""
+    for quantization in ("none", "int8"):
+        made = model(1, quantization)  # type: ignore[arg-type]
+        with torch.inference_mode():
+            eager = Step(made, 1)
+            other = model(1, quantization)  # type: ignore[arg-type]
+            other.layers[0] = torch.compile(other.layers[0], dynamic=True)
+            begun = time.perf_counter()
+            fast = Step(other, 1)
+            fast()
+            seconds = time.perf_counter() - begun
+            figures = interleaved({"eager": eager, "compiled": fast}, seconds=2.0)
+        report("compile", figures, quantization=quantization, compile_seconds=round(seconds, 1))
+
+
+def main() -> None:
+    """Print the figures asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    about = {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": options.threads,
+    }
+    print(json.dumps({"what": "machine", **about}), flush=True)
+    if options.compile:
+        compiled()
+        return
+    for shape in SHAPES:
+        products(shape, ROWS)
+        gradients(shape, 512)
+    products(HEAD, (1, 8, 32))
+    for rows in (1, 8, 32):
+        steps(options.blocks, rows)
+
+
+if __name__ == "__main__":
+    main()
