@@ -6,18 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.server.world import Blocker
+from tests.server.world import Blocker, Clock
 
 from corolla.errors import RequestRefused
 from corolla.server.engine import AGEING_SECONDS, Engine, Kind
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

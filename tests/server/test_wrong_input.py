@@ -24,12 +24,15 @@ from tests.server.world import (
     frame,
     noise,
     opening,
+    packed,
 )
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected
+from corolla.models.pages import PAGE
 from corolla.wire.frames import Limits
 from corolla.wire.messages import (
+    PROTOCOL_VERSION,
     Closed,
     CloseSession,
     Failure,
@@ -65,6 +68,11 @@ def hidden(rows: int = 2, tokens: int = 3, width: int = HIDDEN) -> Tensors:
     return {"hidden": noise(rows, tokens, width)}
 
 
+def whole(rows: int = 2, tokens: int = 3, width: int = HIDDEN, **changes: Tensor) -> Tensors:
+    """What `Forward` takes, but for the changes."""
+    return packed(noise(rows, tokens, width)) | changes
+
+
 def step(position: int = 4, reserve: int = 0) -> dict[str, Any]:
     return {"type": "Step", "position": position, "reserve": reserve}
 
@@ -74,56 +82,79 @@ def as_dict(message: Message, **changes: Any) -> dict[str, Any]:
     return {"type": type(message).__name__} | values | changes
 
 
-BOTH = hidden() | {"grad": noise(2, 3, HIDDEN)}
+BOTH = packed(noise(2, 3, HIDDEN), grad=noise(2, 3, HIDDEN))
 NO_TOKENS = {"hidden": torch.zeros(1, 0, HIDDEN)}
 NO_ROWS = {"hidden": torch.zeros(0, 1, HIDDEN)}
 
 CASES = [
     # --- what this server does not have
     Case("open, another model", "wrong_model", "model", opening(model="another")),
-    Case("forward, another model", "wrong_model", "model", forward(model="another"), hidden()),
+    Case("forward, another model", "wrong_model", "model", forward(model="another"), whole()),
     Case("backward, another model", "wrong_model", "model", backward(model="another"), BOTH),
     Case("open, a block before", "wrong_blocks", "start", opening(start=0)),
     Case("open, a block behind", "wrong_blocks", "end", opening(end=4)),
-    Case("forward, a block before", "wrong_blocks", "start", forward(start=0), hidden()),
+    Case("forward, a block before", "wrong_blocks", "start", forward(start=0), whole()),
     Case("backward, a block behind", "wrong_blocks", "end", backward(end=4), BOTH),
-    Case("forward, blocks far away", "wrong_blocks", "start", forward(start=7, end=9), hidden()),
+    Case("forward, blocks far away", "wrong_blocks", "start", forward(start=7, end=9), whole()),
     Case("open, no blocks", "malformed", "end", opening(end=START)),
     # --- shapes
-    Case("forward, hidden too narrow", "malformed", "hidden", forward(), hidden(width=HIDDEN - 1)),
+    Case("forward, hidden too narrow", "malformed", "hidden", forward(), whole(width=HIDDEN - 1)),
     Case("backward, hidden too wide", "malformed", "hidden", backward(),
-         {name: noise(2, 3, HIDDEN + 1) for name in ("hidden", "grad")}),
+         packed(noise(2, 3, HIDDEN + 1), grad=noise(2, 3, HIDDEN + 1))),
     Case("step, hidden too wide", "malformed", "hidden", step(), hidden(width=HIDDEN + 1), opened=True),
-    Case("forward, flat hidden", "malformed", "hidden", forward(), {"hidden": noise(3, HIDDEN)}),
-    Case("forward, no hidden", "malformed", "hidden", forward()),
+    Case("forward, flat hidden", "malformed", "hidden", forward(), whole(hidden=noise(3, HIDDEN))),
+    Case("forward, no hidden", "malformed", "hidden", forward(), {"lengths": torch.tensor([1])}),
     Case("forward, integer hidden", "malformed", "hidden", forward(),
-         {"hidden": torch.zeros(1, 2, HIDDEN, dtype=torch.int64)}),
-    Case("forward, no tokens", "malformed", "tensors", forward(), NO_TOKENS),
-    Case("forward, no rows", "malformed", "tensors", forward(), NO_ROWS),
-    Case("backward, grad of another shape", "malformed", "grad", backward(),
-         hidden() | {"grad": noise(2, 2, HIDDEN)}),
-    Case("backward, no grad", "malformed", "grad", backward(), hidden()),
+         whole(hidden=torch.zeros(1, 6, HIDDEN, dtype=torch.int64))),
+    Case("forward, no tokens", "malformed", "tensors", forward(), whole() | NO_TOKENS),
+    Case("forward, no rows", "malformed", "tensors", forward(), whole() | NO_ROWS),
+    Case("backward, grad of another shape", "malformed", "hidden", backward(),
+         whole(grad=noise(1, 5, HIDDEN))),
+    Case("backward, no grad", "malformed", "grad", backward(), whole()),
+    Case("backward, neither inputs nor a lease", "malformed", "hidden", backward(), {"grad": noise(1, 3, HIDDEN)}),
+    Case("backward, no lengths", "malformed", "hidden", backward(),
+         {name: noise(1, 3, HIDDEN) for name in ("hidden", "grad")}),
+    Case("backward, a lease that nobody made", "no_lease", None, backward(lease="0" * 16),
+         {"grad": noise(1, 3, HIDDEN)}),
+    Case("forward, a lease of no name", "malformed", "lease", as_dict(forward(), lease=""), whole()),
+    Case("forward, a lease of a long name", "malformed", "lease", as_dict(forward(), lease="0" * 65), whole()),
     Case("open, prompts for too many blocks", "malformed", "prompts", opening(),
          {"prompts": noise(3, 4, HIDDEN)}),
     Case("open, prompts too narrow", "malformed", "prompts", opening(), {"prompts": noise(2, 4, HIDDEN - 1)}),
     Case("open, more prompts than tokens", "malformed", "prompts", opening(tokens=3),
          {"prompts": noise(2, 4, HIDDEN)}),
     Case("forward, prompts for too few blocks", "malformed", "prompts", forward(),
-         hidden() | {"prompts": noise(1, 2, HIDDEN)}),
+         whole(prompts=noise(1, 2, HIDDEN))),
     Case("forward, prompts too wide", "malformed", "prompts", forward(),
-         hidden() | {"prompts": noise(2, 2, HIDDEN + 1)}),
-    Case("forward, a mask too short", "malformed", "mask", forward(),
-         hidden() | {"mask": torch.ones(2, 2, dtype=torch.bool)}),
-    Case("forward, a mask of integers", "malformed", "mask", forward(),
-         hidden() | {"mask": torch.ones(2, 3, dtype=torch.int64)}),
+         whole(prompts=noise(2, 2, HIDDEN + 1))),
     Case("forward, positions for another batch", "malformed", "positions", forward(),
-         hidden() | {"positions": torch.zeros(1, 3, dtype=torch.int64)}),
+         whole(positions=torch.zeros(1, 3, dtype=torch.int64))),
     Case("forward, negative positions", "malformed", "positions", forward(),
-         hidden() | {"positions": torch.full((2, 3), -1)}),
+         whole(positions=torch.full((1, 6), -1))),
     Case("forward, a tensor that it does not take", "malformed", "rows", forward(),
-         hidden() | {"rows": torch.zeros(2, dtype=torch.int64)}),
-    Case("forward, a tensor that nobody takes", "malformed", "soul", forward(),
-         hidden() | {"soul": noise(1)}),
+         whole() | {"rows": torch.zeros(1, dtype=torch.int64)}),
+    Case("forward, a mask", "malformed", "mask", forward(), whole(mask=torch.ones(1, 6, dtype=torch.bool))),
+    Case("forward, a tensor that nobody takes", "malformed", "soul", forward(), whole(soul=noise(1))),
+    Case("step, a mask of integers", "malformed", "mask", step(),
+         hidden() | {"mask": torch.ones(2, 7, dtype=torch.int64)}, opened=True),
+    # --- sequences
+    Case("forward, no lengths", "malformed", "lengths", forward(), {"hidden": noise(1, 3, HIDDEN)}),
+    Case("forward, lengths of too few tokens", "malformed", "lengths", forward(),
+         whole(lengths=torch.tensor([3, 2]))),
+    Case("forward, lengths of too many tokens", "malformed", "lengths", forward(),
+         whole(lengths=torch.tensor([3, 4]))),
+    Case("forward, lengths beyond all numbers", "malformed", "lengths", forward(),
+         whole(lengths=torch.tensor([2**63 - 1, 2**63 - 1, 8]))),
+    Case("forward, a sequence of no length", "malformed", "lengths", forward(),
+         whole(lengths=torch.tensor([3, 0, 3]))),
+    Case("forward, a negative length", "malformed", "lengths", forward(), whole(lengths=torch.tensor([7, -1]))),
+    Case("forward, lengths as numbers with a point", "malformed", "lengths", forward(),
+         whole(lengths=torch.tensor([3.0, 3.0]))),
+    Case("forward, lengths in rows", "malformed", "lengths", forward(), whole(lengths=torch.tensor([[3, 3]]))),
+    Case("forward, sequences in rows", "malformed", "lengths", forward(),
+         {"hidden": noise(2, 3, HIDDEN), "lengths": torch.tensor([3, 3])}),
+    Case("backward, lengths of too few tokens", "malformed", "lengths", backward(),
+         BOTH | {"lengths": torch.tensor([3, 2])}),
     # --- a session's state
     Case("step, position behind the cache", "malformed", "position", step(position=5), hidden(), opened=True),
     Case("step, no tokens", "malformed", "tensors", step(), NO_TOKENS, opened=True),
@@ -141,10 +172,10 @@ CASES = [
     Case("step, a mask too long", "malformed", "mask", step(),
          hidden() | {"mask": torch.ones(2, 8, dtype=torch.bool)}, opened=True),
     # --- budgets
-    Case("open, more than the server has", "too_large", "max_tokens", opening(tokens=CAPACITY // 2 + 1)),
+    Case("open, more than the server has", "too_large", "max_tokens", opening(tokens=CAPACITY * PAGE + 1)),
     Case("open, more rows than the server has room for", "too_large", "max_tokens", opening(rows=2**31 - 1)),
     Case("step, a reserve that the server does not have", "too_large", "reserve",
-         step(reserve=CAPACITY // 4 + 1), hidden(), opened=True),
+         step(reserve=CAPACITY // 2 * PAGE + 1), hidden(), opened=True),
     Case("step, an enormous reserve", "too_large", "reserve", step(reserve=2**31 - 1), hidden(), opened=True),
     # --- messages
     Case("a message of no kind", "malformed", "type", {"type": "Nonsense"}),
@@ -161,7 +192,7 @@ CASES = [
     Case("step without a session", "out_of_order", "type", step(position=0), hidden()),
     Case("close without a session", "out_of_order", "type", CloseSession()),
     Case("open inside a session", "out_of_order", "type", opening(), opened=True),
-    Case("forward inside a session", "out_of_order", "type", forward(), hidden(), opened=True),
+    Case("forward inside a session", "out_of_order", "type", forward(), whole(), opened=True),
     Case("backward inside a session", "out_of_order", "type", backward(), BOTH, opened=True),
 ]  # fmt: skip
 
@@ -205,7 +236,11 @@ async def goes_on_after_four(world: World, client: RawClient) -> None:
 
 
 def preamble(
-    magic: bytes = b"CRLA", version: int = 1, reserved: int = 0, header: int = 8, payload: int = 0
+    magic: bytes = b"CRLA",
+    version: int = PROTOCOL_VERSION,
+    reserved: int = 0,
+    header: int = 8,
+    payload: int = 0,
 ) -> bytes:
     return struct.pack(PREAMBLE, magic, version, reserved, header, payload)
 
@@ -214,7 +249,8 @@ def preamble(
     ("data", "code", "wrong"),
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "malformed", "magic"),
-        (preamble(version=2), "version", "version"),
+        (preamble(version=1), "version", "version"),
+        (preamble(version=3), "version", "version"),
         (preamble(version=0), "version", "version"),
         (preamble(reserved=1), "malformed", "reserved"),
         (preamble(header=2**32 - 1), "malformed", "header"),
@@ -223,7 +259,7 @@ def preamble(
         (preamble(header=8) + b"\xff" * 8, "malformed", "message"),
         (preamble(header=8) + b"\x91" * 8, "malformed", "message"),
         (preamble(header=0), "malformed", "message"),
-        (frame(forward(), hidden=noise(1, 2, HIDDEN))[:-1], None, None),  # ends within the payload
+        (frame(forward(), **whole())[:-1], None, None),  # ends within the payload
         (frame(Ping())[:30], None, None),  # ends within the header
         (b"CRLA", None, None),  # ends within the preamble
         (b"", None, None),
@@ -258,7 +294,8 @@ async def test_no_damaged_frame_harms_the_server(data: st.DataObject) -> None:
             frame(opening(rows=2))
             + frame(Step(position=0), hidden=noise(2, 3, HIDDEN))
             + frame(CloseSession())
-            + frame(forward(), hidden=noise(1, 2, HIDDEN))
+            + frame(forward(lease="1" * 16), **whole(1, 2))
+            + frame(backward(lease="1" * 16), grad=noise(1, 2, HIDDEN))
         )
         place = data.draw(st.integers(0, len(honest) - 1))
         dropped = data.draw(st.integers(0, 3))

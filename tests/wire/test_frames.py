@@ -70,12 +70,23 @@ EVERYTHING: list[Packet] = [
     Packet(CloseSession()),
     Packet(
         Forward(model="m", start=0, end=N),
-        {"hidden": hidden(), "mask": torch.ones(R, T, dtype=torch.bool), "prompts": PROMPTS},
+        {"hidden": hidden()[:1], "lengths": torch.tensor([T - 1, 1]), "prompts": PROMPTS},
     ),
     Packet(
         Backward(model="m", start=0, end=N, prompt_gradient=True),
-        {"hidden": hidden(), "grad": hidden() * 2, "positions": POSITIONS, "prompts": PROMPTS},
+        {
+            "hidden": hidden(),
+            "lengths": torch.tensor([T]),
+            "grad": hidden() * 2,
+            "positions": POSITIONS,
+            "prompts": PROMPTS,
+        },
     ),
+    Packet(
+        Forward(model="m", start=0, end=N, lease="a lease's name " + "0" * 20),
+        {"hidden": hidden()[:1], "lengths": torch.tensor([T]), "positions": POSITIONS[:1]},
+    ),
+    Packet(Backward(model="m", start=0, end=N, lease="0" * 16), {"grad": hidden()[:1]}),
     Packet(Ping()),
     Packet(Opened()),
     Packet(Output(), {"hidden": hidden()}),
@@ -187,7 +198,9 @@ def refuse(
 def test_a_wrong_preamble() -> None:
     good = frame(Packet(Ping()))
     refuse(b"HTTP" + good[4:], "magic")
-    assert "version 2" in refuse(good[:4] + b"\x02\x00" + good[6:], "version")
+    for other in (PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1):
+        changed = good[:4] + other.to_bytes(2, "little") + good[6:]
+        assert f"version {other}" in refuse(changed, "version")
     refuse(good[:6] + b"\x01\x00" + good[8:], "reserved")
 
 
@@ -234,6 +247,9 @@ def test_a_bottomless_message() -> None:
         ({"type": "Forward", "model": "m" * 129, "start": 0, "end": 1}, "model"),
         ({"type": "Forward", "model": "m", "start": 0, "end": 65536}, "end"),
         ({"type": "Forward", "model": "m", "start": 3, "end": 3}, "end"),
+        ({"type": "Forward", "model": "m", "start": 0, "end": 1, "lease": "too short"}, "lease"),
+        ({"type": "Forward", "model": "m", "start": 0, "end": 1, "lease": "x" * 65}, "lease"),
+        ({"type": "Forward", "model": "m", "start": 0, "end": 1, "lease": 1}, "lease"),
         ({"type": "OpenSession", "model": "m", "start": 0, "end": 1, "rows": 0, "max_tokens": 1}, "rows"),
         ({"type": "Failure", "code": "whatever", "message": ""}, "code"),
         ({"type": "Failure", "code": "busy", "message": "x" * 2049}, "message"),
@@ -247,6 +263,8 @@ def test_a_wrong_message(message: object, field: str) -> None:
     payload = b""
     if isinstance(message, dict) and message.get("type") in ("Step", "Forward"):
         tensors, payload = [["hidden", "float32", [1, 1, 4]]], bytes(16)
+        if message["type"] == "Forward":
+            tensors, payload = [*tensors, ["lengths", "int64", [1]]], bytes(32)
     refuse(raw_frame({"tensors": tensors, "message": message}, payload), field)
 
 
@@ -309,11 +327,12 @@ def test_the_same_tensor_twice() -> None:
 
 
 def test_prompts_must_fit_the_blocks() -> None:
+    whole = {"hidden": hidden(), "lengths": torch.tensor([T])}
     with pytest.raises(ValueError, match="prompts"):
-        encode(Packet(Forward(model="m", start=1, end=N), {"hidden": hidden(), "prompts": PROMPTS}))
+        encode(Packet(Forward(model="m", start=1, end=N), whole | {"prompts": PROMPTS}))
     short = hidden(torch.float32, R, T, H + 1)
     with pytest.raises(ValueError, match="prompts"):
-        encode(Packet(Forward(model="m", start=0, end=N), {"hidden": short, "prompts": PROMPTS}))
+        encode(Packet(Forward(model="m", start=0, end=N), whole | {"hidden": short, "prompts": PROMPTS}))
 
 
 def test_a_mask_byte_that_is_no_bool() -> None:

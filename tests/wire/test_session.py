@@ -114,6 +114,7 @@ def test_a_refused_step(code: str) -> None:
 def test_other_refusals() -> None:
     assert after(OPEN, failure("busy")) is State.IDLE
     assert after(FORWARD, failure("internal")) is State.IDLE
+    assert after(BACKWARD, failure("no_lease"), BACKWARD, GRADIENTS) is State.IDLE
     assert after(OPEN, OPENED, PING, failure("internal")) is State.OPEN
     assert after(OPEN, OPENED, CLOSE, failure("evicted")) is State.IDLE
 

@@ -60,6 +60,11 @@ class CacheBudget:
         """Tokens of one row that fit into what nobody has reserved."""
         return self.free * PAGE
 
+    @property
+    def waiting(self) -> int:
+        """How many stand in line."""
+        return len(self._line)
+
     def ahead(self, holder: Holder) -> int:
         """How many wait in line before this one."""
         return self._line.index(holder) if holder in self._line else 0
@@ -92,9 +97,11 @@ class CacheBudget:
         self._line.append(holder)
         deadline = self._clock() + WAIT_SECONDS
         try:
-            while not (self._line[0] is holder and self._resized(holder, pages)):
-                if holder.evicted:
+            while True:
+                if holder.evicted:  # before there is room: what it holds is not what its client thinks
                     raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
+                if self._line[0] is holder and self._resized(holder, pages):
+                    return
                 if self._clock() >= deadline:
                     raise RequestRefused(
                         f"The server's attention cache is full, {self.ahead(holder)} ahead of you.",
