@@ -32,18 +32,18 @@ def decode_int8(bench: Bench) -> Pair:
 
     client, tokens = bench.client(quantization="int8"), bench.size(64, 12)
     path = str(embedded_gguf())
-    llama, about = _llama(bench, path)
+    workers, about = _llama(bench, path)
     pair = bench.beside_local(
         client,
         partial(client.ask, "decode", rows=1, tokens=tokens),
-        llama,
-        partial(llama.ask, "decode", path=path, threads=cores(), tokens=tokens),
+        workers,
+        lambda worker: float(worker.ask("decode", path=path, threads=cores(), tokens=tokens)),
     )
     pair.details["baseline"] = about
     return pair
 
 
-def _llama(bench: Bench, path: str) -> tuple[Worker, dict[str, Any]]:
+def _llama(bench: Bench, path: str) -> tuple[list[Worker], dict[str, Any]]:
     try:
         return bench.llama(path)
     except NotMeasured as error:
