@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from corolla.client.connection import SwarmConnection
-from corolla.client.heads import share_head
+from corolla.client.heads import share_head, using_head
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.session import InferenceSession, sequences_of
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
@@ -107,8 +107,10 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             if given is not None or kwargs.get("use_cache") is False:
                 return super().generate(inputs, *args, **kwargs)
             if session is not None:
-                return self._generate_in(session, inputs, *args, **kwargs)
-            with InferenceSession(self._blocks, self.prompts, ContextVar("unused"), max_length=None) as own:
+                with using_head(self):
+                    return self._generate_in(session, inputs, *args, **kwargs)
+            own = InferenceSession(self._blocks, self.prompts, ContextVar("unused"), max_length=None)
+            with own, using_head(self):
                 return self._generate_in(own, inputs, *args, **kwargs)
 
         def _generate_in(

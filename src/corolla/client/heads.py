@@ -8,8 +8,9 @@ weights are read once); and in training logits are deferred (`client/losses.py`)
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -38,6 +39,12 @@ def share_head(model: PreTrainedModel) -> None:
         model.loss_function = causal_lm_loss
 
 
+def using_head(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """Within the block the caller is one of those whom the shared head may wait for."""
+    head = model.get_output_embeddings()
+    return head.queue.user() if isinstance(head, SharedHead) else contextlib.nullcontext()
+
+
 class SharedHead(nn.Linear):
     """Hidden states [..., H] to logits [..., V]; to be called from any number of threads."""
 
@@ -61,6 +68,11 @@ class SharedHead(nn.Linear):
         It must be differentiable for hidden states, and is only used while the weights are frozen.
         """
         self._kernel = None if kernel is None else (kernel,)
+
+    @property
+    def queue(self) -> RowQueue:
+        """Where callers meet; `queue.gather` is how long the first waits for the others, 0 unless it is set."""
+        return self._queue
 
     @property
     def frozen(self) -> bool:
@@ -110,6 +122,7 @@ class _Call:
         self.result: Tensor | None = None
         self.error: Exception | None = None
         self.woken = threading.Event()  # served, or to lead
+        self.complete = threading.Event()  # to a leader: nobody else will come soon
 
     @property
     def served(self) -> bool:
@@ -129,6 +142,20 @@ class RowQueue:
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []  # all that are not served, the leader among them
         self._leader: _Call | None = None
+        self._users = 0  # who will come again and again
+        self.gather = 0.0  # seconds that a leader waits at most until all users are there
+
+    @contextlib.contextmanager
+    def user(self) -> Iterator[None]:
+        """Whoever brings rows again and again, as generation does, does so within this block."""
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._note_complete()
 
     def __deepcopy__(self, _memo: Any) -> RowQueue:
         return RowQueue()
@@ -165,8 +192,15 @@ class RowQueue:
             self._waiting.append(call)
             if self._leader is None:
                 self._leader = call
+            self._note_complete()
+
+    def _note_complete(self) -> None:
+        if self._leader is not None and len(self._waiting) >= self._users:
+            self._leader.complete.set()
 
     def _lead(self, call: _Call, product: Product) -> None:
+        if self.gather > 0:
+            call.complete.wait(self.gather)
         with self._lock:
             batch = self._batch_of(call)
         try:
@@ -197,6 +231,7 @@ class RowQueue:
                 self._leader = self._waiting[0] if self._waiting else None
             if self._leader is not None:
                 self._leader.woken.set()
+            self._note_complete()
 
 
 def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:
