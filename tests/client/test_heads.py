@@ -21,6 +21,7 @@ from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
 from corolla.client.heads import FEW_ROWS, MOST_ROWS, RowQueue, SharedHead, share_head
+from corolla.client.losses import summed_cross_entropy
 
 PairOf = Callable[..., Pair]
 WAIT = 30.0  # seconds after which a test that hangs is given up
@@ -288,6 +289,36 @@ def test_a_kernel_computes_while_the_head_is_frozen() -> None:
     torch.testing.assert_close(head(rows.requires_grad_()) + 0, expected + 1)
     head.requires_grad_(True)
     torch.testing.assert_close(head(rows), expected)
+
+
+def test_a_kernel_on_weights_of_16_bit_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = SharedHead(4, 6, bias=False).bfloat16().requires_grad_(False)
+    kernel = nn.Linear(4, 6, bias=False).requires_grad_(False)
+    head.use_kernel(kernel)
+    shared: list[int] = []
+    plain = RowQueue.run
+
+    def run(self: RowQueue, rows: Tensor, product: Any) -> Tensor:
+        shared.append(len(rows))
+        return plain(self, rows, product)
+
+    monkeypatch.setattr(RowQueue, "run", run)
+    assert torch.equal(head(torch.ones(2, 1, 4)), kernel(torch.ones(2, 1, 4)))
+    assert shared == [2]
+
+
+def test_an_exact_kernel_leaves_losses_to_the_weights() -> None:
+    head = SharedHead(4, 6, bias=False).requires_grad_(False)
+    rows, targets = torch.randn(5, 4, requires_grad=True), torch.arange(5)
+    expected = nn.functional.cross_entropy(nn.functional.linear(rows, head.weight), targets, reduction="sum")
+
+    def kernel(hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, head.weight) * 2  # so that its use shows
+
+    head.use_kernel(kernel, exact=True)
+    torch.testing.assert_close(summed_cross_entropy(head(rows), targets), expected)
+    head.use_kernel(kernel)
+    assert abs(summed_cross_entropy(head(rows), targets) - expected) > 1e-2
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 5, 3)])

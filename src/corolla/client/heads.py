@@ -54,6 +54,7 @@ class SharedHead(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._queue = RowQueue()
         self._kernel: tuple[Product] | None = None  # in a tuple, so that it is no part of the state dict
+        self._exact = True
 
     @classmethod
     def like(cls, head: nn.Linear) -> Self:
@@ -62,12 +63,15 @@ class SharedHead(nn.Linear):
         made.weight, made.bias = head.weight, head.bias
         return made.train(head.training)
 
-    def use_kernel(self, kernel: Product | None) -> None:
-        """Compute logits by `kernel`, [n, H] to [n, V]; None: by the weights as they are.
+    def use_kernel(self, kernel: Product | None, *, exact: bool = False) -> None:
+        """Compute logits by `kernel`, float32 [n, H] to [n, V]; None: by the weights as they are.
 
-        It must be differentiable for hidden states, and is only used while the weights are frozen.
+        It must be differentiable for hidden states, and is only used while the weights are frozen. `exact`
+        says that it computes the product with the weights, only faster for few rows: losses, which have many,
+        are then computed with the weights themselves.
         """
         self._kernel = None if kernel is None else (kernel,)
+        self._exact = kernel is None or exact
 
     @property
     def queue(self) -> RowQueue:
@@ -85,7 +89,7 @@ class SharedHead(nn.Linear):
             return super().forward(hidden)
         if wanted_deferred(hidden):
             bias: Tensor | None = self.bias
-            plain = self._kernel is None and bias is None and not _autocasting(hidden)
+            plain = self._exact and bias is None and not _autocasting(hidden)
             weight = self.weight.detach() if plain else None
             return DeferredLogits(hidden, self._product, self.out_features, weight=weight)
         if not self._may_share(hidden):
@@ -104,7 +108,7 @@ class SharedHead(nn.Linear):
         return (
             hidden.device.type == "cpu"
             and hidden.shape[-1] == self.in_features
-            and hidden.dtype == self.weight.dtype
+            and hidden.dtype == (self.weight.dtype if self._kernel is None else torch.float32)
             and 0 < hidden.numel() <= FEW_ROWS * self.in_features
             and not _autocasting(hidden)
         )
