@@ -125,8 +125,8 @@ class MemorySwarm:
         return {peer: int(getattr(server.counters, name)) for peer, server in self.servers.items()}
 
     def reserved(self) -> list[int]:
-        """What each server's cache budget has given away."""
-        return [server.budget.reserved for server in self.servers.values()]
+        """What each server's cache budget has given to open sessions, in pages."""
+        return [server.budget.reserved - server.named.kept_pages for server in self.servers.values()]
 
     def close(self) -> None:
         """End the servers and the loop."""

@@ -7,6 +7,8 @@ the other servers keep their caches.
 
 from __future__ import annotations
 
+import secrets
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from corolla.errors import ProtocolError, RemoteError, UsageError
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
-from corolla.wire.messages import CloseSession, OpenSession, Step
+from corolla.wire.messages import CloseSession, Opened, OpenSession, Origin, Step
 
 REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 
@@ -29,30 +31,60 @@ class SpanSession:
         self.hop = hop
         self.history = history
         self.channel: Channel | None = None
+        self.kept = False  # closed, but the server may have kept it
+        self.name = secrets.token_hex(16)  # by which the server knows this part of the session
+        self._epoch = 0  # steps that took something back or reordered it, as the server counts them
+        self._cached = 0  # tokens a row that the server holds
 
-    async def open(self, view: SwarmView, *, rows: int, max_tokens: int, deep: Tensor | None) -> None:
-        """Reserve a cache. Raises `RemoteError`."""
+    def origin(self, tokens: int) -> Origin | None:
+        """How the server may be told to begin another session with the first `tokens` of this one."""
+        if (self.channel is None and not self.kept) or tokens > self._cached:
+            return None
+        return Origin(name=self.name, tokens=tokens, epoch=self._epoch)
+
+    async def open(
+        self,
+        view: SwarmView,
+        *,
+        rows: int,
+        max_tokens: int,
+        deep: Tensor | None,
+        origin: Origin | None = None,
+    ) -> bool:
+        """Reserve a cache; whether it holds what `origin` says. Raises `RemoteError`."""
         channel = await view.channel(self.hop.peer_id)
         message = OpenSession(
-            model=view.model, start=self.hop.start, end=self.hop.end, rows=rows, max_tokens=max_tokens
+            model=view.model,
+            start=self.hop.start,
+            end=self.hop.end,
+            rows=rows,
+            max_tokens=max(1, max_tokens),
+            name=self.name,
+            origin=origin,
         )
         tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
         try:
-            await request(channel, Packet(message, tensors))
+            reply = await request(channel, Packet(message, tensors))
         except BaseException:
             await channel.close()
             raise
         self.channel = channel
+        self._epoch = 0
+        self._cached = reply.message.position if isinstance(reply.message, Opened) else 0
+        return origin is not None and self._cached == origin.tokens
 
     async def step(self, hidden: Tensor, step: Step, extra: dict[str, Tensor]) -> Tensor:
         """Outputs [R, T, H] of this span. After an error the server's cache is given up."""
         assert self.channel is not None
         try:
             reply = await request(self.channel, Packet(step, {"hidden": hidden} | extra))
-            return checked(reply, "hidden", hidden, self.hop)
+            output = checked(reply, "hidden", hidden, self.hop)
         except BaseException:
             await self.drop()
             raise
+        self._epoch += self._cached > 0 and (step.position < self._cached or "rows" in extra)
+        self._cached = step.position + int(hidden.shape[1])
+        return output
 
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""
@@ -60,14 +92,15 @@ class SpanSession:
             channel, self.channel = self.channel, None
             await channel.close()
 
-    async def close(self, view: SwarmView) -> None:
-        """Free the server's cache and give the stream back."""
+    async def close(self, view: SwarmView, *, keep: bool = False) -> None:
+        """Let the server free the cache, or keep it while it has room, and give the stream back."""
         if self.channel is None:
             return
         channel, self.channel = self.channel, None
         try:
-            await request(channel, Packet(CloseSession(), {}))
+            await request(channel, Packet(CloseSession(keep=keep), {}))
             view.release(channel)
+            self.kept = keep
         except RemoteError:
             await channel.close()
 
@@ -180,11 +213,57 @@ class SessionChain:
                 span.history.append(value, ids)
                 value = output
 
-    async def close(self) -> None:
-        """Free all caches; safe to call twice."""
-        spans, self._spans = self._spans, []
+    async def begin_as(self, other: SessionChain, tokens: int) -> bool:
+        """Begin with the first `tokens` columns of another session of the same blocks and prompts.
+
+        The servers that hold them are asked to share them; one that does not is replayed with the first
+        step. False, and nothing has changed, where the other does not hold so many.
+        """
+        if self._spans or not other.can_give(tokens, self._deep):
+            return False
+        self._rows, self._order = other._rows, other._order
+        self.reserve(tokens)
+        for source in other._spans:
+            span = SpanSession(source.hop, source.history.copy(tokens))
+            self._spans.append(span)
+            origin = source.origin(tokens)
+            if origin is not None:
+                await self._share(span, origin)
+        return True
+
+    async def _share(self, span: SpanSession, origin: Origin) -> None:
+        """Open a span's session as its server's copy of another; left closed if that cannot be had."""
+        try:
+            shared = await span.open(
+                self._view, rows=self._rows, max_tokens=self._reserved, deep=self._deep, origin=origin
+            )
+        except RemoteError:
+            return
+        if not shared:
+            await span.drop()
+
+    def can_give(self, tokens: int, deep: Tensor | None) -> bool:
+        """Whether another session with these deep prompts may begin with the first `tokens` of this one."""
+        same = deep is self._deep or (
+            deep is not None and self._deep is not None and torch.equal(deep, self._deep)
+        )
+        held = min((span.history.length for span in self._spans), default=0)
+        return same and 0 < tokens <= held
+
+    def history_bytes(self) -> int:
+        """Memory that the inputs of all spans take at the client."""
+        return sum(span.history.nbytes for span in self._spans)
+
+    async def close(self, *, keep: bool = False) -> None:
+        """Free all caches; with `keep`, the servers may keep them for others to begin with.
+
+        Safe to call twice; a kept chain still knows what it held (`begin_as`).
+        """
+        spans = list(self._spans)
+        if not keep:
+            self._spans = []
         for span in spans:
-            await span.close(self._view)
+            await span.close(self._view, keep=keep)
 
 
 class _Progress:

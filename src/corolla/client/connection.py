@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from corolla.client.prefixes import PrefixIndex
 from corolla.client.retry import DEFAULT_PATIENCE, Retry
 from corolla.client.view import SwarmView
 from corolla.swarm.node import EventLoopThread, Node
@@ -38,6 +39,7 @@ class SwarmConnection:
             node.transport, node.directory, model=model, model_name=model_name, num_blocks=num_blocks
         )
         self.retry = Retry(self.view, patience=patience)
+        self.prefixes = PrefixIndex()
 
     @classmethod
     def connect(

@@ -48,6 +48,18 @@ class History:
         self._segments: list[_Segment] = []
         self.length = 0  # tokens a row
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the inputs."""
+        return sum(segment.hidden.nbytes for segment in self._segments)
+
+    def copy(self, length: int) -> History:
+        """Another history of the first `length` tokens; tensors are shared, they never change."""
+        twin = History()
+        twin._segments, twin.length = list(self._segments), self.length
+        twin.truncate(length)
+        return twin
+
     def append(self, hidden: Tensor, positions: Tensor | None) -> None:
         """Add a step's inputs [R, T, H]; `positions` None means that they follow on from `length`."""
         self._segments.append(_Segment(hidden, positions))

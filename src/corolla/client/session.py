@@ -16,6 +16,7 @@ from torch import Tensor
 
 from corolla.client.chain import SessionChain
 from corolla.client.connection import SwarmConnection
+from corolla.client.prefixes import LEAST_TOKENS, Beginning
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.errors import UsageError
 from corolla.models.cache import RemoteCache
@@ -42,6 +43,9 @@ class InferenceSession:
         if max_length is not None and max_length < 1:
             raise UsageError("A session needs a max_length of at least 1.")
         self.max_length = max_length
+        self._blocks = blocks
+        self._prompt = prompt
+        self._prompt_input = None if prompt is None else prompt.input.detach().clone()
         self._chain = blocks.open_chain(None if prompt is None else prompt.deep)
         self.cache = RemoteCache(
             self._chain, prompt_length=0 if prompt is None else prompt.length, max_length=max_length
@@ -53,6 +57,7 @@ class InferenceSession:
         # on the cache, since that is what a caller of `model(..., use_cache=True)` keeps.
         self._connection = blocks.connection
         self._finalizer = weakref.finalize(self.cache, _close_soon, self._connection, self._chain)
+        self._connection.prefixes.opened(self)
 
     # --- tokens so far -----------------------------------------------------------------------------------
 
@@ -85,10 +90,39 @@ class InferenceSession:
         """
         past = self.output_ids
         ids = _appended(past, inputs)
+        if past is None and ids is not None and (mask is None or bool(mask.all())):
+            self._begin_with_known(ids)
         if past is None or ids is None:
             return ids, mask
         self.cache.align(ids)
         return ids, self._whole_mask(mask, int(past.shape[1]), ids)
+
+    def _begin_with_known(self, ids: Tensor) -> None:
+        """Where another session of this client has begun with the same tokens, take them over from it."""
+        if ids.shape[0] != 1:
+            return
+        found = self._connection.prefixes.find(ids[0].detach().cpu(), self._prompt_input)
+        if found is not None:
+            beginning, tokens = found
+            columns = self.cache.prompt_length + tokens
+            if self._connection.run(self._chain.begin_as(beginning.chain, columns)):
+                self.cache.record(ids[:, :tokens], 1, tokens, None)
+
+    def beginning(self) -> Beginning | None:
+        """What others may begin with: the tokens of a single row without padding that the servers have seen."""
+        ids = self.cache.ids
+        if ids is None or ids.shape[0] != 1 or self.cache.mask is not None or bool((ids < 0).any()):
+            return None
+        return Beginning(ids[0], self._chain, self._prompt_input)
+
+    def fork(self) -> InferenceSession:
+        """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
+        twin = InferenceSession(self._blocks, self._prompt, self._active, max_length=self.max_length)
+        columns = self.cache.prompt_length + self.cache.length
+        if self.cache.length and self._connection.run(twin._chain.begin_as(self._chain, columns)):
+            twin.cache.take_over(self.cache)
+        twin._output_ids = self._output_ids
+        return twin
 
     def _whole_mask(self, mask: Tensor | None, before: int, ids: Tensor) -> Tensor:
         """The mask for `ids` [R, n]: as it was for what the servers have seen, and given or real behind that.
@@ -129,8 +163,13 @@ class InferenceSession:
 
     def close(self) -> None:
         """Free the servers' caches; safe to call twice."""
-        if self._finalizer.detach() is not None and self._connection.is_open:
-            self._connection.run(self._chain.close())
+        if self._finalizer.detach() is None or not self._connection.is_open:
+            return
+        beginning = self.beginning()
+        keep = beginning is not None and len(beginning.ids) >= LEAST_TOKENS
+        self._connection.run(self._chain.close(keep=keep))
+        if keep and beginning is not None:
+            self._connection.prefixes.keep(beginning)
 
 
 def _close_soon(connection: SwarmConnection, chain: SessionChain) -> None:

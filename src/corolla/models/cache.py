@@ -114,6 +114,10 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.ids = new if self.ids is None else torch.cat([self.ids, new], dim=1)
         self.length += count
 
+    def take_over(self, other: RemoteCache) -> None:
+        """Hold what `other` does; its session has become a copy of the other's."""
+        self.length, self.ids, self.mask = other.length, other.ids, other.mask
+
     def align(self, ids: Tensor) -> None:
         """Make the cache a true beginning of `ids` [R, n], short of at least one token.
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from corolla import __version__
-from corolla.models.pages import PagePool
+from corolla.models.pages import PAGE, PagePool
 from corolla.models.span import Span
 from corolla.server.engine import Engine
+from corolla.server.kept import NamedSessions
 from corolla.server.kv_cache import CacheBudget
 from corolla.server.leases import Leases
 from corolla.server.steps import run_pass
@@ -60,6 +61,7 @@ class BlockServer:
         self.budget = budget
         self.model = model
         self.counters = Counters()
+        self.named = NamedSessions()
         self.draining = False
         self._open_requests = 0
         self._last_request = -float("inf")
@@ -109,5 +111,5 @@ class BlockServer:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of one row that still fit."""
-        return self.budget.free_tokens
+        """Tokens of one row that still fit, in the place of closed sessions too."""
+        return self.budget.free_tokens + self.named.kept_pages * PAGE

@@ -46,6 +46,7 @@ from corolla.wire.messages import (
     Message,
     Opened,
     OpenSession,
+    Origin,
     Output,
     Ping,
     Step,
@@ -75,6 +76,7 @@ class _Stream:
         self._server = server
         self._channel = channel
         self._session: CachedSession | None = None
+        self._name: str | None = None
 
     async def run(self) -> None:
         """Answer requests until the stream ends. Cancelled, it leaves nothing running."""
@@ -146,7 +148,7 @@ class _Stream:
             case Step():
                 return await self._step(packet.message, packet.tensors)
             case CloseSession():
-                self.close_session()
+                self.close_session(keep=packet.message.keep)
                 return Packet(Closed())
             case Forward():
                 return await self._forward(packet.message, packet.tensors)
@@ -173,22 +175,38 @@ class _Stream:
         )
         self._session = session
         server.counters.sessions += 1
+        tokens = (
+            message.max_tokens if message.origin is None else max(message.max_tokens, message.origin.tokens)
+        )
         try:
             with self._in_use(session):
-                await session.reserve(message.rows, message.max_tokens, "max_tokens")
+                await session.reserve(message.rows, tokens, "max_tokens")
+                position = 0 if message.origin is None else await self._begin_as(session, message.origin)
         except BaseException:
             self.close_session()
             raise
-        return Packet(Opened())
+        if message.name is not None:
+            self._name = message.name
+            server.named.add(self._channel.peer_id, message.name, session)
+        return Packet(Opened(position=position))
+
+    async def _begin_as(self, session: CachedSession, origin: Origin) -> int:
+        """Begin with what another session of this peer holds, if that is still there; tokens a row."""
+        other = self._server.named.find(self._channel.peer_id, origin.name)
+        if other is None:
+            return 0
+        with self._in_use(other):
+            begin = partial(session.begin_as, other, origin)
+            return origin.tokens if await self._server.engine.submit(Kind.DECODE, begin) else 0
 
     @contextlib.contextmanager
     def _in_use(self, session: CachedSession) -> Iterator[None]:
         """The session is not evicted inside."""
-        session.busy = True
+        session.users += 1
         try:
             yield
         finally:
-            session.busy = False
+            session.users -= 1
             self._server.budget.used(session)
 
     async def _step(self, message: Step, tensors: dict[str, Tensor]) -> Packet:
@@ -234,12 +252,18 @@ class _Stream:
         parts = pieces(session, hidden, **arguments, width=width)
         return torch.cat(await _in_order([engine.submit(kind, part) for part in parts]), dim=1)
 
-    def close_session(self) -> None:
-        """Free the session's cache, if there is one."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-            self._server.counters.sessions -= 1
+    def close_session(self, keep: bool = False) -> None:
+        """Free the session's cache, if there is one; or keep it under its name for as long as there is room."""
+        if self._session is None:
+            return
+        session, name, peer = self._session, self._name, self._channel.peer_id
+        self._session = self._name = None
+        self._server.counters.sessions -= 1
+        kept = keep and name is not None and self._server.named.keep(peer, name, session)
+        if not kept:
+            if name is not None:
+                self._server.named.remove(peer, name, session)
+            session.close()
 
     # --- training -------------------------------------------------------------------------------------------
 

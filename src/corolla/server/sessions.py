@@ -16,6 +16,7 @@ from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for, shared_pa
 from corolla.models.span import Span
 from corolla.models.span_cache import SpanCache, crop_cache, select_rows
 from corolla.server.kv_cache import IDLE_SECONDS, CacheBudget
+from corolla.wire.messages import Origin
 
 Post = Callable[[Callable[[], None]], None]
 
@@ -36,7 +37,9 @@ class CachedSession:
         self.pages = 0
         self.last_used = 0.0
         self.evicted = False
-        self.busy = False
+        self.users = 0  # requests that work on it now
+        self.closed = False
+        self.epoch = 0  # see `wire.messages.Origin`
         self.cached: list[CachedRow] = []  # of a family that can be packed
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
@@ -45,7 +48,9 @@ class CachedSession:
     @property
     def idle_after(self) -> float | None:
         """See `kv_cache.Holder`."""
-        return None if self.busy else IDLE_SECONDS
+        if self.users:
+            return None
+        return 0.0 if self.closed else IDLE_SECONDS
 
     async def reserve(
         self, rows: int, tokens: int, field: str, *, position: int = 0, order: Tensor | None = None
@@ -84,10 +89,32 @@ class CachedSession:
             return given is None or bool(given.all())
         return bool(past.all()) if given is None else torch.equal(past, given)
 
+    def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
+        """Whether another session over `span` with these prompts may begin as `origin` says."""
+        same_prompts = self.prompts is prompts is None or (
+            self.prompts is not None and prompts is not None and torch.equal(self.prompts, prompts)
+        )
+        fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
+        return fits and span is self.span and span.packable and same_prompts
+
     # --- on the compute thread --------------------------------------------------------------------------
+
+    def begin_as(self, other: CachedSession, origin: Origin) -> bool:
+        """Hold what another session does, on its pages; False, and nothing changes, if it is not as `origin` says."""
+        if not other.can_give(origin, self.span, self.prompts):
+            return False
+        tokens = origin.tokens
+        for index, row in enumerate(other.cached):
+            twin = row.fork()
+            twin.truncate(other.real_tokens(index, tokens))
+            self.cached.append(twin)
+        self.rows, self.length = other.rows, tokens
+        self.mask = None if other.mask is None else other.mask[:, :tokens]
+        return True
 
     def rearrange(self, rows: int, position: int, order: Tensor | None) -> None:
         """Reorder or repeat the cached rows, then forget what stands from column `position` on."""
+        self.epoch += self.length > 0 and (order is not None or position < self.length)
         if self.span.packable:
             self._rearrange_pages(rows, position, order)
         else:

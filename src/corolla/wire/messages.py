@@ -22,7 +22,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Identity = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
-LeaseName = Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
+Name = Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 FailureCode = Literal[
@@ -48,6 +48,18 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 # --- Client to server -----------------------------------------------------------------------------------
 
 
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A session of the same peer, open or kept, whose first `tokens` a new one shall begin with.
+
+    `epoch` counts the steps that took something of it back or reordered it; if the server has counted
+    another number, the client's picture of that session is out of date, and nothing is copied.
+    """
+
+    name: Name
+    tokens: Positive
+    epoch: Count
+
+
 class OpenSession(Message, frozen=True):
     """Reserve an attention cache for `rows` sequences over blocks [start, end) of `model`.
 
@@ -60,6 +72,8 @@ class OpenSession(Message, frozen=True):
     end: BlockIndex
     rows: Positive
     max_tokens: Positive  # reserved at once; a `Step` may ask for more
+    name: Name | None = None  # made up by the client, to be named as an `origin`
+    origin: Origin | None = None
 
 
 class Step(Message, frozen=True):
@@ -76,7 +90,12 @@ class Step(Message, frozen=True):
 
 
 class CloseSession(Message, frozen=True):
-    """Free the session's cache; the stream may then be used for another session."""
+    """Free the session's cache; the stream may then be used for another session.
+
+    With `keep` the server may keep the cache under the session's name until it needs the room.
+    """
+
+    keep: bool = False
 
 
 class Forward(Message, frozen=True):
@@ -89,7 +108,7 @@ class Forward(Message, frozen=True):
     model: Identity
     start: BlockIndex
     end: BlockIndex
-    lease: LeaseName | None = None
+    lease: Name | None = None
 
 
 class Backward(Message, frozen=True):
@@ -103,7 +122,7 @@ class Backward(Message, frozen=True):
     start: BlockIndex
     end: BlockIndex
     prompt_gradient: bool = False  # whether the gradient for the deep prompts is wanted as well
-    lease: LeaseName | None = None
+    lease: Name | None = None
 
 
 class Ping(Message, frozen=True):
@@ -114,7 +133,9 @@ class Ping(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """The session's cache is reserved."""
+    """The session's cache is reserved, and holds the first `position` tokens of its origin."""
+
+    position: Count = 0
 
 
 class Output(Message, frozen=True):
