@@ -23,9 +23,10 @@ CACHE_TOKENS = 8192
 LEASE_BYTES = 256 * 2**20
 CONTEXT = 1000  # tokens of each session that fills the cache; pages may be rounded up
 FLOAT32 = 4
-# What a server imports before it reads a weight; prints its memory.
+# All that a server of this model imports, some of it late; prints its memory.
 IMPORTS = """
-import corolla.cli.serve, corolla.server.serve, psutil
+import corolla.cli.serve, corolla.server.serve, corolla.swarm.transport.libp2p, psutil
+from transformers import LlamaForCausalLM, LlamaModel
 print(psutil.Process().memory_info().rss)
 """
 
@@ -38,10 +39,11 @@ def growth(bench: Bench) -> Pair:
         imports = int(subprocess.check_output([sys.executable, "-c", IMPORTS], cwd=ROOT))
         bench.end_swarm()
         swarm = bench.swarm("--cache-tokens", str(CACHE_TOKENS), "--lease-bytes", str(LEASE_BYTES))
+        start = [_memory(server.process.pid)["rss"] for server in swarm.servers]
         _work(bench.new_client(swarm), bench.new_client(swarm, tuning_mode="ptune"), bench.size(CONTEXT, 100))
         seen = [_memory(server.process.pid) for server in swarm.servers]
         bench.end_swarm()
-        details["servers"] += seen
+        details["servers"] += [{"start": rss, **server} for rss, server in zip(start, seen, strict=True)]
         details["imports"] = imports
         return (sum(server["rss"] - imports for server in seen),), (len(seen) * _budget(len(seen)),)
 

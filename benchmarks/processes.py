@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,29 @@ def only(worker: Worker) -> Iterator[None]:
     """Stop (SIGSTOP) every other process below this one: servers, clients, their network daemons."""
     spared = _family(psutil.Process(worker.process.pid))
     stopped = [process for process in _family(psutil.Process())[1:] if process not in spared]
-    for process in stopped:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.suspend()
+    with _guard([process.pid for process in stopped]):
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        try:
+            yield
+        finally:
+            for process in stopped:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+
+@contextlib.contextmanager
+def _guard(pids: Sequence[int]) -> Iterator[None]:
+    """A shell that lets these processes go on if this one is killed: stopped, they could not notice it."""
+    script = 'cat >/dev/null; kill -CONT "$@" 2>/dev/null'
+    guard = subprocess.Popen(
+        ["sh", "-c", script, "guard", *map(str, pids)], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         yield
     finally:
-        for process in stopped:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
+        guard.communicate()
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -96,6 +97,7 @@ class Run:
 
 def main() -> None:
     options = _parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order, as at Ctrl-C
     wanted = set(options.only or NAMES)
     with Bench(Options(options.repeats, options.quick, options.llama_python)) as bench:
         run = Run(bench, options.json or (None if options.quick else RESULTS / "bench.jsonl"))
