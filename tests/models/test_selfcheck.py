@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
+from torch import Tensor
 from transformers import AutoConfig
 
 from corolla.errors import UnsupportedFamily
+from corolla.models import packing, selfcheck
+from corolla.models.packing import Rules, Segment, attend_one
 from corolla.models.selfcheck import LAYERS, check_family, miniature
 
 
@@ -15,9 +21,53 @@ from corolla.models.selfcheck import LAYERS, check_family, miniature
 def test_every_family_passes(family: str) -> None:
     torch.set_num_threads(1)
     before = torch.random.get_rng_state()
-    check_family(tiny_config(family))
-    check_family(AutoConfig.for_model(family))  # the size that the family is published in
+    packable = family != "falcon"  # its own attention code asks nobody for an attention function
+    assert check_family(tiny_config(family)) == packable
+    # The size that the family is published in; the answer is kept.
+    assert [check_family(AutoConfig.for_model(family)) for _ in range(2)] == [packable] * 2
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def blind(one: Segment, window: int | None, device: torch.device) -> Tensor:
+    return torch.ones(one.count, one.past + one.count, dtype=torch.bool, device=device)
+
+
+def unslid(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    return attend_one(query, keys, values, one, dataclasses.replace(rules, window=None))
+
+
+def unscaled(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    return attend_one(query, keys, values, one, dataclasses.replace(rules, scale=0.1))
+
+
+def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    return attend_one(query, keys, values, one, dataclasses.replace(rules, sinks=None))
+
+
+def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    alone = dataclasses.replace(one, row=None, past=0)
+    keys, values = keys[:, :, one.past :], values[:, :, one.past :]
+    return attend_one(query, keys, values, alone, rules)
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "mistake"),
+    [
+        ("bloom", (Segment, "visible"), blind),
+        ("mistral", (packing, "attend_one"), unslid),
+        ("granite", (packing, "attend_one"), unscaled),
+        ("gpt_oss", (packing, "attend_one"), sinkless),
+        ("llama", (packing, "attend_one"), forgetful),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_family_that_packs_wrongly_is_not_packed(
+    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The family is served all the same, one request at a time."""
+    monkeypatch.setattr(selfcheck, "_passed", {})
+    monkeypatch.setattr(*place, mistake)
+    assert check_family(tiny_config(family)) is False
 
 
 def test_the_miniature_keeps_the_kinds_of_layers() -> None:

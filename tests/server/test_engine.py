@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.server.world import Blocker, Clock
+from tests.server.world import Blocker, Clock, until
 
 from corolla.errors import RequestRefused
 from corolla.server.engine import AGEING_SECONDS, Engine, Kind
@@ -74,19 +75,25 @@ async def test_nobody_starves_beside_endless_urgent_work(engine: Engine, clock: 
     """A job of the last class runs although there is a new job of the first class at every moment."""
     order = Order(engine)
     decoded = 0
+    another_waits = threading.Semaphore(0)
 
     def decode() -> None:
         nonlocal decoded
+        assert another_waits.acquire(timeout=20)
         clock.now += 0.5
         decoded += 1
 
     async with Blocker(engine):
         training = await order.submit("training", Kind.TRAINING)
-        running = [asyncio.create_task(engine.submit(Kind.DECODE, decode)) for _ in range(4)]
+        running = [asyncio.create_task(engine.submit(Kind.DECODE, decode)) for _ in range(2)]
+        await until(lambda: engine.waiting == 3)
     while not training.done():
         assert decoded < 100
-        await running.pop(0)
         running.append(asyncio.create_task(engine.submit(Kind.DECODE, decode)))
+        await asyncio.sleep(0)
+        another_waits.release()
+        await running.pop(0)
+    another_waits.release(len(running))
     await asyncio.gather(*running)
     assert decoded >= 2 * AGEING_SECONDS / 0.5
 
