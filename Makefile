@@ -32,8 +32,9 @@ check: setup     ## lint and types
 	$(BIN)/mypy
 
 bench: setup     ## measure, each figure beside its baseline
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.run
 	$(BIN)/python benchmarks/quality_vs_peft.py
+	$(BIN)/python -m benchmarks.report
 
 nightly: setup   ## the tests that take longer
 	$(BIN)/pytest -n 2 --dist worksteal -m nightly

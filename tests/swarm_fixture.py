@@ -115,10 +115,12 @@ class MemorySwarm:
         self._connections.append(connection)
         return connection
 
-    def model(self, *, patience: float = 20.0, **arguments: Any) -> Any:
+    def model(self, *, patience: float = 20.0, wire: Any = "compute", **arguments: Any) -> Any:
         """A distributed model over this swarm; `arguments` as for `from_pretrained`."""
         arguments.setdefault("dtype", self.dtype)
-        return load_distributed(self.checkpoint.name, connection=self.connect(patience=patience), **arguments)
+        return load_distributed(
+            self.checkpoint.name, connection=self.connect(patience=patience, wire=wire), **arguments
+        )
 
     def counted(self, name: str = "inference") -> dict[str, int]:
         """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tests.client.conftest import THREE, TWO, Pair, random_ids
 from tests.reference import Prompted, relative
-from tests.tiny_models import FAMILIES
+from tests.swarm_fixture import MemorySwarm
+from tests.tiny_models import FAMILIES, write_tiny
 
 LOGITS = 1e-4
 GRADIENTS = 1e-4
@@ -134,3 +136,31 @@ def test_slices_of_blocks_give_hidden_states_and_gradients(pair_of: PairOf) -> N
     twin = hidden.detach().clone().requires_grad_()
     pair.local.model(inputs_embeds=twin, output_hidden_states=True).hidden_states[3].square().sum().backward()
     assert relative(hidden.grad, twin.grad) < GRADIENTS
+
+
+@pytest.mark.parametrize(("wire", "tolerance"), [("float16", 5e-3), ("int8", 0.1)])
+def test_a_compressed_wire_is_close_and_replays_are_the_same(
+    tmp_path: Path, wire: str, tolerance: float
+) -> None:
+    """Logits and gradients stay close; after a loss the replacement gives the very same tokens."""
+    folder = write_tiny("llama", tmp_path)
+    with MemorySwarm(folder, [(0, 2), (2, 4), (2, 4)]) as swarm:
+        plain, model = swarm.model(), swarm.model(wire=wire)
+        ids = random_ids(1, 12)
+        for one in (plain, model):
+            one.generation_config.eos_token_id = None
+        expected = plain(ids).logits
+        assert 0 < (model(ids).logits - expected).abs().max() < tolerance * expected.abs().max()
+        gradients = []
+        for one in (plain, model):
+            embedded = one.get_input_embeddings()(ids).detach().requires_grad_()
+            one(inputs_embeds=embedded, labels=ids).loss.backward()
+            gradients.append(embedded.grad)
+        found, wanted = gradients[1], gradients[0]
+        assert 0 < (found - wanted).norm() < 4 * tolerance * wanted.norm()
+        undisturbed = model.generate(ids, max_new_tokens=16, do_sample=False)
+        with model.inference_session() as session:
+            first = model.generate(ids, max_new_tokens=8, do_sample=False)
+            swarm.kill(session._chain._spans[1].hop.peer_id)
+            rest = model.generate(None, max_new_tokens=8, do_sample=False)
+        assert torch.equal(torch.cat([first, rest], 1), undisturbed)

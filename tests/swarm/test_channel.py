@@ -34,6 +34,11 @@ Handler = Callable[[Channel], Awaitable[None]]
 FORWARD = Forward(model="m", start=0, end=2)
 
 
+def forward(hidden: torch.Tensor) -> Packet:
+    """A request that carries `hidden`."""
+    return Packet(FORWARD, {"hidden": hidden, "lengths": torch.tensor([1])})
+
+
 class World:
     """A client and a server whose handler the test chooses."""
 
@@ -75,14 +80,14 @@ async def echo_forward(channel: Channel) -> None:
 async def test_tensors_cross_exactly(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     channel = await world.connect(echo_forward)
     hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    answer = await request(channel, Packet(FORWARD, {"hidden": hidden}))
+    answer = await request(channel, forward(hidden))
     assert answer.message == Output()
     assert torch.equal(answer.tensors["hidden"], hidden)
 
 
 async def test_a_received_tensor_may_be_written_to(world: World) -> None:
     channel = await world.connect(echo_forward)
-    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 2, 4)}))
+    answer = await request(channel, forward(torch.ones(1, 2, 4)))
     assert answer.tensors["hidden"].add_(1).sum() == 16
 
 
@@ -115,10 +120,10 @@ async def test_signs_of_life_are_eaten(world: World) -> None:
         packet = await channel.receive(timeout=None)
         for ahead in (2, 1, 0):
             await channel.send(Packet(Alive(ahead=ahead)))
-        await channel.send(Packet(Output(), packet.tensors))
+        await channel.send(Packet(Output(), {"hidden": packet.tensors["hidden"]}))
 
     channel = await world.connect(server)
-    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    answer = await request(channel, forward(torch.ones(1, 1, 1)))
     assert answer.message == Output()
 
 
@@ -127,10 +132,10 @@ async def test_a_refusal_becomes_an_error_and_the_channel_stays_usable(world: Wo
         packet = await channel.receive(timeout=None)
         await channel.send(Packet(Failure(code="busy", message="Later.", field="hidden", retry_after=2.5)))
         packet = await channel.receive(timeout=None)
-        await channel.send(Packet(Output(), packet.tensors))
+        await channel.send(Packet(Output(), {"hidden": packet.tensors["hidden"]}))
 
     channel = await world.connect(server)
-    packet = Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)})
+    packet = forward(torch.ones(1, 1, 1))
     with pytest.raises(RequestRefused, match=r"Later\.") as refused:
         await request(channel, packet)
     error = refused.value
@@ -145,17 +150,17 @@ async def test_a_silent_server_is_noticed(world: World) -> None:
 
     channel = await world.connect(server, silence=0.05)
     with pytest.raises(PeerSilent) as silent:
-        await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+        await request(channel, forward(torch.ones(1, 1, 1)))
     assert silent.value.peer_id == "server"
     with pytest.raises(PeerDisconnected):
-        await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+        await request(channel, forward(torch.ones(1, 1, 1)))
 
 
 async def test_a_stopped_server_is_noticed_while_sending(world: World) -> None:
     channel = await world.connect(echo_forward, silence=0.05)
     world.network.stop("server")
     with pytest.raises(PeerSilent):
-        await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1024, 1024)}))
+        await channel.send(forward(torch.ones(1, 1024, 1024)))
 
 
 async def test_silence_counts_between_pieces_not_in_all(world: World) -> None:
@@ -173,7 +178,7 @@ async def test_silence_counts_between_pieces_not_in_all(world: World) -> None:
         await asyncio.Event().wait()
 
     channel = await world.connect(server, silence=silence)
-    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    await channel.send(forward(torch.ones(1, 1, 1)))
     started = asyncio.get_running_loop().time()
     answer = await channel.receive(timeout=silence)
     assert asyncio.get_running_loop().time() - started > silence
@@ -188,7 +193,7 @@ async def test_a_peer_that_stalls_inside_a_message_is_noticed(world: World) -> N
         await asyncio.Event().wait()
 
     channel = await world.connect(server, silence=0.05)
-    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    await channel.send(forward(torch.ones(1, 1, 1)))
     with pytest.raises(PeerSilent):
         await channel.receive(timeout=None)
 
@@ -204,7 +209,7 @@ async def test_a_server_may_wait_for_a_request_in_vain_and_go_on(world: World) -
 
     channel = await world.connect(server)
     await waited.wait()
-    await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    await request(channel, forward(torch.ones(1, 1, 1)))
 
 
 async def test_heartbeats_while_computing(world: World) -> None:
@@ -215,18 +220,18 @@ async def test_heartbeats_while_computing(world: World) -> None:
             packet = await channel.receive(timeout=None)
             async with channel.heartbeat(ahead=lambda: 3):
                 await asyncio.sleep(0.8)
-            await channel.send(Packet(Output(), packet.tensors))
+            await channel.send(Packet(Output(), {"hidden": packet.tensors["hidden"]}))
 
     channel = await world.connect(server, silence=0.7, heartbeat=0.01)
-    answer = await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    answer = await request(channel, forward(torch.ones(1, 1, 1)))
     assert answer.message == Output()
-    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+    await channel.send(forward(torch.ones(1, 1, 1)))
     assert (await channel.receive(timeout=5)).message == Alive(ahead=3)
 
 
 async def test_heartbeats_while_a_large_request_arrives(world: World) -> None:
     channel = await world.connect(echo_forward, heartbeat=0.01)
-    first, *rest = encode(Packet(FORWARD, {"hidden": torch.ones(1, 64, 1024)}))
+    first, *rest = encode(forward(torch.ones(1, 64, 1024)))
     channel.conversation.advance(FORWARD)
     await channel.stream.write([first])
     assert (await channel.receive(timeout=5)).message == Alive()
@@ -261,10 +266,10 @@ async def test_frames_of_several_tasks_do_not_mix(world: World) -> None:
         trickle = Channel(Trickle(channel.stream), side="server")
         packet = await trickle.receive(timeout=None)
         beats = (trickle.send(Packet(Alive(ahead=ahead))) for ahead in range(5))
-        await asyncio.gather(*beats, trickle.send(Packet(Output(), packet.tensors)))
+        await asyncio.gather(*beats, trickle.send(Packet(Output(), {"hidden": packet.tensors["hidden"]})))
 
     channel = await world.connect(server)
-    await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 3, 5)}))
+    await channel.send(forward(torch.ones(1, 3, 5)))
     for ahead in range(5):
         assert (await channel.receive(timeout=5)).message == Alive(ahead=ahead)
     assert torch.equal((await channel.receive(timeout=5)).tensors["hidden"], torch.ones(1, 3, 5))
@@ -284,13 +289,13 @@ async def test_a_cut_message_makes_the_channel_unusable(world: World) -> None:
         await asyncio.Event().wait()
 
     channel = await world.connect(server)
-    sending = asyncio.create_task(channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1024, 1024)})))
+    sending = asyncio.create_task(channel.send(forward(torch.ones(1, 1024, 1024))))
     done, _ = await asyncio.wait([sending], timeout=0.05)
     assert not done
     sending.cancel()
     await asyncio.wait([sending])
     with pytest.raises(PeerDisconnected):
-        await channel.send(Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))
+        await channel.send(forward(torch.ones(1, 1, 1)))
 
 
 async def test_a_cancelled_request_closes_its_channel(world: World) -> None:
@@ -301,7 +306,7 @@ async def test_a_cancelled_request_closes_its_channel(world: World) -> None:
         world.errors.append(ValueError(type(packet.message).__name__))
 
     channel = await world.connect(server)
-    asking = asyncio.create_task(request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)})))
+    asking = asyncio.create_task(request(channel, forward(torch.ones(1, 1, 1))))
     await asyncio.wait([asking], timeout=0.05)
     asking.cancel()
     await asyncio.wait([asking])
@@ -319,9 +324,9 @@ async def test_what_we_must_not_send_is_refused_here(world: World) -> None:
         await request(channel, Packet(FORWARD))
     small = Channel(channel.stream, side="client", limits=Limits(max_payload_bytes=64))
     with pytest.raises(UsageError, match="smaller batch"):
-        await request(small, Packet(FORWARD, {"hidden": torch.ones(1, 4, 8)}))
+        await request(small, forward(torch.ones(1, 4, 8)))
     # None of it has reached the stream.
-    assert (await request(channel, Packet(FORWARD, {"hidden": torch.ones(1, 1, 1)}))).message == Output()
+    assert (await request(channel, forward(torch.ones(1, 1, 1)))).message == Output()
 
 
 @pytest.mark.parametrize(
@@ -330,7 +335,7 @@ async def test_what_we_must_not_send_is_refused_here(world: World) -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "magic"),
         (b"".join(encode(Packet(Output(), {"hidden": torch.ones(1, 1, 1)}))), "type"),
         (b"".join(encode(Packet(Step(position=0), {"hidden": torch.ones(1, 1, 1)}))), "type"),
-        (b"".join(encode(Packet(FORWARD, {"hidden": torch.ones(1, 1, 100)}))), "payload"),
+        (b"".join(encode(forward(torch.ones(1, 1, 100)))), "payload"),
     ],
     ids=["not ours", "a server's message", "at the wrong time", "over the server's limit"],
 )

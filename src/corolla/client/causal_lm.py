@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import cache as memoize
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
 import torch
 import transformers
@@ -21,18 +21,21 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from corolla.client.connection import SwarmConnection
-from corolla.client.heads import share_head, using_head
+from corolla.client.heads import SharedHead, share_head, using_head
 from corolla.client.remote_blocks import RemoteBlocks
+from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.client.session import InferenceSession, sequences_of
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.kernels.client import ClientQuantization, quantize_client
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
+from corolla.wire.compression import check_format
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
 
@@ -206,6 +209,8 @@ def load_distributed(
     cache_dir: str | Path | None = None,
     seed: int = 0,
     patience: float | None = None,
+    quantization: str = "none",
+    wire: str = "compute",
     connection: SwarmConnection | None = None,
     only: str | None = None,
 ) -> PreTrainedModel:
@@ -217,10 +222,10 @@ def load_distributed(
             f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
-    connection = connection or _connect(checkpoint, initial_peers, patience)
+    connection = connection or _connect(checkpoint, initial_peers, patience, wire)
     try:
         connection.check_complete()
-        model = load_shell(checkpoint, connection, dtype)
+        model = load_shell(checkpoint, connection, dtype, quantization)
         if prompts is not None:
             model.prompts = load_prompt(
                 Path(prompts), model_name=checkpoint.name, identity=checkpoint.identity
@@ -249,24 +254,32 @@ def _check_tuning(mode: str | None, length: int, init: str, prompts: str | Path 
 
 
 def _connect(
-    checkpoint: Checkpoint, initial_peers: list[str] | tuple[str, ...] | str, patience: float | None
+    checkpoint: Checkpoint,
+    initial_peers: list[str] | tuple[str, ...] | str,
+    patience: float | None,
+    wire: str,
 ) -> SwarmConnection:
     peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
     if not peers:
         raise UsageError(
             "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
         )
-    options = {} if patience is None else {"patience": patience}
     return SwarmConnection.connect(
         peers,
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
-        **options,
+        patience=DEFAULT_PATIENCE if patience is None else patience,
+        wire=check_format(wire),
     )
 
 
-def load_shell(checkpoint: Checkpoint, connection: SwarmConnection, dtype: str | torch.dtype) -> Any:
+def load_shell(
+    checkpoint: Checkpoint,
+    connection: SwarmConnection,
+    dtype: str | torch.dtype,
+    quantization: str = "none",
+) -> Any:
     """The client's part of a model: embeddings and head, frozen, in evaluation mode.
 
     Raises `CheckpointError` when one of their tensors is missing.
@@ -292,7 +305,20 @@ def load_shell(checkpoint: Checkpoint, connection: SwarmConnection, dtype: str |
     model.generation_config = _generation_config(checkpoint, model.generation_config)
     model.requires_grad_(False).eval()
     share_head(model)
+    use_head_kernel(model, quantization)
     return model
+
+
+def use_head_kernel(model: Any, quantization: str) -> None:
+    """Have the head multiply in the way that is fastest here, or in fewer bits. Raises `UsageError`."""
+    if quantization not in get_args(ClientQuantization):
+        raise UsageError(
+            f"quantization is {quantization!r}; it must be one of {', '.join(get_args(ClientQuantization))}."
+        )
+    product = quantize_client(model, cast(ClientQuantization, quantization))
+    head = model.get_output_embeddings()
+    if product is not None and isinstance(head, SharedHead):
+        head.use_kernel(product, exact=quantization == "none")
 
 
 def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
@@ -343,7 +369,9 @@ class AutoDistributedModelForCausalLM:
         join through; `tuning_mode` None, "ptune" or "deep_ptune" with `pre_seq_len` prompt tokens, started
         by `prompt_init` ("vocab", "text" with `prompt_text`, or "random") under `seed`; `prompts` a saved
         bundle instead; `dtype` "auto" or a torch dtype for the client's part; `revision`, `token`,
-        `cache_dir` as in transformers; `patience` the seconds to wait for servers that are gone.
+        `cache_dir` as in transformers; `patience` the seconds to wait for servers that are gone;
+        `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
+        activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines).
 
         Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`.
         """

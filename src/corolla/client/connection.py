@@ -13,6 +13,7 @@ from corolla.client.prefixes import PrefixIndex
 from corolla.client.retry import DEFAULT_PATIENCE, Retry
 from corolla.client.view import SwarmView
 from corolla.swarm.node import EventLoopThread, Node
+from corolla.wire.compression import WireFormat
 
 T = TypeVar("T")
 
@@ -29,14 +30,20 @@ class SwarmConnection:
         model_name: str,
         num_blocks: int,
         patience: float = DEFAULT_PATIENCE,
+        wire: WireFormat = "compute",
         owns_loop: bool = True,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it."""
+        """`model` is the checkpoint's identity, `model_name` what people call it, `wire` how activations travel."""
         self._loop = loop
         self._node = node
         self._owns_loop = owns_loop
         self.view = SwarmView(
-            node.transport, node.directory, model=model, model_name=model_name, num_blocks=num_blocks
+            node.transport,
+            node.directory,
+            model=model,
+            model_name=model_name,
+            num_blocks=num_blocks,
+            wire=wire,
         )
         self.retry = Retry(self.view, patience=patience)
         self.prefixes = PrefixIndex()
@@ -50,6 +57,7 @@ class SwarmConnection:
         model_name: str,
         num_blocks: int,
         patience: float = DEFAULT_PATIENCE,
+        wire: WireFormat = "compute",
     ) -> SwarmConnection:
         """Join through `initial_peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`."""
         loop = EventLoopThread()
@@ -58,7 +66,15 @@ class SwarmConnection:
         except BaseException:
             loop.close()
             raise
-        return cls(loop, node, model=model, model_name=model_name, num_blocks=num_blocks, patience=patience)
+        return cls(
+            loop,
+            node,
+            model=model,
+            model_name=model_name,
+            num_blocks=num_blocks,
+            patience=patience,
+            wire=wire,
+        )
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for `work` on the loop. Ctrl-C cancels it."""

@@ -16,6 +16,7 @@ from corolla.swarm.channel import Channel
 from corolla.swarm.directory import Directory, ServerRecord
 from corolla.swarm.routing import Hop, find_route
 from corolla.swarm.transport.base import Transport
+from corolla.wire.compression import WireFormat
 from corolla.wire.messages import PROTOCOL_NAME
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class SwarmView:
         model: str,
         model_name: str,
         num_blocks: int,
+        wire: WireFormat = "compute",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.transport = transport
         self.model = model
         self.model_name = model_name
         self.num_blocks = num_blocks
+        self._wire = wire
         self._directory = directory
         self._clock = clock
         self._records: list[ServerRecord] = []
@@ -112,7 +115,7 @@ class SwarmView:
         """A stream to the peer with no request open on it. Raises `PeerUnreachable`."""
         if self._idle[peer]:
             return self._idle[peer].pop()
-        return Channel(await self.transport.open(peer, PROTOCOL_NAME), side="client")
+        return Channel(await self.transport.open(peer, PROTOCOL_NAME), side="client", form=self._wire)
 
     def release(self, channel: Channel) -> None:
         """Give a stream back after a complete exchange."""

@@ -20,6 +20,7 @@ from corolla.errors import (
     UsageError,
 )
 from corolla.swarm.transport.base import Buffer, Stream
+from corolla.wire.compression import WireFormat, compress, expand
 from corolla.wire.frames import (
     PREAMBLE_SIZE,
     Limits,
@@ -57,8 +58,10 @@ class Channel:
         limits: Limits | None = None,
         silence: float | None = None,
         heartbeat: float = HEARTBEAT_SECONDS,
+        form: WireFormat = "compute",
     ) -> None:
-        """`silence`: seconds that a piece may take in either direction, and a client waits for a sign of
+        """`form`: how a client's activations travel; a server answers in the form of the last request.
+        `silence`: seconds that a piece may take in either direction, and a client waits for a sign of
         life; the default depends on the side. `heartbeat`: seconds between a server's signs of life."""
         self.stream = stream
         self.peer_id = stream.peer_id
@@ -68,6 +71,7 @@ class Channel:
         default = SERVER_SILENCE_SECONDS if self._server else SILENCE_SECONDS
         self.silence = default if silence is None else silence
         self._heartbeat = heartbeat
+        self._form = form
         self._receivable: Any = ClientMessage if self._server else ServerMessage
         self._sending = asyncio.Lock()
         self._usable = True
@@ -79,7 +83,7 @@ class Channel:
         stream has ended; `ValueError` or `UsageError` (see `encode`) or, for a message out of order,
         `ProtocolError` before anything is sent. Cancelled in the middle, it leaves the channel unusable.
         """
-        buffers = encode(packet, self._limits)
+        buffers = encode(Packet(packet.message, compress(packet.tensors, self._form)), self._limits)
         async with self._sending:
             if not self._usable:
                 raise PeerDisconnected("The stream was cut in the middle of a message.", peer_id=self.peer_id)
@@ -108,7 +112,7 @@ class Channel:
                     payload = await self._read_payload(sizes.payload)
             else:
                 payload = await self._read_payload(sizes.payload)
-            return parse_payload(header, payload)
+            return self._expanded(parse_payload(header, payload))
         except RemoteError as error:
             error.peer_id = self.peer_id
             raise
@@ -146,6 +150,14 @@ class Channel:
                 await self.send(Packet(Alive(ahead=ahead())))
             except RemoteError:
                 return
+
+    def _expanded(self, packet: Packet) -> Packet:
+        if not packet.tensors:
+            return packet
+        tensors, form = expand(packet.tensors)
+        if self._server:
+            self._form = form
+        return Packet(packet.message, tensors)
 
     async def _read_payload(self, size: int) -> bytearray:
         # Grown as the bytes arrive: a peer that only announces a large payload takes no memory.

@@ -192,29 +192,38 @@ SILENCE_SECONDS = 5.0  # a peer that says nothing for so long while a request is
 #   mask       bool, True where a token is real; left out when all are
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues
+#   …_scales   float32, of a compressed tensor, B a token (compression.py)
 #   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
 TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
     OpenSession: {"prompts": ("N P H", False)},
     Step: {
         "hidden": ("R T H", True),
+        "hidden_scales": ("R T B", False),
         "mask": ("R S", False),
         "positions": ("R T", False),
         "rows": ("R", False),
     },
     Forward: {
         "hidden": ("R T H", True),
+        "hidden_scales": ("R T B", False),
         "lengths": ("K", True),
         "positions": ("R T", False),
         "prompts": ("N P H", False),
     },
     Backward: {
         "grad": ("R T H", True),
+        "grad_scales": ("R T B", False),
         "hidden": ("R T H", False),
+        "hidden_scales": ("R T C", False),
         "lengths": ("K", False),
         "positions": ("R T", False),
         "prompts": ("N P H", False),
     },
-    Output: {"hidden": ("R T H", True)},
-    Gradients: {"grad": ("R T H", True), "prompts": ("N P H", False)},
+    Output: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
+    Gradients: {
+        "grad": ("R T H", True),
+        "grad_scales": ("R T B", False),
+        "prompts": ("N P H", False),
+    },
 }

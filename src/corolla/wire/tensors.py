@@ -27,8 +27,10 @@ MAX_DIMENSION = 2**31 - 1
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
 _ALLOWED_DTYPES: dict[str, tuple[str, ...]] = {
-    "hidden": _FLOATING,
-    "grad": _FLOATING,
+    "hidden": (*_FLOATING, "int8"),
+    "grad": (*_FLOATING, "int8"),
+    "hidden_scales": ("float32",),
+    "grad_scales": ("float32",),
     "prompts": _FLOATING,
     "mask": ("bool",),
     "positions": ("int64",),
@@ -40,6 +42,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "float64": torch.float64,
+    "int8": torch.int8,
     "bool": torch.bool,
     "int64": torch.int64,
 }
