@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,7 +79,9 @@ class Leases:
 class Saved:
     """Counts the bytes that autograd keeps for a backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        """`weights` are there anyway, so neither they nor views of them count."""
+        self._weights = {one.untyped_storage().data_ptr() for one in weights if one.layout is torch.strided}
         self._storages: dict[int, int] = {}
 
     @property
@@ -94,10 +96,10 @@ class Saved:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        # Weights are leaves or buffers that no graph made; views and slices share one memory.
-        if not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            self._storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()  # which views and slices share
+            if storage.data_ptr() not in self._weights:
+                self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
 

@@ -63,7 +63,8 @@ class Sequences:
             self._check_memory(True)
         except RequestRefused:
             return self.forward(), None
-        hidden, prompts, saved = self._moved(self._tensors["hidden"]), self._prompts(True), Saved()
+        hidden, prompts = self._moved(self._tensors["hidden"]), self._prompts(True)
+        saved = Saved([*self._span.blocks.parameters(), *self._span.blocks.buffers()])
         hidden.requires_grad_()
         with torch.enable_grad(), saved.counting():
             output = self._run(hidden, prompts)
