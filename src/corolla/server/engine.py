@@ -28,6 +28,8 @@ LEAST_PREFILL_TOKENS = 16
 GENERATING_SECONDS = (
     1.0  # how long after a generation step its client is taken to be in the middle of a reply
 )
+EXPECTED_SECONDS = 0.3  # … and how long after it the next one is waited for
+GATHER_SECONDS = 0.008  # what a generation step waits at most for those of others to share its pass
 IDLE_SECONDS = 5.0
 
 
@@ -80,8 +82,16 @@ class _Pace:
 
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
         """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
-        self._generated = {who: at for who, at in self._generated.items() if now - at < GENERATING_SECONDS}
-        return self.shared_budget() if self._generated.keys() - prefilling else PASS_TOKENS
+        others = self.others_generate(now, prefilling, GENERATING_SECONDS)
+        return self.shared_budget() if others else PASS_TOKENS
+
+    def others_generate(self, now: float, sessions: set[int], seconds: float) -> bool:
+        """Whether others than these sessions have had a generation step in the last `seconds`."""
+        return any(now - at < seconds for who, at in self._generated.items() if who not in sessions)
+
+    def forget(self, session: object) -> None:
+        """The session has ended."""
+        self._generated.pop(id(session), None)
 
     def shared_budget(self) -> int:
         """Prompt tokens that delay a generation step by about `SHARED_PASS_SECONDS`."""
@@ -153,6 +163,10 @@ class Engine:
         if not self._closed:
             self._inbox.put(work)
 
+    def forget(self, session: object) -> None:
+        """A session has ended: nobody waits for its next step."""
+        self.post(lambda: self._pace.forget(session))
+
     @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
@@ -177,13 +191,32 @@ class Engine:
         while True:
             if not self._receive(wait=not self._ready):
                 return
-            if self._ready:
+            if self._ready and self._gather():
                 self._iterate()
 
-    def _receive(self, *, wait: bool) -> bool:
+    def _gather(self) -> bool:
+        """Give generation steps that are probably under way a moment to join the pass; False when closed.
+
+        A pass of many rows takes little longer than one of a single row, which is read from the same weights.
+        """
+        until = time.perf_counter() + GATHER_SECONDS
+        while self._steps_missing():
+            left = until - time.perf_counter()
+            if left <= 0:
+                break
+            if not self._receive(wait=True, timeout=left):
+                return False
+        return True
+
+    def _steps_missing(self) -> bool:
+        """Whether there are generation steps, and sessions in the middle of a reply that have none here."""
+        ready = {id(job.step.session) for job in self._ready if job.step and job.kind is Kind.DECODE}
+        return bool(ready) and self._pace.others_generate(self._clock(), ready, EXPECTED_SECONDS)
+
+    def _receive(self, *, wait: bool, timeout: float = IDLE_SECONDS) -> bool:
         """Take over what has arrived; False when the engine is closed."""
         try:
-            item = self._inbox.get(timeout=IDLE_SECONDS) if wait else self._inbox.get_nowait()
+            item = self._inbox.get(timeout=timeout) if wait else self._inbox.get_nowait()
             while True:
                 if item is None:
                     self._inbox.put(None)  # for `_compute`, if this was `let_in`
@@ -194,7 +227,7 @@ class Engine:
                     item()
                 item = self._inbox.get_nowait()
         except queue.Empty:
-            if wait and self.when_idle is not None:
+            if wait and timeout == IDLE_SECONDS and self.when_idle is not None:
                 self.when_idle()
             return True
 
@@ -263,8 +296,8 @@ class Engine:
         """Called in the middle of a long job: computes the generation steps that have arrived meanwhile."""
         if self._letting_in or not self._receive(wait=False):
             return
-        ready = [job for job in self._ready if job.kind is Kind.DECODE and not job.done.cancelled()]
-        steps = [job for job in ready if job.step is not None]
+        self._ready = [job for job in self._ready if not job.done.cancelled()]  # their sessions may be freed
+        steps = [job for job in self._ready if job.kind is Kind.DECODE and job.step is not None]
         if not steps:
             return
         self._letting_in = True

@@ -259,6 +259,7 @@ class _Stream:
         session, name, peer = self._session, self._name, self._channel.peer_id
         self._session = self._name = None
         self._server.counters.sessions -= 1
+        self._server.engine.forget(session)
         kept = keep and name is not None and self._server.named.keep(peer, name, session)
         if not kept:
             if name is not None:
