@@ -7,8 +7,12 @@ swapped).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,14 @@ from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
+from corolla.client import training
 from corolla.client.chain import SessionChain, SpanSession
+from corolla.models.packing import PackedBatch
+from corolla.models.pages import CachedRow, pages_for
 from corolla.models.span import Span
-from corolla.server.kv_cache import CachedSession
+from corolla.server.leases import Lease, Leases
+from corolla.server.sessions import CachedSession
+from corolla.server.steps import PackedStep
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -31,24 +40,63 @@ def no_mistake(_patch: pytest.MonkeyPatch) -> None:
 
 
 def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    forward = Span.forward
+    forward = Span.forward_packed
 
-    def shifted(self: Span, hidden: torch.Tensor, **extra: Any) -> torch.Tensor:
-        past = extra["cache"].get_seq_length() if extra.get("cache") is not None else 0
-        if past and extra.get("positions") is None:
-            extra["positions"] = (past + 1 + torch.arange(hidden.shape[1])).expand(hidden.shape[0], -1)
-        return forward(self, hidden, **extra)
+    def shifted(self: Span, hidden: torch.Tensor, batch: PackedBatch, **extra: Any) -> torch.Tensor:
+        past = [one.past for one in batch.segments for _ in range(one.count)]
+        extra["positions"] = extra["positions"] + (torch.tensor(past) > 0)
+        return forward(self, hidden, batch, **extra)
 
-    patch.setattr(Span, "forward", shifted)
+    patch.setattr(Span, "forward_packed", shifted)
 
 
 def dropped_mask(patch: pytest.MonkeyPatch) -> None:
-    forward = Span.forward
+    cut = training.micro_batches
 
-    def unmasked(self: Span, hidden: torch.Tensor, **extra: Any) -> torch.Tensor:
-        return forward(self, hidden, **(extra | {"mask": None}))
+    def unmasked(rows: int, tokens: int, mask: Any, positions: Any) -> Iterator[training.MicroBatch]:
+        return cut(rows, tokens, None, positions)
 
-    patch.setattr(Span, "forward", unmasked)
+    patch.setattr(training, "micro_batches", unmasked)
+
+
+def padding_counted(patch: pytest.MonkeyPatch) -> None:
+    """A padded row's tokens are cached like any others."""
+    make = PackedStep.__init__
+
+    def unmasked(self: PackedStep, *arguments: Any, **extra: Any) -> None:
+        make(self, *arguments, **(extra | {"mask": None}))
+
+    patch.setattr(PackedStep, "__init__", unmasked)
+    patch.setattr(CachedSession, "same_past", lambda *_: True)
+
+
+def stranger_seen(patch: pytest.MonkeyPatch) -> None:
+    """A row reads another row's first page for its own."""
+    make = PackedBatch.__init__
+
+    def mixed(self: PackedBatch, segments: Any, pool: Any = None) -> None:
+        make(self, segments, pool)
+        for one, other in pairwise(self.segments):
+            if one.row is not None and other.row is not None:
+                pages = [other.row.pages[0], *one.row.pages[1 : pages_for(one.row.length)]]
+                one._first, one._pages = None, torch.tensor(pages)
+
+    patch.setattr(PackedBatch, "__init__", mixed)
+
+
+def shared_page_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CachedRow, "_own", lambda _self, _index: None)
+
+
+def stale_lease(patch: pytest.MonkeyPatch) -> None:
+    """A backward goes through the graph of another micro-batch."""
+    take = Leases.take
+
+    def wrong(self: Leases, peer: str, key: str) -> Lease | None:
+        others = [name for name in self._kept if name != (peer, key)]
+        return take(self, *(others[-1] if others else (peer, key)))
+
+    patch.setattr(Leases, "take", wrong)
 
 
 def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
@@ -63,12 +111,12 @@ def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
 
 
 def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
-    step = CachedSession.step
+    rearrange = CachedSession.rearrange
 
-    def ignoring(self: CachedSession, hidden: torch.Tensor, *, position: int, **extra: Any) -> torch.Tensor:
-        return step(self, hidden, position=max(position, self.length), **extra)
+    def ignoring(self: CachedSession, rows: int, position: int, order: torch.Tensor | None) -> None:
+        rearrange(self, rows, max(position, self.length), order)
 
-    patch.setattr(CachedSession, "step", ignoring)
+    patch.setattr(CachedSession, "rearrange", ignoring)
 
 
 def rollback_ignored_in_the_history(patch: pytest.MonkeyPatch) -> None:
@@ -88,31 +136,29 @@ def reorder_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def two_blocks_swapped(patch: pytest.MonkeyPatch) -> None:
-    forward = Span.forward
+    forward = Span.forward_packed
 
-    def swapped(self: Span, hidden: torch.Tensor, **extra: Any) -> torch.Tensor:
+    def swapped(self: Span, hidden: torch.Tensor, batch: PackedBatch, **extra: Any) -> torch.Tensor:
         blocks, own = self.blocks, list(self.blocks)
-        if len(own) > 1 and extra.get("cache") is None:
+        if len(own) > 1 and all(one.row is None for one in batch.segments):
             blocks[0], blocks[1] = own[1], own[0]
         try:
-            return forward(self, hidden, **extra)
+            return forward(self, hidden, batch, **extra)
         finally:
             for index, block in enumerate(own):
                 blocks[index] = block
 
-    patch.setattr(Span, "forward", swapped)
+    patch.setattr(Span, "forward_packed", swapped)
 
 
 def gradient_of_one_span_lost(patch: pytest.MonkeyPatch) -> None:
-    from corolla.client.training import TrainingPass
+    hop_back = training.TrainingPass._backward_hop
 
-    hop_back = TrainingPass._backward_hop
+    async def lossy(self: training.TrainingPass, micro: Any, stage: training.Stage, grad: Any) -> Any:
+        value, piece = await hop_back(self, micro, stage, grad)
+        return value, (torch.zeros_like(piece) if stage.hop.start and piece is not None else piece)
 
-    async def lossy(self: TrainingPass, micro: Any, hop: Any, inputs: Any, grad: Any) -> Any:
-        value, piece = await hop_back(self, micro, hop, inputs, grad)
-        return value, (torch.zeros_like(piece) if hop.start and piece is not None else piece)
-
-    patch.setattr(TrainingPass, "_backward_hop", lossy)
+    patch.setattr(training.TrainingPass, "_backward_hop", lossy)
 
 
 CAUGHT_BY: dict[Plant, tuple[str, ...]] = {
@@ -124,7 +170,11 @@ CAUGHT_BY: dict[Plant, tuple[str, ...]] = {
     rollback_ignored_in_the_history: ("failover",),
     reorder_ignored: ("beams",),
     two_blocks_swapped: ("logits", "gradients", "padding"),
-    gradient_of_one_span_lost: ("gradients",),
+    gradient_of_one_span_lost: ("gradients", "micro_batches"),
+    padding_counted: ("padded_decoding",),
+    stranger_seen: ("crowd",),
+    shared_page_written: ("beams",),
+    stale_lease: ("micro_batches",),
 }
 
 
@@ -146,8 +196,8 @@ class Checks:
         difference = self.model(ids, attention_mask=mask).logits - self.local.logits(ids, mask)
         return bool((difference * mask[..., None]).abs().max() < 1e-4)
 
-    def gradients(self) -> bool:
-        ids = random_ids(2, 8)
+    def gradients(self, rows: int = 2, length: int = 8) -> bool:
+        ids = random_ids(rows, length)
         self.model.zero_grad()
         self.model(ids, labels=ids).loss.backward()
         assert self.local.deep is not None
@@ -155,6 +205,43 @@ class Checks:
         self.local.loss(ids, ids).backward()
         found, expected = self.model.prompts.deep.grad, self.local.deep.grad
         return bool((found - expected).norm() / expected.norm() < 1e-4)
+
+    def micro_batches(self) -> bool:
+        """Two of the same size, which are in flight together."""
+        return self.gradients(6, 150)
+
+    def padded_decoding(self) -> bool:
+        ids, mask = random_ids(2, 8), torch.ones(2, 8, dtype=torch.long)
+        mask[1, :3] = 0
+        settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+        with self.without_prompts():
+            found = self.model.generate(ids, **settings)
+        return torch.equal(found, self.local.model.generate(ids, **settings))
+
+    def crowd(self) -> bool:
+        """Sessions that all generate at the same time, each as if it were alone."""
+        prompts = [random_ids(1, 6 + seed, seed=seed) for seed in range(6)]
+        start = threading.Barrier(len(prompts))
+
+        def generate(ids: torch.Tensor) -> torch.Tensor:
+            start.wait(20)
+            found: torch.Tensor = self.model.generate(ids, max_new_tokens=12, do_sample=False)
+            return found
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(generate, prompts))
+        return all(
+            torch.equal(found, self.local.greedy(ids, 12))
+            for found, ids in zip(answers, prompts, strict=True)
+        )
+
+    @contextlib.contextmanager
+    def without_prompts(self) -> Iterator[None]:
+        prompts, self.model.prompts = self.model.prompts, None
+        try:
+            yield
+        finally:
+            self.model.prompts = prompts
 
     def decoding(self) -> bool:
         ids = random_ids(1, 6)
@@ -171,10 +258,9 @@ class Checks:
 
     def beams(self) -> bool:
         ids = random_ids(1, 6)
-        prompts, self.model.prompts = self.model.prompts, None
         settings: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False}
-        found = self.model.generate(ids, **settings)
-        self.model.prompts = prompts
+        with self.without_prompts():
+            found = self.model.generate(ids, **settings)
         return torch.equal(found, self.local.model.generate(ids, **settings))
 
     def failover(self) -> bool:
@@ -203,7 +289,7 @@ def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             settings.eos_token_id, settings.pad_token_id = None, 0
         checks = Checks(swarm, model, local)
         plant(monkeypatch)
-        names = [field for field in vars(Checks) if not field.startswith("_")]
+        names = [field for field in vars(Checks) if field[0] != "_" and field != "without_prompts"]
         outcome = {name: _passes(getattr(checks, name)) for name in names}
     failed = {name for name, passed in outcome.items() if not passed}
     if plant is no_mistake:
