@@ -18,6 +18,7 @@ from corolla.server.engine import Engine
 from corolla.server.kept import NamedSessions
 from corolla.server.kv_cache import CacheBudget
 from corolla.server.leases import Leases
+from corolla.server.memory import return_freed_memory
 from corolla.server.steps import run_pass
 from corolla.wire.messages import ServerStatus
 
@@ -55,7 +56,7 @@ class BlockServer:
         self.leases = Leases(lease_bytes)
         self.pool = PagePool(budget.capacity, dtype=span.dtype, device=span.device)
         engine.run_pass = partial(run_pass, self.pool)
-        engine.when_idle = self.leases.expire
+        engine.when_idle = self._tidy_up
         self.span = span
         self.engine = engine
         self.budget = budget
@@ -64,14 +65,23 @@ class BlockServer:
         self.named = NamedSessions()
         self.draining = False
         self._open_requests = 0
+        self._untidy = True
         self._last_request = -float("inf")
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def _tidy_up(self) -> None:
+        """Let go of what is not needed; on the compute thread, when there is no work."""
+        self.leases.expire()
+        if self._untidy:
+            return_freed_memory()
+        self._untidy = False
 
     @contextlib.contextmanager
     def request_open(self) -> Iterator[None]:
         """Counts a request while it is being answered."""
         self._open_requests += 1
+        self._untidy = True
         self._idle.clear()
         try:
             yield

@@ -30,7 +30,7 @@ GENERATING_SECONDS = (
 )
 EXPECTED_SECONDS = 0.3  # … and how long after it the next one is waited for
 GATHER_SECONDS = 0.008  # what a generation step waits at most for those of others to share its pass
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 1.0  # without work, until the server tidies up
 
 
 class Kind(IntEnum):
@@ -117,7 +117,8 @@ class Engine:
         run_pass: RunPass | None = None,
         when_idle: Callable[[], None] | None = None,
     ) -> None:
-        """`run_pass` computes packed steps; `when_idle` is called on the compute thread every few seconds."""
+        """`run_pass` computes packed steps; `when_idle` is called on the compute thread when there has been no work
+        for `IDLE_SECONDS`, and again after as long."""
         self.run_pass = run_pass
         self.when_idle = when_idle
         self._clock = clock

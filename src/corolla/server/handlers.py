@@ -279,7 +279,9 @@ class _Stream:
         return Packet(Output(), {"hidden": output})
 
     def _lend(self, work: Sequences, name: str) -> Tensor:
-        """Compute a forward and keep its graph, on the compute thread."""
+        """Compute a forward and keep its graph if there is room, on the compute thread."""
+        if not self._server.leases.may_fit(work.tokens):
+            return work.forward()
         output, lease = work.forward_kept()
         if lease is not None:
             self._server.leases.keep(self._channel.peer_id, name, lease)

@@ -39,15 +39,21 @@ class Leases:
         """`budget` in bytes of saved activations."""
         self.budget = budget
         self.held = 0
+        self._bytes_a_token = 0.0
         self._clock = clock
         self._kept: OrderedDict[tuple[str, str], Lease] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def may_fit(self, tokens: int) -> bool:
+        """Whether the graph of so many tokens is worth making, by what the last one took."""
+        return tokens * self._bytes_a_token <= self.budget
+
     def keep(self, peer: str, key: str, lease: Lease) -> None:
         """Keep it, at the expense of older ones; one that is larger than the budget is let go."""
         self.expire()
+        self._bytes_a_token = lease.nbytes / lease.tokens
         self._drop((peer, key))
         if lease.nbytes > self.budget:
             return
@@ -100,7 +106,8 @@ class Saved:
             storage = tensor.untyped_storage()  # which views and slices share
             if storage.data_ptr() not in self._weights:
                 self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Detached: a node that held its own output with its history would hold itself, and be freed never.
+        return tensor.detach()
 
 
 def _same(tensor: Tensor) -> Tensor:
