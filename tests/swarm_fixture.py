@@ -17,6 +17,7 @@ from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
 from corolla.models.checkpoint import open_checkpoint
 from corolla.models.pages import PAGE
+from corolla.models.quantization import use_kernels
 from corolla.models.selfcheck import check_family
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
@@ -54,13 +55,22 @@ class MemorySwarm:
         for start, end in spans:
             self.add(start, end)
 
-    def add(self, start: int, end: int, peer_id: str | None = None, throughput: float = 100.0) -> str:
+    def add(
+        self,
+        start: int,
+        end: int,
+        peer_id: str | None = None,
+        throughput: float = 100.0,
+        quantization: str = "none",
+    ) -> str:
         """Start a server; gives its peer id."""
         span = load_span(self.checkpoint, start, end, dtype=self.dtype)
         span.packable = check_family(self.checkpoint.config)
-        return self.loop.run(self._add(span, peer_id, throughput))
+        if quantization != "none":
+            use_kernels(span.model, quantization, span.device)
+        return self.loop.run(self._add(span, peer_id, throughput, quantization))
 
-    async def _add(self, span: Any, peer_id: str | None, throughput: float) -> str:
+    async def _add(self, span: Any, peer_id: str | None, throughput: float, quantization: str) -> str:
         transport = self.network.transport(peer_id)
         engine = Engine()
         engine.start()
@@ -76,6 +86,7 @@ class MemorySwarm:
             end=span.end,
             dtype="float32",
             throughput=throughput,
+            quantization=quantization,
         )
         await MemoryDirectory(self.board).announce(record, FOREVER)
         self.servers[transport.peer_id] = server
@@ -115,12 +126,13 @@ class MemorySwarm:
         self._connections.append(connection)
         return connection
 
-    def model(self, *, patience: float = 20.0, wire: Any = "compute", **arguments: Any) -> Any:
+    def model(
+        self, *, patience: float = 20.0, wire: Any = "compute", mixed: bool = False, **arguments: Any
+    ) -> Any:
         """A distributed model over this swarm; `arguments` as for `from_pretrained`."""
         arguments.setdefault("dtype", self.dtype)
-        return load_distributed(
-            self.checkpoint.name, connection=self.connect(patience=patience, wire=wire), **arguments
-        )
+        connection = self.connect(patience=patience, wire=wire, mixed=mixed)
+        return load_distributed(self.checkpoint.name, connection=connection, **arguments)
 
     def counted(self, name: str = "inference") -> dict[str, int]:
         """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""

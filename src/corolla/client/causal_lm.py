@@ -211,6 +211,7 @@ def load_distributed(
     patience: float | None = None,
     quantization: str = "none",
     wire: str = "compute",
+    mixed: bool = False,
     connection: SwarmConnection | None = None,
     only: str | None = None,
 ) -> PreTrainedModel:
@@ -222,7 +223,7 @@ def load_distributed(
             f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
-    connection = connection or _connect(checkpoint, initial_peers, patience, wire)
+    connection = connection or _connect(checkpoint, initial_peers, patience, wire, mixed)
     try:
         connection.check_complete()
         model = load_shell(checkpoint, connection, dtype, quantization)
@@ -258,6 +259,7 @@ def _connect(
     initial_peers: list[str] | tuple[str, ...] | str,
     patience: float | None,
     wire: str,
+    mixed: bool,
 ) -> SwarmConnection:
     peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
     if not peers:
@@ -271,6 +273,7 @@ def _connect(
         num_blocks=checkpoint.num_blocks,
         patience=DEFAULT_PATIENCE if patience is None else patience,
         wire=check_format(wire),
+        mixed=mixed,
     )
 
 
@@ -371,7 +374,8 @@ class AutoDistributedModelForCausalLM:
         bundle instead; `dtype` "auto" or a torch dtype for the client's part; `revision`, `token`,
         `cache_dir` as in transformers; `patience` the seconds to wait for servers that are gone;
         `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
-        activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines).
+        activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines); `mixed`
+        whether servers of different dtype or quantization may work together, which is less exact.
 
         Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`.
         """

@@ -31,6 +31,7 @@ class SwarmConnection:
         num_blocks: int,
         patience: float = DEFAULT_PATIENCE,
         wire: WireFormat = "compute",
+        mixed: bool = False,
         owns_loop: bool = True,
     ) -> None:
         """`model` is the checkpoint's identity, `model_name` what people call it, `wire` how activations travel."""
@@ -44,6 +45,7 @@ class SwarmConnection:
             model_name=model_name,
             num_blocks=num_blocks,
             wire=wire,
+            mixed=mixed,
         )
         self.retry = Retry(self.view, patience=patience)
         self.prefixes = PrefixIndex()
@@ -58,6 +60,7 @@ class SwarmConnection:
         num_blocks: int,
         patience: float = DEFAULT_PATIENCE,
         wire: WireFormat = "compute",
+        mixed: bool = False,
     ) -> SwarmConnection:
         """Join through `initial_peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`."""
         loop = EventLoopThread()
@@ -74,6 +77,7 @@ class SwarmConnection:
             num_blocks=num_blocks,
             patience=patience,
             wire=wire,
+            mixed=mixed,
         )
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

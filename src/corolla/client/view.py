@@ -14,7 +14,7 @@ from collections.abc import Callable
 from corolla.errors import MissingBlocks, RemoteError, RequestRefused
 from corolla.swarm.channel import Channel
 from corolla.swarm.directory import Directory, ServerRecord
-from corolla.swarm.routing import Hop, find_route
+from corolla.swarm.routing import Hop, find_route, numerics_of
 from corolla.swarm.transport.base import Transport
 from corolla.wire.compression import WireFormat
 from corolla.wire.messages import PROTOCOL_NAME
@@ -38,13 +38,17 @@ class SwarmView:
         model_name: str,
         num_blocks: int,
         wire: WireFormat = "compute",
+        mixed: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`mixed`: servers of different arithmetic (dtype, quantization) may work on one thing."""
         self.transport = transport
         self.model = model
         self.model_name = model_name
         self.num_blocks = num_blocks
         self._wire = wire
+        self._mixed = mixed
+        self._numerics: str | None = None  # the arithmetic that was begun with
         self._directory = directory
         self._clock = clock
         self._records: list[ServerRecord] = []
@@ -54,7 +58,7 @@ class SwarmView:
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
     async def route(self, start: int, end: int) -> list[Hop]:
-        """Servers that together run blocks [start, end).
+        """Servers that together run blocks [start, end), all in the arithmetic that was begun with.
 
         Raises `MissingBlocks` when some are served by nobody, or only by peers that are being avoided.
         """
@@ -70,7 +74,7 @@ class SwarmView:
         now = self._clock()
         avoided = {peer for peer, until in self._avoid_until.items() if until > now}
         try:
-            return find_route(self._records, start, end, avoid=avoided)
+            return self._find_in_one_kind(start, end, avoided)
         except MissingBlocks as missing:
             if not avoided:
                 raise
@@ -80,6 +84,26 @@ class SwarmView:
                 "a moment ago: start another one, or wait until they are back.",
                 blocks=missing.blocks,
             ) from missing
+
+    def _find_in_one_kind(self, start: int, end: int, avoid: set[str]) -> list[Hop]:
+        if self._mixed:
+            return find_route(self._records, start, end, avoid=avoid)
+        for kind in numerics_of(self._records) if self._numerics is None else [self._numerics]:
+            own = [record for record in self._records if record.numerics == kind]
+            try:
+                route = find_route(own, start, end, avoid=avoid)
+            except MissingBlocks:
+                continue
+            self._numerics = kind
+            return route
+        find_route(self._records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
+        offered = ", ".join(numerics_of(self._records))
+        begun = "no single one" if self._numerics is None else f"no longer {self._numerics}, begun with,"
+        raise MissingBlocks(
+            f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {begun} covers them all: "
+            "wait or start such a server, or load the model with mixed=True, which is less exact.",
+            blocks=list(range(start, end)),
+        )
 
     async def refresh(self) -> None:
         """Ask the directory again."""

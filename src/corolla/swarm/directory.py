@@ -30,6 +30,11 @@ class ServerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     version: Annotated[str, msgspec.Meta(max_length=64)] = ""
     state: Literal["serving", "draining"] = "serving"
 
+    @property
+    def numerics(self) -> str:
+        """In what arithmetic it computes: servers of one kind give the same up to rounding."""
+        return self.dtype if self.quantization == "none" else f"{self.dtype}+{self.quantization}"
+
 
 class Directory(ABC):
     """Publishes and finds `ServerRecord`s."""

@@ -88,6 +88,11 @@ def find_route(
     return [Hop(*part) for part in zip(done.peers, done.entries, exits, strict=True)]
 
 
+def numerics_of(records: Iterable[ServerRecord]) -> list[str]:
+    """The kinds of arithmetic that are offered, those with most precision first: float32, …, float32+int8."""
+    return sorted({record.numerics for record in records}, key=lambda kind: ("+" in kind, kind))
+
+
 def uncovered(records: Iterable[ServerRecord], start: int, end: int) -> list[int]:
     """The blocks of [start, end) that none of `records` covers, ascending."""
     covered: set[int] = set()
