@@ -210,3 +210,20 @@ def test_two_pieces_leave_only_the_weights_error(levels: int, monkeypatch: pytes
     assert float((two - exact).norm() / exact.norm()) < 6e-4
     assert float((one - exact).norm() / exact.norm()) > 1e-3
     assert torch.equal(Int8Linear(layer.weight, layer.bias, pieces=2)(value[3:4]), two[3:4])
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_long_sums_are_cut_and_stay_true(rows: int) -> None:
+    """2,500 products a sum: three packed pieces, value, gradient and readable weight as one."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(40, 2500, generator=generator), torch.randn(40, generator=generator)
+    layer = PackedLinear(weight, bias)
+    assert len(layer.parts) == 3
+    assert torch.equal(layer.weight, weight)
+    value = torch.randn(rows, 2500, generator=generator, requires_grad=True)
+    found = layer(value)
+    torch.testing.assert_close(
+        found.double(), value.double() @ weight.double().t() + bias, rtol=1e-5, atol=1e-4
+    )
+    (gradient,) = torch.autograd.grad(found.sum(), value)
+    torch.testing.assert_close(gradient, weight.sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
