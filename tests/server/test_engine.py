@@ -185,3 +185,24 @@ async def test_closing_ends_the_job_at_hand_and_gives_up_the_rest(engine: Engine
     blocker.free.set()
     await asyncio.wait_for(asyncio.gather(closing, blocker.task), 20)  # computed, so its awaiter hears of it
     assert order.ran == []
+
+
+async def test_the_thread_outlives_what_it_was_posted(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Work that nobody awaits, and a scheduler that goes wrong, are logged; the next job runs."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("posted")
+
+    engine.post(fail)
+    assert await engine.submit(Kind.DECODE, lambda: 1) == 1
+    engine._pack = fail  # type: ignore[method-assign,assignment]
+
+    class Step:
+        kind, group, session, tokens_left = Kind.DECODE, None, None, 1
+
+    with pytest.raises(TypeError):
+        await asyncio.wait_for(engine.step(Step()), 20)  # type: ignore[arg-type]
+    assert await engine.submit(Kind.DECODE, lambda: 2) == 2
+    assert len(caplog.records) == 2

@@ -9,6 +9,7 @@ a budget of tokens, or one job (training, or a family that cannot be packed). Wh
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -20,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 from corolla.errors import RequestRefused
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 AGEING_SECONDS = 2.0
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
@@ -193,7 +196,12 @@ class Engine:
             if not self._receive(wait=not self._ready):
                 return
             if self._ready and self._gather():
-                self._iterate()
+                try:
+                    self._iterate()
+                except Exception as error:  # a mistake of ours; without the thread the server would hang
+                    log.exception("The scheduler failed")
+                    self._settle([(job, None, error) for job in self._ready])
+                    self._ready.clear()
 
     def _gather(self) -> bool:
         """Give generation steps that are probably under way a moment to join the pass; False when closed.
@@ -225,11 +233,11 @@ class Engine:
                 if isinstance(item, Job):
                     self._ready.append(item)
                 else:
-                    item()
+                    _do(item)
                 item = self._inbox.get_nowait()
         except queue.Empty:
             if wait and timeout == IDLE_SECONDS and self.when_idle is not None:
-                self.when_idle()
+                _do(self.when_idle)
             return True
 
     def _iterate(self) -> None:
@@ -310,6 +318,14 @@ class Engine:
     def _settle(self, ended: list[tuple[Job, Any, BaseException | None]]) -> None:
         if ended and self._loop is not None:
             self._loop.call_soon_threadsafe(_set_results, ended)
+
+
+def _do(work: Callable[[], None]) -> None:
+    """Work that nobody awaits: its error is the operator's to read."""
+    try:
+        work()
+    except Exception:
+        log.exception("Work of the compute thread failed")
 
 
 def _set_results(ended: list[tuple[Job, Any, BaseException | None]]) -> None:
