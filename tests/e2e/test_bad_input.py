@@ -53,6 +53,28 @@ def test_blocks_that_make_no_sense(refused: Run, tiny: Path, blocks: str) -> Non
     assert "such as 0:15" in refused("serve", str(tiny), f"--blocks={blocks}")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value", "known"),
+    [
+        ("serve", "--quantization", "int3", "none, int8, nf4"),
+        ("serve", "--lease-bytes", "-1", "give 0 to keep no graphs"),
+        ("serve", "--cache-tokens", "0", "at least one"),
+        ("chat", "--quantization", "int3", "none, bfloat16, int8"),
+        ("chat", "--wire", "int4", "compute, float16, int8"),
+        ("tune", "--wire", "int4", "compute, float16, int8"),
+    ],
+)
+def test_ways_of_computing_that_do_not_exist(
+    refused: Run, tiny: Path, command: str, option: str, value: str, known: str
+) -> None:
+    assert known in refused(command, str(tiny), f"{option}={value}")
+
+
+def test_a_quantization_that_this_machine_cannot_do(refused: Run, tiny: Path) -> None:
+    assert "CUDA" in refused("serve", str(tiny), "--quantization", "nf4")
+    assert "float32" in refused("serve", str(tiny), "--quantization", "int8", "--dtype", "float64")
+
+
 def test_blocks_that_the_model_does_not_have(refused: Run, tiny: Path) -> None:
     assert "has blocks 0:4" in refused("serve", str(tiny), "--blocks", "2:9")
 

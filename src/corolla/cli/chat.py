@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.common import PeersOption, console, quiet_libraries
+from corolla.cli.common import ClientOptions, MixedOption, PeersOption, WireOption, console, quiet_libraries
 from corolla.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A text that stands before the conversation.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
+    quantization: Annotated[
+        str, typer.Option(help="Of the embedding and the head, here: none, bfloat16 or int8.")
+    ] = "none",
+    wire: WireOption = "compute",
+    mixed: MixedOption = False,
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
@@ -67,6 +72,7 @@ def chat(
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
+    client = ClientOptions(wire, mixed, quantization)
     whom = find_partner(partner, revision)
     flags = {
         "temperature": temperature,
@@ -79,7 +85,7 @@ def chat(
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     sampling = replace(SamplingSettings.from_dict(whom.sampling), **given)
     prepared = prepare(whom, sampling, style=style, max_length=max_length, token=token)
-    with joined(peers, whom) as addresses, opened(prepared, addresses, system=system) as repl:
+    with joined(peers, whom) as addresses, opened(prepared, addresses, client, system=system) as repl:
         notice(console, f"Talking with {whom.about}. /help lists the commands.")
         repl.run()
 
@@ -182,7 +188,13 @@ def joined(peers: Sequence[str] | None, partner: Partner) -> Iterator[Sequence[s
 
 
 @contextlib.contextmanager
-def opened(prepared: Prepared, peers: Sequence[str], *, system: str | None = None) -> Iterator[Repl]:
+def opened(
+    prepared: Prepared,
+    peers: Sequence[str],
+    client: ClientOptions | None = None,
+    *,
+    system: str | None = None,
+) -> Iterator[Repl]:
     """A chat over the swarm at `peers`."""
     from corolla.chat.engine import ChatEngine
     from corolla.chat.repl import Repl, notice
@@ -195,6 +207,7 @@ def opened(prepared: Prepared, peers: Sequence[str], *, system: str | None = Non
         prompts=partner.prompts,
         revision=partner.revision,
         token=prepared.token,
+        **asdict(client or ClientOptions()),
     ) as model:
         engine = ChatEngine(
             model,

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from corolla.errors import CorollaError
+from corolla.errors import CorollaError, UsageError
 
 console = Console()
 error_console = Console(stderr=True)
@@ -40,7 +41,34 @@ IdentityOption = Annotated[
 ReadyFileOption = Annotated[
     Path | None, typer.Option("--ready-file", help="JSON file that is there while the process is ready.")
 ]
+WireOption = Annotated[
+    str,
+    typer.Option("--wire", help="How activations travel: compute (exact), float16 or int8 (for slow lines)."),
+]
+MixedOption = Annotated[
+    bool, typer.Option("--mixed", help="Use servers of different dtype or quantization together; less exact.")
+]
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """How this client uses the swarm, as `from_pretrained` takes it. Raises `UsageError`."""
+
+    wire: str = "compute"
+    mixed: bool = False
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, known in (("wire", WIRES), ("quantization", CLIENT_QUANTIZATIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                )
+
+
+WIRES = ("compute", "float16", "int8")
+CLIENT_QUANTIZATIONS = ("none", "bfloat16", "int8")
 
 
 def say(line: str) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corolla.cli.chat import Partner, joined, load_tokenizer
-from corolla.cli.common import PeersOption, console, quiet_libraries
+from corolla.cli.common import ClientOptions, MixedOption, PeersOption, WireOption, console, quiet_libraries
 from corolla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class TuneJob:
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     dtype: str = "auto"
+    client: ClientOptions = field(default_factory=ClientOptions)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -100,6 +101,8 @@ def tune(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
+    wire: WireOption = "compute",
+    mixed: MixedOption = False,
 ) -> None:
     """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
     quiet_libraries()
@@ -120,6 +123,7 @@ def tune(
         revision=revision,
         token=token,
         dtype=dtype,
+        client=ClientOptions(wire, mixed),
     )
     settings = TuneSettings(
         learning_rate=lr,
@@ -201,6 +205,7 @@ def train_and_report(
         revision=job.revision,
         token=job.token,
         seed=settings.seed,
+        **asdict(job.client),
     ) as model:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say_plainly(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
