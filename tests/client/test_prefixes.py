@@ -137,10 +137,25 @@ def test_a_stranger_gets_nothing(tmp_path: Path) -> None:
         session, other = twins.model.inference_session(), stranger.model.inference_session()
         twins.say(session, ids, 2)
         before = twins.computed()
-        copied = swarm.loop.run(other._chain.begin_as(session._chain, 80))
+        copied = swarm.loop.run(other._chain.begin_as(session._chain, 80, session._chain.version))
         assert copied
         assert all(span.channel is None for span in other._chain._spans)
         other.cache.record(ids, 1, 80, None)
         found = stranger.say(other, ids[:, :2], 4)
         assert torch.equal(found[:, -4:], stranger.greedy(torch.cat([ids, ids[:, :2]], 1), 4)[:, -4:])
         assert twins.computed() - before > 2 * 80
+
+
+def test_what_was_taken_back_meanwhile_is_not_taken_over(tmp_path: Path) -> None:
+    """Between the look at a session's tokens and the copy, another thread rolls it back and goes on."""
+    with MemorySwarm(write_tiny("llama", tmp_path), SPANS) as swarm:
+        twins = Twins(tmp_path, swarm, None)
+        session, other = twins.model.inference_session(), twins.model.inference_session()
+        twins.say(session, random_ids(1, 80), 2)
+        seen = session.beginning()
+        session.position = 10
+        twins.say(session, random_ids(1, 90, seed=3), 2)
+        assert not swarm.loop.run(other._chain.begin_as(seen.chain, 80, seen.version))
+        ids = random_ids(1, 80)
+        found = twins.say(other, ids, 4)
+        assert torch.equal(found[:, -4:], twins.greedy(ids, 4)[:, -4:])

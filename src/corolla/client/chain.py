@@ -117,6 +117,7 @@ class SessionChain:
         self._rows = 0
         self._order: Tensor | None = None
         self._reserved = 0
+        self.version = 0  # steps that took something back or reordered it
 
     def reorder(self, rows: Tensor) -> None:
         """See `models.cache.BlocksSession`."""
@@ -134,6 +135,7 @@ class SessionChain:
         `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends.
         """
         order = self._take_order(int(hidden.shape[0]))
+        self.version += order is not None or any(span.history.length > start for span in self._spans)
         for span in self._spans:
             if order is not None:
                 span.history.select_rows(order)
@@ -213,20 +215,21 @@ class SessionChain:
                 span.history.append(value, ids)
                 value = output
 
-    async def begin_as(self, other: SessionChain, tokens: int) -> bool:
+    async def begin_as(self, other: SessionChain, tokens: int, version: int) -> bool:
         """Begin with the first `tokens` columns of another session of the same blocks and prompts.
 
         The servers that hold them are asked to share them; one that does not is replayed with the first
-        step. False, and nothing has changed, where the other does not hold so many.
+        step. False, and nothing has changed, where the other does not hold so many, or no longer what it
+        held at `version`.
         """
-        if self._spans or not other.can_give(tokens, self._deep):
+        if self._spans or other.version != version or not other.can_give(tokens, self._deep):
             return False
         self._rows, self._order = other._rows, other._order
         self.reserve(tokens)
-        for source in other._spans:
-            span = SpanSession(source.hop, source.history.copy(tokens))
-            self._spans.append(span)
-            origin = source.origin(tokens)
+        # All at one moment: while servers are asked, the other may go on or take something back.
+        self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
+        origins = [source.origin(tokens) for source in other._spans]
+        for span, origin in zip(self._spans, origins, strict=True):
             if origin is not None:
                 await self._share(span, origin)
         return True

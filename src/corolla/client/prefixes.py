@@ -6,6 +6,7 @@ client itself has had; what was kept of closed sessions stays within `KEPT` sess
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ KEPT_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H]."""
+    """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H].
+
+    `version` is the chain's, read before the tokens: another thread may take some back meanwhile.
+    """
 
     ids: Tensor
     chain: SessionChain
     prompt: Tensor | None
+    version: int
 
     def common(self, ids: Tensor) -> int:
         """How many first tokens it shares with int64 [n]."""
@@ -43,19 +48,22 @@ class PrefixIndex:
     """The sessions of one connection, open and lately closed. For any thread."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._open: weakref.WeakSet[InferenceSession] = weakref.WeakSet()
         self._kept: list[Beginning] = []
 
     def opened(self, session: InferenceSession) -> None:
         """A session of this client has begun."""
-        self._open.add(session)
+        with self._lock:
+            self._open.add(session)
 
     def keep(self, beginning: Beginning) -> None:
         """Remember a session that is being closed, at the expense of older ones."""
-        kept = [*self._kept, beginning][-KEPT:]
-        while kept and sum(one.chain.history_bytes() for one in kept) > KEPT_BYTES:
-            kept.pop(0)
-        self._kept = kept
+        with self._lock:
+            kept = [*self._kept, beginning][-KEPT:]
+            while kept and sum(one.chain.history_bytes() for one in kept) > KEPT_BYTES:
+                kept.pop(0)
+            self._kept = kept
 
     def find(self, ids: Tensor, prompt: Tensor | None) -> tuple[Beginning, int] | None:
         """The session that shares most first tokens with int64 [n], at most n - 1, and how many."""
@@ -69,8 +77,10 @@ class PrefixIndex:
         return best
 
     def _beginnings(self) -> Iterator[Beginning]:
-        yield from reversed(self._kept)
-        for session in list(self._open):
+        with self._lock:
+            kept, sessions = self._kept, list(self._open)
+        yield from reversed(kept)
+        for session in sessions:
             beginning = session.beginning()
             if beginning is not None:
                 yield beginning

@@ -105,22 +105,25 @@ class InferenceSession:
         if found is not None:
             beginning, tokens = found
             columns = self.cache.prompt_length + tokens
-            if self._connection.run(self._chain.begin_as(beginning.chain, columns)):
+            begin = self._chain.begin_as(beginning.chain, columns, beginning.version)
+            if self._connection.run(begin):
                 self.cache.record(ids[:, :tokens], 1, tokens, None)
 
     def beginning(self) -> Beginning | None:
         """What others may begin with: the tokens of a single row without padding that the servers have seen."""
-        ids = self.cache.ids
+        version, ids = self._chain.version, self.cache.ids
         if ids is None or ids.shape[0] != 1 or self.cache.mask is not None or bool((ids < 0).any()):
             return None
-        return Beginning(ids[0], self._chain, self._prompt_input)
+        return Beginning(ids[0], self._chain, self._prompt_input, version)
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
         twin = InferenceSession(self._blocks, self._prompt, self._active, max_length=self.max_length)
         columns = self.cache.prompt_length + self.cache.length
-        if self.cache.length and self._connection.run(twin._chain.begin_as(self._chain, columns)):
-            twin.cache.take_over(self.cache)
+        if self.cache.length:
+            begin = twin._chain.begin_as(self._chain, columns, self._chain.version)
+            if self._connection.run(begin):
+                twin.cache.take_over(self.cache)
         twin._output_ids = self._output_ids
         return twin
 
