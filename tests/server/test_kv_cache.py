@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -402,3 +403,25 @@ def test_a_tokens_room_is_measured_on_the_span(family: str, heads: int) -> None:
     assert bytes_per_token(span) == size
     assert default_capacity(span, 1000 * 16 * size) == 500  # pages in half of the free memory
     assert default_capacity(span, 1) == 1
+
+
+async def test_closed_sessions_go_before_idle_ones_however_lately_they_were_used() -> None:
+    """What is only kept for others to begin with goes first."""
+
+    @dataclasses.dataclass(eq=False)
+    class Kept:
+        idle_after: float | None
+        last_used: float
+        pages: int = 0
+        evicted: bool = False
+
+        def let_go(self) -> None:
+            assert self.evicted
+
+    budget = CacheBudget(20, clock=lambda: 100.0)
+    idle, closed, new = Kept(5.0, 10.0), Kept(0.0, 99.0), Kept(None, 100.0)
+    for one in (idle, closed):
+        await budget.reserve(one, 8, "max_tokens")
+    await budget.reserve(new, 10, "max_tokens")
+    assert (idle.evicted, closed.evicted) == (False, True)
+    assert (budget.reserved, closed.pages) == (18, 0)

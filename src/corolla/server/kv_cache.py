@@ -140,7 +140,7 @@ class CacheBudget:
         """Free `missing` pages or more, least recently used first; False, and nobody goes, if that is not enough."""
         now = self._clock()
         idle = [one for one in self._holders if one is not but and _is_idle(one, now)]
-        idle.sort(key=lambda one: one.last_used)
+        idle.sort(key=lambda one: (one.idle_after or 0.0, one.last_used))  # closed ones first
         chosen: list[Holder] = []
         for one in idle:
             if missing <= 0:
