@@ -94,7 +94,7 @@ async def test_a_long_prefill_in_pieces_gives_the_same(world: World) -> None:
     mask[1, 1] = mask[0, 8] = False
     positions = torch.arange(13).repeat(2, 1)
     positions[1, 2:] -= 1
-    wanted = world.span.forward(hidden, mask=mask, positions=positions)
+    wanted = world.reference.forward(hidden, mask=mask, positions=positions)
     await request(channel, Packet(opening(rows=2)))
     first = {"hidden": hidden, "mask": mask, "positions": positions}
     swapped = {name: tensor[order][:, :2].contiguous() for name, tensor in first.items()}
@@ -203,7 +203,7 @@ async def test_what_would_not_fit_memory_is_refused_and_changes_nothing(world: W
         await request(training, Packet(backward(), packed(hidden, grad=hidden)))
     world.server.working_bytes = 2**30
     rest = await request(channel, Packet(Step(position=5), {"hidden": hidden[:, 5:].contiguous()}))
-    assert_same(torch.cat([first, rest.tensors["hidden"]], 1), world.span.forward(hidden))
+    assert_same(torch.cat([first, rest.tensors["hidden"]], 1), world.reference.forward(hidden))
 
 
 async def test_idle_means_that_no_answer_was_due_for_a_while(world: World) -> None:
@@ -234,4 +234,4 @@ async def test_a_server_that_leaves_takes_nothing_new_but_ends_what_it_began(wor
         assert refused.value.code == "draining"
     await request(other, Packet(backward(), packed(hidden, grad=hidden)))
     rest = await request(running, Packet(Step(position=4), {"hidden": hidden[:, 4:].contiguous()}))
-    assert_same(torch.cat([first, rest.tensors["hidden"]], 1), world.span.forward(hidden))
+    assert_same(torch.cat([first, rest.tensors["hidden"]], 1), world.reference.forward(hidden))

@@ -92,7 +92,7 @@ class Client:
         self.at += count
 
     def assert_right(self) -> None:
-        wanted = self.world.span.forward(self.tokens[:, : self.at], prompts=self.prompts)
+        wanted = self.world.reference.forward(self.tokens[:, : self.at], prompts=self.prompts)
         assert_same(torch.cat(self.outputs, 1), wanted)
 
 
@@ -144,7 +144,7 @@ async def test_sessions_over_other_blocks_go_by_themselves(world: World) -> None
     assert sorted(passes.tokens) == [4, 8]
     first.assert_right()
     for answer in answers:
-        assert_same(answer, world.span.view(world.span.start, world.span.start + 1).forward(hidden))
+        assert_same(answer, world.reference.view(world.span.start, world.span.start + 1).forward(hidden))
 
 
 async def test_a_long_prompt_is_cut_while_others_generate(
@@ -253,7 +253,7 @@ async def test_a_generation_step_is_let_in_between_two_blocks_of_training(world:
     trained = await world.connect()
     hidden, grad, prompts = noise(2, 7, HIDDEN), noise(2, 7, HIDDEN, seed=1), noise(BLOCKS, 3, HIDDEN, seed=2)
     leaf, deep = hidden.clone().requires_grad_(), prompts.clone().requires_grad_()
-    expected = world.span.forward(leaf, prompts=deep)
+    expected = world.reference.forward(leaf, prompts=deep)
     wanted = torch.autograd.grad(expected, [leaf, deep], grad)
     sent, lease = packed(hidden, prompts=prompts), "0" * 16
     whole = sent | {"grad": packed(grad)["hidden"]}
@@ -399,7 +399,7 @@ async def test_a_step_of_padding_only_and_one_with_holes_among_others(world: Wor
     columns = torch.arange(5)[None]
     for row in (1, 2):
         real = mask[row]
-        wanted = world.span.forward(
+        wanted = world.reference.forward(
             tokens[row : row + 1, real], positions=columns[:, real], mask=torch.ones(1, int(real.sum()))
         )
         assert_same(found[row : row + 1, real], wanted)

@@ -70,7 +70,7 @@ async def test_a_session_may_go_back_and_say_something_else(world: World) -> Non
     await stepwise(channel, noise(2, 6, HIDDEN, seed=6), (4, 5, 6))
     await step(channel, 0, TOKENS[:, :7])
     await step(channel, 7, noise(2, 2, HIDDEN, seed=7))
-    assert_same(await step(channel, 7, TOKENS[:, 7:]), world.span.forward(TOKENS)[:, 7:])
+    assert_same(await step(channel, 7, TOKENS[:, 7:]), world.reference.forward(TOKENS)[:, 7:])
 
 
 async def test_rows_may_be_reordered_repeated_and_dropped(world: World) -> None:
@@ -78,10 +78,10 @@ async def test_rows_may_be_reordered_repeated_and_dropped(world: World) -> None:
     await step(channel, 0, TOKENS[:, :4])
     more, order = noise(3, 2, HIDDEN, seed=8), torch.tensor([1, 1, 0])
     whole = torch.cat([TOKENS[order, :4], more], 1)
-    assert_same(await step(channel, 4, more, rows=order), world.span.forward(whole)[:, 4:])
+    assert_same(await step(channel, 4, more, rows=order), world.reference.forward(whole)[:, 4:])
     last, chosen = noise(1, 1, HIDDEN, seed=9), torch.tensor([2])
     whole = torch.cat([whole[chosen], last], 1)
-    assert_same(await step(channel, 6, last, rows=chosen), world.span.forward(whole)[:, 6:])
+    assert_same(await step(channel, 6, last, rows=chosen), world.reference.forward(whole)[:, 6:])
     assert world.budget.reserved == 2 * pages(20)  # what was reserved is the session's until it closes
 
 
@@ -95,8 +95,8 @@ async def test_padded_rows_equal_themselves_alone(family: str) -> None:
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     channel = await opened(world, rows=2)
     outputs = await stepwise(channel, tokens, (6, 7, 9), mask=mask, positions=positions)
-    assert_same(outputs[:1], world.span.forward(tokens[:1]), 2e-4)
-    assert_same(outputs[1:, 4:], world.span.forward(tokens[1:, 4:]), 2e-4)
+    assert_same(outputs[:1], world.reference.forward(tokens[:1]), 2e-4)
+    assert_same(outputs[1:, 4:], world.reference.forward(tokens[1:, 4:]), 2e-4)
     if world.span.packable:
         assert not outputs[1, :4].any()  # not computed
     await request(channel, Packet(CloseSession()))
@@ -119,7 +119,7 @@ async def test_packed_sequences_equal_each_alone(world: World, given: bool) -> N
     for place, part in enumerate(torch.split(hidden, lengths, dim=1)):
         own = slice(sum(lengths[:place]), sum(lengths[: place + 1]))
         alone, deep = part.clone().requires_grad_(), prompts.clone().requires_grad_()
-        expected = world.span.forward(alone, positions=ids[place][None], prompts=deep)
+        expected = world.reference.forward(alone, positions=ids[place][None], prompts=deep)
         wanted = torch.autograd.grad(expected, [alone, deep], grad[:, own])
         assert_same(output[:, own], expected.detach())
         assert_same(grads["grad"][:, own], wanted[0])
@@ -138,7 +138,7 @@ async def test_a_mask_that_contradicts_what_was_cached_is_for_the_client_to_repl
     assert (refused.value.code, refused.value.field) == ("evicted", "mask")
     assert world.held == (0, 0, 0)
     assert (await request(channel, Packet(opening(rows=2)))).message == Opened()
-    assert_same(await step(channel, 0, TOKENS, mask=second), world.span.forward(TOKENS))
+    assert_same(await step(channel, 0, TOKENS, mask=second), world.reference.forward(TOKENS))
     await request(channel, Packet(CloseSession()))
     assert await world.pages_held() == 0
 
@@ -147,7 +147,7 @@ async def test_a_mask_that_contradicts_what_was_cached_is_for_the_client_to_repl
 async def test_deep_prompts_may_be_longer_than_a_piece_or_than_all_tokens(world: World, length: int) -> None:
     prompts = noise(BLOCKS, length, HIDDEN, seed=10).requires_grad_()
     hidden = TOKENS.clone().requires_grad_()
-    expected = world.span.forward(hidden, prompts=prompts)
+    expected = world.reference.forward(hidden, prompts=prompts)
     grad = noise(2, 9, HIDDEN, seed=11)
     wanted = torch.autograd.grad(expected, [hidden, prompts], grad)
 
@@ -172,7 +172,7 @@ async def test_a_session_over_some_of_the_blocks(world: World) -> None:
     first, second = await opened(world, rows=2, end=START + 1), await opened(world, rows=2, start=END - 1)
     assert world.budget.reserved == 2 * 2 * pages(20)
     halfway = await stepwise(first, TOKENS, (4, 5, 9))
-    assert_same(await stepwise(second, halfway, (6, 9)), world.span.forward(TOKENS))
+    assert_same(await stepwise(second, halfway, (6, 9)), world.reference.forward(TOKENS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -180,7 +180,7 @@ async def test_answers_come_in_the_dtype_of_the_question(world: World, dtype: to
     channel, sent = await world.connect(), TOKENS.to(dtype)
     output = (await request(channel, Packet(forward(), packed(sent)))).tensors["hidden"]
     assert output.dtype == dtype
-    assert_same(output.view_as(sent), world.span.forward(sent.double()).to(dtype))
+    assert_same(output.view_as(sent), world.reference.forward(sent.double()).to(dtype))
     grads = (await request(channel, Packet(backward(), packed(sent, grad=sent)))).tensors
     assert grads["grad"].dtype == dtype
 
@@ -248,7 +248,7 @@ async def test_a_step_may_ask_for_more_room(world: World) -> None:
     assert world.budget.reserved == pages(50) + pages(100)  # as it was
     await request(other, Packet(CloseSession()))
     rest = await step(channel, 4, TOKENS[:1, 4:], reserve=101)
-    assert_same(rest, world.span.forward(TOKENS[:1])[:, 4:])
+    assert_same(rest, world.reference.forward(TOKENS[:1])[:, 4:])
     assert world.budget.reserved == pages(101)
 
 
@@ -261,7 +261,7 @@ async def test_tokens_beyond_the_reservation_are_reserved_before_they_are_comput
     refused = await refused_in_the_end(world, step(channel, 20, tokens[:, 20:]))
     assert refused.code == "busy"
     assert world.server.counters.inference == 20
-    assert_same(await step(channel, 12, tokens[:, 12:30]), world.span.forward(tokens[:, :30])[:, 12:])
+    assert_same(await step(channel, 12, tokens[:, 12:30]), world.reference.forward(tokens[:, :30])[:, 12:])
 
 
 # --- bad ends ----------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ async def test_signs_of_life_come_while_a_request_waits(world: World) -> None:
         await client.send(forward(), **packed(TOKENS))
         signs = [(await client.next()).message for _ in range(2)]
         assert all(isinstance(sign, Alive) and sign.ahead == 1 for sign in signs)
-    assert_same((await client.answer()).tensors["hidden"].view_as(TOKENS), world.span.forward(TOKENS))
+    assert_same((await client.answer()).tensors["hidden"].view_as(TOKENS), world.reference.forward(TOKENS))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
@@ -345,7 +345,7 @@ async def test_hidden_states_beyond_all_numbers_harm_nobody(world: World, value:
     grads = await request(mad, Packet(backward(prompt_gradient=True), sent))
     assert grads.tensors["prompts"].shape == (BLOCKS, 2, HIDDEN)
     second = await step(honest, 5, TOKENS[:, 5:])
-    assert_same(torch.cat([first, second], 1), world.span.forward(TOKENS))
+    assert_same(torch.cat([first, second], 1), world.reference.forward(TOKENS))
 
 
 async def test_a_step_that_breaks_off_takes_the_sessions_cache_with_it(
@@ -368,7 +368,7 @@ async def test_a_step_that_breaks_off_takes_the_sessions_cache_with_it(
     # The same stream is of use again.
     assert (await client.ask(opening())).message == Opened()
     replayed = await client.ask(Step(position=0), hidden=TOKENS[:1])
-    assert_same(replayed.tensors["hidden"], world.span.forward(TOKENS[:1]))
+    assert_same(replayed.tensors["hidden"], world.reference.forward(TOKENS[:1]))
     await client.stream.close()
     await world.all_streams_ended()
     await assert_serves_exactly(world)

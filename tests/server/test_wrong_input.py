@@ -231,7 +231,7 @@ async def goes_on_after_four(world: World, client: RawClient) -> None:
     """The session of `open_with_four` is as it was."""
     tokens = noise(2, 9, HIDDEN, seed=3)
     answer = await client.ask(Step(position=4), hidden=tokens[:, 4:])
-    assert_same(answer.tensors["hidden"], world.span.forward(tokens)[:, 4:])
+    assert_same(answer.tensors["hidden"], world.reference.forward(tokens)[:, 4:])
     assert (await client.ask(CloseSession())).message == Closed()
 
 
