@@ -2,8 +2,9 @@
 
 Invariant: handlers only enqueue and await; model code runs on the compute thread alone. An iteration takes
 the most urgent work: all generation steps that are ready, packed into one pass, then pieces of prompts up to
-a budget of tokens, or one job (training, or a family that cannot be packed). Whatever has waited
-`AGEING_SECONDS` moves up a class, so nobody starves. An error goes to whoever awaits it; the loop goes on.
+a budget of tokens, or one job (training, or a family that cannot be packed). Within a class the peer that was
+given least of the thread comes first. Whatever has waited `AGEING_SECONDS` moves up a class, so nobody
+starves. An error goes to whoever awaits it; the loop goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from enum import IntEnum
 from typing import Any, Protocol, TypeVar
 
 from corolla.errors import RequestRefused
+from corolla.server.fairness import Shares
 
 T = TypeVar("T")
 
@@ -65,6 +67,7 @@ class Job:
     """One computation, either `run` or a `step` in as many passes as it takes. Ends in `done`."""
 
     kind: Kind
+    peer: str  # for whom
     arrived: float
     done: asyncio.Future[Any]
     run: Callable[[], Any] | None = None
@@ -126,6 +129,8 @@ class Engine:
         self.when_idle = when_idle
         self._clock = clock
         self._pace = _Pace()
+        self._shares = Shares()
+        self._lent = 0.0  # seconds of the job at hand that `let_in` gave to others
         self._open: set[Job] = set()  # the loop's side: not yet answered
         self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: list[Job] = []  # the compute thread's side: to be computed
@@ -139,22 +144,24 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def submit(self, kind: Kind, run: Callable[[], T]) -> T:
+    async def submit(self, kind: Kind, run: Callable[[], T], *, peer: str = "") -> T:
         """The result of `run()`, or its error. Cancelling the caller takes a job back that has not begun.
+
+        `peer` is for whom it is computed; the server's own work has none.
 
         Raises `RequestRefused` (draining) once the engine is closed.
         """
-        result: T = await self._enqueue(kind, run=run)
+        result: T = await self._enqueue(kind, peer, run=run)
         return result
 
-    async def step(self, step: Packable) -> Any:
+    async def step(self, step: Packable, *, peer: str = "") -> Any:
         """The result of a generation step, computed together with others'. Raises as `submit` does."""
-        return await self._enqueue(step.kind, step=step)
+        return await self._enqueue(step.kind, peer, step=step)
 
-    async def _enqueue(self, kind: Kind, **work: Any) -> Any:
+    async def _enqueue(self, kind: Kind, peer: str, **work: Any) -> Any:
         if self._closed:
             raise RequestRefused("This server is going away; use another.", code="draining")
-        job = Job(kind, self._clock(), asyncio.get_running_loop().create_future(), **work)
+        job = Job(kind, peer, self._clock(), asyncio.get_running_loop().create_future(), **work)
         self._open.add(job)
         self._inbox.put(job)
         try:
@@ -245,17 +252,33 @@ class Engine:
         if not self._ready:
             return
         now = self._clock()
-        job = min(self._ready, key=lambda ready: ready.urgency(now))
+        self._shares.settle({job.peer for job in self._ready})
+        job = self._next(now)
         if job.step is None:
             self._run_alone(job)
         else:
             self._run_together(job, now)
 
+    def _next(self, now: float) -> Job:
+        """The most urgent of each class's fairest."""
+        fairest: dict[Kind, Job] = {}
+        for job in self._ready:
+            other = fairest.get(job.kind)
+            if other is None or self._turn(job) < self._turn(other):
+                fairest[job.kind] = job
+        return min(fairest.values(), key=lambda job: job.urgency(now))
+
+    def _turn(self, job: Job) -> tuple[float, float]:
+        """A job's place within its class."""
+        return (self._shares.given(job.peer), job.arrived)
+
     def _run_alone(self, job: Job) -> None:
         self._ready.remove(job)
         job.begun = True
         assert job.run is not None
+        self._lent, started = 0.0, time.perf_counter()
         result, error = _outcome(job.run)
+        self._shares.give(job.peer, time.perf_counter() - started - self._lent)
         self._settle([(job, result, error)])
 
     def _run_together(self, first: Job, now: float) -> None:
@@ -266,7 +289,7 @@ class Engine:
         assert self.run_pass is not None
         started = time.perf_counter()
         errors = self.run_pass([(job.step, count) for job, count in taken])
-        self._pace.passed(sum(count for _, count in taken), time.perf_counter() - started)
+        self._passed(taken, time.perf_counter() - started)
         ended: list[tuple[Job, Any, BaseException | None]] = []
         for (job, _), error in zip(taken, errors, strict=True):
             assert job.step is not None
@@ -280,13 +303,20 @@ class Engine:
             self._ready.remove(job)
         self._settle(ended)
 
+    def _passed(self, taken: list[tuple[Job, int]], seconds: float) -> None:
+        """Note what a pass has cost, and whom it was for."""
+        tokens = sum(count for _, count in taken)
+        self._pace.passed(tokens, seconds)
+        for job, count in taken:
+            self._shares.give(job.peer, seconds * count / max(1, tokens))
+
     def _pack(self, first: Job, now: float) -> list[tuple[Job, int]]:
         """Steps of `first`'s group with the tokens that each gets in this pass."""
         assert first.step is not None
         group = first.step.group
         steps = [job.step for job in self._ready if job.step is not None and job.step.group is group]
         jobs = {id(job.step): job for job in self._ready}
-        steps.sort(key=lambda step: (step.kind, step is not first.step, jobs[id(step)].arrived))
+        steps.sort(key=lambda step: (step.kind, step is not first.step, self._turn(jobs[id(step)])))
         prefilling = {id(step.session) for step in steps if step.kind is not Kind.DECODE}
         for_prompts = self._pace.prefill_budget(now, prefilling) if prefilling else 0
         if len(prefilling) < len(steps):
@@ -310,10 +340,12 @@ class Engine:
         if not steps:
             return
         self._letting_in = True
+        started = time.perf_counter()
         try:
             self._run_together(steps[0], self._clock())
         finally:
             self._letting_in = False
+            self._lent += time.perf_counter() - started
 
     def _settle(self, ended: list[tuple[Job, Any, BaseException | None]]) -> None:
         if ended and self._loop is not None:

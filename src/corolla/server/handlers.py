@@ -192,12 +192,13 @@ class _Stream:
 
     async def _begin_as(self, session: CachedSession, origin: Origin) -> int:
         """Begin with what another session of this peer holds, if that is still there; tokens a row."""
-        other = self._server.named.find(self._channel.peer_id, origin.name)
+        peer = self._channel.peer_id
+        other = self._server.named.find(peer, origin.name)
         if other is None:
             return 0
         with self._in_use(other):
             begin = partial(session.begin_as, other, origin)
-            return origin.tokens if await self._server.engine.submit(Kind.DECODE, begin) else 0
+            return origin.tokens if await self._server.engine.submit(Kind.DECODE, begin, peer=peer) else 0
 
     @contextlib.contextmanager
     def _in_use(self, session: CachedSession) -> Iterator[None]:
@@ -238,7 +239,7 @@ class _Stream:
         self, session: CachedSession, message: Step, tensors: dict[str, Tensor], *, room: int, width: int
     ) -> Tensor:
         """The step's outputs [R, T, H]: packed with others' where the family allows it, else in pieces."""
-        engine, hidden = self._server.engine, tensors["hidden"]
+        engine, peer, hidden = self._server.engine, self._channel.peer_id, tensors["hidden"]
         arguments: dict[str, Any] = {
             "position": message.position,
             "order": tensors.get("rows"),
@@ -246,11 +247,11 @@ class _Stream:
             "positions": tensors.get("positions"),
         }
         if session.span.packable:
-            output: Tensor = await engine.step(PackedStep(session, hidden, **arguments, room=room))
+            output: Tensor = await engine.step(PackedStep(session, hidden, **arguments, room=room), peer=peer)
             return output
         kind = kind_of(int(hidden.shape[1]))
         parts = pieces(session, hidden, **arguments, width=width)
-        return torch.cat(await _in_order([engine.submit(kind, part) for part in parts]), dim=1)
+        return torch.cat(await _in_order([engine.submit(kind, part, peer=peer) for part in parts]), dim=1)
 
     def close_session(self, keep: bool = False) -> None:
         """Free the session's cache, if there is one; or keep it under its name for as long as there is room."""
@@ -273,7 +274,9 @@ class _Stream:
         self._check_staying()
         work = self._sequences(span, tensors, with_gradients=False)
         output = await self._server.engine.submit(
-            Kind.TRAINING, work.forward if message.lease is None else partial(self._lend, work, message.lease)
+            Kind.TRAINING,
+            work.forward if message.lease is None else partial(self._lend, work, message.lease),
+            peer=self._channel.peer_id,
         )
         self._server.counters.forward += work.tokens
         return Packet(Output(), {"hidden": output})
@@ -299,7 +302,7 @@ class _Stream:
                 )
             work = self._sequences(span, tensors, with_gradients=True)
             run, tokens = partial(work.backward, message.prompt_gradient, tensors["grad"]), work.tokens
-        grads = await self._server.engine.submit(Kind.TRAINING, run)
+        grads = await self._server.engine.submit(Kind.TRAINING, run, peer=self._channel.peer_id)
         self._server.counters.backward += tokens
         return Packet(Gradients(), grads)
 
