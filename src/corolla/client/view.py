@@ -1,11 +1,14 @@
 """What this client knows of the swarm: who serves, who failed lately, which streams lie ready.
 
-Invariant: a route is computed from records no older than `REFRESH_SECONDS`, without peers that are being
-avoided; a stream in the pool has no request open on it.
+Invariant: a route is computed from records no older than `REFRESH_SECONDS`, or the newest that could be had
+at once. Peers that failed lately are used only where nobody else can be, and then after a rest that grows
+with each failure. A stream in the pool has no request open on it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -22,8 +25,11 @@ from corolla.wire.messages import PROTOCOL_NAME
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 10.0
-FIRST_AVOIDANCE = 2.0  # seconds; doubles with each failure in a row
+SLOW_READ_SECONDS = 0.5  # a directory that takes longer is not waited for where older records will do
+FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
 LONGEST_AVOIDANCE = 60.0
+FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
+LONGEST_REST = 5.0
 
 
 class SwarmView:
@@ -53,17 +59,19 @@ class SwarmView:
         self._clock = clock
         self._records: list[ServerRecord] = []
         self._refreshed = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
         self._avoid_until: dict[str, float] = {}
+        self._rest_until: dict[str, float] = {}
         self._failures: dict[str, int] = defaultdict(int)
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.
 
-        Raises `MissingBlocks` when some are served by nobody, or only by peers that are being avoided.
+        Raises `MissingBlocks` when some are served by nobody, or only by peers that have just failed again.
         """
         if self._clock() - self._refreshed > REFRESH_SECONDS:
-            await self.refresh()
+            await self._renew()
         try:
             return self._find(start, end)
         except MissingBlocks:
@@ -71,12 +79,13 @@ class SwarmView:
             return self._find(start, end)
 
     def _find(self, start: int, end: int) -> list[Hop]:
-        now = self._clock()
-        avoided = {peer for peer, until in self._avoid_until.items() if until > now}
+        avoided, resting = self._still(self._avoid_until), self._still(self._rest_until)
+        with contextlib.suppress(MissingBlocks):
+            return self._find_in_one_kind(start, end, avoided | resting)
         try:
-            return self._find_in_one_kind(start, end, avoided)
+            return self._find_in_one_kind(start, end, resting)  # a peer that failed may be back already
         except MissingBlocks as missing:
-            if not avoided:
+            if not resting:
                 raise
             blocks = ", ".join(str(block) for block in missing.blocks)
             raise MissingBlocks(
@@ -84,6 +93,10 @@ class SwarmView:
                 "a moment ago: start another one, or wait until they are back.",
                 blocks=missing.blocks,
             ) from missing
+
+    def _still(self, until: dict[str, float]) -> set[str]:
+        now = self._clock()
+        return {peer for peer, end in until.items() if end > now}
 
     def _find_in_one_kind(self, start: int, end: int, avoid: set[str]) -> list[Hop]:
         if self._mixed:
@@ -110,8 +123,25 @@ class SwarmView:
         self._records = await self._directory.servers(self.model)
         self._refreshed = self._clock()
 
+    async def _renew(self) -> None:
+        """Refresh. A directory that is slow is waited for only while no record at all is known."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self.refresh())
+            self._reading.add_done_callback(self._read)
+            await asyncio.wait({self._reading}, timeout=SLOW_READ_SECONDS)
+        if not self._records and self._reading is not None:
+            await asyncio.shield(self._reading)
+
+    def _read(self, task: asyncio.Task[None]) -> None:
+        self._reading = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("The directory could not be read: %s", error)
+
     async def failed(self, error: RemoteError) -> None:
-        """Avoid the peer that `error` names for a while, longer each time in a row."""
+        """Prefer others to the peer that `error` names for a while, longer each time in a row.
+
+        At first it may be asked again at once, should there be nobody else: it may be back already.
+        """
         peer = error.peer_id
         if peer is None:
             return
@@ -119,21 +149,23 @@ class SwarmView:
             await channel.close()
         if isinstance(error, RequestRefused) and error.code == "evicted":
             return  # the server is well; only the session has to be replayed
+        now, times = self._clock(), min(self._failures[peer], 10)  # in a row, before this one
         self._failures[peer] += 1
-        pause = min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2 ** (self._failures[peer] - 1))
+        self._avoid_until[peer] = now + min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2**times)
+        self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
         if isinstance(error, RequestRefused) and error.retry_after is not None:
-            pause = error.retry_after
-        self._avoid_until[peer] = self._clock() + pause
+            self._avoid_until[peer] = self._rest_until[peer] = now + error.retry_after
 
     def succeeded(self, peer: str) -> None:
         """The peer answered: forget its earlier failures."""
         self._failures.pop(peer, None)
         self._avoid_until.pop(peer, None)
+        self._rest_until.pop(peer, None)
 
     def next_return(self) -> float:
-        """Seconds until the first avoided peer may be tried again; 0 when none is avoided."""
+        """Seconds until the first peer that failed may be tried again; 0 when none has to wait."""
         now = self._clock()
-        return min((until - now for until in self._avoid_until.values() if until > now), default=0.0)
+        return min((until - now for until in self._rest_until.values() if until > now), default=0.0)
 
     async def channel(self, peer: str) -> Channel:
         """A stream to the peer with no request open on it. Raises `PeerUnreachable`."""
@@ -147,6 +179,8 @@ class SwarmView:
 
     async def close(self) -> None:
         """Close the pooled streams."""
+        if self._reading is not None:
+            self._reading.cancel()
         for channels in self._idle.values():
             for channel in channels:
                 await channel.close()

@@ -185,7 +185,7 @@ ServerMessage = Opened | Output | Gradients | Closed | Alive | ServerStatus | Fa
 AnyMessage = ClientMessage | ServerMessage
 
 HEARTBEAT_SECONDS = 1.0
-SILENCE_SECONDS = 5.0  # a peer that says nothing for so long while a request is open is taken for hung
+SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is open is taken for hung
 
 # name -> (shape, required). Optional tensors are left out of the frame.
 #   hidden     activations in the compute dtype
