@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from corolla import __version__
 from corolla.models.pages import PAGE, PagePool
 from corolla.models.span import Span
@@ -20,6 +22,7 @@ from corolla.server.kv_cache import CacheBudget
 from corolla.server.leases import Leases
 from corolla.server.memory import return_freed_memory
 from corolla.server.steps import run_pass
+from corolla.server.threads import ThreadChooser
 from corolla.wire.messages import ServerStatus
 
 WORKING_BYTES = 4 * 2**30
@@ -56,6 +59,8 @@ class BlockServer:
         self.leases = Leases(lease_bytes)
         self.pool = PagePool(budget.capacity, dtype=span.dtype, device=span.device)
         engine.run_pass = partial(run_pass, self.pool)
+        if span.device.type == "cpu":
+            engine.run_pass = ThreadChooser(torch.get_num_threads()).choosing(engine.run_pass)
         engine.when_idle = self._tidy_up
         self.span = span
         self.engine = engine

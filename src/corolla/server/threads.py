@@ -1,0 +1,112 @@
+"""How many compute threads a generation pass gets: all, or one alone.
+
+Invariant: the number of threads changes a pass's time, never its bits, and is back at what it was after every
+pass. What is not the best known way is tried seldom enough to cost about a hundredth of the time.
+
+A pass of few rows is hundreds of short products. To share one out, sleeping threads have to be woken, which
+on a virtual machine, or beside other busy processes, takes longer than it saves; on an idle machine it pays.
+Neither can be read from the hardware, and both change while a server runs, so the passes themselves tell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from corolla.server.engine import RunPass
+
+MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
+COST = 0.01  # the share of time that trials may cost
+GAPS = (8, 256)  # passes between two trials, at least and at most
+TRIALS = 7  # that a verdict is made of; a few passes that were held up do not sway their median
+FEWEST_TRIALS = 3
+MARGIN = 0.03  # by so much the other way has to be quicker
+
+
+class Contest:
+    """Finds the quicker of two ways, 0 and 1, to do what is done over and over; the times may drift together.
+
+    A trial is compared with the turns right before and after it, since what a pass takes grows with contexts
+    and with whatever else the machine does.
+    """
+
+    def __init__(self, best: int = 0) -> None:
+        """`best` is the way to begin with."""
+        self.best = best
+        self._ratios: deque[float] = deque(maxlen=TRIALS)  # the other way's time, in those of the best
+        self._gap = GAPS[0]
+        self._turns = 0  # since the last trial
+        self._before: float | None = None
+        self._trial: float | None = None
+
+    def pick(self) -> int:
+        """The way of the next turn."""
+        due = self._turns >= self._gap and self._trial is None
+        return 1 - self.best if due else self.best
+
+    def took(self, way: int, seconds: float) -> None:
+        """A turn in that way took so long."""
+        if way != self.best:
+            self._trial = seconds
+            return
+        if self._trial is not None and self._before is not None:
+            self._ratios.append(2 * self._trial / max(self._before + seconds, 1e-9))
+            self._trial, self._turns = None, 0
+            self._judge()
+        self._before = seconds
+        self._turns += 1
+
+    def _judge(self) -> None:
+        ratio = median(self._ratios)
+        if len(self._ratios) >= FEWEST_TRIALS and ratio < 1 - MARGIN:
+            self.best = 1 - self.best
+            ratio = 1 / max(ratio, 1e-9)
+            self._ratios = deque((1 / max(one, 1e-9) for one in self._ratios), maxlen=TRIALS)
+        if len(self._ratios) >= FEWEST_TRIALS:
+            self._gap = round(min(max((ratio - 1) / COST, GAPS[0]), GAPS[1]))
+
+
+class ThreadChooser:
+    """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …)."""
+
+    def __init__(self, threads: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`threads` are all that there are."""
+        self._ways = (threads, 1)
+        self._clock = clock
+        self._contests: defaultdict[int, Contest] = defaultdict(Contest)
+
+    def choosing(self, run_pass: RunPass) -> RunPass:
+        """`run_pass` with threads chosen for each pass; to be called on the compute thread."""
+
+        def run(parts: list[tuple[Any, int]]) -> list[BaseException | None]:
+            tokens = sum(count for _, count in parts)
+            if self._ways[0] == 1 or not 0 < tokens <= MOST_TOKENS:
+                return run_pass(parts)
+            return self._timed(self._contests[tokens.bit_length()], partial(run_pass, parts))
+
+        return run
+
+    def _timed(
+        self, contest: Contest, work: Callable[[], list[BaseException | None]]
+    ) -> list[BaseException | None]:
+        way, before = contest.pick(), torch.get_num_threads()
+        _set_threads(self._ways[way])
+        try:
+            started = self._clock()
+            errors = work()
+            if not any(errors):  # a pass that failed was begun twice
+                contest.took(way, self._clock() - started)
+        finally:
+            _set_threads(before)
+        return errors
+
+
+def _set_threads(count: int) -> None:
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
