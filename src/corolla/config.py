@@ -44,6 +44,7 @@ class ServerConfig:
     cache_dir: Path | None = None
     cache_tokens: int | None = None  # None for what half of the free memory holds
     lease_bytes: int | None = None  # of graphs kept for training; None for an eighth of the free memory
+    peer_share: float = 0.5  # of everything that a server has, what one peer can take for certain
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
@@ -54,6 +55,8 @@ class ServerConfig:
             raise UsageError(f"--threads is {self.threads}; a server needs at least one.")
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise UsageError(f"--cache-tokens is {self.cache_tokens}; a server needs at least one.")
+        if not 0.0 < self.peer_share <= 1.0:
+            raise UsageError(f"--peer-share is {self.peer_share:g}; give a share above 0 and at most 1.")
         if self.lease_bytes is not None and self.lease_bytes < 0:
             raise UsageError(f"--lease-bytes is {self.lease_bytes}; give 0 to keep no graphs.")
 

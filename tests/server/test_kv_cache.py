@@ -30,6 +30,7 @@ CAPACITY = 20
 class Session:
     """A holder of the budget, with what it is doing; and what the account says that it should hold."""
 
+    peer: str = "anybody"
     pages: int = 0
     last_used: float = 0.0
     evicted: bool = False
@@ -412,6 +413,7 @@ async def test_closed_sessions_go_before_idle_ones_however_lately_they_were_used
     class Kept:
         idle_after: float | None
         last_used: float
+        peer: str = "anybody"
         pages: int = 0
         evicted: bool = False
 

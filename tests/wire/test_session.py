@@ -131,9 +131,15 @@ def test_nothing_follows_the_end(message: Message) -> None:
 
 
 def test_a_server_does_not_refuse_what_nobody_asked() -> None:
-    for before in ((), (OPEN, OPENED)):
+    for before, code in (((OPEN, OPENED), "busy"), ((OPEN, OPENED), "not_allowed"), ((), "evicted")):
         with pytest.raises(ProtocolError):
-            after(*before, failure("busy"))
+            after(*before, failure(code))
+
+
+@pytest.mark.parametrize("code", ["busy", "not_allowed"])
+def test_a_server_may_refuse_a_stream_before_any_request(code: FailureCode) -> None:
+    assert after(failure(code)) is State.ENDED
+    assert after(OPEN, failure(code)) is State.IDLE  # so its client hears it
 
 
 def test_whose_turn_it_is() -> None:

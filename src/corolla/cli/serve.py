@@ -51,6 +51,9 @@ def serve(
             help="Memory for graphs that training clients will come back for (default: an eighth of what is free)."
         ),
     ] = None,
+    peer_share: Annotated[
+        float, typer.Option(help="What one peer can take of everything here when others want it too.")
+    ] = 0.5,
     die_with_parent: DieWithParentOption = False,
 ) -> None:
     """Serve blocks of a model. Without --peers, this server begins a swarm that others can join."""
@@ -76,6 +79,7 @@ def serve(
         cache_dir=cache_dir,
         cache_tokens=cache_tokens,
         lease_bytes=lease_bytes,
+        peer_share=peer_share,
     )
     with ended_by_signals():
         from corolla.server.serve import serve as run

@@ -20,6 +20,7 @@ from corolla.server.engine import Engine
 from corolla.server.kept import NamedSessions
 from corolla.server.kv_cache import CacheBudget
 from corolla.server.leases import Leases
+from corolla.server.limits import PeerLimits
 from corolla.server.memory import return_freed_memory
 from corolla.server.steps import run_pass
 from corolla.server.threads import ThreadChooser
@@ -52,9 +53,14 @@ class BlockServer:
         model: str,
         working_bytes: int = WORKING_BYTES,
         lease_bytes: int = LEASE_BYTES,
+        limits: PeerLimits | None = None,
+        silence: float | None = None,
     ) -> None:
         """`model` is the identity of the span's checkpoint; a computation that would need more than
-        `working_bytes` beside weights and caches is refused; kept graphs take `lease_bytes` at most."""
+        `working_bytes` beside weights and caches is refused; kept graphs take `lease_bytes` at most. `silence`
+        is the channels' (`swarm/channel.py`)."""
+        self.limits = limits or PeerLimits()
+        self.silence = silence
         self.working_bytes = working_bytes
         self.leases = Leases(lease_bytes)
         self.pool = PagePool(budget.capacity, dtype=span.dtype, device=span.device)

@@ -11,7 +11,21 @@ from torch import Tensor
 from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
 from corolla.models.span import Span
 from corolla.server.sessions import CachedSession
-from corolla.wire.messages import Failure, FailureCode, Step
+from corolla.wire.messages import Backward, Failure, FailureCode, Forward, OpenSession, Step
+
+
+def check_span(message: OpenSession | Forward | Backward, served: Span, model: str) -> Span:
+    """The part of the span that the message is for. Raises `RequestRefused`."""
+    if message.model != model:
+        raise RequestRefused("This server serves another model.", code="wrong_model", field="model")
+    if not served.start <= message.start < message.end <= served.end:
+        raise RequestRefused(
+            f"Blocks {message.start}:{message.end} are not all served here; this server has "
+            f"{served.start}:{served.end}.",
+            code="wrong_blocks",
+            field="end" if served.start <= message.start < served.end else "start",
+        )
+    return served.view(message.start, message.end)
 
 
 def check_hidden(hidden: Tensor, span: Span) -> None:
@@ -111,7 +125,9 @@ def failure_of(error: ProtocolError) -> Failure:
     code: FailureCode = "version" if error.field == "version" else "malformed"
     if isinstance(error, OutOfOrder):
         code = "out_of_order"
-    return Failure(code=code, message=str(error)[:2048], field=error.field)
+    # A field's name may come from the peer, at any length.
+    field = None if error.field is None else error.field[:128]
+    return Failure(code=code, message=str(error)[:2048], field=field)
 
 
 def failure_from(refusal: RequestRefused) -> Failure:

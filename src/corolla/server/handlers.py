@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +25,18 @@ from corolla.server.checks import (
     check_hidden,
     check_memory,
     check_prompts,
+    check_span,
     check_step,
     failure_from,
     failure_of,
 )
 from corolla.server.engine import Kind
+from corolla.server.limits import InFlight
 from corolla.server.sequences import Sequences, backward_of
 from corolla.server.sessions import CachedSession
 from corolla.server.steps import PackedStep, kind_of, pieces
-from corolla.swarm.channel import Channel
+from corolla.server.tasks import give_up, in_order
+from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet
 from corolla.wire.messages import (
@@ -53,49 +56,83 @@ from corolla.wire.messages import (
 )
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
 
-T = TypeVar("T")
-
 log = logging.getLogger(__name__)
 
+GARBAGE_CODES = frozenset({"malformed", "out_of_order"})  # a peer that earns many of them is kept out
 PREFILL_TOKENS = 512  # rows x tokens that are computed at once, so that others' decode steps come in between
 
 
 async def handle(server: BlockServer, stream: Stream) -> None:
     """Serve one stream until it ends. With its first argument bound, a `StreamHandler` for `Transport.serve`."""
-    conversation = _Stream(server, Channel(stream, side="server"))
+    conversation = _Stream(server, stream)
     try:
-        await conversation.run()
+        with server.limits.stream(stream.peer_id, conversation.end):
+            await conversation.run()
+    except RequestRefused as refusal:
+        await conversation.refuse(failure_from(refusal))
     finally:
-        conversation.close_session()
+        conversation.leave()
 
 
 class _Stream:
     """The requests of one stream, one after the other."""
 
-    def __init__(self, server: BlockServer, channel: Channel) -> None:
+    def __init__(self, server: BlockServer, stream: Stream) -> None:
         self._server = server
-        self._channel = channel
+        self._peer = stream.peer_id
+        self._in_flight = InFlight(server.limits.in_flight, stream.peer_id)
+        self._channel = Channel(stream, side="server", silence=server.silence, admit=self._in_flight.admit)
         self._session: CachedSession | None = None
         self._name: str | None = None
+        self._incoming: asyncio.Task[Packet] | None = None
 
     async def run(self) -> None:
         """Answer requests until the stream ends. Cancelled, it leaves nothing running."""
-        incoming = self._listen()
+        self._incoming = incoming = self._listen()
         try:
-            while True:
+            while await self._begun(incoming):
                 packet = await incoming
-                incoming = self._listen()
+                self._incoming = incoming = self._listen()
                 if not await self._answer_while_wanted(packet, incoming):
                     return
+                if packet.tensors:
+                    self._in_flight.answered()
         except ProtocolError as error:
-            await self._refuse(failure_of(error))
+            await self.refuse(failure_of(error))
         except (PeerDisconnected, PeerSilent):
             return
         finally:
-            await _give_up(incoming)
+            await give_up(incoming)
+
+    def end(self) -> None:
+        """Let `run` return, whatever it does."""
+        if self._incoming is not None:
+            self._incoming.cancel()
+
+    def leave(self) -> None:
+        """Give everything back that the stream has taken."""
+        self.close_session()
+        self._in_flight.close()
 
     def _listen(self) -> asyncio.Task[Packet]:
         return asyncio.create_task(self._channel.receive(timeout=None))
+
+    async def _begun(self, incoming: asyncio.Task[Packet]) -> bool:
+        """Wait for a request to be there; False for a stream that was ended, or that nobody uses.
+
+        A client that is silent for long loses its session first.
+        """
+        budgets = self._server.limits.budgets
+        while True:
+            patience = budgets.stream_silence if self._session is None else budgets.session_silence
+            await asyncio.wait({incoming}, timeout=patience)
+            if incoming.done():
+                return not incoming.cancelled()
+            if self._channel.receiving:  # for that there are limits of its own
+                continue
+            if self._session is None:
+                return False
+            self.close_session()
 
     async def _answer_while_wanted(self, packet: Packet, incoming: asyncio.Task[Packet]) -> bool:
         """Answer one request; False when the stream is over.
@@ -107,11 +144,11 @@ class _Stream:
         try:
             with self._server.request_open():
                 await asyncio.wait({answer, incoming}, return_when=asyncio.FIRST_COMPLETED)
-                if not answer.done() and incoming.exception() is not None:
+                if not answer.done() and (incoming.cancelled() or incoming.exception() is not None):
                     return True
                 return await answer  # when a request came in, its client has the answer to this one already
         finally:
-            await _give_up(answer)
+            await give_up(answer)
 
     async def _answer(self, packet: Packet) -> bool:
         """Answer one request; False when the stream is over."""
@@ -123,45 +160,57 @@ class _Stream:
         except (PeerDisconnected, asyncio.CancelledError):
             raise
         except Exception as error:  # a bug or exhausted memory: the client is told, the server lives on
-            log.exception("A %s from %s failed", type(packet.message).__name__, self._channel.peer_id)
+            log.exception("A %s from %s failed", type(packet.message).__name__, self._peer)
             reply = Packet(Failure(code="internal", message=f"The server failed: {type(error).__name__}."))
         if isinstance(reply.message, Failure) and _ends_session(packet.message, reply.message):
             self.close_session()
+        if isinstance(reply.message, Failure) and reply.message.code in FATAL_CODES:
+            await self.refuse(reply.message)
+            return False
         await self._channel.send(reply)
-        return not (isinstance(reply.message, Failure) and reply.message.code in FATAL_CODES)
+        return True
 
     def _ahead(self) -> int:
         """Requests that come before this stream's: in the line for room, else for the compute thread."""
         in_line = 0 if self._session is None else self._server.budget.ahead(self._session)
         return in_line or max(0, self._server.engine.waiting - 1)
 
-    async def _refuse(self, failure: Failure) -> None:
-        try:
+    async def refuse(self, failure: Failure) -> None:
+        """Say why the stream ends here, if its peer listens."""
+        with contextlib.suppress(PeerDisconnected, PeerSilent, ProtocolError):
             await self._channel.send(Packet(failure))
-        except (PeerDisconnected, PeerSilent, ProtocolError):
-            return
+        if failure.code in GARBAGE_CODES:
+            self._server.limits.malformed(self._peer)
 
     async def _reply(self, packet: Packet) -> Packet:
+        if isinstance(packet, TurnedAway) and packet.refusal is not None:
+            raise packet.refusal
+        match packet.message:
+            case Ping():
+                return Packet(self._server.status())
+            case CloseSession():
+                self.close_session(keep=packet.message.keep)
+                return Packet(Closed())
+        with self._server.limits.requests.held(self._peer):
+            return await self._computed(packet)
+
+    async def _computed(self, packet: Packet) -> Packet:
         match packet.message:
             case OpenSession():
                 return await self._open(packet.message, packet.tensors)
             case Step():
                 return await self._step(packet.message, packet.tensors)
-            case CloseSession():
-                self.close_session(keep=packet.message.keep)
-                return Packet(Closed())
             case Forward():
                 return await self._forward(packet.message, packet.tensors)
             case Backward():
                 return await self._backward(packet.message, packet.tensors)
-            case Ping():
-                return Packet(self._server.status())
         raise RequestRefused("This server does not answer such a message.", code="malformed", field="type")
 
     # --- sessions -------------------------------------------------------------------------------------------
 
     async def _open(self, message: OpenSession, tensors: dict[str, Tensor]) -> Packet:
-        server, span = self._server, self._checked_span(message)
+        server = self._server
+        span = check_span(message, server.span, server.model)
         self._check_staying()
         prompts = tensors.get("prompts")
         check_prompts(prompts, span, at_most=message.max_tokens)
@@ -172,7 +221,9 @@ class _Stream:
             server.pool,
             server.engine.post,
             prompts=None if prompts is None else prompts.to(span.device),
+            peer=self._peer,
         )
+        server.limits.sessions.take(self._peer)
         self._session = session
         server.counters.sessions += 1
         tokens = (
@@ -187,18 +238,19 @@ class _Stream:
             raise
         if message.name is not None:
             self._name = message.name
-            server.named.add(self._channel.peer_id, message.name, session)
+            server.named.add(self._peer, message.name, session)
         return Packet(Opened(position=position))
 
     async def _begin_as(self, session: CachedSession, origin: Origin) -> int:
         """Begin with what another session of this peer holds, if that is still there; tokens a row."""
-        peer = self._channel.peer_id
-        other = self._server.named.find(peer, origin.name)
+        other = self._server.named.find(self._peer, origin.name)
         if other is None:
             return 0
         with self._in_use(other):
             begin = partial(session.begin_as, other, origin)
-            return origin.tokens if await self._server.engine.submit(Kind.DECODE, begin, peer=peer) else 0
+            return (
+                origin.tokens if await self._server.engine.submit(Kind.DECODE, begin, peer=self._peer) else 0
+            )
 
     @contextlib.contextmanager
     def _in_use(self, session: CachedSession) -> Iterator[None]:
@@ -239,7 +291,7 @@ class _Stream:
         self, session: CachedSession, message: Step, tensors: dict[str, Tensor], *, room: int, width: int
     ) -> Tensor:
         """The step's outputs [R, T, H]: packed with others' where the family allows it, else in pieces."""
-        engine, peer, hidden = self._server.engine, self._channel.peer_id, tensors["hidden"]
+        engine, peer, hidden = self._server.engine, self._peer, tensors["hidden"]
         arguments: dict[str, Any] = {
             "position": message.position,
             "order": tensors.get("rows"),
@@ -251,15 +303,16 @@ class _Stream:
             return output
         kind = kind_of(int(hidden.shape[1]))
         parts = pieces(session, hidden, **arguments, width=width)
-        return torch.cat(await _in_order([engine.submit(kind, part, peer=peer) for part in parts]), dim=1)
+        return torch.cat(await in_order([engine.submit(kind, part, peer=peer) for part in parts]), dim=1)
 
     def close_session(self, keep: bool = False) -> None:
         """Free the session's cache, if there is one; or keep it under its name for as long as there is room."""
         if self._session is None:
             return
-        session, name, peer = self._session, self._name, self._channel.peer_id
+        session, name, peer = self._session, self._name, self._peer
         self._session = self._name = None
         self._server.counters.sessions -= 1
+        self._server.limits.sessions.give(self._peer)
         self._server.engine.forget(session)
         kept = keep and name is not None and self._server.named.keep(peer, name, session)
         if not kept:
@@ -270,13 +323,14 @@ class _Stream:
     # --- training -------------------------------------------------------------------------------------------
 
     async def _forward(self, message: Forward, tensors: dict[str, Tensor]) -> Packet:
-        span = self._checked_span(message)
+        server = self._server
+        span = check_span(message, server.span, server.model)
         self._check_staying()
         work = self._sequences(span, tensors, with_gradients=False)
         output = await self._server.engine.submit(
             Kind.TRAINING,
             work.forward if message.lease is None else partial(self._lend, work, message.lease),
-            peer=self._channel.peer_id,
+            peer=self._peer,
         )
         self._server.counters.forward += work.tokens
         return Packet(Output(), {"hidden": output})
@@ -287,11 +341,14 @@ class _Stream:
             return work.forward()
         output, lease = work.forward_kept()
         if lease is not None:
-            self._server.leases.keep(self._channel.peer_id, name, lease)
+            self._server.leases.keep(self._peer, name, lease)
         return output
 
     async def _backward(self, message: Backward, tensors: dict[str, Tensor]) -> Packet:
-        span = self._checked_span(message)  # not refused while draining: its forward may have been done here
+        server = self._server
+        span = check_span(
+            message, server.span, server.model
+        )  # not refused while draining: its forward may have been done here
         if message.lease is not None:
             run: Callable[[], dict[str, Tensor]] = partial(self._redeem, message, tensors["grad"])
             tokens = int(tensors["grad"].shape[1])
@@ -302,13 +359,13 @@ class _Stream:
                 )
             work = self._sequences(span, tensors, with_gradients=True)
             run, tokens = partial(work.backward, message.prompt_gradient, tensors["grad"]), work.tokens
-        grads = await self._server.engine.submit(Kind.TRAINING, run, peer=self._channel.peer_id)
+        grads = await self._server.engine.submit(Kind.TRAINING, run, peer=self._peer)
         self._server.counters.backward += tokens
         return Packet(Gradients(), grads)
 
     def _redeem(self, message: Backward, grad: Tensor) -> dict[str, Tensor]:
         """The backward of a kept graph, on the compute thread."""
-        lease = self._server.leases.take(self._channel.peer_id, message.lease or "")
+        lease = self._server.leases.take(self._peer, message.lease or "")
         if lease is None or lease.blocks != (message.start, message.end):
             raise RequestRefused("The forward's graph is gone; send its inputs.", code="no_lease")
         if grad.shape != lease.output.shape:
@@ -332,40 +389,6 @@ class _Stream:
     def _check_staying(self) -> None:
         if self._server.draining:
             raise RequestRefused("This server is going away; use another.", code="draining")
-
-    def _checked_span(self, message: OpenSession | Forward | Backward) -> Span:
-        server = self._server
-        if message.model != server.model:
-            raise RequestRefused("This server serves another model.", code="wrong_model", field="model")
-        if not server.span.start <= message.start < message.end <= server.span.end:
-            raise RequestRefused(
-                f"Blocks {message.start}:{message.end} are not all served here; this server has "
-                f"{server.span.start}:{server.span.end}.",
-                code="wrong_blocks",
-                field="end" if server.span.start <= message.start < server.span.end else "start",
-            )
-        return server.span.view(message.start, message.end)
-
-
-async def _in_order(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results; everything waits from the start, so that less urgent work does not come in between.
-
-    The first error gives the rest up.
-    """
-    tasks = [asyncio.create_task(item) for item in work]
-    try:
-        return [await task for task in tasks]
-    finally:
-        for task in tasks:
-            await _give_up(task)
-
-
-async def _give_up(task: asyncio.Task[Any]) -> None:
-    """End a task whose result nobody wants any more."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()  # seen, so that asyncio does not report it
 
 
 def _ends_session(request: Message, failure: Failure) -> bool:

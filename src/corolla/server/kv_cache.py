@@ -2,15 +2,16 @@
 
 Invariant: the pages reserved never exceed the capacity, and a session never fills more than it reserved.
 Where room is missing, idle sessions lose their caches, least recently used first (their clients replay);
-then newcomers wait in order of arrival. Used on the event loop only; the pages themselves are touched by
-the compute thread alone.
+then newcomers wait in order of arrival. One peer may have everything that nobody else needs: what it has
+beyond its share goes to a peer that stays within its own, idle or not. Used on the event loop only; the
+pages themselves are touched by the compute thread alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,6 +27,7 @@ LOOK_AGAIN_SECONDS = 0.5  # how often the head of the line looks for sessions th
 class Holder(Protocol):
     """A session, or something kept of one, as far as its room is concerned."""
 
+    peer: str  # whose it is
     pages: int  # reserved
     last_used: float
     evicted: bool
@@ -41,9 +43,13 @@ class Holder(Protocol):
 class CacheBudget:
     """How many pages all sessions may hold together; a page is `PAGE` tokens of one row in all blocks."""
 
-    def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`capacity` in pages."""
+    def __init__(
+        self, capacity: int, clock: Callable[[], float] = time.monotonic, *, share: float = 0.5
+    ) -> None:
+        """`capacity` in pages, of which a peer can count on `share` whatever others do."""
         self.capacity = capacity
+        self._share = share * capacity
+        self._by_peer: Counter[str] = Counter()  # pages
         self.reserved = 0
         self._clock = clock
         self._holders: list[Holder] = []
@@ -64,6 +70,10 @@ class CacheBudget:
     def waiting(self) -> int:
         """How many stand in line."""
         return len(self._line)
+
+    def of(self, peer: str) -> int:
+        """Pages that the peer's sessions have reserved."""
+        return self._by_peer[peer]
 
     def ahead(self, holder: Holder) -> int:
         """How many wait in line before this one."""
@@ -100,7 +110,7 @@ class CacheBudget:
             while True:
                 if holder.evicted:  # before there is room: what it holds is not what its client thinks
                     raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
-                if self._line[0] is holder and self._resized(holder, pages):
+                if self._first_in_line() is holder and self._resized(holder, pages):
                     return
                 if self._clock() >= deadline:
                     raise RequestRefused(
@@ -114,6 +124,10 @@ class CacheBudget:
             self._line.remove(holder)
             self._changed.set()
 
+    def _first_in_line(self) -> Holder:
+        """Whose turn it is: the first of those whose peers have not more than their share."""
+        return min(self._line, key=lambda one: self._by_peer[one.peer] > self._share)
+
     async def _change(self) -> None:
         """Wait until room was given back, or long enough for somebody to have become idle."""
         self._changed.clear()
@@ -126,21 +140,33 @@ class CacheBudget:
     def _resized(self, holder: Holder, pages: int) -> bool:
         """Whether the reservation is as wanted now, after evictions where these were needed and enough."""
         more = pages - holder.pages
-        if more > self.free and not self._evict(more - self.free, holder):
+        if more > self.free and not self._evict(more, holder):
             return False
-        self.reserved += more
-        holder.pages = pages
+        self._count(holder, more)
         if pages and holder not in self._holders:
             self._holders.append(holder)
         if more < 0:
             self._changed.set()
         return True
 
-    def _evict(self, missing: int, but: Holder) -> bool:
-        """Free `missing` pages or more, least recently used first; False, and nobody goes, if that is not enough."""
-        now = self._clock()
-        idle = [one for one in self._holders if one is not but and _is_idle(one, now)]
+    def _count(self, holder: Holder, more: int) -> None:
+        holder.pages += more
+        self.reserved += more
+        self._by_peer[holder.peer] += more
+        if not self._by_peer[holder.peer]:
+            del self._by_peer[holder.peer]
+
+    def _evict(self, wanted: int, holder: Holder) -> bool:
+        """Make room for `wanted` more pages, idle ones and least recently used ones first.
+
+        False, and nobody goes, if that is not enough.
+        """
+        now, missing = self._clock(), wanted - self.free
+        others = [one for one in self._holders if one is not holder]
+        idle = [one for one in others if _is_idle(one, now)]
         idle.sort(key=lambda one: (one.idle_after or 0.0, one.last_used))  # closed ones first
+        if self._by_peer[holder.peer] + wanted <= self._share:
+            idle += self._beyond_share([one for one in others if one not in idle])
         chosen: list[Holder] = []
         for one in idle:
             if missing <= 0:
@@ -155,10 +181,16 @@ class CacheBudget:
             one.let_go()
         return True
 
+    def _beyond_share(self, holders: list[Holder]) -> list[Holder]:
+        """Those at rest whose peers have more than their share, least recently used first."""
+        found = [
+            one for one in holders if one.idle_after is not None and self._by_peer[one.peer] > self._share
+        ]
+        return sorted(found, key=lambda one: one.last_used)
+
     def release(self, holder: Holder) -> None:
         """Give everything back; safe to call twice."""
-        self.reserved -= holder.pages
-        holder.pages = 0
+        self._count(holder, -holder.pages)
         if holder in self._holders:
             self._holders.remove(holder)
         self._changed.set()

@@ -8,7 +8,7 @@ Used from the compute thread only, but for `close`.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LEASE_SECONDS = 60.0
+MOST_LEASES = 1024  # a graph takes memory beside its tensors
 
 
 @dataclass
@@ -33,12 +34,17 @@ class Lease:
 
 
 class Leases:
-    """All leases of a server, least recently made first."""
+    """All leases of a server, least recently made first.
+
+    Where there is no room, the peer that has most loses its oldest: nobody can drive out others' leases by
+    making many.
+    """
 
     def __init__(self, budget: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`budget` in bytes of saved activations."""
         self.budget = budget
         self.held = 0
+        self._by_peer: Counter[str] = Counter()  # bytes
         self._bytes_a_token = 0.0
         self._clock = clock
         self._kept: OrderedDict[tuple[str, str], Lease] = OrderedDict()
@@ -51,17 +57,18 @@ class Leases:
         return tokens * self._bytes_a_token <= self.budget
 
     def keep(self, peer: str, key: str, lease: Lease) -> None:
-        """Keep it, at the expense of older ones; one that is larger than the budget is let go."""
+        """Keep it, at the expense of others; one that is larger than the budget is let go."""
         self.expire()
         self._bytes_a_token = lease.nbytes / lease.tokens
         self._drop((peer, key))
         if lease.nbytes > self.budget:
             return
-        while self.held + lease.nbytes > self.budget:
-            self._drop(next(iter(self._kept)))
         lease.until = self._clock() + LEASE_SECONDS
         self._kept[peer, key] = lease
-        self.held += lease.nbytes
+        self._count(peer, lease.nbytes)
+        while self.held > self.budget or len(self._kept) > MOST_LEASES:
+            most = max(self._by_peer, key=self._by_peer.__getitem__)
+            self._drop(next(name for name in self._kept if name[0] == most))
 
     def take(self, peer: str, key: str) -> Lease | None:
         """The peer's lease, which is kept no longer; None when there is none."""
@@ -79,7 +86,13 @@ class Leases:
     def _drop(self, name: tuple[str, str]) -> None:
         lease = self._kept.pop(name, None)
         if lease is not None:
-            self.held -= lease.nbytes
+            self._count(name[0], -lease.nbytes)
+
+    def _count(self, peer: str, more: int) -> None:
+        self.held += more
+        self._by_peer[peer] += more
+        if not self._by_peer[peer]:
+            del self._by_peer[peer]
 
 
 class Saved:

@@ -35,6 +35,7 @@ from corolla.server.block_server import BlockServer
 from corolla.server.engine import Engine, Kind
 from corolla.server.handlers import handle
 from corolla.server.kv_cache import CacheBudget
+from corolla.server.limits import Budgets, PeerLimits
 from corolla.server.sessions import default_capacity
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.node import Node
@@ -89,7 +90,8 @@ async def _serve_span(
     say: Callable[[str], None],
 ) -> None:
     free, tokens = free_bytes(span.device), config.cache_tokens
-    budget = CacheBudget(default_capacity(span, free) if tokens is None else max(1, tokens // PAGE))
+    capacity = default_capacity(span, free) if tokens is None else max(1, tokens // PAGE)
+    budget = CacheBudget(capacity, share=config.peer_share)
     server = BlockServer(
         span,
         engine,
@@ -97,6 +99,7 @@ async def _serve_span(
         model=checkpoint.identity,
         working_bytes=free // 4,
         lease_bytes=free // 8 if config.lease_bytes is None else config.lease_bytes,
+        limits=PeerLimits(Budgets.of_machine(config.peer_share, free)),
     )
     await node.transport.serve(PROTOCOL_NAME, partial(handle, server))
     throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))

@@ -25,10 +25,19 @@ class CachedSession:
     """What a server keeps of one session. Made by `OpenSession`, filled by steps (`server/steps.py`)."""
 
     def __init__(
-        self, span: Span, budget: CacheBudget, pool: PagePool, post: Post, *, prompts: Tensor | None
+        self,
+        span: Span,
+        budget: CacheBudget,
+        pool: PagePool,
+        post: Post,
+        *,
+        prompts: Tensor | None,
+        peer: str = "",
     ) -> None:
-        """`prompts` are the deep prompts [blocks, P, H] of these blocks; `post` hands work to the compute thread."""
+        """`peer` is whose session it is; `prompts` are the deep prompts [blocks, P, H] of these blocks; `post`
+        hands work to the compute thread."""
         self.span = span
+        self.peer = peer
         self.prompts = prompts
         self.pool = pool
         self.rows = 0  # sequences
@@ -164,6 +173,7 @@ class CachedSession:
             row.free()
         self.cached = []
         self.plain = self.span.new_cache()
+        self.prompts = self.mask = None  # an evicted session's stream may stay open for long
         self.length = self.rows = 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from corolla.errors import (
@@ -23,6 +24,7 @@ from corolla.swarm.transport.base import Buffer, Stream
 from corolla.wire.compression import WireFormat, compress, expand
 from corolla.wire.frames import (
     PREAMBLE_SIZE,
+    Header,
     Limits,
     Packet,
     encode,
@@ -47,6 +49,17 @@ PIECE = 128 * 1024
 SERVER_SILENCE_SECONDS = 30.0
 
 
+# What a server says to a request of so many bytes before it takes memory for them; None: come in.
+Admit = Callable[[int], RequestRefused | None]
+
+
+@dataclass(frozen=True)
+class TurnedAway(Packet):
+    """A request whose tensors were not taken; the stream goes on once it is answered with the refusal."""
+
+    refusal: RequestRefused | None = None
+
+
 class Channel:
     """Packets over a `Stream`. One task receives; any task may send, frames never mix."""
 
@@ -59,10 +72,12 @@ class Channel:
         silence: float | None = None,
         heartbeat: float = HEARTBEAT_SECONDS,
         form: WireFormat = "compute",
+        admit: Admit | None = None,
     ) -> None:
         """`form`: how a client's activations travel; a server answers in the form of the last request.
         `silence`: seconds that a piece may take in either direction, and a client waits for a sign of
-        life; the default depends on the side. `heartbeat`: seconds between a server's signs of life."""
+        life; the default depends on the side. `heartbeat`: seconds between a server's signs of life.
+        `admit` is asked about every packet with tensors."""
         self.stream = stream
         self.peer_id = stream.peer_id
         self.conversation = Conversation()
@@ -71,6 +86,8 @@ class Channel:
         default = SERVER_SILENCE_SECONDS if self._server else SILENCE_SECONDS
         self.silence = default if silence is None else silence
         self._heartbeat = heartbeat
+        self._admit = admit
+        self.receiving = False  # a packet has begun to arrive, and is not yet complete
         self._form = form
         self._receivable: Any = ClientMessage if self._server else ServerMessage
         self._sending = asyncio.Lock()
@@ -97,25 +114,39 @@ class Channel:
         """The next packet.
 
         `timeout`: seconds until the packet begins, `None` for ever; after it has begun, `silence` applies to
-        each of its pieces. Raises `PeerSilent`, `PeerDisconnected`, or `ProtocolError` for what is malformed
-        or out of order; after the latter nothing more can be received. A server sends signs of life by
-        itself while a large request arrives.
+        each of its pieces. One that was not admitted is a `TurnedAway`. Raises `PeerSilent`,
+        `PeerDisconnected`, or `ProtocolError` for what is malformed or out of order; after the latter nothing
+        more can be received. A server sends signs of life by itself while a large request arrives.
         """
         try:
-            preamble = await self._bounded(self.stream.read(PREAMBLE_SIZE), timeout)
+            preamble = await self._bounded(self.stream.read(1), timeout)
+            self.receiving = True
+            preamble += await self._bounded(self.stream.read(PREAMBLE_SIZE - 1), self.silence)
             sizes = parse_preamble(preamble, self._limits)
             data = await self._bounded(self.stream.read(sizes.header), self.silence)
-            header = parse_header(data, sizes.payload, self._receivable)
+            header = parse_header(data, sizes.payload, self._receivable, self._limits)
             self.conversation.advance(header.message)
             if self._server and sizes.payload > PIECE:
                 async with self.heartbeat():
-                    payload = await self._read_payload(sizes.payload)
-            else:
-                payload = await self._read_payload(sizes.payload)
-            return self._expanded(parse_payload(header, payload))
+                    return await self._body(header)
+            return await self._body(header)
         except RemoteError as error:
             error.peer_id = self.peer_id
             raise
+        finally:
+            self.receiving = False
+
+    async def _body(self, header: Header) -> Packet:
+        refusal = None
+        if self._admit is not None and header.payload_size:
+            refusal = self._admit(max(header.payload_size, header.expanded_size))
+        if refusal is not None:
+            await self._read_payload(header.payload_size, into=None)
+            return TurnedAway(header.message, refusal=refusal)
+        # Grown as the bytes arrive: a peer that only announces a large payload takes no memory.
+        payload = bytearray()
+        await self._read_payload(header.payload_size, into=payload)
+        return self._expanded(parse_payload(header, payload))
 
     async def close(self) -> None:
         """End the stream; safe to call twice, and never raises."""
@@ -159,13 +190,12 @@ class Channel:
             self._form = form
         return Packet(packet.message, tensors)
 
-    async def _read_payload(self, size: int) -> bytearray:
-        # Grown as the bytes arrive: a peer that only announces a large payload takes no memory.
-        payload = bytearray()
-        while len(payload) < size:
-            piece = self.stream.read(min(PIECE, size - len(payload)))
-            payload += await self._bounded(piece, self.silence)
-        return payload
+    async def _read_payload(self, size: int, *, into: bytearray | None) -> None:
+        while size:
+            piece = await self._bounded(self.stream.read(min(PIECE, size)), self.silence)
+            size -= len(piece)
+            if into is not None:
+                into += piece
 
     async def _bounded(self, operation: Awaitable[T], seconds: float | None) -> T:
         try:

@@ -85,8 +85,9 @@ def _restored(name: str, values: Tensor, scales: Tensor) -> Tensor:
         raise ProtocolError(f"{count} scales a token do not fit {name!r}.", field=scales_of(name))
     unit = _in_blocks(values.float(), count)
     if values.dtype == torch.int8:
-        unit = unit / 127
-    return (unit * scales.unsqueeze(-1)).flatten(-2)[..., :size].contiguous()
+        unit.div_(127)
+    # In place: the values are large, and a peer chose how large.
+    return unit.mul_(scales.unsqueeze(-1)).flatten(-2)[..., :size].contiguous()
 
 
 def _in_blocks(values: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -57,6 +57,11 @@ class Header:
     tensors: tuple[TensorSpec, ...]
     payload_size: int
 
+    @property
+    def expanded_size(self) -> int:
+        """Bytes that the tensors take once they are as they were before compression."""
+        return codec.expanded_size(self.tensors)
+
 
 @dataclass(frozen=True)
 class Packet:
@@ -66,8 +71,11 @@ class Packet:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+MOST_TENSORS = 16  # more than any message takes
+
+
 class _RawHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    tensors: tuple[TensorSpec, ...]
+    tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MOST_TENSORS)]
     message: msgspec.Raw
 
 
@@ -88,9 +96,10 @@ def encode(packet: Packet, limits: Limits | None = None) -> list[Buffer]:
     except ProtocolError as error:
         raise ValueError(f"This packet must not be sent: {error}") from error
     size = codec.payload_size(specs)
-    if size > limits.max_payload_bytes:
+    taken = max(size, codec.expanded_size(specs))
+    if taken > limits.max_payload_bytes:
         raise UsageError(
-            f"One request would take {size / 2**20:.0f} MiB, and a server accepts at most "
+            f"One request would take {taken / 2**20:.0f} MiB, and a server accepts at most "
             f"{limits.max_payload_bytes / 2**20:.0f}; use a smaller batch or shorter sequences."
         )
     raw = msgspec.Raw(msgspec.msgpack.encode(packet.message))
@@ -128,8 +137,10 @@ def parse_preamble(data: Buffer, limits: Limits | None = None) -> Sizes:
     return Sizes(header, payload)
 
 
-def parse_header(data: Buffer, payload_size: int, allowed: Any) -> Header:
+def parse_header(data: Buffer, payload_size: int, allowed: Any, limits: Limits | None = None) -> Header:
     """Decode and check a header; `allowed` is the union of the message types that the peer may send.
+
+    A payload must stay within `limits` in its expanded form too.
 
     Raises `ProtocolError`, with the `field` that was wrong.
     """
@@ -144,7 +155,13 @@ def parse_header(data: Buffer, payload_size: int, allowed: Any) -> Header:
         raise ProtocolError(
             f"The payload has {payload_size} bytes, and its tensors take {expected}.", field="payload"
         )
-    return Header(message, raw.tensors, payload_size)
+    header = Header(message, raw.tensors, payload_size)
+    if header.expanded_size > (limits or Limits()).max_payload_bytes:
+        raise ProtocolError(
+            f"The tensors take {header.expanded_size} bytes when they are expanded, which is over the limit.",
+            field="payload",
+        )
+    return header
 
 
 def parse_payload(header: Header, payload: bytearray) -> Packet:
@@ -163,7 +180,7 @@ def decode(data: Buffer, allowed: Any, limits: Limits | None = None) -> Packet:
     if len(whole) != PREAMBLE_SIZE + sizes.header + sizes.payload:
         raise ProtocolError("The frame is not as long as its preamble says.", field="frame")
     body = PREAMBLE_SIZE + sizes.header
-    header = parse_header(whole[PREAMBLE_SIZE:body], sizes.payload, allowed)
+    header = parse_header(whole[PREAMBLE_SIZE:body], sizes.payload, allowed, limits)
     return parse_payload(header, whole[body:])
 
 

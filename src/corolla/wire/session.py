@@ -9,6 +9,8 @@ A `Failure` answers the request at hand and, by its code, decides what is left:
   server may send these in any state, and closes the stream after them.
 - busy, too_large in answer to a `Step`: nothing was computed and the cache is as it was; the session is
   still OPEN.
+- busy, not_allowed before any request: the server does not take the stream at all (ENDED). Its client hears
+  it as the answer to its first request.
 - any other answer to a `Step` or `CloseSession`: the session is gone (IDLE); its client replays it.
 - any other answer to another request: as if it had not been made.
 """
@@ -71,6 +73,8 @@ TRANSITIONS: dict[State, dict[type[Message], State]] = {
 
 # Codes after which the stream is over, whatever was going on.
 FATAL_CODES = frozenset({"malformed", "version", "out_of_order"})
+# Codes by which a whole stream is refused, before any request.
+REFUSING_CODES = frozenset({"busy", "not_allowed"})
 # Codes that leave a session as it was before the refused `Step`.
 HARMLESS_CODES = frozenset({"busy", "too_large"})
 
@@ -81,6 +85,8 @@ def following(state: State, message: Message) -> State:
     """The state after `message`. Raises `OutOfOrder(field="type")` where it is not legal in `state`."""
     if state is not State.ENDED and isinstance(message, Failure):
         if message.code in FATAL_CODES:
+            return State.ENDED
+        if state is State.IDLE and message.code in REFUSING_CODES:
             return State.ENDED
         if state is State.STEPPING and message.code in HARMLESS_CODES:
             return State.OPEN

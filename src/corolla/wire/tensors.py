@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from corolla.errors import ProtocolError
+from corolla.wire.compression import scales_of
 from corolla.wire.messages import TENSORS, Backward, Forward, Message, OpenSession
 
 if sys.byteorder != "little":
@@ -93,6 +94,8 @@ def check(message: Message, specs: Sequence[TensorSpec]) -> None:
             _match(given[name], shape.split(), sizes)
         elif required:
             raise ProtocolError(f"{type(message).__name__} needs the tensor {name!r}.", field=name)
+        if name not in given and scales_of(name) in given:
+            raise ProtocolError(f"There are scales for {name!r}, which is missing.", field=scales_of(name))
     if "S" in sizes and "T" in sizes and sizes["S"] < sizes["T"]:
         raise ProtocolError("The mask is shorter than the new tokens; it must cover them all.", field="mask")
 
@@ -139,6 +142,14 @@ def payload_size(specs: Sequence[TensorSpec]) -> int:
     return sum(padded(spec.nbytes) for spec in specs)
 
 
+def expanded_size(specs: Sequence[TensorSpec]) -> int:
+    """Bytes that the tensors take in memory once those with scales are float32 again (`compression.expand`)."""
+    names = {spec.name for spec in specs}
+    return sum(
+        4 * prod(spec.shape) if scales_of(spec.name) in names else padded(spec.nbytes) for spec in specs
+    )
+
+
 def to_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
     """The payload's bytes. The buffers share memory with the tensors: do not change these until sent."""
     buffers: list[memoryview] = []
@@ -154,8 +165,8 @@ def to_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
 def from_payload(specs: Sequence[TensorSpec], payload: bytearray) -> dict[str, torch.Tensor]:
     """The tensors of a payload; they share its memory, so that it must not be used for anything else.
 
-    Raises `ProtocolError` for values that no dtype can rule out: a bool that is neither 0 nor 1, a negative
-    position or row.
+    Raises `ProtocolError` for values that no dtype can rule out: a bool that is neither 0 nor 1, a position,
+    row or length that is negative or beyond `MAX_DIMENSION`.
     """
     tensors: dict[str, torch.Tensor] = {}
     offset = 0
@@ -175,6 +186,9 @@ def _checked(spec: TensorSpec, payload: bytearray, offset: int) -> torch.Tensor:
             raise ProtocolError(f"The tensor {spec.name!r} holds bytes other than 0 and 1.", field=spec.name)
         return flat.view(torch.bool)
     flat = torch.frombuffer(payload, dtype=dtype, count=prod(spec.shape), offset=offset)
-    if dtype == torch.int64 and int(flat.min()) < 0:
-        raise ProtocolError(f"The tensor {spec.name!r} holds a negative number.", field=spec.name)
+    if dtype == torch.int64:
+        if int(flat.min()) < 0:
+            raise ProtocolError(f"The tensor {spec.name!r} holds a negative number.", field=spec.name)
+        if int(flat.max()) > MAX_DIMENSION:
+            raise ProtocolError(f"The tensor {spec.name!r} holds a number beyond 2^31.", field=spec.name)
     return flat

@@ -1,0 +1,193 @@
+"""What one peer, and all peers together, may take of a server; and who is kept out for a while.
+
+Invariant: no account is ever above its total, and everything that a stream took is given back when the stream
+ends, however it ends. Room in the attention cache and kept graphs have budgets of their own (`kv_cache.py`,
+`leases.py`) by the same share. Used on the event loop only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from corolla.errors import RequestRefused
+
+MIB = 2**20
+SMALL_REQUEST = 128 * 1024  # bytes
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Totals of a server, and the share of each that one peer may take."""
+
+    share: float = 0.5
+    streams: int = 2048
+    sessions: int = 1024
+    requests: int = 512  # waiting or being computed
+    bytes_in_flight: int = 2048 * MIB  # of requests that arrive or wait, and of their replies
+    malformed: int = 20  # requests in `malformed_window` after which a peer is kept out for `kept_out`
+    malformed_window: float = 60.0  # seconds
+    kept_out: float = 60.0  # seconds
+    stream_silence: float = 300.0  # seconds until a stream without a session is closed
+    session_silence: float = 600.0  # seconds until the session of a silent client is freed
+
+    @classmethod
+    def of_machine(cls, share: float, free_bytes: int) -> Budgets:
+        """For a machine with so much free memory, and as many open files as the process may have."""
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return cls(
+            share=share,
+            streams=max(16, min(cls.streams, files // 2)),
+            bytes_in_flight=max(MIB, free_bytes // 8),
+        )
+
+    def of_one(self, total: int) -> int:
+        """What one peer may take of `total`."""
+        return max(1, int(self.share * total))
+
+
+class Account:
+    """How much of one thing each peer has, and all together."""
+
+    def __init__(self, name: str, total: int, each: int, retry_after: float) -> None:
+        """`name` is for people; whoever is refused is told to come back after `retry_after` seconds."""
+        self.total = total
+        self.each = each
+        self.taken = 0
+        self._name = name
+        self._retry_after = retry_after
+        self._by_peer: Counter[str] = Counter()
+
+    def of(self, peer: str) -> int:
+        """What the peer has."""
+        return self._by_peer[peer]
+
+    def take(self, peer: str, amount: int = 1) -> None:
+        """Count it. Raises `RequestRefused` (busy), and nothing is counted.
+
+        A peer that has nothing may take more than its share, so that nothing is refused for ever.
+        """
+        own = self._by_peer[peer]
+        if own and own + amount > self.each:
+            self._refuse(f"You have {own} of the {self.each} {self._name} that one peer may have here")
+        if self.taken and self.taken + amount > self.total:
+            self._refuse(f"All {self.total} {self._name} of this server are taken")
+        self._by_peer[peer] += amount
+        self.taken += amount
+
+    def _refuse(self, why: str) -> None:
+        raise RequestRefused(f"{why}; try again later.", code="busy", retry_after=self._retry_after)
+
+    def give(self, peer: str, amount: int = 1) -> None:
+        """It is free again."""
+        self.taken -= amount
+        self._by_peer[peer] -= amount
+        if not self._by_peer[peer]:
+            del self._by_peer[peer]
+
+    @contextlib.contextmanager
+    def held(self, peer: str, amount: int = 1) -> Iterator[None]:
+        """Taken while the body runs. Raises as `take` does."""
+        self.take(peer, amount)
+        try:
+            yield
+        finally:
+            self.give(peer, amount)
+
+
+class InFlight:
+    """The bytes of one stream's requests, from their headers until their replies were taken."""
+
+    def __init__(self, account: Account, peer: str) -> None:
+        self._account = account
+        self._peer = peer
+        self._costs: deque[int] = deque()  # of each request with tensors that is not yet answered
+
+    def admit(self, nbytes: int) -> RequestRefused | None:
+        """Count a request of so many bytes of tensors, or say why not. See `channel.Admit`."""
+        # A reply is as large as its request. Small ones are not counted: streams are.
+        cost = 2 * nbytes if nbytes > SMALL_REQUEST else 0
+        try:
+            self._account.take(self._peer, cost)
+        except RequestRefused as refusal:
+            return refusal
+        self._costs.append(cost)
+        return None
+
+    def answered(self) -> None:
+        """The oldest request's reply was taken."""
+        self._account.give(self._peer, self._costs.popleft())
+
+    def close(self) -> None:
+        """The stream has ended."""
+        while self._costs:
+            self.answered()
+
+
+class PeerLimits:
+    """The accounts of a server, and the peers that send what nobody can read."""
+
+    def __init__(self, budgets: Budgets | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budgets = budgets or Budgets()
+        self.streams = self._account("streams", self.budgets.streams, 5.0)
+        self.sessions = self._account("sessions", self.budgets.sessions, 5.0)
+        self.requests = self._account("requests", self.budgets.requests, 1.0)
+        self.in_flight = self._account("bytes in flight", self.budgets.bytes_in_flight, 1.0)
+        self._clock = clock
+        self._open: dict[str, set[Callable[[], object]]] = {}  # how to end each stream of a peer
+        self._malformed: dict[str, deque[float]] = {}  # when; the newest few
+        self._out_until: dict[str, float] = {}
+
+    def _account(self, name: str, total: int, retry_after: float) -> Account:
+        return Account(name, total, self.budgets.of_one(total), retry_after)
+
+    @contextlib.contextmanager
+    def stream(self, peer: str, end: Callable[[], object]) -> Iterator[None]:
+        """A stream of the peer while the body runs; `end` ends it from outside.
+
+        Raises `RequestRefused` (busy) for one too many, and for a peer that is kept out.
+        """
+        self._check_not_kept_out(peer)
+        with self.streams.held(peer):
+            self._open.setdefault(peer, set()).add(end)
+            try:
+                yield
+            finally:
+                self._open[peer].discard(end)
+                if not self._open[peer]:
+                    del self._open[peer]
+
+    def malformed(self, peer: str) -> None:
+        """The peer sent something that nobody can read; one that does so again and again loses all its streams."""
+        self._forget()
+        now = self._clock()
+        times = self._malformed.setdefault(peer, deque(maxlen=self.budgets.malformed))
+        times.append(now)
+        if len(times) == times.maxlen and now - times[0] <= self.budgets.malformed_window:
+            self._out_until[peer] = now + self.budgets.kept_out
+            del self._malformed[peer]
+            for end in list(self._open.get(peer, ())):
+                end()
+
+    def _check_not_kept_out(self, peer: str) -> None:
+        left = self._out_until.get(peer, 0.0) - self._clock()
+        if left > 0:
+            raise RequestRefused(
+                f"{self.budgets.malformed} of your requests could not be read; come back in {left:.0f} s.",
+                code="busy",
+                retry_after=left,
+            )
+        self._out_until.pop(peer, None)
+
+    def _forget(self) -> None:
+        """Let go of what is too old to matter: peers may be many, and come but once."""
+        now = self._clock()
+        oldest = now - self.budgets.malformed_window
+        for peer in [peer for peer, times in self._malformed.items() if times[-1] < oldest]:
+            del self._malformed[peer]
+        for peer in [peer for peer, until in self._out_until.items() if until <= now]:
+            del self._out_until[peer]
