@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -75,6 +79,26 @@ def test_a_killed_run_resumes_with_the_same_losses_to_the_bit(
     assert resumed.before == whole.before
     assert resumed.after == whole.after
     assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(0, marks=pytest.mark.nightly)])
+def test_a_run_killed_in_the_middle_of_its_saves_resumes_to_the_same_bundle(
+    tiny_folder: Path, tmp_path: Path, count: int
+) -> None:
+    """See `killed_runs.py`; as many of the points of a run, or all."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.tuning.killed_runs", str(tmp_path), str(count), "0"],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    total, wrong = ended.stdout.splitlines()[-2:]
+    assert json.loads(wrong) == [], ended.stderr
+    assert int(total) > 60  # two checkpoints and a bundle, each of several files
 
 
 def test_random_numbers_go_on_where_they_were(tokenizer: Any, tmp_path: Path) -> None:
@@ -235,6 +259,58 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_
             tune(model, chosen, prepared, tmp_path / "out", ABOUT, callbacks=[fills_up])
     resumed, _ = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "out", resume=True)
     assert resumed.losses == whole.losses
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: str) -> None:
+    folder = run_folder(tmp_path)
+    save(folder, 1)
+    save(folder, 2)
+    content = folder.all()[1] / "content"
+    if harm == "gone":
+        content.unlink()
+    else:
+        content.write_bytes(b"x" * 99 + (b"y" if harm == "flipped" else b""))
+    said: list[str] = []
+    begun = RunFolder(tmp_path / "out").begin({"seed": 0}, resume=True, overwrite=False, notify=said.append)
+    assert begun == folder.all()[0] == folder.latest()
+    assert said == ["The checkpoint step-000002 is damaged; going on from step-000001."]
+    save(folder, 2)
+    assert [path.name for path in folder.all()] == ["step-000001", "step-000002"]
+
+
+def test_without_a_whole_checkpoint_a_run_begins_anew_and_says_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    save(folder, 1)
+    (folder.all()[0] / "files.json").write_text("{")
+    said: list[str] = []
+    assert folder.begin({"seed": 0}, resume=True, overwrite=False, notify=said.append) is None
+    assert said == [
+        "The checkpoint step-000001 is damaged; going on from the first step, since there is no other."
+    ]
+
+
+def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    chosen = settings()
+    whole, whole_prompt = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "whole")
+    prepared = prepare(tokenizer, chosen, conversations())
+    with pytest.raises(Killed):
+        tune(local_model(tiny_folder), chosen, prepared, tmp_path / "out", ABOUT, callbacks=[At(5, die)])
+    optimizer = RunFolder(tmp_path / "out").all()[-1] / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    resumed, prompt = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "out", resume=True)
+    assert resumed.losses == whole.losses
+    assert torch.equal(prompt, whole_prompt)
+
+
+def test_two_processes_do_not_train_to_one_place(tiny_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path / "out").locked(),
+        pytest.raises(UsageError, match="Another process is training"),
+    ):
+        finished(local_model(tiny_folder), settings(), tokenizer, tmp_path / "out")
 
 
 def test_a_reporters_log_outlives_the_run_folder(tmp_path: Path) -> None:

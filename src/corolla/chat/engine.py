@@ -22,7 +22,7 @@ from corolla.chat.sampling import SamplingSettings
 from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
-from corolla.models.prompt_files import write_json
+from corolla.models.durable import write_json
 
 UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, falcon with alibi)
 

@@ -12,8 +12,6 @@ whole or not at all.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import BundleError
+from corolla.models.durable import write_atomically, write_json
 from corolla.models.prompts import SoftPrompt
 
 PROMPT_FILE = "prompt.json"
@@ -130,23 +129,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} is missing or truncated; copy the bundle again.") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON for people to read, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file whole: temporary file, fsync, rename. What was there stays when this fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -25,14 +25,13 @@ from transformers import PretrainedConfig
 from corolla import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
+from corolla.models.durable import leftovers, publish, write_atomically, write_json
 from corolla.models.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     read_prompt_info,
     save_prompt,
-    write_atomically,
-    write_json,
 )
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.curve import draw_curve
@@ -121,14 +120,38 @@ def save_bundle(
 
 def _put_in_place(temporary: Path, out: Path, overwrite: bool) -> None:
     if not out.exists():
-        os.rename(temporary, out)
+        publish(temporary, out)
         return
     if not overwrite:
         raise UsageError(f"{out} exists already: give another --out, or --overwrite to replace it.")
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{_replaced(out)}."))
     os.rename(out, old / out.name)
-    os.rename(temporary, out)
+    try:
+        publish(temporary, out)
+    except OSError:
+        os.rename(old / out.name, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(out: Path) -> str:
+    return f"{out.name}.old"
+
+
+def clear_leftovers(out: Path) -> None:
+    """Put in order what a killed `save_bundle` left beside `out`: a bundle that it was replacing comes back.
+
+    Nobody else may be saving to `out`. Raises `BundleError`.
+    """
+    try:
+        for path in leftovers(out.parent, _replaced(out)):
+            if not out.exists() and (path / out.name).exists():
+                os.rename(path / out.name, out)
+            shutil.rmtree(path, ignore_errors=True)
+        for path in leftovers(out.parent, out.name):
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(f"{out.parent} cannot be written: {error.strerror or error}.") from error
 
 
 def _json_lines(history: Iterable[dict[str, float]]) -> bytes:

@@ -7,7 +7,7 @@ that an uninterrupted run would have had, or in an error that says in one senten
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from corolla.errors import UsageError
 from corolla.tuning.batches import Prepared
-from corolla.tuning.bundle import CURVE_FILE, Bundle, ModelInfo, save_bundle
+from corolla.tuning.bundle import CURVE_FILE, Bundle, ModelInfo, clear_leftovers, save_bundle
 from corolla.tuning.checkpoints import RunFolder
 from corolla.tuning.evaluate import Difference, Evaluation, compare
 from corolla.tuning.progress import ProgressReport
@@ -83,37 +83,32 @@ def tune(
     """
     started = time.monotonic()
     console = console or Console(quiet=True)
-    folder = RunFolder(out)
     trained = _what_is_trained(model, settings, prepared, about)
-    checkpoint = folder.begin(trained, resume=resume, overwrite=overwrite)
-    progress = ProgressReport(console)
-    interrupt = StopOnInterrupt(lambda line: console.print(line, highlight=False))
-    trainer = PromptTrainer(model, settings, prepared, folder, about, [progress, interrupt, *callbacks])
-    _drop_default_printer(trainer)
-    trainer.args.eval_on_start = checkpoint is None
-    try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        progress.close()
-        model.eval()
-    state = trainer.state
-    if state.global_step < state.max_steps:
-        return TuneStopped(state.global_step, state.max_steps, folder.all()[-1])
-    before, after = _before_and_after(trainer, folder)
-    difference = compare(before, after, seed=settings.seed)
-    history = _history(state.log_history)
-    bundle = Bundle(
-        model=about,
-        mode=model.prompts.mode,
-        prompt_tokens=model.prompts.length,
-        rendering=settings.rendering,
-        stop=_stop_settings(prepared),
-        training={**settings.to_dict(), **(notes or {}), "steps": state.global_step},
-        metrics=_metrics(before, after, difference),
-    )
-    save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=overwrite)
-    folder.finish()
+    folder = RunFolder(out)
+    folder.check(resume=resume, overwrite=overwrite)
+    with folder.locked():
+        clear_leftovers(out)
+        checkpoint = folder.begin(trained, resume=resume, overwrite=overwrite, notify=_printer(console))
+        trainer = _train(model, settings, prepared, folder, about, checkpoint, console, callbacks)
+        state = trainer.state
+        if state.global_step < state.max_steps:
+            return TuneStopped(state.global_step, state.max_steps, folder.all()[-1])
+        before, after = _before_and_after(trainer, folder)
+        difference = compare(before, after, seed=settings.seed)
+        history = _history(state.log_history)
+        bundle = Bundle(
+            model=about,
+            mode=model.prompts.mode,
+            prompt_tokens=model.prompts.length,
+            rendering=settings.rendering,
+            stop=_stop_settings(prepared),
+            training={**settings.to_dict(), **(notes or {}), "steps": state.global_step},
+            metrics=_metrics(before, after, difference),
+        )
+        replace = overwrite or folder.has_ended()
+        folder.note_end(bundle.to_dict())
+        save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=replace)
+        folder.finish()
     return TuneResult(
         bundle=out,
         curve=out / CURVE_FILE,
@@ -124,6 +119,35 @@ def tune(
         steps=state.global_step,
         seconds=time.monotonic() - started,
     )
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _train(
+    model: Any,
+    settings: TuneSettings,
+    prepared: Prepared,
+    folder: RunFolder,
+    about: ModelInfo,
+    checkpoint: Path | None,
+    console: Console,
+    callbacks: Sequence[TrainerCallback],
+) -> PromptTrainer:
+    """Train until the last step or Ctrl-C; the trainer's state says which."""
+    progress = ProgressReport(console)
+    interrupt = StopOnInterrupt(_printer(console))
+    trainer = PromptTrainer(model, settings, prepared, folder, about, [progress, interrupt, *callbacks])
+    _drop_default_printer(trainer)
+    trainer.args.eval_on_start = checkpoint is None
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
+        model.eval()
+    return trainer
 
 
 def _what_is_trained(
@@ -159,9 +183,13 @@ def _before_and_after(trainer: PromptTrainer, folder: RunFolder) -> tuple[Evalua
 
 
 def _history(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """The Trainer's log without its bookkeeping."""
+    """The Trainer's log without its bookkeeping, and without what a run resumed at its end measured again."""
     lines = [{key: line[key] for key in FIGURES if key in line} for line in log]
-    return [line for line in lines if "loss" in line or "eval_loss" in line]
+    return [
+        line
+        for index, line in enumerate(lines)
+        if ("loss" in line or "eval_loss" in line) and line not in lines[:index]
+    ]
 
 
 def _stop_settings(prepared: Prepared) -> dict[str, Any]:
