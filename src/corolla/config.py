@@ -14,6 +14,14 @@ from corolla.errors import UsageError
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Whom a guarded peer lets in: who is on a list, and who has a certificate."""
+
+    allow: Path | None = None  # a file of peer ids
+    issuers: tuple[str, ...] = ()  # besides the peer itself: peers whose certificates count
+
+
+@dataclass(frozen=True)
 class NodeConfig:
     """How a process takes part in the network."""
 
@@ -22,6 +30,19 @@ class NodeConfig:
     announce: tuple[str, ...] = ()
     identity: Path | None = None
     ready_file: Path | None = None
+    guard: GuardConfig | None = None  # None: everybody may come in
+
+    def __post_init__(self) -> None:
+        if (
+            self.guard is not None
+            and not self.guard.allow
+            and not self.guard.issuers
+            and self.identity is None
+        ):
+            raise UsageError(
+                "--guarded lets those in whom this peer has invited, and needs --identity FILE for that; or give "
+                "--allow peers.txt or --trust-issuer PEER_ID."
+            )
 
 
 # How weights are kept: as they are, in 8-bit integers, or (with CUDA) in 4-bit normal floats.

@@ -52,6 +52,10 @@ class NonFiniteLoss(UsageError):
     """The training loss became NaN or infinite; the text says what to try."""
 
 
+class NotAdmitted(UsageError):
+    """A guarded peer does not let this one in: not invited, expired, revoked; the text says what to do."""
+
+
 # --- A peer's fault: it is avoided for a while, and another one is tried --------------------------------
 
 

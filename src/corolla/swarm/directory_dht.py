@@ -1,12 +1,11 @@
 """The directory over hivemind's Kademlia DHT, on the peer's own libp2p daemon.
 
-Invariant: a record that enters this peer's part of the DHT, or leaves it, is small, decodes as a
-`ServerRecord`, stands under the key and the peer id that it names, and expires within `MAX_TTL` seconds.
-Reads go to the network, never to a cache.
+Invariant: what is read was signed by the server that it is about, is not expired and not taken back
+(`dht_records.py`). Reads go to the network, never to a cache.
 
 Each record stands under two keys, one for its model and one for the map of all models. A record that is
-taken back is replaced by one marked `withdrawn`, since the DHT forgets nothing before it expires. Nothing
-here proves that the peer itself wrote its record: routes are only as good as what using them shows.
+taken back is replaced by one marked `withdrawn`, since the DHT forgets nothing before it expires. All times
+are the swarm's: the clock of the peer that everybody joined through, as far as one knows.
 """
 
 from __future__ import annotations
@@ -14,112 +13,120 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.node import DHTNode
-from hivemind.dht.protocol import ValidationError
-from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 
 from corolla.errors import SwarmUnavailable
 from corolla.swarm.addresses import join_multiaddr, peer_of
+from corolla.swarm.dht_records import (
+    MAP_KEY,
+    Entry,
+    Ledger,
+    RecordValidator,
+    model_key,
+    read_entry,
+    sign_entry,
+    stored_until,
+    subkey_of,
+)
 from corolla.swarm.directory import Directory, ServerRecord
 from corolla.swarm.transport.libp2p import Libp2pTransport
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORD_BYTES = 2048
-MAX_TTL = 900.0  # seconds
 REQUEST_SECONDS = 3.0  # after which a DHT peer that does not answer is passed over
 REJOIN_SECONDS = 2.0
 
-MAP_KEY = "corolla/1/servers"
 
-
-class _Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What is stored; `withdrawn` takes the record back."""
-
-    record: ServerRecord
-    withdrawn: bool
-
-
-_decoder = msgspec.msgpack.Decoder(_Entry)
-
-
-def _model_key(model: str) -> str:
-    return f"corolla/1/model/{model}"
-
-
-def _subkey(record: ServerRecord) -> str:
-    return f"{record.peer_id}/{record.model}"
-
-
-def _key_id(key: str) -> bytes:
-    identifier: bytes = DHTID.generate(source=key).to_bytes()
-    return identifier
-
-
-class _Validator(RecordValidatorBase):  # type: ignore[misc]
-    """Lets only our own kind of record into and out of the DHT."""
-
-    def validate(self, record: DHTRecord) -> bool:
-        if len(record.value) > MAX_RECORD_BYTES or len(record.subkey) > MAX_RECORD_BYTES:
-            return False
-        if record.expiration_time > time.time() + MAX_TTL:
-            return False
-        try:
-            entry = _decoder.decode(msgspec.msgpack.decode(record.value, type=bytes))
-            subkey = msgspec.msgpack.decode(record.subkey, type=str)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return False
-        keys = (_key_id(MAP_KEY), _key_id(_model_key(entry.record.model)))
-        return subkey == _subkey(entry.record) and record.key in keys
+def _everybody(_peer_id: str) -> bool:
+    return True
 
 
 class DHTDirectory(Directory):
     """One peer's access to the DHT. Made by `create`, before the transport is closed ended by `close`."""
 
-    def __init__(self, node: Any, peers: Sequence[str]) -> None:
+    def __init__(
+        self, node: Any, transport: Libp2pTransport, peers: Sequence[str], clock: Callable[[], float]
+    ) -> None:
         self._node = node
+        self._identity = transport.identity
         self._peers = peers  # base58 ids of those we joined through
+        self._clock = clock
         self._expirations: dict[str, float] = {}
         self._rejoined = time.monotonic()
 
     @classmethod
     async def create(
-        cls, transport: Libp2pTransport, *, initial_peers: Sequence[str] = (), client_only: bool = False
+        cls,
+        transport: Libp2pTransport,
+        *,
+        initial_peers: Sequence[str] = (),
+        client_only: bool = False,
+        allowed: Callable[[str], bool] = _everybody,
+        clock: Callable[[], float] = time.time,
     ) -> DHTDirectory:
         """Join the DHT through peers that the transport already knows.
 
-        With `client_only` this peer stores nothing for others. Raises `SwarmUnavailable` when none of the
-        initial peers takes part in a DHT of ours, or its clock differs by more than three seconds.
+        With `client_only` this peer stores nothing for others. Only peers for which `allowed` is true are
+        answered, and only their records kept. `clock` tells the swarm's time. Raises `SwarmUnavailable` when
+        none of the initial peers takes part in a DHT of ours, or can reach this one.
         """
         addresses = [join_multiaddr(address) for address in initial_peers]
+        validator = RecordValidator(clock)
+        transport.calls.takes = Ledger(validator, allowed, clock).takes
+        node = await DHTNode.create(
+            p2p=transport.p2p,
+            initial_peers=addresses or None,
+            client_mode=client_only,
+            record_validator=validator,
+            wait_timeout=REQUEST_SECONDS,
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            reuse_get_requests=False,
+            # Else clocks that differ by three seconds are refused; whether we joined is checked below.
+            ensure_bootstrap_success=False,
+        )
+        directory = cls(node, transport, [peer_of(address) for address in addresses], clock)
         try:
-            node = await DHTNode.create(
-                p2p=transport.p2p,
-                initial_peers=addresses or None,
-                client_mode=client_only,
-                record_validator=_Validator(),
-                wait_timeout=REQUEST_SECONDS,
-                cache_locally=False,
-                cache_nearest=0,
-                cache_on_store=False,
-                cache_refresh_before_expiry=0,
-                reuse_get_requests=False,
+            await directory._check_joined(initial_peers)
+        except BaseException:
+            await node.shutdown()
+            raise
+        return directory
+
+    async def _check_joined(self, initial_peers: Sequence[str]) -> None:
+        """Raises `SwarmUnavailable` unless one of them answers and, if we serve, reaches us."""
+        if not self._peers:
+            return
+        answers = await asyncio.gather(*map(self._ping, self._peers))
+        listed = ", ".join(initial_peers)
+        if not any(answer is not None for answer in answers):
+            raise SwarmUnavailable(
+                f"Cannot join the swarm: nobody at {listed} answers as a peer of a Corolla swarm."
             )
-        except (RuntimeError, ValidationError) as error:
-            listed = ", ".join(initial_peers)
-            reason = (
-                f"the peer at {listed} refuses this one ({error})"
-                if isinstance(error, ValidationError)
-                else f"nobody at {listed} answers as a peer of a Corolla swarm"
+        if not self._node.protocol.client_mode and not any(
+            answer is not None and answer.available for answer in answers
+        ):
+            raise SwarmUnavailable(
+                f"Cannot join the swarm: the peer at {listed} cannot reach this one; open its port in the firewall "
+                "and name it with --listen and --announce."
             )
-            raise SwarmUnavailable(f"Cannot join the swarm: {reason}.") from error
-        return cls(node, [peer_of(address) for address in addresses])
+
+    async def _ping(self, peer: str) -> Any:
+        protocol = self._node.protocol
+        stub = protocol.get_stub(PeerID.from_base58(peer))
+        request = dht_pb2.PingRequest(peer=protocol.node_info, validate=not protocol.client_mode)
+        try:
+            return await stub.rpc_ping(request, timeout=2 * REQUEST_SECONDS)
+        except Exception as error:  # the library's own kinds, a timeout, another's bug
+            logger.debug("No answer from %s: %s", peer, error)
+            return None
 
     async def announce(self, record: ServerRecord, ttl: float) -> None:
         await self._store(record, withdrawn=False, ttl=ttl)
@@ -129,7 +136,7 @@ class DHTDirectory(Directory):
         await self._store(record, withdrawn=True, ttl=0.0)
 
     async def servers(self, model: str) -> list[ServerRecord]:
-        return await self._read(_model_key(model))
+        return await self._read(model_key(model))
 
     async def all_servers(self) -> list[ServerRecord]:
         return await self._read(MAP_KEY)
@@ -139,17 +146,19 @@ class DHTDirectory(Directory):
             await self._node.shutdown()
 
     async def _store(self, record: ServerRecord, *, withdrawn: bool, ttl: float) -> None:
+        if self._identity is None or record.peer_id != self._identity.peer_id:
+            raise ValueError("A peer announces itself only, and a client nothing.")
         await self._rejoin()
-        subkey = _subkey(record)
+        subkey = subkey_of(record)
         # The DHT keeps whichever expires later: each of our records must outlive the one that it replaces.
-        expiration = max(time.time() + ttl, self._expirations.get(subkey, 0.0) + 0.001)
-        self._expirations[subkey] = expiration
-        value = msgspec.msgpack.encode(_Entry(record, withdrawn))
+        expires = max(self._clock() + ttl, self._expirations.get(subkey, 0.0) + 0.001)
+        self._expirations[subkey] = expires
+        value = sign_entry(Entry(record, withdrawn, expires), self._identity)
         stored = await self._node.store_many(
-            keys=[_model_key(record.model), MAP_KEY],
+            keys=[model_key(record.model), MAP_KEY],
             subkeys=[subkey, subkey],
             values=[value, value],
-            expiration_time=expiration,
+            expiration_time=stored_until(expires),
         )
         if not all(stored.values()):
             logger.warning("Not everybody took this peer's announcement; it is repeated with the next one.")
@@ -159,14 +168,9 @@ class DHTDirectory(Directory):
         found = await self._node.get(key, latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
-        now = time.time()
-        records = []
-        for subkey in sorted(found.value, key=str):
-            item = found.value[subkey]
-            entry = _decoder.decode(item.value)  # validated on its way here
-            if not entry.withdrawn and item.expiration_time > now:
-                records.append(entry.record)
-        return records
+        now = self._clock()
+        entries = [read_entry(found.value[subkey].value) for subkey in sorted(found.value, key=str)]
+        return [entry.record for entry in entries if not entry.withdrawn and entry.expires > now]
 
     async def _rejoin(self) -> None:
         """Greet those we joined through again, if we lost them: they may have come back after a restart."""

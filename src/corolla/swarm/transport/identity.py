@@ -1,43 +1,165 @@
-"""The file that keeps a peer's key, and with it the peer's id.
+"""A peer's key: the file that keeps it, the peer id that follows from it, what it signs.
 
-Invariant: a key file that we write can be read by its owner only, at every moment; one that exists is never
-changed.
+Invariant: a key file that we write can be read by its owner only, at every moment; the key in one that exists
+is never changed. A peer id is the hash of its public key, so whoever knows the id can check a signature that
+comes with the key. Keys are RSA, as libp2p's daemon makes and reads them.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+from functools import lru_cache
 from pathlib import Path
 
-from hivemind.p2p import P2P, PeerID
+import base58
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_der_private_key,
+    load_der_public_key,
+)
 
 from corolla.errors import UsageError
+from corolla.swarm.private_files import tighten, write_private
+
+KEY_BITS = 2048
+MAX_KEY_BYTES = 1024  # of a public key: RSA with up to 4096 bits and some room
+
+# libp2p wraps keys in protobuf: field 1, the kind (0: RSA); field 2, the key as DER with its length in front.
+_WRAPPED = b"\x08\x00\x12"
+_MULTIHASH_SHA256 = b"\x12\x20"
 
 
-def prepare_identity(path: Path, scratch: Path) -> None:
-    """Make sure that `path` holds a key; a new one is made in the private folder `scratch` first.
+class Identity:
+    """A key pair. Made by `generate`, `read` or `from_bytes`."""
+
+    def __init__(self, key: rsa.RSAPrivateKey) -> None:
+        self.key = key
+        self.public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        self.peer_id = peer_id_of(self.public)
+
+    @classmethod
+    def generate(cls) -> Identity:
+        """A new one."""
+        return cls(rsa.generate_private_key(public_exponent=65537, key_size=KEY_BITS))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Identity:
+        """What an identity file holds. Raises `ValueError`."""
+        if not data.startswith(_WRAPPED):
+            raise ValueError("not a wrapped RSA key")
+        length, start = _read_varint(data, len(_WRAPPED))
+        if len(data) != start + length:
+            raise ValueError("truncated")
+        key = load_der_private_key(data[start:], password=None)
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise ValueError("not an RSA key")
+        return cls(key)
+
+    def to_bytes(self) -> bytes:
+        """As an identity file holds it."""
+        return _wrap(self.key.private_bytes(Encoding.DER, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
+
+    @classmethod
+    def read(cls, path: Path) -> Identity:
+        """The key in `path`, whose permissions are tightened. Raises `UsageError`."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"The identity file {path} cannot be used: {error.strerror}.") from error
+        tighten(path)
+        try:
+            return cls.from_bytes(data)
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"The file {path} is not a peer's identity; give a path that does not exist yet to have one made."
+            ) from error
+
+    def sign(self, data: bytes) -> bytes:
+        """A signature of `data`."""
+        return self.key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+
+
+def prepare_identity(path: Path) -> Identity:
+    """The key in `path`; a new one is written when the file is not there.
 
     Raises `UsageError` when the file cannot be written or read, or holds something else.
     """
     try:
         if not path.exists():
-            _write_new(path, scratch)
-        data = path.read_bytes()
+            write_private(path, Identity.generate().to_bytes(), replace=False)
+    except FileExistsError:
+        pass  # another process was quicker
     except OSError as error:
         raise UsageError(f"The identity file {path} cannot be used: {error.strerror}.") from error
+    return Identity.read(path)
+
+
+def peer_id_of(public: bytes) -> str:
+    """The peer id of a public key (DER, SubjectPublicKeyInfo)."""
+    return str(base58.b58encode(_MULTIHASH_SHA256 + hashlib.sha256(_wrap(public)).digest()), "ascii")
+
+
+def is_peer_id(text: str) -> bool:
+    """Whether `text` may be a peer id: one of an RSA key, or of a short key that the id itself holds."""
     try:
-        PeerID.from_identity(data)
-    except Exception as error:  # any of several parsers' errors
-        raise UsageError(
-            f"The file {path} is not a peer's identity; give a path that does not exist yet to have one made."
-        ) from error
+        data = base58.b58decode(text)
+    except ValueError:
+        return False
+    return (len(data) == 34 and data.startswith(_MULTIHASH_SHA256)) or (
+        2 < len(data) <= 44 and data[0] == 0 and data[1] == len(data) - 2
+    )
 
 
-def _write_new(path: Path, scratch: Path) -> None:
-    made = scratch / "identity"
-    P2P.generate_identity(str(made))
-    # O_EXCL: of two processes that start at once, one writes and the other fails instead of sharing an id.
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(file, "wb") as out:
-        out.write(made.read_bytes())
-    made.unlink()
+def load_public(public: bytes, peer_id: str) -> rsa.RSAPublicKey | None:
+    """The key, if it is `peer_id`'s and strong enough; else None. Never raises, whatever a peer sent."""
+    if len(public) > MAX_KEY_BYTES or peer_id_of(public) != peer_id:
+        return None
+    try:
+        key = load_der_public_key(public)
+    except Exception:  # several kinds of a parser's errors
+        return None
+    if not isinstance(key, rsa.RSAPublicKey) or not KEY_BITS <= key.key_size <= 2 * KEY_BITS:
+        return None
+    return key
+
+
+@lru_cache(maxsize=4096)  # records are read again every few seconds
+def is_signed_by(peer_id: str, public: bytes, data: bytes, signature: bytes) -> bool:
+    """Whether the peer `peer_id`, whose key is `public`, signed `data`."""
+    key = load_public(public, peer_id)
+    if key is None:
+        return False
+    try:
+        key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _wrap(der: bytes) -> bytes:
+    return _WRAPPED + _varint(len(der)) + der
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _read_varint(data: bytes, start: int) -> tuple[int, int]:
+    """The number that begins at `start`, and where it ends."""
+    number = 0
+    for place in range(4):
+        byte = data[start + place] if start + place < len(data) else 0
+        number |= (byte & 0x7F) << 7 * place
+        if not byte & 0x80:
+            return number, start + place + 1
+    raise ValueError("a length that makes no sense")

@@ -1,8 +1,8 @@
 """Streams between peers over libp2p, by hivemind's daemon `p2pd`. Importing this module takes seconds.
 
-Invariant: hivemind is known here and in `swarm/directory_dht.py` only. The daemon and the folder with its
-sockets belong to the transport and end with it; what daemon and library log reaches our own logger at
-debug level and nobody's terminal.
+Invariant: hivemind is known here, in `swarm/directory_dht.py` and in `swarm/dht_records.py` only. The daemon
+and the folder with its sockets belong to the transport and end with it; what daemon and library log reaches
+our own logger at debug level and nobody's terminal.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
@@ -31,7 +31,7 @@ from corolla.errors import (
 )
 from corolla.swarm.addresses import check_ports_free, is_loopback, join_multiaddr, listen_multiaddr
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
-from corolla.swarm.transport.identity import prepare_identity
+from corolla.swarm.transport.identity import Identity, prepare_identity
 from corolla.swarm.transport.runtime_dir import RuntimeDir
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,38 @@ def _tame_hivemind_logging() -> None:
 _tame_hivemind_logging()
 
 
-def _daemon_class(runtime_dir: Path, made: list[Any]) -> type[Any]:
-    """A `P2P` whose sockets lie in `runtime_dir` and whose daemon is left alone by Ctrl-C.
+class NotAllowedHere(Exception):
+    """What a remote call by a peer that may not make it fails with; the caller is sent its name."""
+
+
+class Calls:
+    """Decides about remote calls (the DHT's), in both directions; the transport's owner says how."""
+
+    def __init__(self) -> None:
+        # Whether a call with this argument, by this peer, is taken; by default all are.
+        self.takes: Callable[[str, Any], bool] = lambda _peer_id, _request: True
+        # Presents us to a peer that refused a call; true when it lets us in now.
+        self.introduce: Callable[[str], Awaitable[bool]] | None = None
+
+    def checked(self, handler: Any) -> Any:
+        """The same handler, for calls that are taken."""
+
+        async def handle(request: Any, context: Any) -> Any:
+            if not self.takes(context.remote_id.to_base58(), request):
+                raise NotAllowedHere
+            return await handler(request, context)
+
+        return handle
+
+    async def introduced(self, peer: str, error: Exception) -> bool:
+        """Whether a call that failed so may be made again, since the peer knows us now."""
+        if NotAllowedHere.__name__ not in str(error) or self.introduce is None:
+            return False
+        return await self.introduce(peer)
+
+
+def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]:
+    """A `P2P` whose sockets lie in `runtime_dir`, whose daemon is left alone by Ctrl-C, with checked calls.
 
     Its objects are noted in `made`: where `create` fails, hivemind leaves them to the garbage collector.
     """
@@ -83,6 +113,17 @@ def _daemon_class(runtime_dir: Path, made: list[Any]) -> type[Any]:
             # its peer could say goodbye. A session of its own keeps it out of that.
             command: list[str] = P2P._make_process_args(*args, **kwargs)
             return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
+
+        async def add_protobuf_handler(self, name: str, handler: Any, *args: Any, **kwargs: Any) -> None:
+            await super().add_protobuf_handler(name, calls.checked(handler), *args, **kwargs)
+
+        async def call_protobuf_handler(self, peer_id: Any, *args: Any) -> Any:
+            try:
+                return await super().call_protobuf_handler(peer_id, *args)
+            except P2PHandlerError as error:
+                if not await calls.introduced(peer_id.to_base58(), error):
+                    raise
+            return await super().call_protobuf_handler(peer_id, *args)
 
     return Daemon
 
@@ -132,8 +173,10 @@ class Libp2pStream(Stream):
 class Libp2pTransport(Transport):
     """One peer, with a daemon of its own. Made by `create`."""
 
-    def __init__(self, p2p: Any, runtime_dir: RuntimeDir) -> None:
+    def __init__(self, p2p: Any, runtime_dir: RuntimeDir, calls: Calls, identity: Identity | None) -> None:
         self.p2p = p2p
+        self.calls = calls
+        self.identity = identity  # None: of a client that nobody knows, its daemon's secret
         self.peer_id: str = p2p.peer_id.to_base58()
         self._control = p2p._daemon_listen_maddr["unix"]
         self._runtime_dir = runtime_dir
@@ -151,24 +194,34 @@ class Libp2pTransport(Transport):
         announce: Sequence[str] | None = None,
         identity: Path | None = None,
         client_only: bool = False,
+        relays: bool = True,
     ) -> Libp2pTransport:
-        """Start a daemon and connect it; the arguments are `Node.create`'s, and so are the errors."""
+        """Start a daemon and connect it; the arguments are `Node.create`'s, and so are the errors.
+
+        With `relays` it passes traffic on for peers that cannot be reached otherwise, strangers included, and
+        can be reached through such peers.
+        """
         peers = [join_multiaddr(address) for address in initial_peers]
         hosts = [listen_multiaddr(address) for address in (listen or DEFAULT_LISTEN)]
         announced = [listen_multiaddr(address) for address in announce] if announce else None
         check_ports_free(hosts)
         runtime_dir = RuntimeDir()
         made: list[Any] = []
+        calls = Calls()
         try:
-            if identity is not None:
-                prepare_identity(identity, runtime_dir.path)
-            p2p = await _daemon_class(runtime_dir.path, made).create(
+            if identity is None and not client_only:
+                identity = runtime_dir.path / "identity"  # for this run; a server signs its records
+            known = None if identity is None else await asyncio.to_thread(prepare_identity, identity)
+            p2p = await _daemon_class(runtime_dir.path, made, calls).create(
                 initial_peers=peers or None,
                 host_maddrs=hosts,
                 announce_maddrs=announced,
                 identity_path=None if identity is None else str(identity),
                 dht_mode="client" if client_only else "server",
                 nat_port_map=not is_loopback(hosts),
+                use_relay=relays,
+                # Two commands of one user may be clients of one identity at the same time.
+                check_if_identity_free=not client_only,
             )
         except BaseException as error:
             await _end(made)
@@ -176,7 +229,7 @@ class Libp2pTransport(Transport):
             if isinstance(error, P2PDaemonError):
                 raise _explain(error, initial_peers, hosts) from error
             raise
-        return cls(p2p, runtime_dir)
+        return cls(p2p, runtime_dir, calls, known)
 
     async def addresses(self) -> list[str]:
         return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
