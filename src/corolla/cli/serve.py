@@ -33,7 +33,9 @@ def serve(
     identity: IdentityOption = None,
     ready_file: ReadyFileOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads to use at most (default: all cores).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads to use at most (default: all cores).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
     quantization: Annotated[
         str, typer.Option(help="How weights are kept: none, int8, or nf4 (CUDA only).")

@@ -15,7 +15,7 @@ from torch import Tensor
 from corolla.client.history import History
 from corolla.client.retry import Retry
 from corolla.client.view import SwarmView
-from corolla.errors import ProtocolError, RemoteError, UsageError
+from corolla.errors import ProtocolError, RemoteError, RequestRefused, UsageError
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
@@ -74,13 +74,17 @@ class SpanSession:
         return origin is not None and self._cached == origin.tokens
 
     async def step(self, hidden: Tensor, step: Step, extra: dict[str, Tensor]) -> Tensor:
-        """Outputs [R, T, H] of this span. After an error the server's cache is given up."""
+        """Outputs [R, T, H] of this span.
+
+        After an error the server's cache is given up, but for "busy": then it is as it was before the step.
+        """
         assert self.channel is not None
         try:
             reply = await request(self.channel, Packet(step, {"hidden": hidden} | extra))
             output = checked(reply, "hidden", hidden, self.hop)
-        except BaseException:
-            await self.drop()
+        except BaseException as error:
+            if not (isinstance(error, RequestRefused) and error.code == "busy"):
+                await self.drop()
             raise
         self._epoch += self._cached > 0 and (step.position < self._cached or "rows" in extra)
         self._cached = step.position + int(hidden.shape[1])
@@ -145,7 +149,9 @@ class SessionChain:
         self.reserve(start + int(hidden.shape[1]))
         progress = _Progress(hidden, start, mask, positions, order)
         try:
-            await self._retry.run(lambda: self._advance(progress), what="a generation step")
+            await self._retry.run(
+                lambda: self._advance(progress), what="a generation step", done=lambda: progress.reached
+            )
         except BaseException:
             for span in self._spans[progress.done :]:
                 await span.drop()  # whether these servers took the step is not known: they are replayed
@@ -171,14 +177,25 @@ class SessionChain:
                 SpanSession(hop, History()) for hop in await self._view.route(self._start, self._end)
             ]
         while progress.done < len(self._spans):
-            if self._spans[progress.done].channel is None:
+            if self._is_lost(self._spans[progress.done]):
                 await self._mend(progress)
-            span = self._spans[progress.done]
+            span, began = self._spans[progress.done], self._view.now()
             output = await span.step(progress.value, self._message(progress.start), progress.extra(span))
             self._view.succeeded(span.hop.peer_id)
+            tokens = int(output.shape[0] * output.shape[1])
+            self._view.took(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
             span.history.append(progress.value, progress.positions)
             progress.value = output
-            progress.done += 1
+            progress.advance()
+            if self._view.should_leave(span.hop):
+                await span.drop()  # the next step goes to its replacement
+
+    def _is_lost(self, span: SpanSession) -> bool:
+        """Whether another server must be found: this one has no cache, or asked to be left alone.
+
+        While there is no other, the cache of a busy server stays, and the step waits for it.
+        """
+        return span.channel is None or self._view.is_busy(span.hop.peer_id)
 
     def _message(self, position: int) -> Step:
         return Step(position=position, reserve=self._reserved)
@@ -192,16 +209,17 @@ class SessionChain:
         try:
             for span in fresh:
                 await span.open(self._view, rows=rows, max_tokens=self._reserved, deep=self._deep)
-            await self._replay(lost.history, fresh, progress.mask)
+            await self._replay(lost.history, fresh, progress)
         except BaseException:
             for span in fresh:
                 await span.drop()
             raise
+        await lost.drop()
         self._spans[progress.done : progress.done + 1] = fresh
         progress.replayed.update(id(span) for span in fresh)
 
-    async def _replay(self, history: History, spans: list[SpanSession], mask: Tensor | None) -> None:
-        past = history.inputs()
+    async def _replay(self, history: History, spans: list[SpanSession], progress: _Progress) -> None:
+        past, mask = history.inputs(), progress.mask
         if past is None:
             return
         hidden, positions = past
@@ -214,6 +232,7 @@ class SessionChain:
                 output = await span.step(value, self._message(start), extra)
                 span.history.append(value, ids)
                 value = output
+            progress.replayed_up_to(stop)
 
     async def begin_as(self, other: SessionChain, tokens: int, version: int) -> bool:
         """Begin with the first `tokens` columns of another session of the same blocks and prompts.
@@ -281,7 +300,17 @@ class _Progress:
         self.positions = positions
         self.done = 0
         self.replayed: set[int] = set()  # spans whose history was already in this step's order of rows
+        self.reached = (0, 0)  # spans done, and tokens a row that were replayed to the next one; never falls
         self._order = order
+
+    def advance(self) -> None:
+        """The next span is done; `value` is its output."""
+        self.done += 1
+        self.reached = max(self.reached, (self.done, 0))
+
+    def replayed_up_to(self, tokens: int) -> None:
+        """The replacement of the next span holds so many tokens a row."""
+        self.reached = max(self.reached, (self.done, tokens))
 
     def extra(self, span: SpanSession) -> dict[str, Tensor]:
         """The step's optional tensors for one span."""

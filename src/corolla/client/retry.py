@@ -2,7 +2,8 @@
 
 Invariant: an attempt is repeated only after what failed has been noted (the peer is avoided for a while),
 and only for errors that another server, or the same one later, may not repeat. The attempt keeps what it
-has already done, so a retry continues where the last one stopped.
+has already done, so a retry continues where the last one stopped. However many calls wait, and however
+often they try, a user reads one line when waiting begins and one when it is over.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from corolla.client.view import SwarmView
 from corolla.errors import CorollaError, RemoteError, RequestRefused, SwarmUnavailable
@@ -21,10 +22,65 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEFAULT_PATIENCE = 600.0  # seconds after its beginning at which a call that fails again gives up
+DEFAULT_PATIENCE = 600.0  # seconds without any progress after which a call gives up
+FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
+UNSAID_SECONDS = 1.0  # a wait that is over sooner is nobody's business
 MOST_INTERNAL_ERRORS = 3  # of servers in a row for one request: then it is the request that they cannot do
 FINAL_REFUSALS = {"malformed", "too_large", "out_of_order"}  # another server would say the same
+
+
+class _GaveUp(SwarmUnavailable):
+    """Patience has ended; a call around this one does not begin again."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call's troubles since it last came nearer to its end."""
+
+    what: str
+    since: float  # when it began or made progress last
+    reached: Any
+    failures: int = 0
+    waits: int = 0
+    internal: int = 0
+    evictions: int = 0
+    blamed: str = ""  # the last fault of a peer, in words
+
+    def look(self, reached: Any, now: float) -> None:
+        """Begin to count anew where there is progress."""
+        if reached > self.reached:
+            self.since, self.reached = now, reached
+            self.failures = self.waits = self.internal = self.evictions = 0
+
+    def note(self, error: CorollaError) -> None:
+        self.failures += 1
+        self.waits += isinstance(error, SwarmUnavailable)
+        self.internal += _has_code(error, "internal")
+        self.evictions += _has_code(error, "evicted")
+        if isinstance(error, RemoteError):
+            self.blamed = str(error)
+
+
+@dataclass
+class _Notice:
+    """What the user is told about waiting, for all calls of a client together."""
+
+    calls: set[_Call] = field(default_factory=set)
+    began: float = 0.0
+
+    def waiting(self, call: _Call, why: str, began: float, patience: float) -> None:
+        if not self.calls:
+            self.began = began
+            log.warning("Waiting up to %.0f s to go on with %s: %s", patience, call.what, why)
+        self.calls.add(call)
+
+    def over(self, call: _Call, now: float, *, well: bool) -> None:
+        if call not in self.calls:
+            return
+        self.calls.remove(call)
+        if not self.calls and well:
+            log.warning("Going on after %.0f s of waiting.", now - self.began)
 
 
 class Retry:
@@ -33,39 +89,83 @@ class Retry:
     def __init__(self, view: SwarmView, *, patience: float = DEFAULT_PATIENCE) -> None:
         self._view = view
         self._patience = patience
+        self._notice = _Notice()
 
-    async def run(self, attempt: Callable[[], Awaitable[T]], *, what: str) -> T:
-        """The attempt's result.
+    async def run(
+        self, attempt: Callable[[], Awaitable[T]], *, what: str, done: Callable[[], Any] = lambda: 0
+    ) -> T:
+        """The attempt's result; `done()` says how far it has come, as something that only grows.
 
-        Raises the attempt's own error where repeating cannot help, `SwarmUnavailable` when patience ends.
+        Raises the attempt's own error where repeating cannot help, `SwarmUnavailable` when there was no
+        progress for as long as patience goes.
         """
-        started, failures, internal = time.monotonic(), 0, 0
-        while True:
-            try:
-                return await attempt()
-            except (RemoteError, SwarmUnavailable) as error:
-                internal += _is_internal(error)
-                if _is_final(error) or internal > MOST_INTERNAL_ERRORS:
-                    raise
-                failures += 1
-                waited = time.monotonic() - started
-                if waited > self._patience:
-                    raise SwarmUnavailable(f"Gave up on {what} after {waited:.0f} s: {error}") from error
-                log.warning("%s: %s; trying again", what, error)
-                await self._prepare_next(error, failures)
+        clock = asyncio.get_running_loop().time
+        call = _Call(what, clock(), done())
+        well = False
+        try:
+            while True:
+                try:
+                    result = await attempt()
+                    well = True
+                    return result
+                except (RemoteError, SwarmUnavailable) as error:
+                    call.look(done(), clock())
+                    call.note(error)
+                    if _is_final(error) or call.internal > MOST_INTERNAL_ERRORS:
+                        raise
+                    waited = clock() - call.since
+                    if waited >= self._patience:
+                        raise _GaveUp(_farewell(call, waited, error)) from error
+                    log.info("%s: %s; trying again", what, error)
+                    if isinstance(error, RemoteError):
+                        await self._view.failed(error)
+                    await self._wait(call, error, clock)
+        finally:
+            self._notice.over(call, clock(), well=well)
 
-    async def _prepare_next(self, error: CorollaError, failures: int) -> None:
-        if isinstance(error, RemoteError):
-            await self._view.failed(error)
-            return  # another server, if there is one, can take over at once
-        pause = min(LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))
-        pause = max(0.05, min(pause, self._view.next_return() or pause))
-        await asyncio.sleep(pause * random.uniform(0.75, 1.25))
+    async def _wait(self, call: _Call, error: CorollaError, clock: Callable[[], float]) -> None:
+        """Nothing where another server, if there is one, can take over at once."""
+        pause = self._pause(call, error)
+        if not pause:
+            return
+        left = max(0.0, call.since + self._patience - clock())
+        if clock() + pause - call.since > UNSAID_SECONDS:
+            self._notice.waiting(call, str(error), call.since, left)
+        await asyncio.sleep(min(pause, left))
+
+    def _pause(self, call: _Call, error: CorollaError) -> float:
+        if isinstance(error, SwarmUnavailable):
+            # No longer than until a server may be asked again, since it may be the only one.
+            back = self._view.next_return()
+            pause = backoff(call.waits)
+            return pause if not back else max(0.01, min(pause, back * random.uniform(1.0, 1.1)))
+        if error_names_nobody(error):
+            return backoff(call.failures)
+        if _has_code(error, "evicted") and call.evictions > 1:
+            return backoff(
+                call.evictions
+            )  # a server that is so short of room must not be replayed in a circle
+        return 0.0
 
 
-def _is_internal(error: CorollaError) -> bool:
-    return isinstance(error, RequestRefused) and error.code == "internal"
+def backoff(failures: int) -> float:
+    """Seconds to pause after so many failures in a row, with jitter: clients must not come back in step."""
+    return float(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10)) * random.uniform(0.75, 1.25))
+
+
+def error_names_nobody(error: CorollaError) -> bool:
+    """Whether a peer failed that cannot be avoided, because it is not known which."""
+    return isinstance(error, RemoteError) and error.peer_id is None
+
+
+def _farewell(call: _Call, waited: float, error: CorollaError) -> str:
+    blamed = f" The last fault of a server was: {call.blamed}" if call.blamed not in ("", str(error)) else ""
+    return f"Gave up on {call.what} after {waited:.0f} s: {error}{blamed}"
+
+
+def _has_code(error: CorollaError, code: str) -> bool:
+    return isinstance(error, RequestRefused) and error.code == code
 
 
 def _is_final(error: CorollaError) -> bool:
-    return isinstance(error, RequestRefused) and error.code in FINAL_REFUSALS
+    return isinstance(error, _GaveUp) or (isinstance(error, RequestRefused) and error.code in FINAL_REFUSALS)

@@ -167,15 +167,15 @@ class TrainingPass:
                 value, block = output, hop.end
             return value
 
-        return await self._retry.run(attempt, what="a forward pass")
+        return await self._retry.run(attempt, what="a forward pass", done=lambda: block)
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)
-        value, lost = grad, False
+        value, lost, done = grad, False, 0
         pieces: list[tuple[Hop, Tensor]] = []
 
         async def attempt() -> Tensor:
-            nonlocal value, lost
+            nonlocal value, lost, done
             while stages:
                 stage = stages[-1]
                 if lost:
@@ -188,11 +188,12 @@ class TrainingPass:
                     lost = True
                     raise
                 stages.pop()
+                done += 1
                 if piece is not None:
                     pieces.append((stage.hop, piece))
             return value
 
-        return await self._retry.run(attempt, what="a backward pass"), pieces
+        return await self._retry.run(attempt, what="a backward pass", done=lambda: done), pieces
 
     async def _backward_hop(
         self, micro: MicroBatch, stage: Stage, grad: Tensor
@@ -241,10 +242,11 @@ class TrainingPass:
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         channel = await self._view.channel(hop.peer_id)
+        began = self._view.now()
         try:
             reply = await request(channel, Packet(message, tensors))
         except RequestRefused as refusal:
-            if refusal.code == "no_lease":  # as if nothing had been asked: the stream is good
+            if refusal.code in ("no_lease", "busy"):  # as if nothing had been asked: the stream is good
                 self._view.release(channel)
             else:
                 await channel.close()
@@ -254,6 +256,9 @@ class TrainingPass:
             raise
         self._view.release(channel)
         self._view.succeeded(hop.peer_id)
+        sent = next(iter(tensors.values()))
+        nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
+        self._view.took(hop, int(sent.shape[1]), nbytes, self._view.now() - began)
         return reply
 
 

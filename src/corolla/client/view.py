@@ -2,7 +2,8 @@
 
 Invariant: a route is computed from records no older than `REFRESH_SECONDS`, or the newest that could be had
 at once. Peers that failed lately are used only where nobody else can be, and then after a rest that grows
-with each failure. A stream in the pool has no request open on it.
+with each failure; a busy one is left alone as long as it asked for; a server that was found slow counts as
+slow as it was found. A stream in the pool has no request open on it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from corolla.errors import MissingBlocks, RemoteError, RequestRefused
+from corolla.errors import MissingBlocks, RemoteError, RequestRefused, SwarmUnavailable
 from corolla.swarm.channel import Channel
 from corolla.swarm.directory import Directory, ServerRecord
-from corolla.swarm.routing import Hop, find_route, numerics_of
+from corolla.swarm.routing import Hop, Paces, find_route, numerics_of
 from corolla.swarm.transport.base import Transport
 from corolla.wire.compression import WireFormat
 from corolla.wire.messages import PROTOCOL_NAME
@@ -30,6 +30,9 @@ FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with ea
 LONGEST_AVOIDANCE = 60.0
 FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
 LONGEST_REST = 5.0
+BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
+# What the peer serves is not what its record said: there is a newer record, or there will be.
+OUTDATED = frozenset({"wrong_blocks", "wrong_model"})
 
 
 class SwarmView:
@@ -45,9 +48,10 @@ class SwarmView:
         num_blocks: int,
         wire: WireFormat = "compute",
         mixed: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """`mixed`: servers of different arithmetic (dtype, quantization) may work on one thing."""
+        """`mixed`: servers of different arithmetic (dtype, quantization) may work on one thing. `clock` gives
+        seconds; by default the event loop's."""
         self.transport = transport
         self.model = model
         self.model_name = model_name
@@ -56,12 +60,14 @@ class SwarmView:
         self._mixed = mixed
         self._numerics: str | None = None  # the arithmetic that was begun with
         self._directory = directory
-        self._clock = clock
+        self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._records: list[ServerRecord] = []
         self._refreshed = float("-inf")
         self._reading: asyncio.Task[None] | None = None
         self._avoid_until: dict[str, float] = {}
         self._rest_until: dict[str, float] = {}
+        self._busy_until: dict[str, float] = {}
+        self._paces = Paces()
         self._failures: dict[str, int] = defaultdict(int)
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
@@ -79,7 +85,8 @@ class SwarmView:
             return self._find(start, end)
 
     def _find(self, start: int, end: int) -> list[Hop]:
-        avoided, resting = self._still(self._avoid_until), self._still(self._rest_until)
+        avoided, busy = self._still(self._avoid_until), self._still(self._busy_until)
+        resting = busy | self._still(self._rest_until)
         with contextlib.suppress(MissingBlocks):
             return self._find_in_one_kind(start, end, avoided | resting)
         try:
@@ -88,9 +95,10 @@ class SwarmView:
             if not resting:
                 raise
             blocks = ", ".join(str(block) for block in missing.blocks)
+            found = "are busy" if busy and resting == busy else "failed a moment ago"
             raise MissingBlocks(
-                f"No other server is up for blocks {blocks} of {self.model_name} than those that failed "
-                "a moment ago: start another one, or wait until they are back.",
+                f"No other server is up for blocks {blocks} of {self.model_name} than those that {found}: "
+                "start another one, or wait until they are back.",
                 blocks=missing.blocks,
             ) from missing
 
@@ -99,18 +107,19 @@ class SwarmView:
         return {peer for peer, end in until.items() if end > now}
 
     def _find_in_one_kind(self, start: int, end: int, avoid: set[str]) -> list[Hop]:
+        records = self._paces.seen(self._records, self._clock())
         if self._mixed:
-            return find_route(self._records, start, end, avoid=avoid)
-        for kind in numerics_of(self._records) if self._numerics is None else [self._numerics]:
-            own = [record for record in self._records if record.numerics == kind]
+            return find_route(records, start, end, avoid=avoid)
+        for kind in numerics_of(records) if self._numerics is None else [self._numerics]:
+            own = [record for record in records if record.numerics == kind]
             try:
                 route = find_route(own, start, end, avoid=avoid)
             except MissingBlocks:
                 continue
             self._numerics = kind
             return route
-        find_route(self._records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
-        offered = ", ".join(numerics_of(self._records))
+        find_route(records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
+        offered = ", ".join(numerics_of(records))
         begun = "no single one" if self._numerics is None else f"no longer {self._numerics}, begun with,"
         raise MissingBlocks(
             f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {begun} covers them all: "
@@ -119,9 +128,26 @@ class SwarmView:
         )
 
     async def refresh(self) -> None:
-        """Ask the directory again."""
-        self._records = await self._directory.servers(self.model)
+        """Ask the directory again.
+
+        Where it does not answer, or knows nothing any more, the records at hand stay: the servers may well be
+        there while the directory is not.
+        """
+        try:
+            records = await self._directory.servers(self.model)
+        except SwarmUnavailable as error:
+            if not self._records:
+                raise
+            log.info("The directory does not answer: %s", error)
+            records = []
         self._refreshed = self._clock()
+        if not records and self._records:
+            return
+        before = {record.peer_id: (record.start, record.end) for record in self._records}
+        for record in records:
+            if before.get(record.peer_id, (record.start, record.end)) != (record.start, record.end):
+                self._forgive(record.peer_id)  # it has come back as another server
+        self._records = records
 
     async def _renew(self) -> None:
         """Refresh. A directory that is slow is waited for only while no record at all is known."""
@@ -140,32 +166,68 @@ class SwarmView:
     async def failed(self, error: RemoteError) -> None:
         """Prefer others to the peer that `error` names for a while, longer each time in a row.
 
-        At first it may be asked again at once, should there be nobody else: it may be back already.
+        At first it may be asked again at once, should there be nobody else: it may be back already. One that is
+        only busy is left alone for as long as it says, and not blamed.
         """
         peer = error.peer_id
         if peer is None:
             return
+        code = error.code if isinstance(error, RequestRefused) else None
+        after = error.retry_after if isinstance(error, RequestRefused) else None
+        now = self._clock()
+        if code == "evicted":
+            return  # the server is well; only the session has to be replayed
+        if code == "busy":
+            self._busy_until[peer] = now + (BUSY_SECONDS if after is None else after)
+            return
         for channel in self._idle.pop(peer, []):
             await channel.close()
-        if isinstance(error, RequestRefused) and error.code == "evicted":
-            return  # the server is well; only the session has to be replayed
-        now, times = self._clock(), min(self._failures[peer], 10)  # in a row, before this one
+        if code in OUTDATED:
+            self._refreshed = float("-inf")
+        times = min(self._failures[peer], 10)  # in a row, before this one
         self._failures[peer] += 1
         self._avoid_until[peer] = now + min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2**times)
         self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
-        if isinstance(error, RequestRefused) and error.retry_after is not None:
-            self._avoid_until[peer] = self._rest_until[peer] = now + error.retry_after
+        if after is not None:
+            self._avoid_until[peer] = self._rest_until[peer] = now + after
 
     def succeeded(self, peer: str) -> None:
         """The peer answered: forget its earlier failures."""
+        self._forgive(peer)
+
+    def _forgive(self, peer: str) -> None:
         self._failures.pop(peer, None)
         self._avoid_until.pop(peer, None)
         self._rest_until.pop(peer, None)
 
+    def is_busy(self, peer: str) -> bool:
+        """Whether the peer asked to be left alone until later than now."""
+        return self._busy_until.get(peer, 0.0) > self._clock()
+
+    def now(self) -> float:
+        """Seconds, for `took`."""
+        return self._clock()
+
+    def took(self, hop: Hop, tokens: int, nbytes: int, seconds: float) -> None:
+        """Note how long an exchange took: `tokens` is rows × tokens, `nbytes` what travelled."""
+        record = next((one for one in self._records if one.peer_id == hop.peer_id), None)
+        if record is not None:
+            self._paces.took(record, hop, tokens, nbytes, seconds, self._clock())
+
+    def should_leave(self, hop: Hop) -> bool:
+        """Whether the server was found far slower than it announced, and a faster one is there."""
+        if not self._paces.is_slow(hop.peer_id, self._clock()):
+            return False
+        try:
+            return all(other.peer_id != hop.peer_id for other in self._find(hop.start, hop.end))
+        except MissingBlocks:
+            return False
+
     def next_return(self) -> float:
-        """Seconds until the first peer that failed may be tried again; 0 when none has to wait."""
+        """Seconds until the first peer that is left alone may be asked again; 0 when there is none."""
         now = self._clock()
-        return min((until - now for until in self._rest_until.values() if until > now), default=0.0)
+        moments = (*self._rest_until.values(), *self._busy_until.values())
+        return min((until - now for until in moments if until > now), default=0.0)
 
     async def channel(self, peer: str) -> Channel:
         """A stream to the peer with no request open on it. Raises `PeerUnreachable`."""

@@ -111,7 +111,10 @@ class RemoteCache(Cache):  # type: ignore[misc]
         """
         self.mask = None if mask is None else mask.detach().to("cpu", torch.int64)
         new = torch.full((rows, count), -1) if ids is None else ids.detach().to("cpu", torch.int64)
-        self.ids = new if self.ids is None else torch.cat([self.ids, new], dim=1)
+        past = self.ids
+        if past is not None and past.shape[0] < rows:  # one sequence has become several beams or samples
+            past = past.repeat_interleave(rows // past.shape[0], dim=0)
+        self.ids = new if past is None else torch.cat([past, new], dim=1)
         self.length += count
 
     def take_over(self, other: RemoteCache) -> None:

@@ -93,9 +93,11 @@ class Sequences:
 
     def _prompts(self, with_gradient: bool) -> Tensor | None:
         prompts = self._tensors.get("prompts")
-        return (
-            None if prompts is None else prompts.to(self._span.device).detach().requires_grad_(with_gradient)
-        )
+        if prompts is None:
+            return None
+        # The sequences' gradients are summed in this dtype; in a float64 span no digit is lost.
+        dtype = torch.promote_types(prompts.dtype, self._span.dtype)
+        return prompts.to(self._span.device, dtype).detach().requires_grad_(with_gradient)
 
     def _run(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
         if not self._span.packable:

@@ -2,20 +2,31 @@
 
 Invariant: the same records, in whatever order, give the same route; a route covers its range exactly, each
 hop lies within what its server announced, and no chain of eligible servers has a lower estimated cost.
+What a server announced of its speed is believed until it was found far from true several times in a row.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from corolla.errors import MissingBlocks
 from corolla.swarm.directory import ServerRecord
 
 HOP_SECONDS = 0.005  # what a hop costs besides its blocks: serialisation, scheduling, an unmeasured link
 UNMEASURED_BLOCK_SECONDS = 0.005  # per token, for a server that announces no throughput
+
+# A server counts as slow after so many exchanges in a row, each of which took so many times what it announced
+# and more than a line and a full house explain. The margins are wide: leaving costs a replay.
+SLOW_FACTOR = 20.0
+SLOW_SECONDS = 0.25
+SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
+SLOW_IN_A_ROW = 4
+SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
 
 _NO_LATENCY: Mapping[str, float] = MappingProxyType({})
 
@@ -86,6 +97,59 @@ def find_route(
         inside, done = reached, min(reached.values())
     exits = (*done.entries[1:], end)
     return [Hop(*part) for part in zip(done.peers, done.entries, exits, strict=True)]
+
+
+def announced_seconds(record: ServerRecord, hop: Hop, tokens: int) -> float:
+    """How long `tokens` (rows × tokens) would take in the blocks of a hop, one by one, if its server were right."""
+    return tokens * (hop.end - hop.start) * block_seconds(record)
+
+
+def is_too_slow(record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float) -> bool:
+    """Whether an exchange took far longer than announced; never for a server that announced no throughput."""
+    due = SLOW_FACTOR * announced_seconds(record, hop, tokens) + SLOW_SECONDS + nbytes / SLOW_LINE
+    return record.throughput > 0 and seconds > due
+
+
+@dataclass
+class _Pace:
+    in_a_row: int = 0
+    factor: float = 1.0  # how many times slower than announced, in the least slow of them
+    until: float = float("-inf")  # seconds; counts as slow so long
+
+
+@dataclass
+class Paces:
+    """How fast servers were found to be; moments and durations are passed in, in seconds."""
+
+    _of: dict[str, _Pace] = field(default_factory=dict)
+
+    def took(
+        self, record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float, now: float
+    ) -> None:
+        """Note an exchange of `tokens` (rows × tokens) and `nbytes` with a server."""
+        if not is_too_slow(record, hop, tokens, nbytes, seconds):
+            self._of.pop(hop.peer_id, None)
+            return
+        pace = self._of.setdefault(hop.peer_id, _Pace())
+        factor = seconds / announced_seconds(record, hop, tokens)
+        pace.factor = min(factor, pace.factor) if pace.in_a_row else factor
+        pace.in_a_row += 1
+        if pace.in_a_row >= SLOW_IN_A_ROW:
+            pace.until = now + SLOW_MEMORY_SECONDS
+
+    def is_slow(self, peer_id: str, now: float) -> bool:
+        """Whether the peer was found slow lately."""
+        pace = self._of.get(peer_id)
+        return pace is not None and pace.until > now
+
+    def seen(self, records: Sequence[ServerRecord], now: float) -> list[ServerRecord]:
+        """The records, with the throughput of slow servers as it was found."""
+        return [
+            msgspec.structs.replace(record, throughput=record.throughput / self._of[record.peer_id].factor)
+            if self.is_slow(record.peer_id, now)
+            else record
+            for record in records
+        ]
 
 
 def numerics_of(records: Iterable[ServerRecord]) -> list[str]:

@@ -6,7 +6,8 @@ live in one event loop.
 
 Faults are switched on at the network: `kill` (the process is gone: its streams end, new streams to it still
 open and then end), `stop` (SIGSTOP: new streams open, nothing moves, until `resume`), `cut` (no bytes
-between two peers, and no new streams, until `heal`).
+between two peers, and no new streams, until `heal`). A `tap` sees every write before it leaves and may change,
+cut or hold it, or make any of these faults at that moment: faults at the n-th message or byte.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from corolla.errors import PeerDisconnected, PeerUnreachable, RemoteError
@@ -23,6 +24,10 @@ from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transpor
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 1024 * 1024  # where libp2p's backpressure sets in
+
+# Called with (stream's number, sender, receiver, buffers) before a write; gives the buffers that are written. The
+# two directions of a stream have numbers of their own.
+Tap = Callable[[int, str, str, Sequence[Buffer]], Awaitable[Sequence[Buffer]]]
 
 
 class MemoryNetwork:
@@ -35,6 +40,8 @@ class MemoryNetwork:
         self._cuts: set[frozenset[str]] = set()
         self._changed: set[asyncio.Event] = set()
         self._made = 0
+        self._pipes = 0
+        self.tap: Tap | None = None
 
     def transport(self, peer_id: str | None = None) -> MemoryTransport:
         """A new peer. A killed or closed peer's id may be used again: the peer has come back."""
@@ -91,6 +98,11 @@ class MemoryNetwork:
         if self._peers.get(transport.peer_id) is transport:
             del self._peers[transport.peer_id]
 
+    def next_pipe(self) -> int:
+        """A number for one direction of a stream."""
+        self._pipes += 1
+        return self._pipes
+
     def is_stopped(self, peer_id: str) -> bool:
         return peer_id in self._stopped
 
@@ -122,10 +134,17 @@ class _Pipe:
 
     def __init__(self, network: MemoryNetwork, sender: str, receiver: str) -> None:
         self.network, self.sender, self.receiver = network, sender, receiver
+        self.number = network.next_pipe()
         self.buffer = bytearray()
         self.ended = False
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
+
+    async def tapped(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        """What the network's tap makes of a write."""
+        if self.network.tap is None or self.ended:
+            return buffers
+        return await self.network.tap(self.number, self.sender, self.receiver, buffers)
 
     async def write(self, data: memoryview) -> None:
         while data.nbytes:
@@ -181,7 +200,7 @@ class MemoryStream(Stream):
         self._outgoing = outgoing
 
     async def write(self, buffers: Sequence[Buffer]) -> None:
-        for buffer in buffers:
+        for buffer in await self._outgoing.tapped(buffers):
             await self._outgoing.write(memoryview(buffer).cast("B"))
 
     async def read(self, size: int) -> bytearray:
