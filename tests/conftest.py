@@ -73,3 +73,21 @@ def _describe(process: psutil.Process) -> str:
         return " ".join(process.cmdline()) or process.name()
     except psutil.Error:
         return f"process {process.pid}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The schedules of faults that were run (tests/schedules), in whatever processes, as one table."""
+    covered = [
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, value in report.user_properties
+        if name == "schedules"
+    ]
+    if not covered:
+        return
+    from tests.schedules.table import lines_of_all
+
+    terminalreporter.section("schedules of faults")
+    for line in lines_of_all(covered):
+        terminalreporter.write_line(line)

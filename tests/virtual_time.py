@@ -82,19 +82,19 @@ class SimulatedEngine(Engine):
         self._on = thread
         self.delay = 0.0  # virtual seconds
 
-    async def submit(self, kind: Kind, run: Callable[[], T]) -> T:
+    async def submit(self, kind: Kind, run: Callable[[], T], **extra: Any) -> T:
         await self._dawdle()
         self._on._computing += 1
         try:
-            return await super().submit(kind, run)
+            return await super().submit(kind, run, **extra)
         finally:
             self._on._computing -= 1
 
-    async def step(self, step: Any) -> Any:
+    async def step(self, step: Any, **extra: Any) -> Any:
         await self._dawdle()
         self._on._computing += 1
         try:
-            return await super().step(step)
+            return await super().step(step, **extra)
         finally:
             self._on._computing -= 1
 

@@ -45,6 +45,16 @@ class Outcome:
         self.hits += other.hits
         self.recovered += other.recovered
 
+    @property
+    def counted(self) -> int:
+        """Schedules in which something failed."""
+        return self.schedules - self.missed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, which travel between processes."""
+        plain = {"schedules": self.schedules, "missed": self.missed, "gave_up": self.gave_up}
+        return {**plain, "hits": dict(self.hits), "recovered": dict(self.recovered)}
+
 
 @cache
 def shell_of(family: str, root: Path, index: int) -> list[Any]:
