@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -76,18 +77,27 @@ def _describe(process: psutil.Process) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The schedules of faults that were run (tests/schedules), in whatever processes, as one table."""
-    covered = [
+    """How much the randomised suites covered, in whatever processes they ran.
+
+    Schedules of faults (tests/schedules) as one table, strangers' messages (tests/fuzz) line by line.
+    """
+    if covered := _properties(terminalreporter, "schedules"):
+        from tests.schedules.table import lines_of_all
+
+        terminalreporter.section("schedules of faults")
+        for line in lines_of_all(covered):
+            terminalreporter.write_line(line)
+    if said := _properties(terminalreporter, "strangers"):
+        terminalreporter.section("strangers' messages")
+        for line in said:
+            terminalreporter.write_line(str(line))
+
+
+def _properties(terminalreporter: pytest.TerminalReporter, wanted: str) -> list[Any]:
+    return [
         value
         for outcome in ("passed", "failed")
         for report in terminalreporter.stats.get(outcome, [])
         for name, value in report.user_properties
-        if name == "schedules"
+        if name == wanted
     ]
-    if not covered:
-        return
-    from tests.schedules.table import lines_of_all
-
-    terminalreporter.section("schedules of faults")
-    for line in lines_of_all(covered):
-        terminalreporter.write_line(line)
