@@ -36,6 +36,11 @@ def test_whatever_strangers_say_in_whatever_order(
         def talk(self, rng: random.Random, count: int) -> None:
             self.loop.run_until_complete(run(self.target, rng, count, every=6))
 
+        @rule(seed=st.integers(0, 2**32), count=st.integers(20, 60))
+        def babble(self, seed: int, count: int) -> None:
+            """Many at once, which do not shrink, but are drawn quickly."""
+            self.loop.run_until_complete(run(self.target, random.Random(seed), count))
+
         @rule()
         def serve_an_honest_client(self) -> None:
             self.loop.run_until_complete(self.target.honest_step())
@@ -60,7 +65,7 @@ def test_whatever_strangers_say_in_whatever_order(
     assert not caplog.records
     judge = Target.__new__(Target)
     judge.stages, judge.codes = stages, codes
-    record_property("coverage", f"strangers on {family}: {judge.report()}")
+    record_property("strangers", f"on {family}: {judge.report()}")
     judge.check_shares()
 
 
@@ -77,5 +82,5 @@ async def test_a_crowd_of_seeded_strangers(
     finally:
         await target.close()
     assert not caplog.records
-    record_property("coverage", f"a crowd of strangers: {target.report()}")
+    record_property("strangers", f"a crowd of strangers: {target.report()}")
     target.check_shares()
