@@ -71,15 +71,15 @@ class Segment:
         if self._first is None:
             self._pages = torch.tensor(self.row.pages[: pages_for(self.row.length)])
 
-    def cached(self, store: Tensor) -> Tensor:
-        """All tokens of the row, past and new, from a block's store: [1, heads, past + count, D]."""
+    def cached(self, turned: Tensor) -> Tensor:
+        """All tokens of the row, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
         total = self.past + self.count
         if self._first is not None:
-            found = store[self._first * PAGE : self._first * PAGE + total]
-        else:
-            assert self._pages is not None
-            paged = store.view(-1, PAGE, *store.shape[1:])
-            found = paged.index_select(0, self._pages.to(store.device)).flatten(0, 1)[:total]
+            return turned.narrow(2, self._first * PAGE, total)
+        assert self._pages is not None
+        store = turned[0].transpose(0, 1)
+        paged = store.view(-1, PAGE, *store.shape[1:])
+        found = paged.index_select(0, self._pages.to(store.device)).flatten(0, 1)[:total]
         return found.transpose(0, 1).unsqueeze(0)
 
     def visible(self, window: int | None, device: torch.device) -> Tensor:
@@ -116,20 +116,20 @@ class PackedBatch:
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
-        store = None
+        stored = None
         if self._pool is not None:
             assert self._slots is not None
             slots = self._slots.to(key.device)
             store = self._pool.write(block, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+            stored = [side.transpose(0, 1).unsqueeze(0) for side in store]
         parts = []
-        for one in self.segments:
-            new = query[:, :, one.begin : one.end]
-            if store is not None:
-                keys, values = one.cached(store[0]), one.cached(store[1])
+        for one in self.segments:  # with many segments every operation here counts
+            if stored is not None:
+                keys, values = one.cached(stored[0]), one.cached(stored[1])
             else:
-                keys, values = key[:, :, one.begin : one.end], value[:, :, one.begin : one.end]
-            parts.append(attend_one(new, keys, values, one, rules).transpose(1, 2))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                keys, values = key.narrow(2, one.begin, one.count), value.narrow(2, one.begin, one.count)
+            parts.append(attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
 
 def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
