@@ -16,6 +16,8 @@ from corolla.cli.common import (
     run_until_stopped,
     say,
 )
+from corolla.cli.members import AllowOption, GuardedOption, TrustIssuerOption, guard_config
+from corolla.config import NodeConfig
 
 
 def bootstrap(
@@ -23,17 +25,32 @@ def bootstrap(
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     identity: IdentityOption = None,
+    guarded: GuardedOption = False,
+    allow: AllowOption = None,
+    trust_issuer: TrustIssuerOption = None,
     ready_file: ReadyFileOption = None,
     die_with_parent: DieWithParentOption = False,
 ) -> None:
     """Start a peer that others join the swarm through; prints the line to paste."""
+    node_config = NodeConfig(
+        tuple(peers or ()),
+        tuple(listen or ()),
+        tuple(announce or ()),
+        identity,
+        ready_file,
+        guard=guard_config(guarded, allow, trust_issuer),
+    )
     with ended_by_signals():
         from corolla.swarm.node import Node
         from corolla.swarm.ready_file import ready_file as announced
 
     async def run(stop: asyncio.Event) -> None:
         node = await Node.create(
-            initial_peers=peers or (), listen=listen, announce=announce, identity=identity
+            initial_peers=peers or (),
+            listen=listen,
+            announce=announce,
+            identity=identity,
+            guard=node_config.guard,
         )
         try:
             addresses = await node.join_addresses()

@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corolla.cli.common import ClientOptions, MixedOption, PeersOption, WireOption, console, quiet_libraries
+from corolla.cli.members import (
+    InviteOption,
+    MemberOption,
+    TrustOption,
+    client_identity,
+    trusted_servers,
+)
 from corolla.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -64,6 +71,9 @@ def chat(
     ] = "none",
     wire: WireOption = "compute",
     mixed: MixedOption = False,
+    identity: MemberOption = None,
+    invite: InviteOption = None,
+    trust: TrustOption = None,
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
@@ -72,7 +82,7 @@ def chat(
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
-    client = ClientOptions(wire, mixed, quantization)
+    client = ClientOptions(wire, mixed, quantization, trust=trusted_servers(trust))
     whom = find_partner(partner, revision)
     flags = {
         "temperature": temperature,
@@ -85,6 +95,7 @@ def chat(
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     sampling = replace(SamplingSettings.from_dict(whom.sampling), **given)
     prepared = prepare(whom, sampling, style=style, max_length=max_length, token=token)
+    client = replace(client, identity=client_identity(identity, invite))
     with joined(peers, whom) as addresses, opened(prepared, addresses, client, system=system) as repl:
         notice(console, f"Talking with {whom.about}. /help lists the commands.")
         repl.run()

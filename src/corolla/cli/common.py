@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,8 @@ class ClientOptions:
     wire: str = "compute"
     mixed: bool = False
     quantization: str = "none"
+    identity: Path | None = None
+    trust: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("wire", WIRES), ("quantization", CLIENT_QUANTIZATIONS)):

@@ -18,6 +18,9 @@ from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.common import explain, set_up_logging
 from corolla.cli.demo import demo
+from corolla.cli.invite import invite
+from corolla.cli.join import join
+from corolla.cli.revoke import revoke
 from corolla.cli.serve import serve
 from corolla.cli.status import status
 from corolla.cli.tune import tune
@@ -32,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, chat, demo):
+for _command in (bootstrap, serve, status, tune, chat, demo, invite, join, revoke):
     app.command()(_command)
 
 

@@ -20,6 +20,15 @@ from corolla.cli.common import (
     run_until_stopped,
     say,
 )
+from corolla.cli.members import (
+    AllowOption,
+    GuardedOption,
+    InviteOption,
+    TrustIssuerOption,
+    guard_config,
+    redeem_invitation,
+)
+from corolla.errors import UsageError
 
 
 def serve(
@@ -31,6 +40,10 @@ def serve(
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     identity: IdentityOption = None,
+    guarded: GuardedOption = False,
+    allow: AllowOption = None,
+    trust_issuer: TrustIssuerOption = None,
+    invite: InviteOption = None,
     ready_file: ReadyFileOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     threads: Annotated[
@@ -67,7 +80,12 @@ def serve(
         announce=tuple(announce or ()),
         identity=identity,
         ready_file=ready_file,
+        guard=guard_config(guarded, allow, trust_issuer),
     )
+    if invite is not None:
+        if identity is None:
+            raise UsageError("--invite needs --identity FILE: the certificate is for that peer id.")
+        redeem_invitation(invite, identity)
     config = ServerConfig(
         model=model,
         node=node,

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from corolla.cli.common import PeersOption, console
+from corolla.cli.members import MemberOption, client_identity
 from corolla.errors import UsageError
 from corolla.swarm.directory import ServerRecord
 
 
 def status(
     peers: PeersOption = None,
+    identity: MemberOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Show which servers hold which blocks, and which blocks nobody serves."""
     if not peers:
         raise UsageError("Give --peers, the address that `corolla bootstrap` or `corolla serve` printed.")
-    records = asyncio.run(fetch(peers))
+    records = asyncio.run(fetch(peers, client_identity(identity)))
     if as_json:
         print(json.dumps(as_plain(records), indent=2))
         return
@@ -29,11 +32,11 @@ def status(
     console.print(swarm_map(records))
 
 
-async def fetch(peers: list[str]) -> list[ServerRecord]:
+async def fetch(peers: list[str], identity: Path | None = None) -> list[ServerRecord]:
     """All servers that the swarm's directory names."""
     from corolla.swarm.node import Node
 
-    node = await Node.create(initial_peers=peers, client_only=True)
+    node = await Node.create(initial_peers=peers, identity=identity, client_only=True)
     try:
         return await node.directory.all_servers()
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,13 @@ import typer
 
 from corolla.cli.chat import Partner, joined, load_tokenizer
 from corolla.cli.common import ClientOptions, MixedOption, PeersOption, WireOption, console, quiet_libraries
+from corolla.cli.members import (
+    InviteOption,
+    MemberOption,
+    TrustOption,
+    client_identity,
+    trusted_servers,
+)
 from corolla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,6 +110,9 @@ def tune(
     dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
     wire: WireOption = "compute",
     mixed: MixedOption = False,
+    identity: MemberOption = None,
+    invite: InviteOption = None,
+    trust: TrustOption = None,
 ) -> None:
     """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
     quiet_libraries()
@@ -123,7 +133,7 @@ def tune(
         revision=revision,
         token=token,
         dtype=dtype,
-        client=ClientOptions(wire, mixed),
+        client=ClientOptions(wire, mixed, trust=trusted_servers(trust)),
     )
     settings = TuneSettings(
         learning_rate=lr,
@@ -144,6 +154,7 @@ def tune(
     )
     RunFolder(out).check(resume=resume, overwrite=overwrite)
     prepared = prepare_data(job, settings)
+    job = replace(job, client=replace(job.client, identity=client_identity(identity, invite)))
     with joined(peers, Partner(model, revision)) as addresses:
         train_and_report(
             job, settings, prepared, addresses, resume=resume, overwrite=overwrite, again=_resume_command()

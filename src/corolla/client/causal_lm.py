@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Collection
 from contextvars import ContextVar
 from functools import cache as memoize
 from pathlib import Path
@@ -212,6 +213,8 @@ def load_distributed(
     quantization: str = "none",
     wire: str = "compute",
     mixed: bool = False,
+    identity: str | Path | None = None,
+    trust: Collection[str] | None = None,
     connection: SwarmConnection | None = None,
     only: str | None = None,
 ) -> PreTrainedModel:
@@ -223,7 +226,7 @@ def load_distributed(
             f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
-    connection = connection or _connect(checkpoint, initial_peers, patience, wire, mixed)
+    connection = connection or _connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
     try:
         connection.check_complete()
         model = load_shell(checkpoint, connection, dtype, quantization)
@@ -260,6 +263,8 @@ def _connect(
     patience: float | None,
     wire: str,
     mixed: bool,
+    identity: str | Path | None,
+    trust: Collection[str] | None,
 ) -> SwarmConnection:
     peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
     if not peers:
@@ -274,6 +279,8 @@ def _connect(
         patience=DEFAULT_PATIENCE if patience is None else patience,
         wire=check_format(wire),
         mixed=mixed,
+        identity=None if identity is None else Path(identity),
+        trust=trust,
     )
 
 
@@ -375,8 +382,11 @@ class AutoDistributedModelForCausalLM:
         `cache_dir` as in transformers; `patience` the seconds to wait for servers that are gone;
         `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
         activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines); `mixed`
-        whether servers of different dtype or quantization may work together, which is less exact.
+        whether servers of different dtype or quantization may work together, which is less exact; `identity` the
+        file of the peer id that guarded servers know this client by; `trust` the peer ids of the only servers to
+        be used.
 
-        Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`.
+        Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
+        `NotAdmitted`.
         """
         return load_distributed(name, **kwargs)

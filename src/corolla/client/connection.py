@@ -6,7 +6,8 @@ loop starts when the first model is loaded and ends with `close()`, which nothin
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from corolla.client.prefixes import PrefixIndex
@@ -32,6 +33,7 @@ class SwarmConnection:
         patience: float = DEFAULT_PATIENCE,
         wire: WireFormat = "compute",
         mixed: bool = False,
+        trust: Collection[str] | None = None,
         owns_loop: bool = True,
     ) -> None:
         """`model` is the checkpoint's identity, `model_name` what people call it, `wire` how activations travel."""
@@ -46,6 +48,8 @@ class SwarmConnection:
             num_blocks=num_blocks,
             wire=wire,
             mixed=mixed,
+            introductions=node.introductions,
+            trust=trust,
         )
         self.retry = Retry(self.view, patience=patience)
         self.prefixes = PrefixIndex()
@@ -61,11 +65,16 @@ class SwarmConnection:
         patience: float = DEFAULT_PATIENCE,
         wire: WireFormat = "compute",
         mixed: bool = False,
+        identity: Path | None = None,
+        trust: Collection[str] | None = None,
     ) -> SwarmConnection:
-        """Join through `initial_peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`."""
+        """Join through `initial_peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`.
+
+        `identity` is a file with this client's key, `trust` the peer ids of the only servers to be used.
+        """
         loop = EventLoopThread()
         try:
-            node = loop.run(Node.create(initial_peers=initial_peers, client_only=True))
+            node = loop.run(Node.create(initial_peers=initial_peers, identity=identity, client_only=True))
         except BaseException:
             loop.close()
             raise
@@ -78,6 +87,7 @@ class SwarmConnection:
             patience=patience,
             wire=wire,
             mixed=mixed,
+            trust=trust,
         )
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

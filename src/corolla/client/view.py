@@ -12,11 +12,20 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from corolla.errors import MissingBlocks, RemoteError, RequestRefused, SwarmUnavailable
+from corolla.errors import (
+    CorollaError,
+    MissingBlocks,
+    NotAdmitted,
+    RemoteError,
+    RequestRefused,
+    SwarmUnavailable,
+)
+from corolla.swarm.admission import Introductions
 from corolla.swarm.channel import Channel
 from corolla.swarm.directory import Directory, ServerRecord
+from corolla.swarm.membership import INVITE_HINT
 from corolla.swarm.routing import Hop, Paces, find_route, numerics_of
 from corolla.swarm.transport.base import Transport
 from corolla.wire.compression import WireFormat
@@ -25,6 +34,7 @@ from corolla.wire.messages import PROTOCOL_NAME
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 10.0
+REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
 SLOW_READ_SECONDS = 0.5  # a directory that takes longer is not waited for where older records will do
 FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
 LONGEST_AVOIDANCE = 60.0
@@ -48,10 +58,13 @@ class SwarmView:
         num_blocks: int,
         wire: WireFormat = "compute",
         mixed: bool = False,
+        introductions: Introductions | None = None,
+        trust: Collection[str] | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`mixed`: servers of different arithmetic (dtype, quantization) may work on one thing. `clock` gives
-        seconds; by default the event loop's."""
+        """`mixed`: servers of different arithmetic (dtype, quantization) may work on one thing. `introductions`
+        presents this client where it is not let in; `trust`: use only these peers. `clock` gives seconds; by
+        default the event loop's."""
         self.transport = transport
         self.model = model
         self.model_name = model_name
@@ -60,6 +73,10 @@ class SwarmView:
         self._mixed = mixed
         self._numerics: str | None = None  # the arithmetic that was begun with
         self._directory = directory
+        self._introductions = introductions or Introductions(transport)
+        self._trust = None if trust is None else frozenset(trust)
+        self._untrusted = 0  # servers of the model that are left out
+        self._shut_out: dict[str, float] = {}  # peers that refuse this client -> when it was last presented
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._records: list[ServerRecord] = []
         self._refreshed = float("-inf")
@@ -82,7 +99,27 @@ class SwarmView:
             return self._find(start, end)
         except MissingBlocks:
             await self.refresh()
+        try:
             return self._find(start, end)
+        except MissingBlocks as missing:
+            raise self._explained(missing) from missing
+
+    def _explained(self, missing: MissingBlocks) -> CorollaError:
+        """The same, or why servers that are there cannot be used."""
+        blocks = ", ".join(str(block) for block in missing.blocks)
+        shut = sorted(record.peer_id for record in self._records if record.peer_id in self._shut_out)
+        if shut:
+            return NotAdmitted(
+                f"No other server is up for blocks {blocks} of {self.model_name} than those that let only members "
+                f"in, and peer {self.transport.peer_id} is none (asked: {', '.join(shut)}): {INVITE_HINT}."
+            )
+        if self._untrusted:
+            return MissingBlocks(
+                f"The servers that you trust do not serve blocks {blocks} of {self.model_name}; there are "
+                f"{self._untrusted} others, which are not on your list.",
+                blocks=missing.blocks,
+            )
+        return missing
 
     def _find(self, start: int, end: int) -> list[Hop]:
         avoided, busy = self._still(self._avoid_until), self._still(self._busy_until)
@@ -134,12 +171,14 @@ class SwarmView:
         there while the directory is not.
         """
         try:
-            records = await self._directory.servers(self.model)
+            found = await self._directory.servers(self.model)
         except SwarmUnavailable as error:
             if not self._records:
                 raise
             log.info("The directory does not answer: %s", error)
-            records = []
+            found = []
+        records = [record for record in found if self._trust is None or record.peer_id in self._trust]
+        self._untrusted = len(found) - len(records)
         self._refreshed = self._clock()
         if not records and self._records:
             return
@@ -182,6 +221,9 @@ class SwarmView:
             return
         for channel in self._idle.pop(peer, []):
             await channel.close()
+        if code == "not_allowed":
+            await self._present_to(peer)
+            return
         if code in OUTDATED:
             self._refreshed = float("-inf")
         times = min(self._failures[peer], 10)  # in a row, before this one
@@ -191,8 +233,18 @@ class SwarmView:
         if after is not None:
             self._avoid_until[peer] = self._rest_until[peer] = now + after
 
+    async def _present_to(self, peer: str) -> None:
+        """Have this client let in by a peer that refused it; where that fails, leave the peer alone for a while."""
+        now = self._clock()
+        if now - self._shut_out.get(peer, float("-inf")) > REST_SHUT_OUT:
+            self._shut_out[peer] = now
+            if await self._introductions.introduce(peer):
+                return  # it may be asked again at once; should it refuse all the same, it rests
+        self._avoid_until[peer] = self._rest_until[peer] = now + REST_SHUT_OUT
+
     def succeeded(self, peer: str) -> None:
         """The peer answered: forget its earlier failures."""
+        self._shut_out.pop(peer, None)
         self._forgive(peer)
 
     def _forgive(self, peer: str) -> None:

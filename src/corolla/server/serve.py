@@ -68,6 +68,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], 
         listen=config.node.listen or None,
         announce=config.node.announce or None,
         identity=config.node.identity,
+        guard=config.node.guard,
     )
     engine = Engine()
     engine.start()
@@ -101,7 +102,7 @@ async def _serve_span(
         lease_bytes=free // 8 if config.lease_bytes is None else config.lease_bytes,
         limits=PeerLimits(Budgets.of_machine(config.peer_share, free)),
     )
-    await node.transport.serve(PROTOCOL_NAME, partial(handle, server))
+    await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
     throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
     announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
     await announcer.announce()

@@ -19,7 +19,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from corolla.errors import NotAdmitted, PeerDisconnected, PeerSilent, ProtocolError, RemoteError
-from corolla.swarm.channel import Channel
+from corolla.swarm.channel import PIECE, Channel
 from corolla.swarm.invitations import MAX_TOKEN_BYTES
 from corolla.swarm.membership import Issuer, Membership
 from corolla.swarm.transport.base import Stream, StreamHandler, Transport
@@ -147,13 +147,14 @@ class Gate:
     def __init__(self, allowed: Callable[[str], bool]) -> None:
         self.allowed = allowed
         self._open: dict[Stream, None] = {}
+        self._turning_away = 0
 
     def guarded(self, handler: StreamHandler) -> StreamHandler:
         """The same handler, for members only; a stranger is told `not_allowed`."""
 
         async def handle(stream: Stream) -> None:
             if not self.allowed(stream.peer_id):
-                await refuse(stream)
+                await self._turn_away(stream)
                 return
             self._open[stream] = None
             try:
@@ -162,6 +163,15 @@ class Gate:
                 del self._open[stream]
 
         return handle
+
+    async def _turn_away(self, stream: Stream) -> None:
+        if self._turning_away >= MAX_STREAMS:
+            return  # a flood of strangers is not answered at all
+        self._turning_away += 1
+        try:
+            await refuse(stream)
+        finally:
+            self._turning_away -= 1
 
     async def sweep(self) -> None:
         """End the streams of peers that are members no more."""
@@ -187,11 +197,18 @@ class Gate:
 
 
 async def refuse(stream: Stream) -> None:
-    """Tell a stranger, in the main protocol's words, that it may not come in; nothing of it is read."""
+    """Tell a stranger, in the main protocol's words, that it may not come in, before anything of it is read.
+
+    What it was sending is then let run out for a moment: were the stream closed under it, it would see a broken
+    connection instead of the answer.
+    """
     failure = Failure(code="not_allowed", message="This server lets only members in.")
     channel = Channel(stream, side="server", silence=REFUSAL_SECONDS)
-    with contextlib.suppress(PeerDisconnected, PeerSilent):
+    with contextlib.suppress(PeerDisconnected, PeerSilent, TimeoutError):
         await channel.send(Packet(failure))
+        async with asyncio.timeout(REFUSAL_SECONDS):
+            while True:
+                await stream.read(PIECE)
 
 
 # --- the other side -------------------------------------------------------------------------------------

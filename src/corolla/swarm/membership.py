@@ -7,8 +7,9 @@ that it names and that presented it; a peer that nothing speaks for is a strange
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,8 +19,13 @@ from corolla.swarm.invitations import LEEWAY, check_certificate, check_invitatio
 from corolla.swarm.private_files import WatchedFile, write_private
 from corolla.swarm.transport.identity import Identity, is_peer_id
 
+log = logging.getLogger(__name__)
+
 MAX_CERTIFIED = 100_000  # peers whose certificates are remembered
-INVITE_HINT = "ask its owner for an invitation, and give it with `corolla join TOKEN`"
+INVITE_HINT = (
+    "ask its owner for an invitation and run `corolla join TOKEN`, or have the peer id on the owner's list that "
+    "`corolla join` prints"
+)
 
 
 def parse_peers(text: str, path: Path) -> frozenset[str]:
@@ -112,6 +118,27 @@ def revoke(identity: Path, peer_id: str) -> bool:
     except OSError as error:
         raise UsageError(f"The file {path} cannot be written: {error.strerror}.") from error
     return True
+
+
+def addresses_path(identity: Path) -> Path:
+    """Where a running peer writes the addresses that others can join through."""
+    return identity.with_name(identity.name + ".addresses")
+
+
+def write_addresses(identity: Path, addresses: Sequence[str]) -> None:
+    """Note where the peer of an identity can be reached, for its invitations; a file that fails is no matter."""
+    try:
+        write_private(addresses_path(identity), "".join(f"{address}\n" for address in addresses).encode())
+    except OSError as error:
+        log.warning("%s cannot be written: %s", addresses_path(identity), error.strerror)
+
+
+def read_addresses(identity: Path) -> list[str]:
+    """What `write_addresses` wrote; nothing when the peer never ran."""
+    try:
+        return addresses_path(identity).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 class Issuer:

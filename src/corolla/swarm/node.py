@@ -25,6 +25,7 @@ from corolla.swarm.membership import (
     Membership,
     peer_file,
     revocations_path,
+    write_addresses,
 )
 from corolla.swarm.transport.base import Transport
 
@@ -127,6 +128,8 @@ class Node:
             await transport.close()
             raise
         node = cls(transport, directory, membership=membership, introductions=introductions)
+        if identity is not None and not client_only:
+            write_addresses(identity, await node.join_addresses())
         if membership is not None:
             await node._watching.enter_async_context(node.gate.watched())
         return node
