@@ -87,6 +87,10 @@ class ProtocolError(RemoteError):
         self.field = field
 
 
+class LyingServer(RemoteError):
+    """An audit found that the peer's results are wrong; what it had a part in is to be done again."""
+
+
 class OutOfOrder(ProtocolError):
     """The peer sent a message that is legal, but not at this moment."""
 

@@ -21,8 +21,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
 from corolla.client.heads import SharedHead, share_head, using_head
+from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.client.session import InferenceSession, sequences_of
@@ -215,11 +217,13 @@ def load_distributed(
     mixed: bool = False,
     identity: str | Path | None = None,
     trust: Collection[str] | None = None,
+    audit: float = 0.0,
     connection: SwarmConnection | None = None,
     only: str | None = None,
 ) -> PreTrainedModel:
     """See `AutoDistributedModelForCausalLM.from_pretrained`."""
     _check_tuning(tuning_mode, pre_seq_len, prompt_init, prompts)
+    check_share(audit)
     checkpoint = open_checkpoint(str(name), revision=revision, token=token, cache_dir=cache_dir)
     if only is not None and checkpoint.architecture != only:
         raise UsageError(
@@ -230,6 +234,8 @@ def load_distributed(
     try:
         connection.check_complete()
         model = load_shell(checkpoint, connection, dtype, quantization)
+        routed = families.has_experts(checkpoint.config)
+        connection.start_audits(audit, OwnBlocks(checkpoint, model.dtype), routed=routed)
         if prompts is not None:
             model.prompts = load_prompt(
                 Path(prompts), model_name=checkpoint.name, identity=checkpoint.identity
@@ -384,7 +390,8 @@ class AutoDistributedModelForCausalLM:
         activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines); `mixed`
         whether servers of different dtype or quantization may work together, which is less exact; `identity` the
         file of the peer id that guarded servers know this client by; `trust` the peer ids of the only servers to
-        be used.
+        be used; `audit` the share of requests, such as 0.05, that others compute again: a server found wrong is
+        not used any more, and what it had a part in ends with a `LyingServer`.
 
         Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
         `NotAdmitted`.

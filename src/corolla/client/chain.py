@@ -121,6 +121,9 @@ class SessionChain:
         self._rows = 0
         self._order: Tensor | None = None
         self._reserved = 0
+        self._authors: dict[
+            str, int
+        ] = {}  # peers that computed something of this session, from which block on
         self.version = 0  # steps that took something back or reordered it
 
     def reorder(self, rows: Tensor) -> None:
@@ -136,8 +139,10 @@ class SessionChain:
     ) -> Tensor:
         """Run `hidden` [R, T, H] on from position `start`, forgetting what stood there.
 
-        `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends.
+        `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends,
+        `LyingServer` when what is cached came from a peer that was found lying; the next step is all right.
         """
+        await self._disown_liars()
         order = self._take_order(int(hidden.shape[0]))
         self.version += order is not None or any(span.history.length > start for span in self._spans)
         for span in self._spans:
@@ -184,7 +189,9 @@ class SessionChain:
             self._view.succeeded(span.hop.peer_id)
             tokens = int(output.shape[0] * output.shape[1])
             self._view.took(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
+            self._note_author(span.hop)
             span.history.append(progress.value, progress.positions)
+            self._view.audits.step(span.hop, span.history, progress.mask, self._deep, output)
             progress.value = output
             progress.advance()
             if self._view.should_leave(span.hop):
@@ -230,9 +237,32 @@ class SessionChain:
             for span in spans:
                 extra = {"positions": ids} | ({} if mask is None else {"mask": mask[:, :stop]})
                 output = await span.step(value, self._message(start), extra)
+                self._note_author(span.hop)
                 span.history.append(value, ids)
                 value = output
             progress.replayed_up_to(stop)
+
+    def _note_author(self, hop: Hop) -> None:
+        self._authors[hop.peer_id] = min(hop.start, self._authors.get(hop.peer_id, hop.start))
+
+    async def _disown_liars(self) -> None:
+        """Give up all that a condemned peer has had a part in. Raises `LyingServer` if there was anything.
+
+        What the first of them was sent came from honest ones, so the next step rebuilds the caches from
+        there, at others.
+        """
+        finding = self._view.verdicts.against(self._authors)
+        if finding is None or not self._spans:
+            return
+        start = min(block for peer, block in self._authors.items() if peer in self._view.verdicts.condemned)
+        first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)
+        for span in self._spans[first:]:
+            await span.drop()
+        hop = Hop(finding.peer_id, self._spans[first].hop.start, self._end)
+        self._spans[first:] = [SpanSession(hop, self._spans[first].history)]
+        self._authors = {peer: block for peer, block in self._authors.items() if block < hop.start}
+        self.version += 1
+        raise self._view.verdicts.error(finding)
 
     async def begin_as(self, other: SessionChain, tokens: int, version: int) -> bool:
         """Begin with the first `tokens` columns of another session of the same blocks and prompts.
@@ -247,6 +277,7 @@ class SessionChain:
         self.reserve(tokens)
         # All at one moment: while servers are asked, the other may go on or take something back.
         self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
+        self._authors = dict(other._authors)
         origins = [source.origin(tokens) for source in other._spans]
         for span, origin in zip(self._spans, origins, strict=True):
             if origin is not None:
@@ -269,6 +300,8 @@ class SessionChain:
         same = deep is self._deep or (
             deep is not None and self._deep is not None and torch.equal(deep, self._deep)
         )
+        if self._view.verdicts.against(self._authors) is not None:
+            return False
         held = min((span.history.length for span in self._spans), default=0)
         return same and 0 < tokens <= held
 

@@ -6,12 +6,15 @@ loop starts when the first model is loaded and ends with `close()`, which nothin
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from corolla.client.auditor import Auditor, check_share
 from corolla.client.prefixes import PrefixIndex
 from corolla.client.retry import DEFAULT_PATIENCE, Retry
+from corolla.client.second_opinion import Own
 from corolla.client.view import SwarmView
 from corolla.swarm.node import EventLoopThread, Node
 from corolla.wire.compression import WireFormat
@@ -90,6 +93,18 @@ class SwarmConnection:
             trust=trust,
         )
 
+    def start_audits(
+        self, share: float, own: Own | None, *, routed: bool = False, draw: random.Random | None = None
+    ) -> Auditor | None:
+        """Have `share` of all answers checked from now on; `own` computes what no second server can.
+
+        `routed` says that tokens choose experts. Nothing is started for a share of 0. Raises `UsageError`.
+        """
+        if not check_share(share):
+            return None
+        self.view.audits = auditor = Auditor(self.view, share, own=own, routed=routed, draw=draw)
+        return auditor
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for `work` on the loop. Ctrl-C cancels it."""
         return self._loop.run(work)
@@ -116,6 +131,7 @@ class SwarmConnection:
             self._loop.close()
 
     async def _close(self) -> None:
+        await self.view.audits.close()
         await self.view.close()
         if self._owns_loop:
             await self._node.close()

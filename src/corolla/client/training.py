@@ -118,6 +118,7 @@ class TrainingPass:
 
         Outputs of padding are zero.
         """
+        self._view.verdicts.tell()
         rows, tokens = int(hidden.shape[0]), int(hidden.shape[1])
         ids = None if positions is None else positions.expand(rows, -1)
         self._micro_batches = list(micro_batches(rows, tokens, mask, ids))
@@ -128,7 +129,11 @@ class TrainingPass:
         return self._unpacked(await _together(one, self._micro_batches), hidden)
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients for the inputs [R, T, H] and, with deep prompts, for those [blocks, P, H], fp32."""
+        """Gradients for the inputs [R, T, H] and, with deep prompts, for those [blocks, P, H], fp32.
+
+        As `forward`, raises `LyingServer` when an audit has condemned a peer meanwhile.
+        """
+        self._view.verdicts.tell()
 
         async def one(micro: MicroBatch) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
             return await self._backward(micro, micro.packed(grad))
@@ -163,6 +168,7 @@ class TrainingPass:
                 tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
                 reply = await self._exchange(hop, message, tensors)
                 output = checked(reply, "hidden", value, hop)
+                self._view.audits.forward(hop, tensors, output)
                 micro.stages.append(Stage(hop, value, lease))
                 value, block = output, hop.end
             return value
@@ -199,14 +205,16 @@ class TrainingPass:
         self, micro: MicroBatch, stage: Stage, grad: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         hop = stage.hop
+        tensors = {"hidden": stage.inputs, "grad": grad} | micro.extra(self._deep, hop.start, hop.end)
         reply = await self._redeem(stage, grad)
         if reply is None:
-            tensors = {"hidden": stage.inputs, "grad": grad} | micro.extra(self._deep, hop.start, hop.end)
             reply = await self._exchange(hop, self._backward_message(hop, None), tensors)
         piece = None
         if self._deep is not None:
             piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop)
-        return checked(reply, "grad", stage.inputs, hop), piece
+        value = checked(reply, "grad", stage.inputs, hop)
+        self._view.audits.backward(hop, tensors, {"grad": value, "prompts": piece})
+        return value, piece
 
     async def _redeem(self, stage: Stage, grad: Tensor) -> Packet | None:
         """The gradients through the graph that the server kept; None when it has not kept it."""

@@ -14,6 +14,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
+from corolla.client.audit import Observer, Unobserved
+from corolla.client.verdicts import Verdicts
 from corolla.errors import (
     CorollaError,
     MissingBlocks,
@@ -69,7 +71,9 @@ class SwarmView:
         self.model = model
         self.model_name = model_name
         self.num_blocks = num_blocks
-        self._wire = wire
+        self.verdicts = Verdicts()
+        self.audits: Observer = Unobserved()
+        self.wire = wire
         self._mixed = mixed
         self._numerics: str | None = None  # the arithmetic that was begun with
         self._directory = directory
@@ -123,7 +127,7 @@ class SwarmView:
 
     def _find(self, start: int, end: int) -> list[Hop]:
         avoided, busy = self._still(self._avoid_until), self._still(self._busy_until)
-        resting = busy | self._still(self._rest_until)
+        resting = busy | self._still(self._rest_until) | set(self.verdicts.condemned)
         with contextlib.suppress(MissingBlocks):
             return self._find_in_one_kind(start, end, avoided | resting)
         try:
@@ -134,8 +138,8 @@ class SwarmView:
             blocks = ", ".join(str(block) for block in missing.blocks)
             found = "are busy" if busy and resting == busy else "failed a moment ago"
             raise MissingBlocks(
-                f"No other server is up for blocks {blocks} of {self.model_name} than those that {found}: "
-                "start another one, or wait until they are back.",
+                f"No other server is up for blocks {blocks} of {self.model_name} than those that {found}"
+                f"{self.verdicts.in_words()}: start another one, or wait until they are back.",
                 blocks=missing.blocks,
             ) from missing
 
@@ -163,6 +167,20 @@ class SwarmView:
             "wait or start such a server, or load the model with mixed=True, which is less exact.",
             blocks=list(range(start, end)),
         )
+
+    async def usable(self) -> list[ServerRecord]:
+        """The records of servers that may be asked now."""
+        if self._clock() - self._refreshed > REFRESH_SECONDS:
+            await self._renew()
+        avoided = (
+            self._still(self._avoid_until) | self._still(self._rest_until) | self._still(self._busy_until)
+        )
+        avoided.update(self.verdicts.condemned)
+        return [one for one in self._records if one.state == "serving" and one.peer_id not in avoided]
+
+    def numerics_of(self, peer: str) -> str | None:
+        """In what arithmetic the peer says that it computes; None for one that is not in the directory."""
+        return next((one.numerics for one in self._records if one.peer_id == peer), None)
 
     async def refresh(self) -> None:
         """Ask the directory again.
@@ -285,7 +303,7 @@ class SwarmView:
         """A stream to the peer with no request open on it. Raises `PeerUnreachable`."""
         if self._idle[peer]:
             return self._idle[peer].pop()
-        return Channel(await self.transport.open(peer, PROTOCOL_NAME), side="client", form=self._wire)
+        return Channel(await self.transport.open(peer, PROTOCOL_NAME), side="client", form=self.wire)
 
     def release(self, channel: Channel) -> None:
         """Give a stream back after a complete exchange."""

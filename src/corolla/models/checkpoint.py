@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ class Checkpoint:
                 raise CheckpointError(f"{path} does not hold {missing[0]}, though the index says so.")
             found |= read_tensors(path, [entries[key] for key in keys], widen_to)
         return found
+
+    def elements(self, wanted: Callable[[str], bool]) -> int:
+        """How many numbers the tensors hold whose key `wanted` accepts; reads headers only."""
+        total = 0
+        for file, keys in self._by_file(wanted).items():
+            entries = self._entries(file)
+            total += sum(prod(entries[key].shape) for key in keys)
+        return total
 
     @contextmanager
     def subset(self, wanted: Callable[[str], bool]) -> Iterator[Path]:

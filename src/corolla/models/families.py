@@ -86,6 +86,13 @@ def block_key_pattern(config: PretrainedConfig) -> re.Pattern[str]:
     )
 
 
+def has_experts(config: PretrainedConfig) -> bool:
+    """Whether tokens choose among experts somewhere in the model."""
+    return any(
+        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+
+
 def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedConfig:
     """A copy for blocks [start, end): fewer layers, and its per-layer lists cut accordingly."""
     sliced = copy.deepcopy(config)
