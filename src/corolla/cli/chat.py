@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.common import ClientOptions, MixedOption, PeersOption, WireOption, console, quiet_libraries
+from corolla.cli.common import (
+    AuditOption,
+    ClientOptions,
+    MixedOption,
+    PeersOption,
+    WireOption,
+    console,
+    quiet_libraries,
+)
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -71,6 +79,7 @@ def chat(
     ] = "none",
     wire: WireOption = "compute",
     mixed: MixedOption = False,
+    audit: AuditOption = 0.0,
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
@@ -82,7 +91,7 @@ def chat(
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
-    client = ClientOptions(wire, mixed, quantization, trust=trusted_servers(trust))
+    client = ClientOptions(wire, mixed, quantization, trust=trusted_servers(trust), audit=audit)
     whom = find_partner(partner, revision)
     flags = {
         "temperature": temperature,

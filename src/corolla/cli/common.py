@@ -48,6 +48,13 @@ WireOption = Annotated[
 MixedOption = Annotated[
     bool, typer.Option("--mixed", help="Use servers of different dtype or quantization together; less exact.")
 ]
+AuditOption = Annotated[
+    float,
+    typer.Option(
+        "--audit",
+        help="Share of requests, such as 0.05, that are computed again elsewhere; who lies is not used any more.",
+    ),
+]
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
@@ -60,8 +67,11 @@ class ClientOptions:
     quantization: str = "none"
     identity: Path | None = None
     trust: Sequence[str] | None = None
+    audit: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.audit <= 1:
+            raise UsageError(f"--audit is {self.audit}; give a share from 0 to 1, such as 0.05.")
         for name, known in (("wire", WIRES), ("quantization", CLIENT_QUANTIZATIONS)):
             if getattr(self, name) not in known:
                 raise UsageError(

@@ -5,6 +5,7 @@ Invariant: what is drawn is what the directory's records say, nothing is guessed
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -12,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from corolla.client.audit_report import Reported
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.routing import ranges, uncovered
 
@@ -90,3 +92,17 @@ def _ruler(blocks: int) -> str:
     width = len(_columns(blocks))
     last = str(blocks - 1)
     return "0" + last.rjust(width - 1) if width > len(last) else last
+
+
+def audit_table(audits: Sequence[Reported]) -> RenderableType:
+    """What this user's audits have found, the newest last."""
+    table = Table(title="Found by your audits", title_justify="left", box=None, header_style="dim")
+    for name in ("peer", "what", "model", "blocks", "off by", "times", "last"):
+        table.add_column(name, overflow="fold")
+    for one in audits:
+        verdict = f"wrong {', '.join(one.what)}" if one.lied else f"disagrees with {one.other}"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.last))
+        off = f"{one.worst:.3g} tolerances"
+        cells = (one.peer_id, verdict, one.model, f"{one.start}:{one.end}", off, str(one.count), when)
+        table.add_row(*(Text(_plain(cell)) for cell in cells), style="bold red" if one.lied else "yellow")
+    return table

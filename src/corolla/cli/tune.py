@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corolla.cli.chat import Partner, joined, load_tokenizer
-from corolla.cli.common import ClientOptions, MixedOption, PeersOption, WireOption, console, quiet_libraries
+from corolla.cli.common import (
+    AuditOption,
+    ClientOptions,
+    MixedOption,
+    PeersOption,
+    WireOption,
+    console,
+    quiet_libraries,
+)
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -110,6 +118,7 @@ def tune(
     dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
     wire: WireOption = "compute",
     mixed: MixedOption = False,
+    audit: AuditOption = 0.0,
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
@@ -133,7 +142,7 @@ def tune(
         revision=revision,
         token=token,
         dtype=dtype,
-        client=ClientOptions(wire, mixed, trust=trusted_servers(trust)),
+        client=ClientOptions(wire, mixed, trust=trusted_servers(trust), audit=audit),
     )
     settings = TuneSettings(
         learning_rate=lr,
