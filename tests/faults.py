@@ -86,6 +86,7 @@ class Injector:
     clients: frozenset[str]
     hits: Counter[str] = field(default_factory=Counter)
     hit_log: list[tuple[str, str]] = field(default_factory=list)  # (kind, peer), in order
+    watch: Callable[[Frame], object] = lambda _frame: None  # sees every message
     _armed: list[_Armed] = field(default_factory=list)
     _left: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # bytes of the frame under way
     _held: set[int] = field(default_factory=set)  # directions of streams that are stalled for ever
@@ -113,6 +114,7 @@ class Injector:
         on = "request" if sender in self.clients else "reply"
         client, peer = (sender, receiver) if on == "request" else (receiver, sender)
         frame = Frame(client, peer, on, _message_type(data), pipe, data)
+        self.watch(frame)
         for armed in self._due(frame):
             if self._hit(armed.fault, frame):
                 self._armed.remove(armed)

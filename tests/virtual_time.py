@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -52,7 +51,6 @@ class VirtualLoopThread(EventLoopThread):
         selector = _JumpingSelector()
         selector.may_jump = self._all_wait
         self._selector = selector
-        self._counting = threading.Lock()
         self._callers = 0
         self._computing = 0
         super().__init__(_VirtualLoop(selector))
@@ -62,13 +60,15 @@ class VirtualLoopThread(EventLoopThread):
         return self._selector.now
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        with self._counting:
-            self._callers += 1
+        return super().run(self._counted(work), timeout)
+
+    async def _counted(self, work: Coroutine[Any, Any, T]) -> T:
+        # Counted on the loop itself: between its result and the caller's waking up no time may pass.
+        self._callers += 1
         try:
-            return super().run(work, timeout)
+            return await work
         finally:
-            with self._counting:
-                self._callers -= 1
+            self._callers -= 1
 
     def _all_wait(self) -> bool:
         return self._callers > 0 and not self._computing

@@ -77,8 +77,12 @@ def client_model(work: Workload, root: Path, index: int, connection: SwarmConnec
 
 def run(seed: int, root: Path) -> Outcome:
     """The schedule of `seed`. Raises `WrongOutcome`, with the command that runs it alone."""
-    schedule = plan(seed)
-    random.seed(seed)
+    return run_schedule(plan(seed), root)
+
+
+def run_schedule(schedule: Schedule, root: Path) -> Outcome:
+    """As `run`, for a schedule that was made in another way."""
+    random.seed(schedule.seed)
     checkpoint = checkpoint_of(schedule.clients[0].family, root)
     due = [expected(work, Path(checkpoint.name)) for work in schedule.clients]
     swarm = SimulatedSwarm(checkpoint, schedule.servers)

@@ -16,7 +16,7 @@ from tests.schedules.plan import plan
 from tests.schedules.run import Outcome, run
 
 CHUNKS = 8
-SECONDS = 11.0  # of each chunk
+SECONDS = 18.0  # of each chunk
 NIGHTLY_CHUNKS = 20
 NIGHTLY_SCHEDULES = 100  # that count, of each chunk
 FIRST_OF_A_CHUNK = 100_000

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from corolla.models.prompts import SoftPrompt
 from tests.reference import Prompted, blocks_of, local_model
+from tests.tiny_models import VOCABULARY
 
 PROMPT = 3
 WORKLOADS = ("greedy", "sampled", "beams", "rollback", "fork", "training")
@@ -63,16 +64,24 @@ def settings_of(how: str) -> dict[str, Any]:
     return {"do_sample": False, "num_beams": 3 if how == "beams" else 1}
 
 
+def generated(model: Any, *inputs: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
+    """What `generate` gives, and the logits [steps, rows, vocabulary] that it chose by, float32."""
+    result = model.generate(*inputs, return_dict_in_generate=True, output_logits=True, **settings)
+    return result.sequences, torch.stack(result.logits)
+
+
 class SwarmChat:
     """A chat through a session."""
 
     def __init__(self, model: Any, session: Any = None) -> None:
         self.model = model
         self.session = session or model.inference_session(max_length=400)
+        self.logits = torch.empty(0)  # of the latest call
 
     def say(self, ids: Tensor | None, count: int, how: str, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        self.model.generate(ids, session=self.session, max_new_tokens=count, **settings_of(how))
+        settings = {"session": self.session, "max_new_tokens": count, **settings_of(how)}
+        _, self.logits = generated(self.model, ids, **settings)
         return self.session.output_ids.clone()
 
     def roll_back(self, position: int) -> None:
@@ -90,6 +99,7 @@ class LocalChat:
 
     def __init__(self, model: Any, prompt: SoftPrompt | None, ids: Tensor | None = None) -> None:
         self.model, self.prompt, self.ids = model, prompt, ids
+        self.logits = torch.empty(0)
 
     def say(self, ids: Tensor | None, count: int, how: str, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -97,7 +107,8 @@ class LocalChat:
         begun = torch.cat(parts, 1)
         settings = {"max_new_tokens": count, **settings_of(how)}
         if self.prompt is None:
-            self.ids = self.model.generate(begun, attention_mask=torch.ones_like(begun), **settings)
+            mask = torch.ones_like(begun)
+            self.ids, self.logits = generated(self.model, begun, attention_mask=mask, **settings)
         else:
             self.ids = torch.cat([begun, self._prompted(begun, settings)], 1)
         return self.ids
@@ -110,7 +121,7 @@ class LocalChat:
         handles = [] if self.prompt.deep is None else self._hook(self.prompt.deep.detach())
         try:
             mask = torch.ones(whole.shape[:2], dtype=torch.long)
-            new: Tensor = self.model.generate(inputs_embeds=whole, attention_mask=mask, **settings)
+            new, self.logits = generated(self.model, inputs_embeds=whole, attention_mask=mask, **settings)
             return new
         finally:
             for handle in handles:
@@ -147,12 +158,12 @@ Chat = SwarmChat | LocalChat
 
 
 def chatting(chat: Chat, work: Workload) -> Iterator[Tensor]:
-    """The steps of a chat; each gives all tokens so far."""
+    """The steps of a chat; each gives all tokens so far, and the logits that the new ones were chosen by."""
     draw = random.Random(f"{work.kind}-{work.variant}")
     how = work.kind if work.kind in ("sampled", "beams") else draw.choice(["greedy", "sampled"])
     rows = draw.choice([1, 1, 2]) if work.kind != "beams" else 1
     tokens = chat.say(ids_of(draw, rows, draw.randint(3, 9)), draw.randint(3, 6), how, 1)
-    yield tokens
+    yield from (tokens, chat.logits)
     if work.kind == "fork":
         yield from _forked(chat, draw, rows, how)
     for turn in range(draw.randint(1, 3)):
@@ -160,20 +171,20 @@ def chatting(chat: Chat, work: Workload) -> Iterator[Tensor]:
             chat.roll_back(draw.randint(1, tokens.shape[1] - 1))
             if draw.random() < 0.3:
                 tokens = chat.say(None, 2, how, 10 + turn)
-                yield tokens
+                yield from (tokens, chat.logits)
         more = None if draw.random() < 0.2 else ids_of(draw, rows, draw.randint(1, 4))
         tokens = chat.say(more, draw.randint(2, 5), how, 20 + turn)
-        yield tokens
+        yield from (tokens, chat.logits)
     if work.kind == "beams":
-        yield chat.say(ids_of(draw, rows, 2), 3, "greedy", 30)
+        yield from (chat.say(ids_of(draw, rows, 2), 3, "greedy", 30), chat.logits)
 
 
 def _forked(chat: Chat, draw: random.Random, rows: int, how: str) -> Iterator[Tensor]:
     """Two chats from one beginning; each goes on by itself, in turns."""
     twin = chat.fork()
     for turn in range(2):
-        yield twin.say(ids_of(draw, rows, 2), 3, how, 40 + turn)
-        yield chat.say(ids_of(draw, rows, 3), 2, how, 50 + turn)
+        yield from (twin.say(ids_of(draw, rows, 2), 3, how, 40 + turn), twin.logits)
+        yield from (chat.say(ids_of(draw, rows, 3), 2, how, 50 + turn), chat.logits)
     twin.close()
 
 
@@ -256,9 +267,10 @@ def expected(work: Workload, folder: Path) -> list[Tensor]:
 
 
 def same(found: Tensor, due: Tensor) -> bool:
-    """Tokens equal, everything else to 1e-9 relative to its size."""
+    """Tokens equal, everything else to 1e-9 relative to its size (logits, which `generate` rounds, to 1e-6)."""
     if found.shape != due.shape:
         return False
     if not due.is_floating_point():
         return torch.equal(found, due)
-    return bool((found.double() - due.double()).norm() <= 1e-9 * max(1.0, float(due.double().norm())))
+    allowed = 1e-6 if due.dtype == torch.float32 and due.shape[-1] == VOCABULARY else 1e-9
+    return bool((found.double() - due.double()).norm() <= allowed * max(1.0, float(due.double().norm())))

@@ -218,7 +218,7 @@ class SwarmView:
     def _read(self, task: asyncio.Task[None]) -> None:
         self._reading = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("The directory could not be read: %s", error)
+            log.info("The directory could not be read: %s", error)
 
     async def failed(self, error: RemoteError) -> None:
         """Prefer others to the peer that `error` names for a while, longer each time in a row.
