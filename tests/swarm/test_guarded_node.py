@@ -1,0 +1,143 @@
+"""A guarded peer over libp2p: its directory, its relay, and clocks that are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+from hivemind.dht.routing import DHTID
+from tests.swarm.test_directory import record
+
+from corolla.config import GuardConfig, NodeConfig
+from corolla.errors import NotAdmitted, SwarmUnavailable, UsageError
+from corolla.swarm import node as node_module
+from corolla.swarm.admission import Introductions
+from corolla.swarm.dht_records import key_id, model_key, read_entry
+from corolla.swarm.directory_dht import DHTDirectory
+from corolla.swarm.invitations import LEEWAY, sign_certificate, sign_invitation
+from corolla.swarm.join import join
+from corolla.swarm.membership import Certificates, revoke
+from corolla.swarm.node import Node, SwarmClock
+from corolla.swarm.transport.identity import Identity, prepare_identity
+from corolla.swarm.transport.libp2p import Libp2pTransport
+
+
+@dataclass
+class Guarded:
+    node: Node
+    path: Path
+    issuer: Identity
+    addresses: list[str]
+
+    def certify(self, identity: Path) -> str:
+        """Make an identity a member, on paper; gives its peer id."""
+        member = prepare_identity(identity)
+        Certificates(identity).add(self.issuer.peer_id, sign_certificate(self.issuer, member.peer_id))
+        return member.peer_id
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path) -> AsyncIterator[Guarded]:
+    path = tmp_path / "issuer"
+    issuer = prepare_identity(path)
+    node = await Node.create(identity=path, guard=GuardConfig())
+    await node.directory.announce(record(node.peer_id), 60)
+    yield Guarded(node, path, issuer, await node.join_addresses())
+    await node.close()
+
+
+async def test_a_stranger_joins_neither_politely_nor_otherwise(guarded: Guarded) -> None:
+    with pytest.raises(NotAdmitted, match="only members"):
+        await Node.create(initial_peers=guarded.addresses, client_only=True)
+    transport = await Libp2pTransport.create(initial_peers=guarded.addresses)
+    try:
+        with pytest.raises(SwarmUnavailable):  # it goes straight to the directory, and hears nothing there
+            await DHTDirectory.create(transport, initial_peers=guarded.addresses)
+    finally:
+        await transport.close()
+    assert not guarded.node.directory._node.protocol.routing_table.peer_id_to_uid  # type: ignore[attr-defined]
+
+
+async def test_a_member_reads_and_announces_until_it_is_revoked(guarded: Guarded, tmp_path: Path) -> None:
+    """Its certificate is presented by the directory itself, where it is refused."""
+    member_id = guarded.certify(tmp_path / "member")
+    transport = await Libp2pTransport.create(initial_peers=guarded.addresses, identity=tmp_path / "member")
+    transport.calls.introduce = Introductions(transport, Certificates(tmp_path / "member").all()).introduce
+    directory = await DHTDirectory.create(transport, initial_peers=guarded.addresses)
+    try:
+        await directory.announce(record(member_id), 60)
+        everybody = {guarded.node.peer_id, member_id}
+        assert {found.peer_id for found in await directory.servers("m")} == everybody
+        assert {found.peer_id for found in await guarded.node.directory.servers("m")} == everybody
+        revoke(guarded.path, member_id)
+        later = record(member_id, free_cache_tokens=7)
+        await directory.announce(later, 60)
+        kept = guarded.node.directory._node.protocol.storage  # type: ignore[attr-defined]
+        under_the_key = kept.get(DHTID(int.from_bytes(key_id(model_key("m")), "big"))).value
+        values = [msgspec.msgpack.decode(item.value) for _, item in under_the_key.items()]
+        assert {read_entry(value).record.free_cache_tokens for value in values} == {0}
+    finally:
+        await directory.close()
+        await transport.close()
+
+
+async def test_an_invitation_is_redeemed_over_the_network(guarded: Guarded, tmp_path: Path) -> None:
+    token = sign_invitation(guarded.issuer, guarded.addresses, seconds=100)
+    assert await join(token, tmp_path / "guest") == guarded.issuer.peer_id
+    guest = await Node.create(initial_peers=guarded.addresses, identity=tmp_path / "guest", client_only=True)
+    try:
+        assert [found.peer_id for found in await guest.directory.servers("m")] == [guarded.node.peer_id]
+    finally:
+        await guest.close()
+    with pytest.raises(NotAdmitted, match="redeemed by another"):
+        await join(token, tmp_path / "thief")
+
+
+def test_a_guard_needs_somebody_to_let_in() -> None:
+    with pytest.raises(UsageError, match="--identity"):
+        NodeConfig(guard=GuardConfig())
+
+
+# --- clocks ----------------------------------------------------------------------------------------------
+
+
+class Wrong(SwarmClock):
+    """Of a machine whose clock is ahead."""
+
+    ahead = LEEWAY - 60
+
+    def __call__(self) -> float:
+        return super().__call__() + self.ahead
+
+
+async def test_a_clock_nine_minutes_off_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(node_module, "SwarmClock", Wrong)
+        first = await Node.create()
+    join_through = await first.join_addresses()
+    second = await Node.create(initial_peers=join_through)
+    third = await Node.create(initial_peers=await second.join_addresses(), client_only=True)
+    try:
+        await first.directory.announce(record(first.peer_id), 60)
+        await second.directory.announce(record(second.peer_id), 60)
+        for node in (first, second, third):
+            found = await node.directory.servers("m")
+            assert {server.peer_id for server in found} == {first.peer_id, second.peer_id}
+        await second.directory.withdraw(record(second.peer_id))
+        assert [server.peer_id for server in await third.directory.servers("m")] == [first.peer_id]
+    finally:
+        for node in (third, second, first):
+            await node.close()
+
+
+@pytest.mark.parametrize(("offset", "word"), [(LEEWAY + 5, "behind"), (-LEEWAY - 5, "ahead of")])
+def test_a_clock_further_off_is_said(offset: float, word: str) -> None:
+    with pytest.raises(UsageError, match=rf"clock is 605 s {word} the swarm's"):
+        node_module._checked_offset(1000.0 + offset, 999.0, 1001.0)
+    with pytest.raises(UsageError):
+        node_module._checked_offset(float("nan"), 999.0, 1001.0)
+    assert node_module._checked_offset(1000.9, 999.0, 1001.0) == 0.0
+    assert node_module._checked_offset(1300.0, 999.0, 1001.0) == 300.0
