@@ -34,8 +34,8 @@ def nothing_left_behind() -> Iterator[None]:
     run = uuid.uuid4().hex
     # Short, because socket paths are.
     scratch = Path(tempfile.mkdtemp(prefix="ct-", dir="/tmp"))
-    saved = {name: os.environ.get(name) for name in (MARKER, "TMPDIR")}
-    os.environ.update({MARKER: run, "TMPDIR": str(scratch)})
+    saved = {name: os.environ.get(name) for name in (MARKER, "TMPDIR", "COROLLA_DATA")}
+    os.environ.update({MARKER: run, "TMPDIR": str(scratch), "COROLLA_DATA": str(scratch / "data")})
     tempfile.tempdir = None
     yield
     try:

@@ -44,6 +44,10 @@ class BundleError(UsageError):
     """A saved prompt that cannot be read, or that belongs to another model."""
 
 
+class TranscriptError(UsageError):
+    """A chat's transcript that cannot be read or written, or that is of a chat with another model."""
+
+
 class SessionLimit(UsageError):
     """A call would run past the `max_length` that its session was opened with; nothing was computed."""
 

@@ -25,6 +25,7 @@ from tests.tiny_models import write_tiny
 from corolla.chat.engine import ChatEngine
 from corolla.chat.repl import printable
 from corolla.chat.sampling import SamplingSettings
+from corolla.chat.transcript import read_chat
 from corolla.cli.chat import chat, find_partner, prepare
 from corolla.data.render import Renderer, RenderSettings
 from corolla.errors import BundleError, CheckpointError, CorollaError, UnknownModel, UsageError
@@ -108,6 +109,50 @@ def test_without_peers_a_swarm_runs_here_meanwhile(model: Path) -> None:
     found = corolla("chat", str(model), "--temperature", "0", "--max-new-tokens", "5", text="one\n/quit\n")
     assert found.returncode == 0, found.stderr
     assert expected_chat(model, None, RenderSettings(style="template"), 5, ["one"]) in found.stdout
+
+
+def test_a_killed_chat_goes_on_as_if_nothing_had_happened(
+    model: Path, bundle: Path, address: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    command = ["chat", str(bundle), "--peers", address, "--transcript", str(path), "--dtype", "float32"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*COROLLA, *command], stdin=pipe, stdout=pipe, text=True, env=environment()
+    ) as talking:
+        assert talking.stdin is not None
+        assert talking.stdout is not None
+        talking.stdin.write("one\n")
+        talking.stdin.flush()
+        while not talking.stdout.readline().startswith("Bot: "):
+            pass
+        talking.stdin.write("two\n")
+        talking.stdin.flush()
+        while not talking.stdout.readline().startswith("You: two"):
+            pass
+        talking.kill()
+    said = [exchange.said for exchange in read_chat(path).exchanges]
+    assert said in (["one"], ["one", "two"])
+    with path.open("ab") as file:
+        file.write(b'{"said": "two", "rep')  # had the kill come in the middle of a line
+    again = ["chat", "--continue", "--transcript", str(path), "--peers", address]
+    found = corolla(*again, text="three\n")
+    assert found.returncode == 0, found.stderr
+    assert f"Going on with {path}: {len(said)} exchange" in found.stdout
+    assert "cut off" in found.stdout
+    everything = expected_chat(model, bundle, RenderSettings(delimiter=" ~ "), 7, [*said, "three"])
+    last = everything[everything.index("You: three") :]
+    assert found.stdout.split()[-len(last.split()) :] == last.split()  # (a tab is printed as spaces)
+    assert [exchange.said for exchange in read_chat(path).exchanges] == [*said, "three"]
+
+
+def test_a_chat_with_another_partner_is_not_gone_on_with(model: Path, bundle: Path, address: str) -> None:
+    talk = corolla("chat", str(bundle), "--peers", address, text="one\n")
+    assert talk.returncode == 0, talk.stderr
+    found = corolla("chat", str(model), "--continue", "--peers", address, text="two\n")
+    assert found.returncode == 2
+    assert f"was with {bundle}" in found.stderr
+    assert f"not with {model}" in found.stderr
 
 
 def test_a_mistake_is_one_sentence(model: Path) -> None:

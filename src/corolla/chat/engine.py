@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, StoppingCriteriaList
 from corolla.chat.generation import Generation
 from corolla.chat.reader import ReplyReader
 from corolla.chat.sampling import SamplingSettings
+from corolla.chat.transcript import Transcript
 from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
@@ -62,11 +63,14 @@ class ChatEngine:
         max_context: int,
         system: str | None = None,
         notify: Callable[[str], None] = lambda notice: None,
+        journal: Transcript | None = None,
     ) -> None:
         """`max_context` is what `context_limit` gives, or less: the tokens of conversation, replies included.
 
-        `notify` is told in a sentence when older turns are left behind. A `seed` in `sampling` seeds torch's
-        own generator, here and once. Raises `UsageError` when a reply alone would fill the context.
+        `notify` is told in a sentence when older turns are left behind; `journal` is told all that happens, and
+        its `TranscriptError`s come out of the method that made it happen, whose work is done then. A `seed` in
+        `sampling` seeds torch's own generator, here and once. Raises `UsageError` when a reply alone would fill
+        the context.
         """
         check_context(sampling, max_context)
         self._model = model
@@ -75,6 +79,7 @@ class ChatEngine:
         self._max_context = max_context
         self._system = system
         self._notify = notify
+        self._journal = journal
         self._exchanges: list[Exchange] = []
         self._window = Window(renderer, system)
         self._session: Any = None
@@ -159,7 +164,11 @@ class ChatEngine:
             exchange = Exchange(said, reader.text, tuple(reader.ids))
             self._window.add(exchange)
             self._exchanges.append(exchange)
-        self._align_session()
+            self._align_session()
+            if self._journal is not None:
+                self._journal.add(exchange, len(self._window))
+        else:
+            self._align_session()
 
     def _align_session(self) -> None:
         """Take from the session what is not the window's: an end token, the cut part of a reply, a turn."""
@@ -185,6 +194,8 @@ class ChatEngine:
         if len(self._window):
             self._window.drop_newest()
             self._align_session()
+        if self._journal is not None:
+            self._journal.undo(len(self._window))
         return forgotten.said
 
     def reset(self) -> None:
@@ -192,6 +203,17 @@ class ChatEngine:
         self._settle()
         self._exchanges.clear()
         self._begin(Window(self._renderer, self._system))
+        if self._journal is not None:
+            self._journal.reset()
+
+    def restore(self, exchanges: Sequence[Exchange], kept: int) -> None:
+        """Go on with a chat of which the model saw the `kept` newest exchanges; it is fed them anew."""
+        self._settle()
+        self._exchanges = list(exchanges)
+        window = Window(self._renderer, self._system)
+        for exchange in exchanges[len(exchanges) - kept :]:
+            window.add(exchange)
+        self._begin(window)
 
     def transcript(self) -> list[dict[str, str]]:
         """Everything that was said, as messages with `role` and `content`."""

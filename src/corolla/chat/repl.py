@@ -102,6 +102,10 @@ class Repl:
             pieces.close()
             self._notice(" (stopped)" if begun else "(stopped)")
             return
+        except CorollaError:
+            if begun:  # its sentence is for a line of its own
+                self._console.out("\n")
+            raise
         if not begun:
             self._notice("(nothing was said)")
         else:

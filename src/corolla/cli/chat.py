@@ -35,6 +35,7 @@ from corolla.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from corolla.chat.repl import Repl
     from corolla.chat.sampling import SamplingSettings
+    from corolla.chat.transcript import ChatInfo, SavedChat, Transcript
     from corolla.data.render import Renderer, RenderSettings
     from corolla.models.checkpoint import Checkpoint
 
@@ -55,9 +56,11 @@ class Partner:
 
 def chat(
     partner: Annotated[
-        str,
-        typer.Argument(metavar="[BUNDLE|MODEL]", help="Folder of a bundle, or a model as for corolla serve."),
-    ] = "smollm2",
+        str | None,
+        typer.Argument(
+            metavar="[BUNDLE|MODEL]", help="Folder of a bundle, or a model as for corolla serve. [smollm2]"
+        ),
+    ] = None,
     peers: PeersOption = None,
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token. [0.6]")] = None,
     top_k: Annotated[int | None, typer.Option(help="Choose among so many tokens; 0: all. [100]")] = None,
@@ -83,6 +86,15 @@ def chat(
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
+    dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder for downloaded and converted files.")] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the latest chat, or that in --transcript.")
+    ] = False,
+    transcript: Annotated[
+        Path | None, typer.Option(help="File that keeps the chat. [in the user's data directory]")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the chat on disk as it goes.")] = True,
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
@@ -92,7 +104,8 @@ def chat(
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
     client = ClientOptions(wire, mixed, quantization, trust=trusted_servers(trust), audit=audit)
-    whom = find_partner(partner, revision)
+    saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
+    whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), revision)
     flags = {
         "temperature": temperature,
         "top_k": top_k,
@@ -103,11 +116,60 @@ def chat(
     }
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     sampling = replace(SamplingSettings.from_dict(whom.sampling), **given)
-    prepared = prepare(whom, sampling, style=style, max_length=max_length, token=token)
+    if saved is not None:
+        sampling = replace(SamplingSettings.from_dict(saved.info.sampling), **given)
+        whom = as_saved(whom, saved)
+        system = saved.info.system
+    prepared = prepare(
+        whom, sampling, style=style, max_length=max_length, token=token, dtype=dtype, cache_dir=cache_dir
+    )
+    if saved is not None:
+        saved.check_same(prepared.info(system))
+        prepared = replace(prepared, max_context=max_length or saved.info.max_context)
     client = replace(client, identity=client_identity(identity, invite))
-    with joined(peers, whom) as addresses, opened(prepared, addresses, client, system=system) as repl:
+    with contextlib.ExitStack() as chat:
+        journal = chat.enter_context(kept(prepared, system, transcript, saved)) if save else None
+        addresses = chat.enter_context(joined(peers, whom, cache_dir))
+        repl = chat.enter_context(
+            opened(prepared, addresses, client, system=system, journal=journal, saved=saved)
+        )
         notice(console, f"Talking with {whom.about}. /help lists the commands.")
+        if journal is not None and console.is_terminal:
+            notice(console, f"The chat is kept in {journal.path}; --continue goes on with it.")
         repl.run()
+
+
+def saved_chat(path: Path | None, *, fixed: tuple[str | None, ...], save: bool) -> SavedChat:
+    """The chat to go on with. Raises `TranscriptError`, or `UsageError` for what belongs to its beginning."""
+    from corolla.chat.repl import notice
+    from corolla.chat.transcript import latest_chat, read_chat
+
+    if fixed != (None, None) or not save:
+        raise UsageError("--style, --system and --no-save belong to a chat's beginning, not to --continue.")
+    saved = read_chat(path or latest_chat())
+    count = len(saved.exchanges)
+    notice(console, f"Going on with {saved.path}: {count} exchange{'' if count == 1 else 's'}.")
+    if saved.cut_off:
+        notice(console, "Its last line was cut off and is left out.")
+    return saved
+
+
+def as_saved(partner: Partner, saved: SavedChat) -> Partner:
+    """`partner`, talked with as it was."""
+    from corolla.data.render import RenderSettings
+
+    return replace(
+        partner,
+        rendering=RenderSettings.from_dict(saved.info.rendering),
+        revision=partner.revision or saved.info.revision,
+    )
+
+
+def kept(prepared: Prepared, system: str | None, path: Path | None, saved: SavedChat | None) -> Transcript:
+    """The transcript that the chat is written to. Raises `TranscriptError`."""
+    from corolla.chat.transcript import Transcript
+
+    return Transcript.begin(prepared.info(system), path) if saved is None else Transcript.go_on(saved)
 
 
 def find_partner(name: str, revision: str | None = None) -> Partner:
@@ -141,7 +203,28 @@ class Prepared:
     renderer: Renderer
     sampling: SamplingSettings
     max_context: int
+    identity: str  # the checkpoint's
     token: str | None = field(default=None, repr=False)
+    dtype: str = "auto"
+    cache_dir: Path | None = None
+
+    def info(self, system: str | None) -> ChatInfo:
+        """For the transcript."""
+        from corolla.chat.transcript import ChatInfo, prompt_digest
+
+        partner, rendering = self.partner, self.renderer.settings
+        place = partner.prompts
+        named = Path(partner.model) if place is None else place
+        return ChatInfo(
+            partner=str(named.resolve()) if named.exists() else partner.model,
+            model=self.identity,
+            prompt=None if place is None else prompt_digest(place),
+            rendering=rendering.to_dict(),
+            sampling={name: value for name, value in asdict(self.sampling).items() if value is not None},
+            system=system,
+            max_context=self.max_context,
+            revision=partner.revision,
+        )
 
 
 def prepare(
@@ -151,6 +234,8 @@ def prepare(
     style: str | None = None,
     max_length: int | None = None,
     token: str | None = None,
+    dtype: str = "auto",
+    cache_dir: Path | None = None,
 ) -> Prepared:
     """Read what there is to read without the swarm. Raises `UsageError` for what does not go together."""
     from corolla.chat.engine import check_context, context_limit
@@ -158,7 +243,7 @@ def prepare(
     from corolla.models.checkpoint import open_checkpoint
     from corolla.models.prompt_files import load_prompt
 
-    checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token)
+    checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token, cache_dir=cache_dir)
     prompt_tokens = 0
     if partner.prompts is not None:
         prompt = load_prompt(partner.prompts, model_name=checkpoint.name, identity=checkpoint.identity)
@@ -173,7 +258,16 @@ def prepare(
     )
     if style is not None:
         rendering = replace(rendering, style=style)
-    return Prepared(partner, Renderer(tokenizer, rendering), sampling, max_length or limit, token)
+    return Prepared(
+        partner,
+        Renderer(tokenizer, rendering),
+        sampling,
+        max_length or limit,
+        checkpoint.identity,
+        token,
+        dtype,
+        cache_dir,
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint, token: str | None = None) -> Any:
@@ -193,7 +287,9 @@ def load_tokenizer(checkpoint: Checkpoint, token: str | None = None) -> Any:
 
 
 @contextlib.contextmanager
-def joined(peers: Sequence[str] | None, partner: Partner) -> Iterator[Sequence[str]]:
+def joined(
+    peers: Sequence[str] | None, partner: Partner, cache_dir: Path | None = None
+) -> Iterator[Sequence[str]]:
     """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
     if peers:
         yield peers
@@ -203,7 +299,9 @@ def joined(peers: Sequence[str] | None, partner: Partner) -> Iterator[Sequence[s
     options = [] if partner.revision is None else ["--revision", partner.revision]
     with contextlib.ExitStack() as swarm:
         with console.status("starting two servers on this machine …"):
-            addresses = swarm.enter_context(local_swarm(partner.model, options=options)).peers
+            addresses = swarm.enter_context(
+                local_swarm(partner.model, options=options, cache_dir=cache_dir)
+            ).peers
         yield addresses
 
 
@@ -214,6 +312,8 @@ def opened(
     client: ClientOptions | None = None,
     *,
     system: str | None = None,
+    journal: Transcript | None = None,
+    saved: SavedChat | None = None,
 ) -> Iterator[Repl]:
     """A chat over the swarm at `peers`."""
     from corolla.chat.engine import ChatEngine
@@ -227,6 +327,8 @@ def opened(
         prompts=partner.prompts,
         revision=partner.revision,
         token=prepared.token,
+        dtype=prepared.dtype,
+        cache_dir=prepared.cache_dir,
         **asdict(client or ClientOptions()),
     ) as model:
         engine = ChatEngine(
@@ -236,6 +338,9 @@ def opened(
             max_context=prepared.max_context,
             system=system,
             notify=lambda text: notice(console, text),
+            journal=journal,
         )
         with engine:
+            if saved is not None:
+                engine.restore(saved.exchanges, saved.kept)
             yield Repl(engine, console)

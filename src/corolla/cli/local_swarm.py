@@ -87,6 +87,7 @@ def local_swarm(
     servers: int = 2,
     dtype: str = "auto",
     options: Sequence[str] = (),
+    cache_dir: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[LocalSwarm]:
     """Serve all of a model's blocks from `servers` processes on this machine, each with its share of cores.
@@ -94,7 +95,11 @@ def local_swarm(
     `options` are passed to `corolla serve`; `say` gets a line for each process that has become ready. Raises
     `UsageError` or `SwarmUnavailable` when one of them does not.
     """
-    blocks = open_checkpoint(model).num_blocks  # a wrong name is found out before anything is started
+    if cache_dir is not None:
+        options = [*options, "--cache-dir", str(cache_dir)]
+    blocks = open_checkpoint(
+        model, cache_dir=cache_dir
+    ).num_blocks  # a wrong name is found out before anything is started
     servers = min(servers, blocks)
     children: list[Child] = []
     # A folder that a later start removes, should we be killed.
