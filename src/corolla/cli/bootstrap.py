@@ -40,7 +40,7 @@ def bootstrap(
         ready_file,
         guard=guard_config(guarded, allow, trust_issuer),
     )
-    with ended_by_signals():
+    with ended_by_signals(die_with_parent=die_with_parent):
         from corolla.swarm.node import Node
         from corolla.swarm.ready_file import ready_file as announced
 

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from corolla.errors import CorollaError, UsageError
 
 console = Console()
 error_console = Console(stderr=True)
+
+ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
 
 PeersOption = Annotated[
     list[str] | None, typer.Option("--peers", help="Address to join through; may be repeated.")
@@ -89,13 +92,17 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """For the imports at a command's beginning: Ctrl-C ends the process at once.
+def ended_by_signals(*, die_with_parent: bool = False) -> Iterator[None]:
+    """For the imports at a command's beginning: Ctrl-C, SIGTERM or the parent's end end the process at once.
 
     A library whose import is interrupted is left half made and fails in ways of its own, which would be all
     that the user saw; and there is nothing yet to put in order.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # This one stays until `run_until_stopped` has its own: there is no moment without one.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if die_with_parent:
+        _parent.watch()
     try:
         yield
     finally:
@@ -119,7 +126,8 @@ async def _until_stopped(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ready_to_stop)
     if die_with_parent:
-        _watch_parent(lambda: loop.call_soon_threadsafe(ready_to_stop))
+        _parent.watch()
+        _parent.tell(lambda: loop.call_soon_threadsafe(ready_to_stop))
     with contextlib.suppress(asyncio.CancelledError):
         await task
 
@@ -133,23 +141,57 @@ def _stopper(stop: asyncio.Event, task: asyncio.Future[None]) -> Callable[[], No
     return ask
 
 
-def _watch_parent(ended: Callable[[], object]) -> None:
-    """Call `ended` when stdin, a pipe that the parent holds, is closed: also after the parent's SIGKILL."""
+class _Parent:
+    """Notices the end of stdin, a pipe that the parent holds: also after the parent's SIGKILL."""
 
-    def wait() -> None:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._has_ended = False
+        self._ended: Callable[[], object] = lambda: os._exit(0)  # nothing is there yet to put in order
+
+    def watch(self) -> None:
+        """Begin to watch, once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._wait, daemon=True, name="watch-parent")
+            self._thread.start()
+
+    def tell(self, ended: Callable[[], object]) -> None:
+        """From here on, call `ended`; at once when the parent has closed the pipe already."""
+        with self._lock:
+            self._ended = ended
+            if self._has_ended:
+                self._call()
+
+    def _wait(self) -> None:
+        parent = os.getppid()
         with contextlib.suppress(OSError):
             while os.read(0, 1024):
                 pass
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
-            ended()
+        with self._lock:
+            self._has_ended = True
+            self._call()
+        time.sleep(ORPHAN_SECONDS)
+        if os.getppid() != parent:  # nobody is left who would end us, and the swarm may be gone with it
+            os._exit(1)
 
-    threading.Thread(target=wait, daemon=True, name="watch-parent").start()
+    def _call(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self._ended()
+
+
+_parent = _Parent()
 
 
 def explain(error: CorollaError) -> int:
     """Print an error's sentence; gives the exit code."""
-    error_console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+    explain_in(str(error))
     return error.exit_code
+
+
+def explain_in(sentence: str) -> None:
+    """Print what is wrong."""
+    error_console.print(f"[bold red]error:[/] {_escaped(sentence)}", highlight=False, soft_wrap=True)
 
 
 def _escaped(text: str) -> str:

@@ -16,10 +16,11 @@ import typer
 from corolla import __version__
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
-from corolla.cli.common import explain, set_up_logging
+from corolla.cli.common import explain, explain_in, set_up_logging
 from corolla.cli.demo import demo
 from corolla.cli.invite import invite
 from corolla.cli.join import join
+from corolla.cli.machine import allow_open_files, exhausted, unusable
 from corolla.cli.revoke import revoke
 from corolla.cli.serve import serve
 from corolla.cli.status import status
@@ -57,15 +58,34 @@ def _options(
     set_up_logging(verbose)
 
 
+def _is_said(error: CorollaError) -> bool:
+    """Whether an error's own sentence names the system's reason."""
+    reason = getattr(error.__cause__, "strerror", None)
+    return reason is not None and reason in str(error)
+
+
 def main() -> None:
     """Run the command line; the process ends with the right exit code."""
     # Idle compute threads sleep instead of spinning: servers, their network daemons and a client often share
     # cores, and a spinning pool takes them from whoever has work. Has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    allow_open_files()
     try:
         app()
     except CorollaError as error:
         log.info("The error came from here:", exc_info=error)
+        # What is about a file that cannot be opened may say so of the file, or of its peer.
+        sentence = exhausted(error)
+        if sentence is not None and not _is_said(error):
+            explain_in(sentence)
+            sys.exit(1)
         sys.exit(explain(error))
+    except Exception as error:
+        sentence = exhausted(error) or unusable(error)
+        if sentence is None:
+            raise
+        log.info("The error came from here:", exc_info=error)
+        explain_in(sentence)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -101,7 +101,7 @@ def serve(
         lease_bytes=lease_bytes,
         peer_share=peer_share,
     )
-    with ended_by_signals():
+    with ended_by_signals(die_with_parent=die_with_parent):
         from corolla.server.serve import serve as run
         from corolla.server.serve import still_loading
 

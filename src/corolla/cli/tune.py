@@ -5,9 +5,10 @@ Invariant: what is wrong with the arguments or the data is said before a server 
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,7 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
-from corolla.errors import UsageError
+from corolla.errors import CorollaError, UsageError
 
 if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
@@ -51,6 +52,7 @@ class TuneJob:
     out: Path
     speaker: str | None = None
     persona: bool = False
+    split: str | None = None
     mode: str = "ptune"
     prompt_tokens: int = 16
     prompt_init: str = "vocab"
@@ -72,7 +74,7 @@ class TuneJob:
 
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
-        names = ("data", "speaker", "persona", "prompt_init", "prompt_text", "dtype")
+        names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
         return {name: getattr(self, name) for name in names}
 
 
@@ -84,6 +86,7 @@ def tune(
     ),
     speaker: Annotated[str | None, typer.Option(help="chitchat: the person whose turns to learn.")] = None,
     persona: Annotated[bool, typer.Option(help="PersonaChat: put the personality in front.")] = False,
+    split: Annotated[str | None, typer.Option(help="Hub data: which split, such as train.")] = None,
     out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("bundle"),
     mode: Annotated[str, typer.Option(help="ptune or deep_ptune (a prompt for each block besides).")] = (
         "ptune"
@@ -135,6 +138,7 @@ def tune(
         out=out,
         speaker=speaker,
         persona=persona,
+        split=split,
         mode=mode,
         prompt_tokens=prompt_tokens,
         prompt_init=prompt_init,
@@ -162,13 +166,41 @@ def tune(
         ),
     )
     RunFolder(out).check(resume=resume, overwrite=overwrite)
-    prepared = prepare_data(job, settings)
-    job = replace(job, client=replace(job.client, identity=client_identity(identity, invite)))
-    with joined(peers, Partner(model, revision)) as addresses:
-        train_and_report(
-            job, settings, prepared, addresses, resume=resume, overwrite=overwrite, again=_resume_command()
-        )
+    with stopped_by_ctrl_c(out):
+        prepared = prepare_data(job, settings)
+        job = replace(job, client=replace(job.client, identity=client_identity(identity, invite)))
+        with joined(peers, Partner(model, revision)) as addresses:
+            train_and_report(
+                job,
+                settings,
+                prepared,
+                addresses,
+                resume=resume,
+                overwrite=overwrite,
+                again=_resume_command(),
+            )
     show_next_step(job, peers)
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
+    """Says what is kept of a run that Ctrl-C or an error has ended at once, and how to go on with it."""
+    from corolla.tuning.checkpoints import RunFolder
+
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except (KeyboardInterrupt, CorollaError, OSError, RuntimeError) as error:
+        last = RunFolder(out).latest()
+        stopped = isinstance(error, KeyboardInterrupt)
+        if last is not None:
+            say_plainly(f"{last} is kept; go on with\n  {_resume_command()}")
+        elif stopped:
+            say_plainly("Stopped before anything was saved.")
+        if stopped:
+            raise typer.Exit(130) from None
+        raise
 
 
 def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Prepared:
@@ -180,7 +212,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
     conversations, report = load_conversations(
-        job.data, speaker=job.speaker, persona=job.persona, token=job.token
+        job.data, speaker=job.speaker, persona=job.persona, split=job.split, token=job.token
     )
     for line in report.lines():
         say_plainly(line)

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from corolla.errors import CheckpointError
+from corolla.models.durable import leftovers
+
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """The folder for converted models: `cache_dir`, else `$COROLLA_CACHE`, else `~/.cache/corolla`."""
@@ -26,13 +29,24 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make` unless it is there already.
 
     `make` gets an empty folder beside it, which is renamed when it returns and removed when it raises.
-    Others that want the same folder wait; the lock ends with its process.
+    Others that want the same folder wait; the lock ends with its process. Raises `CheckpointError` when
+    nothing can be written there.
     """
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"The cache folder {folder.parent} cannot be written ({error.strerror or error}): give another "
+            "place with --cache-dir or COROLLA_CACHE."
+        ) from error
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
+            for cut_off in leftovers(folder.parent, folder.name):  # nobody else is at it: we hold the lock
+                shutil.rmtree(cut_off, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
                 make(work)
