@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
-import os
 import time
 from functools import cache
 from pathlib import Path
@@ -142,8 +142,6 @@ def unsigned() -> str:
 
 
 def test_what_is_not_genuine_lets_nobody_in() -> None:
-    import base64
-
     own_key = base64.b64encode(someone("b").public).decode()
     wrong = [
         sign_certificate(someone("b"), peer("b")),  # an issuer that nobody trusts
@@ -292,9 +290,15 @@ def test_certificates_are_kept_privately(tmp_path: Path, caplog: pytest.LogCaptu
         certificates.all()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
+    (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
-        revoke(tmp_path / "identity", peer("a"))
-    tmp_path.chmod(0o700)
+        revoke(tmp_path / "file" / "identity", peer("a"))
+
+
+def test_an_invitation_is_no_certificate_whatever_else_it_says() -> None:
+    said = jwt.decode(invitation(), options={"verify_signature": False})
+    said |= {"sub": peer("a"), "key": base64.b64encode(someone("issuer").public).decode()}
+    both = jwt.encode(said, someone("issuer").key, algorithm="RS256")
+    with pytest.raises(NotAdmitted, match="not genuine"):
+        check_certificate(both, peer("a"), {peer("issuer")})
