@@ -51,6 +51,7 @@ class Target:
         self._tokens = noise(2, HONEST_TOKENS, HIDDEN, seed=77)
         self._wanted = self.world.reference.forward(self._tokens)
         self._at = 0
+        self.honest_steps = 0
 
     async def start(self) -> None:
         await self.world.start()
@@ -70,6 +71,7 @@ class Target:
         )
         assert_same(answer.tensors["hidden"], self._wanted[:, here])
         self._at += 1
+        self.honest_steps += 1
         if self._at == HONEST_TOKENS:
             await request(self._honest, Packet(CloseSession()))
             self._at = 0
@@ -131,6 +133,7 @@ class Stranger:
         self._state = Conversation()
         self._cached = (0, 0)  # rows and tokens of the session
         self._pending = b""
+        self.last = "nothing"  # what was answered last: kind of request, and of answer
 
     async def leave(self) -> None:
         self.ended = True
@@ -197,6 +200,7 @@ class Stranger:
         assert refusal.field == (None if error.field is None else error.field[:128])
         assert refusal.field is not None
         self._target.codes[refusal.code] += 1
+        self.last = f"{refusal.code} {(refusal.field or '')[:16]}"
         await self._over()
 
     async def _over(self) -> None:
@@ -210,6 +214,7 @@ class Stranger:
     async def _check(self, packet: Packet, answer: Packet) -> None:
         self._state.advance(answer.message)
         message = answer.message
+        self.last = f"{type(packet.message).__name__} {getattr(message, 'code', type(message).__name__)}"
         if not isinstance(message, Failure):
             self._count("answered with work")
             self._note(packet, answer)
