@@ -1,12 +1,10 @@
-"""A swarm of real servers that can be hurt: signals, restarts, and links that stall or are cut."""
+"""A swarm of real servers that can be hurt: signals and restarts."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,12 +33,12 @@ class RealSwarm:
         self.servers: dict[str, Process] = {}  # by peer id; the newest process of each
         self.bootstrap = started.start("bootstrap", "bootstrap").wait_ready()
 
-    def serve(self, *spans: str, announce: str | None = None) -> list[str]:
+    def serve(self, *spans: str) -> list[str]:
         """Start servers together and wait for them; their peer ids."""
         begun = []
         for span in spans:
             identity = self._started.folder / f"identity-{len(self._started.started)}"
-            begun.append((self._start(span, identity, announce), identity))
+            begun.append((self._start(span, identity), identity))
         peers = []
         for process, identity in begun:
             peer = str(process.wait_ready().about["peer_id"])
@@ -50,12 +48,11 @@ class RealSwarm:
 
     def come_back(self, peer: str, span: str) -> None:
         """Start a dead server again under its id, without waiting until it is ready."""
-        self.servers[peer] = self._start(span, self._identities[peer], None)
+        self.servers[peer] = self._start(span, self._identities[peer])
 
-    def _start(self, span: str, identity: Path, announce: str | None) -> Process:
+    def _start(self, span: str, identity: Path) -> Process:
         arguments = ["serve", self._model, "--peers", self.bootstrap.address, "--blocks", span]
         arguments += ["--identity", str(identity), "--threads", "1", "--dtype", "float32"]
-        arguments += [] if announce is None else ["--announce", announce]
         return self._started.start(f"server-{len(self._started.started)}", *arguments)
 
     def send(self, peer: str, number: signal.Signals) -> None:
@@ -202,84 +199,3 @@ def something_failed() -> Iterator[Noticed]:
         assert noticed.words
     finally:
         log.removeHandler(noticed)
-
-
-class Proxy:
-    """A TCP link to wherever `target()` says, which can stall or be cut; closed with the block."""
-
-    def __init__(self, target: Callable[[], int]) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._flowing = threading.Event()
-        self._flowing.set()
-        self._budget: float = float("inf")  # bytes towards the target until the link stalls
-        self.passed = 0  # bytes towards the target
-        self._run(self._accept)
-
-    def stall_after(self, count: int) -> None:
-        """Let so many more bytes pass to the target, then none in either direction."""
-        self._budget = self.passed + count
-
-    def flow(self) -> None:
-        """End a stall."""
-        self._budget = float("inf")
-        self._flowing.set()
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the link has stalled."""
-        return not self._flowing.is_set()
-
-    def cut(self) -> None:
-        """End all connections; new ones are possible."""
-        for each in self._sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """End everything."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.flow()
-        self.cut()
-        for thread in self._threads:
-            thread.join(10)
-        for each in self._sockets:
-            each.close()
-
-    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
-        thread = threading.Thread(target=work, args=arguments, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection(("127.0.0.1", self._target()))
-            except OSError:
-                near.close()
-                continue
-            self._sockets += [near, far]
-            self._run(self._pump, near, far, True)
-            self._run(self._pump, far, near, False)
-
-    def _pump(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(16384):
-                if counted:
-                    self.passed += len(data)
-                    if self.passed >= self._budget:
-                        self._flowing.clear()
-                self._flowing.wait()
-                sink.sendall(data)
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)

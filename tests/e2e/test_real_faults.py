@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from tests.e2e.processes import Processes, processes
-from tests.e2e.real_swarm import Client, Proxy, RealSwarm, Used, something_failed
+from tests.e2e.real_swarm import Client, RealSwarm, Used, something_failed
 from tests.tiny_models import write_tiny
 
 from corolla.models.checkpoint import open_checkpoint
@@ -123,63 +122,6 @@ def test_kills_one_after_the_other(started: Processes, folder: Path, mode: str |
                 client.chat(lambda used: kill_the_rest(), sample=False, seed=3)
             else:
                 client.train(kill_the_rest, before="forward", seed=5)
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["forward", "backward"])
-def test_a_link_that_stalls_halfway_through_a_tensor_and_one_that_is_cut(
-    started: Processes, folder: Path, moment: str
-) -> None:
-    """The only way to blocks 2:4 at first leads through a proxy, which is then told to fail."""
-    swarm = RealSwarm(started, folder)
-    swarm.serve("0:2")
-    behind: list[str] = []
-
-    def target() -> int:
-        """Where the daemon behind the proxy listens."""
-        daemon = swarm.daemon(behind[0])
-        listening = [link for link in daemon.net_connections("tcp") if link.status == psutil.CONN_LISTEN]
-        return int(listening[0].laddr.port)
-
-    proxy = Proxy(target)
-    try:
-        behind += swarm.serve("2:4", announce=f"127.0.0.1:{proxy.port}")
-        with swarm.load(tuning_mode="deep_ptune", pre_seq_len=3) as model:
-            client = Client(model, folder)
-            client.train(lambda: None, before=moment)
-            assert proxy.passed > 10_000  # the client's way does lead through it
-            swarm.serve("2:4")
-            with something_failed():
-                client.train(lambda: proxy.stall_after(4000), before=moment)
-            assert proxy.stalled
-            proxy.flow()
-            client.chat(lambda used: proxy.cut(), sample=False)
-            with something_failed():
-                client.train(lambda: (proxy.cut(), swarm.kill(client.used(2))), before=moment)
-    finally:
-        proxy.close()
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(600)
-def test_a_daemon_that_dies_takes_its_server_with_it(started: Processes, folder: Path) -> None:
-    """A server without network is of no use; it ends, so that whoever watches over it can start it again."""
-    swarm = RealSwarm(started, folder)
-    swarm.serve("0:2", "2:4", "2:4")
-    with swarm.load(tuning_mode="ptune", pre_seq_len=3) as model:
-        client, hurt = Client(model, folder), []
-
-        def cut(used: Used) -> None:
-            hurt.append(used(2))
-            swarm.daemon(hurt[-1]).kill()
-
-        with something_failed():
-            assert client.chat(cut, sample=True) < SLACK_SECONDS + 1.5
-        server = swarm.servers[hurt[0]]
-        assert server.popen.wait(30) not in (0, None)
-        assert "network process" in server.log_path.read_text()
-        assert "Traceback" not in server.log_path.read_text()
 
 
 @pytest.mark.nightly
