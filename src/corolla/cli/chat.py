@@ -17,6 +17,7 @@ import typer
 from corolla.cli.common import (
     AuditOption,
     ClientOptions,
+    LocalBlocksOption,
     MixedOption,
     PeersOption,
     WireOption,
@@ -83,6 +84,7 @@ def chat(
     wire: WireOption = "compute",
     mixed: MixedOption = False,
     audit: AuditOption = 0.0,
+    local_blocks: LocalBlocksOption = 0,
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
@@ -103,7 +105,9 @@ def chat(
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
-    client = ClientOptions(wire, mixed, quantization, trust=trusted_servers(trust), audit=audit)
+    client = ClientOptions(
+        wire, mixed, quantization, trust=trusted_servers(trust), audit=audit, local_blocks=local_blocks
+    )
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
     whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), revision)
     flags = {

@@ -58,6 +58,12 @@ AuditOption = Annotated[
         help="Share of requests, such as 0.05, that are computed again elsewhere; who lies is not used any more.",
     ),
 ]
+LocalBlocksOption = Annotated[
+    int,
+    typer.Option(
+        "--local-blocks", help="Run so many of the first blocks on this machine; no server sees those."
+    ),
+]
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
@@ -71,6 +77,7 @@ class ClientOptions:
     identity: Path | None = None
     trust: Sequence[str] | None = None
     audit: float = 0.0
+    local_blocks: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.audit <= 1:

@@ -19,6 +19,7 @@ from corolla.cli.chat import Partner, joined, load_tokenizer
 from corolla.cli.common import (
     AuditOption,
     ClientOptions,
+    LocalBlocksOption,
     MixedOption,
     PeersOption,
     WireOption,
@@ -122,6 +123,7 @@ def tune(
     wire: WireOption = "compute",
     mixed: MixedOption = False,
     audit: AuditOption = 0.0,
+    local_blocks: LocalBlocksOption = 0,
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
@@ -146,7 +148,9 @@ def tune(
         revision=revision,
         token=token,
         dtype=dtype,
-        client=ClientOptions(wire, mixed, trust=trusted_servers(trust), audit=audit),
+        client=ClientOptions(
+            wire, mixed, trust=trusted_servers(trust), audit=audit, local_blocks=local_blocks
+        ),
     )
     settings = TuneSettings(
         learning_rate=lr,

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import cache as memoize
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, get_args
+from typing import Any, Self
 
 import torch
 import transformers
@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
-from corolla.client.heads import SharedHead, share_head, using_head
+from corolla.client.heads import share_head, use_head_kernel, using_head
+from corolla.client.local_blocks import check_local, load_local
 from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.retry import DEFAULT_PATIENCE
@@ -33,7 +34,6 @@ from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
-from corolla.models.kernels.client import ClientQuantization, quantize_client
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
@@ -218,6 +218,7 @@ def load_distributed(
     identity: str | Path | None = None,
     trust: Collection[str] | None = None,
     audit: float = 0.0,
+    local_blocks: int = 0,
     connection: SwarmConnection | None = None,
     only: str | None = None,
 ) -> PreTrainedModel:
@@ -232,10 +233,11 @@ def load_distributed(
         )
     connection = connection or _connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
     try:
-        connection.check_complete()
+        connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
         model = load_shell(checkpoint, connection, dtype, quantization)
-        routed = families.has_experts(checkpoint.config)
-        connection.start_audits(audit, OwnBlocks(checkpoint, model.dtype), routed=routed)
+        model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
+        own = OwnBlocks(checkpoint, model.dtype)
+        connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
         if prompts is not None:
             model.prompts = load_prompt(
                 Path(prompts), model_name=checkpoint.name, identity=checkpoint.identity
@@ -325,18 +327,6 @@ def load_shell(
     return model
 
 
-def use_head_kernel(model: Any, quantization: str) -> None:
-    """Have the head multiply in the way that is fastest here, or in fewer bits. Raises `UsageError`."""
-    if quantization not in get_args(ClientQuantization):
-        raise UsageError(
-            f"quantization is {quantization!r}; it must be one of {', '.join(get_args(ClientQuantization))}."
-        )
-    product = quantize_client(model, cast(ClientQuantization, quantization))
-    head = model.get_output_embeddings()
-    if product is not None and isinstance(head, SharedHead):
-        head.use_kernel(product, exact=quantization == "none")
-
-
 def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
     """The checkpoint's own settings, but for a kind of cache that only a local model could have."""
     try:
@@ -391,7 +381,8 @@ class AutoDistributedModelForCausalLM:
         whether servers of different dtype or quantization may work together, which is less exact; `identity` the
         file of the peer id that guarded servers know this client by; `trust` the peer ids of the only servers to
         be used; `audit` the share of requests, such as 0.05, that others compute again: a server found wrong is
-        not used any more, and what it had a part in ends with a `LyingServer`.
+        not used any more, and what it had a part in ends with a `LyingServer`; `local_blocks` how many of the
+        first blocks this machine runs itself.
 
         Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
         `NotAdmitted`.

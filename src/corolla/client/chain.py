@@ -117,6 +117,7 @@ class SessionChain:
         self._retry = retry
         self._start, self._end = start, end
         self._deep = None if deep is None else deep.detach().float().cpu().clone()
+        self.front: LocalSession | None = None  # what this client runs itself, before these blocks
         self._spans: list[SpanSession] = []
         self._rows = 0
         self._order: Tensor | None = None
@@ -128,6 +129,8 @@ class SessionChain:
 
     def reorder(self, rows: Tensor) -> None:
         """See `models.cache.BlocksSession`."""
+        if self.front is not None:
+            self.front.reorder(rows)
         self._order = rows if self._order is None else self._order[rows]
 
     def reserve(self, tokens: int) -> None:
@@ -278,6 +281,8 @@ class SessionChain:
         # All at one moment: while servers are asked, the other may go on or take something back.
         self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
         self._authors = dict(other._authors)
+        if self.front is not None and other.front is not None:
+            self.front.begin_as(other.front, tokens)
         origins = [source.origin(tokens) for source in other._spans]
         for span, origin in zip(self._spans, origins, strict=True):
             if origin is not None:
@@ -317,6 +322,8 @@ class SessionChain:
         spans = list(self._spans)
         if not keep:
             self._spans = []
+            if self.front is not None:
+                self.front.clear()
         for span in spans:
             await span.close(self._view, keep=keep)
 

@@ -118,9 +118,9 @@ class SwarmConnection:
         """False after `close()`."""
         return not self._loop.closed
 
-    def check_complete(self) -> None:
-        """Raises `MissingBlocks` unless every block is served now."""
-        self.run(self.view.route(0, self.view.num_blocks))
+    def check_complete(self, start: int = 0) -> None:
+        """Raises `MissingBlocks` unless every block from `start` on is served now."""
+        self.run(self.view.route(start, self.view.num_blocks))
 
     def close(self) -> None:
         """Leave the swarm and end the loop; safe to call twice."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.client.losses import DeferredLogits, causal_lm_loss, wanted_deferred
+from corolla.errors import UsageError
+from corolla.models.kernels.client import ClientQuantization, quantize_client
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing from company
 MOST_ROWS = 256  # of one product
@@ -244,3 +246,15 @@ def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:
         if len(parts) == 1:
             return [product(parts[0])]
         return list(torch.split(product(torch.cat(parts)), [len(part) for part in parts]))
+
+
+def use_head_kernel(model: Any, quantization: str) -> None:
+    """Have the head multiply in the way that is fastest here, or in fewer bits. Raises `UsageError`."""
+    if quantization not in get_args(ClientQuantization):
+        raise UsageError(
+            f"quantization is {quantization!r}; it must be one of {', '.join(get_args(ClientQuantization))}."
+        )
+    product = quantize_client(model, cast(ClientQuantization, quantization))
+    head = model.get_output_embeddings()
+    if product is not None and isinstance(head, SharedHead):
+        head.use_kernel(product, exact=quantization == "none")

@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from corolla.client.chain import SessionChain
 from corolla.client.connection import SwarmConnection
+from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
 from corolla.models.shell import BlocksCall
@@ -28,6 +29,7 @@ class RemoteBlocks:
     def __init__(self, connection: SwarmConnection, start: int, end: int) -> None:
         self.connection = connection
         self.start, self.end = start, end
+        self.local: LocalBlocks | None = None  # the first ones, where this client runs them itself
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -41,7 +43,14 @@ class RemoteBlocks:
             raise UsageError(
                 f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
             )
-        return RemoteBlocks(self.connection, self.start + start, self.start + stop)
+        part = RemoteBlocks(self.connection, self.start + start, self.start + stop)
+        part.local = self.local
+        return part
+
+    @property
+    def remote_start(self) -> int:
+        """The first block that is left to the swarm."""
+        return self.start if self.local is None else min(max(self.start, self.local.end), self.end)
 
     def __call__(
         self, hidden: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None
@@ -55,14 +64,21 @@ class RemoteBlocks:
 
     def open_chain(self, deep: Tensor | None) -> SessionChain:
         """A session over these blocks, with nothing in it yet."""
-        return SessionChain(
-            self.connection.view, self.connection.retry, start=self.start, end=self.end, deep=deep
+        chain = SessionChain(
+            self.connection.view, self.connection.retry, start=self.remote_start, end=self.end, deep=deep
         )
+        if self.local is not None and self.start < self.remote_start:
+            chain.front = LocalSession(self.local, self.start, self.remote_start)
+        return chain
 
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
         if call.cache is not None:
             return self._step(hidden, call)
+        if self.local is not None and self.start < self.remote_start:
+            hidden = self.local.run(hidden, call, self.start, self.remote_start, None)
+            if self.remote_start == self.end:
+                return hidden
         wanted = hidden.requires_grad or (call.deep is not None and call.deep.requires_grad)
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
             hidden, call.deep, self, call.mask, call.positions, wanted and torch.is_grad_enabled()
@@ -73,6 +89,8 @@ class RemoteBlocks:
         assert call.cache is not None
         chain = call.cache.session
         assert isinstance(chain, SessionChain)
+        if chain.front is not None:
+            hidden = chain.front.step(hidden, call)
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
         step = _step_in_chunks(chain, _to_wire(hidden), call.start, _to_cpu(call.mask), _to_cpu(positions))
         return self.connection.run(step).to(hidden.device)
@@ -111,7 +129,7 @@ class _RemoteForward(torch.autograd.Function):
     ) -> Tensor:
         connection = blocks.connection
         training = TrainingPass(
-            connection.view, connection.retry, start=blocks.start, end=blocks.end, deep=deep, lend=lend
+            connection.view, connection.retry, start=blocks.remote_start, end=blocks.end, deep=deep, lend=lend
         )
         output = connection.run(training.forward(_to_wire(hidden), _to_cpu(mask), _to_cpu(positions)))
         ctx.training, ctx.connection, ctx.deep = training, connection, deep

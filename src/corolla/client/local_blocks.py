@@ -1,0 +1,114 @@
+"""The first blocks of a model, run by the client itself, so that no server sees what comes before them.
+
+Invariant: they are the family's own code on the checkpoint's own weights, as at a server; a session's cache
+here holds what the chain behind it does, rolled back and reordered by the same calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import torch
+from torch import Tensor
+
+from corolla.errors import UsageError
+from corolla.models.checkpoint import Checkpoint
+from corolla.models.quantization import use_kernels
+from corolla.models.shell import BlocksCall
+from corolla.models.span import Span, load_span
+from corolla.models.span_cache import SpanCache, crop_cache, select_rows
+
+
+class LocalBlocks:
+    """Blocks [0, end) here. Safe to call from any thread; one at a time runs them."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self._lock = threading.Lock()
+
+    @property
+    def end(self) -> int:
+        """The first block that is not here."""
+        return self._span.end
+
+    def run(self, hidden: Tensor, call: BlocksCall, start: int, end: int, cache: SpanCache | None) -> Tensor:
+        """Blocks [start, end) on hidden states [R, T, H]; differentiable in them and the deep prompts."""
+        rows = int(hidden.shape[0])
+        positions = None if call.positions is None else call.positions.expand(rows, -1)
+        deep = None if call.deep is None else call.deep[start:end]
+        with self._lock:
+            return self._span.view(start, end).forward(
+                hidden, mask=call.mask, positions=positions, cache=cache, prompts=deep
+            )
+
+
+class LocalSession:
+    """The cache of one session over some of the local blocks."""
+
+    def __init__(self, blocks: LocalBlocks, start: int, end: int) -> None:
+        self._blocks = blocks
+        self._start, self._end = start, end
+        self._cache: SpanCache = SpanCache(start)
+        self._order: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def reorder(self, rows: Tensor) -> None:
+        """The next step continues with these rows of the cached ones, int64 [R]."""
+        self._order = rows if self._order is None else self._order[rows]
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """Run [R, T, H] on from `call.start`, forgetting what stood there."""
+        with self._lock:
+            crop_cache(self._cache, call.start)
+            if call.start == 0:
+                self._cache = SpanCache(self._start)
+            self._arrange(int(hidden.shape[0]))
+            return self._blocks.run(hidden, call, self._start, self._end, self._cache)
+
+    def _arrange(self, rows: int) -> None:
+        """Bring the cached rows into order; one may become many (beams, samples)."""
+        order, self._order = self._order, None
+        if not self._cache.get_seq_length():
+            return
+        cached = int(self._cache.layers[0].keys.shape[0]) if order is None else len(order)
+        if cached != rows:
+            if rows % cached:
+                raise UsageError(
+                    f"This session holds {cached} sequences; a batch of {rows} cannot continue it."
+                )
+            repeat = torch.arange(cached).repeat_interleave(rows // cached)
+            order = repeat if order is None else order[repeat]
+        if order is not None:
+            select_rows(self._cache, order)
+
+    def begin_as(self, other: LocalSession, tokens: int) -> None:
+        """Hold the first `tokens` of what the other does; nothing is shared that either changes."""
+        with other._lock:
+            self._cache = copy.deepcopy(other._cache)
+            self._order = None if other._order is None else other._order.clone()
+        crop_cache(self._cache, tokens)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._cache = SpanCache(self._start)
+
+
+def check_local(count: int, num_blocks: int) -> int:
+    """`count` of the first blocks to run here. Raises `UsageError` unless some are left for the swarm."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < num_blocks:
+        raise UsageError(
+            f"local_blocks is {count!r}; this model has {num_blocks} blocks, of which 0 to {num_blocks - 1} "
+            "may run on this machine."
+        )
+    return count
+
+
+def load_local(checkpoint: Checkpoint, count: int, dtype: torch.dtype) -> LocalBlocks | None:
+    """The first `count` blocks; None for none. Raises `CheckpointError`."""
+    if not count:
+        return None
+    span = load_span(checkpoint, 0, count, dtype=dtype)
+    use_kernels(span.model, "none", span.device)
+    return LocalBlocks(span)
