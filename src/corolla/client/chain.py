@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from corolla.client.history import History
+from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.view import SwarmView
 from corolla.errors import ProtocolError, RemoteError, RequestRefused, UsageError
