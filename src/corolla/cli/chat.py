@@ -19,6 +19,7 @@ from corolla.cli.common import (
     ClientOptions,
     LocalBlocksOption,
     MixedOption,
+    PatienceOption,
     PeersOption,
     WireOption,
     console,
@@ -84,6 +85,7 @@ def chat(
     wire: WireOption = "compute",
     mixed: MixedOption = False,
     audit: AuditOption = 0.0,
+    patience: PatienceOption = 600.0,
     local_blocks: LocalBlocksOption = 0,
     identity: MemberOption = None,
     invite: InviteOption = None,
@@ -106,7 +108,13 @@ def chat(
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
     client = ClientOptions(
-        wire, mixed, quantization, trust=trusted_servers(trust), audit=audit, local_blocks=local_blocks
+        wire,
+        mixed,
+        quantization,
+        trust=trusted_servers(trust),
+        audit=audit,
+        patience=patience,
+        local_blocks=local_blocks,
     )
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
     whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), revision)

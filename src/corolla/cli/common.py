@@ -64,6 +64,10 @@ LocalBlocksOption = Annotated[
         "--local-blocks", help="Run so many of the first blocks on this machine; no server sees those."
     ),
 ]
+PatienceOption = Annotated[
+    float,
+    typer.Option("--patience", help="Seconds to wait, without any progress, for servers that are gone."),
+]
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
@@ -77,9 +81,12 @@ class ClientOptions:
     identity: Path | None = None
     trust: Sequence[str] | None = None
     audit: float = 0.0
+    patience: float = 600.0
     local_blocks: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.patience < float("inf"):
+            raise UsageError(f"--patience is {self.patience:g}; give seconds, such as 600.")
         if not 0 <= self.audit <= 1:
             raise UsageError(f"--audit is {self.audit}; give a share from 0 to 1, such as 0.05.")
         for name, known in (("wire", WIRES), ("quantization", CLIENT_QUANTIZATIONS)):

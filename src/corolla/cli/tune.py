@@ -21,6 +21,7 @@ from corolla.cli.common import (
     ClientOptions,
     LocalBlocksOption,
     MixedOption,
+    PatienceOption,
     PeersOption,
     WireOption,
     console,
@@ -123,6 +124,7 @@ def tune(
     wire: WireOption = "compute",
     mixed: MixedOption = False,
     audit: AuditOption = 0.0,
+    patience: PatienceOption = 600.0,
     local_blocks: LocalBlocksOption = 0,
     identity: MemberOption = None,
     invite: InviteOption = None,
@@ -149,7 +151,12 @@ def tune(
         token=token,
         dtype=dtype,
         client=ClientOptions(
-            wire, mixed, trust=trusted_servers(trust), audit=audit, local_blocks=local_blocks
+            wire,
+            mixed,
+            trust=trusted_servers(trust),
+            audit=audit,
+            patience=patience,
+            local_blocks=local_blocks,
         ),
     )
     settings = TuneSettings(
