@@ -182,7 +182,7 @@ class Noticed(logging.Handler):
     """What the client said about failures, and when."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.words: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -193,9 +193,12 @@ class Noticed(logging.Handler):
 def something_failed() -> Iterator[Noticed]:
     """The block's client must have noticed a failure: a fault that hits nothing tests nothing."""
     noticed, log = Noticed(), logging.getLogger("corolla.client.retry")
+    level = log.level
     log.addHandler(noticed)
+    log.setLevel(logging.INFO)  # single retries are told to whoever wants to know
     try:
         yield noticed
         assert noticed.words
     finally:
+        log.setLevel(level)
         log.removeHandler(noticed)
