@@ -33,7 +33,8 @@ def spin() -> None:
         pass
 
 
-async def test_a_peer_with_many_jobs_waits_for_one_with_few(engine: Engine) -> None:
+async def order_of(engine: Engine, kind: Kind, peers: list[str]) -> list[str]:
+    """A job for each of these peers, all waiting before the first begins; in which order they ran."""
     ran: list[str] = []
 
     def job(peer: str) -> None:
@@ -42,35 +43,25 @@ async def test_a_peer_with_many_jobs_waits_for_one_with_few(engine: Engine) -> N
 
     async with Blocker(engine):
         tasks = [
-            asyncio.create_task(engine.submit(Kind.TRAINING, lambda peer=peer: job(peer), peer=peer))
-            for peer in ["greedy"] * 40 + ["modest"] * 4
+            asyncio.create_task(engine.submit(kind, lambda peer=peer: job(peer), peer=peer)) for peer in peers
         ]
         while engine.waiting < len(tasks):
             await asyncio.sleep(0)
     await asyncio.gather(*tasks)
+    return ran
+
+
+async def test_a_peer_with_many_jobs_waits_for_one_with_few(engine: Engine) -> None:
+    ran = await order_of(engine, Kind.TRAINING, ["greedy"] * 40 + ["modest"] * 4)
     last = max(place for place, peer in enumerate(ran) if peer == "modest")
     assert last <= 14, ran  # beside one another they take turns; in order of arrival it would be place 43
 
 
 async def test_who_comes_late_takes_no_more_than_turns(engine: Engine) -> None:
     """A peer that had nothing to do for long has gathered no credit against one that worked."""
-    ran: list[str] = []
-
-    def job(peer: str) -> None:
-        spin()
-        ran.append(peer)
-
     for _ in range(20):
-        await engine.submit(Kind.PREFILL, lambda: job("early"), peer="early")
-    ran.clear()
-    async with Blocker(engine):
-        tasks = [
-            asyncio.create_task(engine.submit(Kind.PREFILL, lambda peer=peer: job(peer), peer=peer))
-            for peer in ["late"] * 12 + ["early"] * 12
-        ]
-        while engine.waiting < len(tasks):
-            await asyncio.sleep(0)
-    await asyncio.gather(*tasks)
+        await engine.submit(Kind.PREFILL, spin, peer="early")
+    ran = await order_of(engine, Kind.PREFILL, ["late"] * 12 + ["early"] * 12)
     first_half = Counter(ran[:12])
     assert min(first_half["late"], first_half["early"]) >= 3, ran
 
