@@ -19,9 +19,10 @@ from benchmarks.figures import Pair, Values
 from benchmarks.processes import NotMeasured, Worker, only
 from benchmarks.sizes import MODEL
 from corolla.cli.local_swarm import LocalSwarm, local_swarm
+from corolla.cli.main import SPIN_COUNT
 
-# Idle compute threads sleep, as in every process that the command line starts (see corolla/cli/main.py).
-CLIENT_ENV: dict[str, str | None] = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Compute threads spin for a moment, as in every process that the command line starts.
+CLIENT_ENV: dict[str, str | None] = {"GOMP_SPINCOUNT": SPIN_COUNT}
 # Whether idle threads of a baseline spin (OpenMP's default) or sleep: the one that is faster here is taken.
 WAITING: dict[str, dict[str, str | None]] = {
     "spin": {"OMP_WAIT_POLICY": None},

@@ -40,7 +40,7 @@ class Run:
         """What everything is measured with."""
         print(f"{self._conditions['date']}, {describe(self._conditions)}")
         threads = f"baselines: {os.cpu_count()} threads, servers and clients stopped meanwhile"
-        print(f"{threads}; OMP_WAIT_POLICY {CLIENT_ENV['OMP_WAIT_POLICY']} (ours), ", end="")
+        print(f"{threads}; ours: GOMP_SPINCOUNT {CLIENT_ENV['GOMP_SPINCOUNT']}; baselines: ", end="")
         print("what is faster for the baseline, and the faster attention (see the lines' details)")
         print(f"ratio of medians of {self._bench.options.repeats}\n")
         print(f"{'figure':24} {'ours':>11} {'baseline':>11} {'ratio':>7} {'target':>9}", flush=True)

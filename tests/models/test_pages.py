@@ -33,7 +33,10 @@ def write(pool: PagePool, slots: torch.Tensor, tokens: Tokens) -> None:
     """A token's keys are its number and its values the number's negative; each block's are its own."""
     numbers = torch.tensor(tokens, dtype=torch.float64)[:, None, None]
     for block in BLOCKS:
-        pool.write(block, slots, numbers + block / 8, -numbers - block / 8)
+        like = numbers.view(1, 1, -1, 1)
+        store = pool.store(block, like, like)
+        store[0].index_copy_(0, slots, numbers + block / 8)
+        store[1].index_copy_(0, slots, -numbers - block / 8)
 
 
 def read(row: CachedRow) -> Tokens:

@@ -29,6 +29,8 @@ from corolla.errors import CorollaError
 
 log = logging.getLogger(__name__)
 
+SPIN_COUNT = "10000"  # turns of libgomp's waiting loop, some tenths of a millisecond
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -66,9 +68,11 @@ def _is_said(error: CorollaError) -> bool:
 
 def main() -> None:
     """Run the command line; the process ends with the right exit code."""
-    # Idle compute threads sleep instead of spinning: servers, their network daemons and a client often share
-    # cores, and a spinning pool takes them from whoever has work. Has to be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Between two products of a pass, compute threads spin; when there is no work, they sleep. Waking them for every
+    # product takes longer than the product; spinning for long, as they do by themselves, takes the cores from
+    # servers, clients and network daemons beside them. Has to be set before torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     allow_open_files()
     try:
         app()

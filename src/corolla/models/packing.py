@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
+from corolla.models.kernels.decode import OneTokenRows, can_attend
 from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
@@ -113,19 +114,53 @@ class PackedBatch:
             segment.prepare()
         slots = [segment.slots for segment in self.segments if segment.slots is not None]
         self._slots = torch.cat(slots) if slots else None
+        # Generation: sequences with one new token each, which one kernel takes together.
+        self._ones = [one for one in self.segments if one.count == 1 and one.row is not None]
+        self._one_token_rows: OneTokenRows | None = None
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
-        stored = None
-        if self._pool is not None:
-            assert self._slots is not None
-            slots = self._slots.to(key.device)
-            store = self._pool.write(block, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-            stored = [side.transpose(0, 1).unsqueeze(0) for side in store]
+        if self._pool is None:
+            return self._attend_each(self.segments, query, key, value, rules)
+        assert self._slots is not None
+        cache = self._pool.store(block, key, value)
+        together = bool(self._ones) and can_attend(query, cache[0])
+        if together and len(self._ones) == len(self.segments):
+            return self._rows().attend(query, cache, rules, (key, value))
+        slots = self._slots.to(key.device)
+        for side, new in zip(cache, (key, value), strict=True):
+            side.index_copy_(0, slots, new[0].transpose(0, 1))
+        turned = cache[0].transpose(0, 1).unsqueeze(0), cache[1].transpose(0, 1).unsqueeze(0)
+        if not together:
+            return self._attend_each(self.segments, query, *turned, rules)
+        return self._attend_mixed(query, cache, turned, rules)
+
+    def _rows(self) -> OneTokenRows:
+        if self._one_token_rows is None:
+            self._one_token_rows = OneTokenRows([one.row for one in self._ones if one.row is not None])
+        return self._one_token_rows
+
+    def _attend_mixed(
+        self, query: Tensor, cache: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor], rules: Rules
+    ) -> Tensor:
+        """Sequences with one new token beside others that have more."""
+        result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        places = torch.tensor([one.begin for one in self._ones])
+        result[:, places] = self._rows().attend(query[:, :, places], cache, rules, None)
+        for one in self.segments:
+            if one.count > 1:
+                part = self._attend_each([one], query, *turned, rules)
+                result[:, one.begin : one.end] = part
+        return result
+
+    def _attend_each(
+        self, segments: Sequence[Segment], query: Tensor, key: Tensor, value: Tensor, rules: Rules
+    ) -> Tensor:
+        """Segment by segment, side by side; keys and values as cached, or those of the packed tokens."""
         parts = []
-        for one in self.segments:  # with many segments every operation here counts
-            if stored is not None:
-                keys, values = one.cached(stored[0]), one.cached(stored[1])
+        for one in segments:  # with many segments every operation here counts
+            if self._pool is not None:
+                keys, values = one.cached(key), one.cached(value)
             else:
                 keys, values = key.narrow(2, one.begin, one.count), value.narrow(2, one.begin, one.count)
             parts.append(attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules))

@@ -91,24 +91,22 @@ class PagePool:
             for side in store:
                 side[target * PAGE : (target + 1) * PAGE] = side[source * PAGE : (source + 1) * PAGE]
 
-    def write(self, block: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values [N, heads, D] of one block into `slots`, int64 [N]; returns the block's store.
+    def store(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Where keys and values like these, [1, heads, N, D], of one block are kept: a pair [pages × PAGE, heads, D].
 
-        The store is a pair [pages × PAGE, heads, D]; slot i is token i % PAGE of page i // PAGE.
+        Slot i is token i % PAGE of page i // PAGE.
         """
         if block not in self._stores:
             self._stores[block] = (self._new_store(keys), self._new_store(values))
-        store = self._stores[block]
-        store[0].index_copy_(0, slots, keys)
-        store[1].index_copy_(0, slots, values)
-        return store
+        return self._stores[block]
 
     def _new_store(self, like: Tensor) -> Tensor:
         # An ordinary tensor, so that it can be written both in and outside of inference mode.
         with torch.inference_mode(False):
             return torch.empty(
                 self.pages * PAGE,
-                *like.shape[1:],
+                like.shape[1],
+                like.shape[3],
                 dtype=self._dtype,
                 device=self._device,
                 requires_grad=False,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from corolla.errors import UsageError
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
+from corolla.models.kernels.narrow import NarrowLinear, narrow_form
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
 Make = Callable[[Tensor, Tensor | None], FrozenLinear]  # of weight and bias
@@ -45,7 +46,7 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
         )
     if quantization == "int8" and not has_int8():
         raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
-    make: Make = PackedLinear if quantization == "none" else partial(Int8Linear, pieces=pieces)
+    make: Make = exact_linear if quantization == "none" else partial(Int8Linear, pieces=pieces)
     owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
     # Names, not modules: a list of the layers would keep every plain weight alive until the end.
     names = {name for name, child in module.named_modules() if name and _is_replaceable(child, owners)}
@@ -61,6 +62,12 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
         module.set_submodule(name, make(layer.weight, layer.bias))
         del layer
     return total
+
+
+def exact_linear(weight: Tensor, bias: Tensor | None) -> FrozenLinear:
+    """The fastest layer with this very weight: narrow where it has such a form, else packed as it is."""
+    narrow = narrow_form(weight)
+    return PackedLinear(weight, bias) if narrow is None else NarrowLinear(narrow, bias)
 
 
 def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:

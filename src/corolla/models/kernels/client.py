@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from corolla.errors import UsageError
+from corolla.models.kernels.apply import exact_linear
 from corolla.models.kernels.int8 import Int8Linear
-from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable, multiply
+from corolla.models.kernels.packed import FrozenLinear, is_packable, multiply
 
 ClientQuantization = Literal["none", "int8", "bfloat16"]
 CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for SmolLM2
@@ -25,9 +26,9 @@ CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for S
 def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "none") -> FrozenLinear | None:
     """Prepare a client's model for its machine; gives the head's product, float32 [..., H] to [..., V], or None.
 
-    `none`: a packed float32 copy of the head beside the shared embedding, nothing else changes. `bfloat16`: both
-    tables in 16 bit, one memory where they are tied, products in float32. `int8`: the head multiplies in 8 bit;
-    the embedding (and what reads as the head's weight) is kept in 16 bit.
+    `none`: the head's weight once more, narrow or packed, beside the shared embedding, nothing else changes.
+    `bfloat16`: both tables in 16 bit, one memory where they are tied, products in float32. `int8`: the head
+    multiplies in 8 bit; the embedding (and what reads as the head's weight) is kept in 16 bit.
 
     A model that is not float32 on a CPU, or whose head is trained or no plain linear layer, is left as it is
     (None). The head is not replaced: hand the product to whatever calls it. Raises `UsageError` for an unknown
@@ -43,7 +44,7 @@ def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "
     if not is_packable(head.weight.device, head.weight.dtype):
         return None
     if quantization == "none":
-        return PackedLinear(head.weight, head.bias)
+        return exact_linear(head.weight, head.bias)
     product = Int8Linear(head.weight, head.bias) if quantization == "int8" else None
     halve_tables(model, head)
     return product or HalfLinear(head.weight, head.bias)

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from corolla.errors import UsageError
+from corolla.models.kernels.native import library, pointer
 from corolla.models.kernels.packed import FrozenLinear, multiply
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
 TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
+FEW_ROWS = 64  # with more, torch's operators cost little beside the product
 
 
 @lru_cache(maxsize=1)
@@ -128,8 +130,7 @@ def _dequantized(packed: Any) -> Tensor:
 def _multiply_rows(value: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int) -> Tensor:
     """value @ weight.T + bias with every row of `value` quantized by its own largest entry."""
     rows = value.reshape(-1, value.shape[-1])
-    step = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(TINY).div_(levels)
-    scaled = rows / step
+    scaled, step = _scaled(rows, levels)
     if pieces == 1:
         product = _integer_product(scaled, packed, levels)
     else:
@@ -141,6 +142,18 @@ def _multiply_rows(value: Tensor, packed: Any, bias: Tensor | None, levels: int,
     if bias is not None:
         product.add_(bias)
     return product.view(*value.shape[:-1], product.shape[-1])
+
+
+def _scaled(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Rows divided by steps of their own, within -levels … levels, and the steps [n, 1]."""
+    kernels = library()
+    if kernels is None or len(rows) > FEW_ROWS:
+        step = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(TINY).div_(levels)
+        return rows / step, step
+    rows = rows.contiguous()
+    scaled, step = torch.empty_like(rows), rows.new_empty(len(rows), 1)
+    kernels.scale_rows(pointer(rows), pointer(scaled), pointer(step), *rows.shape, levels, TINY)
+    return scaled, step
 
 
 def _integer_product(rows: Tensor, packed: Any, levels: int) -> Tensor:

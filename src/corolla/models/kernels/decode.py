@@ -1,0 +1,90 @@
+"""Attention of sequences that have one new token each, for all of them in one call.
+
+Invariant: a row's result depends on its own pages alone, and equals what `packing.attend_one` gives to rounding.
+A pass of many sequences would otherwise be hundreds of short calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from corolla.models.kernels.native import library, pointer
+from corolla.models.pages import PAGE, CachedRow, pages_for
+
+if TYPE_CHECKING:
+    from corolla.models.packing import Rules
+
+LANES = 16  # heads are a multiple of this wide
+MOST_WIDTH = 256  # … and at most so wide; `MOST_DIM` of native.c
+THREADED = 2**16  # weights (tokens times heads) from which threads are worth their waking
+
+
+class OneTokenRows:
+    """Rows that have been given one token each, as the kernel reads them; prepared once for all blocks of a pass."""
+
+    def __init__(self, rows: Sequence[CachedRow]) -> None:
+        """`rows` already count their new token."""
+        used = [pages_for(row.length) for row in rows]
+        self._most = max(used)
+        table = [
+            row.pages[:count] + [0] * (self._most - count) for row, count in zip(rows, used, strict=True)
+        ]
+        self._pages = torch.tensor(table, dtype=torch.int32)
+        self._lengths = torch.tensor([row.length for row in rows])
+        self._count = len(rows)
+        self._longest = max(row.length for row in rows)
+        self._total = sum(row.length for row in rows)
+
+    def attend(
+        self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """[1, R, heads, D] for `query` [1, heads, R, D] over a block's `cache`, two of [slots, kv_heads, D].
+
+        `new` are the tokens' keys and values [1, kv_heads, R, D] if they have yet to be put into the cache.
+        """
+        heads, dim, kv_heads = query.shape[1], query.shape[3], cache[0].shape[1]
+        threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
+        room = -(-self._longest // LANES) * LANES
+        scores = torch.empty(threads, heads // kv_heads, room)
+        result = torch.empty(1, self._count, heads, dim)
+        tokens = [_strided(one) for one in (query, *(new or ()))]
+        sinks, slopes = _plain(rules.sinks), _plain(rules.slopes)
+        _kernels().attend_rows(
+            *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
+            *(() if new else (None, 0, 0) * 2),
+            *(pointer(one) for one in (*cache, self._pages, self._lengths)),
+            *(self._count, heads, kv_heads, dim, PAGE, self._most),
+            *(dim**-0.5 if rules.scale is None else rules.scale, rules.softcap or 0.0, rules.window or 0),
+            *(pointer(sinks), pointer(slopes), pointer(scores), room, pointer(result), threads),
+        )
+        return result
+
+
+def can_attend(query: Tensor, cache: Tensor) -> bool:
+    """Whether the kernel computes attention of this kind here."""
+    width = query.shape[-1]
+    return (
+        query.dtype == cache.dtype == torch.float32
+        and query.device.type == "cpu"
+        and width % LANES == 0
+        and width <= MOST_WIDTH
+        and library() is not None
+    )
+
+
+def _strided(tokens: Tensor) -> Tensor:
+    return tokens if tokens.stride(3) == 1 else tokens.contiguous()
+
+
+def _plain(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().float().contiguous()
+
+
+def _kernels() -> Any:
+    found = library()
+    assert found is not None  # `can_attend` asked
+    return found

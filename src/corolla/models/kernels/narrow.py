@@ -1,0 +1,241 @@
+"""Weights kept in fewer bits that give back the same float32 numbers.
+
+Invariant: nothing is rounded that was not rounded before. A weight that was published in bfloat16 or float16 is
+kept so, to the bit; one that was made from a quantized file (GGUF) is whole numbers with a step and an offset for
+every group of columns, and is kept as these when they give it back to float32's own rounding. Any other weight has
+no narrow form. Products are float32 throughout: what is saved is memory, and the time to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from corolla.models.kernels.native import library, pointer
+from corolla.models.kernels.packed import FrozenLinear, multiply
+
+FEW_ROWS = 64  # with more, the weight is widened once and multiplied by torch
+OUTPUTS = 4  # whose number has to be a multiple of this
+GROUPS = (32, 16)  # columns that share a step in the formats of GGUF
+ROUNDING = 2.0**-22  # of a group's largest weight: what float32 itself may have rounded
+SAME = 2.0**-18  # likewise: weights that lie closer are one and the same
+DIVISORS = range(1, 9)  # the smallest gap between two weights of a group may be several steps
+SAMPLED_ROWS = 16  # most weights are no lattice, and that shows in a few rows
+CHUNK = 2**22  # weights that are looked at together
+FORMS = {"bfloat16": 0, "float16": 1, "bytes": 2, "nibbles": 3}  # native.c
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A weight [out, in]: its `values`, and for whole numbers a step and an offset for each group of columns."""
+
+    form: Literal["bfloat16", "float16", "bytes", "nibbles"]
+    values: Tensor  # bfloat16, float16 or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
+    steps: Tensor | None = None  # float16 or float32 [out, in / group]
+    offsets: Tensor | None = None  # the same; None when all are 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        rows, columns = self.values.shape
+        return rows, columns * 2 if self.form == "nibbles" else columns
+
+    def described(self) -> tuple[Any, ...]:
+        """The first arguments of the kernels."""
+        rows, columns = self.shape
+        shift, halves = 0, False
+        if self.steps is not None:
+            shift = (columns // self.steps.shape[1]).bit_length() - 1
+            halves = self.steps.dtype == torch.float16
+        tensors = (pointer(one) for one in (self.values, self.steps, self.offsets))
+        return (FORMS[self.form], *tensors, int(halves), shift, columns, rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, by name."""
+        named = {"values": self.values, "steps": self.steps, "offsets": self.offsets}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def narrow_form(weight: Tensor) -> Narrow | None:
+    """The narrow form of a float32 weight [out, in], or None where there is none or no kernel for it."""
+    rows, columns = weight.shape
+    if library() is None or rows % OUTPUTS or columns % GROUPS[0] or not bool(weight.isfinite().all()):
+        return None
+    weight = weight.detach().contiguous()
+    for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        if dtype == torch.float16 and not _kernels().knows_float16():
+            continue
+        if torch.equal(weight.to(dtype).float(), weight):
+            return Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
+    sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
+    for group in GROUPS:
+        for fit in (_around_zero, _by_gaps):
+            if _affine(sample, group, fit) is not None:
+                return _affine(weight, group, fit)
+    return None
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """Groups [n, group] as `values` times `step` plus `offset`, and for which of them that is true."""
+
+    values: Tensor  # whole numbers, float32 [n, group]
+    step: Tensor  # [n, 1]
+    offset: Tensor  # [n, 1]
+    right: Tensor  # bool [n]
+
+    def replace(self, places: Tensor, other: _Lattice) -> None:
+        """Take over what `other` says of the groups at `places` int64 [m], in place."""
+        for own, theirs in zip(self._parts(), other._parts(), strict=True):
+            own[places] = theirs
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.values, self.step, self.offset, self.right
+
+
+Fit = Callable[[Tensor], _Lattice]
+
+
+def _affine(weight: Tensor, group: int, fit: Fit) -> Narrow | None:
+    """Whole numbers as `fit` finds them, if they are right for every group."""
+    rows, columns = weight.shape
+    found = []
+    for part in torch.split(weight.view(-1, group), CHUNK // group):
+        lattice = fit(part)
+        if not bool(lattice.right.all()):
+            return None
+        found.append((lattice.values.to(torch.int8), lattice.step, lattice.offset))
+    values, steps, offsets = (torch.cat(parts) for parts in zip(*found, strict=True))
+    least = values.amin(1, keepdim=True)
+    few = group == 32 and bool((values.amax(1, keepdim=True).short() - least <= 15).all())
+    if few:
+        offsets = offsets + least * steps
+        values -= least
+        values = values[:, :16] | values[:, 16:] << 4
+    shape = (rows, columns // group)
+    steps, offsets = _halved(steps.view(shape), offsets.view(shape))
+    return Narrow(
+        "nibbles" if few else "bytes",
+        values.view(torch.uint8).view(rows, -1) if few else values.view(rows, columns),
+        steps,
+        offsets if bool(offsets.any()) else None,
+    )
+
+
+def _halved(steps: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float16 where that is what they are, as in GGUF."""
+    halves = steps.half(), offsets.half()
+    same = all(torch.equal(half.float(), one) for half, one in zip(halves, (steps, offsets), strict=True))
+    return halves if same and _kernels().knows_float16() else (steps, offsets)
+
+
+def _around_zero(groups: Tensor) -> _Lattice:
+    """Steps of which the largest weight is 127 (Q8_0)."""
+    return _fitted(groups, groups.abs().amax(-1, keepdim=True) / 127)
+
+
+def _by_gaps(groups: Tensor) -> _Lattice:
+    """Steps found from the smallest gap between a group's weights (the formats of fewer bits)."""
+    gaps = groups.sort(-1).values.diff()
+    largest = groups.abs().amax(-1, keepdim=True)
+    gap = gaps.masked_fill_(gaps <= SAME * largest, torch.inf).amin(-1, keepdim=True)
+    gap = torch.where(gap.isinf(), largest, gap)  # all the same
+    found = _fitted(groups, gap)
+    for divisor in DIVISORS[1:]:
+        wrong = (~found.right).nonzero().squeeze(-1)
+        if not len(wrong):
+            break
+        found.replace(wrong, _fitted(groups[wrong], gap[wrong] / divisor))
+    return found
+
+
+def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
+    """The lattice of about this step that reaches from each group's least to its greatest weight."""
+    least, greatest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    error = ROUNDING * torch.maximum(least.abs(), greatest.abs())
+    step = step.clamp_min(torch.finfo(torch.float32).tiny)
+    count = ((greatest - least) / step).round()
+    step = torch.where(count > 0, (greatest - least) / count.clamp_min(1), step)
+    first = (least / step).round()  # where the lattice goes through zero
+    centred = (first * step - least).abs() > error
+    first = torch.where(centred, -(count / 2).round(), first)
+    offset = torch.where(centred, least - first * step, torch.zeros_like(step))
+    values = ((groups - offset) / step).round()
+    near = (values * step + offset - groups).abs() <= error
+    fits = (values >= -128) & (values <= 127)
+    return _Lattice(values, step, offset, (near & fits).all(-1))
+
+
+class NarrowLinear(FrozenLinear):
+    """A frozen float32 linear layer on the CPU whose weight is kept narrow; differentiable in its input."""
+
+    def __init__(self, narrow: Narrow, bias: Tensor | None = None) -> None:
+        """`bias` float32 [out] is kept as it is."""
+        super().__init__(*narrow.shape, bias)
+        self.narrow = narrow
+        self._described = narrow.described()
+        for name, tensor in narrow.tensors().items():  # whoever adds up a module's memory finds them
+            self.register_buffer(f"narrow_{name}", tensor, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float32 weight [out, in]; made anew at each reading."""
+        return self._widened()
+
+    def weight_bytes(self) -> int:
+        """Memory of weight and bias in bytes."""
+        kept = sum(tensor.nbytes for tensor in self.narrow.tensors().values())
+        return kept + (0 if self.bias is None else self.bias.nbytes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
+        self.check_input(input)
+        if input.requires_grad and torch.is_grad_enabled():
+            product: Tensor = _NarrowProduct.apply(input, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.multiply(input)
+
+    def multiply(self, value: Tensor) -> Tensor:
+        """The product without a gradient."""
+        rows = value.numel() // self.in_features
+        if rows > FEW_ROWS:
+            return multiply(value, self._widened(), self.bias)
+        value = value.contiguous()
+        result = value.new_empty(*value.shape[:-1], self.out_features)
+        threads = torch.get_num_threads()
+        _kernels().narrow_product(*self._described, pointer(value), pointer(result), rows, threads)
+        return result if self.bias is None else result.add_(self.bias)
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """The gradient of the input [..., in], from that of the output."""
+        return multiply(gradient, self._widened().t(), None)
+
+    def _widened(self) -> Tensor:
+        wide = torch.empty(self.out_features, self.in_features)
+        _kernels().narrow_widen(*self._described, pointer(wide), torch.get_num_threads())
+        return wide
+
+
+def _kernels() -> Any:
+    found = library()
+    assert found is not None  # `narrow_form` asked
+    return found
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """The product with its gradient for the input; the weight has none."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, layer: NarrowLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.multiply_back(gradient), None

@@ -1,0 +1,368 @@
+/* Kernels for passes of few rows, where reading weights and calling operators is what takes the time.
+ *
+ * Invariant: all arithmetic is float32, and how many threads compute changes no bit of a result. Nothing is
+ * allocated and nothing is checked here: native.py knows what each function asks of its arguments. Plain C with
+ * the vector extensions of GCC and Clang, so that one source serves whatever CPU it is built on.
+ */
+#include <math.h>
+#include <stdint.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef int16_t vs __attribute__((vector_size(LANES * 2)));
+
+/* The same, and narrower ones, wherever they stand in memory. */
+typedef vf vf_at __attribute__((aligned(4), may_alias));
+typedef uint8_t vn __attribute__((vector_size(LANES)));
+typedef vn vn_at __attribute__((aligned(1), may_alias));
+typedef int8_t vb_at __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint16_t vh_at __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int thread_number(void) {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+INLINE vf load(const float *from) { return *(const vf_at *)from; }
+INLINE void store(float *to, vf value) { *(vf_at *)to = value; }
+
+INLINE float sum_lanes(vf value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)value);
+#else
+    float sums[LANES];
+    store(sums, value);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+    return sums[0];
+#endif
+}
+
+/* --- weights in a narrow form --------------------------------------------------------------------------- */
+
+/* BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step + offset: values are int8,
+ * or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0 to 15 below and 16 to 31 above. */
+enum { BFLOAT16, FLOAT16, BYTES, NIBBLES };
+
+typedef struct {
+    const void *values;   /* [out, in] */
+    const void *steps;    /* [out, in / group], float16 or float32 */
+    const void *offsets;  /* the same; NULL when all are 0 */
+    int half_steps;       /* whether steps and offsets are float16 */
+    int shift;            /* a group is 2^shift columns, at least LANES */
+    int64_t in, out;
+} Weight;
+
+#define OUTS 4  /* outputs that are computed side by side */
+#define AHEAD 8 /* rows of the weight by which memory is asked before it is needed: rows are short, so the CPU does
+                   not guess it. What lies behind the end is never read. */
+
+INLINE vf whole_bytes(const int8_t *from) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#else
+    return __builtin_convertvector(
+        __builtin_convertvector(__builtin_convertvector(*(const vb_at *)from, vs), vi), vf);
+#endif
+}
+
+/* Columns `at` and behind of a group of 32. */
+INLINE vf whole_nibbles(const uint8_t *group, int64_t at) {
+    const uint8_t *from = group + at % 16;
+#if defined(__AVX512F__)
+    __m128i bytes = _mm_loadu_si128((const __m128i *)from);
+    if (at >= 16) bytes = _mm_srli_epi16(bytes, 4);
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
+#else
+    vn bytes = *(const vn_at *)from;
+    bytes = at >= 16 ? bytes >> 4 : bytes & 15;
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, vs), vi), vf);
+#endif
+}
+
+INLINE int64_t row_bytes(int form, const Weight *w) {
+    return form == NIBBLES ? w->in / 2 : form == BYTES ? w->in : w->in * 2;
+}
+
+/* Whole numbers of columns `at` and behind of a weight row that begins at `row`. */
+INLINE vf whole(int form, const uint8_t *row, int64_t at) {
+    return form == BYTES ? whole_bytes((const int8_t *)row + at) : whole_nibbles(row + at / 32 * 16, at % 32);
+}
+
+INLINE vf half(int form, const uint16_t *from) {
+    if (form == BFLOAT16) return (vf)(__builtin_convertvector(*(const vh_at *)from, vu) << 16);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__FLT16_MAX__)
+    typedef _Float16 vx_at __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+    return __builtin_convertvector(*(const vx_at *)from, vf);
+#else
+    return (vf){0} + NAN; /* native.py asks first, see `knows_float16` */
+#endif
+}
+
+int knows_float16(void) {
+#if defined(__FLT16_MAX__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+INLINE float scalar(const void *from, int64_t place, int is_half) {
+#if defined(__FLT16_MAX__)
+    if (is_half) return (float)((const _Float16 *)from)[place];
+#else
+    (void)is_half;
+#endif
+    return ((const float *)from)[place];
+}
+
+/* Row `row` of the weight as float32 [in]. */
+INLINE void widen_row(int form, const Weight *w, int64_t row, float *to) {
+    const uint8_t *values = (const uint8_t *)w->values + row * row_bytes(form, w);
+    if (form == BFLOAT16 || form == FLOAT16) {
+        for (int64_t at = 0; at < w->in; at += LANES) store(to + at, half(form, (const uint16_t *)values + at));
+        return;
+    }
+    int64_t group = 1 << w->shift, place = row * (w->in >> w->shift);
+    for (int64_t begin = 0; begin < w->in; begin += group, place++) {
+        float step = scalar(w->steps, place, w->half_steps);
+        float offset = w->offsets ? scalar(w->offsets, place, w->half_steps) : 0;
+        __builtin_prefetch(values + AHEAD * row_bytes(form, w) + (form == NIBBLES ? begin / 2 : begin));
+        for (int64_t at = begin; at < begin + group; at += LANES)
+            store(to + at, whole(form, values, at) * step + offset);
+    }
+}
+
+#define FEW 2   /* rows of x that a narrow weight is multiplied with as it is read */
+
+/* OUTS outputs of one to FEW rows, the weight read in its narrow form. */
+INLINE void product_of_few(int form, const Weight *w, const float *x, float *y, int64_t first, int rows) {
+    int64_t stride = row_bytes(form, w);
+    const uint8_t *values = (const uint8_t *)w->values + first * stride;
+    vf sums[OUTS][FEW] = {{{0}}};
+    if (form == BFLOAT16 || form == FLOAT16) {
+        for (int64_t at = 0; at < w->in; at += LANES)
+            for (int o = 0; o < OUTS; o++) {
+                const uint16_t *row = (const uint16_t *)(values + o * stride);
+                __builtin_prefetch(row + AHEAD * w->in + at);
+                vf weight = half(form, row + at);
+                for (int r = 0; r < rows; r++) sums[o][r] += weight * load(x + r * w->in + at);
+            }
+    } else {
+        int64_t group = 1 << w->shift, groups = w->in >> w->shift;
+        for (int64_t g = 0; g < groups; g++) {
+            vf parts[OUTS][FEW] = {{{0}}}, totals[FEW] = {{0}};
+            for (int o = 0; o < OUTS; o++)
+                __builtin_prefetch(values + (AHEAD + o) * stride + (form == NIBBLES ? g * group / 2 : g * group));
+            for (int64_t at = g * group; at < (g + 1) * group; at += LANES) {
+                for (int r = 0; r < rows; r++) totals[r] += load(x + r * w->in + at);
+                for (int o = 0; o < OUTS; o++) {
+                    vf weight = whole(form, values + o * stride, at);
+                    for (int r = 0; r < rows; r++) parts[o][r] += weight * load(x + r * w->in + at);
+                }
+            }
+            for (int o = 0; o < OUTS; o++) {
+                int64_t place = (first + o) * groups + g;
+                float step = scalar(w->steps, place, w->half_steps);
+                float offset = w->offsets ? scalar(w->offsets, place, w->half_steps) : 0;
+                for (int r = 0; r < rows; r++) sums[o][r] += parts[o][r] * step + totals[r] * offset;
+            }
+        }
+    }
+    for (int o = 0; o < OUTS; o++)
+        for (int r = 0; r < rows; r++) y[r * w->out + first + o] = sum_lanes(sums[o][r]);
+}
+
+/* The same for any rows with OUTS weight rows that have been widened. */
+INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const float *x, float *y, int rows) {
+#define PRODUCT(ROWS)                                                                      \
+    do {                                                                                   \
+        vf sums[OUTS][ROWS] = {{{0}}};                                                     \
+        for (int64_t at = 0; at < in; at += LANES)                                         \
+            for (int o = 0; o < OUTS; o++) {                                               \
+                vf weight = load(wide + o * in + at);                                      \
+                for (int r = 0; r < ROWS; r++) sums[o][r] += weight * load(x + r * in + at); \
+            }                                                                              \
+        for (int o = 0; o < OUTS; o++)                                                     \
+            for (int r = 0; r < ROWS; r++) y[r * out + o] = sum_lanes(sums[o][r]);         \
+        x += ROWS * in, y += ROWS * out, rows -= ROWS;                                     \
+    } while (0)
+    while (rows >= 4) PRODUCT(4);
+    while (rows >= 1) PRODUCT(1);
+#undef PRODUCT
+}
+
+INLINE void product(int form, const Weight *w, const float *x, float *y, int64_t rows, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < w->out; first += OUTS) {
+        if (rows == 1) product_of_few(form, w, x, y, first, 1);
+        if (rows == 2) product_of_few(form, w, x, y, first, 2);
+        if (rows <= FEW) continue;
+        float wide[OUTS * w->in] __attribute__((aligned(64)));
+        for (int o = 0; o < OUTS; o++) widen_row(form, w, first + o, wide + o * w->in);
+        product_of_many(wide, w->in, w->out, x, y + first, (int)rows);
+    }
+}
+
+/* y [rows, out] = x [rows, in] times the weight [out, in]. `out` is a multiple of OUTS, `in` of the group. */
+void narrow_product(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
+                    int64_t in, int64_t out, const float *x, float *y, int64_t rows, int threads) {
+    Weight w = {values, steps, offsets, half_steps, shift, in, out};
+    if (form == BFLOAT16) product(BFLOAT16, &w, x, y, rows, threads);
+    else if (form == FLOAT16) product(FLOAT16, &w, x, y, rows, threads);
+    else if (form == BYTES) product(BYTES, &w, x, y, rows, threads);
+    else product(NIBBLES, &w, x, y, rows, threads);
+}
+
+/* The weight as float32 [out, in]. */
+void narrow_widen(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
+                  int64_t in, int64_t out, float *to, int threads) {
+    Weight w = {values, steps, offsets, half_steps, shift, in, out};
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < out; row++) widen_row(form, &w, row, to + row * in);
+}
+
+/* --- activations in 8 bits ------------------------------------------------------------------------------ */
+
+/* Divide each row of x [rows, in] by a step of its own, so that its largest entry is `levels`. */
+void scale_rows(const float *x, float *scaled, float *steps, int64_t rows, int64_t in, float levels, float least) {
+    for (int64_t r = 0; r < rows; r++, x += in, scaled += in) {
+        float largest = least;
+        for (int64_t i = 0; i < in; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        float step = steps[r] = largest / levels;
+        for (int64_t i = 0; i < in; i++) scaled[i] = x[i] / step;
+    }
+}
+
+/* --- attention of sequences that have one new token each ------------------------------------------------ */
+
+/* exp(x) for x <= 0, to about 1e-7 of its value: 2^n times a polynomial (Cephes' expf). */
+INLINE vf exp_lanes(vf x) {
+    vf low = (vf){0} - 87.0f;
+    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
+    vi n = __builtin_convertvector(x * 1.44269504f - 0.5f, vi); /* truncates towards 0, x is negative: rounds */
+    vf whole = __builtin_convertvector(n, vf);
+    vf r = x - whole * 0.693359375f;
+    r = r - whole * -2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vf)((n + 127) << 23);
+}
+
+typedef struct {
+    int64_t heads, kv_heads, dim; /* dim: a multiple of LANES, at most MOST_DIM */
+    int64_t page, most;           /* tokens of a page; pages of a row in the table */
+    float scale, softcap;         /* softcap: 0 for none */
+    int64_t window;               /* newest tokens that are seen; 0 for all */
+    const float *sinks, *slopes;  /* [heads], or NULL */
+} Attention;
+
+#define MOST_DIM 256
+
+/* Weights [length - begin] of one head's scores, in place; returns what they add up to. */
+INLINE float weigh(const Attention *a, float *scores, int64_t begin, int64_t length, int64_t head) {
+    int64_t count = length - begin;
+    float top = a->sinks ? a->sinks[head] : -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        if (a->slopes) scores[i] += a->slopes[head] * (float)(begin + i);
+        if (a->softcap) scores[i] = a->softcap * tanhf(scores[i] / a->softcap);
+        top = scores[i] > top ? scores[i] : top;
+    }
+    for (int64_t i = count; i % LANES; i++) scores[i] = -INFINITY;
+    vf sums = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        vf weights = exp_lanes(load(scores + i) - top);
+        store(scores + i, weights);
+        sums += weights;
+    }
+    float total = sum_lanes(sums);
+    for (int64_t i = count; i % LANES; i++) total -= scores[i];
+    return a->sinks ? total + expf(a->sinks[head] - top) : total;
+}
+
+/* One row's heads that share the keys of `kv`: query and out [group][dim], scores [group][LANES more than length]. */
+INLINE void attend_group(const Attention *a, const float *keys, const float *values, const int32_t *pages,
+                         int64_t length, int64_t kv, const float *query, int64_t head_stride, float *out,
+                         float *scores, int64_t room) {
+    int64_t group = a->heads / a->kv_heads, dim = a->dim, token = a->kv_heads * dim;
+    int64_t begin = a->window && length > a->window ? length - a->window : 0;
+    for (int64_t at = begin; at < length; at++) {
+        const float *key = keys + (pages[at / a->page] * a->page + at % a->page) * token + kv * dim;
+        for (int64_t g = 0; g < group; g++) {
+            vf sums = {0};
+            for (int64_t d = 0; d < dim; d += LANES) sums += load(query + g * head_stride + d) * load(key + d);
+            scores[g * room + at - begin] = sum_lanes(sums) * a->scale;
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float *weights = scores + g * room;
+        float total = weigh(a, weights, begin, length, kv * group + g);
+        vf sums[MOST_DIM / LANES] = {{0}};
+        for (int64_t at = begin; at < length; at++) {
+            const float *value = values + (pages[at / a->page] * a->page + at % a->page) * token + kv * dim;
+            for (int64_t d = 0; d < dim; d += LANES) sums[d / LANES] += load(value + d) * weights[at - begin];
+        }
+        for (int64_t d = 0; d < dim; d += LANES) store(out + g * dim + d, sums[d / LANES] / total);
+    }
+}
+
+/* Tokens [heads, rows, dim] of which only dim lies together. */
+typedef struct {
+    const float *data;
+    int64_t head, row; /* strides */
+} Tokens;
+
+/* The last token of a row, whose key or value is new, to its place on the row's pages. */
+INLINE void keep(const Attention *a, float *cache, const int32_t *pages, int64_t length, int64_t kv, Tokens from,
+                 int64_t row) {
+    int64_t at = length - 1;
+    float *to = cache + ((pages[at / a->page] * a->page + at % a->page) * a->kv_heads + kv) * a->dim;
+    for (int64_t d = 0; d < a->dim; d += LANES) store(to + d, load(from.data + kv * from.head + row * from.row + d));
+}
+
+/* out [rows, heads, dim]: each row's query over the `lengths` tokens on its pages, int32 [rows, most] of caches
+ * [slots, kv_heads, dim]. New keys and values, if there are any, are put there first. `scores` is
+ * [threads, heads / kv_heads, room] of scratch, room a multiple of LANES and at least the greatest length. */
+void attend_rows(const float *query, int64_t query_head, int64_t query_row, const float *key, int64_t key_head,
+                 int64_t key_row, const float *value, int64_t value_head, int64_t value_row, float *keys,
+                 float *values, const int32_t *pages, const int64_t *lengths, int64_t rows, int64_t heads,
+                 int64_t kv_heads, int64_t dim, int64_t page, int64_t most, float scale, float softcap,
+                 int64_t window, const float *sinks, const float *slopes, float *scores, int64_t room, float *out,
+                 int threads) {
+    Attention a = {heads, kv_heads, dim, page, most, scale, softcap, window, sinks, slopes};
+    Tokens new_keys = {key, key_head, key_row}, new_values = {value, value_head, value_row};
+    int64_t group = heads / kv_heads;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t one = 0; one < rows * kv_heads; one++) {
+        int64_t row = one / kv_heads, kv = one % kv_heads;
+        if (key) {
+            keep(&a, keys, pages + row * most, lengths[row], kv, new_keys, row);
+            keep(&a, values, pages + row * most, lengths[row], kv, new_values, row);
+        }
+        attend_group(&a, keys, values, pages + row * most, lengths[row], kv,
+                     query + row * query_row + kv * group * query_head, query_head,
+                     out + (row * heads + kv * group) * dim, scores + thread_number() * group * room, room);
+    }
+}

@@ -1,0 +1,115 @@
+"""The C kernels of `native.c`, built on the machine that runs them.
+
+Invariant: what is loaded here gave right results on this machine; where it cannot be built (no compiler, say),
+`library()` is None and everything is computed by torch alone. Built once into Corolla's cache, for exactly this
+source, compiler and CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from corolla.errors import CorollaError
+from corolla.models.local_cache import cache_root, made_once
+
+log = logging.getLogger(__name__)
+
+NAME = "native.so"
+# Results are the same for any number of threads, so sums must not be reordered by the compiler: no -ffast-math.
+FLAGS = (
+    "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"
+)  # fmt: skip
+NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # others: -mcpu=native
+BUILD_SECONDS = 120
+
+# Arguments: p(ointer), i(nt), l(ong), f(loat).
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+_WEIGHT = "ipppiill"
+_SIGNATURES = {
+    "narrow_product": _WEIGHT + "ppli",
+    "narrow_widen": _WEIGHT + "pi",
+    "scale_rows": "pppllff",
+    "attend_rows": "pllpllpllppppllllllffl" + "pp" + "plp" + "i",
+}
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's first element stands; the caller keeps the tensor alive while it is used."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The functions of `native.c`, or None. Building takes seconds when it is asked for the first time."""
+    try:
+        found = _load(_built())
+    except (CorollaError, OSError, subprocess.SubprocessError) as error:
+        log.info("The C kernels are not used: %s", error)
+        return None
+    if not _computes(found):
+        log.warning("The C kernels compute wrong results on this machine, so they are not used.")
+        return None
+    return found
+
+
+def _built() -> Path:
+    """The shared library, built if it is not in the cache."""
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler; install gcc to have them")
+    source = files(__package__).joinpath("native.c").read_bytes()
+    flags = [*FLAGS, NATIVE.get(platform.machine(), "-mcpu=native")]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    parts = (source, " ".join(flags).encode(), version, _cpu().encode(), torch.__version__.encode())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+    def make(folder: Path) -> None:
+        (folder / "native.c").write_bytes(source)
+        command = [compiler, *flags, "-o", NAME, "native.c", "-lm"]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=BUILD_SECONDS)
+
+    return made_once(cache_root() / "kernels" / name, make) / NAME
+
+
+def _cpu() -> str:
+    """What a library built for this CPU depends on: a cache may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    # torch has loaded its OpenMP by now, under the name that the library asks for: both use one pool of threads.
+    found = ctypes.CDLL(str(path))
+    for name, signature in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = [_TYPES[one] for one in signature], None
+    return found
+
+
+def _computes(found: ctypes.CDLL) -> bool:
+    """Whether a product comes out right: a compiler, a CPU or a cache may be broken in ways that nobody foresees."""
+    values = torch.arange(-128, 128, dtype=torch.int8).repeat(2).view(8, 64)
+    steps = torch.full((8, 1), 0.5)
+    wanted = values.float() * 0.5
+    weight = (2, pointer(values), pointer(steps), None, 0, 6, 64, 8)
+    for rows in (1, 3):  # the weight is read in two ways
+        given, result = torch.linspace(-1, 1, rows * 64).view(rows, 64), torch.empty(rows, 8)
+        found.narrow_product(*weight, pointer(given), pointer(result), rows, 2)
+        if not torch.allclose(result, given @ wanted.T, atol=1e-3):
+            return False
+    return True

@@ -1,0 +1,128 @@
+"""One call for many sequences with one new token each, against each by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from corolla.models.kernels.decode import OneTokenRows, can_attend
+from corolla.models.kernels.native import library
+from corolla.models.packing import PackedBatch, Rules, attend_one, segments_of
+from corolla.models.pages import PAGE, CachedRow, PagePool
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+HEADS, KV_HEADS, DIM = 6, 2, 32
+LENGTHS = (1, 2, PAGE, PAGE + 1, 5 * PAGE + 3, 40)  # with the new token
+
+RULES = {
+    "plain": Rules(),
+    "scale": Rules(scale=0.3),
+    "window": Rules(window=7),
+    "a window as long as a row": Rules(window=PAGE),
+    "softcap": Rules(softcap=2.0),
+    "sinks": Rules(sinks=torch.linspace(-2, 2, HEADS)),
+    "alibi": Rules(slopes=torch.linspace(0.01, 0.5, HEADS)),
+    "window and sinks": Rules(window=5, sinks=torch.linspace(2, -2, HEADS)),
+}
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cached_rows(pool: PagePool) -> list[CachedRow]:
+    """Rows one token short of `LENGTHS`, taken in turns, so that their pages do not follow each other."""
+    rows = [CachedRow(pool) for _ in LENGTHS]
+    store = pool.store(0, noise(1, KV_HEADS, 1, DIM, seed=0), noise(1, KV_HEADS, 1, DIM, seed=0))
+    for turn in range(max(LENGTHS)):
+        for row, length in zip(rows, LENGTHS, strict=True):
+            if row.length < length - 1:
+                slots = row.grow(1)
+                for index, side in enumerate(store):
+                    side[slots] = noise(1, KV_HEADS, DIM, seed=1000 * turn + 10 * length + index)
+    return rows
+
+
+def attended(rules: Rules, threads: int = 1) -> tuple[Tensor, Tensor]:
+    """What the kernel gives, and what each row gives by itself."""
+    pool = PagePool(64, dtype=torch.float32, device=torch.device("cpu"))
+    rows = cached_rows(pool)
+    count = len(rows)
+    # As projections give them: heads and tokens in strides of their own.
+    query = noise(1, count, HEADS, DIM, seed=1).transpose(1, 2)
+    key, value = (noise(1, count, KV_HEADS, DIM, seed=seed).transpose(1, 2) for seed in (2, 3))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batch = PackedBatch(segments_of([1] * count, rows), pool)
+        together = batch.attend(0, query, key, value, rules)
+    finally:
+        torch.set_num_threads(before)
+    cache = [side.transpose(0, 1).unsqueeze(0) for side in pool.store(0, key, value)]
+    alone = [
+        attend_one(query[:, :, one.begin : one.end], one.cached(cache[0]), one.cached(cache[1]), one, rules)
+        for one in batch.segments
+    ]
+    return together, torch.cat(alone, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_all_rows_together_are_as_each_alone(name: str) -> None:
+    together, alone = attended(RULES[name])
+    torch.testing.assert_close(together, alone, atol=2e-6, rtol=1e-5)
+
+
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corolla.models.kernels.decode.THREADED", 0)
+    results = [attended(Rules(window=30), threads)[0] for threads in (1, 2, 3)]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_sequences_with_more_tokens_beside_them() -> None:
+    pool = PagePool(64, dtype=torch.float32, device=torch.device("cpu"))
+    rows = cached_rows(pool)[2:5]
+    lengths = [1, 4, 1]
+    query = noise(1, HEADS, 6, DIM, seed=4)
+    key, value = noise(1, KV_HEADS, 6, DIM, seed=5), noise(1, KV_HEADS, 6, DIM, seed=6)
+    rules = Rules()
+    batch = PackedBatch(segments_of(lengths, rows), pool)
+    mixed = batch.attend(0, query, key, value, rules)
+    cache = [side.transpose(0, 1).unsqueeze(0) for side in pool.store(0, key, value)]
+    for one in batch.segments:
+        wanted = attend_one(
+            query[:, :, one.begin : one.end], one.cached(cache[0]), one.cached(cache[1]), one, rules
+        )
+        torch.testing.assert_close(
+            mixed[:, one.begin : one.end], wanted.transpose(1, 2), atol=2e-6, rtol=1e-5
+        )
+
+
+def test_large_scores_do_not_overflow() -> None:
+    together, alone = attended(Rules(scale=200.0))
+    assert bool(together.isfinite().all())
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.float64, DIM), (torch.bfloat16, DIM), (torch.float32, 24), (torch.float32, 512)],
+)
+def test_what_it_does_not_compute_is_left_to_torch(dtype: torch.dtype, width: int) -> None:
+    query, cache = torch.zeros(1, HEADS, 1, width, dtype=dtype), torch.zeros(16, KV_HEADS, width, dtype=dtype)
+    assert not can_attend(query, cache)
+
+
+def test_a_row_that_does_not_look_at_its_pages_is_seen() -> None:
+    """The comparison above can fail: other pages give another result."""
+    pool = PagePool(64, dtype=torch.float32, device=torch.device("cpu"))
+    rows = cached_rows(pool)
+    store = pool.store(0, torch.zeros(1, KV_HEADS, 1, DIM), torch.zeros(1, KV_HEADS, 1, DIM))
+    query = noise(1, HEADS, len(rows), DIM, seed=1)
+    right = OneTokenRows(rows[1:]).attend(query[:, :, 1:], store, Rules(), None)
+    rows[4].pages.reverse()
+    wrong = OneTokenRows(rows[1:]).attend(query[:, :, 1:], store, Rules(), None)
+    assert torch.equal(right[:, :3], wrong[:, :3])
+    assert not torch.allclose(right[:, 3], wrong[:, 3], atol=1e-3)

@@ -1,0 +1,155 @@
+"""Narrow weights are the very weights, their products and gradients those of `F.linear`; others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from corolla.models.checkpoint import open_checkpoint
+from corolla.models.gguf import EMBEDDED_ALIAS
+from corolla.models.kernels import narrow
+from corolla.models.kernels.apply import exact_linear
+from corolla.models.kernels.narrow import FEW_ROWS, NarrowLinear, narrow_form
+from corolla.models.kernels.native import library
+from corolla.models.kernels.packed import PackedLinear
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+OUT, IN = 24, 96
+
+
+def quantized(levels: range, group: int, *, offset: bool, half: bool = True) -> Tensor:
+    """Weights [OUT, IN] as a quantized file gives them back: whole numbers, with steps and offsets for groups."""
+    shape = (OUT, IN // group, group)
+    whole = torch.randint(levels.start, levels.stop, shape).float()
+    whole[..., 0], whole[..., 1] = levels.start, levels.stop - 1  # as quantizers see to
+    step = torch.rand(OUT, IN // group, 1) * 0.01 + 0.001
+    least = torch.randn(OUT, IN // group, 1) * 0.1 if offset else torch.zeros(OUT, IN // group, 1)
+    if half:
+        step, least = step.half().float(), least.half().float()
+    return (whole * step + least).view(OUT, IN)
+
+
+WEIGHTS: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "bfloat16": (lambda: torch.randn(OUT, IN).bfloat16().float(), "bfloat16"),
+    "float16": (lambda: torch.randn(OUT, IN).half().float(), "float16"),
+    "Q4_0": (lambda: quantized(range(-8, 8), 32, offset=False), "nibbles"),
+    "Q4_1": (lambda: quantized(range(16), 32, offset=True), "nibbles"),
+    "Q4_K": (lambda: quantized(range(16), 32, offset=True, half=False), "nibbles"),
+    "Q5_1": (lambda: quantized(range(32), 32, offset=True), "bytes"),
+    "Q6_K": (lambda: quantized(range(-32, 32), 16, offset=False, half=False), "bytes"),
+    "Q8_0": (lambda: quantized(range(-127, 128), 32, offset=False), "bytes"),
+    "constant groups": (lambda: torch.full((OUT, IN), 0.1), "nibbles"),
+}
+each_weight = pytest.mark.parametrize("name", WEIGHTS)
+
+
+def made(name: str) -> tuple[Tensor, NarrowLinear]:
+    torch.manual_seed(7)
+    make, form = WEIGHTS[name]
+    weight = make()
+    found = narrow_form(weight)
+    assert found is not None
+    assert found.form == form
+    return weight, NarrowLinear(found, torch.randn(OUT))
+
+
+@each_weight
+def test_the_weight_is_given_back(name: str) -> None:
+    weight, layer = made(name)
+    groups = weight.view(OUT, -1, 16).abs().amax(-1, keepdim=True).expand(OUT, -1, 16).reshape(OUT, IN)
+    assert bool(((layer.weight - weight).abs() <= 2 * narrow.ROUNDING * groups).all())
+    if name in ("bfloat16", "float16"):
+        assert torch.equal(layer.weight, weight)
+    assert layer.weight_bytes() < weight.nbytes * 0.7
+
+
+@each_weight
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 33, FEW_ROWS, FEW_ROWS + 1])
+def test_products(name: str, rows: int) -> None:
+    weight, layer = made(name)
+    value = torch.randn(rows, IN)
+    torch.testing.assert_close(layer(value), F.linear(value, weight, layer.bias), atol=1e-5, rtol=1e-5)
+    turned = torch.randn(IN, rows).T  # rows that do not lie together
+    torch.testing.assert_close(layer(turned), F.linear(turned, weight, layer.bias), atol=1e-5, rtol=1e-5)
+
+
+@each_weight
+@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS + 1])
+def test_gradients(name: str, rows: int) -> None:
+    weight, layer = made(name)
+    value = torch.randn(2, rows, IN, requires_grad=True)
+    outer = torch.randn(2, rows, OUT)
+    (found,) = torch.autograd.grad(layer(value), value, outer)
+    torch.testing.assert_close(found, outer @ weight, atol=1e-5, rtol=1e-5)
+
+
+@each_weight
+def test_threads_change_no_bit(name: str) -> None:
+    _, layer = made(name)
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 2, 9):
+            value = torch.randn(rows, IN)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(layer(value))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_without_a_narrow_form_are_packed_as_they_are() -> None:
+    weight = torch.randn(OUT, IN)
+    assert narrow_form(weight) is None
+    assert isinstance(exact_linear(weight, None), PackedLinear)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "bfloat16"])
+def test_one_weight_that_does_not_fit_is_enough(name: str) -> None:
+    """Wherever it stands, also in a row that was not sampled, and however little it is off."""
+    weight, _ = made(name)
+    weight[OUT - 1, IN - 3] *= 1.0001
+    found = narrow_form(weight)
+    assert found is None or bool(
+        ((NarrowLinear(found).weight - weight).abs() <= 2 * narrow.ROUNDING * weight.abs().amax()).all()
+    )
+
+
+@pytest.mark.parametrize("shape", [(OUT + 1, IN), (OUT, IN + 1), (OUT, 16)], ids=str)
+def test_sizes_that_the_kernels_do_not_know(shape: tuple[int, int]) -> None:
+    assert narrow_form(torch.zeros(shape)) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_left_alone(value: float) -> None:
+    weight = torch.zeros(OUT, IN)
+    weight[3, 3] = value
+    assert narrow_form(weight) is None
+
+
+def test_without_a_compiler_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "library", lambda: None)
+    assert isinstance(exact_linear(torch.zeros(OUT, IN), None), PackedLinear)
+
+
+def test_the_embedded_model_is_kept_as_its_file_has_it() -> None:
+    checkpoint = open_checkpoint(EMBEDDED_ALIAS)
+    names = (
+        "model.embed_tokens.weight",
+        "model.layers.3.mlp.down_proj.weight",
+        "model.layers.7.self_attn.k_proj.weight",
+    )
+    tensors = checkpoint.tensors(lambda key: key in names, widen_to=torch.float32)
+    assert len(tensors) == len(names)
+    for name, weight in tensors.items():
+        found = narrow_form(weight)
+        assert found is not None
+        assert found.form == ("bytes" if "embed" in name else "nibbles")
+        assert torch.equal(NarrowLinear(found).weight, weight)
