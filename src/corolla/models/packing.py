@@ -20,7 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
-from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for
+from corolla.models.layered import LayeredRow, Row
+from corolla.models.pages import PAGE, PagePool, pages_for
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
@@ -44,13 +45,18 @@ class Rules:
 
 @dataclass
 class Segment:
-    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before."""
+    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before.
+
+    A row in several tables is read as one segment a table (`parts`), whose `past` is what that table holds.
+    """
 
     begin: int
     count: int
-    row: CachedRow | None = None
+    row: Row | None = None
     room: int = 0  # tokens that the row may reach in the present call
     past: int = 0
+    prepared: bool = False
+    parts: list[Segment] = field(default_factory=list)
     slots: Tensor | None = None
     _pages: Tensor | None = None  # where the row's pages do not follow each other
     _first: int | None = None
@@ -65,11 +71,22 @@ class Segment:
         """Take slots for the new tokens; once, before the first block."""
         if self.row is None:
             return
-        self.past = self.row.length
+        self.past, self.prepared = self.row.length, True
+        if isinstance(self.row, LayeredRow):
+            self._prepare_parts(self.row)
+            return
         self.slots = self.row.grow(self.count, self.room)
         self._first = self.row.stretch()
         if self._first is None:
             self._pages = torch.tensor(self.row.pages[: pages_for(self.row.length)])
+
+    def _prepare_parts(self, row: LayeredRow) -> None:
+        self.parts = [
+            Segment(self.begin, self.count, table, room) for table, room in row.with_rooms(self.room)
+        ]
+        for part in self.parts:
+            part.prepare()
+        row.length = self.past + self.count
 
     def cached(self, turned: Tensor) -> Tensor:
         """All tokens of the row, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
@@ -93,7 +110,7 @@ class Segment:
         return self._masks[window]
 
 
-def segments_of(lengths: Sequence[int], rows: Sequence[CachedRow] | None = None) -> list[Segment]:
+def segments_of(lengths: Sequence[int], rows: Sequence[Row] | None = None) -> list[Segment]:
     """Segments of these lengths, one behind the other."""
     segments, begin = [], 0
     for index, length in enumerate(lengths):
@@ -111,25 +128,38 @@ class PackedBatch:
         self._pool = pool
         for segment in self.segments:
             segment.prepare()
-        slots = [segment.slots for segment in self.segments if segment.slots is not None]
-        self._slots = torch.cat(slots) if slots else None
+        # What each table's blocks work on, with the slots of the new tokens.
+        self._tables = [(own, _slots_of(own)) for own in self._by_table()]
+
+    def _by_table(self) -> list[list[Segment]]:
+        if self._pool is None or self._pool.layout.plain:
+            return [self.segments]
+        return [[one.parts[table] for one in self.segments] for table in range(self._pool.layout.tables)]
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
         stored = None
+        table, place = (0, block) if self._pool is None else self._pool.layout.place(block, rules.window)
+        segments, slots = self._tables[table]
         if self._pool is not None:
-            assert self._slots is not None
-            slots = self._slots.to(key.device)
-            store = self._pool.write(block, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+            assert slots is not None
+            store = self._pool.write(
+                place, slots.to(key.device), key[0].transpose(0, 1), value[0].transpose(0, 1)
+            )
             stored = [side.transpose(0, 1).unsqueeze(0) for side in store]
         parts = []
-        for one in self.segments:  # with many segments every operation here counts
+        for one in segments:  # with many segments every operation here counts
             if stored is not None:
                 keys, values = one.cached(stored[0]), one.cached(stored[1])
             else:
                 keys, values = key.narrow(2, one.begin, one.count), value.narrow(2, one.begin, one.count)
             parts.append(attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+
+
+def _slots_of(segments: Sequence[Segment]) -> Tensor | None:
+    slots = [one.slots for one in segments if one.slots is not None]
+    return torch.cat(slots) if slots else None
 
 
 def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
