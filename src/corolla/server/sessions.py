@@ -108,7 +108,7 @@ class CachedSession:
     def reaches(self, position: int, order: Tensor | None = None) -> bool:
         """Whether the cached rows in `order` can go on from column `position`: where blocks have a window, what lies
         far behind it is given back."""
-        if not position:
+        if not position or self.pool.layout.plain:
             return True
         chosen = [(self.cached[row], self.real_tokens(row, position)) for row in set(self._chosen(order))]
         return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredRow))
