@@ -116,6 +116,15 @@ class PagesMachine(RuleBasedStateMachine):
         del row.tokens[length:]
 
     @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        """Pages at the front, as a row does that keeps a window."""
+        row = self._pick(data)
+        count = data.draw(st.integers(0, len(row.tokens) // PAGE))
+        row.cached.drop(count)
+        del row.tokens[: count * PAGE]
+
+    @precondition(lambda self: self.rows)
     @rule(data=st.data(), wide=st.integers(1, 6))
     def reorder(self, data: st.DataObject, wide: int) -> None:
         """As beam search does: each new row continues an old one, and the old ones go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from tests.server.world import BLOCKS, HIDDEN, Clock, assert_same, noise, span_o
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.models.pages import PagePool
-from corolla.server import kv_cache
+from corolla.models.pages import Layout, PagePool
+from corolla.models.windows import layout_of
+from corolla.server import kv_cache, sessions
 from corolla.server.kv_cache import IDLE_SECONDS, WAIT_SECONDS, CacheBudget
 from corolla.server.sessions import CachedSession, bytes_per_token, default_capacity
 from corolla.server.steps import PackedStep, pieces, run_pass
@@ -293,7 +294,7 @@ def steps(draw: st.DrawFn) -> list[dict[str, Any]]:
             rows = len(order)
         # Going back is common in tests so that it is tried, and onward so that there is somewhere to go back from.
         position = draw(st.one_of(st.just(length), st.integers(0, length)))
-        count = draw(st.integers(1, 20))
+        count = draw(st.integers(1, 40))
         holes = draw(st.sets(st.tuples(st.integers(0, rows - 1), st.integers(0, count - 1)), max_size=3))
         room = position + count + draw(st.integers(0, 40))
         made.append(
@@ -333,29 +334,66 @@ class History:
         return History(torch.cat([kept.tokens, hidden], 1), torch.cat([kept.real, real], 1))
 
 
+AT_ONCE = 24  # tokens of a pass, in these tests
+MARGIN = 4
+
+
+class CountedPool(PagePool):
+    """Knows how many pages were in use at most."""
+
+    most = 0
+
+    def take(self, count: int, *, after: int | None = None) -> list[int]:
+        taken = super().take(count, after=after)
+        self.most = max(self.most, self.pages - self.free)
+        return taken
+
+
 class Cached:
     """A session and its pool, without a server around it: what is posted is done at once."""
 
     def __init__(self, family: str, prompts: Tensor | None) -> None:
         self.span = span_of(family)
-        self.pool = PagePool(200, dtype=self.span.dtype, device=self.span.device)
+        self.pool = CountedPool(
+            200, dtype=self.span.dtype, device=self.span.device, layout=layout_of(self.span, MARGIN)
+        )
         self.budget = CacheBudget(200)
-        self.session = CachedSession(self.span, self.budget, self.pool, _at_once, prompts=prompts)
+        self.prompts = prompts
+        self.open()
 
-    async def step(self, one: dict[str, Any], mask: Tensor | None) -> Tensor:
-        """Its outputs; the session never holds more pages than it has reserved."""
+    def open(self) -> None:
+        self.session = CachedSession(self.span, self.budget, self.pool, _at_once, prompts=self.prompts)
+
+    async def step(self, one: dict[str, Any], mask: Tensor | None, history: History) -> Tensor:
+        """Its outputs; where the session does not reach so far back, it is replayed first, as clients do."""
         order = None if one["order"] is None else torch.tensor(one["order"])
-        position, room, hidden = one["position"], one["room"], one["hidden"]
+        position = one["position"]
         assert self.session.same_past(mask, position, order)
+        if not self.session.reaches(position, order):
+            assert position < self.session.length - MARGIN
+            assert not self.pool.layout.plain
+            self.session.close()
+            assert self.pool.free == self.pool.pages
+            self.open()
+            replayed = {"hidden": history.tokens[:, :position], "position": 0, "room": one["room"]}
+            await self._step(replayed, None if mask is None else mask[:, :position], None)
+            order = None
+        return await self._step(one, mask, order)
+
+    async def _step(self, one: dict[str, Any], mask: Tensor | None, order: Tensor | None) -> Tensor:
+        """Its outputs; the session never holds more pages than it has reserved."""
+        position, room, hidden = one["position"], one["room"], one["hidden"]
         await self.session.reserve(len(hidden), room, "reserve", position=position, order=order)
         arguments = {"position": position, "order": order, "mask": mask, "positions": None}
         if not self.span.packable:
-            parts = pieces(self.session, hidden, **arguments, width=7)
+            parts = pieces(self.session, hidden, **arguments, width=AT_ONCE)
             return torch.cat([part() for part in parts], 1)
         packed = PackedStep(self.session, hidden, **arguments, room=room)
         while packed.tokens_left:
-            assert run_pass(self.pool, [(packed, min(7, packed.tokens_left))]) == [None]
+            self.pool.most = 0
+            assert run_pass(self.pool, [(packed, min(AT_ONCE, packed.tokens_left))]) == [None]
             assert self.pool.pages - self.pool.free <= self.session.pages
+            assert self.pool.most <= self.session.pages
         output: Tensor = packed.result()
         return output
 
@@ -364,7 +402,15 @@ def _at_once(work: Callable[[], None]) -> None:
     work()
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
+@pytest.fixture(scope="module")
+def short_passes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sessions, "PASS_TOKENS", AT_ONCE)
+        yield
+
+
+@pytest.mark.usefixtures("short_passes")
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mistral", "gemma2"])
 @given(made=steps(), with_prompts=st.booleans())
 @settings(max_examples=60)
 async def test_a_cache_is_what_its_history_says(
@@ -378,7 +424,7 @@ async def test_a_cache_is_what_its_history_says(
         if not cached.span.packable:
             one["holes"] = set()  # the family's own padding is its own affair
         history = history.with_step(one)
-        output = await cached.step(one, None if history.real.all() else history.real)
+        output = await cached.step(one, None if history.real.all() else history.real, history)
         assert (cached.session.rows, cached.session.length) == history.real.shape
         for row in range(len(output)):
             real = history.real[row]
@@ -402,8 +448,8 @@ def test_a_tokens_room_is_measured_on_the_span(family: str, heads: int) -> None:
     span = span_of(family)
     size = BLOCKS * 2 * heads * (HIDDEN // 4) * 8  # keys and values, four query heads, float64
     assert bytes_per_token(span) == size
-    assert default_capacity(span, 1000 * 16 * size) == 500  # pages in half of the free memory
-    assert default_capacity(span, 1) == 1
+    assert default_capacity(span, 1000 * 16 * size, Layout()) == 500  # pages in half of the free memory
+    assert default_capacity(span, 1, Layout()) == 1
 
 
 async def test_closed_sessions_go_before_idle_ones_however_lately_they_were_used() -> None:

@@ -18,8 +18,10 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.models.checkpoint import open_checkpoint
+from corolla.models.pages import MARGIN
 from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
+from corolla.models.windows import layout_of
 from corolla.server.block_server import BlockServer
 from corolla.server.engine import Engine, Kind
 from corolla.server.handlers import handle
@@ -85,7 +87,14 @@ class World:
     Time passes for the server's budget when the test says so (`clock`); for all else it is the real one.
     """
 
-    def __init__(self, family: str = "llama", *, span: Span | None = None, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        family: str = "llama",
+        *,
+        span: Span | None = None,
+        capacity: int = CAPACITY,
+        margin: int = MARGIN,
+    ) -> None:
         self.network = MemoryNetwork()
         self.client = self.network.transport("client")
         self.transport = self.network.transport("server")
@@ -94,8 +103,9 @@ class World:
         self.span = copy.deepcopy(self.reference)
         self.engine = Engine()
         self.clock = Clock()
-        self.budget = CacheBudget(capacity, self.clock)
-        self.server = BlockServer(self.span, self.engine, self.budget, model=MODEL)
+        layout = layout_of(self.span, margin)
+        self.budget = CacheBudget(capacity, self.clock, tables=layout.tables)
+        self.server = BlockServer(self.span, self.engine, self.budget, model=MODEL, layout=layout)
         self._running = 0
         self._ended = asyncio.Condition()
 

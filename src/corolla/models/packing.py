@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models.kernels.decode import OneTokenRows, can_attend
+from corolla.models.layered import LayeredRow, Row
 from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
@@ -45,13 +46,18 @@ class Rules:
 
 @dataclass
 class Segment:
-    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before."""
+    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before.
+
+    A row in several tables is read as one segment a table (`parts`), whose `past` is what that table holds.
+    """
 
     begin: int
     count: int
-    row: CachedRow | None = None
+    row: Row | None = None
     room: int = 0  # tokens that the row may reach in the present call
     past: int = 0
+    prepared: bool = False
+    parts: list[Segment] = field(default_factory=list)
     slots: Tensor | None = None
     _pages: Tensor | None = None  # where the row's pages do not follow each other
     _first: int | None = None
@@ -66,11 +72,22 @@ class Segment:
         """Take slots for the new tokens; once, before the first block."""
         if self.row is None:
             return
-        self.past = self.row.length
+        self.past, self.prepared = self.row.length, True
+        if isinstance(self.row, LayeredRow):
+            self._prepare_parts(self.row)
+            return
         self.slots = self.row.grow(self.count, self.room)
         self._first = self.row.stretch()
         if self._first is None:
             self._pages = torch.tensor(self.row.pages[: pages_for(self.row.length)])
+
+    def _prepare_parts(self, row: LayeredRow) -> None:
+        self.parts = [
+            Segment(self.begin, self.count, table, room) for table, room in row.with_rooms(self.room)
+        ]
+        for part in self.parts:
+            part.prepare()
+        row.length = self.past + self.count
 
     def cached(self, turned: Tensor) -> Tensor:
         """All tokens of the row, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
@@ -94,13 +111,31 @@ class Segment:
         return self._masks[window]
 
 
-def segments_of(lengths: Sequence[int], rows: Sequence[CachedRow] | None = None) -> list[Segment]:
+def segments_of(lengths: Sequence[int], rows: Sequence[Row] | None = None) -> list[Segment]:
     """Segments of these lengths, one behind the other."""
     segments, begin = [], 0
     for index, length in enumerate(lengths):
         segments.append(Segment(begin, length, None if rows is None else rows[index]))
         begin += length
     return segments
+
+
+class _Table:
+    """The segments as the blocks of one of the pool's tables see them."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
+        slots = [one.slots for one in self.segments if one.slots is not None]
+        self.slots = torch.cat(slots) if slots else None  # of the new tokens
+        # Generation: sequences with one new token each, which one kernel takes together.
+        self.ones = [one for one in self.segments if one.count == 1]
+        self._rows: OneTokenRows | None = None
+
+    def rows(self) -> OneTokenRows:
+        """The rows of `ones`."""
+        if self._rows is None:
+            self._rows = OneTokenRows([one.row for one in self.ones if isinstance(one.row, CachedRow)])
+        return self._rows
 
 
 class PackedBatch:
@@ -112,59 +147,57 @@ class PackedBatch:
         self._pool = pool
         for segment in self.segments:
             segment.prepare()
-        slots = [segment.slots for segment in self.segments if segment.slots is not None]
-        self._slots = torch.cat(slots) if slots else None
-        # Generation: sequences with one new token each, which one kernel takes together.
-        self._ones = [one for one in self.segments if one.count == 1 and one.row is not None]
-        self._one_token_rows: OneTokenRows | None = None
+        self._tables = [_Table(own) for own in self._by_table()]
+
+    def _by_table(self) -> list[list[Segment]]:
+        if self._pool is None or self._pool.layout.plain:
+            return [self.segments]
+        return [[one.parts[table] for one in self.segments] for table in range(self._pool.layout.tables)]
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
         if self._pool is None:
-            return self._attend_each(self.segments, query, key, value, rules)
-        assert self._slots is not None
-        cache = self._pool.store(block, key, value)
-        together = bool(self._ones) and can_attend(query, cache[0])
-        if together and len(self._ones) == len(self.segments):
-            return self._rows().attend(query, cache, rules, (key, value))
-        slots = self._slots.to(key.device)
+            return _side_by_side([_attend_new(one, query, key, value, rules) for one in self.segments])
+        index, place = self._pool.layout.place(block, rules.window)
+        table, cache = self._tables[index], self._pool.store(place, key, value)
+        together = bool(table.ones) and can_attend(query, cache[0])
+        if together and len(table.ones) == len(table.segments):
+            return table.rows().attend(query, cache, rules, (key, value))
+        assert table.slots is not None
+        slots = table.slots.to(key.device)
         for side, new in zip(cache, (key, value), strict=True):
             side.index_copy_(0, slots, new[0].transpose(0, 1))
-        turned = cache[0].transpose(0, 1).unsqueeze(0), cache[1].transpose(0, 1).unsqueeze(0)
-        if not together:
-            return self._attend_each(self.segments, query, *turned, rules)
-        return self._attend_mixed(query, cache, turned, rules)
+        if together:
+            return _attend_mixed(table, query, cache, rules)
+        return _side_by_side([_attend_cached(one, query, cache, rules) for one in table.segments])
 
-    def _rows(self) -> OneTokenRows:
-        if self._one_token_rows is None:
-            self._one_token_rows = OneTokenRows([one.row for one in self._ones if one.row is not None])
-        return self._one_token_rows
 
-    def _attend_mixed(
-        self, query: Tensor, cache: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor], rules: Rules
-    ) -> Tensor:
-        """Sequences with one new token beside others that have more."""
-        result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        places = torch.tensor([one.begin for one in self._ones])
-        result[:, places] = self._rows().attend(query[:, :, places], cache, rules, None)
-        for one in self.segments:
-            if one.count > 1:
-                part = self._attend_each([one], query, *turned, rules)
-                result[:, one.begin : one.end] = part
-        return result
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
-    def _attend_each(
-        self, segments: Sequence[Segment], query: Tensor, key: Tensor, value: Tensor, rules: Rules
-    ) -> Tensor:
-        """Segment by segment, side by side; keys and values as cached, or those of the packed tokens."""
-        parts = []
-        for one in segments:  # with many segments every operation here counts
-            if self._pool is not None:
-                keys, values = one.cached(key), one.cached(value)
-            else:
-                keys, values = key.narrow(2, one.begin, one.count), value.narrow(2, one.begin, one.count)
-            parts.append(attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+
+def _attend_new(one: Segment, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+    """A segment over its own new tokens."""
+    query, key, value = (tensor.narrow(2, one.begin, one.count) for tensor in (query, key, value))
+    return attend_one(query, key, value, one, rules)
+
+
+def _attend_cached(one: Segment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
+    """A segment over what its row has cached, its new tokens included."""
+    keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
+    return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
+
+
+def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
+    """Sequences with one new token beside others that have more."""
+    result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    places = torch.tensor([one.begin for one in table.ones])
+    result[:, places] = table.rows().attend(query[:, :, places], cache, rules, None)
+    for one in table.segments:
+        if one.count > 1:
+            result[:, one.begin : one.end] = _attend_cached(one, query, cache, rules).transpose(1, 2)
+    return result
 
 
 def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:

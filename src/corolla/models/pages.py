@@ -5,18 +5,21 @@ pages that it alone holds (a page that others hold too is copied first). What a 
 changed by another. One thread at a time uses a pool: the compute thread.
 
 Pages as in Kwon et al. 2023 (arXiv:2309.06180). A page holds `PAGE` tokens of one row for all blocks of a
-span, so one table serves every block. Pages that follow each other are read in place, others are gathered.
+span, so one table serves every block; where some blocks see a window only, for those of one of several tables
+(`Layout`). Pages that follow each other are read in place, others are gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PAGE = 16  # tokens
+MARGIN = 256  # tokens that a row can go back by although it keeps only a window
 
 
 def pages_for(tokens: int) -> int:
@@ -24,15 +27,90 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which blocks of a span share a page. A row has a table of pages for each set of blocks that do.
+
+    Blocks of one table see equally far back. All tables take their pages from one pool, so none has room that
+    another lacks. What a table with a window keeps is what its next tokens may see when the row first goes back
+    by up to `margin` tokens.
+    """
+
+    windows: tuple[int | None, ...] = (None,)  # of each table's blocks; None where they see everything
+    places: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # of a block: table, place in a page
+    margin: int = MARGIN
+
+    @property
+    def plain(self) -> bool:
+        """Whether one table serves every block, and keeps everything."""
+        return self.windows == (None,)
+
+    @property
+    def tables(self) -> int:
+        """Tables of a row, each with pages of its own."""
+        return len(self.windows)
+
+    @property
+    def depth(self) -> int | None:
+        """Blocks that a page has room for; None for all of the span's."""
+        return max(place for _, place in self.places.values()) + 1 if self.places else None
+
+    def place(self, block: int, window: int | None) -> tuple[int, int]:
+        """The block's table and its place there, for attention that sees `window` tokens.
+
+        Raises `RuntimeError` when that is more than the table keeps.
+        """
+        if self.plain:
+            return 0, block
+        table, place = self.places[block]
+        kept = self.windows[table]
+        if kept is not None and (window is None or window > kept):
+            raise RuntimeError(f"Block {block} looks {window} tokens back, where {kept} are kept.")
+        return table, place
+
+    def kept(self, window: int) -> int:
+        """Tokens at a row's end that a table with this window keeps, at least."""
+        return window - 1 + self.margin
+
+    def cached_of(self, tokens: int) -> int:
+        """Of a row of so many tokens, at least so many are cached, on the average of its tables."""
+        each = [tokens if window is None else min(tokens, self.kept(window)) for window in self.windows]
+        return sum(each) // self.tables
+
+    def pages_at_rest(self, window: int) -> int:
+        """Pages that such a table takes at most between two passes, the next token's included."""
+        return pages_for(self.kept(window) + PAGE)
+
+    def most_pages(self, rows: int, tokens: int, new: int, at_once: int, common: Sequence[int]) -> int:
+        """Distinct pages that `rows` rows take at most on their way to `tokens` tokens each.
+
+        `new` tokens a row are still to come, all rows together `at_once` in one pass. `common` says of each
+        table before which page, counted from a row's beginning, all rows list the same ones.
+        """
+        total, whole = 0, pages_for(tokens)
+        for window, shared in zip(self.windows, common, strict=True):
+            most = shared + rows * (whole - shared)
+            if window is not None:
+                stays = max(0, shared - max(0, tokens - self.kept(window)) // PAGE)
+                passing = rows + pages_for(min(at_once, rows * new)) if new > 1 else 0
+                most = min(most, stays + rows * (self.pages_at_rest(window) - stays) + passing)
+            total += most
+        return total
+
+
 class PagePool:
     """`pages` pages for the blocks of a span. Memory is taken from the system as pages are first written."""
 
-    def __init__(self, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, pages: int, *, dtype: torch.dtype, device: torch.device, layout: Layout | None = None
+    ) -> None:
+        """`layout` is for a span whose blocks do not share all pages; `models/layered.py` makes its rows."""
         self.pages = pages
+        self.layout = layout or Layout()
         self._dtype = dtype
         self._device = device
         self._holders = np.zeros(pages, dtype=np.int32)
-        self._stores: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # by place in a page
         self._search_from = 0
 
     @property
@@ -86,19 +164,19 @@ class PagePool:
         return bool(self._holders[page] > 1)
 
     def copy(self, source: int, target: int) -> None:
-        """Give page `target` the content of `source`, in all blocks."""
+        """Give page `target` the content of `source`, in all its blocks."""
         for store in self._stores.values():
             for side in store:
                 side[target * PAGE : (target + 1) * PAGE] = side[source * PAGE : (source + 1) * PAGE]
 
-    def store(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def store(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Where keys and values like these, [1, heads, N, D], of one block are kept: a pair [pages × PAGE, heads, D].
 
-        Slot i is token i % PAGE of page i // PAGE.
+        `place` is the block's in a page. Slot i is token i % PAGE of page i // PAGE.
         """
-        if block not in self._stores:
-            self._stores[block] = (self._new_store(keys), self._new_store(values))
-        return self._stores[block]
+        if place not in self._stores:
+            self._stores[place] = (self._new_store(keys), self._new_store(values))
+        return self._stores[place]
 
     def _new_store(self, like: Tensor) -> Tensor:
         # An ordinary tensor, so that it can be written both in and outside of inference mode.
@@ -159,6 +237,12 @@ class CachedRow:
             self.pool.release(self.pages[kept:])
             del self.pages[kept:]
             self.length = length
+
+    def drop(self, count: int) -> None:
+        """Give the first `count` pages back, all of them full; the tokens behind them are counted anew from 0."""
+        self.pool.release(self.pages[:count])
+        del self.pages[:count]
+        self.length -= count * PAGE
 
     def fork(self) -> CachedRow:
         """Another row with the same tokens, on the same pages."""

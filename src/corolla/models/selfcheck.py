@@ -267,13 +267,13 @@ def can_pack(spans: list[Span]) -> bool:
 
 
 def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
-    """All but the last two tokens of each at once, then one, then the other."""
+    """All but the last four tokens of each at once, then two together, then one, then the other."""
     pools = [PagePool(8, dtype=torch.float32, device=torch.device("cpu")) for _ in spans]
     rows = [[CachedRow(pool) for _ in hidden] for pool in pools]
     outputs: list[list[Tensor]] = [[] for _ in hidden]
     with torch.inference_mode():
         expected = [_chain(spans, one[None])[0] for one in hidden]
-        for cut in (slice(None, -2), slice(-2, -1), slice(-1, None)):
+        for cut in (slice(None, -4), slice(-4, -2), slice(-2, -1), slice(-1, None)):
             parts = [one[cut] for one in hidden]
             starts = [row.length for row in rows[0]]
             value = torch.cat(parts)

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 
 from corolla import __version__
-from corolla.models.pages import PAGE, PagePool
+from corolla.models.pages import Layout, PagePool
 from corolla.models.span import Span
+from corolla.models.windows import layout_of
 from corolla.server.engine import Engine
 from corolla.server.kept import NamedSessions
 from corolla.server.kv_cache import CacheBudget
@@ -55,15 +56,18 @@ class BlockServer:
         lease_bytes: int = LEASE_BYTES,
         limits: PeerLimits | None = None,
         silence: float | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """`model` is the identity of the span's checkpoint; a computation that would need more than
         `working_bytes` beside weights and caches is refused; kept graphs take `lease_bytes` at most. `silence`
-        is the channels' (`swarm/channel.py`)."""
+        is the channels' (`swarm/channel.py`). `layout` is the span's, found out here if it is not known."""
         self.limits = limits or PeerLimits()
         self.silence = silence
         self.working_bytes = working_bytes
         self.leases = Leases(lease_bytes)
-        self.pool = PagePool(budget.capacity, dtype=span.dtype, device=span.device)
+        self.pool = PagePool(
+            budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
+        )
         engine.run_pass = partial(run_pass, self.pool)
         if span.device.type == "cpu":
             engine.run_pass = ThreadChooser(torch.get_num_threads()).choosing(engine.run_pass)
@@ -132,5 +136,5 @@ class BlockServer:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of one row that still fit, in the place of closed sessions too."""
-        return self.budget.free_tokens + self.named.kept_pages * PAGE
+        """Tokens that still fit for sure, in the place of closed sessions too."""
+        return self.budget.tokens(self.budget.free + self.named.kept_pages)

@@ -85,6 +85,13 @@ def check_step(message: Step, tensors: dict[str, Tensor], session: CachedSession
             code="evicted",
             field="mask",
         )
+    if not session.reaches(message.position, rows):
+        raise RequestRefused(
+            f"What blocks with a window need to go back to token {message.position} was given back; replay the "
+            "session.",
+            code="evicted",
+            field="position",
+        )
 
 
 def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int) -> None:

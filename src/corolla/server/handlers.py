@@ -213,7 +213,7 @@ class _Stream:
         span = check_span(message, server.span, server.model)
         self._check_staying()
         prompts = tensors.get("prompts")
-        check_prompts(prompts, span, at_most=message.max_tokens)
+        check_prompts(prompts, span, at_most=server.pool.layout.cached_of(message.max_tokens))
         self.close_session()
         session = CachedSession(
             span,

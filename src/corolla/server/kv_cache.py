@@ -41,13 +41,19 @@ class Holder(Protocol):
 
 
 class CacheBudget:
-    """How many pages all sessions may hold together; a page is `PAGE` tokens of one row in all blocks."""
+    """How many pages all sessions may hold together; `PAGE` tokens of one row in all blocks take one a table."""
 
     def __init__(
-        self, capacity: int, clock: Callable[[], float] = time.monotonic, *, share: float = 0.5
+        self,
+        capacity: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        share: float = 0.5,
+        tables: int = 1,
     ) -> None:
-        """`capacity` in pages, of which a peer can count on `share` whatever others do."""
+        """`capacity` in pages, of which a peer can count on `share` whatever others do; `tables` is the layout's."""
         self.capacity = capacity
+        self._tables = tables
         self._share = share * capacity
         self._by_peer: Counter[str] = Counter()  # pages
         self.reserved = 0
@@ -61,10 +67,14 @@ class CacheBudget:
         """Pages that nobody has reserved."""
         return self.capacity - self.reserved
 
+    def tokens(self, pages: int) -> int:
+        """Tokens that are cached in so many pages, in all blocks; blocks with a window may see far more go by."""
+        return pages * PAGE // self._tables
+
     @property
     def free_tokens(self) -> int:
-        """Tokens of one row that fit into what nobody has reserved."""
-        return self.free * PAGE
+        """Tokens that fit for sure into what nobody has reserved."""
+        return self.tokens(self.free)
 
     @property
     def waiting(self) -> int:
@@ -91,8 +101,8 @@ class CacheBudget:
         """
         if pages > self.capacity:
             raise RequestRefused(
-                f"This session would need {pages * PAGE} of the {self.capacity * PAGE} tokens that the "
-                "server can cache: ask for fewer tokens or rows.",
+                f"This session would need room for {self.tokens(pages)} of the {self.tokens(self.capacity)} "
+                "tokens that the server can cache: ask for fewer tokens or rows.",
                 code="too_large",
                 field=field,
             )

@@ -31,6 +31,7 @@ from corolla.models.pages import PAGE
 from corolla.models.quantization import check_quantization, use_kernels
 from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
+from corolla.models.windows import layout_of
 from corolla.server.block_server import BlockServer
 from corolla.server.engine import Engine, Kind
 from corolla.server.handlers import handle
@@ -91,8 +92,11 @@ async def _serve_span(
     say: Callable[[str], None],
 ) -> None:
     free, tokens = free_bytes(span.device), config.cache_tokens
-    capacity = default_capacity(span, free) if tokens is None else max(1, tokens // PAGE)
-    budget = CacheBudget(capacity, share=config.peer_share)
+    layout = layout_of(span)
+    capacity = (
+        default_capacity(span, free, layout) if tokens is None else max(1, tokens // PAGE) * layout.tables
+    )
+    budget = CacheBudget(capacity, share=config.peer_share, tables=layout.tables)
     server = BlockServer(
         span,
         engine,
@@ -101,6 +105,7 @@ async def _serve_span(
         working_bytes=free // 4,
         lease_bytes=free // 8 if config.lease_bytes is None else config.lease_bytes,
         limits=PeerLimits(Budgets.of_machine(config.peer_share, free)),
+        layout=layout,
     )
     await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
     throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))

@@ -12,9 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from corolla.models.pages import PAGE, CachedRow, PagePool, pages_for, shared_pages
+from corolla.models.layered import LayeredRow, Row, common_pages, new_row
+from corolla.models.pages import PAGE, Layout, PagePool
 from corolla.models.span import Span
 from corolla.models.span_cache import SpanCache, crop_cache, select_rows
+from corolla.server.engine import PASS_TOKENS
 from corolla.server.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 
@@ -49,7 +51,7 @@ class CachedSession:
         self.users = 0  # requests that work on it now
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
-        self.cached: list[CachedRow] = []  # of a family that can be packed
+        self.cached: list[Row] = []  # of a family that can be packed
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -75,12 +77,17 @@ class CachedSession:
 
         Never fewer than are reserved already: pages lie with the rows until these are freed.
         """
-        each, common = pages_for(tokens), 0
+        layout = self.pool.layout
+        common = [0] * layout.tables
         if rows > 1 and self.cached and position:
-            chosen = range(self.rows) if order is None else order.tolist()
+            chosen = self._chosen(order)
             kept = min(self.real_tokens(row, position) for row in set(chosen))
-            common = shared_pages([self.cached[row] for row in chosen], kept)
-        return max(self.pages, common + rows * (each - common))
+            common = common_pages([self.cached[row] for row in chosen], kept)
+        return max(self.pages, layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common))
+
+    def _chosen(self, order: Tensor | None) -> list[int]:
+        """The cached rows that the next ones continue."""
+        return list(range(self.rows)) if order is None else order.tolist()
 
     def real_tokens(self, row: int, columns: int) -> int:
         """How many of a row's first `columns` cached columns are tokens, not padding."""
@@ -98,13 +105,22 @@ class CachedSession:
             return given is None or bool(given.all())
         return bool(past.all()) if given is None else torch.equal(past, given)
 
+    def reaches(self, position: int, order: Tensor | None = None) -> bool:
+        """Whether the cached rows in `order` can go on from column `position`: where blocks have a window, what lies
+        far behind it is given back."""
+        if not position or self.pool.layout.plain:
+            return True
+        chosen = [(self.cached[row], self.real_tokens(row, position)) for row in set(self._chosen(order))]
+        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredRow))
+
     def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
         """Whether another session over `span` with these prompts may begin as `origin` says."""
         same_prompts = self.prompts is prompts is None or (
             self.prompts is not None and prompts is not None and torch.equal(self.prompts, prompts)
         )
         fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
-        return fits and span is self.span and span.packable and same_prompts
+        fits = fits and span is self.span and span.packable and same_prompts
+        return fits and self.reaches(origin.tokens)
 
     # --- on the compute thread --------------------------------------------------------------------------
 
@@ -135,7 +151,7 @@ class CachedSession:
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.cached
         if position == 0 or not before:
-            self.cached = [CachedRow(self.pool) for _ in range(rows)]
+            self.cached = [new_row(self.pool) for _ in range(rows)]
         elif order is not None:
             self.cached = []
             for source in order.tolist():
@@ -177,9 +193,11 @@ class CachedSession:
         self.length = self.rows = 0
 
 
-def default_capacity(span: Span, free_bytes: int) -> int:
-    """Pages that half of the free memory can hold, by the span's own layout of keys and values."""
-    return max(1, free_bytes // 2 // (bytes_per_token(span) * PAGE))
+def default_capacity(span: Span, free_bytes: int, layout: Layout) -> int:
+    """Pages that half of the free memory can hold, by the span's own keys and values."""
+    blocks = span.end - span.start
+    page_bytes = bytes_per_token(span) * PAGE * (layout.depth or blocks) // blocks
+    return max(1, free_bytes // 2 // page_bytes)
 
 
 def bytes_per_token(span: Span) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.models.layered import LayeredRow
 from corolla.models.packing import PackedBatch, Segment
 from corolla.models.pages import PagePool
 from corolla.models.span import DeepRows
@@ -101,7 +102,7 @@ class PackedStep:
     def undo(self) -> None:
         """Take back what a pass that failed has cached."""
         for one in self.segments:
-            if one.slots is not None and one.row is not None:
+            if one.prepared and one.row is not None:
                 one.row.truncate(one.past)
 
     def store(self, output: Tensor) -> None:
@@ -109,6 +110,9 @@ class PackedStep:
         count = int(output.shape[0])
         self._outputs[self._at : self._at + count] = output
         self.tokens_left -= count
+        for one in self.segments:
+            if isinstance(one.row, LayeredRow):
+                one.row.trim()
 
     def result(self) -> Tensor:
         """Outputs [R, T, H] on the CPU, in the dtype of the inputs; the session has taken the step."""

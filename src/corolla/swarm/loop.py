@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from corolla.errors import UsageError
 
+T = TypeVar("T")
+
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where there is one (not on Windows): a request costs about a fifth less than on asyncio's own."""
