@@ -21,6 +21,7 @@ from corolla.models.pages import PAGE, CachedRow, pages_for
 from corolla.models.prompt_files import save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.server import bundles as server_bundles
+from corolla.server import handlers
 from corolla.server.engine import Kind
 
 MODES = pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
@@ -239,6 +240,26 @@ def test_some_servers_have_it(tmp_path: Path, mode: str) -> None:
             counted = chats.swarm.counted()
             assert counted[a] == 11 + (0 if first else LENGTH)
             assert counted[b] == 11 + (0 if second else LENGTH)
+
+
+def test_a_server_without_it_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deep prompts are sent to it at once from then on; those of another bundle are asked for again."""
+    asked, find = [], handlers.find
+
+    def noting(bundles: Any, named: Any) -> Any:
+        asked.append(None if named is None else named.deep)
+        return find(bundles, named)
+
+    monkeypatch.setattr(handlers, "find", noting)
+    with Chats(tmp_path, mode="deep_ptune") as chats:
+        chats.serve((0, 4), bundles=[])
+        model, ids = chats.client(), random_ids(1, 6)
+        for _ in range(3):
+            assert torch.equal(say(model, ids, 3), chats.local(model).greedy(ids, 3))
+        assert asked == [True, None, None, None]
+        model.prompts.deep.data.mul_(2)
+        assert torch.equal(say(model, ids, 3), chats.local(model).greedy(ids, 3))
+        assert asked[4:] == [True, None]
 
 
 @MODES

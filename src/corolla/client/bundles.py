@@ -72,13 +72,19 @@ class Begun:
 
 
 async def ask_to_open(
-    channel: Channel, message: OpenSession, tensors: dict[str, Tensor], bundle: Bundle | None
+    channel: Channel,
+    message: OpenSession,
+    tensors: dict[str, Tensor],
+    bundle: Bundle | None,
+    lacking: dict[str, str],
 ) -> tuple[Packet, Begun | None]:
     """The answer to an opening that names `bundle`, and what the server has of that.
 
-    Deep prompts are sent only to a server that has not got them.
+    Deep prompts are sent only to a server that has not got them; which ones those are stands in `lacking`, peers
+    with the digest that each refused last, so that it is asked once.
     """
-    if bundle is None:
+    peer = channel.peer_id
+    if bundle is None or lacking.get(peer) == bundle.name.digest:
         return await request(channel, Packet(message, tensors)), None
     named = msgspec.structs.replace(message, bundle=bundle.name)
     try:
@@ -86,5 +92,6 @@ async def ask_to_open(
     except RequestRefused as refusal:
         if refusal.code != "no_bundle":
             raise
+        lacking[peer] = bundle.name.digest
         return await request(channel, Packet(message, tensors)), None
-    return reply, bundle.begun(reply, channel.peer_id) if message.origin is None else None
+    return reply, bundle.begun(reply, peer) if message.origin is None else None

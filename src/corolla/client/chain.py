@@ -68,7 +68,7 @@ class SpanSession:
         )
         tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
         try:
-            reply, self._begun = await ask_to_open(channel, message, tensors, bundle)
+            reply, self._begun = await ask_to_open(channel, message, tensors, bundle, view.lacking)
         except BaseException:
             await channel.close()
             raise
