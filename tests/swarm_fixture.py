@@ -21,6 +21,7 @@ from corolla.models.quantization import use_kernels
 from corolla.models.selfcheck import check_family
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
+from corolla.server.bundles import Entering, before_span, read_bundles
 from corolla.server.engine import Engine
 from corolla.server.handlers import handle
 from corolla.server.kv_cache import CacheBudget
@@ -62,20 +63,32 @@ class MemorySwarm:
         peer_id: str | None = None,
         throughput: float = 100.0,
         quantization: str = "none",
+        bundles: Sequence[Path] = (),
     ) -> str:
-        """Start a server; gives its peer id."""
+        """Start a server, which computes the prompts of `bundles` by itself; gives its peer id."""
         span = load_span(self.checkpoint, start, end, dtype=self.dtype)
         span.packable = check_family(self.checkpoint.config)
         if quantization != "none":
             use_kernels(span.model, quantization, span.device)
-        return self.loop.run(self._add(span, peer_id, throughput, quantization))
+        prompts = before_span(
+            self.checkpoint,
+            read_bundles(bundles, self.checkpoint),
+            start,
+            dtype=self.dtype,
+            device=span.device,
+            quantization=quantization,
+        )
+        return self.loop.run(self._add(span, peer_id, throughput, quantization, prompts))
 
-    async def _add(self, span: Any, peer_id: str | None, throughput: float, quantization: str) -> str:
+    async def _add(
+        self, span: Any, peer_id: str | None, throughput: float, quantization: str, prompts: list[Entering]
+    ) -> str:
         transport = self.network.transport(peer_id)
         engine = Engine()
         engine.start()
         budget = CacheBudget(max(1, self.cache_tokens // PAGE))
         server = BlockServer(span, engine, budget, model=self.checkpoint.identity)
+        await server.hold(prompts)
         await transport.serve(PROTOCOL_NAME, partial(handle, server))
         record = ServerRecord(
             peer_id=transport.peer_id,

@@ -65,6 +65,7 @@ class ServerConfig:
     cache_dir: Path | None = None
     cache_tokens: int | None = None  # None for what half of the free memory holds
     lease_bytes: int | None = None  # of graphs kept for training; None for an eighth of the free memory
+    bundles: tuple[Path, ...] = ()  # whose prompts are computed once for all clients
     peer_share: float = 0.5  # of everything that a server has, what one peer can take for certain
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -32,7 +33,11 @@ from corolla.errors import BundleError, CheckpointError, CorollaError, UnknownMo
 from corolla.models.checkpoint import open_checkpoint
 from corolla.models.prompt_files import save_prompt
 from corolla.models.prompts import SoftPrompt
+from corolla.swarm.channel import Channel, request
+from corolla.swarm.node import Node
 from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
+from corolla.wire.frames import Packet
+from corolla.wire.messages import PROTOCOL_NAME, Ping, ServerStatus
 
 SECONDS = 120
 
@@ -77,6 +82,13 @@ def expected_chat(
     model: Path, prompts: Path | None, rendering: RenderSettings, tokens: int, said: list[str]
 ) -> str:
     """What must be printed, by a chat within this process."""
+    return counted_chat(model, prompts, rendering, tokens, said)[0]
+
+
+def counted_chat(
+    model: Path, prompts: Path | None, rendering: RenderSettings, tokens: int, said: list[str]
+) -> tuple[str, int]:
+    """The same, and how many tokens a server computes for it."""
     lines = []
     with MemorySwarm(model, [(0, 4)]) as swarm:
         renderer = Renderer(byte_tokenizer(), rendering)
@@ -85,7 +97,8 @@ def expected_chat(
             for text in said:
                 reply = printable("".join(engine.reply(text))).lstrip()
                 lines += [f"You: {text}", f"Bot: {reply}", ""]
-    return "".join(line + "\n" for line in lines)
+        (count,) = swarm.counted().values()
+    return "".join(line + "\n" for line in lines), count
 
 
 def test_a_model_is_talked_with_by_its_template(model: Path, address: str) -> None:
@@ -103,6 +116,34 @@ def test_a_bundle_is_talked_with_as_it_was_trained(model: Path, bundle: Path, ad
     heading, _, dialogue = found.stdout.partition("\n")
     assert "tuned (ptune, 3 prompt tokens)" in heading
     assert dialogue == expected_chat(model, bundle, RenderSettings(delimiter=" ~ "), 7, ["one", "two"])
+
+
+def test_servers_compute_a_bundle_once_for_everybody(model: Path, bundle: Path, tmp_path: Path) -> None:
+    """Two chats, which are two peers: both are as ever, and neither has the prompt's tokens computed."""
+    rendering = RenderSettings(delimiter=" ~ ")
+    expected, tokens = counted_chat(model, bundle, rendering, 7, ["one", "two"])
+    with processes(tmp_path) as started:
+        address, _ = started.swarm(model, ["0:2", "2:4"], "--bundle", str(bundle))
+        for number in (1, 2):
+            found = corolla("chat", str(bundle), "--peers", address, text="one\ntwo\n")
+            assert found.stdout.partition("\n")[2] == expected
+            assert asyncio.run(computed(model, address)) == [number * (tokens - 3)] * 2
+
+
+async def computed(model: Path, address: str) -> list[int]:
+    """What each server says that it has computed for sessions, in tokens."""
+    node = await Node.create(initial_peers=[address], client_only=True)
+    found = []
+    try:
+        for record in await node.directory.servers(open_checkpoint(str(model)).identity):
+            channel = Channel(await node.transport.open(record.peer_id, PROTOCOL_NAME), side="client")
+            status = (await request(channel, Packet(Ping(), {}))).message
+            assert isinstance(status, ServerStatus)
+            found.append(status.tokens_inference)
+            await channel.close()
+    finally:
+        await node.close()
+    return found
 
 
 def test_without_peers_a_swarm_runs_here_meanwhile(model: Path) -> None:

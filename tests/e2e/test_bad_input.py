@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from tests.client.test_bundles import write_bundle
 from tests.e2e.processes import corolla
-from tests.tiny_models import write_tiny
+from tests.tiny_models import tiny_config, write_tiny
 
 from corolla.cli.main import main
+from corolla.models.prompt_files import read_prompt_info, save_prompt
+from corolla.models.prompts import SoftPrompt
 
 Run = Callable[..., str]
 
@@ -148,6 +152,46 @@ def test_tuning_that_cannot_begin(refused: Run, tiny: Path, tmp_path: Path) -> N
 def test_a_bundle_that_is_none(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "prompt.json").write_text("{}")
     assert "prompt.json" in refused("chat", str(tmp_path))
+
+
+@pytest.fixture
+def bundle(tiny: Path, tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle", tiny, "deep_ptune", length=4)
+
+
+def test_serving_a_bundle_that_is_none(refused: Run, tiny: Path, bundle: Path, tmp_path: Path) -> None:
+    assert "prompt.json" in refused("serve", str(tiny), "--bundle", str(tmp_path))
+    weights = bundle / "prompts.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    assert "truncated" in refused("serve", str(tiny), "--bundle", str(bundle))
+    weights.write_bytes(whole)
+    assert "--cache-tokens" in refused(
+        "serve", str(tiny), "--bundle", str(bundle), "--cache-tokens", "16", "--listen", "127.0.0.1:0"
+    )
+
+
+def test_serving_a_bundle_of_another_model(refused: Run, bundle: Path, tmp_path: Path) -> None:
+    other = write_tiny("llama", tmp_path / "other", seed=1)
+    assert "was trained for" in refused("serve", str(other), "--bundle", str(bundle))
+
+
+@pytest.mark.parametrize(("length", "width", "blocks"), [(4, 31, 4), (4, 32, 3), (600, 32, 4)])
+def test_serving_a_bundle_of_another_shape(
+    refused: Run, tiny: Path, bundle: Path, length: int, width: int, blocks: int
+) -> None:
+    """One that says it is for this model, and holds something else."""
+    prompt = SoftPrompt(torch.zeros(length, width), blocks)
+    about = read_prompt_info(bundle)
+    config = tiny_config("llama")
+    save_prompt(bundle, prompt, config=config, model_name="tiny", identity=about["identity"])
+    assert "shape" in refused("serve", str(tiny), "--bundle", str(bundle))
+
+
+def test_serving_a_bundle_of_a_family_that_shares_nothing(refused: Run, tmp_path: Path) -> None:
+    falcon = write_tiny("falcon", tmp_path / "falcon")
+    bundle = write_bundle(tmp_path / "bundle", falcon, "ptune")
+    assert "falcon" in refused("serve", str(falcon), "--bundle", str(bundle))
 
 
 def test_the_real_command_says_one_line(tiny: Path) -> None:

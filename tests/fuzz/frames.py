@@ -22,6 +22,7 @@ Tensors = dict[str, Tensor]
 Frame = tuple[dict[str, Any], Tensors]
 
 NAMES = ("a-name-of-sixteen", "another-of-sixteen", "x" * 16)
+BUNDLE = "b" * 64
 NUMBERS = (0, 1, 2, 3, 7, 16, 255, 65535, 65536, 2**31 - 1, 2**31, 2**63 - 1, 2**64 - 1, -1, -(2**63))
 ODD: tuple[Any, ...] = (
     None, True, False, 0.5, math.nan, math.inf, "", "x", "\x00" * 16, "ü" * 70, "x" * 3000, b"bytes", [], [[]], {},
@@ -60,7 +61,11 @@ def honest(rng: random.Random, kind: str, cached: tuple[int, int]) -> Frame:
         if rng.random() < 0.3:
             body["name"] = rng.choice(NAMES)
         if rng.random() < 0.2:
-            body["origin"] = [rng.choice(NAMES), rng.choice((1, 2, 5)), rng.choice((0, 0, 1))]
+            tokens, epoch = rng.choice((1, 2, 5)), rng.choice((0, 0, 1))
+            body["origin"] = {"name": rng.choice(NAMES), "tokens": tokens, "epoch": epoch}
+        elif rng.random() < 0.2:
+            body["bundle"] = {"digest": rng.choice((BUNDLE, BUNDLE, "f" * 64)), "deep": rng.random() < 0.5}
+            prompts = {}
         return body, prompts
     if kind == "step":
         return _step(rng, cached, seed)
@@ -114,7 +119,7 @@ def _compressed(rng: random.Random, tensors: Tensors) -> Tensors:
 def with_odd_field(rng: random.Random, body: dict[str, Any]) -> dict[str, Any]:
     """One field changed, dropped or added."""
     changed = dict(body)
-    name = rng.choice([*body, "colour", "lease", "name", "origin", "reserve"])
+    name = rng.choice([*body, "colour", "lease", "name", "origin", "bundle", "reserve"])
     kind = rng.random()
     if kind < 0.15:
         changed.pop(name, None)

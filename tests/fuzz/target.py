@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import torch
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected, ProtocolError
+from corolla.models.pages import PAGE
+from corolla.server.bundles import Entering
 from corolla.server.engine import Kind
 from corolla.server.leases import Leases
 from corolla.server.limits import Budgets, PeerLimits
@@ -25,7 +28,7 @@ from corolla.wire.messages import (
     Step,
 )
 from corolla.wire.session import FATAL_CODES, Conversation, following
-from tests.fuzz.frames import strangers
+from tests.fuzz.frames import BUNDLE, strangers
 from tests.server.world import HIDDEN, Clock, RawClient, World, assert_same, noise, opening
 
 STREAMS = 3
@@ -55,6 +58,9 @@ class Target:
 
     async def start(self) -> None:
         await self.world.start()
+        if self.world.span.packable:  # a bundle, in which nobody may change anything
+            await self.world.server.hold([Entering(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)])
+        self._bundles = await self._kept()
         self._peer = self.world.network.transport("honest")
         await self.honest_step()
 
@@ -100,13 +106,26 @@ class Target:
         for session, _ in list(server.named._kept.values()):
             session.close()
         assert self.world.held == (0, 0, 0)
-        assert await self.world.pages_held() == 0
+        bundles = await self._kept()
+        assert await self.world.pages_held() == len(server.bundles)
+        assert all(torch.equal(one, other) for one, other in zip(bundles, self._bundles, strict=True))
         assert (len(server.leases), server.leases.held) == (0, 0)
         limits = server.limits
         assert [
             one.taken for one in (limits.streams, limits.sessions, limits.requests, limits.in_flight)
         ] == [0] * 4
         assert not server.named._open
+
+    async def _kept(self) -> list[Tensor]:
+        """What the bundle's page holds."""
+        server = self.world.server
+
+        def read() -> list[Tensor]:
+            slots = [one.row.pages[0] * PAGE for one in server.bundles.values()]
+            stores = server.pool._stores.values()
+            return [side[slot : slot + 3].clone() for slot in slots for store in stores for side in store]
+
+        return await self.world.engine.submit(Kind.DECODE, read)
 
     async def close(self) -> None:
         await self.world.close()
@@ -229,6 +248,8 @@ class Stranger:
         asked = packet.message
         if isinstance(answer.message, Opened) and isinstance(asked, OpenSession):
             self._cached = (0, 0)  # of an origin's rows nothing is known here
+            if "hidden" in answer.tensors:
+                self._cached = (asked.rows, answer.message.position)
         elif isinstance(answer.message, Output) and isinstance(asked, Step):
             hidden: Tensor = packet.tensors["hidden"]
             assert answer.tensors["hidden"].shape == hidden.shape

@@ -85,7 +85,7 @@ def run_schedule(schedule: Schedule, root: Path) -> Outcome:
     random.seed(schedule.seed)
     checkpoint = checkpoint_of(schedule.clients[0].family, root)
     due = [expected(work, Path(checkpoint.name)) for work in schedule.clients]
-    swarm = SimulatedSwarm(checkpoint, schedule.servers)
+    swarm = SimulatedSwarm(checkpoint, schedule.servers, schedule.clients)
     try:
         return _Run(schedule, swarm, root).to_the_end(due)
     except WrongOutcome:

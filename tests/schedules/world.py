@@ -21,6 +21,7 @@ from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
+from corolla.server.bundles import Entering, before_span, prefill
 from corolla.server.handlers import handle
 from corolla.server.kv_cache import CacheBudget
 from corolla.swarm.directory import ServerRecord
@@ -28,6 +29,7 @@ from corolla.swarm.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
+from tests.schedules.workloads import Workload, prompt_of
 from tests.tiny_models import write_tiny
 from tests.virtual_time import SimulatedEngine, VirtualLoopThread
 
@@ -40,12 +42,14 @@ FOREVER = 1e9
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """A server as it starts: its blocks [start, end) and the tokens/s that it announces."""
+    """A server as it starts: its blocks [start, end), the tokens/s that it announces, and whether it has computed
+    the clients' prompts by itself."""
 
     peer: str
     start: int
     end: int
     throughput: float
+    bundles: bool = False
 
 
 @cache
@@ -55,6 +59,15 @@ def checkpoint_of(family: str, root: Path) -> Checkpoint:
     if not folder.exists():
         write_tiny(family, folder, layers=BLOCKS, dtype=DTYPE)
     return open_checkpoint(str(folder))
+
+
+@cache
+def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[Entering]:
+    """A workload's prompt as it enters a server's first block."""
+    prompt = prompt_of(work, checkpoint.config.hidden_size, BLOCKS)
+    prompts = [] if prompt is None else [prompt]
+    how = {"dtype": DTYPE, "device": torch.device("cpu"), "quantization": "none"}
+    return before_span(checkpoint, prompts, start, **how)
 
 
 class _Spans:
@@ -104,8 +117,11 @@ class OutageDirectory(MemoryDirectory):
 class SimulatedSwarm:
     """The world of one schedule; see `tests.faults.World` for what can be done to it."""
 
-    def __init__(self, checkpoint: Checkpoint, plans: Sequence[ServerPlan]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, plans: Sequence[ServerPlan], clients: Sequence[Workload] = ()
+    ) -> None:
         self.checkpoint = checkpoint
+        self._clients = clients
         self.loop = VirtualLoopThread()
         self.network = MemoryNetwork()
         self._plans = {plan.peer: plan for plan in plans}
@@ -179,6 +195,9 @@ class SimulatedSwarm:
         engine = SimulatedEngine(self.loop)
         engine.start()
         server = BlockServer(span, engine, CacheBudget(PAGES, self.loop.time), model=self.checkpoint.identity)
+        for one in self._entering(start) if plan.bundles else []:
+            server.budget.set_aside(1)
+            server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet
         transport = self.network.transport(peer)
         transport._handlers[PROTOCOL_NAME] = partial(handle, server)
         record = ServerRecord(
@@ -194,6 +213,10 @@ class SimulatedSwarm:
         self._board.put(record, FOREVER)
         self._up[peer] = _Running(server, engine, record)
         self._look()
+
+    def _entering(self, start: int) -> list[Entering]:
+        found = [one for work in self._clients for one in entering(self.checkpoint, work, start)]
+        return list({one.name: one for one in found}.values())
 
     def kill(self, peer: str) -> None:
         """As SIGKILL; its record stays for a while."""

@@ -41,6 +41,7 @@ from corolla.wire.messages import (
     Opened,
     Output,
     Ping,
+    Prefilled,
     ServerStatus,
     Step,
 )
@@ -97,6 +98,10 @@ CASES = [
     Case("backward, a block behind", "wrong_blocks", "end", backward(end=4), BOTH),
     Case("forward, blocks far away", "wrong_blocks", "start", forward(start=7, end=9), whole()),
     Case("open, no blocks", "malformed", "end", opening(end=START)),
+    Case("open, a bundle that is not here", "no_bundle", "bundle",
+         opening(bundle=Prefilled(digest="0" * 64, deep=True))),
+    Case("open, a bundle of a long name", "malformed", "bundle",
+         as_dict(opening(), bundle={"digest": "0" * 65, "deep": True})),
     # --- shapes
     Case("forward, hidden too narrow", "malformed", "hidden", forward(), whole(width=HIDDEN - 1)),
     Case("backward, hidden too wide", "malformed", "hidden", backward(),

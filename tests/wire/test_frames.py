@@ -39,6 +39,7 @@ from corolla.wire.messages import (
     OpenSession,
     Output,
     Ping,
+    Prefilled,
     ServerMessage,
     ServerStatus,
     Step,
@@ -67,6 +68,11 @@ EVERYTHING: list[Packet] = [
             "positions": POSITIONS,
         },
     ),
+    Packet(
+        OpenSession(
+            model="m", start=2, end=8, rows=R, max_tokens=9, bundle=Prefilled(digest="0" * 64, deep=True)
+        )
+    ),
     Packet(CloseSession()),
     Packet(
         Forward(model="m", start=0, end=N),
@@ -89,6 +95,7 @@ EVERYTHING: list[Packet] = [
     Packet(Backward(model="m", start=0, end=N, lease="0" * 16), {"grad": hidden()[:1]}),
     Packet(Ping()),
     Packet(Opened()),
+    Packet(Opened(position=P), {"hidden": hidden(torch.float32, 1, P, H)}),
     Packet(Output(), {"hidden": hidden()}),
     Packet(Gradients(), {"grad": hidden(), "prompts": PROMPTS}),
     Packet(Closed()),

@@ -66,6 +66,12 @@ def serve(
             help="Memory for graphs that training clients will come back for (default: an eighth of what is free)."
         ),
     ] = None,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a bundle whose prompt is computed once for everybody who chats with it; repeatable."
+        ),
+    ] = None,
     peer_share: Annotated[
         float, typer.Option(help="What one peer can take of everything here when others want it too.")
     ] = 0.5,
@@ -99,6 +105,7 @@ def serve(
         cache_dir=cache_dir,
         cache_tokens=cache_tokens,
         lease_bytes=lease_bytes,
+        bundles=tuple(bundle or ()),
         peer_share=peer_share,
     )
     with ended_by_signals(die_with_parent=die_with_parent):

@@ -12,6 +12,7 @@ import secrets
 import torch
 from torch import Tensor
 
+from corolla.client.bundles import Begun, Bundle, ask_to_open
 from corolla.client.history import History
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
@@ -36,6 +37,7 @@ class SpanSession:
         self.name = secrets.token_hex(16)  # by which the server knows this part of the session
         self._epoch = 0  # steps that took something back or reordered it, as the server counts them
         self._cached = 0  # tokens a row that the server holds
+        self._begun: Begun | None = None  # a bundle's columns, which the server holds before the first step
 
     def origin(self, tokens: int) -> Origin | None:
         """How the server may be told to begin another session with the first `tokens` of this one."""
@@ -51,6 +53,7 @@ class SpanSession:
         max_tokens: int,
         deep: Tensor | None,
         origin: Origin | None = None,
+        bundle: Bundle | None = None,
     ) -> bool:
         """Reserve a cache; whether it holds what `origin` says. Raises `RemoteError`."""
         channel = await view.channel(self.hop.peer_id)
@@ -65,7 +68,7 @@ class SpanSession:
         )
         tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
         try:
-            reply = await request(channel, Packet(message, tensors))
+            reply, self._begun = await ask_to_open(channel, message, tensors, bundle, view.lacking)
         except BaseException:
             await channel.close()
             raise
@@ -80,16 +83,20 @@ class SpanSession:
         After an error the server's cache is given up, but for "busy": then it is as it was before the step.
         """
         assert self.channel is not None
+        begun, end = self._begun, step.position + int(hidden.shape[1])
+        tensors = {"hidden": hidden} | extra
+        if begun is not None and begun.covered(step, hidden):
+            step, tensors = begun.behind(step, tensors)
         try:
-            reply = await request(self.channel, Packet(step, {"hidden": hidden} | extra))
-            output = checked(reply, "hidden", hidden, self.hop)
+            reply = await request(self.channel, Packet(step, tensors))
+            output = checked(reply, "hidden", tensors["hidden"], self.hop)
         except BaseException as error:
             if not (isinstance(error, RequestRefused) and error.code == "busy"):
                 await self.drop()
             raise
         self._epoch += self._cached > 0 and (step.position < self._cached or "rows" in extra)
-        self._cached = step.position + int(hidden.shape[1])
-        return output
+        self._cached, self._begun = end, None
+        return output if begun is None or tensors["hidden"] is hidden else begun.whole(output)
 
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""
@@ -118,6 +125,7 @@ class SessionChain:
         self._retry = retry
         self._start, self._end = start, end
         self._deep = None if deep is None else deep.detach().float().cpu().clone()
+        self._bundle: Bundle | None = None  # the prompt that the session begins with
         self.front: LocalSession | None = None  # what this client runs itself, before these blocks
         self._spans: list[SpanSession] = []
         self._rows = 0
@@ -137,6 +145,16 @@ class SessionChain:
     def reserve(self, tokens: int) -> None:
         """See `models.cache.BlocksSession`."""
         self._reserved = max(self._reserved, tokens)
+
+    def begins_with(self, prompt: Tensor | None, hidden: Tensor) -> None:
+        """The next step is `hidden` [R, T, H] from position 0 on, whose first tokens are this prompt, if any.
+
+        Servers that have computed it by themselves will not be sent it: where that gives what sending gives, so
+        not if activations are rounded on the way, nor behind blocks that run here.
+        """
+        self._bundle = None
+        if prompt is not None and self._start == 0 and self._view.wire == "compute":
+            self._bundle = Bundle.of(prompt, self._deep, hidden)
 
     async def step(
         self, hidden: Tensor, *, start: int, mask: Tensor | None, positions: Tensor | None
@@ -219,7 +237,9 @@ class SessionChain:
         rows = int(progress.value.shape[0])
         try:
             for span in fresh:
-                await span.open(self._view, rows=rows, max_tokens=self._reserved, deep=self._deep)
+                await span.open(
+                    self._view, rows=rows, max_tokens=self._reserved, deep=self._deep, bundle=self._bundle
+                )
             await self._replay(lost.history, fresh, progress)
         except BaseException:
             for span in fresh:
@@ -277,7 +297,7 @@ class SessionChain:
         """
         if self._spans or other.version != version or not other.can_give(tokens, self._deep):
             return False
-        self._rows, self._order = other._rows, other._order
+        self._rows, self._order, self._bundle = other._rows, other._order, other._bundle
         self.reserve(tokens)
         # All at one moment: while servers are asked, the other may go on or take something back.
         self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
@@ -294,7 +314,12 @@ class SessionChain:
         """Open a span's session as its server's copy of another; left closed if that cannot be had."""
         try:
             shared = await span.open(
-                self._view, rows=self._rows, max_tokens=self._reserved, deep=self._deep, origin=origin
+                self._view,
+                rows=self._rows,
+                max_tokens=self._reserved,
+                deep=self._deep,
+                origin=origin,
+                bundle=self._bundle,
             )
         except RemoteError:
             return

@@ -91,6 +91,8 @@ class RemoteBlocks:
         assert isinstance(chain, SessionChain)
         if chain.front is not None:
             hidden = chain.front.step(hidden, call)
+        if call.start == 0:
+            chain.begins_with(call.prompt, hidden)
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
         step = _step_in_chunks(chain, _to_wire(hidden), call.start, _to_cpu(call.mask), _to_cpu(positions))
         return self.connection.run(step).to(hidden.device)

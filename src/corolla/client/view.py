@@ -74,6 +74,7 @@ class SwarmView:
         self.verdicts = Verdicts()
         self.audits: Observer = Unobserved()
         self.wire = wire
+        self.lacking: dict[str, str] = {}  # see `bundles.ask_to_open`
         self._mixed = mixed
         self._numerics: str | None = None  # the arithmetic that was begun with
         self._directory = directory

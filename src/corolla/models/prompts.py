@@ -10,6 +10,8 @@ Soft prompts: Lester et al. 2021 (arXiv:2104.08691), `ptune`. Deep prompts, one 
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,19 @@ class SoftPrompt(nn.Module):
     def mode(self) -> str:
         """`ptune` or `deep_ptune`."""
         return "ptune" if self.deep is None else "deep_ptune"
+
+
+def digest(vectors: Tensor, deep: Tensor | None, dtype: torch.dtype) -> str:
+    """By what name a client and a server know the same prompt, 64 hexadecimal digits.
+
+    Equal only for the same numbers (`vectors` [P, H], `deep` [blocks, P, H], fp32) that enter the blocks in the
+    same `dtype`.
+    """
+    parts = [vectors] if deep is None else [vectors, deep]
+    found = hashlib.sha256(f"{dtype} {[list(part.shape) for part in parts]}".encode())
+    for part in parts:
+        found.update(part.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def prepend(embeddings: Tensor, prompt: Tensor) -> Tensor:

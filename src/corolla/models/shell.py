@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class BlocksCall:
     deep: Tensor | None  # fp32 [blocks, P, H]
     cache: RemoteCache | None
     start: int  # position of the first of the T tokens, prompt included
+    prompt: Tensor | None = None  # fp32 [P, H], what the first of the T tokens are, where they are a prompt
 
 
 RunBlocks = Callable[[Tensor, BlocksCall], Tensor]
@@ -126,6 +127,7 @@ class BaseModelHooks:
             deep=None if prompt is None else prompt.deep,
             cache=cache,
             start=0 if view is None else view.past,
+            prompt=prompt.input if prompt is not None and first else None,
         )
         call = _without_plain_positions(call, new_tokens + prepended)
         entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended)
@@ -196,7 +198,7 @@ def _without_plain_positions(call: BlocksCall, count: int) -> BlocksCall:
     if not bool((call.positions == plain).all()):
         return call
     mask = None if call.mask is not None and bool(call.mask.all()) else call.mask
-    return BlocksCall(mask, None, call.deep, call.cache, call.start)
+    return replace(call, mask=mask, positions=None)
 
 
 def _users_view(output: Any, entered: _Entered) -> Any:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from corolla import __version__
-from corolla.models.pages import Layout, PagePool
+from corolla.errors import UsageError
+from corolla.models.pages import Layout, PagePool, pages_for
 from corolla.models.span import Span
 from corolla.models.windows import layout_of
-from corolla.server.engine import Engine
+from corolla.server.bundles import Bundle, Entering, prefill
+from corolla.server.engine import Engine, Kind
 from corolla.server.kept import NamedSessions
 from corolla.server.kv_cache import CacheBudget
 from corolla.server.leases import Leases
@@ -78,12 +80,27 @@ class BlockServer:
         self.model = model
         self.counters = Counters()
         self.named = NamedSessions()
+        self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
         self.draining = False
         self._open_requests = 0
         self._untidy = True
         self._last_request = -float("inf")
         self._idle = asyncio.Event()
         self._idle.set()
+
+    async def hold(self, prompts: Sequence[Entering]) -> None:
+        """Compute prompts once for all clients, and keep them for good. Raises `UsageError` if there is no room."""
+        needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
+        if needed >= self.budget.capacity:
+            raise UsageError(
+                f"The bundles' prompts take {self.budget.tokens(needed)} of the "
+                f"{self.budget.tokens(self.budget.capacity)} tokens that this "
+                "server can cache: give more --cache-tokens, or fewer bundles."
+            )
+        self.budget.set_aside(needed)
+        for prompt in prompts:
+            work = partial(prefill, self.span, self.pool, prompt)
+            self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
 
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when there is no work."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer
+from corolla.server.bundles import find
 from corolla.server.checks import (
     check_hidden,
     check_memory,
@@ -32,6 +33,7 @@ from corolla.server.checks import (
 )
 from corolla.server.engine import Kind
 from corolla.server.limits import InFlight
+from corolla.server.opening import begin, in_use, tokens_of
 from corolla.server.sequences import Sequences, backward_of
 from corolla.server.sessions import CachedSession
 from corolla.server.steps import PackedStep, kind_of, pieces
@@ -47,9 +49,7 @@ from corolla.wire.messages import (
     Forward,
     Gradients,
     Message,
-    Opened,
     OpenSession,
-    Origin,
     Output,
     Ping,
     Step,
@@ -212,8 +212,11 @@ class _Stream:
         server = self._server
         span = check_span(message, server.span, server.model)
         self._check_staying()
+        bundle = find(server.bundles, message.bundle)
         prompts = tensors.get("prompts")
         check_prompts(prompts, span, at_most=server.pool.layout.cached_of(message.max_tokens))
+        if bundle is not None:
+            prompts = bundle.deep_of(span)
         self.close_session()
         session = CachedSession(
             span,
@@ -226,41 +229,17 @@ class _Stream:
         server.limits.sessions.take(self._peer)
         self._session = session
         server.counters.sessions += 1
-        tokens = (
-            message.max_tokens if message.origin is None else max(message.max_tokens, message.origin.tokens)
-        )
         try:
-            with self._in_use(session):
-                await session.reserve(message.rows, tokens, "max_tokens")
-                position = 0 if message.origin is None else await self._begin_as(session, message.origin)
+            with in_use(server, session):
+                await session.reserve(message.rows, tokens_of(message, bundle), "max_tokens")
+                reply = await begin(server, session, message, bundle)
         except BaseException:
             self.close_session()
             raise
         if message.name is not None:
             self._name = message.name
             server.named.add(self._peer, message.name, session)
-        return Packet(Opened(position=position))
-
-    async def _begin_as(self, session: CachedSession, origin: Origin) -> int:
-        """Begin with what another session of this peer holds, if that is still there; tokens a row."""
-        other = self._server.named.find(self._peer, origin.name)
-        if other is None:
-            return 0
-        with self._in_use(other):
-            begin = partial(session.begin_as, other, origin)
-            return (
-                origin.tokens if await self._server.engine.submit(Kind.DECODE, begin, peer=self._peer) else 0
-            )
-
-    @contextlib.contextmanager
-    def _in_use(self, session: CachedSession) -> Iterator[None]:
-        """The session is not evicted inside."""
-        session.users += 1
-        try:
-            yield
-        finally:
-            session.users -= 1
-            self._server.budget.used(session)
+        return reply
 
     async def _step(self, message: Step, tensors: dict[str, Tensor]) -> Packet:
         server, session = self._server, self._session
@@ -282,7 +261,7 @@ class _Stream:
         )
         room, order = max(message.reserve, total), tensors.get("rows")
         await session.reserve(rows, room, "reserve", position=message.position, order=order)
-        with self._in_use(session):
+        with in_use(server, session):
             output = await self._compute(session, message, tensors, room=room, width=width)
         server.counters.inference += rows * count
         return Packet(Output(), {"hidden": output})

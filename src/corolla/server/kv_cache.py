@@ -54,13 +54,22 @@ class CacheBudget:
         """`capacity` in pages, of which a peer can count on `share` whatever others do; `tables` is the layout's."""
         self.capacity = capacity
         self._tables = tables
-        self._share = share * capacity
+        self._peer_share = share
         self._by_peer: Counter[str] = Counter()  # pages
         self.reserved = 0
         self._clock = clock
         self._holders: list[Holder] = []
         self._line: deque[Holder] = deque()
         self._changed = asyncio.Event()
+
+    def set_aside(self, pages: int) -> None:
+        """Take so many pages, which nobody has reserved, out of what sessions may hold, for good."""
+        self.capacity -= pages
+
+    @property
+    def _share(self) -> float:
+        """Pages that a peer can count on."""
+        return self._peer_share * self.capacity
 
     @property
     def free(self) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,11 +28,13 @@ from corolla.errors import CorollaError, UsageError
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.numerics import choose_dtype, dtype_name
 from corolla.models.pages import PAGE
+from corolla.models.prompts import SoftPrompt
 from corolla.models.quantization import check_quantization, use_kernels
 from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
 from corolla.models.windows import layout_of
 from corolla.server.block_server import BlockServer
+from corolla.server.bundles import Entering, before_span, read_bundles
 from corolla.server.engine import Engine, Kind
 from corolla.server.handlers import handle
 from corolla.server.kv_cache import CacheBudget
@@ -74,9 +76,9 @@ async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], 
     engine = Engine()
     engine.start()
     try:
-        span = await _unless(stop, lambda: load_blocks(opened, say))
-        if span is not None:
-            await _serve_span(config, node, engine, span, opened.checkpoint, stop, say)
+        loaded = await _unless(stop, lambda: (run_bundles(opened, say), load_blocks(opened, say)))
+        if loaded is not None:
+            await _serve_span(config, node, engine, *loaded, opened.checkpoint, stop, say)
     finally:
         await engine.close()
         await node.close()
@@ -86,6 +88,7 @@ async def _serve_span(
     config: ServerConfig,
     node: Node,
     engine: Engine,
+    prompts: list[Entering],
     span: Span,
     checkpoint: Checkpoint,
     stop: asyncio.Event,
@@ -107,6 +110,7 @@ async def _serve_span(
         limits=PeerLimits(Budgets.of_machine(config.peer_share, free)),
         layout=layout,
     )
+    await server.hold(prompts)
     await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
     throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
     announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
@@ -135,6 +139,7 @@ class OpenedModel:
     device: torch.device
     packable: bool
     quantization: str
+    prompts: list[SoftPrompt] = field(default_factory=list)  # of the bundles
 
 
 def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
@@ -156,7 +161,12 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
     packable = check_family(checkpoint.config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     check_quantization(config.quantization, dtype, device)
-    return OpenedModel(checkpoint, start, end, dtype, device, packable, config.quantization)
+    prompts = read_bundles(config.bundles, checkpoint)
+    if prompts and not packable:
+        raise UsageError(
+            f"Caches of {checkpoint.config.model_type} models cannot be shared between clients: leave --bundle out."
+        )
+    return OpenedModel(checkpoint, start, end, dtype, device, packable, config.quantization, prompts)
 
 
 def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
@@ -169,6 +179,20 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
     span.packable = opened.packable
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
     return span
+
+
+def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering]:
+    """The bundles' prompts where the server's first block begins. Raises `CheckpointError`."""
+    if opened.prompts:
+        say("Computing the bundles' prompts for all who chat with them")
+    return before_span(
+        opened.checkpoint,
+        opened.prompts,
+        opened.start,
+        dtype=opened.dtype,
+        device=opened.device,
+        quantization=opened.quantization,
+    )
 
 
 LOADING = "corolla-load"

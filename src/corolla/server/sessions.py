@@ -137,6 +137,11 @@ class CachedSession:
         self.mask = None if other.mask is None else other.mask[:, :tokens]
         return True
 
+    def begin_with(self, row: Row, rows: int) -> None:
+        """Hold in each of `rows` rows what `row` does, on its pages."""
+        self.cached = [row.fork() for _ in range(rows)]
+        self.rows, self.length = rows, row.length
+
     def rearrange(self, rows: int, position: int, order: Tensor | None) -> None:
         """Reorder or repeat the cached rows, then forget what stands from column `position` on."""
         self.epoch += self.length > 0 and (order is not None or position < self.length)

@@ -35,6 +35,7 @@ FailureCode = Literal[
     "busy",  # over a budget now; try again after `retry_after`
     "evicted",  # the session's cache is gone; replay it
     "no_lease",  # the forward's graph is gone; send the backward's inputs
+    "no_bundle",  # the server has not computed this prompt by itself; send it
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
     "internal",  # the server's own fault
@@ -60,11 +61,23 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: Count
 
 
+class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A prompt that the server may have computed by itself, for a new session to begin with.
+
+    `digest` names it (`models/prompts.py`). A `deep` one is left out of the message: a server that has not
+    got it refuses with "no_bundle".
+    """
+
+    digest: Name
+    deep: bool = False
+
+
 class OpenSession(Message, frozen=True):
     """Reserve an attention cache for `rows` sequences over blocks [start, end) of `model`.
 
     `max_tokens` counts what the caches must hold, prompts included. A deep prompt travels here, once, so
-    that whoever replays the session cannot forget it.
+    that whoever replays the session cannot forget it. With an `origin` the columns of `bundle` are the
+    origin's own.
     """
 
     model: Identity
@@ -74,6 +87,7 @@ class OpenSession(Message, frozen=True):
     max_tokens: Positive  # reserved at once; a `Step` may ask for more
     name: Name | None = None  # made up by the client, to be named as an `origin`
     origin: Origin | None = None
+    bundle: Prefilled | None = None
 
 
 class Step(Message, frozen=True):
@@ -133,7 +147,10 @@ class Ping(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """The session's cache is reserved, and holds the first `position` tokens of its origin."""
+    """The session's cache is reserved, and holds the first `position` tokens of its origin or of its bundle.
+
+    Those of a bundle come with the outputs for them, [1, position, H], the same for every row.
+    """
 
     position: Count = 0
 
@@ -220,6 +237,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "positions": ("R T", False),
         "prompts": ("N P H", False),
     },
+    Opened: {"hidden": ("R T H", False), "hidden_scales": ("R T B", False)},
     Output: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
     Gradients: {
         "grad": ("R T H", True),

@@ -1,0 +1,97 @@
+"""Prompts that a server has computed by itself, as a session begins with them.
+
+Invariant: what a session knows afterwards is what it would know had it sent its prompt: the inputs of the
+prompt's columns for each span, which are the span's before it outputs, and their outputs. So replays, audits, forks
+and rollbacks need not know of bundles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+
+from corolla.errors import ProtocolError, RequestRefused
+from corolla.models.prompts import digest
+from corolla.swarm.channel import Channel, request
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Opened, OpenSession, Prefilled, Step
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A prompt of `columns` tokens that enters the blocks `width` wide, and the name that servers know it by."""
+
+    name: Prefilled
+    columns: int
+    width: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(vectors: Tensor, deep: Tensor | None, hidden: Tensor) -> Bundle:
+        """The prompt of `vectors` [P, E] and `deep` [blocks, P, H], with which `hidden` [R, T, H] begins."""
+        name = Prefilled(digest=digest(vectors, deep, hidden.dtype), deep=deep is not None)
+        return Bundle(name, int(vectors.shape[0]), int(hidden.shape[2]), hidden.dtype)
+
+    def begun(self, reply: Packet, peer_id: str) -> Begun | None:
+        """What a server's answer to an opening holds of the prompt, if anything. Raises `ProtocolError`."""
+        if not isinstance(reply.message, Opened) or not reply.message.position:
+            return None
+        outputs = reply.tensors.get("hidden")
+        shape = (1, self.columns, self.width)
+        if reply.message.position != self.columns or outputs is None or outputs.shape != shape:
+            raise ProtocolError(
+                f"{peer_id} began with something else than the {self.columns} prompt tokens that were named.",
+                field="position",
+                peer_id=peer_id,
+            )
+        return Begun(outputs.to(self.dtype))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A prompt's columns that a session's server holds before the first step; `outputs` are [1, P, H]."""
+
+    outputs: Tensor
+
+    def covered(self, step: Step, hidden: Tensor) -> bool:
+        """Whether a session's step begins with these columns, and goes on behind them."""
+        return step.position == 0 and hidden.shape[1] > self.outputs.shape[1]
+
+    def behind(self, step: Step, tensors: dict[str, Tensor]) -> tuple[Step, dict[str, Tensor]]:
+        """What is left of such a step to send."""
+        columns = int(self.outputs.shape[1])
+        cut = {name: tensors[name][:, columns:] for name in ("hidden", "positions") if name in tensors}
+        return msgspec.structs.replace(step, position=columns), tensors | cut
+
+    def whole(self, output: Tensor) -> Tensor:
+        """The whole step's outputs [R, P + T, H], given those of what was sent."""
+        return torch.cat([self.outputs.expand(output.shape[0], -1, -1), output], dim=1)
+
+
+async def ask_to_open(
+    channel: Channel,
+    message: OpenSession,
+    tensors: dict[str, Tensor],
+    bundle: Bundle | None,
+    lacking: dict[str, str],
+) -> tuple[Packet, Begun | None]:
+    """The answer to an opening that names `bundle`, and what the server has of that.
+
+    Deep prompts are sent only to a server that has not got them; which ones those are stands in `lacking`, peers
+    with the digest that each refused last, so that it is asked once.
+    """
+    peer = channel.peer_id
+    if bundle is None or lacking.get(peer) == bundle.name.digest:
+        return await request(channel, Packet(message, tensors)), None
+    named = msgspec.structs.replace(message, bundle=bundle.name)
+    try:
+        reply = await request(channel, Packet(named, {} if bundle.name.deep else tensors))
+    except RequestRefused as refusal:
+        if refusal.code != "no_bundle":
+            raise
+        lacking[peer] = bundle.name.digest
+        return await request(channel, Packet(message, tensors)), None
+    return reply, bundle.begun(reply, peer) if message.origin is None else None

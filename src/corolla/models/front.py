@@ -1,0 +1,83 @@
+"""What a family computes before its first block, for prompts that a server runs by itself.
+
+Invariant: it is the family's own code on the checkpoint's own weights, entered as at a client
+(`models/shell.py`); so what comes out is, in the same dtype, what a client would send for the same prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from corolla.errors import CheckpointError
+from corolla.models.checkpoint import Checkpoint
+from corolla.models.families import Structure, returns_tuple, structure
+from corolla.models.prompts import SoftPrompt
+from corolla.models.shell import BaseModelHooks, BlocksCall, BlocksLayer, replace_blocks
+
+
+def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch.dtype) -> list[Tensor]:
+    """What each prompt [P, E] is where the first block begins, [P, H] in `dtype`.
+
+    Reads neither blocks nor the vocabulary's embedding. Raises `CheckpointError` when a tensor is missing.
+    """
+    entered: list[Tensor] = []
+    begun: list[SoftPrompt] = []
+
+    def run(hidden: Tensor, _call: BlocksCall) -> Tensor:
+        entered.append(hidden[0])
+        return hidden
+
+    model = _load_front(checkpoint, BlocksLayer(run, returns_tuple=returns_tuple(checkpoint.config)), dtype)
+    BaseModelHooks(model, prompts=lambda: begun[-1], default_cache=lambda _: None)
+    for prompt in prompts:
+        begun.append(prompt)
+        with torch.inference_mode():
+            model(inputs_embeds=torch.empty(1, 0, prompt.input.shape[1], dtype=dtype))
+    return entered
+
+
+def _load_front(checkpoint: Checkpoint, blocks: BlocksLayer, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that runs the blocks, without them."""
+    found = structure(checkpoint.config)
+    front = _front_class(found, blocks)
+    with torch.device("meta"):
+        names = set(front(copy.deepcopy(checkpoint.config)).state_dict())
+    inner = found.prefix.removeprefix(found.optional_prefix).removesuffix(found.blocks)
+
+    def name_of(key: str) -> str:
+        return key.removeprefix(found.optional_prefix).removeprefix(inner)
+
+    state = checkpoint.tensors(lambda key: name_of(key) in names, widen_to=dtype)
+    model, info = front.from_pretrained(
+        None,
+        config=copy.deepcopy(checkpoint.config),
+        state_dict={name_of(key): tensor for key, tensor in state.items()},
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
+        )
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
+
+
+def _front_class(found: Structure, blocks: BlocksLayer) -> type[PreTrainedModel]:
+    """The family's model class with `blocks` in the place of its blocks, as `span.py` makes a span's."""
+    holder = found.holder
+
+    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        holder.__init__(self, config)
+        embedding = self.get_input_embeddings()
+        for name, child in list(self.named_children()):
+            if child is embedding:
+                setattr(self, name, None)
+        replace_blocks(self, found.blocks, blocks)
+
+    return type(holder.__name__, (holder,), {"__init__": build, "__module__": holder.__module__})
