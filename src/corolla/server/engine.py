@@ -33,7 +33,6 @@ LEAST_PREFILL_TOKENS = 16
 GENERATING_SECONDS = (
     1.0  # how long after a generation step its client is taken to be in the middle of a reply
 )
-EXPECTED_SECONDS = 0.3  # … and how long after it the next one is waited for
 GATHER_SECONDS = 0.008  # what a generation step waits at most for those of others to share its pass
 IDLE_SECONDS = 1.0  # without work, until the server tidies up
 
@@ -85,19 +84,30 @@ class _Pace:
     def __init__(self) -> None:
         self._seconds_a_token = 0.002
         self._generated: dict[int, float] = {}  # when each session's last generation step was computed
+        self._periods: dict[int, float] = {}  # seconds from one of its steps to the next
 
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
         """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
-        others = self.others_generate(now, prefilling, GENERATING_SECONDS)
+        others = any(
+            now - at < GENERATING_SECONDS for who, at in self._generated.items() if who not in prefilling
+        )
         return self.shared_budget() if others else PASS_TOKENS
 
-    def others_generate(self, now: float, sessions: set[int], seconds: float) -> bool:
-        """Whether others than these sessions have had a generation step in the last `seconds`."""
-        return any(now - at < seconds for who, at in self._generated.items() if who not in sessions)
+    def others_due(self, now: float, sessions: set[int]) -> bool:
+        """Whether others than these sessions are about to send their next generation step, by their own pace.
+
+        Those that are at another server meanwhile, as half of a crowd is, come too late to be waited for.
+        """
+        return any(
+            self._generated[who] + period < now + GATHER_SECONDS and now < self._generated[who] + 2 * period
+            for who, period in self._periods.items()
+            if who not in sessions
+        )
 
     def forget(self, session: object) -> None:
         """The session has ended."""
         self._generated.pop(id(session), None)
+        self._periods.pop(id(session), None)
 
     def shared_budget(self) -> int:
         """Prompt tokens that delay a generation step by about `SHARED_PASS_SECONDS`."""
@@ -105,7 +115,11 @@ class _Pace:
 
     def generated(self, session: object, now: float) -> None:
         """A generation step of the session was computed."""
-        self._generated[id(session)] = now
+        who = id(session)
+        if who in self._generated and now - self._generated[who] < GENERATING_SECONDS:
+            passed = now - self._generated[who]
+            self._periods[who] = passed + 0.5 * (self._periods.get(who, passed) - passed)
+        self._generated[who] = now
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass took so long."""
@@ -227,7 +241,7 @@ class Engine:
     def _steps_missing(self) -> bool:
         """Whether there are generation steps, and sessions in the middle of a reply that have none here."""
         ready = {id(job.step.session) for job in self._ready if job.step and job.kind is Kind.DECODE}
-        return bool(ready) and self._pace.others_generate(self._clock(), ready, EXPECTED_SECONDS)
+        return bool(ready) and self._pace.others_due(self._clock(), ready)
 
     def _receive(self, *, wait: bool, timeout: float = IDLE_SECONDS) -> bool:
         """Take over what has arrived; False when the engine is closed."""
