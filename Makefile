@@ -36,8 +36,9 @@ bench: setup     ## measure, each figure beside its baseline
 	$(BIN)/python benchmarks/quality_vs_peft.py
 	$(BIN)/python -m benchmarks.report
 
-nightly: setup   ## the tests that take longer
-	$(BIN)/pytest -n 2 --dist worksteal -m nightly
+nightly: setup   ## the tests that take longer; what they covered goes into docs/reliability.md
+	$(BIN)/pytest -n 2 --dist worksteal -m nightly --record benchmarks/results/nightly.jsonl
+	$(BIN)/python -m benchmarks.reliability
 
 clean:           ## remove .venv and what the runs left
 	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache

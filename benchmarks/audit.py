@@ -6,8 +6,12 @@ that have VNNI and of those that have not. Printed: how many comparisons, the di
 what the blocks do (`corolla.client.audit.Deviation`), and the margin below the tolerance that stands in the code;
 then how many tolerances each kind of lie is.
 
-    python benchmarks/audit.py                        # SmolLM2, blocks 0:15 and 15:30
-    python benchmarks/audit.py --model FOLDER --rounds 20
+    python -m benchmarks.audit                        # SmolLM2, blocks 0:15 and 15:30
+    python -m benchmarks.audit --classes float32 bfloat16 --spans 1
+    python -m benchmarks.audit --model FOLDER --rounds 20
+
+Invariant: every class and span is on disk as soon as it is measured (`benchmarks/results/audits.jsonl`; another
+model's are only printed). `python -m benchmarks.reliability` makes the table of them.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ import argparse
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.results import RESULTS, append, conditions
+from benchmarks.sizes import MODEL
 from corolla.cli.common import quiet_libraries
 from corolla.client.audit import Answer, Deviation, deviation, tolerance_of
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
@@ -29,6 +36,8 @@ from corolla.models.span import Span, load_span
 from corolla.server.sequences import Sequences
 from corolla.swarm.routing import Hop
 
+FILE = RESULTS / "audits.jsonl"
+FIGURE = "audits of"  # and a class and a span
 PROMPT = 4
 UNLIMITED = 2**60
 
@@ -64,29 +73,54 @@ class Honest:
         return torch.cat(outputs, dim=1).to(inputs["hidden"].dtype)
 
 
-def ways(checkpoint: Checkpoint, start: int, end: int) -> dict[str, list[Honest]]:
-    """Honest servers by class; all of a class may audit each other."""
+class Ways:
+    """Honest servers of blocks [start, end) by class; all of a class may audit each other."""
 
-    def made(dtype: torch.dtype, quantization: Quantization | None, pieces: int | None = None) -> Span:
-        span = load_span(checkpoint, start, end, dtype=dtype)
-        span.packable = check_family(checkpoint.config)
+    def __init__(self, checkpoint: Checkpoint, start: int, end: int) -> None:
+        self._checkpoint, self._start, self._end = checkpoint, start, end
+
+    def _span(self, dtype: torch.dtype, quantization: Quantization | None, pieces: int | None = None) -> Span:
+        span = load_span(self._checkpoint, self._start, self._end, dtype=dtype)
+        span.packable = check_family(self._checkpoint.config)
         if quantization is not None:
             pack_linears(span.model, quantization=quantization, pieces=pieces)
         return span
 
-    plain, packed = made(torch.float32, None), made(torch.float32, "none")
-    floats = [Honest(packed, "float32"), Honest(packed, "float32", 2), Honest(plain, "float32")]
-    one, two = made(torch.float32, "int8", 1), made(torch.float32, "int8", 2)
-    double = made(torch.float64, None)
-    return {
-        "float32": floats,
-        "int8, any two machines": [Honest(one, "float32+int8"), Honest(two, "float32+int8")],
-        "int8, two alike": [Honest(two, "float32+int8"), Honest(two, "float32+int8", 2)],
-        "int8 and float32": [Honest(two, "float32+int8"), floats[0]],
-        "float64": [Honest(double, "float64"), Honest(double, "float64", 2)],
-        "bfloat16": [Honest(made(torch.bfloat16, None), "bfloat16"), floats[0]],
-        "float16": [Honest(made(torch.float16, None), "float16"), floats[0]],
-    }
+    def of(self, name: str) -> list[Honest]:
+        """The servers of a class."""
+        return CLASSES[name](self)
+
+    def float32(self) -> list[Honest]:
+        plain, packed = self._span(torch.float32, None), self._span(torch.float32, "none")
+        return [Honest(packed, "float32"), Honest(packed, "float32", 2), Honest(plain, "float32")]
+
+    def int8_any(self) -> list[Honest]:
+        return [Honest(self._span(torch.float32, "int8", pieces), "float32+int8") for pieces in (1, 2)]
+
+    def int8_alike(self) -> list[Honest]:
+        two = self._span(torch.float32, "int8", 2)
+        return [Honest(two, "float32+int8"), Honest(two, "float32+int8", 2)]
+
+    def int8_and_float32(self) -> list[Honest]:
+        return [*self.int8_alike()[:1], *self.float32()[:1]]
+
+    def float64(self) -> list[Honest]:
+        double = self._span(torch.float64, None)
+        return [Honest(double, "float64"), Honest(double, "float64", 2)]
+
+    def half(self, dtype: torch.dtype, kind: str) -> list[Honest]:
+        return [Honest(self._span(dtype, None), kind), *self.float32()[:1]]
+
+
+CLASSES: dict[str, Callable[[Ways], list[Honest]]] = {
+    "float32": Ways.float32,
+    "int8, any two machines": Ways.int8_any,
+    "int8, two alike": Ways.int8_alike,
+    "int8 and float32": Ways.int8_and_float32,
+    "float64": Ways.float64,
+    "bfloat16 and float32": lambda ways: ways.half(torch.bfloat16, "bfloat16"),
+    "float16 and float32": lambda ways: ways.half(torch.float16, "float16"),
+}
 
 
 def questions(checkpoint: Checkpoint, before: Span | None, rounds: int) -> Iterator[dict[str, Tensor]]:
@@ -117,17 +151,15 @@ class Seen:
 
     found: list[Deviation] = field(default_factory=list)
 
-    def line(self, name: str, tolerance: Deviation) -> str:
+    def as_dict(self, tolerance: Deviation) -> dict[str, Any]:
         """Median, 99th percentile and largest, and how many times the largest fits into the tolerance."""
-        cells = []
+        plain: dict[str, Any] = {"comparisons": len(self.found)}
         for part in ("typical", "worst"):
             values = torch.tensor([getattr(one, part) for one in self.found], dtype=torch.float64)
             top = float(values.max())
-            cells.append(
-                f"{part} {float(values.median()):.1e} {float(values.quantile(0.99)):.1e} {top:.1e} "
-                f"margin {getattr(tolerance, part) / max(top, 1e-300):6.3g}"
-            )
-        return f"{name:32} {len(self.found):5}  " + "   ".join(cells)
+            plain[part] = [float(values.median()), float(values.quantile(0.99)), top]
+            plain[f"{part} margin"] = getattr(tolerance, part) / max(top, 1e-300)
+        return plain
 
 
 def compared(
@@ -189,48 +221,81 @@ LIES: dict[str, Lie] = {
 }
 
 
-def measure(checkpoint: Checkpoint, start: int, end: int, rounds: int) -> None:
-    """Print the distributions for one span."""
-    before = load_span(checkpoint, 0, start, dtype=torch.float32) if start else None
-    asked = list(questions(checkpoint, before, rounds))
-    blocks, width = end - start, int(checkpoint.config.hidden_size)
-    for name, servers in ways(checkpoint, start, end).items():
-        told: dict[str, list[float]] = {}
-        for what in ("forward", "step", "backward"):
-            tolerance = tolerance_of({one.kind for one in servers}, gradient=what == "backward")
-            seen = Seen()
-            for question in asked:
-                draw = torch.Generator().manual_seed(int(question["draw"]))
-                scale = 0.1 * float(question["hidden"].std())
-                prompts = torch.randn(blocks, PROMPT, width, generator=draw) * scale
-                inputs = {key: one for key, one in question.items() if key != "draw"} | {"prompts": prompts}
-                if servers[0].kind == "float64":
-                    inputs["hidden"], inputs["grad"] = inputs["hidden"].double(), inputs["grad"].double()
-                pair = random.Random(int(question["draw"])).sample(servers, 2)
-                answer, reference = compared(pair[0], pair[1], inputs, what)
-                seen.found.append(deviation(answer, answer.claimed, reference))
-                for lie, change in LIES.items():
-                    off = deviation(answer, change(pair[0], answer), reference)
-                    told.setdefault(f"{what}: {lie}", []).append(off.times(tolerance))
-            print(seen.line(f"{name} {what}", tolerance), flush=True)
-        for lie, times in told.items():
-            found = sum(one > 1 for one in times)
-            print(f"    {lie:24} {found}/{len(times)} found; {min(times):.2g} to {max(times):.2g} tolerances")
+def measure(
+    checkpoint: Checkpoint, start: int, end: int, name: str, asked: list[dict[str, Tensor]]
+) -> dict[str, Any]:
+    """The distributions of one class for one span, and what of each lie was found."""
+    servers = Ways(checkpoint, start, end).of(name)
+    honest: dict[str, dict[str, Any]] = {}
+    told: dict[str, list[float]] = {}
+    for what in ("forward", "step", "backward"):
+        tolerance = tolerance_of({one.kind for one in servers}, gradient=what == "backward")
+        seen = Seen()
+        for question in asked:
+            pair = random.Random(int(question["draw"])).sample(servers, 2)
+            answer, reference = compared(pair[0], pair[1], asked_of(servers, question), what)
+            seen.found.append(deviation(answer, answer.claimed, reference))
+            for lie, change in LIES.items():
+                off = deviation(answer, change(pair[0], answer), reference)
+                told.setdefault(f"{what}: {lie}", []).append(off.times(tolerance))
+        honest[what] = seen.as_dict(tolerance)
+    lies = {
+        lie: {"found": sum(one > 1 for one in times), "of": len(times), "times": [min(times), max(times)]}
+        for lie, times in told.items()
+    }
+    figure = f"{FIGURE} {name}, blocks {start}:{end}"
+    return {"figure": figure, "class": name, "span": [start, end], "honest": honest, "lies": lies}
+
+
+def asked_of(servers: list[Honest], question: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A question with deep prompts, in the class's own dtype."""
+    draw = torch.Generator().manual_seed(int(question["draw"]))
+    scale = 0.1 * float(question["hidden"].std())
+    span = servers[0].span
+    prompts = torch.randn(span.end - span.start, PROMPT, span.hidden_size, generator=draw) * scale
+    inputs = {key: one for key, one in question.items() if key != "draw"} | {"prompts": prompts}
+    if servers[0].kind == "float64":
+        inputs["hidden"], inputs["grad"] = inputs["hidden"].double(), inputs["grad"].double()
+    return inputs
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print what was measured."""
+    for what, one in line["honest"].items():
+        cells = [
+            f"{part} {' '.join(f'{value:.1e}' for value in one[part])} margin {one[f'{part} margin']:6.3g}"
+            for part in ("typical", "worst")
+        ]
+        print(f"{line['class'] + ' ' + what:32} {one['comparisons']:5}  {'   '.join(cells)}")
+    for lie, one in line["lies"].items():
+        least, most = one["times"]
+        print(
+            f"    {lie:32} {one['found']}/{one['of']} found; {least:.2g} to {most:.2g} tolerances", flush=True
+        )
 
 
 def main() -> None:
     """Measure every class on the model's two halves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--classes", nargs="+", choices=list(CLASSES), default=list(CLASSES), metavar="CLASS")
+    parser.add_argument("--spans", nargs="+", type=int, choices=(0, 1), default=[0, 1], help="which halves")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
+    found = conditions()
     checkpoint = open_checkpoint(arguments.model)
     half = checkpoint.num_blocks // 2
-    for start, end in ((0, half), (half, checkpoint.num_blocks)):
+    for start, end in [((0, half), (half, checkpoint.num_blocks))[index] for index in arguments.spans]:
         print(f"\n{checkpoint.name}, blocks {start}:{end}: comparisons, then median, 99 %, largest")
-        measure(checkpoint, start, end, arguments.rounds)
+        before = load_span(checkpoint, 0, start, dtype=torch.float32) if start else None
+        asked = list(questions(checkpoint, before, arguments.rounds))
+        for name in arguments.classes:
+            line = measure(checkpoint, start, end, name, asked)
+            show(line)
+            if arguments.model == MODEL:
+                append(FILE, line, found, quick=arguments.rounds < 20)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import psutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from corolla.swarm.transport.runtime_dir import remove_abandoned
+from tests import covered
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
@@ -76,28 +76,25 @@ def _describe(process: psutil.Process) -> str:
         return f"process {process.pid}"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How much the randomised suites covered, in whatever processes they ran.
-
-    Schedules of faults (tests/schedules) as one table, strangers' messages (tests/fuzz) line by line.
-    """
-    if covered := _properties(terminalreporter, "schedules"):
-        from tests.schedules.table import lines_of_all
-
-        terminalreporter.section("schedules of faults")
-        for line in lines_of_all(covered):
-            terminalreporter.write_line(line)
-    if said := _properties(terminalreporter, "strangers"):
-        terminalreporter.section("strangers' messages")
-        for line in said:
-            terminalreporter.write_line(str(line))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """See `tests/covered.py`."""
+    covered.add_options(parser)
 
 
-def _properties(terminalreporter: pytest.TerminalReporter, wanted: str) -> list[Any]:
-    return [
-        value
-        for outcome in ("passed", "failed")
-        for report in terminalreporter.stats.get(outcome, [])
-        for name, value in report.user_properties
-        if name == wanted
-    ]
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """How much the suites covered, in whatever processes they ran; said by the one that knows all."""
+    if hasattr(config, "workerinput"):
+        return
+    covered.show(terminalreporter)
+    if (file := config.getoption("--record")) is not None:
+        passed = exitstatus == pytest.ExitCode.OK
+        covered.record(terminalreporter, file, scale=config.getoption("--scale"), passed=passed)
+
+
+@pytest.fixture
+def scaled(request: pytest.FixtureRequest) -> Callable[[float], int]:
+    """A nightly test's size at the scale of this run."""
+    scale = request.config.getoption("--scale")
+    return lambda size: max(1, round(size * scale))

@@ -72,6 +72,15 @@ class Frame:
     data: bytearray
 
 
+@dataclass(frozen=True)
+class Hit:
+    """A fault that has happened, and what it counts as."""
+
+    kind: str
+    peer: str
+    counts: tuple[str, ...]
+
+
 @dataclass
 class _Armed:
     fault: Fault
@@ -85,9 +94,11 @@ class Injector:
     world: World
     clients: frozenset[str]
     hits: Counter[str] = field(default_factory=Counter)
-    hit_log: list[tuple[str, str]] = field(default_factory=list)  # (kind, peer), in order
+    log: list[Hit] = field(default_factory=list)  # in order
     watch: Callable[[Frame], object] = lambda _frame: None  # sees every message
     _armed: list[_Armed] = field(default_factory=list)
+    _pipes: set[int] = field(default_factory=set)  # directions of streams that have carried anything
+    _before: set[int] = field(default_factory=set)  # the same, when the newest fault hit
     _left: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # bytes of the frame under way
     _held: set[int] = field(default_factory=set)  # directions of streams that are stalled for ever
 
@@ -103,6 +114,7 @@ class Injector:
     ) -> Sequence[Buffer]:
         if pipe in self._held:
             await asyncio.Event().wait()
+        self._pipes.add(pipe)
         data = bytearray(b"".join(buffers))
         begins = not self._left[pipe]
         if begins:
@@ -126,13 +138,16 @@ class Injector:
         action = _KINDS[fault.kind]
         if not action(self, fault, frame):
             return False
-        for peer in fault.also:
-            if self.world.is_up(peer):
-                action(self, fault, replace(frame, peer=peer, data=bytearray(frame.data)))
-        self.hits[fault.kind] += 1
-        self.hits["two at once"] += bool(fault.also)
-        self.hits["during recovery"] += fault.peer is None
-        self.hit_log.append((fault.kind, frame.peer))
+        others = [peer for peer in fault.also if self.world.is_up(peer)]
+        for peer in others:
+            action(self, fault, replace(frame, peer=peer, data=bytearray(frame.data)))
+        counts = [fault.kind, *(["two at once"] if others else [])]
+        # A stream that was not there before is one on which the work of the fault before it is done again.
+        if self.log and frame.pipe not in self._before:
+            counts.append("during recovery")
+        self._before = set(self._pipes)
+        self.log.append(Hit(fault.kind, frame.peer, tuple(counts)))
+        self.hits.update(counts)
         return True
 
     def _due(self, frame: Frame) -> list[_Armed]:

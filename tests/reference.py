@@ -107,3 +107,8 @@ def relative(found: Tensor | None, expected: Tensor | None) -> float:
     assert expected is not None
     assert float(expected.norm()) > 0
     return float((found - expected).norm() / expected.norm())
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids [rows, length] without the special ones."""
+    return torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.client.lying import Swarm
 from tests.reference import local_model
+from tests.reference import random_ids as random_ids  # for the tests of this folder
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
+
+from corolla.client.audit_report import AuditReport
+from corolla.server import handlers
+from corolla.wire.frames import Packet
 
 TWO = ((0, 2), (2, 4))
 THREE = ((0, 1), (1, 3), (3, 4))
@@ -57,6 +63,31 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         swarm.close()
 
 
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Token ids [rows, length] without the special ones."""
-    return torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(seed))
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AuditReport:
+    """What audits have found is written there in this test."""
+    monkeypatch.setenv("COROLLA_CACHE", str(tmp_path / "cache"))
+    return AuditReport()
+
+
+@pytest.fixture
+def swarm_of(
+    folder: Path, report: AuditReport, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Swarm]]:
+    """`swarm_of(names)`: a swarm of the model in the module's `folder`, whose servers can be made to lie."""
+    made: list[Swarm] = []
+    honest = handlers._Stream._reply
+
+    async def reply(self: Any, packet: Packet) -> Packet:
+        answer = await honest(self, packet)
+        lie = next((lies[self._server] for lies in (one.lies for one in made) if self._server in lies), None)
+        return answer if lie is None else Packet(answer.message, lie(answer))
+
+    def make(names: str = "abc") -> Swarm:
+        made.append(Swarm(folder, names))
+        return made[-1]
+
+    monkeypatch.setattr(handlers._Stream, "_reply", reply)
+    yield make
+    for swarm in made:
+        swarm.close()

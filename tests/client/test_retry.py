@@ -160,6 +160,27 @@ def test_a_short_wait_is_not_worth_a_line(loop: VirtualLoopThread, caplog: pytes
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("silent", "lines"), [(1, 0), (2, 2), (3, 2)])
+def test_servers_that_are_silent_one_after_the_other_are_worth_a_line(
+    loop: VirtualLoopThread, caplog: pytest.LogCaptureFixture, silent: int, lines: int
+) -> None:
+    """Though nobody sleeps: each of them is waited for in vain."""
+    left = silent
+
+    async def attempt() -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            await asyncio.sleep(4)
+            raise PeerSilent(f"Peer {left} was silent.", peer_id=f"{left}")
+
+    with caplog.at_level(logging.WARNING, logger="corolla"):
+        loop.run(retry().run(attempt, what="a step"))
+    assert len(caplog.records) == lines
+    if lines:
+        assert "a step: Peer" in caplog.records[0].getMessage()
+
+
 def test_giving_up_names_the_last_fault_of_a_server(loop: VirtualLoopThread) -> None:
     faults: list[Exception] = [RequestRefused("You may not.", code="not_allowed", peer_id="a")]
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class Seen:
     def slowest_share(self) -> float:
         """What the slowest chat got, as a fraction of the median."""
         return min(self.tokens) / statistics.median(self.tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, and the same in words."""
+        plain = {name: value for name, value in asdict(self).items() if name not in ("tokens", "errors")}
+        totals = {"chats": len(self.tokens), "tokens": sum(self.tokens), "slowest": self.slowest_share}
+        return {**plain, **totals, "words": self.report()}
 
     def report(self) -> str:
         """The figures, for whoever reads the test's output."""

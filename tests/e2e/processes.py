@@ -84,12 +84,12 @@ class Processes:
         self.launcher = launcher
         self.started: list[Process] = []
 
-    def start(self, name: str, *arguments: str) -> Process:
-        """Start a command without waiting for it."""
+    def start(self, name: str, *arguments: str, launcher: Sequence[str] | None = None) -> Process:
+        """Start a command without waiting for it; `launcher` where it is not everybody's."""
         ready, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
-                [*self.launcher, *arguments, "--ready-file", str(ready)],
+                [*(launcher or self.launcher), *arguments, "--ready-file", str(ready)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

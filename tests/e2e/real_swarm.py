@@ -6,14 +6,15 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from tests.client.conftest import random_ids
-from tests.e2e.processes import Process, Processes
+from tests.e2e.links import Link
+from tests.e2e.processes import COROLLA, Process, Processes
 from tests.reference import Prompted, local_model, relative
 from torch import Tensor
 
@@ -30,19 +31,31 @@ class RealSwarm:
         self._started = started
         self._model = str(model)
         self._identities: dict[str, Path] = {}
+        self.links: dict[str, Link] = {}  # by peer id; of the servers that have one
         self.servers: dict[str, Process] = {}  # by peer id; the newest process of each
         self.bootstrap = started.start("bootstrap", "bootstrap").wait_ready()
 
-    def serve(self, *spans: str) -> list[str]:
-        """Start servers together and wait for them; their peer ids."""
+    def serve(
+        self,
+        *spans: str,
+        link: Callable[[], Link] | None = None,
+        extra: Sequence[str] = (),
+        launcher: Sequence[str] = COROLLA,
+    ) -> list[str]:
+        """Start servers together and wait for them; their peer ids. With `link` each is reached over one."""
         begun = []
         for span in spans:
             identity = self._started.folder / f"identity-{len(self._started.started)}"
-            begun.append((self._start(span, identity), identity))
+            line = None if link is None else link()
+            through = () if line is None else ("--announce", f"127.0.0.1:{line.port}")
+            begun.append((self._start(span, identity, *through, *extra, launcher=launcher), identity, line))
         peers = []
-        for process, identity in begun:
+        for process, identity, line in begun:
             peer = str(process.wait_ready().about["peer_id"])
             self.servers[peer], self._identities[peer] = process, identity
+            if line is not None:
+                line.leads_to(self.daemon(peer))
+                self.links[peer] = line
             peers.append(peer)
         return peers
 
@@ -50,10 +63,15 @@ class RealSwarm:
         """Start a dead server again under its id, without waiting until it is ready."""
         self.servers[peer] = self._start(span, self._identities[peer])
 
-    def _start(self, span: str, identity: Path) -> Process:
+    def _start(self, span: str, identity: Path, *extra: str, launcher: Sequence[str] = COROLLA) -> Process:
         arguments = ["serve", self._model, "--peers", self.bootstrap.address, "--blocks", span]
-        arguments += ["--identity", str(identity), "--threads", "1", "--dtype", "float32"]
-        return self._started.start(f"server-{len(self._started.started)}", *arguments)
+        arguments += ["--identity", str(identity), "--threads", "1", "--dtype", "float32", *extra]
+        name = f"server-{len(self._started.started)}"
+        return self._started.start(name, *arguments, launcher=launcher)
+
+    def about(self, peer: str) -> dict[str, Any]:
+        """What a server said of itself when it was ready."""
+        return self.servers[peer].about
 
     def send(self, peer: str, number: signal.Signals) -> None:
         """A signal to a server's own process, not to its network daemon."""
@@ -101,13 +119,14 @@ class Client:
         route = connection.run(connection.view.route(0, self.model.config.num_hidden_layers))
         return next(str(hop.peer_id) for hop in route if hop.start <= block < hop.end)
 
-    def chat(self, fault: Callable[[Used], object], *, sample: bool, seed: int = 0) -> float:
+    def chat(self, fault: Callable[[Used], object], *, sample: bool, seed: int = 0, length: int = 9) -> float:
         """Talk, and call `fault` in the middle with a function that says who runs a block in this session.
 
         Tokens before, around and after it are those of the undisturbed local model. Gives the seconds that
         the token after the fault took.
         """
-        ids, at, count = random_ids(1, 9, seed=seed), 5, 12
+        ids, at, count = random_ids(1, length, seed=seed), 5, 12
+        back = length + 3
         moments: list[float] = []
 
         def processor(_ids: Tensor, scores: Tensor) -> Tensor:
@@ -123,20 +142,20 @@ class Client:
 
         how: dict[str, Any] = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
         torch.manual_seed(seed)
-        with self.model.inference_session(max_length=64) as session:
+        with self.model.inference_session(max_length=length + 50) as session:
             found = self.model.generate(
                 ids, max_new_tokens=count, session=session, logits_processor=[processor], **how
             )
             more = self.model.generate(None, max_new_tokens=3, session=session, **how)
-            session.position = 12  # a rollback right after it
+            session.position = back  # a rollback right after it
             again = self.model.generate(None, max_new_tokens=3, session=session, do_sample=False)
         whole = torch.cat([found, more], 1)
         if sample:
             assert whole.tolist() == self._sampled(ids, count + 3, seed).tolist()
         else:
-            self.local.assert_greedy(whole, 9)
-        self.local.assert_greedy(torch.cat([whole[:, :12], again], 1), 12)
-        assert len(set(whole[0, 9:].tolist())) > 4
+            self.local.assert_greedy(whole, length)
+        self.local.assert_greedy(torch.cat([whole[:, :back], again], 1), back)
+        assert len(set(whole[0, length:].tolist())) > 4
         return moments[at] - moments[at - 1]
 
     @torch.no_grad()
@@ -148,8 +167,17 @@ class Client:
             ids = torch.cat([ids, torch.multinomial(chances, 1)], 1)
         return ids
 
-    def train(self, fault: Fault, *, before: str, steps: int = 3, seed: int = 0) -> None:
-        """Some steps of AdamW; `fault` comes `before` the "forward" or the "backward" of the second.
+    def train(
+        self,
+        fault: Fault,
+        *,
+        before: str,
+        steps: int = 3,
+        seed: int = 0,
+        batch: tuple[int, int] = (4, 30),
+    ) -> float:
+        """Some steps of AdamW with `batch`es of rows × tokens; `fault` comes `before` the "forward" or the "backward"
+        of the second. Gives the seconds from there to the end of that step.
 
         Every loss and the final prompts are those of undisturbed local training.
         """
@@ -160,14 +188,19 @@ class Client:
             other.data.copy_(mine.data)
         # A step of Adam's first is of one size, however small the gradient: with a large eps it is not.
         optimizers = [torch.optim.AdamW(each, lr=0.01, eps=1e-3) for each in (ours, theirs)]
+        took = 0.0
         for step in range(steps):
-            ids = random_ids(4, 30, seed=seed + step)
+            ids = random_ids(*batch, seed=seed + step)
             if step == 1 and before == "forward":
                 fault()
+            began = time.monotonic()
             loss = self.model(ids, labels=ids).loss
             if step == 1 and before == "backward":
                 fault()
+                began = time.monotonic()
             loss.backward()
+            if step == 1:
+                took = time.monotonic() - began
             expected = self.local.loss(ids, ids)
             expected.backward()
             assert abs(loss.item() - expected.item()) < 1e-4
@@ -176,23 +209,27 @@ class Client:
                 optimizer.zero_grad()
         for mine, other in zip(ours, theirs, strict=True):
             assert relative(mine.data, other.data) < 1e-4
+        return took
 
 
 class Noticed(logging.Handler):
-    """What the client said about failures, and when."""
+    """What the client said about failures; `waiting` is called when it tells its user that it waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Fault) -> None:
         super().__init__(logging.INFO)
         self.words: list[str] = []
+        self._waiting = waiting
 
     def emit(self, record: logging.LogRecord) -> None:
         self.words.append(record.getMessage())
+        if record.levelno >= logging.WARNING and self.words[-1].startswith("Waiting up to"):
+            self._waiting()
 
 
 @contextlib.contextmanager
-def something_failed() -> Iterator[Noticed]:
+def something_failed(waiting: Fault = lambda: None) -> Iterator[Noticed]:
     """The block's client must have noticed a failure: a fault that hits nothing tests nothing."""
-    noticed, log = Noticed(), logging.getLogger("corolla.client.retry")
+    noticed, log = Noticed(waiting), logging.getLogger("corolla.client.retry")
     level = log.level
     log.addHandler(noticed)
     log.setLevel(logging.INFO)  # single retries are told to whoever wants to know

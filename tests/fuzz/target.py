@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,16 +131,27 @@ class Target:
     async def close(self) -> None:
         await self.world.close()
 
-    def report(self) -> str:
-        """The shares, as one line."""
-        total = max(1, self.stages["sent"])
-        shares = ", ".join(f"{name} {self.stages[name] / total:.0%}" for name in LEAST)
-        codes = ", ".join(f"{code} {count}" for code, count in self.codes.most_common())
-        return f"{total} messages: {shares}; answers: {codes}"
+    def report(self, suite: str, **more: float) -> dict[str, Any]:
+        """How far messages came, as plain values."""
+        return {"suite": suite, "stages": dict(self.stages), "codes": dict(self.codes), **more}
 
     def check_shares(self) -> None:
         for name, least in LEAST.items():
-            assert self.stages[name] >= least * self.stages["sent"], self.report()
+            assert self.stages[name] >= least * self.stages["sent"], self.report("shares")
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """A report as one line."""
+    stages, codes = Counter(report["stages"]), Counter(report["codes"])
+    total = max(1, stages["sent"])
+    shares = ", ".join(
+        f"{name} {stages[name] / total:.0%} (at least {least:.0%})" for name, least in LEAST.items()
+    )
+    answers = ", ".join(f"{code} {count}" for code, count in codes.most_common())
+    more = "".join(
+        f"; {name} {value:,}" for name, value in report.items() if name not in ("suite", "stages", "codes")
+    )
+    return f"{report['suite']}: {total} messages: {shares}; answers: {answers}{more}"
 
 
 class Stranger:

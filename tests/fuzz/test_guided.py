@@ -29,8 +29,12 @@ async def test_strangers_guided_by_what_they_reach(
     growth: int | None,
     record_property: Callable[[str, object], None],
     caplog: pytest.LogCaptureFixture,
+    scaled: Callable[[float], int],
 ) -> None:
     lines, target = Lines(), Target("llama")
+    sample = SAMPLE
+    if growth is not None:
+        messages, sample = scaled(messages), scaled(SAMPLE)
     lines.watch()
     memory: list[int] = []
     try:
@@ -41,7 +45,7 @@ async def test_strangers_guided_by_what_they_reach(
                 await guided.once()
                 if target.stages["sent"] // 25 > target.honest_steps:
                     await target.honest_step()
-                if target.stages["sent"] // SAMPLE > len(memory):
+                if target.stages["sent"] // sample > len(memory):
                     gc.collect()
                     memory.append(psutil.Process().memory_info().rss)
         await target.finish()
@@ -49,15 +53,17 @@ async def test_strangers_guided_by_what_they_reach(
         lines.stop()
         await target.close()
     assert not caplog.records
-    said = f"guided: {target.report()}; {len(guided.corpus)} scripts kept, {lines.count} lines reached"
+    more = {"scripts kept": len(guided.corpus), "lines reached": lines.count}
     if growth is not None:
-        late = memory[len(memory) // 3 :]
-        half = len(late) // 2
-        grown = sum(late[half:]) / (len(late) - half) - sum(late[:half]) / half
-        said += f"; memory {grown / 2**20:+.1f} MiB from the first to the second half of {len(late)} samples"
-        record_property("strangers", said)
-        assert grown < growth, said
-    else:
-        record_property("strangers", said)
+        more["bytes grown"] = grown = _grown(memory)
+        assert grown < growth
+    record_property("strangers", target.report("guided by coverage", **more))
     assert len(guided.corpus) > 20
     target.check_shares()
+
+
+def _grown(memory: list[int]) -> int:
+    """From the first to the second half of what came after the first third, on average."""
+    late = memory[len(memory) // 3 :]
+    half = len(late) // 2
+    return round(sum(late[half:]) / (len(late) - half) - sum(late[:half]) / half)

@@ -65,7 +65,7 @@ def test_whatever_strangers_say_in_whatever_order(
     assert not caplog.records
     judge = Target.__new__(Target)
     judge.stages, judge.codes = stages, codes
-    record_property("strangers", f"on {family}: {judge.report()}")
+    record_property("strangers", judge.report(f"stateful, on {family}"))
     judge.check_shares()
 
 
@@ -82,5 +82,5 @@ async def test_a_crowd_of_seeded_strangers(
     finally:
         await target.close()
     assert not caplog.records
-    record_property("strangers", f"a crowd of strangers: {target.report()}")
+    record_property("strangers", target.report("a crowd of strangers"))
     target.check_shares()

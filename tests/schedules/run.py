@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
 from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.errors import SwarmUnavailable
-from tests.faults import Injector, describe
+from tests.faults import Hit, Injector, describe
 from tests.schedules.plan import Schedule, plan
 from tests.schedules.workloads import Workload, expected, in_the_swarm, prompt_of, same
 from tests.schedules.world import DTYPE, SimulatedSwarm, checkpoint_of
@@ -33,27 +35,38 @@ class Outcome:
     """What happened in one schedule, or several."""
 
     schedules: int = 0
-    missed: int = 0  # no fault hit: does not count
+    missed: int = 0  # no client felt any fault: does not count
     gave_up: int = 0  # a block was served by nobody for ever, and the error said so
-    hits: Counter[str] = field(default_factory=Counter)
-    recovered: Counter[str] = field(default_factory=Counter)  # faults after which the work went on exactly
+    hits: Counter[str] = field(default_factory=Counter)  # faults that happened, by kind
+    felt: Counter[str] = field(default_factory=Counter)  # those that a client noticed
+    recovered: Counter[str] = field(default_factory=Counter)  # those of them after which all went on exactly
+    works: Counter[str] = field(default_factory=Counter)  # what clients did in schedules that count
 
     def add(self, other: Outcome) -> None:
         self.schedules += other.schedules
         self.missed += other.missed
         self.gave_up += other.gave_up
-        self.hits += other.hits
-        self.recovered += other.recovered
+        for name in COUNTERS:
+            getattr(self, name).update(getattr(other, name))
 
     @property
     def counted(self) -> int:
-        """Schedules in which something failed."""
+        """Schedules in which a client felt that something failed."""
         return self.schedules - self.missed
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, which travel between processes."""
         plain = {"schedules": self.schedules, "missed": self.missed, "gave_up": self.gave_up}
-        return {**plain, "hits": dict(self.hits), "recovered": dict(self.recovered)}
+        return plain | {name: dict(getattr(self, name)) for name in COUNTERS}
+
+    @classmethod
+    def of_dict(cls, plain: dict[str, Any]) -> Outcome:
+        """The other way round; other keys are left out."""
+        counters = {name: Counter(plain[name]) for name in COUNTERS}
+        return cls(plain["schedules"], plain["missed"], plain["gave_up"], **counters)
+
+
+COUNTERS = ("hits", "felt", "recovered", "works")
 
 
 @cache
@@ -96,16 +109,59 @@ def run_schedule(schedule: Schedule, root: Path) -> Outcome:
         swarm.close()
 
 
+class _Felt(logging.Handler):
+    """Which faults clients have noticed: a retry is put down to all before it that nobody had noticed yet."""
+
+    def __init__(self, injector: Injector) -> None:
+        super().__init__(logging.INFO)
+        self.kinds: Counter[str] = Counter()
+        self._injector = injector
+        self._unfelt: list[Hit] = []
+        self._seen = 0  # of the injector's log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(lambda hit: hit.kind != "slow")
+
+    def look(self, connections: list[SwarmConnection], now: float) -> None:
+        """Count the servers that clients have found to be slow, which is no error."""
+        self._note(
+            lambda hit: (
+                hit.kind == "slow" and any(one.view._paces.is_slow(hit.peer, now) for one in connections)
+            )
+        )
+
+    def _note(self, felt: Callable[[Hit], bool]) -> None:
+        self._unfelt += self._injector.log[self._seen :]
+        self._seen = len(self._injector.log)
+        for hit in [hit for hit in self._unfelt if felt(hit)]:
+            self._unfelt.remove(hit)
+            self.kinds.update(hit.counts)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear the clients' retries while the body runs."""
+        log = logging.getLogger("corolla.client.retry")
+        level = log.level
+        log.setLevel(logging.INFO)
+        log.addHandler(self)
+        try:
+            yield
+        finally:
+            log.removeHandler(self)
+            log.setLevel(level)
+
+
 class _Run:
     def __init__(self, schedule: Schedule, swarm: SimulatedSwarm, root: Path) -> None:
         self.schedule, self.swarm = schedule, swarm
         names = [f"client-{index}" for index in range(len(schedule.clients))]
-        connections = [swarm.connect(name, DEFAULT_PATIENCE) for name in names]
+        self.connections = connections = [swarm.connect(name, DEFAULT_PATIENCE) for name in names]
         self.works = [
             in_the_swarm(client_model(work, root, index, connection, swarm.checkpoint), work)
             for index, (work, connection) in enumerate(zip(schedule.clients, connections, strict=True))
         ]
         self.injector = Injector(swarm, frozenset(names))
+        self.felt = _Felt(self.injector)
         for fault in schedule.faults:
             self.injector.fail_at(fault)
         self.outcome = Outcome(schedules=1)
@@ -113,15 +169,21 @@ class _Run:
     def to_the_end(self, due: list[list[Tensor]]) -> Outcome:
         """Clients take steps in turns, each compared at once."""
         going = {index: iter(tensors) for index, tensors in enumerate(due)}
-        while going:
-            for index in list(going):
-                if not self._step(index, going[index]):
-                    del going[index]
+        with self.felt.listening():
+            while going:
+                for index in list(going):
+                    if not self._step(index, going[index]):
+                        del going[index]
+                    self.felt.look(self.connections, self.swarm.loop.time())
         outcome = self.outcome
-        outcome.hits = Counter(self.injector.hits)
-        outcome.missed = not outcome.hits
+        outcome.hits, outcome.felt = Counter(self.injector.hits), +self.felt.kinds
+        outcome.missed = not outcome.felt
+        if outcome.felt:
+            outcome.works = Counter(
+                f"{work.kind}, {work.mode or 'no prompts'}" for work in self.schedule.clients
+            )
         if not outcome.gave_up:
-            outcome.recovered = Counter(outcome.hits)
+            outcome.recovered = Counter(outcome.felt)
         return outcome
 
     def _step(self, index: int, due: Iterator[Tensor]) -> bool:
@@ -150,7 +212,7 @@ class _Run:
 
 
 def _wrong(schedule: Schedule, what: str, injector: Injector | None = None) -> WrongOutcome:
-    hit = "" if injector is None else f"\nhit: {injector.hit_log}"
+    hit = "" if injector is None else f"\nhit: {injector.log}"
     return WrongOutcome(
         f"{what}\nservers: {[(one.peer, one.start, one.end) for one in schedule.servers]}"
         f"\nclients: {schedule.clients}\nfaults: {describe(schedule.faults)}{hit}"

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from tests.faults import KINDS
 from tests.schedules.run import Outcome
+from tests.schedules.workloads import MODES, WORKLOADS
+
+COUNTED = (*KINDS, "two at once", "during recovery")
 
 
 def lines_of(outcome: Outcome, seconds: float) -> list[str]:
-    """Faults that hit and recoveries, by kind."""
+    """Faults that hit, were felt by a client and recovered from, by kind; and whose work they disturbed."""
     lines = [
-        f"{outcome.counted} schedules in {seconds:.0f} s of one core; {outcome.missed} more that no fault hit do not "
-        f"count; {outcome.gave_up} clients rightly gave up",
-        f"{'fault':16} {'hit':>6} {'recovered':>10}",
+        f"{outcome.counted} schedules in {seconds:.0f} s of one core; {outcome.missed} more whose faults no client "
+        f"felt do not count; {outcome.gave_up} clients rightly gave up",
+        f"{'fault':16} {'hit':>6} {'felt':>6} {'recovered':>10}",
     ]
-    kinds = (*KINDS, "two at once", "during recovery")
-    return lines + [f"{kind:16} {outcome.hits[kind]:6} {outcome.recovered[kind]:10}" for kind in kinds]
+    lines += [
+        f"{kind:16} {outcome.hits[kind]:6} {outcome.felt[kind]:6} {outcome.recovered[kind]:10}"
+        for kind in COUNTED
+    ]
+    return [*lines, "clients that were disturbed: " + "; ".join(disturbed(outcome))]
 
 
-def lines_of_all(covered: Sequence[dict[str, Any]]) -> list[str]:
-    """The same for several runs together, each as `Outcome.as_dict` with its `seconds`."""
-    total, seconds = Outcome(), 0.0
+def disturbed(outcome: Outcome) -> list[str]:
+    """How many clients at each kind of work, without prompts, with ptune and with deep_ptune."""
+    counts = [[outcome.works[f"{kind}, {mode or 'no prompts'}"] for mode in MODES] for kind in WORKLOADS]
+    return [f"{kind} {' / '.join(map(str, each))}" for kind, each in zip(WORKLOADS, counts, strict=True)]
+
+
+def total_of(covered: Sequence[dict[str, Any]]) -> tuple[Outcome, float]:
+    """Several runs together, each as `Outcome.as_dict` with its `seconds` of one core."""
+    total = Outcome()
     for one in covered:
-        counters = {name: Counter(one[name]) for name in ("hits", "recovered")}
-        plain = {name: one[name] for name in ("schedules", "missed", "gave_up")}
-        total.add(Outcome(**plain, **counters))
-        seconds += one["seconds"]
-    return lines_of(total, seconds)
+        total.add(Outcome.of_dict(one))
+    return total, sum(one["seconds"] for one in covered)

@@ -7,6 +7,7 @@ loop starts when the first model is loaded and ends with `close()`, which nothin
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,12 +124,24 @@ class SwarmConnection:
         self.run(self.view.route(start, self.view.num_blocks))
 
     def close(self) -> None:
-        """Leave the swarm and end the loop; safe to call twice."""
+        """Leave the swarm and end the loop; safe to call twice.
+
+        On the loop's own thread, where the collector may run a dropped model's finalizer, it is done soon after.
+        """
         if not self.is_open:
+            return
+        if self._loop.is_current:
+            self._close_soon()
             return
         self._loop.run(self._close())
         if self._owns_loop:
             self._loop.close()
+
+    def _close_soon(self) -> None:
+        if self._owns_loop:  # it ends with this connection, and cannot wait for its own end
+            threading.Thread(target=self.close, name="corolla-close").start()
+        else:
+            self._loop.run_soon(self._close())
 
     async def _close(self) -> None:
         await self.view.audits.close()

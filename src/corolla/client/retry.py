@@ -124,14 +124,16 @@ class Retry:
             self._notice.over(call, clock(), well=well)
 
     async def _wait(self, call: _Call, error: CorollaError, clock: Callable[[], float]) -> None:
-        """Nothing where another server, if there is one, can take over at once."""
-        pause = self._pause(call, error)
-        if not pause:
-            return
-        left = max(0.0, call.since + self._patience - clock())
-        if clock() + pause - call.since > UNSAID_SECONDS:
+        """Nothing where another server, if there is one, can take over at once.
+
+        One silent server that another stands in for is not worth a line; several one after the other are.
+        """
+        pause, now = self._pause(call, error), clock()
+        left = max(0.0, call.since + self._patience - now)
+        if (pause or call.failures > 1) and now + pause - call.since > UNSAID_SECONDS:
             self._notice.waiting(call, str(error), call.since, left)
-        await asyncio.sleep(min(pause, left))
+        if pause:
+            await asyncio.sleep(min(pause, left))
 
     def _pause(self, call: _Call, error: CorollaError) -> float:
         if isinstance(error, SwarmUnavailable):

@@ -36,7 +36,8 @@ class EventLoopThread:
         """Runs a new loop, or `loop`, which must not run yet and ends with this object."""
         self._pid = os.getpid()
         self._loop = loop or new_event_loop()
-        self._lock = threading.Lock()
+        # The collector may run a finalizer, which hands work over, in the thread that is just doing so.
+        self._lock = threading.RLock()
         self._closed = False
         self._thread = threading.Thread(target=self._main, name="corolla-loop", daemon=True)
         self._thread.start()
@@ -46,13 +47,18 @@ class EventLoopThread:
         """Whether `close()` has been called."""
         return self._closed
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on this loop's own thread, which must not wait for it."""
+        return threading.current_thread() is self._thread
+
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Wait for `work` and return its result or raise its error.
 
         After `timeout` seconds `work` is cancelled and `TimeoutError` raised; Ctrl-C in the calling thread
         cancels it as well. Raises `UsageError` in a forked process and after `close()`.
         """
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             work.close()
             raise RuntimeError("EventLoopThread.run would wait for itself; await the coroutine instead.")
         cancellable = _Cancellable(work)

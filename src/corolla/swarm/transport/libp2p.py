@@ -157,8 +157,10 @@ class Libp2pStream(Stream):
     async def close(self) -> None:
         self._writer.close()
         try:
+            # Shielded, since asyncio's waiter is one for all: cancelled by this limit, it would tell whoever
+            # closes the stream again that they are cancelled.
             async with asyncio.timeout(CLOSE_SECONDS):
-                await self._writer.wait_closed()
+                await asyncio.shield(self._writer.wait_closed())
         except (OSError, TimeoutError):
             pass
         finally:
