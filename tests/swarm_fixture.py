@@ -16,10 +16,11 @@ import torch
 from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
 from corolla.models.checkpoint import open_checkpoint
-from corolla.models.pages import PAGE
+from corolla.models.pages import MARGIN, PAGE
 from corolla.models.quantization import use_kernels
 from corolla.models.selfcheck import check_family
 from corolla.models.span import load_span
+from corolla.models.windows import layout_of
 from corolla.server.block_server import BlockServer
 from corolla.server.bundles import Entering, before_span, read_bundles
 from corolla.server.engine import Engine
@@ -44,10 +45,12 @@ class MemorySwarm:
         *,
         dtype: torch.dtype = torch.float32,
         cache_tokens: int = 100_000,
+        margin: int = MARGIN,
     ) -> None:
         self.checkpoint = open_checkpoint(str(folder))
         self.dtype = dtype
         self.cache_tokens = cache_tokens
+        self.margin = margin
         self.network = MemoryNetwork()
         self.board = Board()
         self.loop = EventLoopThread()
@@ -86,8 +89,9 @@ class MemorySwarm:
         transport = self.network.transport(peer_id)
         engine = Engine()
         engine.start()
-        budget = CacheBudget(max(1, self.cache_tokens // PAGE))
-        server = BlockServer(span, engine, budget, model=self.checkpoint.identity)
+        layout = layout_of(span, self.margin)
+        budget = CacheBudget(max(1, self.cache_tokens // PAGE) * layout.tables, tables=layout.tables)
+        server = BlockServer(span, engine, budget, model=self.checkpoint.identity, layout=layout)
         await server.hold(prompts)
         await transport.serve(PROTOCOL_NAME, partial(handle, server))
         record = ServerRecord(
