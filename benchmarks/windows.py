@@ -97,7 +97,7 @@ def main() -> None:
             print(
                 f"| {family}, {sizes['num_hidden_layers']} blocks, window {sizes['sliding_window']:,} "
                 f"| {context:,} | {whole.bytes / 2**20:.1f} MiB | {windows.bytes / 2**20:.1f} MiB "
-                f"| {windows.bytes / whole.bytes:.2f}× "
+                f"| {windows.bytes / whole.bytes:.2f}x "
                 f"| {whole.seconds * 1e3:.2f} ms | {windows.seconds * 1e3:.2f} ms |",
                 flush=True,
             )
