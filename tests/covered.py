@@ -123,7 +123,7 @@ def _times(reporter: pytest.TerminalReporter) -> Iterator[str]:
     seconds: defaultdict[str, float] = defaultdict(float)
     tests: defaultdict[str, set[str]] = defaultdict(set)
     for report in _reports(reporter):
-        suite = report.nodeid.removeprefix("tests/").partition("/")[0]
+        suite = report.nodeid.partition("::")[0].removeprefix("tests/").partition("/")[0]
         seconds[suite] += report.duration
         tests[suite].add(report.nodeid)
     for suite in sorted(seconds, key=seconds.__getitem__, reverse=True):
