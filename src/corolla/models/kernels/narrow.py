@@ -21,6 +21,7 @@ from corolla.models.kernels.packed import FrozenLinear, multiply
 
 FEW_ROWS = 64  # with more, the weight is widened once and multiplied by torch
 OUTPUTS = 4  # whose number has to be a multiple of this
+MOST_COLUMNS = 2**16  # four rows of so many lie on a thread's stack
 GROUPS = (32, 16)  # columns that share a step in the formats of GGUF
 ROUNDING = 2.0**-22  # of a group's largest weight: what float32 itself may have rounded
 SAME = 2.0**-18  # likewise: weights that lie closer are one and the same
@@ -64,7 +65,9 @@ class Narrow:
 def narrow_form(weight: Tensor) -> Narrow | None:
     """The narrow form of a float32 weight [out, in], or None where there is none or no kernel for it."""
     rows, columns = weight.shape
-    if library() is None or rows % OUTPUTS or columns % GROUPS[0] or not bool(weight.isfinite().all()):
+    if library() is None or rows % OUTPUTS or columns % GROUPS[0] or columns > MOST_COLUMNS:
+        return None
+    if not bool(weight.isfinite().all()):
         return None
     weight = weight.detach().contiguous()
     for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
