@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from corolla.client.bundles import Begun, Bundle, ask_to_open
+from corolla.client.company import Company
 from corolla.client.history import History
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
@@ -21,7 +22,7 @@ from corolla.errors import ProtocolError, RemoteError, RequestRefused, UsageErro
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
-from corolla.wire.messages import CloseSession, Opened, OpenSession, Origin, Step
+from corolla.wire.messages import CloseSession, Opened, OpenSession, Origin, Part, Step
 
 REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 
@@ -37,6 +38,9 @@ class SpanSession:
         self.name = secrets.token_hex(16)  # by which the server knows this part of the session
         self._epoch = 0  # steps that took something back or reordered it, as the server counts them
         self._cached = 0  # tokens a row that the server holds
+        self._company: Company | None = None  # this client's sessions at the same server
+        self._reserved = 0  # as it was sent last
+        self._alone = False  # the server does not take steps of this session among others'
         self._begun: Begun | None = None  # a bundle's columns, which the server holds before the first step
 
     def origin(self, tokens: int) -> Origin | None:
@@ -73,7 +77,9 @@ class SpanSession:
             await channel.close()
             raise
         self.channel = channel
-        self._epoch = 0
+        self._company = view.company(self.hop.peer_id)
+        self._company.enter(self.name)
+        self._epoch = self._reserved = 0
         self._cached = reply.message.position if isinstance(reply.message, Opened) else 0
         return origin is not None and self._cached == origin.tokens
 
@@ -88,8 +94,7 @@ class SpanSession:
         if begun is not None and begun.covered(step, hidden):
             step, tensors = begun.behind(step, tensors)
         try:
-            reply = await request(self.channel, Packet(step, tensors))
-            output = checked(reply, "hidden", tensors["hidden"], self.hop)
+            output = await self._ask(step, tensors)
         except BaseException as error:
             if not (isinstance(error, RequestRefused) and error.code == "busy"):
                 await self.drop()
@@ -98,17 +103,47 @@ class SpanSession:
         self._cached, self._begun = end, None
         return output if begun is None or tensors["hidden"] is hidden else begun.whole(output)
 
+    async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
+        hidden = tensors["hidden"]
+        if self._company is not None and self._may_join(step, tensors):
+            part = Part(
+                name=self.name, position=step.position, rows=int(hidden.shape[0]), reserve=step.reserve
+            )
+            try:
+                return await self._company.step(part, hidden)
+            except RequestRefused as refusal:
+                if refusal.code != "alone":
+                    raise
+                self._alone = True
+        assert self.channel is not None
+        reply = await request(self.channel, Packet(step, tensors))
+        self._reserved = step.reserve
+        return checked(reply, "hidden", hidden, self.hop)
+
+    def _may_join(self, step: Step, tensors: dict[str, Tensor]) -> bool:
+        """Whether the step may travel with those of other sessions: one token a row, and nothing special."""
+        company = self._company is not None and len(self._company.members) > 1
+        plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1 and step.reserve <= self._reserved
+        return company and plain and not self._alone
+
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""
-        if self.channel is not None:
-            channel, self.channel = self.channel, None
+        channel = self._leave()
+        if channel is not None:
             await channel.close()
+
+    def _leave(self) -> Channel | None:
+        """The stream, which the session no longer uses."""
+        channel, self.channel = self.channel, None
+        if self._company is not None:
+            self._company.leave(self.name)
+        return channel
 
     async def close(self, view: SwarmView, *, keep: bool = False) -> None:
         """Let the server free the cache, or keep it while it has room, and give the stream back."""
-        if self.channel is None:
+        channel = self._leave()
+        if channel is None:
             return
-        channel, self.channel = self.channel, None
         try:
             await request(channel, Packet(CloseSession(keep=keep), {}))
             view.release(channel)

@@ -13,8 +13,10 @@ import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from functools import partial
 
 from corolla.client.audit import Observer, Unobserved
+from corolla.client.company import Company
 from corolla.client.verdicts import Verdicts
 from corolla.errors import (
     CorollaError,
@@ -92,6 +94,7 @@ class SwarmView:
         self._paces = Paces()
         self._failures: dict[str, int] = defaultdict(int)
         self._idle: dict[str, list[Channel]] = defaultdict(list)
+        self._companies: dict[str, Company] = {}
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.
@@ -310,8 +313,16 @@ class SwarmView:
         """Give a stream back after a complete exchange."""
         self._idle[channel.peer_id].append(channel)
 
+    def company(self, peer: str) -> Company:
+        """This client's sessions at the peer."""
+        if peer not in self._companies:
+            self._companies[peer] = Company(partial(self.channel, peer), self.release)
+        return self._companies[peer]
+
     async def close(self) -> None:
-        """Close the pooled streams."""
+        """Close the pooled streams, and what comes together on them."""
+        for company in self._companies.values():
+            company.close()
         if self._reading is not None:
             self._reading.cancel()
         for channels in self._idle.values():

@@ -51,6 +51,7 @@ class Span:
         self.end = end
         self.packable = False
         self._blocks = blocks
+        self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
@@ -72,12 +73,6 @@ class Span:
     def hidden_size(self) -> int:
         """H, the width of the hidden states."""
         return int(self.config.hidden_size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the span computes in."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
 
     @property
     def device(self) -> torch.device:

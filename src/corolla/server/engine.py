@@ -14,13 +14,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from corolla.errors import RequestRefused
 from corolla.server.fairness import Shares
+from corolla.swarm.rhythm import Rhythm
 
 T = TypeVar("T")
 
@@ -83,43 +85,16 @@ class _Pace:
 
     def __init__(self) -> None:
         self._seconds_a_token = 0.002
-        self._generated: dict[int, float] = {}  # when each session's last generation step was computed
-        self._periods: dict[int, float] = {}  # seconds from one of its steps to the next
+        self.generated = Rhythm()  # when each session's last generation step was computed
 
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
         """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
-        others = any(
-            now - at < GENERATING_SECONDS for who, at in self._generated.items() if who not in prefilling
-        )
+        others = self.generated.others_came(now - GENERATING_SECONDS, prefilling)
         return self.shared_budget() if others else PASS_TOKENS
-
-    def others_due(self, now: float, sessions: set[int]) -> bool:
-        """Whether others than these sessions are about to send their next generation step, by their own pace.
-
-        Those that are at another server meanwhile, as half of a crowd is, come too late to be waited for.
-        """
-        return any(
-            self._generated[who] + period < now + GATHER_SECONDS and now < self._generated[who] + 2 * period
-            for who, period in self._periods.items()
-            if who not in sessions
-        )
-
-    def forget(self, session: object) -> None:
-        """The session has ended."""
-        self._generated.pop(id(session), None)
-        self._periods.pop(id(session), None)
 
     def shared_budget(self) -> int:
         """Prompt tokens that delay a generation step by about `SHARED_PASS_SECONDS`."""
         return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
-
-    def generated(self, session: object, now: float) -> None:
-        """A generation step of the session was computed."""
-        who = id(session)
-        if who in self._generated and now - self._generated[who] < GENERATING_SECONDS:
-            passed = now - self._generated[who]
-            self._periods[who] = passed + 0.5 * (self._periods.get(who, passed) - passed)
-        self._generated[who] = now
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass took so long."""
@@ -146,7 +121,7 @@ class Engine:
         self._shares = Shares()
         self._lent = 0.0  # seconds of the job at hand that `let_in` gave to others
         self._open: set[Job] = set()  # the loop's side: not yet answered
-        self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[Job] | Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: list[Job] = []  # the compute thread's side: to be computed
         self._letting_in = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -165,23 +140,31 @@ class Engine:
 
         Raises `RequestRefused` (draining) once the engine is closed.
         """
-        result: T = await self._enqueue(kind, peer, run=run)
+        job = Job(kind, peer, self._clock(), asyncio.get_running_loop().create_future(), run=run)
+        self._enqueue([job])
+        result: T = await job.done
         return result
 
-    async def step(self, step: Packable, *, peer: str = "") -> Any:
-        """The result of a generation step, computed together with others'. Raises as `submit` does."""
-        return await self._enqueue(step.kind, peer, step=step)
+    def steps(self, steps: Sequence[Packable], *, peer: str = "") -> list[asyncio.Future[Any]]:
+        """The results of generation steps, which are computed together with each other and with those of others.
 
-    async def _enqueue(self, kind: Kind, peer: str, **work: Any) -> Any:
+        Cancelling one takes its step back if it has not begun. Raises as `submit` does.
+        """
+        loop, now = asyncio.get_running_loop(), self._clock()
+        jobs = [Job(step.kind, peer, now, loop.create_future(), step=step) for step in steps]
+        self._enqueue(jobs)
+        return [job.done for job in jobs]
+
+    def _enqueue(self, jobs: Sequence[Job]) -> None:
         if self._closed:
             raise RequestRefused("This server is going away; use another.", code="draining")
-        job = Job(kind, peer, self._clock(), asyncio.get_running_loop().create_future(), **work)
-        self._open.add(job)
-        self._inbox.put(job)
-        try:
-            return await job.done
-        finally:
-            self._open.discard(job)
+        for job in jobs:
+            self._open.add(job)
+            job.done.add_done_callback(partial(self._over, job))
+        self._inbox.put(jobs)
+
+    def _over(self, job: Job, _done: asyncio.Future[Any]) -> None:
+        self._open.discard(job)
 
     def post(self, work: Callable[[], None]) -> None:
         """Have `work` done on the compute thread before anything that is submitted later."""
@@ -190,7 +173,7 @@ class Engine:
 
     def forget(self, session: object) -> None:
         """A session has ended: nobody waits for its next step."""
-        self.post(lambda: self._pace.forget(session))
+        self.post(lambda: self._pace.generated.forget(id(session)))
 
     @property
     def waiting(self) -> int:
@@ -239,9 +222,13 @@ class Engine:
         return True
 
     def _steps_missing(self) -> bool:
-        """Whether there are generation steps, and sessions in the middle of a reply that have none here."""
+        """Whether there are generation steps, and others about to be sent, by the pace of their sessions.
+
+        Those that are at another server meanwhile, as half of a crowd is, come too late to be waited for.
+        """
+        now = self._clock()
         ready = {id(job.step.session) for job in self._ready if job.step and job.kind is Kind.DECODE}
-        return bool(ready) and self._pace.others_due(self._clock(), ready)
+        return bool(ready) and self._pace.generated.others_due(now, now + GATHER_SECONDS, ready)
 
     def _receive(self, *, wait: bool, timeout: float = IDLE_SECONDS) -> bool:
         """Take over what has arrived; False when the engine is closed."""
@@ -251,10 +238,10 @@ class Engine:
                 if item is None:
                     self._inbox.put(None)  # for `_compute`, if this was `let_in`
                     return False
-                if isinstance(item, Job):
-                    self._ready.append(item)
-                else:
+                if callable(item):
                     _do(item)
+                else:
+                    self._ready += item
                 item = self._inbox.get_nowait()
         except queue.Empty:
             if wait and timeout == IDLE_SECONDS and self.when_idle is not None:
@@ -308,7 +295,7 @@ class Engine:
         for (job, _), error in zip(taken, errors, strict=True):
             assert job.step is not None
             if job.step.kind is Kind.DECODE:
-                self._pace.generated(job.step.session, now)
+                self._pace.generated.came(id(job.step.session), now)
             if error is not None:
                 ended.append((job, None, error))
             elif not job.step.tokens_left:

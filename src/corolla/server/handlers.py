@@ -13,9 +13,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
@@ -23,11 +21,8 @@ from corolla.models.span import Span
 from corolla.server.block_server import BlockServer
 from corolla.server.bundles import find
 from corolla.server.checks import (
-    check_hidden,
-    check_memory,
     check_prompts,
     check_span,
-    check_step,
     failure_from,
     failure_of,
 )
@@ -36,8 +31,8 @@ from corolla.server.limits import InFlight
 from corolla.server.opening import begin, in_use, tokens_of
 from corolla.server.sequences import Sequences, backward_of
 from corolla.server.sessions import CachedSession
-from corolla.server.steps import PackedStep, kind_of, pieces
-from corolla.server.tasks import give_up, in_order
+from corolla.server.stepping import take_step, take_steps
+from corolla.server.tasks import give_up
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet
@@ -53,13 +48,13 @@ from corolla.wire.messages import (
     Output,
     Ping,
     Step,
+    Steps,
 )
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
 
 log = logging.getLogger(__name__)
 
 GARBAGE_CODES = frozenset({"malformed", "out_of_order"})  # a peer that earns many of them is kept out
-PREFILL_TOKENS = 512  # rows x tokens that are computed at once, so that others' decode steps come in between
 
 
 async def handle(server: BlockServer, stream: Stream) -> None:
@@ -132,7 +127,10 @@ class _Stream:
                 continue
             if self._session is None:
                 return False
-            self.close_session()
+            if not self._server.budget.used_within(
+                self._session, patience
+            ):  # its steps may come with others'
+                self.close_session()
 
     async def _answer_while_wanted(self, packet: Packet, incoming: asyncio.Task[Packet]) -> bool:
         """Answer one request; False when the stream is over.
@@ -191,7 +189,8 @@ class _Stream:
             case CloseSession():
                 self.close_session(keep=packet.message.keep)
                 return Packet(Closed())
-        with self._server.limits.requests.held(self._peer):
+        amount = len(packet.message.parts) if isinstance(packet.message, Steps) else 1
+        with self._server.limits.requests.held(self._peer, amount):
             return await self._computed(packet)
 
     async def _computed(self, packet: Packet) -> Packet:
@@ -199,7 +198,10 @@ class _Stream:
             case OpenSession():
                 return await self._open(packet.message, packet.tensors)
             case Step():
-                return await self._step(packet.message, packet.tensors)
+                output = await take_step(self._server, self._session, packet.message, packet.tensors)
+                return Packet(Output(), {"hidden": output})
+            case Steps():
+                return await take_steps(self._server, self._peer, packet.message, packet.tensors["hidden"])
             case Forward():
                 return await self._forward(packet.message, packet.tensors)
             case Backward():
@@ -240,49 +242,6 @@ class _Stream:
             self._name = message.name
             server.named.add(self._peer, message.name, session)
         return reply
-
-    async def _step(self, message: Step, tensors: dict[str, Tensor]) -> Packet:
-        server, session = self._server, self._session
-        if session is None or session.evicted:
-            raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
-        hidden = tensors["hidden"]
-        rows, count = int(hidden.shape[0]), int(hidden.shape[1])
-        check_hidden(hidden, session.span)
-        check_step(message, tensors, session)
-        width = max(1, PREFILL_TOKENS // rows)
-        total = message.position + count
-        check_memory(
-            session.span,
-            rows=rows,
-            tokens=min(width, count),
-            total=total,
-            with_gradients=False,
-            limit=server.working_bytes,
-        )
-        room, order = max(message.reserve, total), tensors.get("rows")
-        await session.reserve(rows, room, "reserve", position=message.position, order=order)
-        with in_use(server, session):
-            output = await self._compute(session, message, tensors, room=room, width=width)
-        server.counters.inference += rows * count
-        return Packet(Output(), {"hidden": output})
-
-    async def _compute(
-        self, session: CachedSession, message: Step, tensors: dict[str, Tensor], *, room: int, width: int
-    ) -> Tensor:
-        """The step's outputs [R, T, H]: packed with others' where the family allows it, else in pieces."""
-        engine, peer, hidden = self._server.engine, self._peer, tensors["hidden"]
-        arguments: dict[str, Any] = {
-            "position": message.position,
-            "order": tensors.get("rows"),
-            "mask": tensors.get("mask"),
-            "positions": tensors.get("positions"),
-        }
-        if session.span.packable:
-            output: Tensor = await engine.step(PackedStep(session, hidden, **arguments, room=room), peer=peer)
-            return output
-        kind = kind_of(int(hidden.shape[1]))
-        parts = pieces(session, hidden, **arguments, width=width)
-        return torch.cat(await in_order([engine.submit(kind, part, peer=peer) for part in parts]), dim=1)
 
     def close_session(self, keep: bool = False) -> None:
         """Free the session's cache, if there is one; or keep it under its name for as long as there is room."""

@@ -37,10 +37,15 @@ class NamedSessions:
         self._let_go((peer, name))
         self._open[peer, name] = session
 
+    def opened(self, peer: str, name: str) -> CachedSession | None:
+        """The peer's open session of that name, unless it was evicted."""
+        session = self._open.get((peer, name))
+        return None if session is None or session.evicted else session
+
     def find(self, peer: str, name: str) -> CachedSession | None:
         """The peer's session of that name, unless it was evicted."""
-        session = self._open.get((peer, name)) or self._kept.get((peer, name), (None, 0.0))[0]
-        return None if session is None or session.evicted else session
+        session = self._kept.get((peer, name), (None, 0.0))[0]
+        return self.opened(peer, name) or (None if session is None or session.evicted else session)
 
     def keep(self, peer: str, name: str, session: CachedSession) -> bool:
         """Keep a session that is being closed; False when there is nothing to keep under that name."""

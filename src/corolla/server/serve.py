@@ -40,6 +40,7 @@ from corolla.server.handlers import handle
 from corolla.server.kv_cache import CacheBudget
 from corolla.server.limits import Budgets, PeerLimits
 from corolla.server.sessions import default_capacity
+from corolla.server.threads import give_threads_to
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.node import Node
 from corolla.swarm.ready_file import ready_file
@@ -112,6 +113,7 @@ async def _serve_span(
     )
     await server.hold(prompts)
     await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
+    await give_threads_to(engine)
     throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
     announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
     await announcer.announce()

@@ -7,7 +7,9 @@ on the loop is handed over to it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,8 @@ class CachedSession:
         self.last_used = 0.0
         self.evicted = False
         self.users = 0  # requests that work on it now
+        self.stepping = False  # a step is being taken
+        self.computing: asyncio.Future[Any] | None = None  # its result, while it is in the engine
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
         self.cached: list[Row] = []  # of a family that can be packed
@@ -70,9 +74,9 @@ class CachedSession:
 
         Raises `RequestRefused`, naming `field`.
         """
-        await self._budget.reserve(self, self._pages_needed(rows, tokens, position, order), field)
+        await self._budget.reserve(self, self.pages_needed(rows, tokens, position, order), field)
 
-    def _pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
+    def pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
         """At most so many distinct pages: what all rows have in common counts once.
 
         Never fewer than are reserved already: pages lie with the rows until these are freed.
@@ -185,9 +189,16 @@ class CachedSession:
         self._post(self._free)
 
     def close(self) -> None:
-        """Free the cache; safe to call twice."""
+        """Free the cache, and give up the step that is in the engine; safe to call twice."""
+        if self.computing is not None:
+            self.computing.cancel()
         self._budget.release(self)
         self._post(self._free)
+
+    def give_up(self) -> None:
+        """What is cached is not what the client thinks: free it, and say so to whoever asks."""
+        self.evicted = True
+        self.close()
 
     def _free(self) -> None:
         for row in self.cached:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from corolla.server.engine import RunPass
+from corolla.models.kernels.native import library
+from corolla.server.engine import Engine, Kind, RunPass
 
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
 COST = 0.01  # the share of time that trials may cost
@@ -105,6 +106,19 @@ class ThreadChooser:
         finally:
             _set_threads(before)
         return errors
+
+
+async def give_threads_to(engine: Engine) -> None:
+    """Let only the compute thread have others beside it, as many as torch has now.
+
+    Each thread that calls parallel code gets helpers of its own, and where there are more of them than CPUs,
+    libgomp lets none of them wait awake for its next piece of work: then a pass of short pieces gains nothing.
+    """
+    count, kernels = torch.get_num_threads(), library()
+    if kernels is not None:
+        kernels.end_team()
+    torch.set_num_threads(1)
+    await engine.submit(Kind.TRAINING, partial(torch.set_num_threads, count))
 
 
 def _set_threads(count: int) -> None:

@@ -224,15 +224,19 @@ async def request(channel: Channel, packet: Packet) -> Packet:
             await channel.close()
         raise
     if isinstance(answer.message, Failure):
-        failure = answer.message
-        raise RequestRefused(
-            failure.message,
-            code=failure.code,
-            field=failure.field,
-            retry_after=failure.retry_after,
-            peer_id=channel.peer_id,
-        )
+        raise refused(answer.message, channel.peer_id)
     return answer
+
+
+def refused(failure: Failure, peer: str) -> RequestRefused:
+    """The peer's typed refusal, to be raised."""
+    return RequestRefused(
+        failure.message,
+        code=failure.code,
+        field=failure.field,
+        retry_after=failure.retry_after,
+        peer_id=peer,
+    )
 
 
 async def _answer(channel: Channel) -> Packet:

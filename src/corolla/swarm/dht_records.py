@@ -33,7 +33,7 @@ MAX_KEYS_ASKED = 64  # in one request
 
 WHOLE_DICTIONARY = b""  # what the library puts in a subkey's place when it hands over all of a key's records
 
-MAP_KEY = "corolla/2/servers"
+MAP_KEY = "corolla/3/servers"
 _SIGNED_AS = b"corolla server record 2\0"
 
 
@@ -57,7 +57,7 @@ _signed = msgspec.msgpack.Decoder(_Signed)
 
 def model_key(model: str) -> str:
     """The key under which a model's servers stand."""
-    return f"corolla/2/model/{model}"
+    return f"corolla/3/model/{model}"
 
 
 def subkey_of(record: ServerRecord) -> str:

@@ -15,14 +15,15 @@ from typing import Annotated, Literal
 import msgspec
 
 # Peers refuse another major protocol version with a typed failure; fields may only be added with a new one.
-PROTOCOL_VERSION = 2
-PROTOCOL_NAME = "corolla/2"
+PROTOCOL_VERSION = 3
+PROTOCOL_NAME = "corolla/3"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Identity = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 ShortText = Annotated[str, msgspec.Meta(max_length=2048)]
 Name = Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
+MOST_PARTS = 256  # of one `Steps`
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 FailureCode = Literal[
@@ -38,6 +39,7 @@ FailureCode = Literal[
     "no_bundle",  # the server has not computed this prompt by itself; send it
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
+    "alone",  # this step cannot be taken among `Steps`; send it as a `Step`
     "internal",  # the server's own fault
 ]
 
@@ -101,6 +103,28 @@ class Step(Message, frozen=True):
 
     position: Count
     reserve: Count = 0
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One session's step among `Steps`; the next `rows` of the hidden states are its own.
+
+    `name` is the session's, the rest as in `Step`.
+    """
+
+    name: Name
+    position: Count
+    rows: Positive
+    reserve: Count = 0
+
+
+class Steps(Message, frozen=True):
+    """The next tokens of several sessions that the peer has open on other streams of its own.
+
+    Each part is taken or refused by itself. One that cannot be taken here, since it would have to wait for room
+    or be computed in pieces, is refused with "alone" and leaves its session as it was.
+    """
+
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=MOST_PARTS)]
 
 
 class CloseSession(Message, frozen=True):
@@ -197,8 +221,14 @@ class Failure(Message, frozen=True):
     retry_after: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
 
 
-ClientMessage = OpenSession | Step | CloseSession | Forward | Backward | Ping
-ServerMessage = Opened | Output | Gradients | Closed | Alive | ServerStatus | Failure
+class Outputs(Message, frozen=True):
+    """The answer to `Steps`: the hidden states of all parts; zeros for those that were refused, by their names."""
+
+    failures: Annotated[dict[Name, Failure], msgspec.Meta(max_length=MOST_PARTS)] = {}
+
+
+ClientMessage = OpenSession | Step | Steps | CloseSession | Forward | Backward | Ping
+ServerMessage = Opened | Output | Outputs | Gradients | Closed | Alive | ServerStatus | Failure
 AnyMessage = ClientMessage | ServerMessage
 
 HEARTBEAT_SECONDS = 1.0
@@ -221,6 +251,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "positions": ("R T", False),
         "rows": ("R", False),
     },
+    Steps: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
     Forward: {
         "hidden": ("R T H", True),
         "hidden_scales": ("R T B", False),
@@ -239,6 +270,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
     },
     Opened: {"hidden": ("R T H", False), "hidden_scales": ("R T B", False)},
     Output: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
+    Outputs: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
     Gradients: {
         "grad": ("R T H", True),
         "grad_scales": ("R T B", False),

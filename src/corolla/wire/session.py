@@ -8,10 +8,11 @@ A `Failure` answers the request at hand and, by its code, decides what is left:
 - malformed, version, out_of_order: the bytes that follow cannot be trusted; the stream is over (ENDED). A
   server may send these in any state, and closes the stream after them.
 - busy, too_large in answer to a `Step`: nothing was computed and the cache is as it was; the session is
-  still OPEN.
+  still OPEN. So it is for the session of a part of `Steps`, and also after "alone".
 - busy, not_allowed before any request: the server does not take the stream at all (ENDED). Its client hears
   it as the answer to its first request.
-- any other answer to a `Step` or `CloseSession`: the session is gone (IDLE); its client replays it.
+- any other answer to a `Step` or `CloseSession`: the session is gone (IDLE); its client replays it. A refused
+  part of `Steps` costs its session the cache likewise, and its stream stays as it is until its client closes it.
 - any other answer to another request: as if it had not been made.
 """
 
@@ -32,9 +33,11 @@ from corolla.wire.messages import (
     Opened,
     OpenSession,
     Output,
+    Outputs,
     Ping,
     ServerStatus,
     Step,
+    Steps,
 )
 
 
@@ -46,6 +49,7 @@ class State(Enum):
     OPEN = "open session"
     STEPPING = "computing a step"
     CLOSING = "closing a session"
+    STEPPING_MANY = "computing steps of several sessions"
     FORWARD = "computing a forward pass"
     BACKWARD = "computing a backward pass"
     PING = "answering a ping"
@@ -56,6 +60,7 @@ class State(Enum):
 TRANSITIONS: dict[State, dict[type[Message], State]] = {
     State.IDLE: {
         OpenSession: State.OPENING,
+        Steps: State.STEPPING_MANY,
         Forward: State.FORWARD,
         Backward: State.BACKWARD,
         Ping: State.PING,
@@ -64,6 +69,7 @@ TRANSITIONS: dict[State, dict[type[Message], State]] = {
     State.OPEN: {Step: State.STEPPING, CloseSession: State.CLOSING, Ping: State.PING_OPEN},
     State.STEPPING: {Output: State.OPEN, Alive: State.STEPPING, Failure: State.IDLE},
     State.CLOSING: {Closed: State.IDLE, Alive: State.CLOSING, Failure: State.IDLE},
+    State.STEPPING_MANY: {Outputs: State.IDLE, Alive: State.STEPPING_MANY, Failure: State.IDLE},
     State.FORWARD: {Output: State.IDLE, Alive: State.FORWARD, Failure: State.IDLE},
     State.BACKWARD: {Gradients: State.IDLE, Alive: State.BACKWARD, Failure: State.IDLE},
     State.PING: {ServerStatus: State.IDLE, Alive: State.PING, Failure: State.IDLE},
@@ -76,7 +82,7 @@ FATAL_CODES = frozenset({"malformed", "version", "out_of_order"})
 # Codes by which a whole stream is refused, before any request.
 REFUSING_CODES = frozenset({"busy", "not_allowed"})
 # Codes that leave a session as it was before the refused `Step`.
-HARMLESS_CODES = frozenset({"busy", "too_large"})
+HARMLESS_CODES = frozenset({"busy", "too_large", "alone"})
 
 CLIENT_TURN = frozenset({State.IDLE, State.OPEN})
 

@@ -18,7 +18,7 @@ import torch
 
 from corolla.errors import ProtocolError
 from corolla.wire.compression import scales_of
-from corolla.wire.messages import TENSORS, Backward, Forward, Message, OpenSession
+from corolla.wire.messages import TENSORS, Backward, Forward, Message, OpenSession, Steps
 
 if sys.byteorder != "little":
     raise ImportError("Corolla's wire format is little-endian; this machine is not.")
@@ -101,6 +101,8 @@ def check(message: Message, specs: Sequence[TensorSpec]) -> None:
 
 
 def _sizes_from_message(message: Message) -> dict[str, int]:
+    if isinstance(message, Steps):
+        return {"R": sum(part.rows for part in message.parts)}
     if not isinstance(message, OpenSession | Forward | Backward):
         return {}
     if message.end <= message.start:

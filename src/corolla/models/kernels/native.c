@@ -4,10 +4,15 @@
  * allocated and nothing is checked here: native.py knows what each function asks of its arguments. Plain C with
  * the vector extensions of GCC and Clang, so that one source serves whatever CPU it is built on.
  */
+#define _GNU_SOURCE /* sched_getcpu */
 #include <math.h>
 #include <stdint.h>
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(_OPENMP) && defined(__linux__)
+#include <sched.h>
+#include <unistd.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -36,6 +41,33 @@ INLINE int thread_number(void) {
     return omp_get_thread_num();
 #else
     return 0;
+#endif
+}
+
+/* A thread that has slept may be woken on the very CPU where the one that waits for it spins, and be left there for
+ * tens of milliseconds beside an idle CPU. So the first thread says where it is, and the others leave that place. */
+#if defined(_OPENMP) && defined(__linux__)
+INLINE int this_cpu(void) { return sched_getcpu(); }
+
+static __attribute__((noinline)) void leave_cpu(int taken) {
+    cpu_set_t allowed;
+    if (taken < 0 || sched_getaffinity(getpid(), sizeof allowed, &allowed)) return;
+    CPU_CLR(taken, &allowed);
+    if (CPU_COUNT(&allowed)) sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+INLINE void keep_apart(int first_cpu) {
+    if (thread_number() && sched_getcpu() == first_cpu) leave_cpu(first_cpu);
+}
+#else
+INLINE int this_cpu(void) { return -1; }
+INLINE void keep_apart(int first_cpu) { (void)first_cpu; }
+#endif
+
+/* End the threads that wait for more work of the calling one. More waiting threads than CPUs do not spin (libgomp). */
+void end_team(void) {
+#if defined(_OPENMP)
+    omp_pause_resource_all(omp_pause_soft);
 #endif
 }
 
@@ -211,14 +243,19 @@ INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const fl
 }
 
 INLINE void product(int form, const Weight *w, const float *x, float *y, int64_t rows, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < w->out; first += OUTS) {
-        if (rows == 1) product_of_few(form, w, x, y, first, 1);
-        if (rows == 2) product_of_few(form, w, x, y, first, 2);
-        if (rows <= FEW) continue;
-        float wide[OUTS * w->in] __attribute__((aligned(64)));
-        for (int o = 0; o < OUTS; o++) widen_row(form, w, first + o, wide + o * w->in);
-        product_of_many(wide, w->in, w->out, x, y + first, (int)rows);
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < w->out; first += OUTS) {
+            if (rows == 1) product_of_few(form, w, x, y, first, 1);
+            if (rows == 2) product_of_few(form, w, x, y, first, 2);
+            if (rows <= FEW) continue;
+            float wide[OUTS * w->in] __attribute__((aligned(64)));
+            for (int o = 0; o < OUTS; o++) widen_row(form, w, first + o, wide + o * w->in);
+            product_of_many(wide, w->in, w->out, x, y + first, (int)rows);
+        }
     }
 }
 
@@ -354,15 +391,20 @@ void attend_rows(const float *query, int64_t query_head, int64_t query_row, cons
     Attention a = {heads, kv_heads, dim, page, most, scale, softcap, window, sinks, slopes};
     Tokens new_keys = {key, key_head, key_row}, new_values = {value, value_head, value_row};
     int64_t group = heads / kv_heads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t one = 0; one < rows * kv_heads; one++) {
-        int64_t row = one / kv_heads, kv = one % kv_heads;
-        if (key) {
-            keep(&a, keys, pages + row * most, lengths[row], kv, new_keys, row);
-            keep(&a, values, pages + row * most, lengths[row], kv, new_values, row);
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+#pragma omp for schedule(dynamic)
+        for (int64_t one = 0; one < rows * kv_heads; one++) {
+            int64_t row = one / kv_heads, kv = one % kv_heads;
+            if (key) {
+                keep(&a, keys, pages + row * most, lengths[row], kv, new_keys, row);
+                keep(&a, values, pages + row * most, lengths[row], kv, new_values, row);
+            }
+            attend_group(&a, keys, values, pages + row * most, lengths[row], kv,
+                         query + row * query_row + kv * group * query_head, query_head,
+                         out + (row * heads + kv * group) * dim, scores + thread_number() * group * room, room);
         }
-        attend_group(&a, keys, values, pages + row * most, lengths[row], kv,
-                     query + row * query_row + kv * group * query_head, query_head,
-                     out + (row * heads + kv * group) * dim, scores + thread_number() * group * room, room);
     }
 }

@@ -40,6 +40,7 @@ _WEIGHT = "ipppiill"
 _SIGNATURES = {
     "narrow_product": _WEIGHT + "ppli",
     "narrow_widen": _WEIGHT + "pi",
+    "end_team": "",
     "scale_rows": "pppllff",
     "attend_rows": "pllpllpllppppllllllffl" + "pp" + "plp" + "i",
 }
