@@ -1,0 +1,165 @@
+"""Generation steps of several sessions of this client on their way to one server, in one message.
+
+Invariant: a step gets its own outputs or its own error, as if it had been sent alone. While a message is under way
+what comes meanwhile waits for the next; and a step waits a little for others that are due, since one pass of many
+rows is far cheaper than many of one, for the server as for the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corolla.errors import CorollaError, ProtocolError
+from corolla.swarm.channel import Channel, refused, request
+from corolla.swarm.rhythm import Rhythm
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Outputs, Part, Steps
+
+UNDER_WAY = 1  # messages to the server at a time
+TOGETHER = (
+    16  # steps in a message: more make its pass hardly cheaper, and two crowds keep two servers at work
+)
+# What a step waits at most for those of others: so long, and so much of the time from one token to the next.
+GATHER_SECONDS = 0.03
+GATHER_SHARE = 0.33
+
+
+@dataclass(frozen=True)
+class _Step:
+    part: Part
+    hidden: Tensor  # [R, 1, H]
+    done: asyncio.Future[Tensor]
+
+
+class Company:
+    """The sessions that one client has at one server. Used on the event loop only."""
+
+    def __init__(self, take: Callable[[], Awaitable[Channel]], give: Callable[[Channel], None]) -> None:
+        """`take` gives a stream to the server with no request open on it, and `give` takes it back."""
+        self.members: set[str] = set()  # sessions with a cache there, by their names
+        self._take, self._give = take, give
+        self._waiting: list[_Step] = []
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._sending: asyncio.Handle | None = None
+        self._until: float | None = None  # how long those that wait do so for others
+        self._rhythm = Rhythm()
+
+    def enter(self, name: str) -> None:
+        """A session of that name has a cache at the server."""
+        self.members.add(name)
+
+    def leave(self, name: str) -> None:
+        """It has none any more."""
+        self.members.discard(name)
+        self._rhythm.forget(name)
+
+    async def step(self, part: Part, hidden: Tensor) -> Tensor:
+        """The outputs [R, 1, H] of a member's step. Raises `RemoteError`."""
+        loop = asyncio.get_running_loop()
+        one = _Step(part, hidden, loop.create_future())
+        self._waiting.append(one)
+        self._rhythm.came(part.name, loop.time())
+        self._send_soon()
+        return await one.done
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        for task in self._under_way:
+            task.cancel()
+
+    def _send_soon(self) -> None:
+        """Send when all are there who are about to bring a step: in this turn of the loop, or by their own pace."""
+        if not self._waiting or len(self._under_way) >= UNDER_WAY:
+            return
+        loop = asyncio.get_running_loop()
+        waiting, now = {one.part.name for one in self._waiting}, loop.time()
+        if self._until is None:
+            self._until = now + min(GATHER_SECONDS, GATHER_SHARE * self._rhythm.fastest(waiting))
+        if self._sending is not None:
+            self._sending.cancel()
+        if len(waiting) < TOGETHER and self._rhythm.others_due(now, self._until, waiting):
+            self._sending = loop.call_at(self._until, self._send)
+        else:
+            self._sending = loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        self._sending = self._until = None
+        wanted = [one for one in self._waiting if not one.done.done()]  # the rest was given up
+        together, self._waiting = _alike(wanted)
+        if together:
+            task = asyncio.create_task(self._exchange(together))
+            self._under_way.add(task)
+            task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._send_soon()
+
+    async def _exchange(self, steps: list[_Step]) -> None:
+        try:
+            answer, peer = await self._ask(steps)
+        except CorollaError as error:
+            for one in steps:
+                if not one.done.done():
+                    one.done.set_exception(error)
+        except BaseException:  # closed, or a mistake of ours
+            for one in steps:
+                one.done.cancel()
+            raise
+        else:
+            _hand_out(steps, answer, peer)
+
+    async def _ask(self, steps: list[_Step]) -> tuple[Packet, str]:
+        """The answer, and whose it is."""
+        channel = await self._take()
+        message = Steps(parts=tuple(one.part for one in steps))
+        hidden = torch.cat([one.hidden for one in steps])
+        try:
+            answer = await request(channel, Packet(message, {"hidden": hidden}))
+            _check(answer, hidden, channel.peer_id)
+        except BaseException:
+            await channel.close()
+            raise
+        self._give(channel)
+        return answer, channel.peer_id
+
+
+def _alike(steps: list[_Step]) -> tuple[list[_Step], list[_Step]]:
+    """Those that can go together with the first, and the rest."""
+    together: list[_Step] = []
+    rest: list[_Step] = []
+    for one in steps:
+        first = steps[0].hidden
+        fits = len(together) < TOGETHER and one.hidden.dtype == first.dtype
+        fits = fits and one.hidden.shape[1:] == first.shape[1:]
+        (together if fits else rest).append(one)
+    return together, rest
+
+
+def _check(answer: Packet, hidden: Tensor, peer: str) -> None:
+    """Raises `ProtocolError` unless there are outputs for all steps."""
+    found = answer.tensors.get("hidden")
+    fits = found is not None and found.shape == hidden.shape and found.dtype == hidden.dtype
+    if fits and isinstance(answer.message, Outputs):
+        return
+    raise ProtocolError(
+        f"{peer} did not answer with {hidden.dtype} {list(hidden.shape)}.", field="hidden", peer_id=peer
+    )
+
+
+def _hand_out(steps: list[_Step], answer: Packet, peer: str) -> None:
+    assert isinstance(answer.message, Outputs)
+    outputs = torch.split(answer.tensors["hidden"], [one.part.rows for one in steps])
+    for one, output in zip(steps, outputs, strict=True):
+        failure = answer.message.failures.get(one.part.name)
+        if one.done.done():
+            continue
+        if failure is None:
+            one.done.set_result(output)
+        else:
+            one.done.set_exception(refused(failure, peer))
