@@ -24,7 +24,8 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.client import training
-from corolla.client.chain import SessionChain, SpanSession
+from corolla.client.chain import SessionChain
+from corolla.client.span_session import SpanSession
 from corolla.models.packing import PackedBatch
 from corolla.models.pages import CachedRow, pages_for
 from corolla.models.span import Span

@@ -40,10 +40,10 @@ OTHER_DTYPES = (
 )
 WIRE_NAMES = {**DTYPES, torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 KINDS = {
-    State.IDLE: ("open", "open", "open", "forward", "backward", "ping"),
+    State.IDLE: ("open", "open", "open", "steps", "forward", "backward", "ping"),
     State.OPEN: ("step", "step", "step", "step", "close", "ping"),
 }
-ALL_KINDS = ("open", "step", "close", "forward", "backward", "ping")
+ALL_KINDS = ("open", "step", "steps", "close", "forward", "backward", "ping")
 
 
 def honest(rng: random.Random, kind: str, cached: tuple[int, int]) -> Frame:
@@ -69,6 +69,8 @@ def honest(rng: random.Random, kind: str, cached: tuple[int, int]) -> Frame:
         return body, prompts
     if kind == "step":
         return _step(rng, cached, seed)
+    if kind == "steps":
+        return _steps(rng, cached, seed)
     if kind == "close":
         return {"type": "CloseSession", "keep": rng.random() < 0.5}, {}
     if kind == "ping":
@@ -103,6 +105,22 @@ def _step(rng: random.Random, cached: tuple[int, int], seed: int) -> Frame:
         tensors["positions"] = torch.arange(position, position + count).repeat(rows, 1)
     body = {"type": "Step", "position": position, "reserve": rng.choice((0, 0, position + count, 30))}
     return body, _compressed(rng, tensors)
+
+
+def _steps(rng: random.Random, cached: tuple[int, int], seed: int) -> Frame:
+    """Of sessions that may be open on other streams of this peer."""
+    names = rng.sample(NAMES, rng.choice((1, 2, 3)))
+    parts = [
+        {
+            "name": name,
+            "position": rng.choice((0, cached[1], 1, 2)),
+            "rows": rng.choice((1, 1, 2)),
+            "reserve": 0,
+        }
+        for name in names
+    ]
+    hidden = noise(sum(part["rows"] for part in parts), rng.choice((1, 1, 1, 2)), HIDDEN, seed=seed)
+    return {"type": "Steps", "parts": parts}, _compressed(rng, {"hidden": hidden})
 
 
 def _compressed(rng: random.Random, tensors: Tensors) -> Tensors:

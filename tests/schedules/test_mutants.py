@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.client.chain import SessionChain, SpanSession
+from corolla.client.chain import SessionChain
 from corolla.client.history import History
+from corolla.client.span_session import SpanSession
 from corolla.client.training import MicroBatch, Stage, TrainingPass
 from tests.faults import Fault
 from tests.schedules.plan import Schedule

@@ -203,6 +203,6 @@ async def test_the_thread_outlives_what_it_was_posted(
         kind, group, session, tokens_left = Kind.DECODE, None, None, 1
 
     with pytest.raises(TypeError):
-        await asyncio.wait_for(engine.step(Step()), 20)  # type: ignore[arg-type]
+        await asyncio.wait_for(engine.steps([Step()])[0], 20)  # type: ignore[list-item]
     assert await engine.submit(Kind.DECODE, lambda: 2) == 2
     assert len(caplog.records) == 2

@@ -24,7 +24,7 @@ from tests.server.world import (
 )
 
 from corolla.errors import RequestRefused
-from corolla.server import engine, handlers
+from corolla.server import engine, stepping
 from corolla.server.checks import check_memory, working_bytes
 from corolla.server.engine import Kind
 from corolla.swarm.channel import Channel, request
@@ -81,7 +81,7 @@ async def test_a_second_request_before_the_answer_is_out_of_order(world: World) 
 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handlers, "PREFILL_TOKENS", 8)  # 4 tokens of each of two rows
+    monkeypatch.setattr(stepping, "PREFILL_TOKENS", 8)  # 4 tokens of each of two rows
     monkeypatch.setattr(engine, "PASS_TOKENS", 8)
 
 

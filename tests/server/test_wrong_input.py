@@ -255,7 +255,7 @@ def preamble(
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "malformed", "magic"),
         (preamble(version=1), "version", "version"),
-        (preamble(version=3), "version", "version"),
+        (preamble(version=PROTOCOL_VERSION + 1), "version", "version"),
         (preamble(version=0), "version", "version"),
         (preamble(reserved=1), "malformed", "reserved"),
         (preamble(header=2**32 - 1), "malformed", "header"),

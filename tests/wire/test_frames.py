@@ -38,11 +38,14 @@ from corolla.wire.messages import (
     Opened,
     OpenSession,
     Output,
+    Outputs,
+    Part,
     Ping,
     Prefilled,
     ServerMessage,
     ServerStatus,
     Step,
+    Steps,
 )
 
 R, T, S, H, N, P = 2, 3, 5, 4, 6, 7
@@ -97,6 +100,16 @@ EVERYTHING: list[Packet] = [
     Packet(Opened()),
     Packet(Opened(position=P), {"hidden": hidden(torch.float32, 1, P, H)}),
     Packet(Output(), {"hidden": hidden()}),
+    Packet(
+        Steps(
+            parts=(
+                Part(name="0" * 16, position=2, rows=1, reserve=9),
+                Part(name="1" * 16, position=0, rows=1),
+            )
+        ),
+        {"hidden": hidden()},
+    ),
+    Packet(Outputs(failures=(("1" * 16, Failure(code="evicted", message="gone")),)), {"hidden": hidden()}),
     Packet(Gradients(), {"grad": hidden(), "prompts": PROMPTS}),
     Packet(Closed()),
     Packet(Alive(ahead=3)),
@@ -373,3 +386,9 @@ def test_no_damage_gets_through_as_another_error(data: st.DataObject) -> None:
     damaged = damaged[: data.draw(st.integers(len(damaged) // 2, len(damaged)))]
     with contextlib.suppress(ProtocolError):
         decode(damaged, AnyMessage)
+
+
+def test_the_rows_of_steps_are_all_somebodys() -> None:
+    parts = (Part(name="0" * 16, position=0, rows=1), Part(name="1" * 16, position=0, rows=2))
+    with pytest.raises(ValueError, match="dimension R must be 3"):
+        encode(Packet(Steps(parts=parts), {"hidden": hidden()}))

@@ -21,10 +21,13 @@ from corolla.wire.messages import (
     Opened,
     OpenSession,
     Output,
+    Outputs,
+    Part,
     Ping,
     ServerMessage,
     ServerStatus,
     Step,
+    Steps,
 )
 from corolla.wire.session import CLIENT_TURN, TRANSITIONS, Conversation, State, following
 
@@ -44,8 +47,10 @@ STATUS = ServerStatus(
     tokens_forward=0,
     tokens_backward=0,
 )
+STEPS, OUTPUTS = Steps(parts=(Part(name="0" * 16, position=0, rows=1),)), Outputs()
 OPENED, OUTPUT, GRADIENTS, CLOSED, ALIVE = Opened(), Output(), Gradients(), Closed(), Alive()
-ALL = [OPEN, STEP, CLOSE, PING, FORWARD, BACKWARD, OPENED, OUTPUT, GRADIENTS, CLOSED, ALIVE, STATUS]
+ASKED = [OPEN, STEP, STEPS, CLOSE, PING, FORWARD, BACKWARD]
+ALL = [*ASKED, OPENED, OUTPUT, OUTPUTS, GRADIENTS, CLOSED, ALIVE, STATUS]
 
 
 def failure(code: str) -> Failure:
@@ -69,7 +74,8 @@ def test_whole_conversations() -> None:
 
 
 LEGAL = {
-    (): {OPEN, FORWARD, BACKWARD, PING},
+    (): {OPEN, STEPS, FORWARD, BACKWARD, PING},
+    (STEPS,): {OUTPUTS, ALIVE},
     (OPEN,): {OPENED, ALIVE},
     (OPEN, OPENED): {STEP, CLOSE, PING},
     (OPEN, OPENED, STEP): {OUTPUT, ALIVE},
@@ -106,7 +112,7 @@ def test_every_state_is_covered_and_belongs_to_one_side() -> None:
 
 @pytest.mark.parametrize("code", get_args(FailureCode))
 def test_a_refused_step(code: str) -> None:
-    expected = {"busy": State.OPEN, "too_large": State.OPEN}
+    expected = dict.fromkeys(("busy", "too_large", "alone"), State.OPEN)
     expected |= dict.fromkeys(("malformed", "version", "out_of_order"), State.ENDED)
     assert after(OPEN, OPENED, STEP, failure(code)) is expected.get(code, State.IDLE)
 
@@ -114,6 +120,7 @@ def test_a_refused_step(code: str) -> None:
 def test_other_refusals() -> None:
     assert after(OPEN, failure("busy")) is State.IDLE
     assert after(FORWARD, failure("internal")) is State.IDLE
+    assert after(STEPS, failure("busy")) is after(STEPS, OUTPUTS) is State.IDLE
     assert after(BACKWARD, failure("no_lease"), BACKWARD, GRADIENTS) is State.IDLE
     assert after(OPEN, OPENED, PING, failure("internal")) is State.OPEN
     assert after(OPEN, OPENED, CLOSE, failure("evicted")) is State.IDLE

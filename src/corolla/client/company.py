@@ -155,8 +155,9 @@ def _check(answer: Packet, hidden: Tensor, peer: str) -> None:
 def _hand_out(steps: list[_Step], answer: Packet, peer: str) -> None:
     assert isinstance(answer.message, Outputs)
     outputs = torch.split(answer.tensors["hidden"], [one.part.rows for one in steps])
+    failures = dict(answer.message.failures)
     for one, output in zip(steps, outputs, strict=True):
-        failure = answer.message.failures.get(one.part.name)
+        failure = failures.get(one.part.name)
         if one.done.done():
             continue
         if failure is None:

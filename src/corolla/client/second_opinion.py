@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from corolla.client.audit import Answer
-from corolla.client.chain import checked
+from corolla.client.span_session import checked
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, RemoteError, SwarmUnavailable
 from corolla.swarm.channel import request

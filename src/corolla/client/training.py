@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from corolla.client.chain import checked
 from corolla.client.retry import Retry
+from corolla.client.span_session import checked
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.swarm.channel import request

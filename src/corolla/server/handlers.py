@@ -119,17 +119,17 @@ class _Stream:
         """
         budgets = self._server.limits.budgets
         while True:
-            patience = budgets.stream_silence if self._session is None else budgets.session_silence
+            session = self._session
+            patience = budgets.stream_silence if session is None else budgets.session_silence
+            steps = 0 if session is None else session.steps
             await asyncio.wait({incoming}, timeout=patience)
             if incoming.done():
                 return not incoming.cancelled()
             if self._channel.receiving:  # for that there are limits of its own
                 continue
-            if self._session is None:
+            if session is None:
                 return False
-            if not self._server.budget.used_within(
-                self._session, patience
-            ):  # its steps may come with others'
+            if session.steps == steps:  # otherwise its steps come together with others', on another stream
                 self.close_session()
 
     async def _answer_while_wanted(self, packet: Packet, incoming: asyncio.Task[Packet]) -> bool:

@@ -102,10 +102,6 @@ class CacheBudget:
         """Note that it is being used now."""
         holder.last_used = self._clock()
 
-    def used_within(self, holder: Holder, seconds: float) -> bool:
-        """Whether it was used in the last so many seconds."""
-        return self._clock() - holder.last_used < seconds
-
     async def reserve(self, holder: Holder, pages: int, field: str) -> None:
         """Grow or shrink a reservation to `pages`; `field` is the message field that asks for it.
 

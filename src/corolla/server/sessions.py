@@ -51,6 +51,7 @@ class CachedSession:
         self.last_used = 0.0
         self.evicted = False
         self.users = 0  # requests that work on it now
+        self.steps = 0  # that were begun
         self.stepping = False  # a step is being taken
         self.computing: asyncio.Future[Any] | None = None  # its result, while it is in the engine
         self.closed = False

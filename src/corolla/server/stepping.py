@@ -54,6 +54,7 @@ def _stepping(session: CachedSession | None) -> Iterator[CachedSession]:
     if session.stepping:
         raise RequestRefused("The session has not answered the step before.", code="malformed", field="name")
     session.stepping = True
+    session.steps += 1
     try:
         yield session
     finally:
@@ -129,7 +130,7 @@ async def take_steps(server: BlockServer, peer: str, message: Steps, hidden: Ten
                 part.session.computing = None
         for part, output in zip(going, outputs, strict=True):
             part.ends(output)
-    failures = {part.message.name: part.failure for part in parts if part.failure is not None}
+    failures = tuple((part.message.name, part.failure) for part in parts if part.failure is not None)
     return Packet(Outputs(failures=failures), {"hidden": torch.cat([part.output for part in parts])})
 
 

@@ -222,9 +222,9 @@ class Failure(Message, frozen=True):
 
 
 class Outputs(Message, frozen=True):
-    """The answer to `Steps`: the hidden states of all parts; zeros for those that were refused, by their names."""
+    """The answer to `Steps`: the hidden states of all parts; zeros for those that were refused, which are named."""
 
-    failures: Annotated[dict[Name, Failure], msgspec.Meta(max_length=MOST_PARTS)] = {}
+    failures: Annotated[tuple[tuple[Name, Failure], ...], msgspec.Meta(max_length=MOST_PARTS)] = ()
 
 
 ClientMessage = OpenSession | Step | Steps | CloseSession | Forward | Backward | Ping

@@ -1,0 +1,284 @@
+"""Steps of several sessions in one message: each is taken or refused as if it had come by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+import torch
+from tests.server.test_limits import served
+from tests.server.world import (
+    HIDDEN,
+    Blocker,
+    World,
+    assert_same,
+    assert_serves_exactly,
+    noise,
+    opening,
+    until,
+    until_waiting,
+)
+from torch import Tensor
+
+from corolla.errors import RequestRefused
+from corolla.server import steps as steps_module
+from corolla.swarm.channel import Channel, request
+from corolla.swarm.transport.memory import MemoryTransport
+from corolla.wire.frames import Packet
+from corolla.wire.messages import PROTOCOL_NAME, CloseSession, Outputs, Part, Ping, Step, Steps
+
+
+@pytest.fixture(params=["llama", "bloom"])
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    world = World(request.param, capacity=60)
+    await world.start()
+    yield world
+    await world.close()
+
+
+class Peer:
+    """One client with some sessions, and a stream for the steps of all."""
+
+    def __init__(self, world: World, name: str = "peer") -> None:
+        self.world = world
+        self.transport: MemoryTransport = world.network.transport(name)
+        self.sessions: list[Session] = []
+
+    async def channel(self) -> Channel:
+        return Channel(await self.transport.open("server", PROTOCOL_NAME), side="client", silence=20)
+
+    async def open(self, *rows: int, tokens: int = 30) -> list[Session]:
+        for count in rows:
+            index = len(self.sessions)
+            session = Session(
+                await self.channel(), f"session number {index}", noise(count, 30, HIDDEN, seed=index)
+            )
+            message = opening(rows=count, tokens=tokens, name=session.name)
+            await request(session.channel, Packet(message))
+            await session.step(5 + index)
+            self.sessions.append(session)
+        self.together = await self.channel()
+        return self.sessions
+
+    async def step(self, sessions: Sequence[Session], **changes: int) -> Outputs:
+        """One token of each; those that were taken are noted."""
+        parts = tuple(session.part(**changes) for session in sessions)
+        hidden = torch.cat([session.next() for session in sessions])
+        reply = await request(self.together, Packet(Steps(parts=parts), {"hidden": hidden}))
+        assert isinstance(reply.message, Outputs)
+        outputs = torch.split(reply.tensors["hidden"], [part.rows for part in parts])
+        for session, output in zip(sessions, outputs, strict=True):
+            if session.name in codes(reply.message):
+                assert not output.any()
+            else:
+                session.took(output)
+        return reply.message
+
+
+class Session:
+    def __init__(self, channel: Channel, name: str, tokens: Tensor) -> None:
+        self.channel, self.name, self.tokens = channel, name, tokens
+        self.outputs: list[Tensor] = []
+        self.at = 0
+
+    def part(self, **changes: int) -> Part:
+        return Part(**({"name": self.name, "position": self.at, "rows": len(self.tokens)} | changes))  # type: ignore[arg-type]
+
+    def next(self, count: int = 1) -> Tensor:
+        return self.tokens[:, self.at : self.at + count].contiguous()
+
+    def took(self, output: Tensor) -> None:
+        self.outputs.append(output)
+        self.at += int(output.shape[1])
+
+    async def step(self, count: int = 1) -> None:
+        packet = Packet(Step(position=self.at), {"hidden": self.next(count)})
+        self.took((await request(self.channel, packet)).tensors["hidden"])
+
+    def assert_right(self, world: World) -> None:
+        assert_same(torch.cat(self.outputs, 1), world.reference.forward(self.tokens[:, : self.at]))
+
+
+def codes(reply: Outputs) -> dict[str, str]:
+    return {name: failure.code for name, failure in reply.failures}
+
+
+async def test_sessions_of_any_rows_step_together_and_by_themselves_in_turn(world: World) -> None:
+    peer = Peer(world)
+    one, two, three = await peer.open(1, 2, 1)
+    for turn in range(4):
+        assert not (await peer.step((three, one, two))).failures
+        await (one, two, three)[turn % 3].step()
+    for session in (one, two, three):
+        session.assert_right(world)
+    assert world.server.counters.inference == sum(len(one.tokens) * one.at for one in peer.sessions)
+
+
+async def test_a_step_back_among_others(world: World) -> None:
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    await peer.step((one, two))
+    one.at, one.outputs = 3, [torch.cat(one.outputs, 1)[:, :3]]
+    one.tokens[:, 3:] = noise(1, 27, HIDDEN, seed=99)
+    await peer.step((one, two))
+    await peer.step((one, two))
+    for session in (one, two):
+        session.assert_right(world)
+
+
+async def test_all_parts_share_a_pass(world: World) -> None:
+    peer, passes = Peer(world), []
+    sessions = await peer.open(1, 1, 1)
+    own = world.engine.run_pass
+    assert own is not None
+    world.engine.run_pass = lambda parts: passes.append(len(parts)) or own(parts)  # type: ignore[func-returns-value]
+    await peer.step(sessions)
+    assert passes == [3]
+
+
+async def test_each_part_is_refused_by_itself(world: World) -> None:
+    peer, stranger = Peer(world), Peer(world, "stranger")
+    one, two, three, four = await peer.open(1, 1, 1, 1)
+    [own] = await stranger.open(1)
+    own.name = four.name  # a name is its peer's own
+    stranger_s = await request(own.channel, Packet(CloseSession()))
+    assert stranger_s.message
+    reply = await stranger.step([own])
+    assert codes(reply) == {four.name: "evicted"}
+
+    two.at += 1  # a token is left out
+    three.name = "somebody else's!"
+    reply = await peer.step((one, two, three, four))
+    assert codes(reply) == {two.name: "malformed", three.name: "evicted"}
+    assert dict(reply.failures)[two.name].field == "position"
+    await peer.step((one, four))
+    for session in (one, four):
+        session.assert_right(world)
+    with pytest.raises(RequestRefused) as refused:  # its cache went with the refusal
+        await two.step()
+    assert refused.value.code == "evicted"
+    await assert_serves_exactly(world)
+
+
+async def test_the_wrong_number_of_rows_or_width(world: World) -> None:
+    peer = Peer(world)
+    one, two = await peer.open(1, 2)
+    two.tokens = two.tokens[:1]
+    assert codes(await peer.step((one, two))) == {two.name: "malformed"}
+    one.assert_right(world)
+
+
+async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: World) -> None:
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    reply = await peer.step((one, two), reserve=500)
+    assert set(codes(reply).values()) == {"alone"}
+    for session in (one, two):
+        await session.step()
+        session.assert_right(world)
+
+
+async def test_a_family_that_cannot_be_packed() -> None:
+    world = World("falcon", capacity=60)
+    await world.start()
+    try:
+        peer = Peer(world)
+        one, two = await peer.open(1, 1)
+        assert set(codes(await peer.step((one, two))).values()) == {"alone"}
+        await one.step()
+        one.assert_right(world)
+    finally:
+        await world.close()
+
+
+async def test_a_session_takes_one_step_at_a_time(world: World) -> None:
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    with pytest.raises(RequestRefused, match="one step at a time"):
+        await peer.step((one, two, one))
+    peer.together = await peer.channel()
+    second = await peer.channel()
+    async with Blocker(world.engine):
+        going = asyncio.create_task(peer.step((one,)))
+        await until_waiting(world, 1)
+        parts = (one.part(), two.part())
+        asked = asyncio.create_task(
+            request(second, Packet(Steps(parts=parts), {"hidden": torch.cat([one.next(), two.next()])}))
+        )
+        await until_waiting(world, 2)
+    await going
+    reply = await asked
+    assert isinstance(reply.message, Outputs)
+    assert codes(reply.message) == {one.name: "malformed"}
+    two.took(reply.tensors["hidden"][1:])
+    await peer.step((one, two))
+    for session in (one, two):
+        session.assert_right(world)
+
+
+async def test_a_session_closed_while_its_step_waits(world: World) -> None:
+    """The others' are answered; nothing is computed for it, and no page stays."""
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    async with Blocker(world.engine):
+        going = asyncio.create_task(peer.step((one, two)))
+        await until_waiting(world, 2)
+        await one.channel.close()
+        await until(lambda: world.server.counters.sessions == 1)
+    assert codes(await going) == {one.name: "evicted"}
+    two.assert_right(world)
+    await two.channel.close()
+    await until(lambda: world.held == (0, 0, 0))
+    assert await world.pages_held() == 0
+
+
+async def test_a_client_that_goes_while_its_steps_wait(world: World) -> None:
+    """What its sessions hold is not known any more, so they hold nothing."""
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    async with Blocker(world.engine):
+        going = asyncio.create_task(peer.step((one, two)))
+        await until_waiting(world, 2)
+        going.cancel()
+        await asyncio.wait([going])
+        await peer.together.close()
+        await until(lambda: world.engine.waiting == 0)
+    for session in (one, two):
+        with pytest.raises(RequestRefused) as refused:
+            await session.step()
+        assert refused.value.code == "evicted"
+    assert await world.pages_held() == 0
+
+
+async def test_a_step_that_fails_fails_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    own = steps_module.PackedStep.load
+
+    def load(step: steps_module.PackedStep, count: int, begin: int) -> object:
+        if len(step.session.cached) and step.session.length == one.at:
+            raise ZeroDivisionError
+        return own(step, count, begin)
+
+    monkeypatch.setattr(steps_module.PackedStep, "load", load)
+    reply = await peer.step((one, two))
+    assert codes(reply) == {one.name: "internal"}
+    two.assert_right(world)
+    monkeypatch.undo()
+    await peer.step((two,))
+    two.assert_right(world)
+
+
+async def test_a_stream_may_be_silent_while_its_session_steps_with_others() -> None:
+    async with served(session_silence=0.2) as world:
+        peer = Peer(world)
+        one, two = await peer.open(1, 1)
+        async with asyncio.timeout(20):
+            for _ in range(8):
+                assert not (await peer.step((one, two))).failures
+                await asyncio.sleep(0.06)
+        for session in (one, two):
+            session.assert_right(world)
+        await request(peer.together, Packet(Ping()))
+        await until(lambda: world.server.counters.sessions == 0)  # both silent now
