@@ -15,7 +15,7 @@ from corolla.models.kernels import int8
 from corolla.models.kernels.int8 import Int8Linear, activation_levels, has_int8
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
-SIZES = [(7, 5), (64, 48), (1, 33), (130, 1)]  # [out, in]
+SIZES = [(7, 5), (64, 48), (1, 33), (130, 1), (80, 64)]  # [out, in]
 KINDS = [
     pytest.param(
         PackedLinear,
@@ -227,3 +227,43 @@ def test_long_sums_are_cut_and_stay_true(rows: int) -> None:
     )
     (gradient,) = torch.autograd.grad(found.sum(), value)
     torch.testing.assert_close(gradient, weight.sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not int8._has_vnni() or not activation_levels(), reason="only one of the int8 kernels")
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 70])
+def test_both_int8_kernels_agree(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """To one step of an activation: fbgemm adds 128 before it rounds, so it sees ties where there are none."""
+    layer, value = plain(80, 64), torch.randn(rows, 64)
+    ours = Int8Linear(layer.weight, layer.bias)
+    monkeypatch.setattr(int8, "_has_vnni", lambda: False)
+    theirs = Int8Linear(layer.weight, layer.bias)
+    assert type(ours.kept) is not type(theirs.kept)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.weight, stored(layer))
+    found, other = ours(value), theirs(value)
+    one_step = float(value.abs().max() * layer.weight.abs().max()) / 127
+    torch.testing.assert_close(found, other, atol=one_step, rtol=0)
+    torch.testing.assert_close(theirs(value), expected(Int8Linear, value, layer), atol=one_step, rtol=0)
+
+
+@pytest.mark.skipif(not int8._has_vnni(), reason="no VNNI")
+def test_threads_change_no_bit_of_an_int8_product() -> None:
+    layer, value = plain(176, 64), torch.randn(21, 64)
+    packed, before = Int8Linear(layer.weight, layer.bias), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = packed(value)
+        torch.set_num_threads(2)
+        assert torch.equal(packed(value), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not int8._has_vnni(), reason="no VNNI")
+def test_the_widest_int8_sums_fit() -> None:
+    width = int8.MOST_COLUMNS
+    weight = torch.ones(16, width)
+    weight[8:] = -1
+    found = Int8Linear(weight)(torch.ones(1, width))
+    torch.testing.assert_close(found, weight.sum(1).unsqueeze(0))
+    assert not int8._Vnni.takes(torch.empty(16, width + 16, device="meta"))

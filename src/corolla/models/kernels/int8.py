@@ -1,8 +1,8 @@
 """A frozen linear layer in 8-bit integers: weights per output channel, activations per row.
 
-Invariant: a row's result has the same bits whoever it is batched with. fbgemm's dynamic kernel gives the
-whole batch one scale; here every row is divided by a step of its own first, the kernel then rounds to whole
-numbers, and sums of integers are exact in any order.
+Invariant: a row's result has the same bits whoever it is batched with: every row is divided by a step of its own
+and rounded to whole numbers, and sums of integers are exact in any order. They are added up by native.c where the
+CPU has VNNI for it, else by fbgemm, whose dynamic kernel alone would give the whole batch one step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from corolla.models.kernels.packed import FrozenLinear, multiply
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
 TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
+ZERO = 128  # what native.c adds to an activation, so that it has no sign
+VNNI_OUTPUTS, VNNI_COLUMNS = 16, 16  # of which a weight for native.c has to have multiples
+MOST_COLUMNS = 2**16  # 255 times 127 of them fit into 32 bits
 FEW_ROWS = 64  # with more, torch's operators cost little beside the product
 
 
@@ -48,8 +51,13 @@ def activation_levels() -> int:
 
 
 def has_int8() -> bool:
-    """Whether this machine and this torch have an exact int8 kernel (x86 with AVX2)."""
-    return activation_levels() > 0
+    """Whether this machine has an exact int8 kernel (x86 with AVX2)."""
+    return _has_vnni() or activation_levels() > 0
+
+
+def _has_vnni() -> bool:
+    kernels = library()
+    return kernels is not None and bool(kernels.knows_int8())
 
 
 class Int8Linear(FrozenLinear):
@@ -62,20 +70,18 @@ class Int8Linear(FrozenLinear):
         the activations' error vanish, for 5 µs with one row and twice the arithmetic with many. Left out: one,
         but two where sums would saturate, since one of 7 bits costs 0.1 nats.
 
-        Raises `UsageError` where torch has no such kernel.
+        Raises `UsageError` where there is no such kernel.
         """
-        levels = activation_levels()
-        if not levels:
+        if not has_int8():
             raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
         super().__init__(int(weight.shape[0]), int(weight.shape[1]), bias)
-        self.levels = levels
-        self.pieces = pieces or (1 if levels == 127 else 2)
-        self.packed = _pack(weight.detach())
+        weight, own = weight.detach(), pieces in (None, 1) and _Vnni.takes(weight)
+        self.kept: _Vnni | _Fbgemm = _Vnni(weight) if own else _Fbgemm(weight, pieces)
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, float32 [out, in]; made anew at each reading."""
-        return _dequantized(self.packed)
+        return self.kept.widened()
 
     def weight_bytes(self) -> int:
         """Memory of weight and bias in bytes: one a weight; scale, zero point and sum for every channel."""
@@ -85,32 +91,95 @@ class Int8Linear(FrozenLinear):
         """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
         self.check_input(input)
         if input.requires_grad and torch.is_grad_enabled():
-            arguments = (input, self.packed, self.bias, self.levels, self.pieces)
-            product: Tensor = _Int8Product.apply(*arguments)  # type: ignore[no-untyped-call]
+            product: Tensor = _Int8Product.apply(input, self)  # type: ignore[no-untyped-call]
             return product
-        return _multiply_rows(input, self.packed, self.bias, self.levels, self.pieces)
+        return self.multiply(input)
+
+    def multiply(self, value: Tensor) -> Tensor:
+        """The product without a gradient."""
+        product = self.kept.multiply(value.reshape(-1, value.shape[-1]), self.bias)
+        return product.view(*value.shape[:-1], product.shape[-1])
 
 
 class _Int8Product(torch.autograd.Function):
     """The product, whose gradient for the input is that of the dequantized weight (straight through)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int
-    ) -> Tensor:
-        ctx.packed = packed
-        return _multiply_rows(value, packed, bias, levels, pieces)
+    def forward(ctx: Any, value: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return multiply(gradient, _dequantized(ctx.packed).t(), None), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return multiply(gradient, ctx.layer.weight.t(), None), None
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers int8 [out, in] and their steps float32 [out], of which each output has its own."""
+    steps = weight.abs().amax(dim=1).clamp_min(TINY) / WEIGHT_LEVELS
+    return torch.round(weight / steps[:, None]).to(torch.int8), steps
+
+
+class _Vnni:
+    """A weight for `int8_product` of native.c."""
+
+    def __init__(self, weight: Tensor) -> None:
+        whole, self._steps = _quantized(weight)
+        self._sums = whole.sum(1, dtype=torch.int32) * ZERO
+        blocks = whole.view(-1, VNNI_OUTPUTS, whole.shape[1] // 4, 4)
+        self._values = blocks.transpose(1, 2).contiguous()
+        self._described = tuple(pointer(one) for one in (self._values, self._steps, self._sums))
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether there is a kernel for it here."""
+        rows, columns = weight.shape
+        fits = rows % VNNI_OUTPUTS == 0 and columns % VNNI_COLUMNS == 0 and columns <= MOST_COLUMNS
+        return fits and _has_vnni()
+
+    def multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[n, in] to [n, out]."""
+        rows = rows.contiguous()
+        (count, columns), outputs = rows.shape, len(self._steps)
+        codes, steps = torch.empty(count, columns, dtype=torch.uint8), rows.new_empty(count)
+        product, kernels = rows.new_empty(count, outputs), library()
+        assert kernels is not None
+        kernels.int8_product(
+            *self._described,
+            *(pointer(bias), columns, outputs, pointer(rows), pointer(codes), pointer(steps)),
+            *(pointer(product), count, WEIGHT_LEVELS, TINY, torch.get_num_threads()),
+        )
+        return product
+
+    def widened(self) -> Tensor:
+        """float32 [out, in]."""
+        blocks = self._values.transpose(1, 2)
+        return blocks.reshape(len(self._steps), -1) * self._steps[:, None]
+
+
+class _Fbgemm:
+    """A weight for torch's own kernel."""
+
+    def __init__(self, weight: Tensor, pieces: int | None) -> None:
+        self._levels = activation_levels()
+        self._pieces = pieces or (1 if self._levels == WEIGHT_LEVELS else 2)
+        self._packed = _pack(weight)
+
+    def multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[n, in] to [n, out]."""
+        return _multiply_rows(rows, self._packed, bias, self._levels, self._pieces)
+
+    def widened(self) -> Tensor:
+        """float32 [out, in]."""
+        with torch.no_grad():
+            weight: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].dequantize()
+        return weight
 
 
 def _pack(weight: Tensor) -> Any:
     """fbgemm's packed form of a float32 weight [out, in], each row with its own scale."""
-    scales = weight.abs().amax(dim=1).clamp_min(TINY) / WEIGHT_LEVELS
-    integers = torch.round(weight / scales[:, None]).to(torch.int8)
+    integers, scales = _quantized(weight)
     zeros = torch.zeros(len(scales), dtype=torch.long)
     with warnings.catch_warnings():
         # fbgemm packs from a quantized tensor only, and torch says that those will go one day.
@@ -121,15 +190,8 @@ def _pack(weight: Tensor) -> Any:
     return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-def _dequantized(packed: Any) -> Tensor:
-    with torch.no_grad():
-        weight: Tensor = torch.ops.quantized.linear_unpack(packed)[0].dequantize()
-    return weight
-
-
-def _multiply_rows(value: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int) -> Tensor:
-    """value @ weight.T + bias with every row of `value` quantized by its own largest entry."""
-    rows = value.reshape(-1, value.shape[-1])
+def _multiply_rows(rows: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int) -> Tensor:
+    """rows @ weight.T + bias with every row of `rows` [n, in] quantized by its own largest entry."""
     scaled, step = _scaled(rows, levels)
     if pieces == 1:
         product = _integer_product(scaled, packed, levels)
@@ -141,7 +203,7 @@ def _multiply_rows(value: Tensor, packed: Any, bias: Tensor | None, levels: int,
     product.mul_(step)
     if bias is not None:
         product.add_(bias)
-    return product.view(*value.shape[:-1], product.shape[-1])
+    return product
 
 
 def _scaled(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
