@@ -21,7 +21,7 @@ from corolla.swarm.transport.base import Buffer
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire import frames
 from corolla.wire.frames import PREAMBLE_SIZE, Packet
-from corolla.wire.messages import Closed, Gradients, Output, ServerMessage
+from corolla.wire.messages import Closed, ServerMessage
 
 Bytes = bytes | bytearray
 
@@ -268,10 +268,10 @@ def _corrupt(_injector: Injector, fault: Fault, frame: Frame) -> bool:
 
 def _wrong_shape(_injector: Injector, fault: Fault, frame: Frame) -> bool:
     """A well-formed reply that is not the one that is due."""
-    if frame.message not in ("Output", "Gradients"):
+    if frame.message not in ("Output", "Outputs", "Gradients"):
         return False
     reply = frames.decode(frame.data, ServerMessage)
-    name = "hidden" if frame.message == "Output" else "grad"
+    name = "grad" if frame.message == "Gradients" else "hidden"
     found = reply.tensors[name]
     draw = random.Random(fault.seed)
     wrong = [
@@ -280,19 +280,15 @@ def _wrong_shape(_injector: Injector, fault: Fault, frame: Frame) -> bool:
         found.to(torch.float32),
         torch.cat([found, found], 0),
     ][draw.randrange(4)]
-    if draw.random() < 0.2:
-        packet = Packet(Closed(), {})
-    elif frame.message == "Output":
-        packet = Packet(Output(), {name: wrong})
-    else:
-        packet = Packet(Gradients(), {**reply.tensors, name: wrong})
+    odd = draw.random() < 0.2
+    packet = Packet(Closed(), {}) if odd else Packet(reply.message, {**reply.tensors, name: wrong})
     frame.data = bytearray(b"".join(frames.encode(packet)))
     return True
 
 
 def _evict(injector: Injector, _fault: Fault, frame: Frame) -> bool:
     """Sessions and kept graphs of the server are gone, the server is well."""
-    if frame.on != "request" or frame.message not in ("Step", "Backward"):
+    if frame.on != "request" or frame.message not in ("Step", "Steps", "Backward"):
         return False
     injector.world.evict(frame.peer)
     return True
@@ -300,7 +296,7 @@ def _evict(injector: Injector, _fault: Fault, frame: Frame) -> bool:
 
 def _full(injector: Injector, fault: Fault, frame: Frame) -> bool:
     """Somebody else takes all the room that is left for caches, for a while."""
-    if frame.on != "request" or frame.message not in ("OpenSession", "Step"):
+    if frame.on != "request" or frame.message not in ("OpenSession", "Step", "Steps"):
         return False
     injector.later(fault.returns or 40.0, injector.world.fill(frame.peer))
     return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from corolla.server.engine import Engine, Kind
@@ -90,13 +90,25 @@ class SimulatedEngine(Engine):
         finally:
             self._on._computing -= 1
 
-    async def step(self, step: Any, **extra: Any) -> Any:
+    def steps(self, steps: Sequence[Any], **extra: Any) -> list[asyncio.Future[Any]]:
+        if self.delay:
+            return [asyncio.ensure_future(self._later(step, extra)) for step in steps]
+        results = super().steps(steps, **extra)
+        self._on._computing += len(results)
+        for one in results:
+            one.add_done_callback(self._computed)
+        return results
+
+    async def _later(self, step: Any, extra: dict[str, Any]) -> Any:
         await self._dawdle()
         self._on._computing += 1
         try:
-            return await super().step(step, **extra)
+            return await super().steps([step], **extra)[0]
         finally:
             self._on._computing -= 1
+
+    def _computed(self, _done: asyncio.Future[Any]) -> None:
+        self._on._computing -= 1
 
     async def _dawdle(self) -> None:
         if self.delay:

@@ -138,7 +138,7 @@ def test_smollm2_survives_a_kill_and_a_hang(started: Processes) -> None:
             swarm.send(hurt[-1], signal.SIGSTOP)
 
         with something_failed():
-            client.chat(hang, sample=False)
+            client.chat(hang, sample=True)
         swarm.send(hurt[-1], signal.SIGCONT)
         victim = client.used(0)
         with something_failed():
