@@ -81,7 +81,7 @@ class Unobserved:
 class Deviation:
     """How far two answers are apart, in parts of what the blocks do to a token: 0.01 is one per cent of it.
 
-    `typical` is the root mean square over tokens, `worst` the largest of one token.
+    `typical` is the root mean square over tokens but for the farthest tenth, `worst` the largest of one token.
     """
 
     typical: float
@@ -107,17 +107,18 @@ class Tolerance:
 # The largest differences of honest servers that benchmarks/audit.py measured on SmolLM2 in spans of 15 blocks,
 # typical/worst, of outputs and of gradients:
 #   float64   1e-15/1e-15 and 0
-#   float32   1.5e-6/2.3e-6 (6e-6/1e-5 on tiny random models) and 1.4e-5/6.5e-5; noise of 0.1 % is 190 tolerances
-#   half      bfloat16 against float32: 0.016/0.017 and 0.12/0.56
-#   8 bits    two alike: 9e-4/9e-4 and 0; machines with VNNI and without, taken for twice as bad as they are:
-#             0.18/0.19 and 0.49/1.1. So a lie of a few per cent, such as one of 15 blocks left out, may pass.
+#   float32   1.5e-6/9e-6 and 1.4e-5/9e-5; noise of 0.1 % is 175 tolerances
+#   half      bfloat16 against float32: 0.016/0.75 and 0.08/0.9
+#   8 bits    two alike: 3e-4/3e-4 and 0; machines with VNNI and without, taken for twice as bad as they are:
+#             0.11/0.95 and 0.42/2.8. So a lie of a few per cent, such as one of 15 blocks left out, may pass.
 #   4 bits    not measured; rounding is four times as coarse as in 8 bits with one number an activation
+# A single token may be far off where numbers are coarse, so there `worst` only finds what is plainly wrong.
 TOLERANCES: dict[str, Tolerance] = {
     "float64": Tolerance(Deviation(1e-9, 1e-8), Deviation(1e-9, 1e-8)),
     "float32": Tolerance(Deviation(5e-5, 2e-4), Deviation(2e-4, 1e-3)),
-    "half": Tolerance(Deviation(0.05, 0.15), Deviation(0.5, 2.0)),
-    "8 bits": Tolerance(Deviation(0.2, 0.4), Deviation(0.6, 1.5)),
-    "4 bits": Tolerance(Deviation(0.4, 1.0), Deviation(0.8, 3.0)),
+    "half": Tolerance(Deviation(0.05, 2.0), Deviation(0.5, 3.0)),
+    "8 bits": Tolerance(Deviation(0.25, 2.5), Deviation(0.8, 6.0)),
+    "4 bits": Tolerance(Deviation(0.5, 3.0), Deviation(1.0, 8.0)),
 }
 _COARSENESS = list(TOLERANCES)
 
@@ -142,6 +143,9 @@ def _class_of(kind: str) -> str:
 # its own size, or of the others' change: rounding is no smaller than that for any of them.
 OWN_SIZE = 0.05
 OTHERS = 0.1
+# One of so many tokens, the farthest off, does not count for what is typical: where numbers are coarse, honest servers
+# are far apart on a token now and then (one that has taken attention in for the others, say).
+OUTLIERS = 10
 
 
 def deviation(answer: Answer, claimed: dict[str, Tensor], reference: dict[str, Tensor]) -> Deviation:
@@ -169,7 +173,8 @@ def _apart(claimed: Tensor, reference: Tensor, given: Tensor | None) -> Deviatio
     # Where a number format overflows, honest servers overflow together.
     both = ~claimed.isfinite().all(-1) & ~reference.isfinite().all(-1)
     each = each.masked_fill(both, 0.0).nan_to_num(nan=torch.inf)
-    return Deviation(float(each.square().mean().sqrt()), float(each.max()))
+    kept = each.sort().values[: len(each) - len(each) // OUTLIERS]
+    return Deviation(float(kept.square().mean().sqrt()), float(each.max()))
 
 
 # --- Making answers of what was seen --------------------------------------------------------------------
