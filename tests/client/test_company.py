@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corolla.client import company as company_module
 from corolla.client.company import Company
-from corolla.errors import ProtocolError
+from corolla.errors import PeerSilent, ProtocolError, RequestRefused
 from corolla.swarm.channel import Channel
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Step, Steps
@@ -283,6 +283,29 @@ async def test_an_error_is_everybodys_and_the_next_message_goes(monkeypatch: pyt
     results = await asyncio.gather(line.step(A), line.step(B), return_exceptions=True)
     assert [type(one) for one in results] == [ProtocolError, ProtocolError]
     assert torch.equal(await line.step(A), torch.ones(1, 1, 4))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_those_that_wait_hear_of_a_lost_server_too(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    line = Line(monkeypatch)
+    line.free.clear()
+    own = line._request
+
+    async def failing(channel: Any, packet: Packet) -> Packet:
+        await own(channel, packet)
+        monkeypatch.setattr(company_module, "request", own)
+        raise PeerSilent("no") if lost else RequestRefused("later", code="busy")
+
+    monkeypatch.setattr(company_module, "request", failing)
+    first = line.step(A)
+    while not line.sent:
+        await asyncio.sleep(0)
+    waiting = line.step(B)
+    await asyncio.sleep(0)
+    line.free.set()
+    results = await asyncio.gather(first, waiting, return_exceptions=True)
+    assert isinstance(results[0], PeerSilent if lost else RequestRefused)
+    assert isinstance(results[1], PeerSilent if lost else Tensor)
 
 
 async def test_closing_gives_up_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

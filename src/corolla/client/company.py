@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.errors import CorollaError, ProtocolError
+from corolla.errors import CorollaError, ProtocolError, RequestRefused
 from corolla.swarm.channel import Channel, refused, request
 from corolla.swarm.rhythm import Rhythm
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Steps
 
 UNDER_WAY = 1  # messages to the server at a time
-TOGETHER = (
-    16  # steps in a message: more make its pass hardly cheaper, and two crowds keep two servers at work
-)
+TOGETHER = 16  # steps of a message: more make a pass hardly cheaper, and two crowds keep two servers at work
 # What a step waits at most for those of others: so long, and so much of the time from one token to the next.
 GATHER_SECONDS = 0.03
 GATHER_SHARE = 0.33
@@ -68,9 +66,16 @@ class Company:
         return await one.done
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way, and what waits."""
         for task in self._under_way:
             task.cancel()
+        for one in self._take_all():
+            one.done.cancel()
+
+    def _take_all(self) -> list[_Step]:
+        """Those that wait, who do so no longer."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
 
     def _send_soon(self) -> None:
         """Send when all are there who are about to bring a step: in this turn of the loop, or by their own pace."""
@@ -104,7 +109,9 @@ class Company:
         try:
             answer, peer = await self._ask(steps)
         except CorollaError as error:
-            for one in steps:
+            # A server that is gone or hangs is no better for those that wait; they would only notice later.
+            lost = [] if isinstance(error, RequestRefused) else self._take_all()
+            for one in steps + lost:
                 if not one.done.done():
                     one.done.set_exception(error)
         except BaseException:  # closed, or a mistake of ours
