@@ -33,10 +33,17 @@ def forked(session: Any, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
     return session.fork(), ids
 
 
-@pytest.mark.parametrize("moment", [rolled_back, forked])
-@pytest.mark.parametrize("n", [1, 2])  # the first server of the chain, and the second
+@pytest.mark.parametrize(
+    ("moment", "n"),  # of which the first server of the chain is hit, or the second
+    [
+        (rolled_back, 1),
+        (forked, 2),
+        pytest.param(rolled_back, 2, marks=pytest.mark.nightly),
+        pytest.param(forked, 1, marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_equals_the_undisturbed_run(root: Path, kind: str, n: int, moment: Callable[..., Any]) -> None:
+def test_it_equals_the_undisturbed_run(root: Path, kind: str, moment: Callable[..., Any], n: int) -> None:
     checkpoint = checkpoint_of("llama", root)
     swarm = SimulatedSwarm(checkpoint, SERVERS)
     try:
