@@ -73,6 +73,8 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.popen.kill()
         self.popen.wait()
+        if self.popen.stdin is not None:
+            self.popen.stdin.close()
         psutil.wait_procs(family, timeout=20)
 
 
@@ -89,8 +91,8 @@ class Processes:
         ready, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
-                [*(launcher or self.launcher), *arguments, "--ready-file", str(ready)],
-                stdin=subprocess.DEVNULL,
+                [*(launcher or self.launcher), *arguments, "--ready-file", str(ready), "--die-with-parent"],
+                stdin=subprocess.PIPE,  # which ends with the tests, should they be killed
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(),

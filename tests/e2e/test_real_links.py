@@ -71,22 +71,29 @@ def lines(swarm: RealSwarm, client: Client, *, train: bool) -> None:
     if not train:
         return
     for before, block, direction in (("forward", 0, TO_SERVER), ("backward", 2, TO_CLIENT)):
-        stalled = line(block)
+        hit: list[Link] = []  # chosen at the last moment: who is preferred changes with time
+
+        def stall(hit: list[Link] = hit, block: int = block, direction: str = direction) -> None:
+            hit.append(line(block))
+            hit[0].stall_after(MIDDLE, direction=direction)
+
         with something_failed() as noticed:
-            took = client.train(
-                lambda one=stalled, way=direction: one.stall_after(MIDDLE, direction=way),  # type: ignore[misc]
-                before=before,
-                batch=BATCH,
-            )
+            took = client.train(stall, before=before, batch=BATCH)
+        [stalled] = hit
         assert not stalled.is_armed()
         assert "silent for 4" in noticed.words[0]
         assert took < NOTICED_SECONDS + SLACK_SECONDS
         stalled.heal()
 
-    damaged = line(0)
+    damaged: list[Link] = []
+
+    def damage() -> None:
+        damaged.append(line(0))
+        damaged[0].damage_after(MIDDLE, direction=TO_CLIENT)
+
     with something_failed():
-        client.train(lambda: damaged.damage_after(MIDDLE, direction=TO_CLIENT), before="forward", batch=BATCH)
-    assert not damaged.is_armed()
+        client.train(damage, before="forward", batch=BATCH)
+    assert not damaged[0].is_armed()
 
 
 def during_a_recovery(swarm: RealSwarm, client: Client) -> None:
