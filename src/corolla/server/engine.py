@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 AGEING_SECONDS = 2.0
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
-SHARED_PASS_SECONDS = 0.03  # what pieces of prompts may add to a pass while others generate
+SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
 LEAST_PREFILL_TOKENS = 16
 GENERATING_SECONDS = (
     1.0  # how long after a generation step its client is taken to be in the middle of a reply
