@@ -171,7 +171,6 @@ class Line:
         self.free.set()
         self.company = Company(self._take, lambda _channel: None)
         monkeypatch.setattr(company_module, "request", self._request)
-        monkeypatch.setattr(company_module, "_check", lambda *_: None)
 
     async def _take(self) -> Any:
         class Channel:

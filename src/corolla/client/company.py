@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.errors import CorollaError, ProtocolError, RequestRefused
-from corolla.swarm.channel import Channel, refused, request
+from corolla.errors import CorollaError, RequestRefused
+from corolla.swarm.channel import Channel, checked, refused, request
 from corolla.swarm.rhythm import Rhythm
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Steps
@@ -128,7 +128,7 @@ class Company:
         hidden = torch.cat([one.hidden for one in steps])
         try:
             answer = await request(channel, Packet(message, {"hidden": hidden}))
-            _check(answer, hidden, channel.peer_id)
+            checked(answer, "hidden", hidden, channel.peer_id)
         except BaseException:
             await channel.close()
             raise
@@ -146,17 +146,6 @@ def _alike(steps: list[_Step]) -> tuple[list[_Step], list[_Step]]:
         fits = fits and one.hidden.shape[1:] == first.shape[1:]
         (together if fits else rest).append(one)
     return together, rest
-
-
-def _check(answer: Packet, hidden: Tensor, peer: str) -> None:
-    """Raises `ProtocolError` unless there are outputs for all steps."""
-    found = answer.tensors.get("hidden")
-    fits = found is not None and found.shape == hidden.shape and found.dtype == hidden.dtype
-    if fits and isinstance(answer.message, Outputs):
-        return
-    raise ProtocolError(
-        f"{peer} did not answer with {hidden.dtype} {list(hidden.shape)}.", field="hidden", peer_id=peer
-    )
 
 
 def _hand_out(steps: list[_Step], answer: Packet, peer: str) -> None:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from corolla.client.audit import Answer
-from corolla.client.span_session import checked
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, RemoteError, SwarmUnavailable
-from corolla.swarm.channel import request
+from corolla.swarm.channel import checked, request
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.routing import Hop, find_route
 from corolla.wire.frames import Packet
@@ -130,7 +129,7 @@ class SecondOpinions:
                 legs.append(Answer(hop, "forward", inputs, {}))
                 break
             message = Forward(model=self._view.model, start=hop.start, end=hop.end)
-            value = checked(await self._exchange(hop, message, inputs), "hidden", value, hop)
+            value = checked(await self._exchange(hop, message, inputs), "hidden", value, hop.peer_id)
             legs.append(Answer(hop, "forward", inputs, {"hidden": value}))
         return legs
 
@@ -141,10 +140,10 @@ class SecondOpinions:
             inputs = leg.inputs | {"grad": grad}
             message = Backward(model=self._view.model, start=hop.start, end=hop.end, prompt_gradient=wanted)
             reply = await self._exchange(hop, message, inputs)
-            grad = checked(reply, "grad", grad, hop)
+            grad = checked(reply, "grad", grad, hop.peer_id)
             claimed = {"grad": grad}
             if wanted:
-                claimed["prompts"] = checked(reply, "prompts", inputs["prompts"], hop)
+                claimed["prompts"] = checked(reply, "prompts", inputs["prompts"], hop.peer_id)
             legs.append(Answer(hop, "backward", inputs, claimed))
         return legs[::-1]
 

@@ -14,8 +14,8 @@ from corolla.client.bundles import Begun, Bundle, ask_to_open
 from corolla.client.company import Company
 from corolla.client.history import History
 from corolla.client.view import SwarmView
-from corolla.errors import ProtocolError, RemoteError, RequestRefused
-from corolla.swarm.channel import Channel, request
+from corolla.errors import RemoteError, RequestRefused
+from corolla.swarm.channel import Channel, checked, request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
 from corolla.wire.messages import CloseSession, Opened, OpenSession, Origin, Part, Step
@@ -99,12 +99,13 @@ class SpanSession:
 
     async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
         hidden = tensors["hidden"]
-        if self._company is not None and self._may_join(step, tensors):
+        company = self._company_for(step, tensors)
+        if company is not None:
             part = Part(
                 name=self.name, position=step.position, rows=int(hidden.shape[0]), reserve=step.reserve
             )
             try:
-                return await self._company.step(part, hidden)
+                return await company.step(part, hidden)
             except RequestRefused as refusal:
                 if refusal.code != "alone":
                     raise
@@ -112,13 +113,15 @@ class SpanSession:
         assert self.channel is not None
         reply = await request(self.channel, Packet(step, tensors))
         self._reserved = step.reserve
-        return checked(reply, "hidden", hidden, self.hop)
+        return checked(reply, "hidden", hidden, self.hop.peer_id)
 
-    def _may_join(self, step: Step, tensors: dict[str, Tensor]) -> bool:
-        """Whether the step may travel with those of other sessions: one token a row, and nothing special."""
-        company = self._company is not None and len(self._company.members) > 1
-        plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1 and step.reserve <= self._reserved
-        return company and plain and not self._alone
+    def _company_for(self, step: Step, tensors: dict[str, Tensor]) -> Company | None:
+        """Where the step may travel with those of other sessions: one token a row, and nothing special."""
+        company = self._company
+        if company is None or len(company.members) < 2 or self._alone:
+            return None
+        plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1
+        return company if plain and step.reserve <= self._reserved else None
 
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""
@@ -144,16 +147,3 @@ class SpanSession:
             self.kept = keep
         except RemoteError:
             await channel.close()
-
-
-def checked(reply: Packet, name: str, like: Tensor, hop: Hop) -> Tensor:
-    """The reply's tensor, if it has the shape and dtype of `like`. Raises `ProtocolError`."""
-    tensor = reply.tensors.get(name)
-    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
-        found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ProtocolError(
-            f"{hop.peer_id} sent {found} where {like.dtype} {list(like.shape)} was due.",
-            field=name,
-            peer_id=hop.peer_id,
-        )
-    return tensor

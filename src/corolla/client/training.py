@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from corolla.client.retry import Retry
-from corolla.client.span_session import checked
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
-from corolla.swarm.channel import request
+from corolla.swarm.channel import checked, request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Message
@@ -167,7 +166,7 @@ class TrainingPass:
                 message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
                 tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
                 reply = await self._exchange(hop, message, tensors)
-                output = checked(reply, "hidden", value, hop)
+                output = checked(reply, "hidden", value, hop.peer_id)
                 self._view.audits.forward(hop, tensors, output)
                 micro.stages.append(Stage(hop, value, lease))
                 value, block = output, hop.end
@@ -211,8 +210,8 @@ class TrainingPass:
             reply = await self._exchange(hop, self._backward_message(hop, None), tensors)
         piece = None
         if self._deep is not None:
-            piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop)
-        value = checked(reply, "grad", stage.inputs, hop)
+            piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop.peer_id)
+        value = checked(reply, "grad", stage.inputs, hop.peer_id)
         self._view.audits.backward(hop, tensors, {"grad": value, "prompts": piece})
         return value, piece
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -194,10 +195,5 @@ class _Part:
 
     def _fails(self, refusal: RequestRefused) -> None:
         failure = failure_from(refusal)
-        self.failure = Failure(
-            code=failure.code,
-            message=failure.message[:REASON_LENGTH],
-            field=failure.field,
-            retry_after=failure.retry_after,
-        )
+        self.failure = msgspec.structs.replace(failure, message=failure.message[:REASON_LENGTH])
         self.output = torch.zeros_like(self._hidden)

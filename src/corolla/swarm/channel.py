@@ -13,9 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from torch import Tensor
+
 from corolla.errors import (
     PeerDisconnected,
     PeerSilent,
+    ProtocolError,
     RemoteError,
     RequestRefused,
     UsageError,
@@ -237,6 +240,17 @@ def refused(failure: Failure, peer: str) -> RequestRefused:
         retry_after=failure.retry_after,
         peer_id=peer,
     )
+
+
+def checked(reply: Packet, name: str, like: Tensor, peer: str) -> Tensor:
+    """The reply's tensor, if it has the shape and dtype of `like`. Raises `ProtocolError`."""
+    tensor = reply.tensors.get(name)
+    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ProtocolError(
+            f"{peer} sent {found} where {like.dtype} {list(like.shape)} was due.", field=name, peer_id=peer
+        )
+    return tensor
 
 
 async def _answer(channel: Channel) -> Packet:

@@ -22,6 +22,7 @@ from hivemind.utils import MSGPackSerializer
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.invitations import LEEWAY
 from corolla.swarm.transport.identity import MAX_KEY_BYTES, Identity, is_signed_by
+from corolla.wire.messages import PROTOCOL_NAME
 
 MAX_RECORD_BYTES = 3072
 MAX_SUBKEY_BYTES = 320
@@ -33,7 +34,7 @@ MAX_KEYS_ASKED = 64  # in one request
 
 WHOLE_DICTIONARY = b""  # what the library puts in a subkey's place when it hands over all of a key's records
 
-MAP_KEY = "corolla/3/servers"
+MAP_KEY = f"{PROTOCOL_NAME}/servers"
 _SIGNED_AS = b"corolla server record 2\0"
 
 
@@ -57,7 +58,7 @@ _signed = msgspec.msgpack.Decoder(_Signed)
 
 def model_key(model: str) -> str:
     """The key under which a model's servers stand."""
-    return f"corolla/3/model/{model}"
+    return f"{PROTOCOL_NAME}/model/{model}"
 
 
 def subkey_of(record: ServerRecord) -> str:

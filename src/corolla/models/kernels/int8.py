@@ -1,7 +1,7 @@
 """A frozen linear layer in 8-bit integers: weights per output channel, activations per row.
 
 Invariant: a row's result has the same bits whoever it is batched with: every row is divided by a step of its own
-and rounded to whole numbers, and sums of integers are exact in any order. They are added up by native.c where the
+and rounded to whole numbers, and sums of integers are exact in any order. They are added up by native_int8.c where the
 CPU has VNNI for it, else by fbgemm, whose dynamic kernel alone would give the whole batch one step.
 """
 
@@ -21,8 +21,8 @@ from corolla.models.kernels.packed import FrozenLinear, multiply
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
 TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
-ZERO = 128  # what native.c adds to an activation, so that it has no sign
-VNNI_OUTPUTS, VNNI_COLUMNS = 16, 16  # of which a weight for native.c has to have multiples
+ZERO = 128  # what native_int8.c adds to an activation, so that it has no sign
+VNNI_OUTPUTS, VNNI_COLUMNS = 16, 16  # of which a weight for native_int8.c has to have multiples
 MOST_COLUMNS = 2**16  # 255 times 127 of them fit into 32 bits
 FEW_ROWS = 64  # with more, torch's operators cost little beside the product
 
@@ -122,7 +122,7 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Vnni:
-    """A weight for `int8_product` of native.c."""
+    """A weight for `int8_product` of native_int8.c."""
 
     def __init__(self, weight: Tensor) -> None:
         whole, self._steps = _quantized(weight)

@@ -1,4 +1,4 @@
-"""The C kernels of `native.c`, built on the machine that runs them.
+"""The C kernels of `native.c` and `native_int8.c`, built on the machine that runs them.
 
 Invariant: what is loaded here gave right results on this machine; where it cannot be built (no compiler, say),
 `library()` is None and everything is computed by torch alone. Built once into Corolla's cache, for exactly this
@@ -27,6 +27,7 @@ from corolla.models.local_cache import cache_root, made_once
 log = logging.getLogger(__name__)
 
 NAME = "native.so"
+SOURCES = ("lanes.h", "native.c", "native_int8.c")
 # Results are the same for any number of threads, so sums must not be reordered by the compiler: no -ffast-math.
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"
@@ -54,7 +55,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The functions of `native.c`, or None. Building takes seconds when it is asked for the first time."""
+    """The functions of the C files, or None. Building takes seconds when it is asked for the first time."""
     try:
         found = _load(_built())
     except (CorollaError, OSError, subprocess.SubprocessError) as error:
@@ -71,15 +72,23 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
         raise FileNotFoundError("there is no C compiler; install gcc to have them")
-    source = files(__package__).joinpath("native.c").read_bytes()
+    sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
     flags = [*FLAGS, NATIVE.get(platform.machine(), "-mcpu=native")]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-    parts = (source, " ".join(flags).encode(), version, _cpu().encode(), torch.__version__.encode())
+    parts = (
+        *sources.values(),
+        " ".join(flags).encode(),
+        version,
+        _cpu().encode(),
+        torch.__version__.encode(),
+    )
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
     def make(folder: Path) -> None:
-        (folder / "native.c").write_bytes(source)
-        command = [compiler, *flags, "-o", NAME, "native.c", "-lm"]
+        for file, source in sources.items():
+            (folder / file).write_bytes(source)
+        units = [file for file in SOURCES if file.endswith(".c")]
+        command = [compiler, *flags, "-o", NAME, *units, "-lm"]
         subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=BUILD_SECONDS)
 
     return made_once(cache_root() / "kernels" / name, make) / NAME
