@@ -29,7 +29,7 @@ from corolla.errors import CorollaError
 
 log = logging.getLogger(__name__)
 
-SPIN_COUNT = "2000"  # turns of libgomp's waiting loop, about a tenth of a millisecond
+SPIN_COUNT = "10000"  # turns of libgomp's waiting loop, about half a millisecond; none while training
 
 app = typer.Typer(
     add_completion=False,

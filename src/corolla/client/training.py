@@ -20,6 +20,7 @@ from torch import Tensor
 from corolla.client.retry import Retry
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
+from corolla.models.kernels.helpers import SPINNING
 from corolla.swarm.channel import checked, request
 from corolla.swarm.routing import Hop
 from corolla.wire.frames import Packet
@@ -118,6 +119,7 @@ class TrainingPass:
         Outputs of padding are zero.
         """
         self._view.verdicts.tell()
+        SPINNING.pause()
         rows, tokens = int(hidden.shape[0]), int(hidden.shape[1])
         ids = None if positions is None else positions.expand(rows, -1)
         self._micro_batches = list(micro_batches(rows, tokens, mask, ids))
@@ -133,6 +135,7 @@ class TrainingPass:
         As `forward`, raises `LyingServer` when an audit has condemned a peer meanwhile.
         """
         self._view.verdicts.tell()
+        SPINNING.pause()
 
         async def one(micro: MicroBatch) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
             return await self._backward(micro, micro.packed(grad))

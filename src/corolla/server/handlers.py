@@ -13,10 +13,12 @@ import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
+from corolla.models.kernels.helpers import SPINNING
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer
 from corolla.server.bundles import find
@@ -51,6 +53,8 @@ from corolla.wire.messages import (
     Steps,
 )
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -265,13 +269,15 @@ class _Stream:
         span = check_span(message, server.span, server.model)
         self._check_staying()
         work = self._sequences(span, tensors, with_gradients=False)
-        output = await self._server.engine.submit(
-            Kind.TRAINING,
-            work.forward if message.lease is None else partial(self._lend, work, message.lease),
-            peer=self._peer,
+        output = await self._train(
+            work.forward if message.lease is None else partial(self._lend, work, message.lease)
         )
         self._server.counters.forward += work.tokens
         return Packet(Output(), {"hidden": output})
+
+    async def _train(self, run: Callable[[], T]) -> T:
+        SPINNING.pause()
+        return await self._server.engine.submit(Kind.TRAINING, run, peer=self._peer)
 
     def _lend(self, work: Sequences, name: str) -> Tensor:
         """Compute a forward and keep its graph if there is room, on the compute thread."""
@@ -297,7 +303,7 @@ class _Stream:
                 )
             work = self._sequences(span, tensors, with_gradients=True)
             run, tokens = partial(work.backward, message.prompt_gradient, tensors["grad"]), work.tokens
-        grads = await self._server.engine.submit(Kind.TRAINING, run, peer=self._peer)
+        grads = await self._train(run)
         self._server.counters.backward += tokens
         return Packet(Gradients(), grads)
 

@@ -6,6 +6,20 @@
  */
 #include "lanes.h"
 
+/* Give the calling thread helpers, which wait for more work of it until it ends. */
+void begin_team(int threads) {
+#if defined(_OPENMP)
+    volatile int begun = 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp atomic
+        begun++;
+    }
+#else
+    (void)threads;
+#endif
+}
+
 /* End the threads that wait for more work of the calling one. More waiting threads than CPUs do not spin (libgomp). */
 void end_team(void) {
 #if defined(_OPENMP)

@@ -41,6 +41,7 @@ _WEIGHT = "ipppiill"
 _SIGNATURES = {
     "narrow_product": _WEIGHT + "ppli",
     "narrow_widen": _WEIGHT + "pi",
+    "begin_team": "i",
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
     "scale_rows": "pppllff",
