@@ -1,0 +1,97 @@
+"""Helpers sleep while something trains, and spin again when it has been quiet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from corolla.models.kernels.helpers import Spinning
+from corolla.models.kernels.native import library
+
+SECONDS = 30
+
+
+def crowds() -> int:
+    return sum(thread.name == "corolla-crowd" for thread in threading.enumerate())
+
+
+def until_spinning(spinning: Spinning) -> None:
+    end = time.monotonic() + SECONDS
+    while spinning.paused:
+        assert time.monotonic() < end, "helpers were never let spin again"
+        threading.Event().wait(0.01)
+
+
+def test_a_pause_ends_by_itself() -> None:
+    spinning = Spinning(quiet=0.05)
+    assert not spinning.paused
+    spinning.pause()
+    assert spinning.paused
+    until_spinning(spinning)
+
+
+def test_each_piece_of_training_prolongs_it() -> None:
+    spinning = Spinning(quiet=0.3)
+    spinning.pause()
+    first = spinning._until
+    spinning.pause()
+    assert spinning._until >= first
+    assert spinning.paused
+    until_spinning(spinning)
+    spinning.pause()  # and it can begin anew
+    assert spinning.paused
+    until_spinning(spinning)
+
+
+def test_however_often_it_is_asked_for_one_thread_does_it() -> None:
+    before = crowds()
+    spinning = Spinning(quiet=0.2)
+    callers = [threading.Thread(target=spinning.pause) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert crowds() <= before + 1
+    until_spinning(spinning)
+
+
+SCRIPT = """
+import os, sys, threading, time, torch
+from corolla.models.kernels.helpers import Spinning
+
+def spent():
+    # Processor time while helpers wait, each time for a moment, for work that takes next to none.
+    value, rest = torch.ones(1 << 18), threading.Event()
+    value.add_(1)
+    before = time.process_time()
+    for _ in range(20):
+        value.add_(1)
+        rest.wait(0.01)
+    return time.process_time() - before
+
+torch.set_num_threads(os.cpu_count())
+spinning = Spinning(quiet=60)
+awake, end = spent(), time.monotonic() + 20
+spinning.pause()
+while spent() > awake / 2:
+    if time.monotonic() > end:
+        sys.exit("helpers go on spinning")
+"""
+
+
+@pytest.mark.skipif(
+    library() is None or sys.platform != "linux" or (os.cpu_count() or 1) < 2,
+    reason="needs the C kernels, libgomp and two CPUs",
+)
+def test_helpers_really_sleep_meanwhile() -> None:
+    """Helpers that spin for milliseconds burn time while they wait; in a pause they do not."""
+    environment = os.environ | {"GOMP_SPINCOUNT": "100000"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
