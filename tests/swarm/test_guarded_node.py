@@ -12,7 +12,7 @@ from hivemind.dht.routing import DHTID
 from tests.swarm.test_directory import record
 
 from corolla.config import GuardConfig, NodeConfig
-from corolla.errors import NotAdmitted, SwarmUnavailable, UsageError
+from corolla.errors import NotAdmitted, PeerUnreachable, SwarmUnavailable, UsageError
 from corolla.swarm import node as node_module
 from corolla.swarm.admission import Introductions
 from corolla.swarm.dht_records import key_id, model_key, read_entry
@@ -94,6 +94,39 @@ async def test_an_invitation_is_redeemed_over_the_network(guarded: Guarded, tmp_
         await guest.close()
     with pytest.raises(NotAdmitted, match="redeemed by another"):
         await join(token, tmp_path / "thief")
+
+
+# libp2p's circuit relay, version 2: a peer is reached through a relay once it has reserved a place there.
+HOP = "/libp2p/circuit/relay/0.2.0/hop"
+RESERVE = bytes([2, 8, 0])  # a protobuf message of two bytes: type (field 1) RESERVE (0)
+
+
+async def relays(addresses: list[str], peer_id: str) -> bool:
+    """Whether a stranger gets a place, which any peer may use to talk to it through that peer."""
+    stranger = await Libp2pTransport.create(initial_peers=addresses)
+    try:
+        stream = await stranger.open(peer_id, HOP)
+        await stream.write([RESERVE])
+        answer = await stream.read(2)  # how long the rest is: a place comes with a voucher of hundreds of bytes
+        await stream.close()
+        return answer[0] > 127
+    except PeerUnreachable:  # it does not know the protocol
+        return False
+    finally:
+        await stranger.close()
+
+
+async def test_a_guarded_peer_relays_nothing(guarded: Guarded) -> None:
+    assert not await relays(guarded.addresses, guarded.node.peer_id)
+
+
+async def test_another_peer_relays() -> None:
+    """So that the test above asks the right question."""
+    node = await Node.create()
+    try:
+        assert await relays(await node.join_addresses(), node.peer_id)
+    finally:
+        await node.close()
 
 
 def test_a_guard_needs_somebody_to_let_in() -> None:

@@ -8,6 +8,7 @@ our own logger at debug level and nobody's terminal.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -111,6 +112,11 @@ def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
             # A terminal's Ctrl-C goes to its whole process group, and the daemon would obey it at once, before
             # its peer could say goodbye. A session of its own keeps it out of that.
+            if not kwargs["relay"]:
+                # The daemon relays for whoever asks, by its own defaults, and no option takes that back; a file does.
+                config = runtime_dir / "daemon.json"
+                config.write_text(json.dumps({"Relay": {"Enabled": False}}))
+                kwargs["f"] = str(config)
             command: list[str] = P2P._make_process_args(*args, **kwargs)
             return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
 
