@@ -119,7 +119,6 @@ class Engine:
         self._clock = clock
         self._pace = _Pace()
         self._shares = Shares()
-        self._prompts_went = False  # whether the last pass took a piece of a prompt
         self._lent = 0.0  # seconds of the job at hand that `let_in` gave to others
         self._open: set[Job] = set()  # the loop's side: not yet answered
         self._inbox: queue.SimpleQueue[Sequence[Job] | Callable[[], None] | None] = queue.SimpleQueue()
@@ -313,11 +312,7 @@ class Engine:
             self._shares.give(job.peer, seconds * count / max(1, tokens))
 
     def _pack(self, first: Job, now: float) -> list[tuple[Job, int]]:
-        """Steps of `first`'s group with the tokens that each gets in this pass.
-
-        Pieces of prompts go beside generation in every other pass at most: steps that have waited for a piece are
-        computed without the next.
-        """
+        """Steps of `first`'s group with the tokens that each gets in this pass."""
         assert first.step is not None
         group = first.step.group
         steps = [job.step for job in self._ready if job.step is not None and job.step.group is group]
@@ -326,8 +321,7 @@ class Engine:
         prefilling = {id(step.session) for step in steps if step.kind is not Kind.DECODE}
         for_prompts = self._pace.prefill_budget(now, prefilling) if prefilling else 0
         if len(prefilling) < len(steps):
-            wait = self._prompts_went and first.step.kind is Kind.DECODE
-            for_prompts = 0 if wait else min(for_prompts, self._pace.shared_budget())
+            for_prompts = min(for_prompts, self._pace.shared_budget())
         budget, taken = PASS_TOKENS, []
         for step in steps:
             room = budget if step.kind is Kind.DECODE else min(budget, for_prompts)
@@ -336,7 +330,6 @@ class Engine:
                 taken.append((jobs[id(step)], count))
             budget -= count
             for_prompts -= 0 if step.kind is Kind.DECODE else count
-        self._prompts_went = any(job.step.kind is not Kind.DECODE for job, _ in taken if job.step)
         return taken
 
     def let_in(self) -> None:
