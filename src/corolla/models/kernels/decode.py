@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from corolla.models.packing import Rules
 
 LANES = 16  # heads are a multiple of this wide
-MOST_WIDTH = 256  # … and at most so wide; `MOST_DIM` of native.c
-THREADED = 2**16  # weights (tokens times heads) from which threads are worth their waking
+THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking
 
 
 class OneTokenRows:
@@ -71,7 +70,6 @@ def can_attend(query: Tensor, cache: Tensor) -> bool:
         query.dtype == cache.dtype == torch.float32
         and query.device.type == "cpu"
         and width % LANES == 0
-        and width <= MOST_WIDTH
         and library() is not None
     )
 

@@ -1,4 +1,4 @@
-"""The C kernels of `native.c` and `native_int8.c`, built on the machine that runs them.
+"""The C kernels of `native.c`, `native_attention.c` and `native_int8.c`, built on the machine that runs them.
 
 Invariant: what is loaded here gave right results on this machine; where it cannot be built (no compiler, say),
 `library()` is None and everything is computed by torch alone. Built once into Corolla's cache, for exactly this
@@ -27,7 +27,7 @@ from corolla.models.local_cache import cache_root, made_once
 log = logging.getLogger(__name__)
 
 NAME = "native.so"
-SOURCES = ("lanes.h", "native.c", "native_int8.c")
+SOURCES = ("lanes.h", "native.c", "native_attention.c", "native_int8.c")
 # Results are the same for any number of threads, so sums must not be reordered by the compiler: no -ffast-math.
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"

@@ -1,0 +1,178 @@
+/* Attention of sequences that have one new token each, over keys and values on pages.
+ *
+ * Invariant: as in native.c; a row's result does not depend on the rows beside it.
+ */
+#include "lanes.h"
+
+/* exp(x) for x <= 0, to about 1e-7 of its value: 2^n times a polynomial (Cephes' expf). */
+INLINE vf exp_lanes(vf x) {
+    vf low = (vf){0} - 87.0f;
+    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
+    vi n = __builtin_convertvector(x * 1.44269504f - 0.5f, vi); /* truncates towards 0, x is negative: rounds */
+    vf whole = __builtin_convertvector(n, vf);
+    vf r = x - whole * 0.693359375f;
+    r = r - whole * -2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vf)((n + 127) << 23);
+}
+
+typedef struct {
+    int64_t heads, kv_heads, dim; /* dim: a multiple of LANES */
+    int64_t page, most;           /* tokens of a page; pages of a row in the table */
+    float scale, softcap;         /* softcap: 0 for none */
+    int64_t window;               /* newest tokens that are seen; 0 for all */
+    const float *sinks, *slopes;  /* [heads], or NULL */
+} Attention;
+
+/* Weights [length - begin] of one head's scores, in place; returns what they add up to. */
+INLINE float weigh(const Attention *a, float *scores, int64_t begin, int64_t length, int64_t head) {
+    int64_t count = length - begin;
+    float top = a->sinks ? a->sinks[head] : -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        if (a->slopes) scores[i] += a->slopes[head] * (float)(begin + i);
+        if (a->softcap) scores[i] = a->softcap * tanhf(scores[i] / a->softcap);
+        top = scores[i] > top ? scores[i] : top;
+    }
+    for (int64_t i = count; i % LANES; i++) scores[i] = -INFINITY;
+    vf sums = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        vf weights = exp_lanes(load(scores + i) - top);
+        store(scores + i, weights);
+        sums += weights;
+    }
+    float total = sum_lanes(sums);
+    for (int64_t i = count; i % LANES; i++) total -= scores[i];
+    return a->sinks ? total + expf(a->sinks[head] - top) : total;
+}
+
+/* Tokens of a row that follow each other in a cache [slots, kv_heads, dim]: `count` of them, `token` floats apart. */
+typedef struct {
+    const float *data;
+    int64_t count, token;
+} Run;
+
+/* Those from token `at` on, up to the end of its page or the row. */
+INLINE Run run_from(const Attention *a, const float *cache, const int32_t *pages, int64_t at, int64_t length,
+                    int64_t kv) {
+    int64_t inside = at % a->page, left = a->page - inside, token = a->kv_heads * a->dim;
+    const float *data = cache + (pages[at / a->page] * a->page + inside) * token + kv * a->dim;
+    return (Run){data, left < length - at ? left : length - at, token};
+}
+
+/* Scores [group][room] of `count` tokens, the first of which goes to `to`. `lanes` is dim / LANES. */
+INLINE void score(const Attention *a, Run keys, const float *query, int64_t head_stride, float *to, int64_t room,
+                  int64_t lanes) {
+    int64_t group = a->heads / a->kv_heads;
+    for (int64_t i = 0; i < keys.count; i++) {
+        const float *key = keys.data + i * keys.token;
+        for (int64_t g = 0; g < group; g++) {
+            vf sums = {0};
+            for (int64_t l = 0; l < lanes; l++)
+                sums += load(query + g * head_stride + l * LANES) * load(key + l * LANES);
+            to[g * room + i] = sum_lanes(sums) * a->scale;
+        }
+    }
+}
+
+/* out [few][dim] = weights [few][room] times the values of all tokens from `begin` to `length`. Inlined with
+ * `lanes` and `few` as constants, sums stay in registers, and values are read once for `few` heads. */
+INLINE void mix(const Attention *a, const float *values, const int32_t *pages, int64_t begin, int64_t length,
+                int64_t kv, const float *weights, int64_t room, float *out, const int64_t lanes, const int64_t few) {
+    vf sums[few][lanes];
+    for (int64_t g = 0; g < few; g++)
+        for (int64_t l = 0; l < lanes; l++) sums[g][l] = (vf){0};
+    for (int64_t at = begin; at < length;) {
+        Run run = run_from(a, values, pages, at, length, kv);
+        for (int64_t i = 0; i < run.count; i++) {
+            const float *value = run.data + i * run.token;
+            for (int64_t l = 0; l < lanes; l++)
+                for (int64_t g = 0; g < few; g++)
+                    sums[g][l] += load(value + l * LANES) * weights[g * room + at - begin + i];
+        }
+        at += run.count;
+    }
+    for (int64_t g = 0; g < few; g++)
+        for (int64_t l = 0; l < lanes; l++) store(out + g * a->dim + l * LANES, sums[g][l]);
+}
+
+/* One row's heads that share the keys of `kv`: query and out [group][dim], scores [group][LANES more than length]. */
+INLINE void attend_group(const Attention *a, const float *keys, const float *values, const int32_t *pages,
+                         int64_t length, int64_t kv, const float *query, int64_t head_stride, float *out,
+                         float *scores, int64_t room) {
+    int64_t group = a->heads / a->kv_heads, dim = a->dim, lanes = dim / LANES;
+    int64_t begin = a->window && length > a->window ? length - a->window : 0;
+    for (int64_t at = begin; at < length;) {
+        Run run = run_from(a, keys, pages, at, length, kv);
+        if (lanes == 4) score(a, run, query, head_stride, scores + at - begin, room, 4);
+        else if (lanes == 8) score(a, run, query, head_stride, scores + at - begin, room, 8);
+        else score(a, run, query, head_stride, scores + at - begin, room, lanes);
+        at += run.count;
+    }
+    for (int64_t g = 0; g < group;) {
+        float *weights = scores + g * room, *to = out + g * dim;
+        int64_t left = group - g, few = left < 4 ? left : 4;
+        float totals[4];
+        if (lanes > 4 && few > 2) few = 2;
+        if (lanes > 8) few = 1;
+        for (int64_t i = 0; i < few; i++) totals[i] = weigh(a, weights + i * room, begin, length, kv * group + g + i);
+#define MIX(LANE_COUNT, FEW) mix(a, values, pages, begin, length, kv, weights, room, to, LANE_COUNT, FEW)
+        if (lanes == 4 && few == 4) MIX(4, 4);
+        else if (lanes == 4 && few == 3) MIX(4, 3);
+        else if (lanes == 4 && few == 2) MIX(4, 2);
+        else if (lanes == 8 && few == 2) MIX(8, 2);
+        else MIX(lanes, few);
+#undef MIX
+        for (int64_t i = 0; i < few; i++)
+            for (int64_t d = 0; d < dim; d += LANES) store(to + i * dim + d, load(to + i * dim + d) / totals[i]);
+        g += few;
+    }
+}
+
+/* Tokens [heads, rows, dim] of which only dim lies together. */
+typedef struct {
+    const float *data;
+    int64_t head, row; /* strides */
+} Tokens;
+
+/* The last token of a row, whose key or value is new, to its place on the row's pages. */
+INLINE void keep(const Attention *a, float *cache, const int32_t *pages, int64_t length, int64_t kv, Tokens from,
+                 int64_t row) {
+    int64_t at = length - 1;
+    float *to = cache + ((pages[at / a->page] * a->page + at % a->page) * a->kv_heads + kv) * a->dim;
+    for (int64_t d = 0; d < a->dim; d += LANES) store(to + d, load(from.data + kv * from.head + row * from.row + d));
+}
+
+/* out [rows, heads, dim]: each row's query over the `lengths` tokens on its pages, int32 [rows, most] of caches
+ * [slots, kv_heads, dim]. New keys and values, if there are any, are put there first. `scores` is
+ * [threads, heads / kv_heads, room] of scratch, room a multiple of LANES and at least the greatest length. */
+void attend_rows(const float *query, int64_t query_head, int64_t query_row, const float *key, int64_t key_head,
+                 int64_t key_row, const float *value, int64_t value_head, int64_t value_row, float *keys,
+                 float *values, const int32_t *pages, const int64_t *lengths, int64_t rows, int64_t heads,
+                 int64_t kv_heads, int64_t dim, int64_t page, int64_t most, float scale, float softcap,
+                 int64_t window, const float *sinks, const float *slopes, float *scores, int64_t room, float *out,
+                 int threads) {
+    Attention a = {heads, kv_heads, dim, page, most, scale, softcap, window, sinks, slopes};
+    Tokens new_keys = {key, key_head, key_row}, new_values = {value, value_head, value_row};
+    int64_t group = heads / kv_heads;
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+#pragma omp for schedule(dynamic)
+        for (int64_t one = 0; one < rows * kv_heads; one++) {
+            int64_t row = one / kv_heads, kv = one % kv_heads;
+            if (key) {
+                keep(&a, keys, pages + row * most, lengths[row], kv, new_keys, row);
+                keep(&a, values, pages + row * most, lengths[row], kv, new_values, row);
+            }
+            attend_group(&a, keys, values, pages + row * most, lengths[row], kv,
+                         query + row * query_row + kv * group * query_head, query_head,
+                         out + (row * heads + kv * group) * dim, scores + thread_number() * group * room, room);
+        }
+    }
+}
