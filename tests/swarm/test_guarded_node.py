@@ -107,9 +107,7 @@ async def relays(addresses: list[str], peer_id: str) -> bool:
     try:
         stream = await stranger.open(peer_id, HOP)
         await stream.write([RESERVE])
-        answer = await stream.read(
-            2
-        )  # how long the rest is: a place comes with a voucher of hundreds of bytes
+        answer = await stream.read(2)  # begins with its length; a voucher of a place is hundreds of bytes
         await stream.close()
         return answer[0] > 127
     except PeerUnreachable:  # it does not know the protocol

@@ -70,8 +70,8 @@ def main() -> None:
     """Run the command line; the process ends with the right exit code."""
     # Between two products of a pass, compute threads spin; when there is no work, they sleep. Waking them for every
     # product takes longer than the product; spinning for long, as they do by themselves, takes the cores from
-    # servers, clients and network daemons beside them; so it is off while
-    # something trains (`models/kernels/helpers.py`). Has to be set before torch is imported.
+    # servers, clients and network daemons beside them; so it is off while something
+    # trains (`models/kernels/helpers.py`). Has to be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     allow_open_files()

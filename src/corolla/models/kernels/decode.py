@@ -65,11 +65,10 @@ class OneTokenRows:
 
 def can_attend(query: Tensor, cache: Tensor) -> bool:
     """Whether the kernel computes attention of this kind here."""
-    width = query.shape[-1]
     return (
         query.dtype == cache.dtype == torch.float32
         and query.device.type == "cpu"
-        and width % LANES == 0
+        and query.shape[-1] % LANES == 0
         and library() is not None
     )
 

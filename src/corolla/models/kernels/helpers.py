@@ -36,7 +36,7 @@ class Spinning:
 
     @property
     def paused(self) -> bool:
-        """Whether no helper spins."""
+        """Whether something has trained just now."""
         return self._crowd is not None
 
     def _keep(self) -> None:

@@ -110,13 +110,13 @@ def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]
 
         @staticmethod
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-            # A terminal's Ctrl-C goes to its whole process group, and the daemon would obey it at once, before
-            # its peer could say goodbye. A session of its own keeps it out of that.
             if not kwargs["relay"]:
                 # The daemon relays for whoever asks, by its own defaults, and no option takes that back; a file does.
                 config = runtime_dir / "daemon.json"
                 config.write_text(json.dumps({"Relay": {"Enabled": False}}))
                 kwargs["f"] = str(config)
+            # A terminal's Ctrl-C goes to its whole process group, and the daemon would obey it at once, before
+            # its peer could say goodbye. A session of its own keeps it out of that.
             command: list[str] = P2P._make_process_args(*args, **kwargs)
             return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
 
