@@ -127,7 +127,10 @@ def run_until_stopped(
     work: Callable[[asyncio.Event], Coroutine[Any, Any, None]], *, die_with_parent: bool = False
 ) -> None:
     """Run `work(stop)`; SIGTERM, Ctrl-C or the parent's end set `stop`, a second Ctrl-C cancels it."""
-    asyncio.run(_until_stopped(work, die_with_parent))
+    from corolla.swarm.loop import new_event_loop
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_until_stopped(work, die_with_parent))
 
 
 async def _until_stopped(

@@ -165,25 +165,31 @@ class Channel:
         noticed here but by whoever sends or receives next.
         """
         done = asyncio.Event()
-        task = asyncio.create_task(self._beat(done, ahead))
+        beating: list[asyncio.Task[None]] = []
+
+        def begin() -> None:
+            beating.append(asyncio.create_task(self._beat(done, ahead)))
+
+        # Most answers come before the first sign is due; for those there is no task.
+        first = asyncio.get_running_loop().call_later(self._heartbeat, begin)
         try:
             yield
             done.set()
         finally:
-            if not done.is_set():  # left by an error or a cancellation: do not wait for a slow peer
-                task.cancel()
-            await asyncio.wait([task])
+            first.cancel()
+            if beating:
+                if not done.is_set():  # left by an error or a cancellation: do not wait for a slow peer
+                    beating[0].cancel()
+                await asyncio.wait(beating)
 
     async def _beat(self, done: asyncio.Event, ahead: Callable[[], int]) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(done.wait(), self._heartbeat)
-            if done.is_set():
-                return
+        while not done.is_set():
             try:
                 await self.send(Packet(Alive(ahead=ahead())))
             except RemoteError:
                 return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), self._heartbeat)
 
     def _expanded(self, packet: Packet) -> Packet:
         if not packet.tensors:
