@@ -144,22 +144,31 @@ class PackedBatch:
     def __init__(self, segments: Sequence[Segment], pool: PagePool | None = None) -> None:
         """`pool` is where the segments' rows are cached; without one, nothing is."""
         self.segments = list(segments)
-        self._pool = pool
+        self.pool = pool
         for segment in self.segments:
             segment.prepare()
         self._tables = [_Table(own) for own in self._by_table()]
 
     def _by_table(self) -> list[list[Segment]]:
-        if self._pool is None or self._pool.layout.plain:
+        if self.pool is None or self.pool.layout.plain:
             return [self.segments]
-        return [[one.parts[table] for one in self.segments] for table in range(self._pool.layout.tables)]
+        return [[one.parts[table] for one in self.segments] for table in range(self.pool.layout.tables)]
+
+    @property
+    def one_each(self) -> bool:
+        """Whether this is generation and nothing else: each sequence has one new token, and is cached."""
+        return self.pool is not None and all(one.count == 1 for one in self.segments)
+
+    def rows(self, table: int) -> OneTokenRows:
+        """The sequences with one new token, as one of the pool's tables has them."""
+        return self._tables[table].rows()
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
-        if self._pool is None:
+        if self.pool is None:
             return _side_by_side([_attend_new(one, query, key, value, rules) for one in self.segments])
-        index, place = self._pool.layout.place(block, rules.window)
-        table, cache = self._tables[index], self._pool.store(place, key, value)
+        index, place = self.pool.layout.place(block, rules.window)
+        table, cache = self._tables[index], self.pool.store(place, key, value)
         together = bool(table.ones) and can_attend(query, cache[0])
         if together and len(table.ones) == len(table.segments):
             return table.rows().attend(query, cache, rules, (key, value))

@@ -19,6 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
+from corolla.models.compiled.program import Program
 from corolla.models.families import (
     ADDED_POSITIONS,
     NEUTRAL_ATTRIBUTES,
@@ -57,6 +59,7 @@ class Span:
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
         )
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
+        self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
 
     @property
     def config(self) -> PretrainedConfig:
@@ -154,6 +157,27 @@ class Span:
         `between` is called before each block, in a backward pass too. For families that `selfcheck` found
         to be packable. Differentiable in `hidden` and the prompts where nothing is cached.
         """
+        plain = deep is None and between is None and batch.one_each and not torch.is_grad_enabled()
+        if plain and len(hidden) <= MOST_ROWS and (program := self.compile()) is not None:
+            return program.run(hidden, positions, batch)
+        return self.run_packed(hidden, batch, positions=positions, deep=deep, between=between)
+
+    def compile(self) -> Program | None:
+        """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
+        if self._compiled is None:
+            self._compiled = (compile_blocks(self),)
+        return self._compiled[0]
+
+    def run_packed(
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        *,
+        positions: Tensor,
+        deep: DeepRows | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """What `forward_packed` gives, always by the family's own code."""
         hooks = _packed_hooks(self.blocks, batch, deep, between)
         with self._attention(PACKED), packed(batch), self._hooked(hooks):
             output: Any = self.model(

@@ -71,7 +71,7 @@ def _calls(span: Span) -> set[tuple[int, Call]]:
     calls: set[tuple[int, Call]] = set()
     with torch.inference_mode():
         for start, count in ((0, 2), (2, 1)):
-            span.forward_packed(
+            span.run_packed(
                 torch.zeros(count, span.hidden_size, dtype=span.dtype, device=span.device),
                 _WatchedBatch(segments_of([count], [row]), pool, calls),
                 positions=torch.arange(start, start + count, device=span.device),

@@ -38,6 +38,10 @@ class OneTokenRows:
         self._longest = max(row.length for row in rows)
         self._total = sum(row.length for row in rows)
 
+    def described(self) -> tuple[int | None, ...]:
+        """Pages and lengths, pages of a row in the table, the greatest length and the sum: see `run_program`."""
+        return (pointer(self._pages), pointer(self._lengths), self._most, self._longest, self._total)
+
     def attend(
         self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
     ) -> Tensor:

@@ -73,3 +73,20 @@ INLINE float sum_lanes(vf value) {
     return sums[0];
 #endif
 }
+
+/* exp(x) for x <= 0, to about 1e-7 of its value: 2^n times a polynomial (Cephes' expf). */
+INLINE vf exp_lanes(vf x) {
+    vf low = (vf){0} - 87.0f;
+    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
+    vi n = __builtin_convertvector(x * 1.44269504f - 0.5f, vi); /* truncates towards 0, x is negative: rounds */
+    vf whole = __builtin_convertvector(n, vf);
+    vf r = x - whole * 0.693359375f;
+    r = r - whole * -2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vf)((n + 127) << 23);
+}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corolla.models.kernels.native import library, pointer
+from corolla.models.kernels.native import Layer, library, pointer
 from corolla.models.kernels.packed import FrozenLinear, multiply
 
 FEW_ROWS = 64  # with more, the weight is widened once and multiplied by torch
@@ -213,6 +213,11 @@ class NarrowLinear(FrozenLinear):
         threads = torch.get_num_threads()
         _kernels().narrow_product(*self._described, pointer(value), pointer(result), rows, threads)
         return result if self.bias is None else result.add_(self.bias)
+
+    def native(self) -> Layer:
+        """What `run_program` is told; it holds as long as this layer does."""
+        form, values, steps, offsets, halves, shift, columns, rows = self._described
+        return Layer(form, halves, shift, columns, rows, values, steps, offsets, pointer(self.bias))
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
         """The gradient of the input [..., in], from that of the output."""

@@ -5,6 +5,7 @@
  * the vector extensions of GCC and Clang, so that one source serves whatever CPU it is built on.
  */
 #include "lanes.h"
+#include "native.h"
 
 /* Give the calling thread helpers, which wait for more work of it until it ends. */
 void begin_team(int threads) {
@@ -29,9 +30,8 @@ void end_team(void) {
 
 /* --- weights in a narrow form --------------------------------------------------------------------------- */
 
-/* BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step + offset: values are int8,
+/* Forms (native.h): BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step + offset: values are int8,
  * or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0 to 15 below and 16 to 31 above. */
-enum { BFLOAT16, FLOAT16, BYTES, NIBBLES };
 
 typedef struct {
     const void *values;   /* [out, in] */

@@ -27,7 +27,7 @@ from corolla.models.local_cache import cache_root, made_once
 log = logging.getLogger(__name__)
 
 NAME = "native.so"
-SOURCES = ("lanes.h", "native.c", "native_attention.c", "native_int8.c")
+SOURCES = ("lanes.h", "native.h", "native.c", "native_attention.c", "native_int8.c", "native_program.c")
 # Results are the same for any number of threads, so sums must not be reordered by the compiler: no -ffast-math.
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"
@@ -46,7 +46,18 @@ _SIGNATURES = {
     "int8_product": "ppppllppppl" + "ffi",
     "scale_rows": "pppllff",
     "attend_rows": "pllpllpllppppllllllffl" + "pp" + "plp" + "i",
+    "run_program": "plpppp" + "i",
 }
+
+
+class Layer(ctypes.Structure):
+    """A frozen layer as `run_program` is told about it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("form", "half_steps", "shift", "columns", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("values", "steps", "offsets", "bias")),
+        *((name, ctypes.c_double) for name in ("levels", "least")),  # of activations in 8 bits
+    )
 
 
 def pointer(tensor: Tensor | None) -> int | None:

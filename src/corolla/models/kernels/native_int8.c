@@ -3,6 +3,7 @@
  * Invariant: a row's result has the same bits in any company. Nothing is allocated and nothing is checked here.
  */
 #include "lanes.h"
+#include "native.h"
 
 /* --- activations in 8 bits ------------------------------------------------------------------------------ */
 

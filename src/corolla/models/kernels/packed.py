@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from corolla.errors import UsageError
+from corolla.models.kernels.native import Layer
 
 # oneDNN adds a row's products up one after the other. Sums that are cut at this length are half as far from
 # float64 in SmolLM2 (1,536 long ones), about where the plain product is, for 17 of 38 µs more with one row.
@@ -45,6 +46,10 @@ class FrozenLinear(nn.Module):
     def weight_bytes(self) -> int:
         """Memory of weight and bias in bytes."""
         raise NotImplementedError
+
+    def native(self) -> Layer | None:
+        """What `run_program` is told of the layer; None where it cannot compute it."""
+        return None
 
     def extra_repr(self) -> str:
         return (

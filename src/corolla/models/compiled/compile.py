@@ -1,0 +1,83 @@
+"""Makes a program of a span's blocks, where that can be done.
+
+Invariant: a program is used only if it gives, on this machine and with these weights, what the family's own code
+gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from corolla.models.compiled.program import Program
+from corolla.models.compiled.record import NotCompilable, Recording, record
+from corolla.models.kernels.int8 import Int8Linear
+from corolla.models.kernels.native import library
+from corolla.models.layered import new_row
+from corolla.models.packing import PackedBatch, segments_of
+from corolla.models.pages import PAGE, PagePool
+
+if TYPE_CHECKING:
+    from corolla.models.layered import Row
+    from corolla.models.span import Span
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 64  # of a compiled pass: with more, the small operators cost little beside the products
+RECORDED = (3, 5)  # rows; unlike each other, one, and the sizes of a model
+COMPARED = (1, 2, 7)  # rows
+PAST = 21  # tokens a row before those that are compared: more than a page
+# Of the outputs' norm. In 8 bits an activation that lies on the edge between two steps may go either way.
+TOLERANCE, TOLERANCE_INT8 = 1e-4, 5e-2
+
+
+def compile_blocks(span: Span) -> Program | None:
+    """The program of passes over up to `MOST_ROWS` rows that generate, or None where there is none."""
+    if library() is None or span.dtype != torch.float32 or span.device.type != "cpu" or not span.packable:
+        return None
+    try:
+        program = Program([_record(span, rows) for rows in RECORDED], RECORDED)
+        with torch.inference_mode():
+            same = all(_is_same(span, program, rows) for rows in COMPARED)
+    except NotCompilable as reason:
+        log.info("Blocks %d:%d are not compiled: %s", span.start, span.end, reason)
+        return None
+    if not same:
+        log.warning("Blocks %d:%d are not compiled: that would change their results.", span.start, span.end)
+    return program if same else None
+
+
+def _record(span: Span, rows: int) -> Recording:
+    hidden, positions = _inputs(span, rows)
+    return record(
+        lambda hidden, positions, batch: span.run_packed(hidden, batch, positions=positions),
+        hidden,
+        positions,
+    )
+
+
+def _inputs(span: Span, tokens: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randn(tokens, span.hidden_size, generator=generator), torch.arange(PAST, PAST + tokens)
+
+
+def _is_same(span: Span, program: Program, rows: int) -> bool:
+    """Whether `rows` rows, each with a past of its own, get the same next token's outputs in both ways."""
+    pool = PagePool(2 * rows * (PAST // PAGE + 2), dtype=span.dtype, device=span.device)
+    cached: list[Row] = [new_row(pool) for _ in range(rows)]
+    hidden, _ = _inputs(span, rows * PAST)
+    span.run_packed(
+        hidden,
+        PackedBatch(segments_of([PAST] * rows, cached), pool),
+        positions=torch.arange(PAST).repeat(rows),
+    )
+    hidden, positions = _inputs(span, rows)
+    twins = [row.fork() for row in cached]
+    wanted = span.run_packed(hidden, PackedBatch(segments_of([1] * rows, twins), pool), positions=positions)
+    found = program.run(hidden, positions, PackedBatch(segments_of([1] * rows, cached), pool))
+    rounded = any(isinstance(one, Int8Linear) for one in span.blocks.modules())
+    tolerance = TOLERANCE_INT8 if rounded else TOLERANCE
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())

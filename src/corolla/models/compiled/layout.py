@@ -1,0 +1,220 @@
+"""A program's operators and memory for one number of rows, as `native_program.c` takes them.
+
+Invariant: an operator's tensors lie where no other operator writes before the last that reads them is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op, View
+from corolla.models.kernels.decode import LANES, OneTokenRows
+from corolla.models.kernels.native import library, pointer
+
+KINDS = (
+    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "copy", "neg", "abs", "square",
+    "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh", "gelu", "exp", "sin", "cos"
+)  # fmt: skip  # by their numbers in native_program.c
+BY_LINE = ("mean", "layer_norm")  # operators over whole lines, a tensor's last dimension
+DIMS = 4  # of an operator, once neighbours that lie together are one
+ALIGNED = 16  # floats
+
+Pairs = Sequence[tuple[Op, Any]]
+
+
+class _NativeOp(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p * 3),
+        ("sizes", ctypes.c_int64 * DIMS),
+        ("strides", ctypes.c_int64 * DIMS * 3),  # of the output, and of two inputs
+        ("number", ctypes.c_double),
+        ("what", ctypes.c_void_p),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("most", "longest", "total")),
+    )
+
+
+class LaidOut:
+    """Ready to run, over and over."""
+
+    def __init__(
+        self, ops: Pairs, lengths: list[int], constants: dict[int, Tensor], output: View, rows: int
+    ) -> None:
+        """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements."""
+        ops = _plain(ops, lengths)
+        places, size = _places(
+            [op for op, _ in ops], lengths, {HIDDEN, POSITIONS, *constants}, output.storage
+        )
+        arena = torch.empty(size)
+        self._hidden = torch.empty(lengths[HIDDEN])
+        self._positions = torch.empty(lengths[POSITIONS], dtype=torch.int64)
+        self._kept = [what for _, what in ops], list(constants.values())
+        begins = {storage: arena.data_ptr() + at * arena.itemsize for storage, at in places.items()}
+        outside = {HIDDEN: self._hidden, POSITIONS: self._positions} | constants
+        begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
+        self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins) for op, what in ops))
+        self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
+        widest = max((op.inputs[0].sizes[-1] for op, _ in ops if op.kind == "product"), default=0)
+        self._codes, self._steps = torch.empty(rows * widest, dtype=torch.uint8), torch.empty(rows)
+        self._groups = {(what.table, what.heads // what.kv_heads) for op, what in ops if op.kind == "attend"}
+
+    def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
+        """Hidden states [N, H] behind the last block."""
+        self._hidden.copy_(hidden.reshape(-1))
+        self._positions.copy_(positions)
+        threads, kernels = torch.get_num_threads(), library()
+        assert kernels is not None
+        rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
+        room = [-(-one.longest // LANES) * LANES for one in rows]
+        scores = torch.empty(threads * max((group * room[table] for table, group in self._groups), default=0))
+        kernels.run_program(
+            *(self._ops, len(self._ops), rows, pointer(scores)),
+            *(pointer(self._codes), pointer(self._steps), threads),
+        )
+        return self._result.clone().view(hidden.shape)
+
+
+def _native(op: Op, what: Any, begins: dict[int, int]) -> _NativeOp:
+    """An operator for the kernel; `begins` is where each storage does."""
+
+    def place(view: View) -> int:
+        width = 8 if view.storage == POSITIONS else 4
+        return begins[view.storage] + view.offset * width
+
+    native = _NativeOp(KINDS.index(op.kind), place(op.output), number=op.number)
+    native.inputs[: len(op.inputs)] = [place(one) for one in op.inputs]
+    if what is not None:
+        native.what = ctypes.addressof(what)
+    sizes, strides = _dimensions(op)
+    native.sizes[:] = sizes
+    for own, one in zip(native.strides, strides, strict=False):
+        own[:] = one
+    return native
+
+
+def _plain(ops: Pairs, lengths: list[int]) -> Pairs:
+    """The same, with copies of what products and attention cannot read as it lies; `lengths` grows by theirs."""
+    found: list[tuple[Op, Any]] = []
+    for op, what in ops:
+        inputs = list(op.inputs)
+        for at, view in enumerate(inputs if op.kind in ("product", "attend") else ()):
+            if not (_is_contiguous(view) if op.kind == "product" else view.strides[-1] == 1):
+                inputs[at] = _contiguous(len(lengths), view.sizes)
+                lengths.append(prod(view.sizes))
+                found.append((Op("copy", inputs[at], (view,)), None))
+        if op.kind in ("product", "attend") and not _is_contiguous(op.output):
+            raise NotCompilable("a product that does not lie together")
+        found.append((replace(op, inputs=tuple(inputs)), what))
+    return found
+
+
+def _is_contiguous(view: View) -> bool:
+    plain = _contiguous(view.storage, view.sizes).strides
+    return all(
+        size == 1 or own == one for size, own, one in zip(view.sizes, view.strides, plain, strict=True)
+    )
+
+
+def _contiguous(storage: int, sizes: tuple[int, ...]) -> View:
+    strides = tuple(prod(sizes[at + 1 :]) for at in range(len(sizes)))
+    return View(storage, 0, sizes, strides)
+
+
+def _places(
+    ops: Sequence[Op], lengths: Sequence[int], outside: set[int], kept: int
+) -> tuple[dict[int, int], int]:
+    """Where in one piece of memory each storage lies that is not `outside` it, and how much is needed, in elements."""
+    last = {one.storage: at for at, op in enumerate(ops) for one in (op.output, *op.inputs)}
+    last[kept] = len(ops)
+    places: dict[int, int] = {}
+    free: list[tuple[int, int]] = []  # length, place
+    size = 0
+    for at, op in enumerate(ops):
+        own = op.output.storage
+        if own not in places and own not in outside:
+            length = _rounded(lengths[own])
+            fitting = min((one for one in free if one[0] >= length), default=None)
+            if fitting is None:
+                places[own], size = size, size + length
+            else:
+                free.remove(fitting)
+                places[own] = fitting[1]
+                if fitting[0] > length:
+                    free.append((fitting[0] - length, fitting[1] + length))
+        used = {one.storage for one in (op.output, *op.inputs)} & places.keys()
+        free += [(_rounded(lengths[one]), places[one]) for one in used if last[one] == at]
+    return places, size
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ALIGNED) * ALIGNED
+
+
+# --- sizes and strides ----------------------------------------------------------------------------------
+
+
+def _dimensions(op: Op) -> tuple[list[int], list[list[int]]]:
+    """An operator's loop: sizes, and the strides of the output and the inputs."""
+    if op.kind == "product":
+        return [prod(op.inputs[0].sizes[:-1]), 0, 0, 0], []
+    if op.kind == "attend":
+        both = [
+            [stride for one in pair for stride in one.strides[1:3]] for pair in (op.inputs[:2], op.inputs[2:])
+        ]
+        return [op.inputs[0].sizes[2], 0, 0, 0], [both[0], [*both[1], 0, 0]]
+    if op.kind in BY_LINE:
+        return _lines(op)
+    views = [op.output, *op.inputs]
+    return _joined(op.output.sizes, [_spread(one, op.output.sizes) for one in views], DIMS)
+
+
+def _lines(op: Op) -> tuple[list[int], list[list[int]]]:
+    given, output = op.inputs[0], op.output
+    if given.strides[-1] != 1 or (op.kind == "layer_norm" and output.strides[-1] != 1):
+        raise NotCompilable(f"a {op.kind} of what does not lie together")
+    outer = given.sizes[:-1]
+    strides = [one.strides[: len(outer)] for one in (output, given)]
+    sizes, joined = _joined(outer, strides, DIMS - 1)
+    return [*sizes, given.sizes[-1]], [[*one, 1] for one in joined]
+
+
+def _spread(view: View, sizes: tuple[int, ...]) -> list[int]:
+    """Strides of a view that is repeated to these sizes."""
+    missing = len(sizes) - len(view.sizes)
+    return [0] * missing + [
+        0 if own == 1 else stride for own, stride in zip(view.sizes, view.strides, strict=True)
+    ]
+
+
+def _joined(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]], dims: int
+) -> tuple[list[int], list[list[int]]]:
+    """The same loop with `dims` dimensions. Raises `NotCompilable` when it takes more."""
+    loop: list[tuple[int, list[int]]] = []
+    for at, size in enumerate(sizes):
+        own = [one[at] for one in strides]
+        if size == 1:
+            continue
+        if loop and all(before == size * now for before, now in zip(loop[-1][1], own, strict=True)):
+            loop[-1] = (loop[-1][0] * size, own)
+        else:
+            loop.append((size, own))
+    if len(loop) > dims:
+        raise NotCompilable(f"a tensor of more than {dims} dimensions that do not lie together")
+    loop = [(1, [0] * len(strides))] * (dims - len(loop)) + loop
+    return [size for size, _ in loop], [[own[at] for _, own in loop] for at in range(len(strides))]

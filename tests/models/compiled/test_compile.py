@@ -1,0 +1,231 @@
+"""Compiled passes equal the family's own code, for every family that can be compiled; others are left alone."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import FAMILIES, write_tiny
+from torch import Tensor
+
+from corolla.models.checkpoint import open_checkpoint
+from corolla.models.compiled import compile as compiling
+from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
+from corolla.models.compiled.layout import LaidOut
+from corolla.models.kernels.apply import Quantization, pack_linears
+from corolla.models.kernels.native import library
+from corolla.models.layered import Row, new_row
+from corolla.models.packing import PackedBatch, segments_of
+from corolla.models.pages import PagePool
+from corolla.models.span import DeepRows, Span, load_span
+from corolla.models.windows import layout_of
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
+
+NOT_COMPILED = {
+    "falcon": "not packable",
+    "gpt2": "addmm",  # products of its own class, whose weights lie the other way round
+    "mixtral": "sum",  # which experts compute depends on the tokens
+    "qwen3_moe": "sum",
+    "gpt_oss": "sum",
+}
+COMPILED = tuple(family for family in FAMILIES if family not in NOT_COMPILED)
+WINDOWED = {"mistral", "qwen2", "gemma2", "gemma3_text"}  # some or all blocks see the newest tokens only
+EXACT = 1e-5  # of the largest value
+MARGIN = 4
+# Heads of 16, as the kernels have them, and weights in bfloat16, which are kept so.
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64},
+    "bloom": {"hidden_size": 64, "n_head": 4},
+    "opt": {"hidden_size": 64, "num_attention_heads": 4},
+    "falcon": {"hidden_size": 64},
+}
+SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
+
+each_compiled = pytest.mark.parametrize("family", COMPILED)
+
+
+@cache
+def span_of(family: str, quantization: Quantization = "none", dtype: torch.dtype = torch.bfloat16) -> Span:
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_tiny(family, Path(folder), dtype=dtype, **SHAPES.get(family, SHAPE))
+        span = load_span(open_checkpoint(str(written)), 1, 4, dtype=torch.float32)
+    pack_linears(span.blocks, quantization=quantization)
+    span.packable = family != "falcon"
+    return span
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Crowd:
+    """Rows of different lengths, twice: for the family's own code and for `Span.forward_packed`."""
+
+    def __init__(self, span: Span, lengths: list[int]) -> None:
+        self.span, self.lengths = span, list(lengths)
+        self.pool = PagePool(
+            2000, dtype=torch.float32, device=span.device, layout=layout_of(span, margin=MARGIN)
+        )
+        self.rows: list[Row] = [new_row(self.pool) for _ in lengths]
+        ids = torch.cat([torch.arange(length) for length in lengths])
+        batch = PackedBatch(segments_of(lengths, self.rows), self.pool)
+        span.run_packed(noise(len(ids), span.hidden_size), batch, positions=ids)
+        self.twins = [row.fork() for row in self.rows]
+
+    def step(self, seed: int, deep: DeepRows | None = None) -> tuple[Tensor, Tensor]:
+        """One more token for each: outputs of the span, and of the family's own code."""
+        hidden = noise(len(self.lengths), self.span.hidden_size, seed=seed)
+        ids = torch.tensor(self.lengths)
+        found = self.span.forward_packed(hidden, self._batch(self.rows), positions=ids, deep=deep)
+        wanted = self.span.run_packed(hidden, self._batch(self.twins), positions=ids, deep=deep)
+        self.lengths = [one + 1 for one in self.lengths]
+        return found, wanted
+
+    def _batch(self, rows: list[Row]) -> PackedBatch:
+        return PackedBatch(segments_of([1] * len(rows), rows), self.pool)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / (1 + wanted.abs().max()))
+
+
+@each_compiled
+def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
+    span = span_of(family)
+    assert span.compile() is not None
+    with torch.inference_mode():
+        for lengths in ([5], [1, 40], [16, 15, 17], [3 + 2 * at for at in range(MOST_ROWS)]):
+            crowd = Crowd(span, lengths)
+            assert crowd.pool.layout.plain == (family not in WINDOWED)
+            for seed in range(1, 8):  # beyond the windows of 6, and over the edge of a page
+                assert error(*crowd.step(seed)) < EXACT, (len(lengths), seed)
+
+
+@each_compiled
+def test_in_8_bits_too(family: str) -> None:
+    span = span_of(family, "int8")
+    assert span.compile() is not None
+    with torch.inference_mode():
+        for lengths in ([7], [2, 30, 17, 9, 5]):
+            crowd = Crowd(span, lengths)
+            for seed in range(1, 4):
+                found, wanted = crowd.step(seed)
+                assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", NOT_COMPILED)
+def test_other_families_are_left_to_their_own_code(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    span = span_of(family)
+    with caplog.at_level(logging.INFO):
+        assert compile_blocks(span) is None
+    if span.packable:
+        assert NOT_COMPILED[family] in caplog.text
+        with torch.inference_mode():
+            found, wanted = Crowd(span, [3, 9]).step(1)
+        assert torch.equal(found, wanted)
+
+
+def test_weights_without_a_narrow_form_are_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert compile_blocks(span_of("llama", dtype=torch.float32)) is None
+    assert "no form for the kernels" in caplog.text
+
+
+def test_bits_depend_neither_on_the_company_nor_on_threads() -> None:
+    span = span_of("llama")
+    lengths = [4 + at for at in range(40)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, own in ((1, lengths), (2, lengths), (2, lengths[:3])):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                crowd = Crowd(span, lengths)
+                crowd.rows, crowd.twins, crowd.lengths = crowd.rows[: len(own)], crowd.twins[: len(own)], own
+                hidden = noise(40, span.hidden_size, seed=9)[: len(own)]
+                batch = PackedBatch(segments_of([1] * len(own), crowd.rows), crowd.pool)
+                found.append(span.forward_packed(hidden, batch, positions=torch.tensor(own)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert (
+        error(found[2], found[0][:3]) < 1e-6
+    )  # two rows of a product are added up in another order than many
+
+
+def test_deep_prompts_gradients_and_long_steps_go_through_the_familys_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    span = span_of("qwen3")
+    assert span.compile() is not None
+    monkeypatch.setattr(LaidOut, "run", lambda *_: pytest.fail("the compiled pass was used"))
+    with torch.inference_mode():
+        deep = DeepRows.of([(0, 2, 1)], [noise(3, 8, span.hidden_size)])
+        found, wanted = Crowd(span, [2, 30]).step(1, deep)
+        assert torch.equal(found, wanted)
+        crowd = Crowd(span, [4, 4])
+        batch = PackedBatch(segments_of([2, 1], crowd.rows), crowd.pool)
+        span.forward_packed(noise(3, span.hidden_size), batch, positions=torch.tensor([4, 5, 4]))
+    hidden = noise(2, span.hidden_size).requires_grad_()
+    span.forward_packed(
+        hidden, PackedBatch(segments_of([1, 1])), positions=torch.tensor([0, 0])
+    ).sum().backward()
+    assert hidden.grad is not None
+
+
+def test_sub_spans_are_compiled_by_themselves() -> None:
+    whole = span_of("gemma3_text")
+    part = whole.view(2, 4)
+    assert part.compile() is not None
+    assert part.compile() is not whole.compile()
+    with torch.inference_mode():
+        assert error(*Crowd(part, [9, 2]).step(1)) < EXACT
+
+
+def test_another_pool_is_another_cache() -> None:
+    span = span_of("llama")
+    with torch.inference_mode():
+        first, second = Crowd(span, [6]), Crowd(span, [11, 3])
+        for seed in range(1, 4):
+            assert error(*first.step(seed)) < EXACT
+            assert error(*second.step(seed)) < EXACT
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_program_that_computes_something_else_is_not_used(
+    quantization: Quantization, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = LaidOut.run
+
+    def wrong(self: LaidOut, hidden: Tensor, positions: Tensor, tables: Any) -> Tensor:
+        return run(self, hidden, positions + 1, tables)
+
+    monkeypatch.setattr(LaidOut, "run", wrong)
+    assert compile_blocks(span_of("llama", quantization)) is None
+    assert "would change their results" in caplog.text
+
+
+def test_blocks_that_depend_on_the_number_of_rows_are_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    span = span_of("llama")
+    own = Span.run_packed
+
+    def uneven(self: Span, hidden: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        return own(self, hidden * (2.0 if len(hidden) > 4 else 1.0), *arguments, **more)
+
+    monkeypatch.setattr(Span, "run_packed", uneven)
+    with caplog.at_level(logging.INFO):
+        assert compile_blocks(span) is None
+    assert "depends on the number of rows" in caplog.text
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "library", lambda: None)
+    assert compile_blocks(span_of("llama")) is None

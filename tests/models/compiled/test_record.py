@@ -1,0 +1,152 @@
+"""What is recorded computes what torch does, for any number of rows; what is not understood is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from corolla.models.compiled.layout import KINDS
+from corolla.models.compiled.program import Program
+from corolla.models.compiled.record import NotCompilable, record
+from corolla.models.kernels.native import library
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
+
+WIDTH = 40  # no multiple of any vector
+ROWS = (3, 5)
+WEIGHT = torch.linspace(0.5, 1.5, WIDTH)
+
+Run = Callable[[Tensor, Tensor], Tensor]
+
+
+def compiled(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
+    def whole(hidden: Tensor, positions: Tensor, _batch: Any) -> Tensor:
+        return run(hidden, positions)
+
+    program = Program([record(whole, *inputs(rows)) for rows in ROWS], ROWS)
+    return lambda hidden, positions: program._laid_out(len(hidden)).run(hidden, positions, [])
+
+
+def inputs(rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return 3 * torch.randn(rows, WIDTH, generator=generator), torch.arange(7, 7 + rows)
+
+
+def rotated(hidden: Tensor, positions: Tensor) -> Tensor:
+    """As the families write rotary embeddings."""
+    frequencies = torch.linspace(1.0, 0.01, WIDTH // 4)
+    angles = positions[None, :, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    heads = hidden.view(1, -1, 2, WIDTH // 2).transpose(1, 2)
+    half = heads.shape[-1] // 2
+    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+    result = heads * angles.cos().unsqueeze(1) + turned * angles.sin().unsqueeze(1)
+    return result.transpose(1, 2).reshape(hidden.shape)
+
+
+def interleaved(hidden: Tensor, _positions: Tensor) -> Tensor:
+    turned = torch.stack([-hidden[..., 1::2], hidden[..., ::2]], dim=-1).flatten(-2)
+    return turned + 1
+
+
+def normalized(hidden: Tensor, _positions: Tensor) -> Tensor:
+    return WEIGHT * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def in_place(hidden: Tensor, _positions: Tensor) -> Tensor:
+    result = hidden.clone()
+    result[:, 3:7].mul_(2)
+    return result.add_(WEIGHT).neg_()
+
+
+def unused(hidden: Tensor, positions: Tensor) -> Tensor:
+    positions.cumsum(0)
+    torch.ones(len(hidden), len(hidden)).tril()
+    return hidden * 2
+
+
+OPERATIONS: dict[str, Run] = {
+    "rotary": rotated,
+    "interleaved": interleaved,
+    "rms norm": normalized,
+    "in place": in_place,
+    "what is not needed": unused,
+    "add and sub": lambda h, p: 3 - (h + WEIGHT) - h[:, :1] + h.t().contiguous().t(),
+    "mul and div": lambda h, p: h * WEIGHT / (h.abs() + 1) * 0.5 / h.square().add(1).mean(-1, True),
+    "powers": lambda h, p: h**2 + h**3 + (h.abs() + 1) ** 0.5 + (h.abs() + 1) ** -0.5 + (h.abs() + 1) ** -1,
+    "roots": lambda h, p: torch.sqrt(h.abs()) + torch.rsqrt(h.abs() + 1) + torch.reciprocal(h.abs() + 1),
+    "silu": lambda h, p: functional.silu(10 * h),
+    "sigmoid": lambda h, p: torch.sigmoid(10 * h),
+    "tanh": lambda h, p: torch.tanh(h),
+    "relu": lambda h, p: torch.relu(h),
+    "gelu": lambda h, p: functional.gelu(h),
+    "gelu by tanh": lambda h, p: functional.gelu(h, approximate="tanh"),
+    "exp": lambda h, p: torch.exp(h),
+    "sin and cos": lambda h, p: torch.sin(h) + torch.cos(h),
+    "silu of what is scattered": lambda h, p: torch.cat([functional.silu(h[:, ::2])] * 2, 1) + h,
+    "layer norm": lambda h, p: functional.layer_norm(h, (WIDTH,), WEIGHT, WEIGHT - 1, 1e-5),
+    "plain layer norm": lambda h, p: functional.layer_norm(h, (WIDTH,)),
+    "positions": lambda h, p: h + p[:, None].float(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operators_compute_what_torch_does(name: str) -> None:
+    run = OPERATIONS[name]
+    own = compiled(run)
+    for rows in (1, 2, 3, 8, 64):
+        hidden, positions = inputs(rows)
+        wanted = run(hidden.clone(), positions)
+        for _ in range(2):  # memory is used over again
+            torch.testing.assert_close(own(hidden, positions), wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_large_operators_are_shared_by_threads() -> None:
+    before = torch.get_num_threads()
+    own = compiled(normalized)
+    hidden, positions = 3 * torch.randn(2000, WIDTH), torch.arange(2000)
+    try:
+        torch.set_num_threads(2)
+        torch.testing.assert_close(
+            own(hidden, positions), normalized(hidden, positions), rtol=2e-6, atol=2e-6
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_operator_is_among_these() -> None:
+    tried: set[str] = set()
+    for run in OPERATIONS.values():
+        tried |= {op.kind for op in record(lambda h, p, _, run=run: run(h, p), *inputs(3)).ops}
+    assert set(KINDS) - tried == {"product", "attend"}  # those are in test_compile.py
+
+
+REFUSED: dict[str, tuple[Run, str]] = {
+    "an operator": (lambda h, p: h.cumsum(0), "cumsum"),
+    "another dtype": (lambda h, p: h.double().float(), "another dtype"),
+    "whole numbers": (lambda h, p: h + (p + 1)[:, None].float(), "another dtype"),
+    "values": (lambda h, p: h * 2 if h[0, 0].item() > 0 else h, "asks what a tensor holds"),
+    "a power": (lambda h, p: h**5, "pow"),
+    "a share of a sum": (lambda h, p: torch.add(h, h, alpha=2), "add"),
+    "a mean over rows": (lambda h, p: h - h.mean(0), "mean"),
+    "rows that are counted": (lambda h, p: h * len(h), "depends on the number of rows"),
+    "rows squared": (lambda h, p: (h[:, None, :] + h[None, :, :])[:, 0], "proportion"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused(name: str) -> None:
+    run, reason = REFUSED[name]
+    with pytest.raises(NotCompilable, match=reason):
+        compiled(run)(*inputs(1))
+
+
+def test_weights_are_not_written_to() -> None:
+    buffer = torch.zeros(WIDTH)
+    with pytest.raises(NotCompilable, match="written"):
+        compiled(lambda h, p: h + buffer.copy_(h[0]))
