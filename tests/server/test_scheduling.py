@@ -147,10 +147,12 @@ async def test_sessions_over_other_blocks_go_by_themselves(world: World) -> None
         assert_same(answer, world.reference.view(world.span.start, world.span.start + 1).forward(hidden))
 
 
+@pytest.mark.parametrize("apart", [False, True])
 async def test_a_long_prompt_is_cut_while_others_generate(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
-    """Each pass takes a piece of the prompt and everybody's next token; nobody waits for the whole prompt."""
+    """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
+    monkeypatch.setattr(engine_module, "APART", float("inf") if apart else 0.0)
     monkeypatch.setattr(
         engine_module, "SHARED_PASS_SECONDS", 0.0
     )  # so, the least that a pass takes of a prompt
@@ -169,8 +171,11 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    assert passes.counts(Kind.PREFILL)[:5] == [engine_module.LEAST_PREFILL_TOKENS] * 5
-    assert passes.counts(Kind.DECODE)[:5] == [3] * 5
+    both = [(3, 0), (0, engine_module.LEAST_PREFILL_TOKENS)] * 5
+    if not apart:
+        both = [(3, engine_module.LEAST_PREFILL_TOKENS)] * 5
+    counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
+    assert list(counts)[: len(both)] == both
     for one in (long, *others):
         one.assert_right()
 
@@ -206,6 +211,18 @@ def every_iteration(world: World, begins_when: Callable[[], bool]) -> Iterator[N
 def _waiting(world: World) -> int:
     """As `Engine.waiting`, for the compute thread."""
     return sum(not job.begun for job in list(world.engine._open))
+
+
+def test_what_a_generation_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
+    pace = engine_module._Pace()
+    for _ in range(20):
+        pace.passed(16, 0.032)  # 2 ms a token
+        pace.passed(1, 0.015)
+    assert pace.apart(16)
+    for _ in range(20):  # weights that take long to read
+        pace.passed(1, 0.017)
+    assert not pace.apart(16)
+    assert pace.apart(32)
 
 
 async def test_a_prompt_is_not_cut_while_nobody_generates(world: World) -> None:

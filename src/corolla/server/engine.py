@@ -32,6 +32,7 @@ AGEING_SECONDS = 2.0
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
 SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
 LEAST_PREFILL_TOKENS = 16
+APART = 0.5  # of what pieces of prompts take, that a generation pass may take to be worth one of its own
 GENERATING_SECONDS = (
     1.0  # how long after a generation step its client is taken to be in the middle of a reply
 )
@@ -85,6 +86,7 @@ class _Pace:
 
     def __init__(self) -> None:
         self._seconds_a_token = 0.002
+        self._seconds_a_step = 0.0
         self.generated = Rhythm()  # when each session's last generation step was computed
 
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
@@ -96,8 +98,17 @@ class _Pace:
         """Prompt tokens that delay a generation step by about `SHARED_PASS_SECONDS`."""
         return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
 
+    def apart(self, tokens: int) -> bool:
+        """Whether generation steps are better computed before so many prompt tokens than with them.
+
+        That costs reading the weights once more, so it depends on what a pass of few tokens takes.
+        """
+        return self._seconds_a_step < APART * tokens * self._seconds_a_token
+
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass took so long."""
+        if tokens < LEAST_PREFILL_TOKENS:
+            self._seconds_a_step += 0.3 * (seconds - self._seconds_a_step)
         if tokens >= LEAST_PREFILL_TOKENS:
             self._seconds_a_token += 0.3 * (seconds / tokens - self._seconds_a_token)
 
@@ -283,8 +294,15 @@ class Engine:
         self._settle([(job, result, error)])
 
     def _run_together(self, first: Job, now: float) -> None:
-        """One pass with `first` and what fits beside it."""
+        """One pass with `first` and what fits beside it; or two, so that nobody's next token waits for a prompt."""
         taken = self._pack(first, now)
+        steps = [one for one in taken if one[0].kind is Kind.DECODE]
+        pieces = [one for one in taken if one[0].kind is not Kind.DECODE]
+        for part in (steps, pieces) if self._pace.apart(sum(count for _, count in pieces)) else (taken,):
+            if part:
+                self._run_pass(part, now)
+
+    def _run_pass(self, taken: list[tuple[Job, int]], now: float) -> None:
         for job, _ in taken:
             job.begun = True
         assert self.run_pass is not None
