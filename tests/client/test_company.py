@@ -171,6 +171,7 @@ class Line:
         self.free.set()
         self.company = Company(self._take, lambda _channel: None)
         monkeypatch.setattr(company_module, "request", self._request)
+        monkeypatch.setattr(company_module, "UNDER_WAY", 1)
 
     async def _take(self) -> Any:
         class Channel:
@@ -243,6 +244,21 @@ async def test_no_more_than_so_many_go_together_and_only_those_of_one_form(
         assert torch.equal(await one, torch.full((1 + index % 2, 1, 4), index + 1.0))
     assert (await odd).dtype == torch.float64
     assert sorted(len(names) for names in line.sent) == [1, 3, company_module.TOGETHER]
+
+
+async def test_as_many_messages_are_under_way_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line(monkeypatch)
+    monkeypatch.setattr(company_module, "UNDER_WAY", 2)
+    line.free.clear()
+    steps = []
+    for name in (A, B, C):
+        steps.append(line.step(name))
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert line.sent == [[A], [B]]
+    line.free.set()
+    await asyncio.gather(*steps)
+    assert line.sent == [[A], [B], [C]]
 
 
 async def test_a_step_waits_for_those_that_are_due(monkeypatch: pytest.MonkeyPatch) -> None:

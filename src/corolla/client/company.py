@@ -1,6 +1,6 @@
 """Generation steps of several sessions of this client on their way to one server, in one message.
 
-Invariant: a step gets its own outputs or its own error, as if it had been sent alone. While a message is under way
+Invariant: a step gets its own outputs or its own error, as if it had been sent alone. While messages are under way
 what comes meanwhile waits for the next; and a step waits a little for others that are due, since one pass of many
 rows is far cheaper than many of one, for the server as for the client.
 """
@@ -20,8 +20,10 @@ from corolla.swarm.rhythm import Rhythm
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Steps
 
-UNDER_WAY = 1  # messages to the server at a time
-TOGETHER = 16  # steps of a message: more make a pass hardly cheaper, and two crowds keep two servers at work
+# Messages to a server at a time, and steps of one. Larger ones make a pass hardly cheaper, and while some are on their
+# way this client is at work on the tokens of others.
+UNDER_WAY = 2
+TOGETHER = 8
 # What a step waits at most for those of others: so long, and so much of the time from one token to the next.
 GATHER_SECONDS = 0.03
 GATHER_SHARE = 0.33
