@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,25 @@ def test_blocks_that_depend_on_the_number_of_rows_are_refused(
     with caplog.at_level(logging.INFO):
         assert compile_blocks(span) is None
     assert "depends on the number of rows" in caplog.text
+
+
+def test_what_other_threads_compute_meanwhile_is_theirs() -> None:
+    span, other = span_of("llama"), span_of("qwen3")
+    ended = threading.Event()
+
+    def work() -> None:
+        with torch.inference_mode():
+            while not ended.is_set():
+                other.run_packed(noise(2, other.hidden_size), PackedBatch(segments_of([2])), positions=torch.arange(2))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert compile_blocks(span) is not None
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

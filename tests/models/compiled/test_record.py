@@ -28,7 +28,7 @@ def compiled(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
     def whole(hidden: Tensor, positions: Tensor, _batch: Any) -> Tensor:
         return run(hidden, positions)
 
-    program = Program([record(whole, *inputs(rows)) for rows in ROWS], ROWS)
+    program = Program([record(whole, *inputs(rows)) for rows in ROWS], ROWS, most=64)
     return lambda hidden, positions: program._laid_out(len(hidden)).run(hidden, positions, [])
 
 
@@ -150,3 +150,15 @@ def test_weights_are_not_written_to() -> None:
     buffer = torch.zeros(WIDTH)
     with pytest.raises(NotCompilable, match="written"):
         compiled(lambda h, p: h + buffer.copy_(h[0]))
+
+
+def test_memory_is_shared_by_all_numbers_of_rows() -> None:
+    def whole(hidden: Tensor, positions: Tensor, _batch: Any) -> Tensor:
+        return rotated(hidden, positions)
+
+    program = Program([record(whole, *inputs(rows)) for rows in ROWS], ROWS, most=64)
+    layouts = [program._laid_out(rows) for rows in (1, 64, 2, 33, 7)]
+    assert len({layout._hidden.untyped_storage().data_ptr() for layout in layouts}) == 1
+    for layout, rows in zip(layouts, (1, 64, 2, 33, 7), strict=True):
+        hidden, positions = inputs(rows)
+        torch.testing.assert_close(layout.run(hidden, positions, []), rotated(hidden, positions))

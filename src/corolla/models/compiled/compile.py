@@ -39,7 +39,7 @@ def compile_blocks(span: Span) -> Program | None:
     if library() is None or span.dtype != torch.float32 or span.device.type != "cpu" or not span.packable:
         return None
     try:
-        program = Program([_record(span, rows) for rows in RECORDED], RECORDED)
+        program = Program([_record(span, rows) for rows in RECORDED], RECORDED, most=MOST_ROWS)
         with torch.inference_mode():
             same = all(_is_same(span, program, rows) for rows in COMPARED)
     except NotCompilable as reason:

@@ -6,7 +6,7 @@ Invariant: an operator's tensors lie where no other operator writes before the l
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -53,24 +53,34 @@ class LaidOut:
     """Ready to run, over and over."""
 
     def __init__(
-        self, ops: Pairs, lengths: list[int], constants: dict[int, Tensor], output: View, rows: int
+        self,
+        ops: Pairs,
+        lengths: list[int],
+        constants: dict[int, Tensor],
+        output: View,
+        take: Callable[[int], Tensor],
     ) -> None:
-        """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements."""
+        """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements.
+
+        `take` gives at least so many float32 of memory, which nobody else uses while this runs.
+        """
         ops = _plain(ops, lengths)
         places, size = _places(
-            [op for op, _ in ops], lengths, {HIDDEN, POSITIONS, *constants}, output.storage
+            [op for op, _ in ops], lengths, fixed={POSITIONS, *constants}, kept={HIDDEN, output.storage}
         )
-        arena = torch.empty(size)
-        self._hidden = torch.empty(lengths[HIDDEN])
+        inputs = [op.inputs[0] for op, _ in ops if op.kind == "product"]
+        widest = max((prod(one.sizes) for one in inputs), default=0)  # activations in 8 bits, one a byte
+        rows = max((prod(one.sizes[:-1]) for one in inputs), default=0)
+        arena = take(size + -(-widest // 4) + rows)
+        self._codes, self._steps = arena[size + rows :], arena[size:]
+        self._hidden = arena.narrow(0, places[HIDDEN], lengths[HIDDEN])
         self._positions = torch.empty(lengths[POSITIONS], dtype=torch.int64)
         self._kept = [what for _, what in ops], list(constants.values())
         begins = {storage: arena.data_ptr() + at * arena.itemsize for storage, at in places.items()}
-        outside = {HIDDEN: self._hidden, POSITIONS: self._positions} | constants
+        outside = {POSITIONS: self._positions} | constants
         begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
         self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins) for op, what in ops))
         self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
-        widest = max((op.inputs[0].sizes[-1] for op, _ in ops if op.kind == "product"), default=0)
-        self._codes, self._steps = torch.empty(rows * widest, dtype=torch.uint8), torch.empty(rows)
         self._groups = {(what.table, what.heads // what.kv_heads) for op, what in ops if op.kind == "attend"}
 
     def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
@@ -136,17 +146,20 @@ def _contiguous(storage: int, sizes: tuple[int, ...]) -> View:
 
 
 def _places(
-    ops: Sequence[Op], lengths: Sequence[int], outside: set[int], kept: int
+    ops: Sequence[Op], lengths: Sequence[int], *, fixed: set[int], kept: set[int]
 ) -> tuple[dict[int, int], int]:
-    """Where in one piece of memory each storage lies that is not `outside` it, and how much is needed, in elements."""
+    """Where in one piece of memory each storage lies, and how much is needed, in elements.
+
+    `fixed` lie elsewhere; the places of those that are `kept` are nobody else's.
+    """
     last = {one.storage: at for at, op in enumerate(ops) for one in (op.output, *op.inputs)}
-    last[kept] = len(ops)
-    places: dict[int, int] = {}
+    last |= dict.fromkeys(kept, len(ops))
+    places: dict[int, int] = {HIDDEN: 0}
     free: list[tuple[int, int]] = []  # length, place
-    size = 0
+    size = _rounded(lengths[HIDDEN])
     for at, op in enumerate(ops):
         own = op.output.storage
-        if own not in places and own not in outside:
+        if own not in places and own not in fixed:
             length = _rounded(lengths[own])
             fitting = min((one for one in free if one[0] >= length), default=None)
             if fitting is None:

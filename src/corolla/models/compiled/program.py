@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class Attention(ctypes.Structure):
 class Program:
     """The pass of a span's blocks over rows that have one new token each."""
 
-    def __init__(self, recordings: Sequence[Recording], rows: Sequence[int]) -> None:
-        """From two recordings, of so many rows. Raises `NotCompilable`."""
+    def __init__(self, recordings: Sequence[Recording], rows: Sequence[int], *, most: int) -> None:
+        """From two recordings, of so many rows, for up to `most`. Raises `NotCompilable`."""
         self._first, self._second = recordings
         self._rows = rows
         self._needed = _needed(self._first)
@@ -47,6 +48,8 @@ class Program:
         self._kept: list[Tensor] = []  # sinks and slopes
         self._pool: PagePool | None = None
         self._layouts: dict[int, LaidOut] = {}
+        self._most = most
+        self._arena = torch.empty(0)  # which all of these share, since one of them runs at a time
 
     def run(self, hidden: Tensor, positions: Tensor, batch: PackedBatch) -> Tensor:
         """See `Span.forward_packed`; each of the batch's segments is one token that is cached in its pool."""
@@ -95,7 +98,13 @@ class Program:
         both = zip(self._first.lengths, self._second.lengths, strict=True)
         lengths = [self._at(rows, *own) if at in used else 0 for at, own in enumerate(both)]
         output = self._view(self._first.output, self._second.output, rows)
-        return LaidOut(ops, lengths, self._first.constants, output, rows)
+        return LaidOut(ops, lengths, self._first.constants, output, partial(self._take, rows))
+
+    def _take(self, rows: int, length: int) -> Tensor:
+        """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
+        if len(self._arena) < length:
+            self._arena = torch.empty(-(-length // rows) * self._most)
+        return self._arena
 
     def _op(self, at: int, rows: int) -> Op:
         first, second = self._first.ops[at], self._second.ops[at]

@@ -7,6 +7,7 @@ holds. Frozen products and attention are operators of their own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,9 +28,9 @@ from corolla.models.packing import Rules
 UNKNOWN = "unknown"  # an operator that is not understood; `what` says why
 HIDDEN, POSITIONS = 0, 1  # storages of what goes in
 
-# aten's operators, without the underscore of those that write in place, by their number of tensors or numbers.
+# Of aten's operators, without the underscore of those that write in place.
 UNARY = (
-    "abs", "clone", "cos", "exp", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh"
+    "abs", "cos", "exp", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh"
 )  # fmt: skip
 BINARY = ("add", "div", "mul", "sub")
 POWERS = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
@@ -65,9 +66,8 @@ class Recording:
     """The operators of one pass over some rows."""
 
     ops: list[Op] = field(default_factory=list)
-    constants: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # by storage: weights, and what came of them alone
+    # By storage: weights, and what came of them alone.
+    constants: dict[int, Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)  # of each storage, in elements
     output: View | None = None
 
@@ -126,11 +126,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def watching_products(self) -> Iterator[None]:
         """Frozen layers are operators of their own; what they do inside is theirs."""
 
+        # torch tells of the layers of all threads; other spans may be at work on theirs.
+        own = threading.get_ident()
+
         def begins(layer: nn.Module, _arguments: tuple[Any, ...]) -> None:
-            self._inside += _is_product(layer)
+            self._inside += _is_product(layer) and threading.get_ident() == own
 
         def ends(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            if _is_product(layer):
+            if _is_product(layer) and threading.get_ident() == own:
                 self._inside -= 1
                 self._add("product", output, [arguments[0]], what=layer)
 
@@ -194,8 +197,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _understood(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if name == "_to_copy":
             self._converted(args[0], result)
-        elif name in UNARY and not kwargs.get("memory_format"):
-            self._add("copy" if name == "clone" else name, result, [args[0]])
+        elif name in UNARY:
+            self._add(name, result, [args[0]])
         elif name == "clone":
             self._add("copy", result, [args[0]])
         elif name == "copy":
