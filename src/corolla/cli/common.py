@@ -127,10 +127,20 @@ def run_until_stopped(
     work: Callable[[asyncio.Event], Coroutine[Any, Any, None]], *, die_with_parent: bool = False
 ) -> None:
     """Run `work(stop)`; SIGTERM, Ctrl-C or the parent's end set `stop`, a second Ctrl-C cancels it."""
-    from corolla.swarm.loop import new_event_loop
-
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_quick_loop) as runner:
         runner.run(_until_stopped(work, die_with_parent))
+
+
+def _quick_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, where there is one: a message takes several turns of the loop.
+
+    Not for clients: their processes fork (DataLoader's workers), and beside a thread that runs uvloop that hangs.
+    """
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 async def _until_stopped(

@@ -19,22 +19,13 @@ from corolla.errors import UsageError
 T = TypeVar("T")
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A loop of the quicker kind, where there is one: a message takes several turns of it at each peer."""
-    try:
-        import uvloop
-    except ImportError:  # Windows has none
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 class EventLoopThread:
     """An event loop that runs until `close()`. Its thread is a daemon: it keeps no program alive."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Runs a new loop, or `loop`, which must not run yet and ends with this object."""
         self._pid = os.getpid()
-        self._loop = loop or new_event_loop()
+        self._loop = loop or asyncio.new_event_loop()
         # The collector may run a finalizer, which hands work over, in the thread that is just doing so.
         self._lock = threading.RLock()
         self._closed = False
