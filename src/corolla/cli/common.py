@@ -97,6 +97,7 @@ class ClientOptions:
 
 
 WIRES = ("compute", "float16", "int8")
+LOOP_FILES = 16  # more than a new event loop opens
 CLIENT_QUANTIZATIONS = ("none", "bfloat16", "int8")
 
 
@@ -140,6 +141,10 @@ def _quick_loop() -> asyncio.AbstractEventLoop:
         import uvloop
     except ImportError:  # Windows has none
         return asyncio.new_event_loop()
+    # Where no file can be opened, uvloop would end the process without a word.
+    with contextlib.ExitStack() as files:
+        for _ in range(LOOP_FILES):
+            files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
     return uvloop.new_event_loop()
 
 

@@ -234,7 +234,9 @@ def test_what_other_threads_compute_meanwhile_is_theirs() -> None:
     def work() -> None:
         with torch.inference_mode():
             while not ended.is_set():
-                other.run_packed(noise(2, other.hidden_size), PackedBatch(segments_of([2])), positions=torch.arange(2))
+                other.run_packed(
+                    noise(2, other.hidden_size), PackedBatch(segments_of([2])), positions=torch.arange(2)
+                )
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -103,7 +103,7 @@ class Program:
     def _take(self, rows: int, length: int) -> Tensor:
         """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
         if len(self._arena) < length:
-            self._arena = torch.empty(-(-length // rows) * self._most)
+            self._arena = torch.empty(-(-length // rows) * max(rows, self._most))
         return self._arena
 
     def _op(self, at: int, rows: int) -> Op:
