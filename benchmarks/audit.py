@@ -147,8 +147,8 @@ def questions(checkpoint: Checkpoint, before: Span | None, rounds: int) -> Itera
         length = int(torch.randint(8, 96, (1,), generator=draw))
         hidden = table[torch.randint(3, len(table), (1, length), generator=draw)].float()
         if before is not None:
-            with torch.inference_mode():
-                hidden = before.forward(hidden).clone()
+            with torch.no_grad():
+                hidden = before.forward(hidden)
         yield {
             "hidden": hidden,
             "grad": torch.randn(1, length, width, generator=draw) * 1e-3,
