@@ -109,7 +109,7 @@ class _Pace:
         """A pass took so long."""
         if tokens < LEAST_PREFILL_TOKENS:
             self._seconds_a_step += 0.3 * (seconds - self._seconds_a_step)
-        if tokens >= LEAST_PREFILL_TOKENS:
+        else:
             self._seconds_a_token += 0.3 * (seconds / tokens - self._seconds_a_token)
 
 

@@ -179,8 +179,7 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
     span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
     use_kernels(span.model, opened.quantization, opened.device)
     span.packable = opened.packable
-    if span.packable:
-        span.compile()
+    span.compile()
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
     return span
 

@@ -20,7 +20,7 @@ from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
-from corolla.models.layered import Row, new_row
+from corolla.models.layered import LayeredRow, Row, new_row
 from corolla.models.packing import PackedBatch, segments_of
 from corolla.models.pages import PagePool
 from corolla.models.span import DeepRows, Span, load_span
@@ -196,6 +196,29 @@ def test_another_pool_is_another_cache() -> None:
         for seed in range(1, 4):
             assert error(*first.step(seed)) < EXACT
             assert error(*second.step(seed)) < EXACT
+
+
+def test_scratch_is_as_large_as_the_longest_table_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program was compared on a pool of one table; here blocks with a window have another, far shorter one."""
+    span, own = span_of("gemma2"), LaidOut._scores
+    assert span.compile() is not None
+    guards: list[Tensor] = []
+
+    def guarded(self: LaidOut, tables: Any, threads: int) -> Tensor:
+        size = len(own(self, tables, threads))
+        memory = torch.full((size + 5000,), 7.0)
+        guards.append(memory[size:])
+        return memory[:size]
+
+    monkeypatch.setattr(LaidOut, "_scores", guarded)
+    with torch.inference_mode():
+        crowd = Crowd(span, [400])
+        for row in (*crowd.rows, *crowd.twins):
+            assert isinstance(row, LayeredRow)
+            row.trim()
+        assert error(*crowd.step(1)) < EXACT
+    assert guards
+    assert all(bool((one == 7.0).all()) for one in guards)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])

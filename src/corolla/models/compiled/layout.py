@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op, View
-from corolla.models.kernels.decode import LANES, OneTokenRows
+from corolla.models.kernels.decode import OneTokenRows
 from corolla.models.kernels.native import library, pointer
 
 KINDS = (
@@ -45,7 +45,7 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         ("pages", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("most", "longest", "total")),
+        *((name, ctypes.c_int64) for name in ("most", "room", "total")),
     )
 
 
@@ -81,7 +81,8 @@ class LaidOut:
         begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
         self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins) for op, what in ops))
         self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
-        self._groups = {(what.table, what.heads // what.kv_heads) for op, what in ops if op.kind == "attend"}
+        heads = [(op.inputs[0].sizes[1], op.inputs[1].sizes[1]) for op, _ in ops if op.kind == "attend"]
+        self._sharing = max((own // kv for own, kv in heads), default=0)  # heads with the same keys
 
     def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
         """Hidden states [N, H] behind the last block."""
@@ -90,13 +91,16 @@ class LaidOut:
         threads, kernels = torch.get_num_threads(), library()
         assert kernels is not None
         rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
-        room = [-(-one.longest // LANES) * LANES for one in rows]
-        scores = torch.empty(threads * max((group * room[table] for table, group in self._groups), default=0))
+        scores = self._scores(tables, threads)
         kernels.run_program(
             *(self._ops, len(self._ops), rows, pointer(scores)),
             *(pointer(self._codes), pointer(self._steps), threads),
         )
         return self._result.clone().view(hidden.shape)
+
+    def _scores(self, tables: Sequence[OneTokenRows], threads: int) -> Tensor:
+        """Scratch for any block's attention, whichever of the pool's tables it reads."""
+        return torch.empty(threads * self._sharing * max((one.room for one in tables), default=0))
 
 
 def _native(op: Op, what: Any, begins: dict[int, int]) -> _NativeOp:

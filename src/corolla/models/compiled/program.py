@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View
-from corolla.models.kernels.decode import LANES, THREADED
+from corolla.models.kernels.decode import LANES, THREADED, kernel_rules
 from corolla.models.kernels.native import pointer
 from corolla.models.packing import PackedBatch
 from corolla.models.pages import PAGE, PagePool
@@ -45,7 +45,7 @@ class Program:
         self._needed = _needed(self._first)
         _check_alike(self._first, self._second, self._needed)
         self._whats: dict[int, Any] = {at: _what(self._first.ops[at]) for at in self._needed}
-        self._kept: list[Tensor] = []  # sinks and slopes
+        self._kept: list[Tensor | None] = []  # sinks and slopes
         self._pool: PagePool | None = None
         self._layouts: dict[int, LaidOut] = {}
         self._most = most
@@ -80,13 +80,9 @@ class Program:
         like = torch.empty(1, own.kv_heads, 1, own.dim)
         own.keys, own.values = map(pointer, pool.store(place, like, like))
         own.page, own.threaded = PAGE, THREADED
-        own.scale = own.dim**-0.5 if rules.scale is None else rules.scale
-        own.softcap, own.window = rules.softcap or 0.0, rules.window or 0
-        for name in ("sinks", "slopes"):
-            given = getattr(rules, name)
-            if given is not None:
-                self._kept.append(given.detach().float().contiguous())
-                setattr(own, name, pointer(self._kept[-1]))
+        (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim)
+        own.sinks, own.slopes = map(pointer, each_head)
+        self._kept += each_head
 
     # --- for one number of rows -----------------------------------------------------------------------------
 

@@ -35,12 +35,13 @@ class OneTokenRows:
         self._pages = torch.tensor(table, dtype=torch.int32)
         self._lengths = torch.tensor([row.length for row in rows])
         self._count = len(rows)
-        self._longest = max(row.length for row in rows)
         self._total = sum(row.length for row in rows)
+        # Scores of one head, with space behind the longest row's.
+        self.room = -(-max(row.length for row in rows) // LANES) * LANES
 
     def described(self) -> tuple[int | None, ...]:
-        """Pages and lengths, pages of a row in the table, the greatest length and the sum: see `run_program`."""
-        return (pointer(self._pages), pointer(self._lengths), self._most, self._longest, self._total)
+        """Pages and lengths, pages of a row in the table, a head's room and the sum: see `run_program`."""
+        return (pointer(self._pages), pointer(self._lengths), self._most, self.room, self._total)
 
     def attend(
         self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
@@ -51,20 +52,25 @@ class OneTokenRows:
         """
         heads, dim, kv_heads = query.shape[1], query.shape[3], cache[0].shape[1]
         threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
-        room = -(-self._longest // LANES) * LANES
-        scores = torch.empty(threads, heads // kv_heads, room)
+        scores = torch.empty(threads, heads // kv_heads, self.room)
         result = torch.empty(1, self._count, heads, dim)
         tokens = [_strided(one) for one in (query, *(new or ()))]
-        sinks, slopes = _plain(rules.sinks), _plain(rules.slopes)
+        numbers, sinks, slopes = kernel_rules(rules, dim)
         _kernels().attend_rows(
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
             *(() if new else (None, 0, 0) * 2),
             *(pointer(one) for one in (*cache, self._pages, self._lengths)),
             *(self._count, heads, kv_heads, dim, PAGE, self._most),
-            *(dim**-0.5 if rules.scale is None else rules.scale, rules.softcap or 0.0, rules.window or 0),
-            *(pointer(sinks), pointer(slopes), pointer(scores), room, pointer(result), threads),
+            *(*numbers, pointer(sinks), pointer(slopes)),
+            *(pointer(scores), self.room, pointer(result), threads),
         )
         return result
+
+
+def kernel_rules(rules: Rules, dim: int) -> tuple[tuple[float, float, int], Tensor | None, Tensor | None]:
+    """Rules for heads `dim` wide as the kernels take them: scale, softcap and window, 0 for none; sinks and slopes."""
+    scale = dim**-0.5 if rules.scale is None else rules.scale
+    return (scale, rules.softcap or 0.0, rules.window or 0), _plain(rules.sinks), _plain(rules.slopes)
 
 
 def can_attend(query: Tensor, cache: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from corolla.errors import UsageError
-from corolla.models.kernels.native import Layer, library, pointer
+from corolla.models.kernels.native import FORMS, Layer, library, pointer
 from corolla.models.kernels.packed import FrozenLinear, multiply
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
@@ -24,7 +24,6 @@ TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
 ZERO = 128  # what native_int8.c adds to an activation, so that it has no sign
 VNNI_OUTPUTS, VNNI_COLUMNS = 16, 16  # of which a weight for native_int8.c has to have multiples
 MOST_COLUMNS = 2**16  # 255 times 127 of them fit into 32 bits
-INT8 = 4  # a form for native_program.c, beside those of narrow.py
 FEW_ROWS = 64  # with more, torch's operators cost little beside the product
 
 
@@ -147,7 +146,7 @@ class _Vnni:
         """See `Int8Linear.native`."""
         (values, steps, sums), (blocks, quarters, outputs, four) = self._described, self._values.shape
         shape = (quarters * four, blocks * outputs)
-        return Layer(INT8, 0, 0, *shape, values, steps, sums, pointer(bias), WEIGHT_LEVELS, TINY)
+        return Layer(FORMS["int8"], 0, 0, *shape, values, steps, sums, pointer(bias), WEIGHT_LEVELS, TINY)
 
     def multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """[n, in] to [n, out]."""

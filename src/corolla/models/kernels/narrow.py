@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corolla.models.kernels.native import Layer, library, pointer
+from corolla.models.kernels.native import FORMS, Layer, library, pointer
 from corolla.models.kernels.packed import FrozenLinear, multiply
 
 FEW_ROWS = 64  # with more, the weight is widened once and multiplied by torch
@@ -28,7 +28,6 @@ SAME = 2.0**-18  # likewise: weights that lie closer are one and the same
 DIVISORS = range(1, 9)  # the smallest gap between two weights of a group may be several steps
 SAMPLED_ROWS = 16  # most weights are no lattice, and that shows in a few rows
 CHUNK = 2**22  # weights that are looked at together
-FORMS = {"bfloat16": 0, "float16": 1, "bytes": 2, "nibbles": 3}  # native.c
 
 
 @dataclass(frozen=True)

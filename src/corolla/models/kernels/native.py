@@ -34,6 +34,7 @@ FLAGS = (
 )  # fmt: skip
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # others: -mcpu=native
 BUILD_SECONDS = 120
+FORMS = {"bfloat16": 0, "float16": 1, "bytes": 2, "nibbles": 3, "int8": 4}  # of weights, as in native.h
 
 # Arguments: p(ointer), i(nt), l(ong), f(loat).
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}

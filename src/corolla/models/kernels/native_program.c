@@ -38,7 +38,7 @@ typedef struct {
 typedef struct { /* one table's rows, as in attend_rows */
     const int32_t *pages;
     const int64_t *lengths;
-    int64_t most, longest, total;
+    int64_t most, room, total;
 } Rows;
 
 #define SHARED 16384 /* numbers from which threads share an operator */
@@ -64,10 +64,9 @@ static void attend(const Op *op, const Rows *tables, float *scores, int threads)
     const Attention *a = op->what;
     const Rows *rows = tables + a->table;
     const int64_t *query = op->stride[0], *key = query + 2, *value = op->stride[1];
-    int64_t room = (rows->longest + 15) / 16 * 16;
     attend_rows(op->in[0], query[0], query[1], op->in[1], key[0], key[1], op->in[2], value[0], value[1], a->keys,
                 a->values, rows->pages, rows->lengths, op->size[0], a->heads, a->kv_heads, a->dim, a->page, rows->most,
-                (float)a->scale, (float)a->softcap, a->window, a->sinks, a->slopes, scores, room, op->out,
+                (float)a->scale, (float)a->softcap, a->window, a->sinks, a->slopes, scores, rows->room, op->out,
                 rows->total * a->heads >= a->threaded ? threads : 1);
 }
 
