@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 from tests.server.world import Blocker, Clock, until
 
 from corolla.errors import RequestRefused
+from corolla.server import engine as engine_module
 from corolla.server.engine import AGEING_SECONDS, Engine, Kind
 
 
@@ -206,3 +208,21 @@ async def test_the_thread_outlives_what_it_was_posted(
         await asyncio.wait_for(engine.steps([Step()])[0], 20)  # type: ignore[list-item]
     assert await engine.submit(Kind.DECODE, lambda: 2) == 2
     assert len(caplog.records) == 2
+
+
+async def test_it_tidies_up_when_there_is_no_work_and_not_before_each_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory given back before every job has to be asked for again in it."""
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 1.0)
+    tidied: list[float] = []
+    engine = Engine(when_idle=lambda: tidied.append(time.monotonic()))
+    engine.start()
+    try:
+        for _ in range(50):
+            await engine.submit(Kind.TRAINING, lambda: None)
+        assert len(tidied) < 5  # a machine that stands still for a second makes one
+        ended = time.monotonic()
+        await until(lambda: bool(tidied) and tidied[-1] > ended)
+    finally:
+        await engine.close()

@@ -10,6 +10,7 @@ starves. An error goes to whoever awaits it; the loop goes on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -37,7 +38,9 @@ GENERATING_SECONDS = (
     1.0  # how long after a generation step its client is taken to be in the middle of a reply
 )
 GATHER_SECONDS = 0.008  # what a generation step waits at most for those of others to share its pass
-IDLE_SECONDS = 1.0  # without work, until the server tidies up
+# Without work, until the server tidies up; longer than a client takes between a forward and its backward, which
+# would have to ask the system for all of its memory again.
+IDLE_SECONDS = 5.0
 
 
 class Kind(IntEnum):
@@ -228,7 +231,7 @@ class Engine:
             left = until - time.perf_counter()
             if left <= 0:
                 break
-            if not self._receive(wait=True, timeout=left):
+            if not self._receive(wait=True, seconds=left):
                 return False
         return True
 
@@ -241,23 +244,24 @@ class Engine:
         ready = {id(job.step.session) for job in self._ready if job.step and job.kind is Kind.DECODE}
         return bool(ready) and self._pace.generated.others_due(now, now + GATHER_SECONDS, ready)
 
-    def _receive(self, *, wait: bool, timeout: float = IDLE_SECONDS) -> bool:
-        """Take over what has arrived; False when the engine is closed."""
+    def _receive(self, *, wait: bool, seconds: float | None = None) -> bool:
+        """Take over what has arrived; False when the engine is closed. `seconds` are what it waits at most."""
         try:
-            item = self._inbox.get(timeout=timeout) if wait else self._inbox.get_nowait()
-            while True:
-                if item is None:
-                    self._inbox.put(None)  # for `_compute`, if this was `let_in`
-                    return False
+            item = self._inbox.get(wait, IDLE_SECONDS if seconds is None else seconds)
+        except queue.Empty:
+            if wait and seconds is None and self.when_idle is not None:
+                _do(self.when_idle)
+            return True
+        with contextlib.suppress(queue.Empty):
+            while item is not None:
                 if callable(item):
                     _do(item)
                 else:
                     self._ready += item
                 item = self._inbox.get_nowait()
-        except queue.Empty:
-            if wait and timeout == IDLE_SECONDS and self.when_idle is not None:
-                _do(self.when_idle)
-            return True
+            self._inbox.put(None)  # for `_compute`, if this was `let_in`
+            return False
+        return True
 
     def _iterate(self) -> None:
         self._ready = [job for job in self._ready if not job.done.cancelled()]
