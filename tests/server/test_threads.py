@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from corolla.server.threads import MOST_TOKENS, Contest, ThreadChooser
+from corolla.server.threads import MOST_TOKENS, Contest, FreeCpus, ThreadChooser, others_running
 
 TURNS = 2500
 
@@ -142,3 +145,50 @@ def test_passes_that_failed_are_no_evidence() -> None:
     assert any(errors)
     assert used.count(1) < 60
     assert set(used[-5:]) == {2}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("threads", "cpus", "others", "used"),
+    [(2, 2, 0, 2), (2, 2, 1, 1), (2, 2, 9, 1), (2, 4, 2, 2), (1, 2, 0, 1), (8, 8, 3, 5), (8, 8, 8, 4)],
+)
+def test_long_work_has_the_cpus_that_nobody_else_uses(
+    threads: int, cpus: int, others: int, used: int
+) -> None:
+    torch.set_num_threads(threads)
+    share = FreeCpus(threads, lambda: others, cpus)
+    assert share.using(torch.get_num_threads) == used
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_long_work_looks_again_on_the_way_and_leaves_all_threads_when_it_fails() -> None:
+    running = [1]
+    share = FreeCpus(2, lambda: running[0], 2)
+
+    def work() -> None:
+        assert torch.get_num_threads() == 1
+        running[0] = 0
+        share.take()
+        assert torch.get_num_threads() == 2
+        running[0] = 1
+        share.take()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        share.using(work)
+    assert torch.get_num_threads() == 2
+
+
+def test_busy_threads_are_seen() -> None:
+    """Wherever the system tells; this thread does not count, and one that turns in place does."""
+    busy = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    )
+    try:
+        assert busy.stdout is not None
+        busy.stdout.readline()
+        assert all(others_running() >= 1 for _ in range(20)) == Path("/proc/loadavg").exists()
+    finally:
+        busy.kill()
+        busy.communicate()

@@ -27,6 +27,7 @@ from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Message
 
 MICRO_BATCH_TOKENS = 512  # small enough that two servers work at the same time on an ordinary batch
+LEAST_TOKENS = 128  # a batch of twice as many is cut in two all the same
 MOST_IN_FLIGHT = 8
 
 T = TypeVar("T")
@@ -83,19 +84,27 @@ def micro_batches(
         yield MicroBatch(places, lengths[chosen], ids)
 
 
-def _groups(lengths: list[int]) -> Iterator[list[int]]:
-    """Rows in order, as many at a time as fit; those of no length left out."""
-    group: list[int] = []
-    total = 0
-    for row, length in enumerate(lengths):
-        if group and total + length > MICRO_BATCH_TOKENS:
-            yield group
-            group, total = [], 0
-        if length:
-            group.append(row)
-            total += length
-    if group:
-        yield group
+def _groups(lengths: list[int]) -> list[list[int]]:
+    """Rows in groups of about as many tokens each, so that no server waits for a large one; empty rows left out."""
+    total, rows = sum(lengths), sum(length > 0 for length in lengths)
+    count = max(-(-total // MICRO_BATCH_TOKENS), min(2, total // LEAST_TOKENS), 1)
+    for fewer in range(count, rows):
+        groups = _even(lengths, fewer)
+        if all(sum(lengths[row] for row in group) <= MICRO_BATCH_TOKENS for group in groups):
+            return groups
+    return _even(lengths, rows)
+
+
+def _even(lengths: list[int], count: int) -> list[list[int]]:
+    """The rows in `count` groups: from the longest on, each goes where least is."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if lengths[row]:
+            least = sizes.index(min(sizes))
+            groups[least].append(row)
+            sizes[least] += lengths[row]
+    return [sorted(group) for group in groups]
 
 
 class TrainingPass:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from corolla import __version__
 from corolla.errors import UsageError
+from corolla.models.kernels.helpers import SPINNING
 from corolla.models.pages import Layout, PagePool, pages_for
 from corolla.models.span import Span
 from corolla.models.windows import layout_of
@@ -26,11 +28,13 @@ from corolla.server.leases import Leases
 from corolla.server.limits import PeerLimits
 from corolla.server.memory import return_freed_memory
 from corolla.server.steps import run_pass
-from corolla.server.threads import ThreadChooser
+from corolla.server.threads import FreeCpus, ThreadChooser
 from corolla.wire.messages import ServerStatus
 
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,6 +77,7 @@ class BlockServer:
         engine.run_pass = partial(run_pass, self.pool)
         if span.device.type == "cpu":
             engine.run_pass = ThreadChooser(torch.get_num_threads()).choosing(engine.run_pass)
+        self._cpus = FreeCpus(torch.get_num_threads())
         engine.when_idle = self._tidy_up
         self.span = span
         self.engine = engine
@@ -101,6 +106,16 @@ class BlockServer:
         for prompt in prompts:
             work = partial(prefill, self.span, self.pool, prompt)
             self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
+
+    async def train(self, work: Callable[[], T], peer: str) -> T:
+        """What `work`, a forward or a backward of whole sequences, gives; it calls `pause` now and then."""
+        SPINNING.pause()
+        return await self.engine.submit(Kind.TRAINING, partial(self._cpus.using, work), peer=peer)
+
+    def pause(self) -> None:
+        """Between two blocks of such work: others' generation steps, and a look at who else needs the CPUs."""
+        self.engine.let_in()
+        self._cpus.take()
 
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when there is no work."""

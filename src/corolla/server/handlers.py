@@ -13,12 +13,10 @@ import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
-from corolla.models.kernels.helpers import SPINNING
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer
 from corolla.server.bundles import find
@@ -28,7 +26,6 @@ from corolla.server.checks import (
     failure_from,
     failure_of,
 )
-from corolla.server.engine import Kind
 from corolla.server.limits import InFlight
 from corolla.server.opening import begin, in_use, tokens_of
 from corolla.server.sequences import Sequences, backward_of
@@ -53,8 +50,6 @@ from corolla.wire.messages import (
     Steps,
 )
 from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -269,15 +264,10 @@ class _Stream:
         span = check_span(message, server.span, server.model)
         self._check_staying()
         work = self._sequences(span, tensors, with_gradients=False)
-        output = await self._train(
-            work.forward if message.lease is None else partial(self._lend, work, message.lease)
-        )
+        run = work.forward if message.lease is None else partial(self._lend, work, message.lease)
+        output = await server.train(run, self._peer)
         self._server.counters.forward += work.tokens
         return Packet(Output(), {"hidden": output})
-
-    async def _train(self, run: Callable[[], T]) -> T:
-        SPINNING.pause()
-        return await self._server.engine.submit(Kind.TRAINING, run, peer=self._peer)
 
     def _lend(self, work: Sequences, name: str) -> Tensor:
         """Compute a forward and keep its graph if there is room, on the compute thread."""
@@ -303,7 +293,7 @@ class _Stream:
                 )
             work = self._sequences(span, tensors, with_gradients=True)
             run, tokens = partial(work.backward, message.prompt_gradient, tensors["grad"]), work.tokens
-        grads = await self._train(run)
+        grads = await server.train(run, self._peer)
         self._server.counters.backward += tokens
         return Packet(Gradients(), grads)
 
@@ -327,7 +317,7 @@ class _Stream:
             tensors,
             with_gradients=with_gradients,
             memory_limit=self._server.working_bytes,
-            between=self._server.engine.let_in,
+            between=self._server.pause,
         )
 
     def _check_staying(self) -> None:

@@ -1,21 +1,25 @@
-"""How many compute threads a generation pass gets: all, or one alone.
+"""How many compute threads work gets.
 
-Invariant: the number of threads changes a pass's time, never its bits, and is back at what it was after every
-pass. What is not the best known way is tried seldom enough to cost about a hundredth of the time.
+Invariant: the number of threads changes how long work takes, never its bits, and is back at what it was after it.
+What is not the best known way is tried seldom enough to cost about a hundredth of the time.
 
-A pass of few rows is hundreds of short products. To share one out, sleeping threads have to be woken, which
-on a virtual machine, or beside other busy processes, takes longer than it saves; on an idle machine it pays.
-Neither can be read from the hardware, and both change while a server runs, so the passes themselves tell.
+Training gets one for each CPU that nobody else uses.
+
+A generation pass gets all, or one alone. Of few rows, it is hundreds of short products. To share one out, sleeping
+threads have to be woken, which on a virtual machine, or beside other busy processes, takes longer than it saves; on
+an idle machine it pays. Neither can be read from the hardware, and both change while a server runs, so the passes
+themselves tell.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +32,8 @@ GAPS = (8, 256)  # passes between two trials, at least and at most
 TRIALS = 7  # that a verdict is made of; a few passes that were held up do not sway their median
 FEWEST_TRIALS = 3
 MARGIN = 0.03  # by so much the other way has to be quicker
+
+T = TypeVar("T")
 
 
 class Contest:
@@ -106,6 +112,44 @@ class ThreadChooser:
         finally:
             _set_threads(before)
         return errors
+
+
+class FreeCpus:
+    """Threads for long work: one for each CPU that nobody else uses, but never less than half of all.
+
+    Several servers of a machine train at the same time, on micro-batches of the same step. With threads for all CPUs
+    each, every product of one waits for CPUs that another has: on two cores a step took up to a third longer.
+    """
+
+    def __init__(
+        self, threads: int, others: Callable[[], int] | None = None, cpus: int = os.cpu_count() or 1
+    ) -> None:
+        """`threads` are all that there are; `others` counts threads that run or could, beside the caller."""
+        self._all = threads
+        self._others = others or others_running
+        self._cpus = cpus
+
+    def take(self) -> None:
+        """Set the calling thread's number by what runs now; to be called now and then while the work goes on."""
+        if self._all > 1:
+            _set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
+
+    def using(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which may call `take`."""
+        self.take()
+        try:
+            return work()
+        finally:
+            _set_threads(self._all)
+
+
+def others_running() -> int:
+    """How many threads of the whole machine run or could, beside the caller; 0 where the system does not say."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            return int(file.read().split()[3].split("/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 async def give_threads_to(engine: Engine) -> None:
