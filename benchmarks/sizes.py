@@ -14,7 +14,7 @@ class DemoSizes:
 
     steps: int = 30
     batch: int = 8
-    max_length: int = 96  # tokens of an example
+    max_length: int = 256  # tokens of an example, as wherever nothing else is asked for
     held_out: int = 48  # conversations
 
 

@@ -19,7 +19,7 @@ def chitchat(bench: Bench, padding: str) -> Pair:
     """Steps on the demo's batches: ours with the trainer's collator and loss, peft's with padding."""
     client, count = bench.client(tuning_mode="ptune"), bench.size(3, 1)
     ours = partial(client.ask, "chitchat", count=count)
-    return bench.beside_transformers(client, ours, "chitchat", "chitchat", count=count, padding=padding)
+    return bench.beside_transformers(client, ours, "train", "chitchat", count=count, padding=padding)
 
 
 def _dense(mode: str, target: float) -> Line:

@@ -29,7 +29,7 @@ parser.add_argument("--tuning-mode", default="ptune", choices=["ptune", "deep_pt
 parser.add_argument("--prefix-tokens", type=int, default=16)
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--batch-size", type=int, default=8)
-parser.add_argument("--max-length", type=int, default=96)
+parser.add_argument("--max-length", type=int, default=256)
 parser.add_argument("--lr", type=float, default=1e-2)
 parser.add_argument("--reply-tokens", type=int, default=40)
 parser.add_argument("--out", help="folder for the trained prompt")

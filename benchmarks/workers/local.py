@@ -71,7 +71,6 @@ TRIALS: dict[str, Callable[[], float]] = {
     "batch": lambda: loops.decode(plain(), 8, 6),
     "prefill": lambda: loops.prefill(plain(), 512),
     "train": lambda: loops.dense(tuned(), training_step(), 4, 256),
-    "chitchat": lambda: loops.dense(tuned(), training_step(), 8, 80),
 }
 
 
@@ -125,7 +124,7 @@ def train(rows: int, length: int) -> float:
 
 def chitchat(count: int, padding: str) -> float:
     """Real tokens/s; `padding` is "longest" (of each batch) or "max_length" (of every example)."""
-    use("chitchat")
+    use("train")
     return loops.over_batches(
         training_step(), batches(count), lambda batch: _loss(_padded(batch, padding == "max_length"))
     )

@@ -14,6 +14,7 @@ from benchmarks.run import GROWTHS, LINES, NAMES
 from benchmarks.sizes import DEMO
 
 from corolla.cli import demo
+from corolla.data.render import RenderSettings
 
 FAST = Figure("fast", "fast | things", "tokens/s", "the local model", 1.5)
 SMALL = Figure("small", "a small thing", "bytes", "budget", 1.25, at_most=True)
@@ -128,5 +129,6 @@ def test_figures_have_names_of_their_own() -> None:
 
 
 def test_demo_is_measured_at_its_own_sizes() -> None:
-    assert (DEMO.steps, DEMO.batch, DEMO.max_length) == (demo.STEPS, demo.BATCH, demo.TOKENS)
+    assert (DEMO.steps, DEMO.batch) == (demo.STEPS, demo.BATCH)
+    assert DEMO.max_length == RenderSettings().max_length
     assert DEMO.held_out == demo.HELD_OUT

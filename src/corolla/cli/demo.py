@@ -20,7 +20,7 @@ from corolla.errors import UsageError
 
 MODEL = "smollm2"
 # Sized so that two cores need about five minutes.
-STEPS, BATCH, TOKENS = 30, 8, 96
+STEPS, BATCH = 30, 8
 HELD_OUT = 48  # conversations, one example of each
 SCRIPT = (
     "Hi! How was your day?",
@@ -60,7 +60,6 @@ def _show_map(peers: Sequence[str]) -> None:
 
 def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
     from corolla.cli.tune import TuneJob, prepare_data, train_and_report
-    from corolla.data.render import RenderSettings
     from corolla.tuning.settings import TuneSettings
 
     job = TuneJob(model=MODEL, data="chitchat", out=out)
@@ -69,7 +68,6 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
         batch_size=BATCH,
         held_out=HELD_OUT,
         held_out_samples=HELD_OUT,
-        rendering=RenderSettings(max_length=TOKENS),
     )
     prepared = prepare_data(job, settings, shown=2)
     _heading(3, f"Training {job.prompt_tokens} prompt vectors; the model itself stays as it is")
