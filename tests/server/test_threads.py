@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.server.threads import MOST_TOKENS, Contest, FreeCpus, ThreadChooser, others_running
+from corolla.server.threads import CROWD, MOST_TOKENS, Contest, FreeCpus, ThreadChooser, others_running
 
 TURNS = 2500
 
@@ -95,7 +95,7 @@ def test_each_class_of_rows_finds_its_own_number_of_threads() -> None:
         clock.now += (1.0 if threads == 1 else 1.4) if rows == 1 else (1.0 if threads == 2 else 1.4)
         return [None] * len(parts)
 
-    run = ThreadChooser(2, clock).choosing(run_pass)
+    run = ThreadChooser(2, clock, lambda: 0).choosing(run_pass)
     for _ in range(200):
         run([(None, 1)])
         run([(None, 16), (None, 16)])
@@ -119,7 +119,7 @@ def test_threads_are_restored_when_a_pass_raises() -> None:
         assert torch.get_num_threads() == 1
         raise KeyboardInterrupt
 
-    chooser = ThreadChooser(2, clock)
+    chooser = ThreadChooser(2, clock, lambda: 0)
     for _ in range(60):
         chooser.choosing(quicker_alone)([(None, 1)])
     with pytest.raises(KeyboardInterrupt):
@@ -140,11 +140,33 @@ def test_passes_that_failed_are_no_evidence() -> None:
         clock.now += 0.1 if failing else 2.0 if alone else 1.0
         return [ValueError() if failing else None for _ in parts]
 
-    run = ThreadChooser(2, clock).choosing(run_pass)
+    run = ThreadChooser(2, clock, lambda: 0).choosing(run_pass)
     errors = [run([(None, 1)])[0] for _ in range(300)]
     assert any(errors)
     assert used.count(1) < 60
     assert set(used[-5:]) == {2}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("parts", "others", "used"),
+    [
+        ([1] * CROWD, 2, 1),
+        ([1] * CROWD, 1, 2),  # a CPU is free
+        ([1] * (CROWD - 1), 2, 2),  # no crowd
+        ([1] * CROWD + [16], 2, 2),  # a piece of a prompt among them
+    ],
+)
+def test_a_crowd_on_a_full_machine_gets_half_of_it(parts: list[int], others: int, used: int) -> None:
+    found = []
+
+    def run_pass(parts: list[tuple[Any, int]]) -> list[BaseException | None]:
+        found.append(torch.get_num_threads())
+        return [None] * len(parts)
+
+    ThreadChooser(2, others=lambda: others, cpus=2).choosing(run_pass)([(None, count) for count in parts])
+    assert found == [used]
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.usefixtures("two_threads")

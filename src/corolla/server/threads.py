@@ -16,7 +16,8 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ import torch
 from corolla.models.kernels.native import library
 from corolla.server.engine import Engine, Kind, RunPass
 
+CROWD = 8  # sessions whose steps share a pass
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
 COST = 0.01  # the share of time that trials may cost
 GAPS = (8, 256)  # passes between two trials, at least and at most
@@ -80,12 +82,24 @@ class Contest:
 
 
 class ThreadChooser:
-    """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …)."""
+    """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …).
 
-    def __init__(self, threads: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`threads` are all that there are."""
+    Generation of a crowd, beside others that use every CPU, gets half of them without a contest: there a pass with all
+    may well be the quicker one, but for what it takes from the client and the other servers of these sessions.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        clock: Callable[[], float] = time.perf_counter,
+        others: Callable[[], int] | None = None,
+        cpus: int = os.cpu_count() or 1,
+    ) -> None:
+        """`threads` are all that there are; `others` as in `FreeCpus`."""
         self._ways = (threads, 1)
         self._clock = clock
+        self._others = others or others_running
+        self._cpus = cpus
         self._contests: defaultdict[int, Contest] = defaultdict(Contest)
 
     def choosing(self, run_pass: RunPass) -> RunPass:
@@ -95,6 +109,9 @@ class ThreadChooser:
             tokens = sum(count for _, count in parts)
             if self._ways[0] == 1 or not 0 < tokens <= MOST_TOKENS:
                 return run_pass(parts)
+            if tokens == len(parts) >= CROWD and self._others() >= self._cpus:
+                with _threads(self._ways[0] // 2):
+                    return run_pass(parts)
             return self._timed(self._contests[tokens.bit_length()], partial(run_pass, parts))
 
         return run
@@ -102,15 +119,12 @@ class ThreadChooser:
     def _timed(
         self, contest: Contest, work: Callable[[], list[BaseException | None]]
     ) -> list[BaseException | None]:
-        way, before = contest.pick(), torch.get_num_threads()
-        _set_threads(self._ways[way])
-        try:
+        way = contest.pick()
+        with _threads(self._ways[way]):
             started = self._clock()
             errors = work()
             if not any(errors):  # a pass that failed was begun twice
                 contest.took(way, self._clock() - started)
-        finally:
-            _set_threads(before)
         return errors
 
 
@@ -163,6 +177,17 @@ async def give_threads_to(engine: Engine) -> None:
         kernels.end_team()
     torch.set_num_threads(1)
     await engine.submit(Kind.TRAINING, partial(torch.set_num_threads, count))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many inside."""
+    before = torch.get_num_threads()
+    _set_threads(count)
+    try:
+        yield
+    finally:
+        _set_threads(before)
 
 
 def _set_threads(count: int) -> None:
