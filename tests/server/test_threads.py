@@ -170,6 +170,24 @@ def test_a_crowd_on_a_full_machine_gets_half_of_it(parts: list[int], others: int
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_helpers_that_wait_awake_are_no_others() -> None:
+    clock, found = Clock(), []
+
+    def run_pass(parts: list[tuple[Any, int]]) -> list[BaseException | None]:
+        clock.now += 0.01
+        found.append(torch.get_num_threads())
+        return [None] * len(parts)
+
+    run = ThreadChooser(2, clock, lambda: 2, 2).choosing(run_pass)
+    run([(None, 1)])  # with two threads
+    run([(None, 1)] * CROWD)  # right after: one of the two that run is the helper
+    clock.now += 1
+    run([(None, 1)] * CROWD)
+    run([(None, 1)] * CROWD)  # the last pass had no helper
+    assert found == [2, 2, 1, 1]
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     ("threads", "cpus", "others", "used"),
     [(2, 2, 0, 2), (2, 2, 1, 1), (2, 2, 9, 1), (2, 4, 2, 2), (1, 2, 0, 1), (8, 8, 3, 5), (8, 8, 8, 4)],

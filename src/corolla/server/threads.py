@@ -16,8 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from corolla.models.kernels.native import library
 from corolla.server.engine import Engine, Kind, RunPass
 
 CROWD = 8  # sessions whose steps share a pass
+AWAKE_SECONDS = 0.001  # after a pass its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
 COST = 0.01  # the share of time that trials may cost
 GAPS = (8, 256)  # passes between two trials, at least and at most
@@ -100,6 +100,7 @@ class ThreadChooser:
         self._clock = clock
         self._others = others or others_running
         self._cpus = cpus
+        self._awake = (0, 0.0)  # helpers of the last pass, and until when they may wait awake for the next
         self._contests: defaultdict[int, Contest] = defaultdict(Contest)
 
     def choosing(self, run_pass: RunPass) -> RunPass:
@@ -109,22 +110,33 @@ class ThreadChooser:
             tokens = sum(count for _, count in parts)
             if self._ways[0] == 1 or not 0 < tokens <= MOST_TOKENS:
                 return run_pass(parts)
-            if tokens == len(parts) >= CROWD and self._others() >= self._cpus:
-                with _threads(self._ways[0] // 2):
-                    return run_pass(parts)
+            if tokens == len(parts) >= CROWD and self._is_full():
+                return self._with(self._ways[0] // 2, partial(run_pass, parts))
             return self._timed(self._contests[tokens.bit_length()], partial(run_pass, parts))
 
         return run
 
+    def _is_full(self) -> bool:
+        """Whether others use every CPU; this process's own helpers run too while they wait awake."""
+        helpers, until = self._awake
+        return self._others() - (helpers if self._clock() < until else 0) >= self._cpus
+
+    def _with(self, threads: int, work: Callable[[], T]) -> T:
+        before = torch.get_num_threads()
+        _set_threads(threads)
+        try:
+            return work()
+        finally:
+            _set_threads(before)
+            self._awake = threads - 1, self._clock() + AWAKE_SECONDS
+
     def _timed(
         self, contest: Contest, work: Callable[[], list[BaseException | None]]
     ) -> list[BaseException | None]:
-        way = contest.pick()
-        with _threads(self._ways[way]):
-            started = self._clock()
-            errors = work()
-            if not any(errors):  # a pass that failed was begun twice
-                contest.took(way, self._clock() - started)
+        way, started = contest.pick(), self._clock()
+        errors = self._with(self._ways[way], work)
+        if not any(errors):  # a pass that failed was begun twice
+            contest.took(way, self._clock() - started)
         return errors
 
 
@@ -177,17 +189,6 @@ async def give_threads_to(engine: Engine) -> None:
         kernels.end_team()
     torch.set_num_threads(1)
     await engine.submit(Kind.TRAINING, partial(torch.set_num_threads, count))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many inside."""
-    before = torch.get_num_threads()
-    _set_threads(count)
-    try:
-        yield
-    finally:
-        _set_threads(before)
 
 
 def _set_threads(count: int) -> None:
