@@ -78,7 +78,7 @@ class BlockServer:
         if span.device.type == "cpu":
             engine.run_pass = ThreadChooser(torch.get_num_threads()).choosing(engine.run_pass)
         self._cpus = FreeCpus(torch.get_num_threads())
-        engine.when_idle = self._tidy_up
+        engine.when_quiet = self._tidy_up
         self.span = span
         self.engine = engine
         self.budget = budget
@@ -118,7 +118,7 @@ class BlockServer:
         self._cpus.take()
 
     def _tidy_up(self) -> None:
-        """Let go of what is not needed; on the compute thread, when there is no work."""
+        """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
         if self._untidy:
             return_freed_memory()

@@ -38,9 +38,9 @@ GENERATING_SECONDS = (
     1.0  # how long after a generation step its client is taken to be in the middle of a reply
 )
 GATHER_SECONDS = 0.008  # what a generation step waits at most for those of others to share its pass
-# Without work, until the server tidies up; longer than a client takes between a forward and its backward, which
-# would have to ask the system for all of its memory again.
-IDLE_SECONDS = 5.0
+# Without a job that runs alone (training), until the server tidies up; longer than most clients take between a forward
+# and its backward, which would have to ask the system for all of its memory again.
+QUIET_SECONDS = 2.0
 
 
 class Kind(IntEnum):
@@ -124,13 +124,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         run_pass: RunPass | None = None,
-        when_idle: Callable[[], None] | None = None,
+        when_quiet: Callable[[], None] | None = None,
     ) -> None:
-        """`run_pass` computes packed steps; `when_idle` is called on the compute thread when there has been no work
-        for `IDLE_SECONDS`, and again after as long."""
+        """`run_pass` computes packed steps; `when_quiet` is called on the compute thread when no job has run alone for
+        `QUIET_SECONDS`, and again after as long."""
         self.run_pass = run_pass
-        self.when_idle = when_idle
+        self.when_quiet = when_quiet
         self._clock = clock
+        self._loud = clock()  # when a job that ran alone ended, or the server tidied up
         self._pace = _Pace()
         self._shares = Shares()
         self._lent = 0.0  # seconds of the job at hand that `let_in` gave to others
@@ -213,6 +214,7 @@ class Engine:
         while True:
             if not self._receive(wait=not self._ready):
                 return
+            self._tidy_up()
             if self._ready and self._gather():
                 try:
                     self._iterate()
@@ -220,6 +222,12 @@ class Engine:
                     log.exception("The scheduler failed")
                     self._settle([(job, None, error) for job in self._ready])
                     self._ready.clear()
+
+    def _tidy_up(self) -> None:
+        now = self._clock()
+        if self.when_quiet is not None and now - self._loud >= QUIET_SECONDS:
+            self._loud = now
+            _do(self.when_quiet)
 
     def _gather(self) -> bool:
         """Give generation steps that are probably under way a moment to join the pass; False when closed.
@@ -244,13 +252,11 @@ class Engine:
         ready = {id(job.step.session) for job in self._ready if job.step and job.kind is Kind.DECODE}
         return bool(ready) and self._pace.generated.others_due(now, now + GATHER_SECONDS, ready)
 
-    def _receive(self, *, wait: bool, seconds: float | None = None) -> bool:
+    def _receive(self, *, wait: bool, seconds: float = QUIET_SECONDS) -> bool:
         """Take over what has arrived; False when the engine is closed. `seconds` are what it waits at most."""
         try:
-            item = self._inbox.get(wait, IDLE_SECONDS if seconds is None else seconds)
+            item = self._inbox.get(wait, seconds)
         except queue.Empty:
-            if wait and seconds is None and self.when_idle is not None:
-                _do(self.when_idle)
             return True
         with contextlib.suppress(queue.Empty):
             while item is not None:
@@ -296,6 +302,7 @@ class Engine:
         result, error = _outcome(job.run)
         self._shares.give(job.peer, time.perf_counter() - started - self._lent)
         self._settle([(job, result, error)])
+        self._loud = self._clock()
 
     def _run_together(self, first: Job, now: float) -> None:
         """One pass with `first` and what fits beside it; or two, so that nobody's next token waits for a prompt."""
