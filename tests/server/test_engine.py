@@ -27,6 +27,15 @@ async def engine(clock: Clock) -> AsyncIterator[Engine]:
     await engine.close()
 
 
+class Step:
+    """A step that is done after one pass."""
+
+    kind, group, session, tokens_left = Kind.DECODE, None, None, 0
+
+    def result(self) -> None:
+        """Nothing."""
+
+
 class Order:
     """Submits jobs that note when they ran."""
 
@@ -200,9 +209,6 @@ async def test_the_thread_outlives_what_it_was_posted(
     assert await engine.submit(Kind.DECODE, lambda: 1) == 1
     engine._pack = fail  # type: ignore[method-assign,assignment]
 
-    class Step:
-        kind, group, session, tokens_left = Kind.DECODE, None, None, 1
-
     with pytest.raises(TypeError):
         await asyncio.wait_for(engine.steps([Step()])[0], 20)  # type: ignore[list-item]
     assert await engine.submit(Kind.DECODE, lambda: 2) == 2
@@ -226,12 +232,3 @@ async def test_it_tidies_up_when_nobody_trains_and_not_before_each_job() -> None
                 await engine.steps([Step()])[0]  # type: ignore[list-item]
     finally:
         await engine.close()
-
-
-class Step:
-    """A step that is done after one pass."""
-
-    kind, group, session, tokens_left = Kind.DECODE, None, None, 0
-
-    def result(self) -> None:
-        """Nothing."""

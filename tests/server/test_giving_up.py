@@ -24,7 +24,7 @@ from tests.server.world import (
 )
 
 from corolla.errors import RequestRefused
-from corolla.server import engine, stepping
+from corolla.server import engine, pace, stepping
 from corolla.server.checks import check_memory, working_bytes
 from corolla.server.engine import Kind
 from corolla.swarm.channel import Channel, request
@@ -82,7 +82,8 @@ async def test_a_second_request_before_the_answer_is_out_of_order(world: World) 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stepping, "PREFILL_TOKENS", 8)  # 4 tokens of each of two rows
-    monkeypatch.setattr(engine, "PASS_TOKENS", 8)
+    for module in (engine, pace):  # both use it
+        monkeypatch.setattr(module, "PASS_TOKENS", 8)
 
 
 @pytest.mark.usefixtures("short_pieces")
@@ -109,7 +110,7 @@ async def test_a_decode_step_comes_between_the_pieces_of_a_prefill(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step arrives when the first piece is being computed; training, less urgent, comes after the last."""
-    monkeypatch.setattr(engine, "APART", 0.0)  # the step shares a pass with the second piece
+    monkeypatch.setattr(pace, "APART", 0.0)  # the step shares a pass with the second piece
     channel, other, training = [await world.connect() for _ in range(3)]
     await request(channel, Packet(opening(rows=2)))
     await request(other, Packet(opening(rows=1)))

@@ -29,7 +29,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server import engine as engine_module
+from corolla.server import pace as pace_module
 from corolla.server.engine import AGEING_SECONDS, Engine, Kind
 from corolla.server.steps import PackedStep
 from corolla.swarm.channel import Channel, request
@@ -152,9 +152,9 @@ async def test_a_long_prompt_is_cut_while_others_generate(
     world: World, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
-    monkeypatch.setattr(engine_module, "APART", float("inf") if apart else 0.0)
+    monkeypatch.setattr(pace_module, "APART", float("inf") if apart else 0.0)
     monkeypatch.setattr(
-        engine_module, "SHARED_PASS_SECONDS", 0.0
+        pace_module, "SHARED_PASS_SECONDS", 0.0
     )  # so, the least that a pass takes of a prompt
     long, *others = await clients_of(world, 4)
     await at_once(world, *(one.step(9) for one in others))
@@ -171,9 +171,9 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    both = [(3, 0), (0, engine_module.LEAST_PREFILL_TOKENS)] * 5
+    both = [(3, 0), (0, pace_module.LEAST_PREFILL_TOKENS)] * 5
     if not apart:
-        both = [(3, engine_module.LEAST_PREFILL_TOKENS)] * 5
+        both = [(3, pace_module.LEAST_PREFILL_TOKENS)] * 5
     counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
     assert list(counts)[: len(both)] == both
     for one in (long, *others):
@@ -214,7 +214,7 @@ def _waiting(world: World) -> int:
 
 
 def test_what_a_generation_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
-    pace = engine_module._Pace()
+    pace = pace_module.Pace()
     for _ in range(20):
         pace.passed(16, 0.032)  # 2 ms a token
         pace.passed(1, 0.015)

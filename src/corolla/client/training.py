@@ -88,8 +88,8 @@ def _groups(lengths: list[int]) -> list[list[int]]:
     """Rows in groups of about as many tokens each, so that no server waits for a large one; empty rows left out."""
     total, rows = sum(lengths), sum(length > 0 for length in lengths)
     count = max(-(-total // MICRO_BATCH_TOKENS), min(2, total // LEAST_TOKENS), 1)
-    for fewer in range(count, rows):
-        groups = _even(lengths, fewer)
+    for number in range(count, rows):
+        groups = _even(lengths, number)
         if all(sum(lengths[row] for row in group) <= MICRO_BATCH_TOKENS for group in groups):
             return groups
     return _even(lengths, rows)

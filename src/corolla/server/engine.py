@@ -23,20 +23,13 @@ from typing import Any, Protocol, TypeVar
 
 from corolla.errors import RequestRefused
 from corolla.server.fairness import Shares
-from corolla.swarm.rhythm import Rhythm
+from corolla.server.pace import PASS_TOKENS, Pace
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 AGEING_SECONDS = 2.0
-PASS_TOKENS = 512  # tokens that one packed pass takes at most
-SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
-LEAST_PREFILL_TOKENS = 16
-APART = 0.5  # of what pieces of prompts take, that a generation pass may take to be worth one of its own
-GENERATING_SECONDS = (
-    1.0  # how long after a generation step its client is taken to be in the middle of a reply
-)
 GATHER_SECONDS = 0.008  # what a generation step waits at most for those of others to share its pass
 # Without a job that runs alone (training), until the server tidies up; longer than most clients take between a forward
 # and its backward, which would have to ask the system for all of its memory again.
@@ -84,38 +77,6 @@ class Job:
         return (self.kind - (now - self.arrived) // AGEING_SECONDS, self.arrived)
 
 
-class _Pace:
-    """What the last passes say about the next: what a prompt token costs, and who is in the middle of a reply."""
-
-    def __init__(self) -> None:
-        self._seconds_a_token = 0.002
-        self._seconds_a_step = 0.0
-        self.generated = Rhythm()  # when each session's last generation step was computed
-
-    def prefill_budget(self, now: float, prefilling: set[int]) -> int:
-        """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
-        others = self.generated.others_came(now - GENERATING_SECONDS, prefilling)
-        return self.shared_budget() if others else PASS_TOKENS
-
-    def shared_budget(self) -> int:
-        """Prompt tokens that delay a generation step by about `SHARED_PASS_SECONDS`."""
-        return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
-
-    def apart(self, tokens: int) -> bool:
-        """Whether generation steps are better computed before so many prompt tokens than with them.
-
-        That costs reading the weights once more, so it depends on what a pass of few tokens takes.
-        """
-        return self._seconds_a_step < APART * tokens * self._seconds_a_token
-
-    def passed(self, tokens: int, seconds: float) -> None:
-        """A pass took so long."""
-        if tokens < LEAST_PREFILL_TOKENS:
-            self._seconds_a_step += 0.3 * (seconds - self._seconds_a_step)
-        else:
-            self._seconds_a_token += 0.3 * (seconds / tokens - self._seconds_a_token)
-
-
 class Engine:
     """Runs jobs in order of urgency. Made and used inside one event loop."""
 
@@ -132,7 +93,7 @@ class Engine:
         self.when_quiet = when_quiet
         self._clock = clock
         self._loud = clock()  # when a job that ran alone ended, or the server tidied up
-        self._pace = _Pace()
+        self._pace = Pace()
         self._shares = Shares()
         self._lent = 0.0  # seconds of the job at hand that `let_in` gave to others
         self._open: set[Job] = set()  # the loop's side: not yet answered

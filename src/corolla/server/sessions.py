@@ -18,8 +18,8 @@ from corolla.models.layered import LayeredRow, Row, common_pages, new_row
 from corolla.models.pages import PAGE, Layout, PagePool
 from corolla.models.span import Span
 from corolla.models.span_cache import SpanCache, crop_cache, select_rows
-from corolla.server.engine import PASS_TOKENS
 from corolla.server.kv_cache import IDLE_SECONDS, CacheBudget
+from corolla.server.pace import PASS_TOKENS
 from corolla.wire.messages import Origin
 
 Post = Callable[[Callable[[], None]], None]
