@@ -27,7 +27,6 @@ from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Message
 
 MICRO_BATCH_TOKENS = 512  # small enough that two servers work at the same time on an ordinary batch
-LEAST_TOKENS = 128  # a batch of twice as many is cut in two all the same
 MOST_IN_FLIGHT = 8
 
 T = TypeVar("T")
@@ -86,9 +85,8 @@ def micro_batches(
 
 def _groups(lengths: list[int]) -> list[list[int]]:
     """Rows in groups of about as many tokens each, so that no server waits for a large one; empty rows left out."""
-    total, rows = sum(lengths), sum(length > 0 for length in lengths)
-    count = max(-(-total // MICRO_BATCH_TOKENS), min(2, total // LEAST_TOKENS), 1)
-    for number in range(count, rows):
+    rows = sum(length > 0 for length in lengths)
+    for number in range(-(-sum(lengths) // MICRO_BATCH_TOKENS), rows):
         groups = _even(lengths, number)
         if all(sum(lengths[row] for row in group) <= MICRO_BATCH_TOKENS for group in groups):
             return groups
