@@ -102,5 +102,5 @@ def local_model(folder: Path, prompt: SoftPrompt | None = None) -> Any:
     """The whole model here, with an input prompt in front."""
     model = plain_model(folder)
     model.prompts = prompt or prompt_for(model)
-    BaseModelHooks(model.base_model, prompts=lambda: model.prompts, default_cache=lambda _use: None)
+    BaseModelHooks(model.base_model, prompts=lambda: model.prompts, caches=None)
     return model

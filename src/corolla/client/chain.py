@@ -242,9 +242,22 @@ class SessionChain:
         held = min((span.history.length for span in self._spans), default=0)
         return same and 0 < tokens <= held
 
+    def entered(self, tokens: int) -> Tensor | None:
+        """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""
+        first = self.front.entered if self.front is not None else None
+        if first is None and self._spans:
+            first = self._spans[0].history
+        known = None if first is None else first.copy(tokens).inputs()
+        return None if known is None or known[0].shape[1] != tokens else known[0]
+
     def history_bytes(self) -> int:
         """Memory that the inputs of all spans take at the client."""
         return sum(span.history.nbytes for span in self._spans)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether servers, or this client's own blocks, may hold something of the session."""
+        return bool(self._spans) or self.front is not None
 
     async def close(self, *, keep: bool = False) -> None:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.

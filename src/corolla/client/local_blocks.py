@@ -12,6 +12,7 @@ import threading
 import torch
 from torch import Tensor
 
+from corolla.client.history import History
 from corolla.errors import UsageError
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.quantization import use_kernels
@@ -50,6 +51,7 @@ class LocalSession:
         self._blocks = blocks
         self._start, self._end = start, end
         self._cache: SpanCache = SpanCache(start)
+        self.entered = History()
         self._order: Tensor | None = None
         self._lock = threading.Lock()
 
@@ -62,9 +64,11 @@ class LocalSession:
         """Run [R, T, H] on from `call.start`, forgetting what stood there."""
         with self._lock:
             crop_cache(self._cache, call.start)
+            self.entered.truncate(call.start)
             if call.start == 0:
                 self._cache = SpanCache(self._start)
             self._arrange(int(hidden.shape[0]))
+            self.entered.append(hidden.detach(), call.positions)
             return self._blocks.run(hidden, call, self._start, self._end, self._cache)
 
     def _arrange(self, rows: int) -> None:
@@ -82,17 +86,20 @@ class LocalSession:
             order = repeat if order is None else order[repeat]
         if order is not None:
             select_rows(self._cache, order)
+            self.entered.select_rows(order)
 
     def begin_as(self, other: LocalSession, tokens: int) -> None:
         """Hold the first `tokens` of what the other does; nothing is shared that either changes."""
         with other._lock:
             self._cache = copy.deepcopy(other._cache)
+            self.entered = other.entered.copy(tokens)
             self._order = None if other._order is None else other._order.clone()
         crop_cache(self._cache, tokens)
 
     def clear(self) -> None:
         """Give the memory back."""
         self._cache = SpanCache(self._start)
+        self.entered = History()
 
 
 def check_local(count: int, num_blocks: int) -> int:

@@ -7,6 +7,7 @@ back to the device that they came from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from corolla.client.connection import SwarmConnection
 from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
+from corolla.models.cache import RemoteCache
 from corolla.models.shell import BlocksCall
 
 MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message of a session carries at most
@@ -73,20 +75,35 @@ class RemoteBlocks:
 
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
-        if call.cache is not None:
-            return self._step(hidden, call)
+        wanted = torch.is_grad_enabled() and (
+            hidden.requires_grad or (call.deep is not None and call.deep.requires_grad)
+        )
+        if call.cache is None:
+            return self._run_whole(hidden, call, wanted)
+        if call.start == 0 and (wanted or call.cache.lazy):
+            output = self._run_whole(hidden, call, wanted)
+            call.cache.put_off = PutOff(hidden.detach(), call)
+            return output
+        output = self._step(hidden, call)
+        if not wanted:
+            return output
+        once: Tensor = _NoGradients.apply(output, hidden, call.deep)  # type: ignore[no-untyped-call]
+        return once
+
+    def _run_whole(self, hidden: Tensor, call: BlocksCall, wanted: bool) -> Tensor:
         if self.local is not None and self.start < self.remote_start:
             hidden = self.local.run(hidden, call, self.start, self.remote_start, None)
             if self.remote_start == self.end:
                 return hidden
-        wanted = hidden.requires_grad or (call.deep is not None and call.deep.requires_grad)
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
-            hidden, call.deep, self, call.mask, call.positions, wanted and torch.is_grad_enabled()
+            hidden, call.deep, self, call.mask, call.positions, wanted
         )
         return output
 
+    @torch.no_grad()
     def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         assert call.cache is not None
+        self._catch_up(call.cache, call.start)
         chain = call.cache.session
         assert isinstance(chain, SessionChain)
         if chain.front is not None:
@@ -96,6 +113,44 @@ class RemoteBlocks:
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
         step = _step_in_chunks(chain, _to_wire(hidden), call.start, _to_cpu(call.mask), _to_cpu(positions))
         return self.connection.run(step).to(hidden.device)
+
+    def _catch_up(self, cache: RemoteCache, start: int) -> None:
+        """Give the servers a pass of this session that they have not been given yet."""
+        earlier, cache.put_off = cache.put_off, None
+        if earlier is None or start == 0:
+            return
+        try:
+            self._step(earlier.hidden, earlier.call)
+        except BaseException:
+            cache.put_off = earlier
+            raise
+
+
+@dataclass(frozen=True)
+class PutOff:
+    """A session's first pass, computed without its caches: what entered the blocks, and with what."""
+
+    hidden: Tensor
+    call: BlocksCall
+
+    def select_rows(self, rows: Tensor) -> PutOff:
+        """The same pass for the rows that int64 [R'] names."""
+        return PutOff(self.hidden[rows.to(self.hidden.device)], self.call.select_rows(rows))
+
+
+class _NoGradients(torch.autograd.Function):
+    """A step's output, as if it depended on what entered: whoever asks for the gradient is told that there is none."""
+
+    @staticmethod
+    def forward(_ctx: Any, output: Tensor, _hidden: Tensor, _deep: Tensor | None) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Any) -> Any:
+        raise UsageError(
+            "Gradients do not go through a session's caches: compute the loss of the whole text in one call, outside "
+            "of the session or with use_cache=False."
+        )
 
 
 async def _step_in_chunks(

@@ -7,7 +7,9 @@ cost nothing: they are carried out by the servers together with the next step.
 
 from __future__ import annotations
 
-from typing import Protocol
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,14 +28,73 @@ class BlocksSession(Protocol):
         """The coming steps may reach this many tokens a row, prompts included."""
 
 
-class RemoteCache(Cache):  # type: ignore[misc]
+# What transformers calls the argument that is a cache; before 5.24 the former, since then the latter.
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name of the argument with which a model's or base model's forward takes its cache."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in reversed(CACHE_ARGUMENTS) if name in names), CACHE_ARGUMENTS[0])
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Take the cache out of a call's arguments, whatever it is called there; None when there is none."""
+    found = [arguments.pop(name, None) for name in CACHE_ARGUMENTS]
+    return next((cache for cache in found if cache is not None), None)
+
+
+class _OneGrowingLayer(Cache):  # type: ignore[misc]
+    """A cache without layers of its own, which says of itself what a `DynamicCache` of full attention says."""
+
+    is_compileable = False
+    is_initialized = True
+    is_croppable = True
+    is_sliding = (False,)
+    is_linear = (False,)
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def activate_past_recording(self) -> None:
+        """Whatever was seen can be taken back, always."""
+
+
+class RemoteCache(_OneGrowingLayer):
     """Stands in for `DynamicCache`; made by `InferenceSession`, not by users."""
 
-    def __init__(self, session: BlocksSession, *, prompt_length: int, max_length: int | None) -> None:
-        super().__init__(layers=[])
+    def __init__(
+        self,
+        session: BlocksSession,
+        *,
+        prompt_length: int,
+        max_length: int | None,
+        owner: object = None,
+        fork: Callable[[RemoteCache], RemoteCache] | None = None,
+        lazy: bool = False,
+    ) -> None:
+        """`owner` is what all caches of a model have in common; `fork` makes another one that goes on from it.
+
+        A `lazy` cache is of a call that may never be continued: servers are given it when it is.
+        """
+        super().__init__()
         self.session = session
         self.prompt_length = prompt_length
         self.max_length = max_length
+        self.owner = owner
+        self.lazy = lazy
+        self.closed = False
+        self.put_off: Any = (
+            None  # a pass of this cache that no server has been given yet (`client/remote_blocks.py`)
+        )
+        # Of the `generate` call that goes on with this cache: how many tokens it was given in all, 0 without one; how
+        # many of them it was given both as ids and as embeddings.
+        self.whole = self.counted_twice = 0
+        self._by_ids = False
+        self.foreign = (
+            False  # something else than the user's tokens was put in front of them (peft's prompts)
+        )
+        self._fork = fork
         self.length = 0
         # Both [R, length], of what the servers have seen: token ids (-1 where only embeddings are known) and
         # the padding mask, None while all tokens are real.
@@ -52,6 +113,17 @@ class RemoteCache(Cache):  # type: ignore[misc]
         """Forget the newest tokens; a negative number counts them, a positive one is the length to keep."""
         self.truncate(self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
 
+    def __deepcopy__(self, _memo: Any) -> RemoteCache:
+        """Another session that goes on from here, as a copy of a local cache would."""
+        if self._fork is None or self.closed:
+            raise UsageError("This session is closed; open another one with model.inference_session().")
+        return self._fork(self)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise UsageError(
+            "A session's cache lies on the servers and cannot be saved; keep the tokens (session.output_ids)."
+        )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
 
@@ -68,6 +140,11 @@ class RemoteCache(Cache):  # type: ignore[misc]
     def rows(self) -> int:
         """Sequences in the cache; 0 before the first step."""
         return 0 if self.ids is None else int(self.ids.shape[0])
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether some tokens are known as embeddings only."""
+        return self.ids is not None and bool((self.ids < 0).any())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` of the user's tokens."""
@@ -89,7 +166,10 @@ class RemoteCache(Cache):  # type: ignore[misc]
         rows = rows.detach().to("cpu", torch.int64)
         self.ids = self.ids[rows]
         self.mask = None if self.mask is None else self.mask[rows]
-        self.session.reorder(rows)
+        if self.put_off is not None:
+            self.put_off = self.put_off.select_rows(rows)
+        else:
+            self.session.reorder(rows)
 
     def check_room(self, new_tokens: int) -> None:
         """Raises `SessionLimit` when so many more tokens do not fit; nothing has been computed then."""
@@ -109,6 +189,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
 
         `mask` [R, length + T] covers all tokens, those of the step included.
         """
+        self.foreign |= self._by_ids and ids is None
         self.mask = None if mask is None else mask.detach().to("cpu", torch.int64)
         new = torch.full((rows, count), -1) if ids is None else ids.detach().to("cpu", torch.int64)
         past = self.ids
@@ -117,9 +198,33 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self.ids = new if past is None else torch.cat([past, new], dim=1)
         self.length += count
 
+    def begin_call(self, ids: Tensor | None, embeddings: Tensor | None) -> None:
+        """A `generate` call begins that is given the whole conversation, as `ids` [R, n] or `embeddings` [R, N, H]."""
+        given, known = (0 if part is None else int(part.shape[1]) for part in (embeddings, ids))
+        self.whole = given or known
+        self.counted_twice = known if given and known != given else 0
+        self._by_ids = embeddings is None
+
+    def end_call(self) -> None:
+        """That call is over."""
+        self.whole = self.counted_twice = 0
+        self._by_ids = False
+
+    def new_of(self, ids: Tensor, embeddings: Tensor | None) -> int | None:
+        """How many of `ids` [R, n] are new where they are the whole conversation; None where that is not known.
+
+        Or of `embeddings` [R, N, H], where the cache holds not even all of those.
+        """
+        if embeddings is not None and self.length < embeddings.shape[1]:
+            ids = embeddings
+        if not self.whole or not self.length or ids.shape[1] < self.whole:
+            return None
+        return int(ids.shape[1]) - self.length
+
     def take_over(self, other: RemoteCache) -> None:
         """Hold what `other` does; its session has become a copy of the other's."""
         self.length, self.ids, self.mask = other.length, other.ids, other.mask
+        self.put_off, self.foreign = other.put_off, other.foreign
 
     def align(self, ids: Tensor) -> None:
         """Make the cache a true beginning of `ids` [R, n], short of at least one token.
@@ -141,6 +246,19 @@ class RemoteCache(Cache):  # type: ignore[misc]
             self.select_rows(best)
         self.truncate(keep)
 
+    def align_mask(self, mask: Tensor | None) -> None:
+        """Keep what was computed under this padding mask [R, n] (None: no padding); what follows is computed anew."""
+        if self.ids is None or (mask is None and self.mask is None):
+            return
+        width = self.length if mask is None else min(self.length, int(mask.shape[1]))
+        before = torch.ones(self.rows, width) if self.mask is None else self.mask[:, :width]
+        now = torch.ones_like(before) if mask is None else mask[:, :width].to(before)
+        if now.shape[0] % self.rows == 0:
+            before = before.repeat_interleave(now.shape[0] // self.rows, dim=0)
+            differs = (now.bool() != before.bool()).any(0).nonzero()
+            if len(differs):
+                self.truncate(int(differs[0]))
+
     def _agreement(self, ids: Tensor) -> Tensor:
         """How many leading tokens each row of `ids` shares with each cached row, int64 [R, cached rows]."""
         assert self.ids is not None
@@ -153,11 +271,11 @@ class RemoteCache(Cache):  # type: ignore[misc]
         return PromptedView(self)
 
 
-class PromptedView(Cache):  # type: ignore[misc]
+class PromptedView(_OneGrowingLayer):
     """A `RemoteCache` whose lengths include the prompt once it has been run."""
 
     def __init__(self, cache: RemoteCache) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.cache = cache
         self.past = cache.length + cache.prompt_length if cache.length else 0
 

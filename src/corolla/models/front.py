@@ -33,7 +33,7 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
         return hidden
 
     model = _load_front(checkpoint, BlocksLayer(run, returns_tuple=returns_tuple(checkpoint.config)), dtype)
-    BaseModelHooks(model, prompts=lambda: begun[-1], default_cache=lambda _: None)
+    BaseModelHooks(model, prompts=lambda: begun[-1], caches=None)
     for prompt in prompts:
         begun.append(prompt)
         with torch.inference_mode():

@@ -73,7 +73,7 @@ def check_family(config: PretrainedConfig) -> bool:
         if key in _passed:
             return _passed[key]
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
-            whole = _random_model(found.causal_lm, small)
+            whole = random_model(found.causal_lm, small)
             whole.save_pretrained(folder)
             spans = _spans(Path(folder), small.num_hidden_layers)
             difference = _first_difference(whole, spans)
@@ -147,7 +147,8 @@ def _shorter_factors(rope: Any) -> Any:
     }
 
 
-def _random_model(causal_lm: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def random_model(causal_lm: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config with every parameter drawn anew."""
     torch.manual_seed(0)
     model = causal_lm(config)
     with torch.no_grad():

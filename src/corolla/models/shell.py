@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
+from corolla.models import guard
 from corolla.models import prompts as prompt_math
-from corolla.models.cache import PromptedView, RemoteCache
+from corolla.models.cache import PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.padding_free import FlatRows, starts_anew
 from corolla.models.prompts import SoftPrompt
 
 # No mask function belongs to this name, so the base model builds no [T, T] masks that nobody would read.
@@ -46,9 +48,18 @@ class BlocksCall:
     start: int  # position of the first of the T tokens, prompt included
     prompt: Tensor | None = None  # fp32 [P, H], what the first of the T tokens are, where they are a prompt
 
+    def select_rows(self, rows: Tensor) -> BlocksCall:
+        """The same for the rows that int64 [R'] names, wherever it says something of rows."""
+        mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
+        positions = self.positions
+        if positions is not None and positions.shape[0] > 1:
+            positions = positions[rows.to(positions.device)]
+        return replace(self, mask=mask, positions=positions)
+
 
 RunBlocks = Callable[[Tensor, BlocksCall], Tensor]
 _call: ContextVar[BlocksCall | None] = ContextVar("corolla_blocks_call", default=None)
+_seen: ContextVar[list[Tensor] | None] = ContextVar("corolla_seen", default=None)
 
 
 class BlocksLayer(nn.Module):
@@ -65,8 +76,23 @@ class BlocksLayer(nn.Module):
             raise UsageError(
                 "The blocks were called outside of their model's forward; use model.blocks[i:j](hidden)."
             )
-        output = self._run(hidden_states, call)
+        seen = _seen.get()
+        if seen is not None:
+            seen.append(hidden_states)
+        output = self._run(hidden_states, call) if seen is None else hidden_states
         return (output,) if self._returns_tuple else output
+
+
+@torch.no_grad()
+def what_enters(base: nn.Module, ids: Tensor) -> Tensor:
+    """What token ids [R, T] are when they enter the first block, the prompt in front: [R, P+T, H]; no block is run."""
+    seen: list[Tensor] = []
+    token = _seen.set(seen)
+    try:
+        base(input_ids=ids, use_cache=False)
+    finally:
+        _seen.reset(token)
+    return seen[0]
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,19 @@ class _Entered:
     rows: int
     new_tokens: int  # the user's
     prompt_tokens: int  # that were prepended in this call
+    flat: FlatRows | None  # where the user's rows hold several sequences each
+
+
+class Caches(Protocol):
+    """Where calls that name no cache find one (`client/causal_lm.py`)."""
+
+    owner: object  # what the caches of this model have in common
+
+    def active(self) -> RemoteCache | None:
+        """That of the session whose `with` block we are in."""
+
+    def fresh(self, *, lazy: bool) -> RemoteCache:
+        """An empty one for a call that may be continued."""
 
 
 class BaseModelHooks:
@@ -90,12 +129,15 @@ class BaseModelHooks:
         base: PreTrainedModel,
         *,
         prompts: Callable[[], SoftPrompt | None],
-        default_cache: Callable[[bool], RemoteCache | None],
+        caches: Caches | None,
+        reads_flat_rows: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`default_cache(use_cache)` gives the cache for a call that names none, or None for no cache."""
+        """Without `caches` no call has one; `reads_flat_rows` says what `models/flat_check.py` finds."""
         self._prompts = prompts
-        self._default_cache = default_cache
+        self._reads_flat_rows = reads_flat_rows
+        self._caches = caches
         self._names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+        self._cache_name = cache_argument(base.forward)
         self._entered: ContextVar[tuple[_Entered, ...]] = ContextVar("corolla_entered", default=())
         base.register_forward_pre_hook(self._enter, with_kwargs=True)
         base.register_forward_hook(self._leave, always_call=True)
@@ -104,22 +146,22 @@ class BaseModelHooks:
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
-        shaped = ids if ids is not None else embeddings
-        if shaped is None:
-            raise UsageError("Give the model input_ids or inputs_embeds.")
-        rows, new_tokens = int(shaped.shape[0]), int(shaped.shape[1])
-        cache = self._pick_cache(named)
-        if cache is not None:
-            cache.check_room(new_tokens)
-        mask = named.get("attention_mask")
+        guard.check_outputs(named)
+        cache = self._pick_cache(base, named)
+        rows, new_tokens = _shape(named)
+        guard.check_continues(cache, rows, new_tokens, named)
+        flat = self._flat_rows(named, rows, cache)
+        if flat is not None:
+            _split(named, flat)
         prompt = self._prompts()
+        self._check_tokens(base, named, cache, prompt)
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
         first = cache is None or cache.length == 0
         prepended = prompt.length if prompt is not None and first else 0
         if prompt is not None:
             _place_prompt(base, named, prompt, prepend=first)
         view = None if cache is None else cache.with_prompt()
-        named["past_key_values"] = view
+        named[self._cache_name] = view
         named["use_cache"] = view is not None
         call = BlocksCall(
             mask=_real_mask(named.get("attention_mask"), named.get("position_ids")),
@@ -129,20 +171,61 @@ class BaseModelHooks:
             start=0 if view is None else view.past,
             prompt=prompt.input if prompt is not None and first else None,
         )
-        call = _without_plain_positions(call, new_tokens + prepended)
-        entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended)
+        call = _without_plain_positions(call, _shape(named)[1])
+        entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended, flat)
         self._entered.set((*self._entered.get(), entered))
         return (), named
 
-    def _pick_cache(self, named: dict[str, Any]) -> RemoteCache | None:
-        given = named.get("past_key_values")
-        if isinstance(given, RemoteCache):
-            return given
-        if given is not None and given.get_seq_length() > 0:
+    def _pick_cache(self, base: Any, named: dict[str, Any]) -> RemoteCache | None:
+        """The cache that the call names, that of the active session, or a new one where a local model makes one."""
+        given = take_cache(named)
+        if self._caches is None:
+            return None
+        if given is not None:
+            guard.check_cache(given, self._caches.owner)
+            cache: RemoteCache = given
+            return cache
+        wanted = named.get("use_cache")
+        if wanted is False:
+            return None
+        active = self._caches.active()
+        if active is not None:
+            guard.check_cache(active, self._caches.owner)
+            return active
+        if wanted or getattr(base.config, "use_cache", False):
+            return self._caches.fresh(lazy=wanted is None)
+        return None
+
+    def _flat_rows(self, named: dict[str, Any], rows: int, cache: RemoteCache | None) -> FlatRows | None:
+        """Where rows hold several sequences each, if the family's own code would tell them apart."""
+        positions = named.get("position_ids")
+        if positions is None or named.get("attention_mask") is not None or not starts_anew(positions):
+            return None
+        if cache is not None:
             raise UsageError(
-                "A distributed model keeps its attention cache in a session: pass session=, not a filled cache."
+                "Position ids start anew inside a row, as in batches without padding, but a cache holds one "
+                "sequence a row: pass use_cache=False."
             )
-        return self._default_cache(named.get("use_cache") is True)
+        return FlatRows.of(positions, rows) if self._reads_flat_rows() else None
+
+    def _check_tokens(
+        self, base: Any, named: dict[str, Any], cache: RemoteCache | None, prompt: SoftPrompt | None
+    ) -> None:
+        """Everything that the new tokens may be too many for, and ids that the model does not know."""
+        embedding = guard.embedding_of(base)
+        ids, new_tokens = named.get("input_ids"), _shape(named)[1]
+        if ids is not None:
+            named["input_ids"] = guard.known_ids(ids, named.get("attention_mask"), embedding)
+        length = 0 if prompt is None else prompt.length
+        if cache is not None:
+            if cache.length and cache.prompt_length != length:
+                raise UsageError(
+                    "The model's prompt is not the one that this session began with; open another session."
+                )
+            cache.check_room(new_tokens)
+        if named.get("position_ids") is None:
+            past = 0 if cache is None else cache.length
+            guard.check_reach(length + past + new_tokens, guard.position_limit(base, embedding, base.config))
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if not self._entered.get():
@@ -155,6 +238,28 @@ class BaseModelHooks:
         if entered.cache is not None:
             entered.cache.record(entered.ids, entered.rows, entered.new_tokens, entered.mask)
         return _users_view(output, entered)
+
+
+def _shape(named: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of a call."""
+    ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
+    shaped = ids if ids is not None else embeddings
+    if shaped is None or shaped.ndim != (2 if ids is not None else 3):
+        raise UsageError(
+            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size]."
+        )
+    return int(shaped.shape[0]), int(shaped.shape[1])
+
+
+def _split(named: dict[str, Any], flat: FlatRows) -> None:
+    """One sequence a row, and padding behind the shorter ones."""
+    for name in ("input_ids", "inputs_embeds", "position_ids"):
+        value = named.get(name)
+        if value is not None:
+            whole = value.expand(flat.shape) if name == "position_ids" else value
+            named[name] = flat.split(whole)
+            device = value.device
+    named["attention_mask"] = flat.mask().to(device)
 
 
 def _place_prompt(base: nn.Module, named: dict[str, Any], prompt: SoftPrompt, *, prepend: bool) -> None:
@@ -184,8 +289,6 @@ def _real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
     """
     if mask is None:
         return None
-    if mask.ndim != 2:
-        raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
     mask = mask.bool()
     return None if bool(mask.all()) and positions is None else mask
 
@@ -213,11 +316,32 @@ def _users_view(output: Any, entered: _Entered) -> Any:
 def _trim(item: Any, entered: _Entered) -> Any:
     if isinstance(item, PromptedView):
         return entered.cache
-    if isinstance(item, Tensor) and item.ndim == 3 and entered.prompt_tokens:
-        return item[:, entered.prompt_tokens :]
+    if isinstance(item, Tensor) and item.ndim == 3:
+        item = item[:, entered.prompt_tokens :] if entered.prompt_tokens else item
+        return item if entered.flat is None else entered.flat.join(item)
     if isinstance(item, tuple):
         return tuple(_trim(part, entered) for part in item)
     return item
+
+
+def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
+    """Have calls with labels stand by themselves: a loss neither goes on with a session nor becomes part of it."""
+    names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+    cache_name = cache_argument(model.forward)
+
+    def enter(
+        _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        cache = take_cache(named)
+        labels = named.get("labels")
+        if isinstance(labels, Tensor):
+            guard.check_labels(labels, getattr(model.get_output_embeddings(), "out_features", None))
+            if cache is None and named.get("use_cache") is not False and caches.active() is not None:
+                cache = caches.fresh(lazy=True)
+        return (), named if cache is None else {**named, cache_name: cache}
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> PreTrainedModel:

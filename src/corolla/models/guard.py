@@ -1,0 +1,181 @@
+"""What is refused before anything is computed: a call that does not continue what its cache holds.
+
+Invariant: what enters the blocks continues what the cache holds. Cached tokens and new ones together are the
+conversation that mask and position ids speak of, under the mask and the prompt that the cached ones were
+computed with. Every way of calling a model goes through `BaseModelHooks._enter` and with that through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corolla.errors import UsageError
+from corolla.models.cache import RemoteCache
+
+IGNORED = -100  # the label of a position that carries no loss
+# What only the blocks could give, with the names that people know it by.
+_INSIDE = {
+    "output_hidden_states": "hidden states between the blocks",
+    "output_attentions": "attention weights",
+    "output_router_logits": "router logits",
+}
+
+
+def check_outputs(named: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for outputs that stay on the servers."""
+    for option, what in _INSIDE.items():
+        if named.get(option):
+            raise UsageError(
+                f"{option}=True asks for {what}, which stay on the servers: leave it out; hidden states can be had "
+                "with model.blocks[i:j](hidden)."
+            )
+
+
+def switch_off_outputs(*configs: Any) -> list[str]:
+    """Have configs not ask for such outputs by default; gives the options that were on."""
+    found = [option for option in _INSIDE if any(getattr(config, option, None) for config in configs)]
+    for config in configs:
+        for option in found:
+            if getattr(config, option, None):
+                setattr(config, option, False)
+    return found
+
+
+def embedding_of(base: Any) -> nn.Module | None:
+    """The embedding of tokens; None for a model without one (`models/front.py`)."""
+    try:
+        found: nn.Module | None = base.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
+def known_ids(ids: Tensor, mask: Tensor | None, embedding: Any) -> Tensor:
+    """Token ids [R, T] that all have an embedding: padding's that have none are 0. Raises `UsageError`.
+
+    `mask` [R, S], whose last T columns are those of `ids`, is 0 for padding.
+    """
+    rows = getattr(embedding, "num_embeddings", None)
+    if not isinstance(rows, int) or not ids.numel():
+        return ids
+    strange = (ids < 0) | (ids >= rows)
+    if not bool(strange.any()):
+        return ids
+    padding = None if mask is None or mask.ndim != 2 else ~mask[:, -ids.shape[1] :].bool()
+    if padding is not None and padding.shape[1] == ids.shape[1]:
+        ids = ids.masked_fill(strange & padding, 0)
+        strange = strange & ~padding
+    if bool(strange.any()):
+        raise UsageError(
+            f"Token {int(ids[strange][0])} has no embedding: this model has {rows} of them, 0 to {rows - 1}. Use the "
+            "model's own tokenizer, or resize the embeddings before the model is loaded."
+        )
+    return ids
+
+
+def check_labels(labels: Tensor, words: int | None) -> None:
+    """Raises `UsageError` for labels that are neither one of the model's `words` nor to be ignored."""
+    if words is None or not labels.numel():
+        return
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= words)
+    if bool(wrong.any()):
+        raise UsageError(
+            f"The label {int(labels[wrong][0])} is no token of this model, which has {words}; give token ids, or "
+            f"{IGNORED} where there is to be no loss."
+        )
+
+
+def check_cache(given: Any, owner: object) -> None:
+    """Raises `UsageError` unless this cache is an open one of the model with that owner."""
+    if not isinstance(given, RemoteCache):
+        raise UsageError(
+            f"A distributed model keeps its attention cache on the servers and cannot use a {type(given).__name__}: "
+            "leave it out (the answer carries a cache that can be passed on), or pass session=."
+        )
+    if given.owner is not owner:
+        raise UsageError("This session belongs to another model; open one with model.inference_session().")
+    if given.closed:
+        raise UsageError("This session is closed; open another one with model.inference_session().")
+
+
+def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mapping[str, Any]) -> None:
+    """Raises `UsageError` unless `new` tokens in `rows` rows go on where the cache ends."""
+    past = 0 if cache is None else cache.length
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
+    if mask is not None:
+        _check_mask(mask, past, new)
+    if cache is None or not past:
+        return
+    if rows % cache.rows:
+        raise UsageError(f"This session holds {cache.rows} sequences; a batch of {rows} cannot continue it.")
+    _check_past(mask, cache, rows)
+    if mask is None and cache.mask is None and positions is not None:
+        _check_positions(positions, past, new)
+
+
+def _check_mask(mask: Tensor, past: int, new: int) -> None:
+    if mask.ndim != 2:
+        raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
+    if mask.shape[1] == past + new:
+        return
+    if past:
+        raise UsageError(
+            f"This call brings {new} tokens to a session that holds {past}, but its attention mask covers "
+            f"{mask.shape[1]}: pass the tokens that come after the cached ones, and a mask for all {past + new}."
+        )
+    raise UsageError(
+        f"The attention mask covers {mask.shape[1]} tokens, but {new} were given; it needs a number for each."
+    )
+
+
+def _check_past(mask: Tensor | None, cache: RemoteCache, rows: int) -> None:
+    """The mask says of cached tokens what it said when they were computed."""
+    before = cache.mask
+    if mask is None and before is None:
+        return
+    if before is None:
+        same = mask is None or bool(mask[:, : cache.length].all())
+    else:
+        before = before.repeat_interleave(rows // before.shape[0], dim=0).bool()
+        same = bool(before.all()) if mask is None else _equal(mask[:, : cache.length].bool(), before)
+    if not same:
+        raise UsageError(
+            "The attention mask says of tokens in the session what it did not say when they were computed; set "
+            "session.position back to where the masks differ, or open another session."
+        )
+
+
+def _equal(given: Tensor, before: Tensor) -> bool:
+    return torch.equal(given.cpu().expand_as(before), before)
+
+
+def _check_positions(positions: Tensor, past: int, new: int) -> None:
+    plain = torch.arange(past, past + new, device=positions.device)
+    if positions.shape[-1] != new or not bool((positions == plain).all()):
+        raise UsageError(
+            f"The position ids begin at {int(positions.flatten()[0])}, but the session holds {past} tokens and this "
+            f"call brings {new}: pass the tokens that come after the cached ones, with the positions from {past} on."
+        )
+
+
+def position_limit(holder: nn.Module, embedding: nn.Module | None, config: Any) -> int | None:
+    """How many tokens a row may have where positions have embeddings of their own (gpt2, opt); None elsewhere."""
+    tables = [
+        child for child in holder.children() if isinstance(child, nn.Embedding) and child is not embedding
+    ]
+    limit = getattr(config, "max_position_embeddings", None)
+    learned = any(isinstance(limit, int) and child.num_embeddings >= limit for child in tables)
+    return int(limit) if learned and limit else None
+
+
+def check_reach(tokens: int, limit: int | None) -> None:
+    """Raises `UsageError` when so many tokens a row, prompts included, go beyond the model's positions."""
+    if limit is not None and tokens > limit:
+        raise UsageError(
+            f"This call needs {tokens} positions, the prompt's included, but the model has {limit}: shorten the text, "
+            "or ask for fewer tokens."
+        )
