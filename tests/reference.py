@@ -61,6 +61,8 @@ class Prompted:
         def adder(vector: Tensor) -> Any:
             def add(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 hidden = args[0] if args else kwargs.pop("hidden_states")
+                if hidden.shape[1] < length:  # a later token, over what is cached
+                    return (hidden, *args[1:]), kwargs
                 pad = hidden.shape[1] - length
                 added = hidden + F.pad(vector.to(hidden.dtype), (0, 0, 0, pad))
                 return (added, *args[1:]), kwargs
@@ -72,6 +74,23 @@ class Prompted:
             block.register_forward_pre_hook(adder(vector), with_kwargs=True)
             for block, vector in zip(blocks_of(self.model), self.deep, strict=True)
         ]
+
+    def generate(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
+        """As the model's own, with the prompt in front."""
+        embedded = self.model.get_input_embeddings()(ids)
+        front = self.vectors.detach().to(embedded.dtype).expand(ids.shape[0], -1, -1)
+        mask = torch.ones_like(ids) if mask is None else mask
+        handles = [] if self.deep is None else self._hook(self.vectors.shape[0])
+        try:
+            return self.model.generate(
+                ids,
+                inputs_embeds=torch.cat([front, embedded], 1),
+                attention_mask=F.pad(mask, (self.vectors.shape[0], 0), value=1),
+                **options,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def loss(self, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean cross entropy of the next tokens."""

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Collection
 from contextvars import ContextVar
 from functools import cache as memoize
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -166,7 +167,11 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
         ) -> Any:
             inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
             turn = session.begin(
-                inputs, kwargs.pop("attention_mask", None), kwargs.pop("inputs_embeds", None)
+                inputs,
+                kwargs.pop("attention_mask", None),
+                kwargs.pop("inputs_embeds", None),
+                # peft puts its prompts in front by a method of its own in the place of ours, in an empty session only.
+                share=getattr(self.prepare_inputs_for_generation, "__self__", None) is self,
             )
             if turn.mask is not None:
                 kwargs["attention_mask"] = turn.mask
@@ -189,6 +194,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             result.sequences = newer
             return result
 
+        @wraps(family.prepare_inputs_for_generation)  # `generate` reads what it takes off its signature
         def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             """As the family's own, and not what the cache holds already, which speculation would run again."""
             cache = kwargs.get(self._cache_name)
@@ -196,7 +202,10 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 new = cache.new_of(input_ids, kwargs.get("inputs_embeds"))
                 if new is not None and kwargs.get("next_sequence_length") is None:
                     kwargs["next_sequence_length"] = new
-            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+            prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+            if isinstance(cache, RemoteCache):
+                cache.announce(prepared)
+            return prepared
 
         def _prepare_cache_for_generation(
             self,

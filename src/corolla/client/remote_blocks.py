@@ -7,7 +7,7 @@ back to the device that they came from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class RemoteBlocks:
         if earlier is None or start == 0:
             return
         try:
-            self._step(earlier.hidden, earlier.call)
+            self._step(earlier.hidden, replace(earlier.call, cache=cache))
         except BaseException:
             cache.put_off = earlier
             raise

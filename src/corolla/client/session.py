@@ -125,10 +125,18 @@ class InferenceSession:
 
     # --- used by generate --------------------------------------------------------------------------------
 
-    def begin(self, inputs: Tensor | None, mask: Tensor | None, embeddings: Tensor | None = None) -> Turn:
+    def begin(
+        self,
+        inputs: Tensor | None,
+        mask: Tensor | None,
+        embeddings: Tensor | None = None,
+        *,
+        share: bool = True,
+    ) -> Turn:
         """The whole conversation with `inputs` [R, T], or `embeddings` [R, T, H], behind it.
 
-        `mask` may cover the new tokens or the whole. Afterwards the caches hold a true beginning of it. Raises
+        `mask` may cover the new tokens or the whole; `share` allows to begin with what another session of this
+        client holds. Afterwards the caches hold a true beginning of it. Raises
         `UsageError` for what cannot be told to continue it.
         """
         guard.check_cache(self.cache, self._connection)
@@ -144,7 +152,7 @@ class InferenceSession:
             return Turn(inputs, embeddings, mask, 0, columns)
         new = inputs if embeddings is None else torch.full(embeddings.shape[:2], -1)
         ids = _appended(past, new)
-        if past is None and ids is not None and (mask is None or bool(mask.all())):
+        if share and past is None and ids is not None and (mask is None or bool(mask.all())):
             self._begin_with_known(ids)
         if past is None or ids is None:
             return Turn(ids, None, mask, 0, ids)

@@ -91,6 +91,7 @@ class RemoteCache(_OneGrowingLayer):
         # many of them it was given both as ids and as embeddings.
         self.whole = self.counted_twice = 0
         self._by_ids = False
+        self.announced: int | None = None  # tokens that its next forward should bring
         self.foreign = (
             False  # something else than the user's tokens was put in front of them (peft's prompts)
         )
@@ -209,6 +210,7 @@ class RemoteCache(_OneGrowingLayer):
         """That call is over."""
         self.whole = self.counted_twice = 0
         self._by_ids = False
+        self.announced = None
 
     def new_of(self, ids: Tensor, embeddings: Tensor | None) -> int | None:
         """How many of `ids` [R, n] are new where they are the whole conversation; None where that is not known.
@@ -220,6 +222,12 @@ class RemoteCache(_OneGrowingLayer):
         if not self.whole or not self.length or ids.shape[1] < self.whole:
             return None
         return int(ids.shape[1]) - self.length
+
+    def announce(self, prepared: dict[str, Any]) -> None:
+        """The next forward should bring what `generate` has prepared for it."""
+        given = prepared.get("inputs_embeds")
+        given = prepared.get("input_ids") if given is None else given
+        self.announced = None if given is None or not self.whole else int(given.shape[1])
 
     def take_over(self, other: RemoteCache) -> None:
         """Hold what `other` does; its session has become a copy of the other's."""

@@ -1,0 +1,109 @@
+"""Every public way to call a model equals the local one or is refused in one sentence; see `ways.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.client.conftest import Pair
+from tests.client.ways import COLUMNS, WAYS, Case, Column, P, Way, document
+from tests.reference import Prompted, local_model
+from tests.tiny_models import write_tiny
+
+from corolla.errors import UsageError
+
+PairOf = Callable[..., Pair]
+FAMILIES = ("llama", "bloom", "gpt2", "gemma3_text")
+LOGITS = 1e-4
+
+
+def peft_of(model: Any, vectors: torch.Tensor) -> Any:
+    """The model with peft's prompt tuning around it, its prompt given."""
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=P))
+    wrapped.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
+    return wrapped.eval()
+
+
+def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
+    """Fresh models on the pair's swarm; the local one is read anew, since peft changes it."""
+    arguments = {} if column in ("none", "peft prompt") else {"tuning_mode": column, "pre_seq_len": P}
+    bare = pair.model(**arguments)
+    whole = local_model(pair.swarm.checkpoint.name)
+    for one in (bare, whole):
+        one.generation_config.eos_token_id = None
+        one.generation_config.pad_token_id = 0
+    size = whole.get_input_embeddings().weight.shape[1]
+    vectors = torch.randn(P, size, generator=torch.Generator().manual_seed(3)) * 0.3
+    deep = None
+    if column == "none":
+        vectors = vectors[:0]
+    elif column != "peft prompt":
+        bare.prompts.input.data.copy_(vectors)
+        if bare.prompts.deep is not None:
+            deep = bare.prompts.deep.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    model, local = bare, whole
+    if column == "peft prompt":
+        model, local = peft_of(bare, vectors), peft_of(whole, vectors)
+
+    def assistant() -> Any:
+        made = local_model(write_tiny(family, folder / "assistant", seed=1, layers=2))
+        made.generation_config.eos_token_id = None
+        return made
+
+    return Case(column, model, bare, local, whole, Prompted(whole, vectors, deep), pair.model, assistant)
+
+
+CELLS = [
+    pytest.param(one, column, family, id=f"{one.section}: {one.name}-{column}-{family}")
+    for one in WAYS
+    for column in COLUMNS
+    for family in FAMILIES
+    if one.sentence(column) != ""
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("one", "column", "family"), CELLS)
+def test_a_cell(pair_of: PairOf, tmp_path: Path, one: Way, column: Column, family: str) -> None:
+    case = case_of(pair_of(family), column, family, tmp_path)
+    sentence = one.sentence(column)
+    if sentence is not None:
+        with pytest.raises(UsageError, match=re.escape(sentence)) as refusal:
+            one.run(case)
+        assert "\n" not in str(refusal.value)
+        return
+    found, expected = one.run(case)
+    assert_equal(found, expected)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Tokens are the same, other numbers within what float32 rounds."""
+    if isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+        return
+    assert found.shape == expected.shape
+    if found.dtype == torch.int64:
+        assert torch.equal(found, expected), f"{found.tolist()} instead of {expected.tolist()}"
+    else:
+        scale = max(1.0, float(expected.detach()[expected.isfinite()].abs().max()))
+        both = found.isfinite() & expected.isfinite()
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        assert (found - expected)[both].abs().max() < LOGITS * scale
+
+
+def test_no_cell_is_left_out() -> None:
+    assert len({(one.section, one.name) for one in WAYS}) == len(WAYS)
+    assert all(one.sentence(column) != "" for one in WAYS for column in COLUMNS[:3])
+
+
+def test_the_document_says_what_is_tried() -> None:
+    path = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    assert path.read_text() == document(), "write it anew: python -m tests.client.ways"
