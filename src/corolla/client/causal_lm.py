@@ -34,6 +34,7 @@ from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.layer_form import returns_tuple
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
@@ -63,7 +64,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self.prompts: SoftPrompt | None = None
             self._blocks = RemoteBlocks(connection, 0, config.num_hidden_layers)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
-            layer = BlocksLayer(self._blocks.run, returns_tuple=families.returns_tuple(config))
+            layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
             holder = replace_blocks(self, families.blocks_prefix(config), layer)
             BaseModelHooks(holder, prompts=self._get_prompts, default_cache=self._default_cache)
             weakref.finalize(self, connection.close)
