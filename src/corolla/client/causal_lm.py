@@ -38,7 +38,7 @@ from corolla.models.layer_form import returns_tuple
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
-from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
+from corolla.models.shell import BaseModelHooks, BlocksLayer, check_cached_length, replace_blocks
 from corolla.wire.compression import check_format
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
@@ -149,6 +149,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             cache = model_kwargs.get("past_key_values")
             if isinstance(cache, RemoteCache):
                 generation_config.cache_implementation = None  # some checkpoints ask for a local kind
+                check_cached_length(self, cache.prompt_length + max_cache_length)
                 cache.reserve(max_cache_length)
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -41,7 +41,7 @@ SMALL: dict[str, int] = {
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 96,
     "rotary_dim": 8,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "q_lora_rank": 32,
@@ -110,7 +110,7 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
 
 
 def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
-    """Factors for each frequency, cut to the miniature's frequencies; and the edge where they change, at `EDGE`."""
+    """As many factors as the miniature has frequencies; and the edge where they change, at `EDGE`."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return
@@ -120,7 +120,7 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
     for part in parts.values():
         keep = int(width * (part.get("partial_rotary_factor") or 1.0)) // 2
         part |= {
-            name: value[:keep]
+            name: (value * keep)[:keep]
             for name, value in part.items()
             if name.endswith("_factor") and isinstance(value, list)
         }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.packing import Segment, current_batch
@@ -130,6 +131,16 @@ def edge_of(model: nn.Module) -> Edge | None:
     edges = [_edge_of(one) for one in model.modules() if _is_rotary(one)]
     found = [one for one in edges if one is not None]
     return min(found, key=lambda one: one.tokens) if found else None
+
+
+def cached_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens a session may have, prompts included, where rotary embeddings change before the config's end."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
+    edges = [
+        part.get("original_max_position_embeddings") for part in parts if part.get("rope_type") == "longrope"
+    ]
+    return min((int(one) for one in edges if one), default=None)
 
 
 def _is_rotary(module: nn.Module) -> bool:

@@ -70,16 +70,21 @@ class BlocksLayer(nn.Module):
         self._edge: tuple[Edge | None] | None = None  # None: not yet looked for
 
     def stand_in(self, holder: nn.Module) -> None:
-        """`holder` is the model whose blocks this layer stands for; it is looked at when it has its weights."""
+        """`holder` is the model whose blocks this layer stands for; it has its weights when it is first run."""
         self._holder = weakref.ref(holder)
+        holder.register_forward_pre_hook(lambda _holder, _args: self._look())
 
     @property
     def edge(self) -> Edge | None:
         """Where the family's rotary embeddings begin to depend on the length of a sequence."""
-        if self._edge is None:
-            holder = None if self._holder is None else self._holder()
-            self._edge = (None if holder is None else edge_of(holder),)
-        return self._edge[0]
+        self._look()
+        return None if self._edge is None else self._edge[0]
+
+    def _look(self) -> None:
+        """Once, before the rotary embeddings have seen a sequence: they remember the longest."""
+        holder = None if self._holder is None else self._holder()
+        if self._edge is None and holder is not None:
+            self._edge = (edge_of(holder),)
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor]:
         call = _call.get()
