@@ -793,9 +793,10 @@ def _later_padded(case: Case) -> Outcome:
         )
         second = case.model.generate(input_ids=more, session=session, max_new_tokens=5, **GREEDY)
     rows = [
-        one[keep.bool()][None] for one, keep in zip(first, torch.nn.functional.pad(mask, (0, 5), value=1))
+        one[keep.bool()][None]
+        for one, keep in zip(first, torch.nn.functional.pad(mask, (0, 5), value=1), strict=True)
     ]
-    alone = rows_alone(case, [torch.cat([row, one[None]], 1) for row, one in zip(rows, more)], 5)
+    alone = rows_alone(case, [torch.cat([row, one[None]], 1) for row, one in zip(rows, more, strict=True)], 5)
     return second[:, 4:], torch.cat(alone)
 
 
@@ -810,7 +811,7 @@ def _later_ended(case: Case) -> Outcome:
         second = case.model.generate(input_ids=more, session=session, max_new_tokens=5, **GREEDY)
     assert not first[0, 9:].any(), "the first row should have ended"
     rows = [first[:1, :9], first[1:]]
-    alone = rows_alone(case, [torch.cat([row, one[None]], 1) for row, one in zip(rows, more)], 5)
+    alone = rows_alone(case, [torch.cat([row, one[None]], 1) for row, one in zip(rows, more, strict=True)], 5)
     return second[:, 4:], torch.cat(alone)
 
 
@@ -922,11 +923,12 @@ def document() -> str:
     """docs/compatibility.md."""
     head = (
         "# Which calls work\n\n"
-        "Every public way to call a distributed model either equals the local Hugging Face model, or is refused in one\n"
-        "sentence before anything is computed. `tests/client/test_ways_in.py` tries each row in each column, on models of\n"
-        "several families, and this page is written from the same table (`python -m tests.client.ways`). “=”: equal\n"
-        '(tokens, or logits and losses within 1e-4 in float32). The columns: without a prompt, with `tuning_mode="ptune"`,\n'
-        'with `"deep_ptune"`, and wrapped by peft (`get_peft_model(model, PromptTuningConfig(…))`). “–”: not peft\'s to do.\n'
+        "Every public way to call a distributed model either equals the local Hugging Face model, or is refused in\n"
+        "one sentence before anything is computed. `tests/client/test_ways_in.py` tries each row in each column, on\n"
+        "models of several families, and this page is written from the same table\n"
+        "(`python -m tests.client.ways`). “=”: equal (tokens, or logits and losses within 1e-4 in float32). The\n"
+        'columns: without a prompt, with `tuning_mode="ptune"`, with `"deep_ptune"`, and wrapped by peft\n'
+        "(`get_peft_model(model, PromptTuningConfig(…))`). “-”: not peft's to do.\n"
     )
     lines, section = [head], ""
     for one in WAYS:
@@ -940,7 +942,7 @@ def document() -> str:
         cells, notes = [], [one.note] if one.note else []
         for column in COLUMNS:
             sentence = one.sentence(column)
-            cells.append("=" if sentence is None else "–" if not sentence else "refused")
+            cells.append("=" if sentence is None else "-" if not sentence else "refused")
             if sentence:
                 quoted = f"“{sentence} …”"
                 notes += [] if quoted in notes else [quoted]

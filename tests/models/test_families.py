@@ -19,10 +19,10 @@ from corolla.models.families import (
     base_prefix,
     block_key_pattern,
     blocks_prefix,
-    returns_tuple,
     slice_config,
     structure,
 )
+from corolla.models.layer_form import returns_tuple
 
 PREFIXES = {
     "bloom": "transformer.h",

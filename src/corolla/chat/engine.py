@@ -24,6 +24,7 @@ from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.durable import write_json
+from corolla.models.rotary import cached_limit
 
 UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, falcon with alibi)
 
@@ -31,7 +32,7 @@ UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, f
 def context_limit(config: PretrainedConfig, prompt_tokens: int) -> int:
     """How many tokens of conversation a model can read: its positions without those of its soft prompt."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT
-    return int(positions) - prompt_tokens
+    return min(int(positions), cached_limit(config) or int(positions)) - prompt_tokens
 
 
 def check_context(sampling: SamplingSettings, max_context: int) -> None:

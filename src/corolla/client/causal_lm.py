@@ -37,10 +37,18 @@ from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache, cache_argument, take_cache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.flat_check import reads_flat_rows
+from corolla.models.layer_form import returns_tuple
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
-from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, watch_losses, what_enters
+from corolla.models.shell import (
+    BaseModelHooks,
+    BlocksLayer,
+    check_cached_length,
+    replace_blocks,
+    watch_losses,
+    what_enters,
+)
 from corolla.wire.compression import check_format
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
@@ -68,7 +76,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self._row_ends: ContextVar[RowEnds | None] = ContextVar("row_ends", default=None)
             self._cache_name = cache_argument(self.forward)
-            layer = BlocksLayer(self._blocks.run, returns_tuple=families.returns_tuple(config))
+            layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
             self._holder = (replace_blocks(self, families.blocks_prefix(config), layer),)
             caches = _SessionCaches(self)
             BaseModelHooks(
@@ -229,6 +237,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             guard.check_reach(length + max_cache_length - padding, limit)
             if isinstance(cache, RemoteCache):
                 if generation_config.use_cache:
+                    check_cached_length(self, cache.prompt_length + max_cache_length)
                     cache.reserve(max_cache_length)
                 else:
                     del model_kwargs[self._cache_name]

@@ -1,14 +1,13 @@
 """What differs between model families, as far as splitting is concerned.
 
-Invariant: everything that can be read off the family's own classes is read off them; only what cannot be
-seen there stands in the tables below, one line a family. Nothing here knows a tensor's value.
+Invariant: everything is read off the family's own classes. Nothing here knows a tensor's value, nor a family's
+name.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from corolla.errors import UnsupportedFamily
-
-# Attributes of the model that runs the blocks which change hidden states before the first block, and the
-# value that undoes them. A server gets hidden states that have been through them at the client.
-NEUTRAL_ATTRIBUTES: Mapping[str, Mapping[str, object]] = {
-    "granite": {"embedding_multiplier": 1.0},
-}
-
-# Names of the modules whose output is added to the hidden states before the first block.
-ADDED_POSITIONS: Mapping[str, str] = {
-    "gpt2": "wpe",
-    "opt": "embed_positions",
-}
-
-# Families whose decoder layers return a tuple; the others return the hidden states alone.
-TUPLE_LAYERS = frozenset({"bloom", "falcon"})
 
 _inspected: dict[type[PretrainedConfig], Structure] = {}
 
@@ -69,11 +53,6 @@ def base_prefix(config: PretrainedConfig) -> str:
     return str(structure(config).causal_lm.base_model_prefix)
 
 
-def returns_tuple(config: PretrainedConfig) -> bool:
-    """Whether the family's decoder layers return a tuple (hidden states first)."""
-    return config.model_type in TUPLE_LAYERS
-
-
 def block_key_pattern(config: PretrainedConfig) -> re.Pattern[str]:
     """Matches a checkpoint's key of a block's tensor; groups `index` and `rest`.
 
@@ -109,8 +88,8 @@ def _inspect(config: PretrainedConfig) -> Structure:
     try:
         with torch.device("meta"):
             model: Any = causal_class(slice_config(config, 0, 1))
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+    except Exception as error:  # whatever the family's own code makes of the config
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UnsupportedFamily(
             f"This config of type {config.model_type} describes no model that can be built ({reason:.200})."
         ) from error
@@ -133,14 +112,20 @@ def _inspect(config: PretrainedConfig) -> Structure:
 
 def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     mapping = AutoModelForCausalLM._model_mapping
-    # A config with a text_config describes a model that also takes images or sound.
-    if type(config) not in mapping or hasattr(config, "text_config"):
+    # A config that contains a model's describes one that also takes images or sound, or has an encoder.
+    contained = [getattr(config, name, None) for name in type(config).sub_configs]
+    if type(config) not in mapping or any(hasattr(one, "hidden_size") for one in contained):
         raise UnsupportedFamily(
             f"Models of type {config.model_type} are not causal language models that Corolla can split; "
             "use a text-only decoder such as llama, qwen3 or bloom."
         )
     found = mapping[type(config)]
     causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    if getattr(causal_class, "_is_stateful", False):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split: their blocks keep a state besides attention's "
+            "cache, which cannot be set back to an earlier token."
+        )
     return causal_class
 
 

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError
 from corolla.models.checkpoint import Checkpoint
-from corolla.models.families import Structure, returns_tuple, structure
+from corolla.models.families import Structure, structure
+from corolla.models.layer_form import returns_tuple
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksCall, BlocksLayer, replace_blocks
 

@@ -169,7 +169,8 @@ class PackedBatch:
             return _side_by_side([_attend_new(one, query, key, value, rules) for one in self.segments])
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
-        together = bool(table.ones) and can_attend(query, cache[0])
+        as_wide = cache[0].shape[-1] == cache[1].shape[-1]  # keys and values, for the kernel
+        together = bool(table.ones) and as_wide and can_attend(query, cache[0])
         if together and len(table.ones) == len(table.segments):
             return table.rows().attend(query, cache, rules, (key, value))
         assert table.slots is not None

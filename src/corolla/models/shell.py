@@ -9,6 +9,7 @@ hidden states (mask, position ids, prompts, cache) is taken where the base model
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
@@ -25,8 +27,8 @@ from corolla.models import prompts as prompt_math
 from corolla.models.cache import PromptedView, RemoteCache, cache_argument, take_cache
 from corolla.models.padding_free import FlatRows, starts_anew
 from corolla.models.prompts import SoftPrompt
+from corolla.models.rotary import Edge, edge_of
 
-# No mask function belongs to this name, so the base model builds no [T, T] masks that nobody would read.
 ATTENTION_NAME = "corolla_remote"
 
 
@@ -34,7 +36,13 @@ def _no_attention_here(*_args: Any, **_kwargs: Any) -> Any:
     raise RuntimeError("attention was called at the client, which has no blocks")
 
 
+def _no_mask(*_args: Any, **_kwargs: Any) -> Tensor:
+    """In the place of a [T, T] mask that nobody would read; some families' code does something with it."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_attention_here)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,25 @@ class BlocksLayer(nn.Module):
         super().__init__()
         self._run = run
         self._returns_tuple = returns_tuple
+        self._holder: weakref.ref[nn.Module] | None = None
+        self._edge: tuple[Edge | None] | None = None  # None: not yet looked for
+
+    def stand_in(self, holder: nn.Module) -> None:
+        """`holder` is the model whose blocks this layer stands for; it has its weights when it is first run."""
+        self._holder = weakref.ref(holder)
+        holder.register_forward_pre_hook(lambda _holder, _args: self._look())
+
+    @property
+    def edge(self) -> Edge | None:
+        """Where the family's rotary embeddings begin to depend on the length of a sequence."""
+        self._look()
+        return None if self._edge is None else self._edge[0]
+
+    def _look(self) -> None:
+        """Once, before the rotary embeddings have seen a sequence: they remember the longest."""
+        holder = None if self._holder is None else self._holder()
+        if self._edge is None and holder is not None:
+            self._edge = (edge_of(holder),)
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor]:
         call = _call.get()
@@ -76,11 +103,29 @@ class BlocksLayer(nn.Module):
             raise UsageError(
                 "The blocks were called outside of their model's forward; use model.blocks[i:j](hidden)."
             )
+        if self.edge is not None:
+            self._check_length(self.edge, hidden_states, call)
         seen = _seen.get()
         if seen is not None:
             seen.append(hidden_states)
         output = self._run(hidden_states, call) if seen is None else hidden_states
         return (output,) if self._returns_tuple else output
+
+    def _check_length(self, edge: Edge, hidden: Tensor, call: BlocksCall) -> None:
+        rows, count = int(hidden.shape[0]), int(hidden.shape[1])
+        positions = call.positions
+        if positions is None:
+            positions = torch.arange(call.start, call.start + count, device=hidden.device)
+        positions = positions.expand(rows, -1)
+        real = None if call.mask is None else call.mask[:, -count:].to(positions.device)
+        edge.check(positions, real, cached=call.cache is not None)
+
+
+def check_cached_length(model: nn.Module, tokens: int) -> None:
+    """Raises `SessionLimit` where a session of so many tokens a row, prompts included, would not be exact."""
+    for layer in model.modules():
+        if isinstance(layer, BlocksLayer) and layer.edge is not None:
+            layer.edge.check_cached(tokens)
 
 
 @torch.no_grad()
@@ -179,12 +224,12 @@ class BaseModelHooks:
     def _pick_cache(self, base: Any, named: dict[str, Any]) -> RemoteCache | None:
         """The cache that the call names, that of the active session, or a new one where a local model makes one."""
         given = take_cache(named)
-        if self._caches is None:
-            return None
         if given is not None:
-            guard.check_cache(given, self._caches.owner)
+            guard.check_cache(given, None if self._caches is None else self._caches.owner)
             cache: RemoteCache = given
             return cache
+        if self._caches is None:
+            return None
         wanted = named.get("use_cache")
         if wanted is False:
             return None
@@ -352,5 +397,6 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     path, _, name = prefix.rpartition(".")
     holder: Any = model.get_submodule(path)
     setattr(holder, name, nn.ModuleList([layer]))
+    layer.stand_in(holder)
     model.config._attn_implementation = ATTENTION_NAME
     return holder

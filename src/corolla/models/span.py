@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,24 +17,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.cache import cache_argument
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
-from corolla.models.families import (
-    ADDED_POSITIONS,
-    NEUTRAL_ATTRIBUTES,
-    Structure,
-    block_key_pattern,
-    slice_config,
-    structure,
-)
+from corolla.models.cutting import span_class
+from corolla.models.families import Structure, block_key_pattern, slice_config, structure
+from corolla.models.hooks import BlockHook, Passage, PromptAdder, packed_hooks
+from corolla.models.hooks import DeepRows as DeepRows
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.packed_bloom import pack_bloom
-from corolla.models.packing import PACKED, PackedBatch, current_batch, packed
-from corolla.models.prompts import add_deep, add_deep_packed
+from corolla.models.packing import PACKED, PackedBatch, packed
+from corolla.models.rotary import by_length, padded
 from corolla.models.span_cache import SpanCache
-
-BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
 class Span:
@@ -53,6 +47,7 @@ class Span:
         self.end = end
         self.packable = False
         self._blocks = blocks
+        self._cache_name = cache_argument(model.forward)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
@@ -132,15 +127,17 @@ class Span:
         Differentiable in `hidden` and `prompts`.
         """
         past = cache.get_seq_length() if cache is not None else 0
-        arguments: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+        arguments: dict[str, Any] = {"use_cache": cache is not None, self._cache_name: cache}
         if mask is not None:
             arguments["attention_mask"] = mask.to(torch.long)
         if positions is not None:
             arguments["position_ids"] = positions
-        with self._with_prompts(prompts, past):
-            output: Any = self.model(inputs_embeds=hidden, **arguments)
-        result: Tensor = output.last_hidden_state
-        return result
+        hooks: list[list[BlockHook]] = (
+            [] if prompts is None else [[PromptAdder(one, past)] for one in prompts]
+        )
+        real = None if mask is None else mask.bool()[:, -hidden.shape[1] :].to(hidden.device)
+        with padded(real):
+            return self._run(hidden, hooks, arguments)
 
     def forward_packed(
         self,
@@ -178,13 +175,20 @@ class Span:
         between: Callable[[], None] | None = None,
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
-        hooks = _packed_hooks(self.blocks, batch, deep, between)
-        with self._attention(PACKED), packed(batch), self._hooked(hooks):
-            output: Any = self.model(
-                inputs_embeds=hidden.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
-            )
-        result: Tensor = output.last_hidden_state
-        return result.squeeze(0)
+        hooks = packed_hooks(self.blocks, deep, between)
+        arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False}
+        with self._attention(PACKED), packed(batch):
+            return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
+
+    def _run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
+        """The family's own code over hidden states [R, T, H]."""
+        passage = Passage(self.blocks, hidden, hooks)
+        with passage.under_way():
+            # The code may write to what it is given before the first block gets the hidden states themselves.
+            self.model(inputs_embeds=torch.zeros_like(hidden), **arguments)
+        if passage.left is None:
+            raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
+        return passage.left
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
@@ -198,107 +202,6 @@ class Span:
         finally:
             for config, own in zip(configs, before, strict=True):
                 config._attn_implementation_internal = own
-
-    def _with_prompts(self, prompts: Tensor | None, past: int) -> AbstractContextManager[None]:
-        if prompts is None:
-            return nullcontext()
-        return self._hooked([(_PromptAdder(prompt, past),) for prompt in prompts])
-
-    @contextmanager
-    def _hooked(self, hooks: Sequence[Sequence[BlockHook]]) -> Iterator[None]:
-        """Each block's hooks see, and may replace, its inputs inside."""
-        handles = [
-            block.register_forward_pre_hook(hook)
-            for block, own in zip(self.blocks, hooks, strict=bool(hooks))
-            for hook in own
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _PromptAdder:
-    """Adds one block's deep prompt to the hidden states that enter it."""
-
-    def __init__(self, prompt: Tensor, past: int) -> None:
-        self.prompt = prompt
-        self.past = past
-
-    def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (add_deep(arguments[0], self.prompt, self.past), *arguments[1:])
-
-
-@dataclass(frozen=True)
-class DeepRows:
-    """Deep prompts in a packed pass: `vectors` [blocks, M, H] are added to the packed tokens int64 [M]."""
-
-    tokens: Tensor
-    vectors: Tensor
-
-    @staticmethod
-    def of(places: Sequence[tuple[int, int, int]], prompts: Sequence[Tensor]) -> DeepRows | None:
-        """For stretches (first packed token, its position in its sequence, count), each with its prompts.
-
-        `prompts` are [blocks, P, H]; a stretch takes those of positions below P. None when no token does.
-        """
-        tokens, vectors = [], []
-        for (begin, start, count), prompt in zip(places, prompts, strict=True):
-            stop = min(prompt.shape[1], start + count)
-            if start < stop:
-                tokens.append(torch.arange(begin, begin + stop - start, device=prompt.device))
-                vectors.append(prompt[:, start:stop])
-        return DeepRows(torch.cat(tokens), torch.cat(vectors, dim=1)) if tokens else None
-
-
-class _PackedHook:
-    """Before a block of one batch's pass: a pause, and that block's deep prompts.
-
-    In the pause other batches may pass through the same blocks; their inputs are left alone.
-    """
-
-    def __init__(
-        self,
-        batch: PackedBatch,
-        between: Callable[[], None] | None,
-        tokens: Tensor | None,
-        vectors: Tensor | None,
-    ) -> None:
-        self.batch = batch
-        self.between = between
-        self.tokens = tokens
-        self.vectors = vectors
-
-    def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if current_batch() is not self.batch:
-            return None
-        hidden: Tensor = arguments[0]
-        if self.between is not None:
-            self._pause(self.between, hidden)
-        if self.tokens is None or self.vectors is None:
-            return None
-        return (add_deep_packed(hidden, self.vectors, self.tokens), *arguments[1:])
-
-    def _pause(self, between: Callable[[], None], hidden: Tensor) -> None:
-        between()
-        if hidden.requires_grad and not hidden.is_leaf:
-            hidden.register_hook(lambda _grad: between())  # type: ignore[no-untyped-call]
-
-
-def _packed_hooks(
-    blocks: nn.ModuleList, batch: PackedBatch, deep: DeepRows | None, between: Callable[[], None] | None
-) -> list[list[BlockHook]]:
-    if deep is None:
-        return [] if between is None else [[_PackedHook(batch, between, None, None)] for _ in blocks]
-    return [[_PackedHook(batch, between, deep.tokens, vectors)] for vectors in deep.vectors]
-
-
-class _NoPositions(nn.Module):
-    """Stands in for a position embedding whose output is added to the hidden states: adds nothing."""
-
-    def forward(self, ids: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return torch.zeros((), dtype=torch.long, device=ids.device)
 
 
 def load_span(
@@ -339,7 +242,7 @@ def _load_blocks(
 ) -> PreTrainedModel:
     """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
     try:
-        model, info = _span_class(found, start, end).from_pretrained(
+        model, info = span_class(found, start, end).from_pretrained(
             None,
             config=copy.deepcopy(checkpoint.config),
             state_dict=state,
@@ -359,36 +262,5 @@ def _load_blocks(
     model.requires_grad_(False)
     if checkpoint.config.model_type == "bloom":
         pack_bloom(getattr(model, found.blocks))
+    by_length(model)
     return model.eval()
-
-
-def _span_class(found: Structure, start: int, end: int) -> type[PreTrainedModel]:
-    """The family's model class, built whole (on the meta device, by the loader) and then cut."""
-    holder = found.holder
-
-    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        holder.__init__(self, config)
-        cut_to_blocks(self, found.blocks, start, end)
-
-    # The loader looks conversions of weights up by the class's name and refuses them to classes that are not
-    # transformers' own; so the class carries the family's name and module.
-    return type(holder.__name__, (holder,), {"__init__": build, "__module__": holder.__module__})
-
-
-def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> None:
-    """Keep blocks [start, end) of a family's model, and nothing of what comes before and after them."""
-    kind = model.config.model_type
-    kept = getattr(model, blocks)[start:end]
-    for name, child in list(model.named_children()):
-        if name == ADDED_POSITIONS.get(kind):
-            setattr(model, name, _NoPositions())
-        elif isinstance(child, nn.Embedding):
-            setattr(model, name, None)
-        elif name != blocks and "rotary" not in name:
-            setattr(model, name, nn.Identity())
-    setattr(model, blocks, nn.ModuleList(kept))
-    for name, value in NEUTRAL_ATTRIBUTES.get(kind, {}).items():
-        setattr(model, name, value)
-    # Blocks keep the whole model's config, by which they know their own place; the model that runs them
-    # counts its blocks from 0.
-    model.config = slice_config(model.config, start, end)

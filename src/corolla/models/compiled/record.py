@@ -146,6 +146,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """See `PackedBatch.attend`."""
+        if value.shape[-1] != query.shape[-1]:
+            raise NotCompilable("values that are not as wide as keys")
         self._inside += 1
         result = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         self._inside -= 1

@@ -1,0 +1,148 @@
+"""A family's model in small: the same kinds of layers, a few of them, and narrow.
+
+Invariant: what a config says about the kind of its layers, and about the ratios of their sizes, its miniature
+says too; so what holds for the one's code holds for the other's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from corolla.models.families import slice_config
+
+LAYERS = 6
+EDGE = 9  # tokens a sequence, after which the miniature's rotary embeddings change, if they do
+
+TOLERANCE = 1e-4  # of the largest value, where a row is computed in another arrangement (cached steps)
+
+# The miniature's sizes, for those of these attributes that a config has.
+SMALL: dict[str, int] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "ffn_hidden_size": 96,
+    "n_inner": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "word_embed_proj_dim": 64,
+    "vocab_size": 64,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 4,
+    "keep_window_size": 7,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "rotary_dim": 8,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+# Of the kinds of rotary embeddings, those that change with the length of a sequence.
+BY_LENGTH = ("dynamic", "longrope")
+
+
+def miniature(config: PretrainedConfig) -> PretrainedConfig:
+    """The same family with few and narrow layers that keep the original's kinds of layers and ratios."""
+    first = _most_varied_stretch(config, min(LAYERS, config.num_hidden_layers))
+    small = slice_config(config, first, first + min(LAYERS, config.num_hidden_layers))
+    ratio = _heads_per_key(config)
+    for name, size in SMALL.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and not _is_computed(config, name):
+            setattr(small, name, size)
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None) is not None:
+            setattr(small, name, max(1, small.num_attention_heads // ratio))
+    small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
+    _fit_heads(config, small)
+    _fit_rotary(config, small)
+    small.dtype = torch.float32
+    return small
+
+
+def _is_computed(config: PretrainedConfig, name: str) -> bool:
+    return isinstance(getattr(type(config), name, None), property)
+
+
+def _heads_per_key(config: PretrainedConfig) -> int:
+    keys = (
+        getattr(config, "num_key_value_heads", None)
+        or getattr(config, "num_kv_heads", None)
+        or config.num_attention_heads
+    )
+    return max(1, int(config.num_attention_heads // keys))
+
+
+def _most_varied_stretch(config: PretrainedConfig, length: int) -> int:
+    """Where `length` layers start that change their kind most often, by `layer_types` if there are any."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return 0
+
+    def changes(start: int) -> int:
+        return sum(kinds[at] != kinds[at + 1] for at in range(start, start + length - 1))
+
+    return max(range(len(kinds) - length + 1), key=changes)
+
+
+def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
+    """Heads together are as wide as the hidden states only where they are so in the original."""
+    if getattr(config, "qk_rope_head_dim", None) is not None:
+        if getattr(config, "head_dim", None) == config.qk_rope_head_dim:
+            small.head_dim = small.qk_rope_head_dim
+    elif isinstance(getattr(small, "head_dim", None), int) and not _is_computed(config, "head_dim"):
+        together = config.head_dim * config.num_attention_heads == config.hidden_size
+        small.head_dim = SMALL["head_dim"] * (1 if together else 2)
+
+
+def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
+    """As many factors as the miniature has frequencies; and the edge where they change, at `EDGE`."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return
+    nested = all(isinstance(one, dict) for one in rope.values())
+    parts = copy.deepcopy(rope if nested else {"": rope})
+    width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
+    for part in parts.values():
+        keep = int(width * (part.get("partial_rotary_factor") or 1.0)) // 2
+        part |= {
+            name: (value * keep)[:keep]
+            for name, value in part.items()
+            if name.endswith("_factor") and isinstance(value, list)
+        }
+        if part.get("rope_type") in BY_LENGTH:
+            if "original_max_position_embeddings" in part:
+                part["original_max_position_embeddings"] = EDGE
+            if hasattr(config, "original_max_position_embeddings"):
+                small.original_max_position_embeddings = EDGE
+            small.max_position_embeddings = EDGE if part["rope_type"] == "dynamic" else 4 * EDGE
+    small.rope_parameters = parts if nested else parts[""]
+
+
+def random_model(causal_lm: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """With every parameter drawn anew, from the generator's present state."""
+    model = causal_lm(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.1
+            parameter.add_(torch.randn(parameter.shape) * scale)
+    return model.eval().requires_grad_(False)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are the same but for rounding; never where one is not finite."""
+    return bool((one - other).abs().max() <= TOLERANCE * (1 + other.abs().max()))
