@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corolla.errors import UsageError
 from corolla.models import prompts as prompt_math
 from corolla.models.cache import PromptedView, RemoteCache
+from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt
 
 # No mask function belongs to this name, so the base model builds no [T, T] masks that nobody would read.
@@ -228,5 +229,5 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     path, _, name = prefix.rpartition(".")
     holder: Any = model.get_submodule(path)
     setattr(holder, name, nn.ModuleList([layer]))
-    model.config._attn_implementation = ATTENTION_NAME
+    holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
