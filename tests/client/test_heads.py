@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import pickle
 import threading
 from collections.abc import Callable
@@ -20,12 +21,15 @@ from tests.client.conftest import Pair, random_ids
 from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from corolla.client.heads import FEW_ROWS, MOST_ROWS, RowQueue, SharedHead, share_head
+from corolla.client.heads import FEW_ROWS, MOST_ROWS, RowQueue, SharedHead, share_head, use_head_kernel
 from corolla.client.losses import summed_cross_entropy
+from corolla.errors import UsageError
+from corolla.models.kernels.int8 import has_int8
 
 PairOf = Callable[..., Pair]
 WAIT = 30.0  # seconds after which a test that hangs is given up
 WIDTH, WORDS = 16, 40
+WIDE = 32  # of the tiny models
 
 
 class Product:
@@ -378,3 +382,259 @@ def test_generation_is_a_user_of_the_head(pair_of: PairOf) -> None:
         model.generate(random_ids(1, 4), max_new_tokens=2, do_sample=False, session=session)
     assert users == [1, 1, 1, 1]
     assert head.queue._users == 0
+
+
+# --- weights that are changed --------------------------------------------------------------------------------
+
+
+def loaded(kind: str = "none", family: str = "llama", *, tied: bool = False) -> tuple[Any, SharedHead]:
+    """A frozen model as a client loads it, after a first call, and its head."""
+    model = tiny_model(tiny_config(family, layers=1, tie_word_embeddings=tied)).requires_grad_(False)
+    share_head(model)
+    use_head_kernel(model, kind)
+    head = model.get_output_embeddings()
+    head(torch.ones(1, WIDE))
+    assert isinstance(head, SharedHead)
+    return model, head
+
+
+def in_place(model: Any, head: Any) -> None:
+    with torch.no_grad():
+        head.weight.mul_(1.5)
+
+
+def by_data(model: Any, head: Any) -> None:
+    head.weight.data.mul_(1.5)
+
+
+def one_number(model: Any, head: Any) -> None:
+    head.weight.data[3, 5] += 10
+
+
+def as_peft_merges(model: Any, head: Any) -> None:
+    head.weight.data += torch.ones_like(head.weight)
+
+
+def other_data(model: Any, head: Any) -> None:
+    head.weight.data = head.weight.detach() * 1.5
+
+
+def other_parameter(model: Any, head: Any) -> None:
+    head.weight = nn.Parameter(head.weight.detach() * 1.5, requires_grad=False)
+
+
+def other_state(model: Any, head: Any) -> None:
+    head.load_state_dict({name: value * 1.5 for name, value in head.state_dict().items()})
+
+
+def assigned_state(model: Any, head: Any) -> None:
+    head.load_state_dict({name: value * 1.5 for name, value in head.state_dict().items()}, assign=True)
+
+
+def trained(model: Any, head: Any) -> None:
+    head.requires_grad_(True)
+    head(torch.ones(1, WIDE)).sum().backward()
+    torch.optim.AdamW(head.parameters(), lr=0.1).step()
+    head.requires_grad_(False)
+
+
+def through_its_state(model: Any, head: Any) -> None:
+    head.state_dict()["weight"].mul_(1.5)
+
+
+def through_the_embedding(model: Any, head: Any) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+
+
+CHANGES = [
+    in_place,
+    by_data,
+    one_number,
+    as_peft_merges,
+    other_data,
+    other_parameter,
+    other_state,
+    assigned_state,
+    trained,
+    through_its_state,
+]
+
+
+def check_follows(head: Any, kind: str, before: Tensor) -> None:
+    """Logits and losses are those of the weight that the head has now."""
+    rows = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(3))
+    expected = nn.functional.linear(rows, head.weight.float(), head.bias)
+    tolerance = {"atol": 1e-4, "rtol": 1e-5}
+    assert not torch.allclose(expected, before, **tolerance)
+    torch.testing.assert_close(head(rows), expected, **tolerance)
+    torch.testing.assert_close(head(rows.clone().requires_grad_()) + 0, expected, **tolerance)
+    targets = torch.arange(3)
+    found = summed_cross_entropy(head(rows.clone().requires_grad_()), targets)
+    wanted = nn.functional.cross_entropy(expected, targets, reduction="sum")
+    torch.testing.assert_close(found, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["none", "bfloat16", "int8"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_logits_are_those_of_a_changed_weight(kind: str, change: Callable[[Any, Any], None]) -> None:
+    if kind == "int8" and not has_int8():
+        pytest.skip("no int8 kernel here")
+    model, head = loaded(kind)
+    assert (head.kernel is not None) == (kind != "bfloat16")
+    rows = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(3))
+    before = nn.functional.linear(rows, head.weight.float())
+    change(model, head)
+    check_follows(head, kind, before)
+
+
+@pytest.mark.parametrize("kind", ["none", "bfloat16", "int8"])
+def test_a_tied_embedding_that_is_edited_is_seen(kind: str) -> None:
+    model, head = loaded(kind, tied=True)
+    assert head.weight is model.get_input_embeddings().weight
+    before = head.weight.float() @ torch.randn(WIDE, generator=torch.Generator().manual_seed(3))
+    through_the_embedding(model, head)
+    check_follows(head, kind, before[:3, None].expand(3, len(head.weight)))
+
+
+def test_an_alias_that_was_taken_is_not_trusted_later() -> None:
+    _, head = loaded()
+    alias = head.weight.data
+    head(torch.ones(1, WIDE))
+    before = head.weight @ torch.ones(WIDE)
+    alias.mul_(1.5)
+    torch.testing.assert_close(head(torch.ones(1, WIDE))[0], before * 1.5)
+
+
+def test_a_bias_that_is_changed_is_seen() -> None:
+    head = SharedHead(4, 6).requires_grad_(False)
+    model = nn.Module()
+    model.get_output_embeddings = lambda: head  # type: ignore[assignment]
+    use_head_kernel(model, "none")
+    assert head.kernel is not None
+    rows = torch.ones(1, 4)
+    before = head(rows)
+    with torch.no_grad():
+        head.bias.add_(1)
+    torch.testing.assert_close(head(rows), before + 1)
+    head.bias = nn.Parameter(head.bias + 1, requires_grad=False)
+    torch.testing.assert_close(head(rows), before + 2)
+
+
+@pytest.mark.parametrize("use", ["calls", "to", "state_dict", "frozen", "tied", "printed"])
+def test_the_kernel_stays_while_nothing_changes(use: str) -> None:
+    """What a model goes through in daily life costs it no speed."""
+    model, head = loaded(tied=True)
+    if use == "calls":
+        model.train()(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]]))
+        model.eval()(torch.tensor([[3, 4]]))
+    elif use == "to":
+        model.to("cpu").to(torch.float32).float()
+    elif use == "state_dict":
+        model.state_dict()
+        pickle.dumps(model.state_dict())
+        copy.deepcopy(head)
+        pickle.dumps(head)
+    elif use == "frozen":
+        model.requires_grad_(True).requires_grad_(False)
+        torch.optim.AdamW(model.parameters())
+    elif use == "tied":
+        model.tie_weights()
+        model.get_memory_footprint()
+    else:
+        repr(head.weight)
+    assert head.kernel is not None
+
+
+@pytest.mark.parametrize("kind", ["none", "bfloat16", "int8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_copies_compute_the_same_and_go_their_own_way(kind: str, tied: bool) -> None:
+    model, head = loaded(kind, tied=tied)
+    rows = torch.randn(2, WIDE)
+    before = head(rows)
+    for twin in (copy.deepcopy(head), copy.deepcopy(model).get_output_embeddings()):
+        assert torch.equal(twin(rows), before)
+        in_place(None, twin)
+        torch.testing.assert_close(twin(rows), rows @ twin.weight.float().T)
+        assert torch.equal(head(rows), before)
+    read = pickle.loads(pickle.dumps(head))
+    torch.testing.assert_close(read(rows), before, atol=0.1 if kind == "int8" else 1e-5, rtol=0)
+    file = io.BytesIO()
+    torch.save(head, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(rows), read(rows))
+
+
+def test_logits_that_nobody_has_read_are_not_those_of_a_later_weight() -> None:
+    model, head = loaded()
+    rows = torch.randn(2, WIDE, requires_grad=True)
+    logits = head(rows)
+    in_place(model, head)
+    with pytest.raises(UsageError, match="read the logits, or compute the loss, before"):
+        logits + 0
+    with pytest.raises(UsageError, match="read the logits, or compute the loss, before"):
+        summed_cross_entropy(head_logits_before_a_change(head), torch.arange(2))
+
+
+def head_logits_before_a_change(head: Any) -> Tensor:
+    logits: Tensor = head(torch.randn(2, WIDE, requires_grad=True))
+    by_data(None, head)
+    in_place(None, head)
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_head_in_16_bit_can_be_trained(kind: str) -> None:
+    _, head = loaded(kind)
+    head.requires_grad_(True)
+    rows = torch.randn(2, WIDE)
+    logits = head(rows)
+    logits.sum().backward()
+    torch.testing.assert_close(logits, rows @ head.weight.float().T)
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["none", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_that_is_converted_computes_in_the_new_dtype(kind: str, dtype: torch.dtype) -> None:
+    model, _ = loaded(kind)
+    plain = tiny_model(tiny_config("llama", layers=1, tie_word_embeddings=False))
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        found, expected = model.to(dtype)(ids).logits, plain.to(dtype)(ids).logits
+    if kind == "none":
+        assert torch.equal(found, expected)
+    else:  # the tables were rounded to bfloat16 when they were loaded
+        torch.testing.assert_close(found.double(), expected.double(), atol=0.2, rtol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_peft_on_the_head() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.tensor([[3, 4, 5, 6]])
+    for settings in (
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 4]}},
+    ):
+        logits = []
+        for shared in (False, True):
+            model: Any = tiny_model(tiny_config("llama", layers=1)).requires_grad_(False)
+            if shared:
+                share_head(model)
+                use_head_kernel(model, "none")
+            torch.manual_seed(0)
+            adapted: Any = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
+            optimizer = torch.optim.SGD([one for one in adapted.parameters() if one.requires_grad], lr=0.1)
+            rows = []
+            for _ in range(2):
+                output = adapted(ids, labels=ids)
+                rows.append(output.logits.detach() + 0)
+                output.loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                rows += [adapted(ids).logits, adapted.merge_and_unload()(ids).logits]
+            logits.append(torch.stack(rows))
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+        assert (logits[0][1] - logits[0][0]).abs().max() > 1e-3

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from functools import cache as memoize
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, cast
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.client.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
 from corolla.client.heads import share_head, use_head_kernel, using_head
+from corolla.client.loading import check_tuning, connect, generation_config, initial_prompt
 from corolla.client.local_blocks import check_local, load_local
+from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
-from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.client.row_ends import RowEnds
 from corolla.client.session import ActiveSession, InferenceSession, sequences_of
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
 from corolla.models import families, guard
-from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache, cache_argument, take_cache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.flat_check import reads_flat_rows
@@ -49,9 +50,6 @@ from corolla.models.shell import (
     watch_losses,
     what_enters,
 )
-from corolla.wire.compression import check_format
-
-TUNING_MODES = (None, "ptune", "deep_ptune")
 
 
 @memoize
@@ -69,10 +67,15 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
     class Distributed(family):  # type: ignore[misc]
         """See `AutoDistributedModelForCausalLM`."""
 
-        def __init__(self, config: PretrainedConfig, *, connection: SwarmConnection) -> None:
+        def __init__(self, config: PretrainedConfig, *, connection: SharedConnection | None = None) -> None:
+            if connection is None:
+                raise UsageError(
+                    "A distributed model is made from a checkpoint and a swarm: use from_pretrained(name, "
+                    "initial_peers=[…]), or AutoModelForCausalLM.from_config for one without a swarm."
+                )
             super().__init__(config)
             self.prompts: SoftPrompt | None = None
-            self._blocks = RemoteBlocks(connection, 0, config.num_hidden_layers)
+            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self._row_ends: ContextVar[RowEnds | None] = ContextVar("row_ends", default=None)
             self._cache_name = cache_argument(self.forward)
@@ -86,7 +89,12 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 reads_flat_rows=lambda: reads_flat_rows(config),
             )
             watch_losses(self, caches)
-            weakref.finalize(self, connection.close)
+            self._shared_connection = connection
+            connection.join(self)
+
+        @wraps(family.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return eagerly(super().forward, *args, **kwargs)
 
         # --- blocks, prompts, sessions ------------------------------------------------------------------
 
@@ -163,7 +171,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
         def _generate_with(self, cache: Any, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
             """With a cache that an earlier call has returned; `inputs` are all tokens, as for a local model."""
-            guard.check_cache(cache, self._blocks.connection)
+            guard.check_cache(cache, self._blocks)
             ids = kwargs.pop("input_ids", None) if inputs is None else inputs
             mask = kwargs.get("attention_mask")
             if ids is not None and (mask is None or mask.shape[1] == ids.shape[1]):
@@ -252,6 +260,17 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
         # --- saving and ending --------------------------------------------------------------------------
 
+        def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            """As torch's, for the client's part. Raises `UsageError` for weights of blocks."""
+            pattern = families.block_key_pattern(self.config)
+            block = next((key for key in state_dict if pattern.match(key)), None)
+            if block is not None:
+                raise UsageError(
+                    f"This state holds weights of blocks ({block}), which are on the servers: leave them out to load "
+                    "the client's part, or serve the other checkpoint with `corolla serve`."
+                )
+            return super().load_state_dict(state_dict, *args, **kwargs)
+
         def save_pretrained(self, save_directory: str | Path, *_args: Any, **_kwargs: Any) -> None:
             """Write the prompt, the only thing that was trained; never a checkpoint without its blocks."""
             if self.prompts is None:
@@ -269,8 +288,17 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             )
 
         def close(self) -> None:
-            """Leave the swarm; the model cannot be used afterwards."""
-            self._blocks.connection.close()
+            """Leave the swarm; the model cannot be used afterwards (a `deepcopy` of it can, until it is closed)."""
+            self._shared_connection.leave(self)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+            return cast(Self, copied(self, memo))
+
+        def __copy__(self) -> NoReturn:
+            refuse_shallow_copy()
+
+        def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+            refuse_pickle()
 
         def __enter__(self) -> Self:
             return self
@@ -299,7 +327,7 @@ class _SessionCaches:
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
-        self.owner: object = model.blocks.connection
+        self.owner: object = model.blocks
 
     def active(self) -> RemoteCache | None:
         """See `models.shell.Caches`."""
@@ -322,7 +350,9 @@ def load_distributed(
     prompt_init: str = "vocab",
     prompt_text: str | None = None,
     prompts: str | Path | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -337,9 +367,15 @@ def load_distributed(
     local_blocks: int = 0,
     connection: SwarmConnection | None = None,
     only: str | None = None,
+    **others: Any,
 ) -> PreTrainedModel:
     """See `AutoDistributedModelForCausalLM.from_pretrained`."""
-    _check_tuning(tuning_mode, pre_seq_len, prompt_init, prompts)
+    if Path(name).exists():
+        others.pop("local_files_only", None)
+    check_others(others, own_arguments(load_distributed))
+    device = client_device(device_map)
+    wanted = client_dtype(dtype, torch_dtype)
+    check_tuning(tuning_mode, pre_seq_len, prompt_init, prompts)
     check_share(audit)
     checkpoint = open_checkpoint(str(name), revision=revision, token=token, cache_dir=cache_dir)
     if only is not None and checkpoint.architecture != only:
@@ -347,10 +383,10 @@ def load_distributed(
             f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
-    connection = connection or _connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
+    connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
     try:
         connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
-        model = load_shell(checkpoint, connection, dtype, quantization)
+        model = load_shell(checkpoint, connection, wanted, quantization, device)
         model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
         own = OwnBlocks(checkpoint, model.dtype)
         connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
@@ -368,51 +404,12 @@ def load_distributed(
     return model
 
 
-def _check_tuning(mode: str | None, length: int, init: str, prompts: str | Path | None) -> None:
-    if mode not in TUNING_MODES:
-        raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
-    if mode is not None and length < 1:
-        raise UsageError(
-            f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
-        )
-    if init not in ("vocab", "text", "random"):
-        raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
-    if mode is not None and prompts is not None:
-        raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
-
-
-def _connect(
-    checkpoint: Checkpoint,
-    initial_peers: list[str] | tuple[str, ...] | str,
-    patience: float | None,
-    wire: str,
-    mixed: bool,
-    identity: str | Path | None,
-    trust: Collection[str] | None,
-) -> SwarmConnection:
-    peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
-    if not peers:
-        raise UsageError(
-            "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
-        )
-    return SwarmConnection.connect(
-        peers,
-        model=checkpoint.identity,
-        model_name=checkpoint.name,
-        num_blocks=checkpoint.num_blocks,
-        patience=DEFAULT_PATIENCE if patience is None else patience,
-        wire=check_format(wire),
-        mixed=mixed,
-        identity=None if identity is None else Path(identity),
-        trust=trust,
-    )
-
-
 def load_shell(
     checkpoint: Checkpoint,
     connection: SwarmConnection,
     dtype: str | torch.dtype,
     quantization: str = "none",
+    device: torch.device | None = None,
 ) -> Any:
     """The client's part of a model: embeddings and head, frozen, in evaluation mode.
 
@@ -428,7 +425,7 @@ def load_shell(
         config=copy.deepcopy(checkpoint.config),
         state_dict=state,
         dtype=dtype,
-        connection=connection,
+        connection=SharedConnection(connection),
         output_loading_info=True,
     )
     if info["missing_keys"]:
@@ -436,45 +433,11 @@ def load_shell(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
         )
     model.config._name_or_path = model.name_or_path = checkpoint.name
-    model.generation_config = _generation_config(checkpoint, model.generation_config)
-    model.requires_grad_(False).eval()
+    model.generation_config = generation_config(checkpoint, model.generation_config)
+    model.requires_grad_(False).eval().to(device)
     share_head(model)
     use_head_kernel(model, quantization)
     return model
-
-
-def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
-    """The checkpoint's own settings, but for a kind of cache that only a local model could have."""
-    try:
-        config = GenerationConfig.from_pretrained(checkpoint.tokenizer_source, revision=checkpoint.revision)
-    except OSError:
-        config = default
-    config.cache_implementation = None
-    return config
-
-
-def initial_prompt(
-    model: Any, checkpoint: Checkpoint, mode: str, length: int, init: str, text: str | None, seed: int
-) -> SoftPrompt:
-    """A prompt to start training from: a text's embeddings, sampled vocabulary, or noise of their scale."""
-    embedding = model.get_input_embeddings()
-    if init == "random":
-        weight: Tensor = embedding.weight
-        vectors = prompt_math.random_vectors(
-            length, weight.shape[1], std=float(weight.float().std()), seed=seed
-        )
-    elif init == "text":
-        if not text:
-            raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source, revision=checkpoint.revision)
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
-    else:
-        vectors = prompt_math.initial_vectors(
-            embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
-        )
-    blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
-    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
 
 
 class AutoDistributedModelForCausalLM:
@@ -489,18 +452,20 @@ class AutoDistributedModelForCausalLM:
 
         `name` is a hub name, a local folder, a .gguf file or `smollm2`; `initial_peers` the addresses to
         join through; `tuning_mode` None, "ptune" or "deep_ptune" with `pre_seq_len` prompt tokens, started
-        by `prompt_init` ("vocab", "text" with `prompt_text`, or "random") under `seed`; `prompts` a saved
-        bundle instead; `dtype` "auto" or a torch dtype for the client's part; `revision`, `token`,
-        `cache_dir` as in transformers; `patience` the seconds to wait for servers that are gone;
-        `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
+        by `prompt_init` ("vocab", "text" with `prompt_text`, or "random") under `seed`; `prompts` the folder of a
+        saved prompt instead: a bundle's, a trainer's, or one that peft's prompt tuning wrote; `dtype` "auto" or a
+        torch dtype for the client's part (`torch_dtype` is its older name), `device_map` one device for it;
+        `revision`, `token`, `cache_dir` as in transformers; `patience` the seconds to wait for servers that are
+        gone; `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
         activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines); `mixed`
         whether servers of different dtype or quantization may work together, which is less exact; `identity` the
         file of the peer id that guarded servers know this client by; `trust` the peer ids of the only servers to
         be used; `audit` the share of requests, such as 0.05, that others compute again: a server found wrong is
         not used any more, and what it had a part in ends with a `LyingServer`; `local_blocks` how many of the
-        first blocks this machine runs itself.
+        first blocks this machine runs itself. Other arguments of transformers' own are taken where they ask for
+        nothing special, and else refused.
 
-        Raises `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
+        Raises `UsageError`, `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
         `NotAdmitted`.
         """
         return load_distributed(name, **kwargs)

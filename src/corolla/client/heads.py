@@ -9,8 +9,10 @@ weights are read once); and in training logits are deferred (`client/losses.py`)
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Self, cast, get_args
 
 import torch
@@ -20,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.client.losses import DeferredLogits, causal_lm_loss, wanted_deferred
+from corolla.client.watched import State, same_parameters, state_of, watch
 from corolla.errors import UsageError
-from corolla.models.kernels.client import ClientQuantization, quantize_client
+from corolla.models.kernels.client import ClientQuantization, HalfLinear, multiply_half, quantize_client
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing from company
 MOST_ROWS = 256  # of one product
@@ -47,6 +50,16 @@ def using_head(model: PreTrainedModel) -> contextlib.AbstractContextManager[None
     return head.queue.user() if isinstance(head, SharedHead) else contextlib.nullcontext()
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    """A faster product with the weights as they were when it was made."""
+
+    product: Product
+    exact: bool
+    tables: tuple[Tensor, Tensor | None]
+    states: tuple[State | None, ...]
+
+
 class SharedHead(nn.Linear):
     """Hidden states [..., H] to logits [..., V]; to be called from any number of threads."""
 
@@ -55,8 +68,8 @@ class SharedHead(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._queue = RowQueue()
-        self._kernel: tuple[Product] | None = None  # in a tuple, so that it is no part of the state dict
-        self._exact = True
+        self._kernel: _Kernel | None = None
+        self.widens = False
 
     @classmethod
     def like(cls, head: nn.Linear) -> Self:
@@ -68,12 +81,37 @@ class SharedHead(nn.Linear):
     def use_kernel(self, kernel: Product | None, *, exact: bool = False) -> None:
         """Compute logits by `kernel`, float32 [n, H] to [n, V]; None: by the weights as they are.
 
-        It must be differentiable for hidden states, and is only used while the weights are frozen. `exact`
-        says that it computes the product with the weights, only faster for few rows: losses, which have many,
-        are then computed with the weights themselves.
+        It must be differentiable for hidden states, must not change with the weights, and is used while these are
+        frozen and as they are now: once they were changed, they are multiplied themselves. `exact` says that it
+        computes the product with the weights, only faster for few rows: losses, which have many, are then
+        computed with the weights themselves.
         """
-        self._kernel = None if kernel is None else (kernel,)
-        self._exact = kernel is None or exact
+        self._kernel = None
+        if kernel is None:
+            return
+        if all(watch(one) for one in self.parameters()):
+            tables = self._tables
+            self._kernel = _Kernel(kernel, exact, tables, tuple(map(state_of, tables)))
+
+    @property
+    def _tables(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+    @property
+    def kernel(self) -> Product | None:
+        """What computes logits in the place of the weights, while they are as they were."""
+        found = self._current()
+        return None if found is None else found.product
+
+    def _current(self) -> _Kernel | None:
+        """The kernel if it is right now; it is given up for good once the weights have changed."""
+        kernel = self._kernel
+        if kernel is None or not self.frozen:
+            return None
+        if same_parameters(self._tables, kernel.tables, kernel.states):
+            return kernel
+        self._kernel = None
+        return None
 
     @property
     def queue(self) -> RowQueue:
@@ -88,32 +126,82 @@ class SharedHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """As `nn.Linear`; deferred where a loss is likely to follow."""
         if not self.frozen:
-            return super().forward(hidden)
+            return self._product(hidden)
         if wanted_deferred(hidden):
+            later = _Later(self)
+            kernel = self._current()
+            exact = not self._halved if kernel is None else kernel.exact
             bias: Tensor | None = self.bias
-            plain = self._exact and bias is None and not _autocasting(hidden)
-            weight = self.weight.detach() if plain else None
-            return DeferredLogits(hidden, self._product, self.out_features, weight=weight)
+            plain = exact and bias is None and not _autocasting(hidden)
+            return DeferredLogits(hidden, later, self.out_features, weight=later.weight if plain else None)
         if not self._may_share(hidden):
             return self._product(hidden)
         rows = hidden.reshape(-1, self.in_features)
         return self._queue.run(rows, self._product).reshape(*hidden.shape[:-1], self.out_features)
 
     def _product(self, hidden: Tensor) -> Tensor:
-        if self._kernel is None or not self.frozen:
+        kernel = self._current()
+        if kernel is not None and hidden.dtype == torch.float32:
+            rows = kernel.product(hidden.reshape(-1, self.in_features))
+            return rows.reshape(*hidden.shape[:-1], self.out_features)
+        if not self._halved or hidden.dtype != torch.float32:
             return F.linear(hidden, self.weight, self.bias)
-        rows = self._kernel[0](hidden.reshape(-1, self.in_features))
-        return rows.reshape(*hidden.shape[:-1], self.out_features)
+        if self.weight.requires_grad:
+            return F.linear(hidden, self.weight.float(), self.bias)
+        return multiply_half(hidden, self.weight.detach(), self.bias)
+
+    @property
+    def _halved(self) -> bool:
+        """Whether the weight is kept in 16 bit, for products in float32."""
+        return self.widens and self.weight.dtype == torch.bfloat16
 
     def _may_share(self, hidden: Tensor) -> bool:
         """What would raise, or compute otherwise than its neighbours, stays by itself."""
+        wide = self._halved or self._current() is not None
         return (
             hidden.device.type == "cpu"
             and hidden.shape[-1] == self.in_features
-            and hidden.dtype == (self.weight.dtype if self._kernel is None else torch.float32)
+            and hidden.dtype == (torch.float32 if wide else self.weight.dtype)
             and 0 < hidden.numel() <= FEW_ROWS * self.in_features
             and not _autocasting(hidden)
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A kernel is memory laid out for this machine, which no file can hold.
+        return {**self.__dict__, "_kernel": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        if (kernel := self._current()) is not None:
+            made.use_kernel(kernel.product, exact=kernel.exact)
+        return made
+
+
+class _Later:
+    """A head's product for logits that are computed later, with the weights that it has now or not at all."""
+
+    def __init__(self, head: SharedHead) -> None:
+        self._head = head
+        self._tables = head._tables
+        self._states = tuple(map(state_of, self._tables))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self._check()
+        return self._head._product(hidden)
+
+    def weight(self) -> Tensor:
+        """[V, H]."""
+        self._check()
+        return self._head.weight.detach()
+
+    def _check(self) -> None:
+        if not same_parameters(self._head._tables, self._tables, self._states):
+            raise UsageError(
+                "The head was changed between the forward and the reading of its logits: read the logits, or "
+                "compute the loss, before you change its weight."
+            )
 
 
 def _autocasting(tensor: Tensor) -> bool:
@@ -256,5 +344,10 @@ def use_head_kernel(model: Any, quantization: str) -> None:
         )
     product = quantize_client(model, cast(ClientQuantization, quantization))
     head = model.get_output_embeddings()
-    if product is not None and isinstance(head, SharedHead):
-        head.use_kernel(product, exact=quantization == "none")
+    if product is None or not isinstance(head, SharedHead):
+        return
+    if isinstance(product, HalfLinear):  # it is nothing but the weights, which the head reads by itself
+        head.widens = True
+        return
+    head.widens = quantization != "none"
+    head.use_kernel(product, exact=quantization == "none")

@@ -75,7 +75,7 @@ class DeferredLogits(Tensor):
     _steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
     _with_grad: bool
     _whole: Tensor | None
-    _weight: Tensor | None
+    _weight: Callable[[], Tensor] | None
 
     @staticmethod
     def __new__(
@@ -84,12 +84,12 @@ class DeferredLogits(Tensor):
         product: Product,
         width: int,
         *,
-        weight: Tensor | None = None,
+        weight: Callable[[], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> DeferredLogits:
         """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable.
 
-        `weight` [V, H] is given where the product is nothing but the one with it.
+        `weight` gives [V, H] where the product is nothing but the one with it.
         """
         made = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], width), dtype=dtype or hidden.dtype, device=hidden.device
@@ -110,10 +110,10 @@ class DeferredLogits(Tensor):
     @property
     def weight(self) -> Tensor | None:
         """[V, H] where these logits are `hidden @ weight.T` and nothing else, in float32 or float64."""
-        plain = self._weight is not None and self._weight.dtype == self.hidden.dtype == self.dtype
-        if not plain or self._steps or self.dtype not in (torch.float32, torch.float64):
+        if self._weight is None or self._steps or self.dtype not in (torch.float32, torch.float64):
             return None
-        return self._weight
+        weight = self._weight()
+        return weight if weight.dtype == self.hidden.dtype == self.dtype else None
 
     def whole(self) -> Tensor:
         """All logits, as an ordinary tensor."""

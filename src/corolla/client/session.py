@@ -77,7 +77,7 @@ class InferenceSession:
             self._chain,
             prompt_length=0 if prompt is None else prompt.length,
             max_length=max_length,
-            owner=blocks.connection,
+            owner=blocks,
             fork=partial(_forked, self._new),
             lazy=lazy,
         )
@@ -139,7 +139,7 @@ class InferenceSession:
         client holds. Afterwards the caches hold a true beginning of it. Raises
         `UsageError` for what cannot be told to continue it.
         """
-        guard.check_cache(self.cache, self._connection)
+        guard.check_cache(self.cache, self.cache.owner)
         if self.cache.foreign:
             raise UsageError(
                 "Another library has put a prompt in front of this session's tokens (peft does), so it cannot tell "

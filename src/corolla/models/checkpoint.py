@@ -26,9 +26,11 @@ from corolla.models.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, g
 from corolla.models.hub import HubRepo
 from corolla.models.identity import Sample, model_identity, sample_plan
 from corolla.models.local_cache import cache_root, made_once
+from corolla.models.numerics import DTYPES
 from corolla.models.shards import TensorEntry, local_reader, read_entries, read_tensors
 from corolla.models.source import INDEX_FILE, LocalFolder, Source, read_json
 
+CONFIG_FILE = "config.json"
 SAMPLERS = 16  # reads in flight while sampling a checkpoint that is far away
 
 
@@ -58,8 +60,8 @@ class Checkpoint:
         self.source = source
         self._known_identity = known_identity
         self._memory = memory
-        self._raw_config = read_json(source.config_path())
-        self.config = _load_config(name, source.config_path(), self._raw_config)
+        self._raw_config = _with_plain_dtype(name, read_json(source.config_path()))
+        self.config = _load_config(name, self._raw_config)
         self.architecture = structure(self.config).causal_lm.__name__
 
     @property
@@ -142,7 +144,7 @@ class Checkpoint:
                 (folder / file).symlink_to(self.source.fetch(file).resolve())
             index = {key: file for file, keys in by_file.items() for key in keys}
             (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-            (folder / "config.json").write_text(json.dumps(self._raw_config))
+            (folder / CONFIG_FILE).write_text(json.dumps(self._raw_config))
             yield folder
 
     @cached_property
@@ -185,14 +187,37 @@ def open_checkpoint(
     return Checkpoint(name, revision, source, memory=cache_root(cache_dir) / "identities")
 
 
-def _load_config(name: str, path: Path, raw: dict[str, Any]) -> PretrainedConfig:
+def _with_plain_dtype(name: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The config with its dtype as transformers reads it: `float16`, where some tools write `torch.float16`.
+
+    Raises `CheckpointError` for one in which no model computes.
+    """
+    plain = dict(raw)
+    for key in ("dtype", "torch_dtype"):
+        value = raw.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, str) or value.removeprefix("torch.") not in (*DTYPES, "auto"):
+            raise CheckpointError(
+                f"The config of {name} says {key} {value!r:.60}, which is not one of {', '.join(DTYPES)}: "
+                "correct it in config.json."
+            )
+        plain[key] = value.removeprefix("torch.")
+        if plain[key] == "auto":
+            del plain[key]
+    return plain
+
+
+def _load_config(name: str, raw: dict[str, Any]) -> PretrainedConfig:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "some method")
         raise CheckpointError(
             f"{name} is stored quantized ({method}), which Corolla does not read; use an unquantized one."
         )
     try:
-        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        with tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+            (Path(folder) / CONFIG_FILE).write_text(json.dumps(raw))
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         kind = raw.get("model_type", "unknown")
         raise UnsupportedFamily(

@@ -11,6 +11,7 @@ Soft prompts: Lester et al. 2021 (arXiv:2104.08691), `ptune`. Deep prompts, one 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,17 @@ class SoftPrompt(nn.Module):
             self.deep = nn.Parameter(torch.zeros(deep_blocks, length, deep_size or hidden))
         else:
             self.register_parameter("deep", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SoftPrompt:
+        """Moves with its model, but is never narrower than fp32 (`model.half()`): small steps would be lost."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            narrow = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device) if narrow else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def length(self) -> int:

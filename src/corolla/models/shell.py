@@ -26,6 +26,7 @@ from corolla.models import guard
 from corolla.models import prompts as prompt_math
 from corolla.models.cache import PromptedView, RemoteCache, cache_argument, take_cache
 from corolla.models.padding_free import FlatRows, starts_anew
+from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt
 from corolla.models.rotary import Edge, edge_of
 
@@ -398,5 +399,5 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     holder: Any = model.get_submodule(path)
     setattr(holder, name, nn.ModuleList([layer]))
     layer.stand_in(holder)
-    model.config._attn_implementation = ATTENTION_NAME
+    holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder

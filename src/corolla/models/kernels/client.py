@@ -43,9 +43,11 @@ def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "
         return None
     if not is_packable(head.weight.device, head.weight.dtype):
         return None
+    # A bias of its own: what is made here must not change when the head is changed.
+    bias = None if head.bias is None else head.bias.detach().clone()
     if quantization == "none":
-        return exact_linear(head.weight, head.bias)
-    product = Int8Linear(head.weight, head.bias) if quantization == "int8" else None
+        return exact_linear(head.weight, bias)
+    product = Int8Linear(head.weight, bias) if quantization == "int8" else None
     halve_tables(model, head)
     return product or HalfLinear(head.weight, head.bias)
 
@@ -71,7 +73,9 @@ def _halved(weight: Tensor) -> nn.Parameter:
 
 
 class HalfEmbedding(nn.Embedding):
-    """An embedding kept in bfloat16 that gives float32 [..., H]."""
+    """An embedding kept in bfloat16 that gives float32 [..., H], or what the model is converted to later."""
+
+    gives = torch.float32
 
     @classmethod
     def like(cls, embedding: nn.Embedding) -> HalfEmbedding:
@@ -86,8 +90,12 @@ class HalfEmbedding(nn.Embedding):
         return made.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """int64 [...] to float32 [..., H]."""
-        return super().forward(input).float()
+        """int64 [...] to [..., H]."""
+        return super().forward(input).to(self.gives)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HalfEmbedding:
+        self.gives = fn(torch.empty(0, dtype=self.gives)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class HalfLinear(FrozenLinear):
@@ -110,10 +118,15 @@ class HalfLinear(FrozenLinear):
     def forward(self, input: Tensor) -> Tensor:
         """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
         self.check_input(input)
-        if input.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _HalfProduct.apply(input, self._weight[0], self.bias)  # type: ignore[no-untyped-call]
-            return product
-        return _multiply_chunks(input, self._weight[0], self.bias)
+        return multiply_half(input, self._weight[0], self.bias)
+
+
+def multiply_half(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """value @ weight.T + bias, float32 [..., in] to [..., out], for a 16-bit `weight`; differentiable in `value`."""
+    if value.requires_grad and torch.is_grad_enabled():
+        product: Tensor = _HalfProduct.apply(value, weight, bias)  # type: ignore[no-untyped-call]
+        return product
+    return _multiply_chunks(value, weight, bias)
 
 
 class _HalfProduct(torch.autograd.Function):

@@ -1,0 +1,102 @@
+"""What a distributed model is made from: a checked order, a connection, generation settings, a first prompt.
+
+Invariant: what the user asked for is checked before anything is downloaded, and all of it before anything is
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from corolla.client.connection import SwarmConnection
+from corolla.client.retry import DEFAULT_PATIENCE
+from corolla.errors import UsageError
+from corolla.models import prompts as prompt_math
+from corolla.models.checkpoint import Checkpoint
+from corolla.models.prompts import SoftPrompt
+from corolla.wire.compression import check_format
+
+TUNING_MODES = (None, "ptune", "deep_ptune")
+
+
+def check_tuning(mode: str | None, length: int, init: str, prompts: str | Path | None) -> None:
+    """Raises `UsageError` for a prompt that cannot be made."""
+    if mode not in TUNING_MODES:
+        raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
+    if mode is not None and length < 1:
+        raise UsageError(
+            f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
+        )
+    if init not in ("vocab", "text", "random"):
+        raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
+    if mode is not None and prompts is not None:
+        raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
+
+
+def connect(
+    checkpoint: Checkpoint,
+    initial_peers: list[str] | tuple[str, ...] | str,
+    patience: float | None,
+    wire: str,
+    mixed: bool,
+    identity: str | Path | None,
+    trust: Collection[str] | None,
+) -> SwarmConnection:
+    """Join the swarm. Raises `UsageError`, `NotAdmitted` or `SwarmUnavailable`."""
+    peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
+    if not peers:
+        raise UsageError(
+            "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
+        )
+    return SwarmConnection.connect(
+        peers,
+        model=checkpoint.identity,
+        model_name=checkpoint.name,
+        num_blocks=checkpoint.num_blocks,
+        patience=DEFAULT_PATIENCE if patience is None else patience,
+        wire=check_format(wire),
+        mixed=mixed,
+        identity=None if identity is None else Path(identity),
+        trust=trust,
+    )
+
+
+def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's own settings, but for a kind of cache that only a local model could have."""
+    try:
+        config = GenerationConfig.from_pretrained(checkpoint.tokenizer_source, revision=checkpoint.revision)
+    except OSError:
+        config = default
+    config.cache_implementation = None
+    return config
+
+
+def initial_prompt(
+    model: Any, checkpoint: Checkpoint, mode: str, length: int, init: str, text: str | None, seed: int
+) -> SoftPrompt:
+    """A prompt to start training from: a text's embeddings, sampled vocabulary, or noise of their scale."""
+    embedding = model.get_input_embeddings()
+    if init == "random":
+        weight: Tensor = embedding.weight
+        vectors = prompt_math.random_vectors(
+            length, weight.shape[1], std=float(weight.float().std()), seed=seed
+        )
+    elif init == "text":
+        if not text:
+            raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.tokenizer_source, revision=checkpoint.revision, trust_remote_code=False
+        )
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
+    else:
+        vectors = prompt_math.initial_vectors(
+            embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
+        )
+    blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
+    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)

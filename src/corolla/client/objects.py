@@ -1,0 +1,93 @@
+"""What Python and torch do to objects, for a model that holds on to a swarm: copies, pickles, compilers.
+
+Invariant: copies of a model have weights, prompt and sessions of their own over one connection, which is closed
+when the last of them is closed or dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from corolla.client.connection import SwarmConnection
+from corolla.errors import UsageError
+from corolla.models import families
+
+
+class SharedConnection:
+    """A connection and the models that use it."""
+
+    def __init__(self, connection: SwarmConnection) -> None:
+        self.connection = connection
+        self._models: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Models hold this object, so it goes when they have gone.
+        weakref.finalize(self, connection.close)
+
+    def join(self, model: Any) -> None:
+        """`model` uses the connection from now on."""
+        self._models.add(model)
+
+    def leave(self, model: Any) -> None:
+        """`model` needs it no more; the last one closes it."""
+        self._models.discard(model)
+        if not self._models:
+            self.connection.close()
+
+
+def copied(model: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` makes of a distributed model.
+
+    It is made anew, since what stands around its blocks belongs to one model, and then given copies of all the rest.
+    """
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config, memo), connection=model._shared_connection)
+    memo[id(model)] = made
+    made.blocks.local = model.blocks.local
+    path = families.blocks_prefix(model.config).split(".")
+    _copy_around(model, made, path, memo)
+    made.generation_config = copy.deepcopy(model.generation_config, memo)
+    return made
+
+
+def _copy_around(source: nn.Module, target: nn.Module, path: list[str], memo: dict[int, Any]) -> None:
+    """Give `target` copies of what `source` holds, but for the list of blocks at `path` and what runs it."""
+    memo[id(source)] = target
+    for tables in ("_parameters", "_buffers"):
+        getattr(target, tables).update(copy.deepcopy(getattr(source, tables), memo))
+    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+    for name, child in source._modules.items():
+        if name == path[0]:
+            if child is not None and path[1:]:
+                _copy_around(child, target.get_submodule(name), path[1:], memo)
+        else:
+            setattr(target, name, copy.deepcopy(child, memo))
+    for name, value in vars(source).items():
+        if name not in vars(target) or isinstance(value, bool | int | float | str | None):
+            target.__dict__[name] = copy.deepcopy(value, memo)
+
+
+def refuse_shallow_copy() -> NoReturn:
+    """Raises `UsageError`."""
+    raise UsageError(
+        "A distributed model cannot be copied by copy.copy: use copy.deepcopy, which shares the connection and gives "
+        "the copy a prompt of its own."
+    )
+
+
+def refuse_pickle() -> NoReturn:
+    """Raises `UsageError`."""
+    raise UsageError(
+        "A distributed model is connected to a swarm, so it cannot be pickled or sent to another process: save its "
+        "prompt with model.save_pretrained(folder), and load it there with from_pretrained(…, prompts=folder)."
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` as it stands: what waits for a network cannot be compiled, nor gain by it."""
+    return function(*args, **kwargs)
