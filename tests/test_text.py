@@ -48,7 +48,7 @@ def test_a_stream_can_be_cut_anywhere(text: str, at: int) -> None:
 
 
 def test_text_without_such_characters_stays() -> None:
-    text = "Grüße, 日本語\n\tשלום 👩\u200d👩\u200d👧 [bold]"
+    text = "Grüße, 日本語\n\t\u05e9\u05dc 👩\u200d👩\u200d👧 [bold]"
     assert for_terminal(text) == printable(text) == well_formed(text) == text
 
 

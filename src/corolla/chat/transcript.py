@@ -25,6 +25,7 @@ from typing import Any, Self
 from corolla import __version__
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
+from corolla.json_files import JsonError, parse_object
 from corolla.models.durable import write_atomically
 from corolla.models.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 
@@ -246,10 +247,9 @@ def read_chat(path: Path) -> SavedChat:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        content = json.loads(line)
-    except ValueError:
+        return parse_object(line)
+    except JsonError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _info(path: Path, header: dict[str, Any] | None) -> ChatInfo:

@@ -32,14 +32,13 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
-from corolla.errors import CheckpointError, UsageError
+from corolla.errors import UsageError
 
 if TYPE_CHECKING:
     from corolla.chat.repl import Repl
     from corolla.chat.sampling import SamplingSettings
     from corolla.chat.transcript import ChatInfo, SavedChat, Transcript
     from corolla.data.render import Renderer, RenderSettings
-    from corolla.models.checkpoint import Checkpoint
 
 STYLES = ("delimiter", "template")
 
@@ -253,6 +252,7 @@ def prepare(
     from corolla.chat.engine import check_context, context_limit
     from corolla.data.render import Renderer, RenderSettings
     from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.pretrained import load_tokenizer
     from corolla.models.prompt_files import load_prompt
 
     checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token, cache_dir=cache_dir)
@@ -264,7 +264,7 @@ def prepare(
     if max_length is not None and not 1 < max_length <= limit:
         raise UsageError(f"--max-length is {max_length}; {partner.model} can keep 2 to {limit} tokens.")
     check_context(sampling, max_length or limit)
-    tokenizer = load_tokenizer(checkpoint, token)
+    tokenizer = load_tokenizer(checkpoint)
     rendering = partner.rendering or RenderSettings(
         style="template" if tokenizer.chat_template else "delimiter"
     )
@@ -280,22 +280,6 @@ def prepare(
         dtype,
         cache_dir,
     )
-
-
-def load_tokenizer(checkpoint: Checkpoint, token: str | None = None) -> Any:
-    """The checkpoint's tokenizer. Raises `CheckpointError` when it has none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.tokenizer_source, revision=checkpoint.revision, token=token
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{checkpoint.name} has no tokenizer that can be read ({reason[0] if reason else 'no reason given'}); "
-            "a chat needs one."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.chat import Partner, joined, load_tokenizer
+from corolla.cli.chat import Partner, joined
 from corolla.cli.common import (
     AuditOption,
     ClientOptions,
@@ -219,6 +219,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     from corolla.data.preview import preview
     from corolla.data.sources import load_conversations
     from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.pretrained import load_tokenizer
     from corolla.tuning.batches import prepare
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
@@ -227,7 +228,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     )
     for line in report.lines():
         say_plainly(line)
-    tokenizer = load_tokenizer(checkpoint, job.token)
+    tokenizer = load_tokenizer(checkpoint)
     prepared = prepare(tokenizer, settings, conversations)
     people = len({example.conversation for example in prepared.held_out})
     say_plainly(

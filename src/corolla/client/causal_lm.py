@@ -7,7 +7,6 @@ checkpoint without blocks from being written as if it were whole.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Collection
 from contextvars import ContextVar
@@ -19,7 +18,7 @@ from typing import Any, Self
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
@@ -35,9 +34,11 @@ from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.numerics import choose_dtype
+from corolla.models.pretrained import load_generation_config, load_parts, load_tokenizer
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
+from corolla.text import well_formed
 from corolla.wire.compression import check_format
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
@@ -307,14 +308,8 @@ def load_shell(
         dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
     model: Any
-    model, info = distributed_class(checkpoint.architecture).from_pretrained(
-        None,
-        config=copy.deepcopy(checkpoint.config),
-        state_dict=state,
-        dtype=dtype,
-        connection=connection,
-        output_loading_info=True,
-    )
+    part = distributed_class(checkpoint.architecture)
+    model, info = load_parts(part, checkpoint, state, dtype, connection=connection)
     if info["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
@@ -329,10 +324,7 @@ def load_shell(
 
 def _generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
     """The checkpoint's own settings, but for a kind of cache that only a local model could have."""
-    try:
-        config = GenerationConfig.from_pretrained(checkpoint.tokenizer_source, revision=checkpoint.revision)
-    except OSError:
-        config = default
+    config = load_generation_config(checkpoint, default)
     config.cache_implementation = None
     return config
 
@@ -350,8 +342,8 @@ def initial_prompt(
     elif init == "text":
         if not text:
             raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source, revision=checkpoint.revision)
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        tokenizer = load_tokenizer(checkpoint)
+        ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
         vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
     else:
         vectors = prompt_math.initial_vectors(

@@ -32,6 +32,7 @@ from corolla.models.families import (
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.packed_bloom import pack_bloom
 from corolla.models.packing import PACKED, PackedBatch, current_batch, packed
+from corolla.models.pretrained import load_parts
 from corolla.models.prompts import add_deep, add_deep_packed
 from corolla.models.span_cache import SpanCache
 
@@ -339,13 +340,7 @@ def _load_blocks(
 ) -> PreTrainedModel:
     """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
     try:
-        model, info = _span_class(found, start, end).from_pretrained(
-            None,
-            config=copy.deepcopy(checkpoint.config),
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-        )
+        model, info = load_parts(_span_class(found, start, end), checkpoint, state, dtype)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"The tensors of blocks {start}:{end} in {checkpoint.name} do not fit its config."
