@@ -28,14 +28,14 @@ from corolla.errors import TranscriptError
 from corolla.json_files import JsonError, parse_object
 from corolla.models.durable import write_atomically
 from corolla.models.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
+from corolla.places import data_root
 
 FORMAT_VERSION = 1
 
 
 def chats_folder() -> Path:
-    """Where chats are kept: under `$COROLLA_DATA`, else the user's data directory."""
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(os.environ.get("COROLLA_DATA") or Path(data) / "corolla") / "chats"
+    """Where chats are kept."""
+    return data_root() / "chats"
 
 
 def prompt_digest(folder: Path) -> str:

@@ -25,10 +25,11 @@ from corolla.models.families import structure
 from corolla.models.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
 from corolla.models.hub import HubRepo
 from corolla.models.identity import Sample, model_identity, sample_plan
-from corolla.models.local_cache import cache_root, made_once
+from corolla.models.local_cache import made_once
 from corolla.models.pretrained import load_config, refuse_tokenizer_code
 from corolla.models.shards import TensorEntry, local_reader, read_entries, read_tensors
 from corolla.models.source import INDEX_FILE, LocalFolder, Source, read_json
+from corolla.places import cache_root
 from corolla.text import one_line
 
 SAMPLERS = 16  # reads in flight while sampling a checkpoint that is far away

