@@ -185,7 +185,7 @@ class Transcript:
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="replace")
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _opened(path: Path) -> int:

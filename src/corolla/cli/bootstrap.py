@@ -14,9 +14,9 @@ from corolla.cli.common import (
     ReadyFileOption,
     ended_by_signals,
     run_until_stopped,
-    say,
 )
 from corolla.cli.members import AllowOption, GuardedOption, TrustIssuerOption, guard_config
+from corolla.cli.terminal import say
 from corolla.config import NodeConfig
 
 

@@ -22,7 +22,7 @@ from corolla.cli.common import (
     PatienceOption,
     PeersOption,
     WireOption,
-    console,
+    clean_text,
     quiet_libraries,
 )
 from corolla.cli.members import (
@@ -32,6 +32,7 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
+from corolla.cli.terminal import console
 from corolla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def chat(
     style: Annotated[
         str | None, typer.Option(help="delimiter, or template: the tokenizer's own chat format.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A text that stands before the conversation.")] = None,
+    system: Annotated[
+        str | None, typer.Option(callback=clean_text, help="A text that stands before the conversation.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
     quantization: Annotated[
@@ -249,9 +252,11 @@ def prepare(
     cache_dir: Path | None = None,
 ) -> Prepared:
     """Read what there is to read without the swarm. Raises `UsageError` for what does not go together."""
-    from corolla.chat.engine import check_context, context_limit
+    from corolla.chat.engine import check_context
+    from corolla.chat.window import Window
     from corolla.data.render import Renderer, RenderSettings
     from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.limits import check_tokens, context_limit
     from corolla.models.pretrained import load_tokenizer
     from corolla.models.prompt_files import load_prompt
 
@@ -270,9 +275,11 @@ def prepare(
     )
     if style is not None:
         rendering = replace(rendering, style=style)
+    renderer = Renderer(tokenizer, rendering)
+    check_tokens(Window(renderer, None).prompted("Hello"), tokenizer, checkpoint.config, checkpoint.name)
     return Prepared(
         partner,
-        Renderer(tokenizer, rendering),
+        renderer,
         sampling,
         max_length or limit,
         checkpoint.identity,

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli.common import PeersOption, say
+from corolla.cli.common import PeersOption
+from corolla.cli.terminal import say
 from corolla.errors import UsageError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from corolla.cli.common import PeersOption, console
+from corolla.cli.common import PeersOption
 from corolla.cli.members import MemberOption, client_identity
+from corolla.cli.terminal import console, say
 from corolla.errors import UsageError
 from corolla.swarm.directory import ServerRecord
 
@@ -30,7 +31,7 @@ def status(
     records = asyncio.run(fetch(peers, client_identity(identity)))
     audits = AuditReport().read()
     if as_json:
-        print(json.dumps(as_plain(records) | {"audits": [to_builtins(one) for one in audits]}, indent=2))
+        say(json.dumps(as_plain(records) | {"audits": [to_builtins(one) for one in audits]}, indent=2))
         return
     from corolla.cli.swarm_map import audit_table, swarm_map
 

@@ -33,6 +33,7 @@ from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.cache import RemoteCache
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.pretrained import load_generation_config, load_parts, load_tokenizer
 from corolla.models.prompt_files import load_prompt, save_prompt
@@ -344,6 +345,7 @@ def initial_prompt(
             raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
         tokenizer = load_tokenizer(checkpoint)
         ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
+        check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
         vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
     else:
         vectors = prompt_math.initial_vectors(

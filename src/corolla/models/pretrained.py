@@ -102,16 +102,23 @@ def load_parts(
     """The family's own loader on the class `part`: the model and what the loader says about it.
 
     `state` are its tensors by name; layouts are converted as for a whole checkpoint, and no file is looked for.
+    Raises `CheckpointError` when they do not fit the config.
     """
-    model, info = part.from_pretrained(
-        None,
-        config=copy.deepcopy(checkpoint.config),
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        trust_remote_code=False,
-        **more,
-    )
+    try:
+        model, info = part.from_pretrained(
+            None,
+            config=copy.deepcopy(checkpoint.config),
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **more,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"The tensors of {checkpoint.name} do not fit its config (vocabulary, sizes, layers): copy both again "
+            "from where the model was saved."
+        ) from error
     return model, info
 
 
