@@ -68,16 +68,11 @@ def test_logs(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
     assert "x WARNING forged: y" in said
 
 
-def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors() -> None:
     for error in (RemoteError(f"[red]{EVIL}\\[/red]"), UsageError("\\[x] [/]")):
-        output = io.StringIO()
-        error_console.file = output
-        try:
+        with error_console.capture() as output:
             assert explain(error) == error.exit_code
-        finally:
-            del error_console.file
-            error_console._file = None
-        assert output.getvalue() == f"error: {str(error).replace(EVIL, HARMLESS)}\n"
+        assert output.get() == f"error: {str(error).replace(EVIL, HARMLESS)}\n"
 
 
 ECHO = """
@@ -139,13 +134,7 @@ def test_nothing_else_prints() -> None:
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Call)
         }
-        printing = found & {
-            "print",
-            "Console",
-            "TerminalConsole",
-            "typer.echo",
-            "sys.stdout.write",
-            "sys.stderr.write",
-        }
+        writing = {"typer.echo", "sys.stdout.write", "sys.stderr.write"}
+        printing = found & {"print", "Console", "TerminalConsole", *writing}
         name = str(path.relative_to(SOURCE))
         assert printing <= allowed.get(name, set()), name
