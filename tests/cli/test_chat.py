@@ -257,7 +257,8 @@ def terminal(model: Path, address: str) -> Iterator[Terminal]:
 def test_at_a_terminal_interrupts_and_mistakes_do_not_end_the_chat(
     terminal: Terminal, tmp_path: Path
 ) -> None:
-    terminal.wait_for("You: ")
+    started = terminal.wait_for("You: ")
+    assert re.search(r"About [\d.]+ tokens a second .* reply, 350 tokens .* takes about \d+ s\.", started)
     terminal.type("Tell me everything\n")
     terminal.wait_for("Bot: ")
     terminal.interrupt()

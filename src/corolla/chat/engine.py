@@ -24,6 +24,7 @@ from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.durable import write_json
+from corolla.models.limits import UNLIMITED_CONTEXT, context_limit  # noqa: F401  (for its callers)
 
 
 def check_context(sampling: SamplingSettings, max_context: int) -> None:

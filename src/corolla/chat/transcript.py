@@ -18,9 +18,11 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+import msgspec
 
 from corolla import __version__
 from corolla.chat.window import Exchange
@@ -29,6 +31,7 @@ from corolla.json_files import JsonError, parse_object
 from corolla.models.durable import write_atomically
 from corolla.models.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 from corolla.places import data_root
+from corolla.text import one_line
 
 FORMAT_VERSION = 1
 
@@ -59,6 +62,7 @@ class ChatInfo:
     system: str | None
     max_context: int
     revision: str | None = None
+    swarm: dict[str, Any] = field(default_factory=dict)  # where it is and how it is used
 
 
 @dataclass(frozen=True)
@@ -256,9 +260,9 @@ def _info(path: Path, header: dict[str, Any] | None) -> ChatInfo:
     if header is None or header.get("format") != FORMAT_VERSION:
         raise TranscriptError(f"{path} is not a chat that this version of Corolla has kept.")
     try:
-        return ChatInfo(**{name: header[name] for name in ChatInfo.__dataclass_fields__})
-    except KeyError as error:
-        raise TranscriptError(f"The header of {path} lacks {error}.") from error
+        return msgspec.convert(header, ChatInfo)
+    except msgspec.ValidationError as error:
+        raise TranscriptError(f"The header of {path} is not a chat's ({one_line(error)}).") from error
 
 
 def _apply(happened: dict[str, Any] | None, exchanges: list[Exchange]) -> int:

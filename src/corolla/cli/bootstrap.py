@@ -10,7 +10,7 @@ from corolla.cli.common import (
     DieWithParentOption,
     IdentityOption,
     ListenOption,
-    PeersOption,
+    OwnPeersOption,
     ReadyFileOption,
     ended_by_signals,
     run_until_stopped,
@@ -21,7 +21,7 @@ from corolla.config import NodeConfig
 
 
 def bootstrap(
-    peers: PeersOption = None,
+    peers: OwnPeersOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     identity: IdentityOption = None,

@@ -25,6 +25,11 @@ from corolla.text import well_formed
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
 
 PeersOption = Annotated[
+    list[str] | None,
+    typer.Option("--peers", envvar="COROLLA_PEERS", help="Address to join through; may be repeated."),
+]
+# For those that may well begin a swarm: what the environment says is for those who join one.
+OwnPeersOption = Annotated[
     list[str] | None, typer.Option("--peers", help="Address to join through; may be repeated.")
 ]
 ListenOption = Annotated[
@@ -64,6 +69,12 @@ PatienceOption = Annotated[
     float,
     typer.Option("--patience", help="Seconds to wait, without any progress, for servers that are gone."),
 ]
+
+
+def typed(context: typer.Context | None, name: str) -> bool:
+    """Whether a command's parameter was given on the command line."""
+    source = None if context is None else context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def clean_text(value: str | None) -> str | None:

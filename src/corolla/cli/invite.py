@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli.common import PeersOption
+from corolla.cli.common import OwnPeersOption
 from corolla.cli.terminal import say
 from corolla.errors import UsageError
 
@@ -19,7 +19,7 @@ def invite(
     identity: Annotated[
         Path, typer.Option("--identity", help="The identity of a running peer of the swarm.")
     ],
-    peers: PeersOption = None,
+    peers: OwnPeersOption = None,
     expires: Annotated[
         str, typer.Option(help="How long the token can be redeemed, as 30m, 24h or 7d.")
     ] = "24h",

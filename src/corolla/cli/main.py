@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from corolla import __version__
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.common import explain
+from corolla.cli.defaults import read_defaults
 from corolla.cli.demo import demo
 from corolla.cli.invite import invite
 from corolla.cli.join import join
@@ -51,6 +52,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the log and, for errors, tracebacks.")
     ] = False,
@@ -59,6 +61,8 @@ def _options(
     ] = False,
 ) -> None:
     set_up_logging(verbose)
+    commands: dict[str, Any] = getattr(context.command, "commands", {})
+    context.default_map = read_defaults(commands)
 
 
 def _is_said(error: CorollaError) -> bool:

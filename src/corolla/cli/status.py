@@ -23,7 +23,9 @@ def status(
 ) -> None:
     """Show which servers hold which blocks, which blocks nobody serves, and whom your audits found wrong."""
     if not peers:
-        raise UsageError("Give --peers, the address that `corolla bootstrap` or `corolla serve` printed.")
+        raise UsageError(
+            "Give --peers, the address that `corolla bootstrap` or `corolla serve` printed (or COROLLA_PEERS)."
+        )
     from msgspec import to_builtins
 
     from corolla.client.audit_report import AuditReport

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.chat import Partner, joined
+from corolla.cli.chat import Partner, is_local, joined
 from corolla.cli.common import (
     AuditOption,
     ClientOptions,
@@ -27,6 +27,7 @@ from corolla.cli.common import (
     clean_text,
     quiet_libraries,
 )
+from corolla.cli.kept import KeptSwarm
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -64,6 +65,7 @@ class TuneJob:
     token: str | None = field(default=None, repr=False)
     dtype: str = "auto"
     client: ClientOptions = field(default_factory=ClientOptions)
+    peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -78,7 +80,8 @@ class TuneJob:
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
         names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
-        return {name: getattr(self, name) for name in names}
+        swarm = KeptSwarm(self.peers, KeptSwarm.of(None, self.client).trust)
+        return {name: getattr(self, name) for name in names} | {"swarm": swarm.to_dict()}
 
 
 def tune(
@@ -157,6 +160,7 @@ def tune(
         revision=revision,
         token=token,
         dtype=dtype,
+        peers=() if is_local(peers) else tuple(peers or ()),
         client=ClientOptions(
             wire,
             mixed,
@@ -229,6 +233,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     from corolla.models.limits import check_length, check_tokens
     from corolla.models.pretrained import load_tokenizer
     from corolla.tuning.batches import prepare
+    from corolla.tuning.plan import planned_steps
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
     check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
@@ -245,6 +250,11 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     say_plainly(
         f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} from {people} other "
         "conversations held out"
+    )
+    steps = planned_steps(settings, len(prepared.train))
+    say_plainly(
+        f"{steps:,} steps of {settings.batch_size * settings.accumulate} examples; a first evaluation tells how "
+        "long they will take"
     )
     console.print(preview(prepared.train, tokenizer, shown))
     return prepared
