@@ -41,4 +41,4 @@ nightly: setup   ## the tests that take longer; what they covered goes into docs
 	$(BIN)/python -m benchmarks.reliability
 
 clean:           ## remove .venv and what the runs left
-	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-run .test-cache .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -25,6 +25,8 @@ hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("corolla")
 
 MARKER = "COROLLA_TEST_RUN"
+# What is slow to make (the converted model, compiled kernels) is kept here from run to run, for all workers.
+CACHE = Path(__file__).parents[1] / ".test-cache"
 GRACE_SECONDS = 15.0  # a daemon notices within seconds that its killed parent is gone
 
 
@@ -34,8 +36,8 @@ def nothing_left_behind() -> Iterator[None]:
     run = uuid.uuid4().hex
     # Short, because socket paths are.
     scratch = Path(tempfile.mkdtemp(prefix="ct-", dir="/tmp"))
-    saved = {name: os.environ.get(name) for name in (MARKER, "TMPDIR", "COROLLA_DATA")}
-    os.environ.update({MARKER: run, "TMPDIR": str(scratch), "COROLLA_DATA": str(scratch / "data")})
+    saved = {name: os.environ.get(name) for name in (MARKER, "TMPDIR")}
+    os.environ.update({MARKER: run, "TMPDIR": str(scratch)})
     tempfile.tempdir = None
     yield
     try:
@@ -48,10 +50,7 @@ def nothing_left_behind() -> Iterator[None]:
         folders = sorted(path.name for path in scratch.glob("corolla-*"))
         assert not folders, f"socket folders outlived the tests: {folders}"
     finally:
-        for name, value in saved.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        _restore(saved)
         tempfile.tempdir = None
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -74,6 +73,34 @@ def _describe(process: psutil.Process) -> str:
         return " ".join(process.cmdline()) or process.name()
     except psutil.Error:
         return f"process {process.pid}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test, and no process that one starts, sees the user's own folders: nothing of ours is written there."""
+    home = tempfile.TemporaryDirectory(prefix="ct-home-")
+    config.add_cleanup(home.cleanup)
+    own = {
+        "HOME": home.name,
+        "XDG_CACHE_HOME": str(CACHE),
+        "XDG_DATA_HOME": f"{home.name}/data",
+        "XDG_CONFIG_HOME": f"{home.name}/config",
+        "XDG_STATE_HOME": f"{home.name}/state",
+        "HF_HOME": f"{home.name}/hf",
+        "COROLLA_CACHE": os.environ.get("COROLLA_CACHE") or str(CACHE / "corolla"),
+    }
+    outside = {"COROLLA_DATA", "COROLLA_CONFIG", "COROLLA_PEERS", "HF_TOKEN"}
+    saved = {name: os.environ.get(name) for name in own.keys() | outside}
+    config.add_cleanup(lambda: _restore(saved))
+    for name in outside:
+        os.environ.pop(name, None)
+    os.environ.update(own)
+
+
+def _restore(saved: Mapping[str, str | None]) -> None:
+    for name, value in saved.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,10 +14,11 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.chat.engine import ChatEngine
-from corolla.chat.repl import HELP, Repl, printable, read_lines
+from corolla.chat.repl import HELP, Repl, read_lines
 from corolla.chat.sampling import SamplingSettings
 from corolla.data.render import Renderer, RenderSettings
 from corolla.errors import SwarmUnavailable
+from corolla.text import printable
 
 Screen = Callable[[], str]
 

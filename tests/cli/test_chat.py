@@ -24,7 +24,6 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.chat.engine import ChatEngine
-from corolla.chat.repl import printable
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import read_chat
 from corolla.cli.chat import chat, find_partner, prepare
@@ -35,6 +34,7 @@ from corolla.models.prompt_files import save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.node import Node
+from corolla.text import printable
 from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
 from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, Ping, ServerStatus
@@ -257,7 +257,8 @@ def terminal(model: Path, address: str) -> Iterator[Terminal]:
 def test_at_a_terminal_interrupts_and_mistakes_do_not_end_the_chat(
     terminal: Terminal, tmp_path: Path
 ) -> None:
-    terminal.wait_for("You: ")
+    started = terminal.wait_for("You: ")
+    assert re.search(r"About [\d.]+ tokens a second .* reply, 350 tokens .* takes about \d+ s\.", started)
     terminal.type("Tell me everything\n")
     terminal.wait_for("Bot: ")
     terminal.interrupt()

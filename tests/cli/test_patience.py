@@ -15,7 +15,7 @@ from corolla.errors import UsageError
 PROGRAM = """
 from tests.client.test_retry import MISSING, failing, retry
 from tests.virtual_time import VirtualLoopThread
-from corolla.cli.common import set_up_logging
+from corolla.cli.terminal import set_up_logging
 set_up_logging(False)
 loop = VirtualLoopThread()
 loop.run(retry().run(failing(50, MISSING, [], loop), what="a generation step"))

@@ -133,6 +133,8 @@ def test_a_run_without_peers_starts_its_own_swarm_and_ends_in_a_bundle(
     assert ended.returncode == 0, ended.stderr
     assert "24 of 25" in ended.stdout
     assert ended.stdout.count("carry loss") == 3
+    assert "\n6 steps of 3 examples; " in ended.stdout
+    assert re.search(r"\n6 steps will take about \d+ s\.\n", ended.stdout)
     assert "paired 95 % interval" in " ".join(ended.stdout.split())
     assert f"corolla chat {out}" in ended.stdout
     bundle = load_bundle(out)

@@ -66,7 +66,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AuditReport:
     """What audits have found is written there in this test."""
-    monkeypatch.setenv("COROLLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COROLLA_DATA", str(tmp_path / "data"))
     return AuditReport()
 
 

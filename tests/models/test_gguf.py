@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from corolla.errors import CheckpointError, CorollaError, UnknownModel
 from corolla.models.checkpoint import open_checkpoint
 from corolla.models.gguf import embedded_gguf, gguf_identity
-from corolla.models.local_cache import cache_root, made_once
+from corolla.models.local_cache import made_once
 from corolla.models.span import load_span
 
 OPEN_EMBEDDED = """
@@ -100,11 +100,3 @@ def test_made_once_is_whole_or_not_at_all(tmp_path: Path) -> None:
         assert (made_once(folder, fill) / "file").read_text() == "whole"
     assert len(calls) == 1
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["folder"]
-
-
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COROLLA_CACHE", str(tmp_path))
-    assert cache_root() == tmp_path
-    assert cache_root("elsewhere") == Path("elsewhere")
-    monkeypatch.delenv("COROLLA_CACHE")
-    assert cache_root().parts[-2:] == (".cache", "corolla")

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import PretrainedConfig, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from corolla.chat.generation import Generation
 from corolla.chat.reader import ReplyReader
@@ -24,15 +24,7 @@ from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.durable import write_json
-from corolla.models.rotary import cached_limit
-
-UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, falcon with alibi)
-
-
-def context_limit(config: PretrainedConfig, prompt_tokens: int) -> int:
-    """How many tokens of conversation a model can read: its positions without those of its soft prompt."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT
-    return min(int(positions), cached_limit(config) or int(positions)) - prompt_tokens
+from corolla.models.limits import UNLIMITED_CONTEXT, context_limit  # noqa: F401  (for its callers)
 
 
 def check_context(sampling: SamplingSettings, max_context: int) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from corolla.chat.engine import ChatEngine
 from corolla.errors import CorollaError, UsageError
+from corolla.text import for_terminal, printable, well_formed
 
 YOU = "You: "
 REPLY = "Bot: "
@@ -25,9 +26,6 @@ HELP = """\
 /help        this list
 /quit        end the chat (as Ctrl-D does)
 Ctrl-C stops a reply and keeps what was said of it."""
-
-# Characters that would steer the terminal; a model may say them as any others.
-_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 class Repl:
@@ -53,7 +51,7 @@ class Repl:
             self._at_terminal()
             return
         for line in read_lines(sys.stdin) if lines is None else lines:
-            self._console.out(f"{YOU}{line}", highlight=False)
+            self._console.out(printable(f"{YOU}{line}"), highlight=False)
             if not self._answer(line):
                 return
 
@@ -62,7 +60,7 @@ class Repl:
 
         while True:
             try:
-                line = input(YOU)
+                line = well_formed(input(YOU))
                 if not self._answer(line):
                     return
             except EOFError:
@@ -145,15 +143,10 @@ class Repl:
 
 def notice(console: Console, text: str) -> None:
     """Print what is not part of the conversation."""
-    console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(for_terminal(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def read_lines(stream: TextIO) -> Iterator[str]:
     """The stream's lines without their ends, each as soon as it is there."""
     while line := stream.readline():
-        yield line.rstrip("\r\n")
-
-
-def printable(text: str) -> str:
-    """`text` without characters that would steer the terminal."""
-    return text.translate(_CONTROL)
+        yield well_formed(line.rstrip("\r\n"))

@@ -18,23 +18,27 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+import msgspec
 
 from corolla import __version__
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
+from corolla.json_files import JsonError, parse_object
 from corolla.models.durable import write_atomically
 from corolla.models.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
+from corolla.places import data_root
+from corolla.text import one_line
 
 FORMAT_VERSION = 1
 
 
 def chats_folder() -> Path:
-    """Where chats are kept: under `$COROLLA_DATA`, else the user's data directory."""
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(os.environ.get("COROLLA_DATA") or Path(data) / "corolla") / "chats"
+    """Where chats are kept."""
+    return data_root() / "chats"
 
 
 def prompt_digest(folder: Path) -> str:
@@ -58,6 +62,7 @@ class ChatInfo:
     system: str | None
     max_context: int
     revision: str | None = None
+    swarm: dict[str, Any] = field(default_factory=dict)  # where it is and how it is used
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ class Transcript:
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="replace")
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _opened(path: Path) -> int:
@@ -246,19 +251,18 @@ def read_chat(path: Path) -> SavedChat:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        content = json.loads(line)
-    except ValueError:
+        return parse_object(line)
+    except JsonError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _info(path: Path, header: dict[str, Any] | None) -> ChatInfo:
     if header is None or header.get("format") != FORMAT_VERSION:
         raise TranscriptError(f"{path} is not a chat that this version of Corolla has kept.")
     try:
-        return ChatInfo(**{name: header[name] for name in ChatInfo.__dataclass_fields__})
-    except KeyError as error:
-        raise TranscriptError(f"The header of {path} lacks {error}.") from error
+        return msgspec.convert(header, ChatInfo)
+    except msgspec.ValidationError as error:
+        raise TranscriptError(f"The header of {path} is not a chat's ({one_line(error)}).") from error
 
 
 def _apply(happened: dict[str, Any] | None, exchanges: list[Exchange]) -> int:

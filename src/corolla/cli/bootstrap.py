@@ -10,18 +10,18 @@ from corolla.cli.common import (
     DieWithParentOption,
     IdentityOption,
     ListenOption,
-    PeersOption,
+    OwnPeersOption,
     ReadyFileOption,
     ended_by_signals,
     run_until_stopped,
-    say,
 )
 from corolla.cli.members import AllowOption, GuardedOption, TrustIssuerOption, guard_config
+from corolla.cli.terminal import say
 from corolla.config import NodeConfig
 
 
 def bootstrap(
-    peers: PeersOption = None,
+    peers: OwnPeersOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     identity: IdentityOption = None,

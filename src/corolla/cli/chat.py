@@ -7,8 +7,9 @@ arguments is said before a server is started or asked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +23,11 @@ from corolla.cli.common import (
     PatienceOption,
     PeersOption,
     WireOption,
-    console,
+    clean_text,
     quiet_libraries,
+    typed,
 )
+from corolla.cli.kept import KeptSwarm
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -32,16 +35,17 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
-from corolla.errors import CheckpointError, UsageError
+from corolla.cli.terminal import console
+from corolla.errors import UsageError
 
 if TYPE_CHECKING:
     from corolla.chat.repl import Repl
     from corolla.chat.sampling import SamplingSettings
     from corolla.chat.transcript import ChatInfo, SavedChat, Transcript
     from corolla.data.render import Renderer, RenderSettings
-    from corolla.models.checkpoint import Checkpoint
 
 STYLES = ("delimiter", "template")
+LOCAL = "local"  # for --peers: a swarm on this machine, whatever else is set
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Partner:
     rendering: RenderSettings | None = None  # None: the tokenizer's chat template if it has one
     sampling: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
+    swarm: Mapping[str, Any] = field(default_factory=dict)  # where a bundle was trained
 
 
 def chat(
@@ -76,7 +81,9 @@ def chat(
     style: Annotated[
         str | None, typer.Option(help="delimiter, or template: the tokenizer's own chat format.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A text that stands before the conversation.")] = None,
+    system: Annotated[
+        str | None, typer.Option(callback=clean_text, help="A text that stands before the conversation.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
     quantization: Annotated[
@@ -99,6 +106,7 @@ def chat(
         Path | None, typer.Option(help="File that keeps the chat. [in the user's data directory]")
     ] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the chat on disk as it goes.")] = True,
+    context: typer.Context = None,  # type: ignore[assignment]  # where it is called as a function
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
@@ -139,9 +147,11 @@ def chat(
         saved.check_same(prepared.info(system))
         prepared = replace(prepared, max_context=max_length or saved.info.max_context)
     client = replace(client, identity=client_identity(identity, invite))
+    addresses, client = where(peers, client, whom, saved, partial(typed, context))
     with contextlib.ExitStack() as chat:
-        journal = chat.enter_context(kept(prepared, system, transcript, saved)) if save else None
-        addresses = chat.enter_context(joined(peers, whom, cache_dir))
+        swarm = KeptSwarm.of(None if is_local(addresses) else addresses, client)
+        journal = chat.enter_context(kept(prepared, system, transcript, saved, swarm)) if save else None
+        addresses = chat.enter_context(joined(addresses, whom, cache_dir))
         repl = chat.enter_context(
             opened(prepared, addresses, client, system=system, journal=journal, saved=saved)
         )
@@ -177,11 +187,43 @@ def as_saved(partner: Partner, saved: SavedChat) -> Partner:
     )
 
 
-def kept(prepared: Prepared, system: str | None, path: Path | None, saved: SavedChat | None) -> Transcript:
+def where(
+    peers: Sequence[str] | None,
+    client: ClientOptions,
+    partner: Partner,
+    saved: SavedChat | None,
+    typed: Callable[[str], bool],
+) -> tuple[Sequence[str] | None, ClientOptions]:
+    """The swarm to talk through: the one given, else that of the chat or of the bundle. Raises `UsageError`."""
+    from corolla.chat.repl import notice
+
+    if saved is not None and saved.info.swarm:
+        peers, client = KeptSwarm.read(saved.info.swarm, saved.path).going_on(peers, client, typed)
+    elif not peers and partner.swarm and partner.prompts is not None:
+        found = KeptSwarm.read(partner.swarm, partner.prompts)
+        peers = found.peers or None
+        if client.trust is None:
+            client = replace(client, trust=found.trust)
+        if peers:
+            notice(console, f"Joining the swarm that the bundle was trained in: {peers[0]}")
+            notice(console, f"(--peers {LOCAL} would run the model on this machine)")
+    return peers, client
+
+
+def is_local(peers: Sequence[str] | None) -> bool:
+    """Whether a swarm on this machine is asked for."""
+    return list(peers or ()) in ([], [LOCAL])
+
+
+def kept(
+    prepared: Prepared, system: str | None, path: Path | None, saved: SavedChat | None, swarm: KeptSwarm
+) -> Transcript:
     """The transcript that the chat is written to. Raises `TranscriptError`."""
     from corolla.chat.transcript import Transcript
 
-    return Transcript.begin(prepared.info(system), path) if saved is None else Transcript.go_on(saved)
+    if saved is not None:
+        return Transcript.go_on(saved)
+    return Transcript.begin(replace(prepared.info(system), swarm=swarm.to_dict()), path)
 
 
 def find_partner(name: str, revision: str | None = None) -> Partner:
@@ -199,6 +241,7 @@ def find_partner(name: str, revision: str | None = None) -> Partner:
             bundle.rendering,
             bundle.sampling,
             f"{bundle.model.name}, tuned ({bundle.mode}, {bundle.prompt_tokens} prompt tokens)",
+            bundle.training.get("swarm") or {},
         )
     if (folder / PROMPT_FILE).is_file():
         about = read_prompt_info(folder)
@@ -250,9 +293,12 @@ def prepare(
     cache_dir: Path | None = None,
 ) -> Prepared:
     """Read what there is to read without the swarm. Raises `UsageError` for what does not go together."""
-    from corolla.chat.engine import check_context, context_limit
+    from corolla.chat.engine import check_context
+    from corolla.chat.window import Window
     from corolla.data.render import Renderer, RenderSettings
     from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.limits import check_tokens, context_limit
+    from corolla.models.pretrained import load_tokenizer
     from corolla.models.prompt_files import load_prompt
 
     checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token, cache_dir=cache_dir)
@@ -264,15 +310,17 @@ def prepare(
     if max_length is not None and not 1 < max_length <= limit:
         raise UsageError(f"--max-length is {max_length}; {partner.model} can keep 2 to {limit} tokens.")
     check_context(sampling, max_length or limit)
-    tokenizer = load_tokenizer(checkpoint, token)
+    tokenizer = load_tokenizer(checkpoint)
     rendering = partner.rendering or RenderSettings(
         style="template" if tokenizer.chat_template else "delimiter"
     )
     if style is not None:
         rendering = replace(rendering, style=style)
+    renderer = Renderer(tokenizer, rendering)
+    check_tokens(Window(renderer, None).prompted("Hello"), tokenizer, checkpoint.config, checkpoint.name)
     return Prepared(
         partner,
-        Renderer(tokenizer, rendering),
+        renderer,
         sampling,
         max_length or limit,
         checkpoint.identity,
@@ -282,35 +330,21 @@ def prepare(
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint, token: str | None = None) -> Any:
-    """The checkpoint's tokenizer. Raises `CheckpointError` when it has none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.tokenizer_source, revision=checkpoint.revision, token=token
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{checkpoint.name} has no tokenizer that can be read ({reason[0] if reason else 'no reason given'}); "
-            "a chat needs one."
-        ) from error
-
-
 @contextlib.contextmanager
 def joined(
     peers: Sequence[str] | None, partner: Partner, cache_dir: Path | None = None
 ) -> Iterator[Sequence[str]]:
     """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
-    if peers:
+    if peers is not None and not is_local(peers):
         yield peers
         return
     from corolla.cli.local_swarm import local_swarm
 
     options = [] if partner.revision is None else ["--revision", partner.revision]
     with contextlib.ExitStack() as swarm:
-        with console.status("starting two servers on this machine …"):
+        with console.status(
+            "starting two servers on this machine (the first time that takes some minutes) …"
+        ):
             addresses = swarm.enter_context(
                 local_swarm(partner.model, options=options, cache_dir=cache_dir)
             ).peers
@@ -355,4 +389,19 @@ def opened(
         with engine:
             if saved is not None:
                 engine.restore(saved.exchanges, saved.kept)
+            if console.is_terminal:
+                notice(console, pace(model, client or ClientOptions(), prepared.sampling.max_new_tokens))
             yield Repl(engine, console)
+
+
+def pace(model: Any, client: ClientOptions, tokens: int) -> str:
+    """How fast replies will come, from what the servers say that they can do."""
+    from corolla.tuning.plan import in_words
+
+    connection = model.blocks.connection
+    view = connection.view
+    seconds = connection.run(view.token_seconds(client.local_blocks, view.num_blocks))
+    return (
+        f"About {1 / seconds:.3g} tokens a second where nobody else is served; the longest reply, {tokens} tokens "
+        f"(--max-new-tokens), takes about {in_words(tokens * seconds)}."
+    )

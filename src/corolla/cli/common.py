@@ -1,4 +1,4 @@
-"""What several commands share: printing, stopping in order, the life of a child process.
+"""What several commands share: options, stopping in order, the life of a child process.
 
 Invariant: a user's mistake ends in one sentence on stderr and a non-zero exit, never in a traceback.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -18,17 +17,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 
+from corolla.cli.terminal import explain_in
 from corolla.errors import CorollaError, UsageError
-
-console = Console()
-error_console = Console(stderr=True)
+from corolla.text import well_formed
 
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
 
 PeersOption = Annotated[
+    list[str] | None,
+    typer.Option("--peers", envvar="COROLLA_PEERS", help="Address to join through; may be repeated."),
+]
+# For those that may well begin a swarm: what the environment says is for those who join one.
+OwnPeersOption = Annotated[
     list[str] | None, typer.Option("--peers", help="Address to join through; may be repeated.")
 ]
 ListenOption = Annotated[
@@ -68,6 +69,19 @@ PatienceOption = Annotated[
     float,
     typer.Option("--patience", help="Seconds to wait, without any progress, for servers that are gone."),
 ]
+
+
+def typed(context: typer.Context | None, name: str) -> bool:
+    """Whether a command's parameter was given on the command line."""
+    source = None if context is None else context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def clean_text(value: str | None) -> str | None:
+    """For options that are text for a model: bytes that are no text would be refused by its tokenizer."""
+    return None if value is None else well_formed(value)
+
+
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
@@ -99,11 +113,6 @@ class ClientOptions:
 WIRES = ("compute", "float16", "int8")
 LOOP_FILES = 16  # more than a new event loop opens
 CLIENT_QUANTIZATIONS = ("none", "bfloat16", "int8")
-
-
-def say(line: str) -> None:
-    """One line for the user, whole even when stdout is a file."""
-    print(line, flush=True)
 
 
 @contextlib.contextmanager
@@ -219,29 +228,6 @@ def explain(error: CorollaError) -> int:
     """Print an error's sentence; gives the exit code."""
     explain_in(str(error))
     return error.exit_code
-
-
-def explain_in(sentence: str) -> None:
-    """Print what is wrong."""
-    error_console.print(f"[bold red]error:[/] {_escaped(sentence)}", highlight=False, soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def set_up_logging(verbose: bool) -> None:
-    """Warnings on stderr as one line each; everything with `--verbose`."""
-    handler: logging.Handler = logging.StreamHandler()
-    if error_console.is_terminal:
-        handler = RichHandler(console=error_console, show_path=False, show_time=verbose, markup=False)
-    elif verbose:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
-    if not verbose:
-        for noisy in ("asyncio", "httpx", "huggingface_hub", "transformers"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli.common import console, quiet_libraries
+from corolla.cli.common import quiet_libraries
+from corolla.cli.terminal import console
 from corolla.errors import UsageError
 
 MODEL = "smollm2"

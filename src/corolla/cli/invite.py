@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli.common import PeersOption, say
+from corolla.cli.common import OwnPeersOption
+from corolla.cli.terminal import say
 from corolla.errors import UsageError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -18,7 +19,7 @@ def invite(
     identity: Annotated[
         Path, typer.Option("--identity", help="The identity of a running peer of the swarm.")
     ],
-    peers: PeersOption = None,
+    peers: OwnPeersOption = None,
     expires: Annotated[
         str, typer.Option(help="How long the token can be redeemed, as 30m, 24h or 7d.")
     ] = "24h",

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli.common import ended_by_signals, say
+from corolla.cli.common import ended_by_signals
 from corolla.cli.members import MemberOption, make_folder, own_identity, redeem_invitation
+from corolla.cli.terminal import say
 
 
 def join(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, "COROLLA_PEERS": "", "COROLLA_CONFIG": os.devnull},  # it is for us alone
                 start_new_session=True,  # Ctrl-C is for us; we end the servers in order
             )
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from corolla import __version__
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
-from corolla.cli.common import explain, explain_in, set_up_logging
+from corolla.cli.common import explain
+from corolla.cli.defaults import read_defaults
 from corolla.cli.demo import demo
 from corolla.cli.invite import invite
 from corolla.cli.join import join
@@ -24,6 +25,7 @@ from corolla.cli.machine import allow_open_files, exhausted, unusable
 from corolla.cli.revoke import revoke
 from corolla.cli.serve import serve
 from corolla.cli.status import status
+from corolla.cli.terminal import explain_in, forget_output, say, set_up_logging, set_up_streams
 from corolla.cli.tune import tune
 from corolla.errors import CorollaError
 
@@ -44,12 +46,13 @@ for _command in (bootstrap, serve, status, tune, chat, demo, invite, join, revok
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"corolla {__version__}")
+        say(f"corolla {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
+    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the log and, for errors, tracebacks.")
     ] = False,
@@ -58,6 +61,8 @@ def _options(
     ] = False,
 ) -> None:
     set_up_logging(verbose)
+    commands: dict[str, Any] = getattr(context.command, "commands", {})
+    context.default_map = read_defaults(commands)
 
 
 def _is_said(error: CorollaError) -> bool:
@@ -75,6 +80,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     allow_open_files()
+    set_up_streams()
     try:
         app()
     except CorollaError as error:
@@ -85,6 +91,9 @@ def main() -> None:
             explain_in(sentence)
             sys.exit(1)
         sys.exit(explain(error))
+    except BrokenPipeError:  # whoever read what we print has had enough
+        forget_output()
+        sys.exit(1)
     except Exception as error:
         sentence = exhausted(error) or unusable(error)
         if sentence is None:

@@ -5,7 +5,6 @@ Invariant: the files of a client's membership lie in the user's data folder, in 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ import typer
 
 from corolla.config import GuardConfig
 from corolla.errors import UsageError
+from corolla.places import data_root
 
 GuardedOption = Annotated[
     bool,
@@ -61,8 +61,7 @@ def guard_config(guarded: bool, allow: Path | None, issuers: Sequence[str] | Non
 
 def own_identity() -> Path:
     """Where `corolla join` keeps this user's identity."""
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "corolla" / "identity"
+    return data_root() / "identity"
 
 
 def client_identity(identity: Path | None, invite: str | None = None) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli.common import say
+from corolla.cli.terminal import say
 from corolla.errors import UsageError
 
 

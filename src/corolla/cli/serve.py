@@ -18,7 +18,6 @@ from corolla.cli.common import (
     ended_by_signals,
     quiet_libraries,
     run_until_stopped,
-    say,
 )
 from corolla.cli.members import (
     AllowOption,
@@ -28,6 +27,7 @@ from corolla.cli.members import (
     guard_config,
     redeem_invitation,
 )
+from corolla.cli.terminal import say
 from corolla.errors import UsageError
 
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from corolla.cli.common import PeersOption, console
+from corolla.cli.common import PeersOption
 from corolla.cli.members import MemberOption, client_identity
+from corolla.cli.terminal import console, say
 from corolla.errors import UsageError
 from corolla.swarm.directory import ServerRecord
 
@@ -22,7 +23,9 @@ def status(
 ) -> None:
     """Show which servers hold which blocks, which blocks nobody serves, and whom your audits found wrong."""
     if not peers:
-        raise UsageError("Give --peers, the address that `corolla bootstrap` or `corolla serve` printed.")
+        raise UsageError(
+            "Give --peers, the address that `corolla bootstrap` or `corolla serve` printed (or COROLLA_PEERS)."
+        )
     from msgspec import to_builtins
 
     from corolla.client.audit_report import AuditReport
@@ -30,7 +33,7 @@ def status(
     records = asyncio.run(fetch(peers, client_identity(identity)))
     audits = AuditReport().read()
     if as_json:
-        print(json.dumps(as_plain(records) | {"audits": [to_builtins(one) for one in audits]}, indent=2))
+        say(json.dumps(as_plain(records) | {"audits": [to_builtins(one) for one in audits]}, indent=2))
         return
     from corolla.cli.swarm_map import audit_table, swarm_map
 

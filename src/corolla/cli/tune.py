@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.chat import Partner, joined, load_tokenizer
+from corolla.cli.chat import Partner, is_local, joined
 from corolla.cli.common import (
     AuditOption,
     ClientOptions,
@@ -24,9 +24,10 @@ from corolla.cli.common import (
     PatienceOption,
     PeersOption,
     WireOption,
-    console,
+    clean_text,
     quiet_libraries,
 )
+from corolla.cli.kept import KeptSwarm
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -34,6 +35,7 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
+from corolla.cli.terminal import console, say_plainly
 from corolla.errors import CorollaError, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class TuneJob:
     token: str | None = field(default=None, repr=False)
     dtype: str = "auto"
     client: ClientOptions = field(default_factory=ClientOptions)
+    peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -77,7 +80,8 @@ class TuneJob:
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
         names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
-        return {name: getattr(self, name) for name in names}
+        swarm = KeptSwarm(self.peers, KeptSwarm.of(None, self.client).trust)
+        return {name: getattr(self, name) for name in names} | {"swarm": swarm.to_dict()}
 
 
 def tune(
@@ -86,7 +90,9 @@ def tune(
     data: Annotated[str, typer.Option(help="chitchat, a json/jsonl/csv/parquet file, or a hub name.")] = (
         "chitchat"
     ),
-    speaker: Annotated[str | None, typer.Option(help="chitchat: the person whose turns to learn.")] = None,
+    speaker: Annotated[
+        str | None, typer.Option(callback=clean_text, help="chitchat: the person whose turns to learn.")
+    ] = None,
     persona: Annotated[bool, typer.Option(help="PersonaChat: put the personality in front.")] = False,
     split: Annotated[str | None, typer.Option(help="Hub data: which split, such as train.")] = None,
     out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("bundle"),
@@ -95,7 +101,9 @@ def tune(
     ),
     prompt_tokens: Annotated[int, typer.Option(help="Trainable prompt tokens.")] = 16,
     prompt_init: Annotated[str, typer.Option(help="Start from vocab, text or random.")] = "vocab",
-    prompt_text: Annotated[str | None, typer.Option(help="The text to start from.")] = None,
+    prompt_text: Annotated[
+        str | None, typer.Option(callback=clean_text, help="The text to start from.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate; falls linearly to 0.")] = 1e-2,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 8,
@@ -107,7 +115,9 @@ def tune(
     style: Annotated[str, typer.Option(help="Join turns by a delimiter or by the chat template.")] = (
         "delimiter"
     ),
-    delimiter: Annotated[str, typer.Option(help="What stands between turns.")] = r"\n-----\n",
+    delimiter: Annotated[
+        str, typer.Option(callback=clean_text, help="What stands between turns.")
+    ] = r"\n-----\n",
     loss_on: Annotated[str, typer.Option(help="Learn replies or all tokens.")] = "replies",
     held_out: Annotated[
         float | None, typer.Option(help="Share (below 1) or number of conversations kept for evaluation.")
@@ -150,6 +160,7 @@ def tune(
         revision=revision,
         token=token,
         dtype=dtype,
+        peers=() if is_local(peers) else tuple(peers or ()),
         client=ClientOptions(
             wire,
             mixed,
@@ -219,20 +230,31 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     from corolla.data.preview import preview
     from corolla.data.sources import load_conversations
     from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.limits import check_length, check_tokens
+    from corolla.models.pretrained import load_tokenizer
     from corolla.tuning.batches import prepare
+    from corolla.tuning.plan import planned_steps
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
+    check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
     conversations, report = load_conversations(
         job.data, speaker=job.speaker, persona=job.persona, split=job.split, token=job.token
     )
     for line in report.lines():
         say_plainly(line)
-    tokenizer = load_tokenizer(checkpoint, job.token)
+    tokenizer = load_tokenizer(checkpoint)
     prepared = prepare(tokenizer, settings, conversations)
+    rendered = (index for example in prepared.train + prepared.held_out for index in example.input_ids)
+    check_tokens(rendered, tokenizer, checkpoint.config, job.model)
     people = len({example.conversation for example in prepared.held_out})
     say_plainly(
         f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} from {people} other "
         "conversations held out"
+    )
+    steps = planned_steps(settings, len(prepared.train))
+    say_plainly(
+        f"{steps:,} steps of {settings.batch_size * settings.accumulate} examples; a first evaluation tells how "
+        "long they will take"
     )
     console.print(preview(prepared.train, tokenizer, shown))
     return prepared
@@ -334,8 +356,3 @@ def _unescaped(text: str) -> str:
 def _resume_command() -> str:
     words = sys.argv[1:]
     return shlex.join(["corolla", *words, *([] if "--resume" in words else ["--resume"])])
-
-
-def say_plainly(line: str) -> None:
-    """A line as it is, never folded."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

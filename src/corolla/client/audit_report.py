@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from corolla.client.verdicts import Finding
-from corolla.models.local_cache import cache_root
+from corolla.places import data_root
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,10 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 class AuditReport:
-    """The report in `folder`, by default Corolla's own in the user's cache."""
+    """The report in `folder`, by default Corolla's own in the user's data folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.path = (folder or cache_root()) / FILE
+        self.path = (folder or data_root()) / FILE
         self._failed = False
 
     def add(self, finding: Finding, model: str) -> None:

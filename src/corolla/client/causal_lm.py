@@ -7,7 +7,6 @@ checkpoint without blocks from being written as if it were whole.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
@@ -40,6 +39,7 @@ from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.flat_check import reads_flat_rows
 from corolla.models.layer_form import returns_tuple
 from corolla.models.numerics import choose_dtype
+from corolla.models.pretrained import load_parts
 from corolla.models.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import (
@@ -420,14 +420,8 @@ def load_shell(
         dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
     model: Any
-    model, info = distributed_class(checkpoint.architecture).from_pretrained(
-        None,
-        config=copy.deepcopy(checkpoint.config),
-        state_dict=state,
-        dtype=dtype,
-        connection=SharedConnection(connection),
-        output_loading_info=True,
-    )
+    part = distributed_class(checkpoint.architecture)
+    model, info = load_parts(part, checkpoint, state, dtype, connection=SharedConnection(connection))
     if info["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."

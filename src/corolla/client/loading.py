@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from corolla.client.connection import SwarmConnection
 from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.errors import UsageError
 from corolla.models import prompts as prompt_math
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.limits import check_tokens
+from corolla.models.pretrained import load_generation_config, load_tokenizer
 from corolla.models.prompts import SoftPrompt
+from corolla.text import well_formed
 from corolla.wire.compression import check_format
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
@@ -68,10 +71,7 @@ def connect(
 
 def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
     """The checkpoint's own settings, but for a kind of cache that only a local model could have."""
-    try:
-        config = GenerationConfig.from_pretrained(checkpoint.tokenizer_source, revision=checkpoint.revision)
-    except OSError:
-        config = default
+    config = load_generation_config(checkpoint, default)
     config.cache_implementation = None
     return config
 
@@ -89,10 +89,9 @@ def initial_prompt(
     elif init == "text":
         if not text:
             raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.tokenizer_source, revision=checkpoint.revision, trust_remote_code=False
-        )
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        tokenizer = load_tokenizer(checkpoint)
+        ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
+        check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
         vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
     else:
         vectors = prompt_math.initial_vectors(

@@ -30,7 +30,7 @@ from corolla.swarm.admission import Introductions
 from corolla.swarm.channel import Channel
 from corolla.swarm.directory import Directory, ServerRecord
 from corolla.swarm.membership import INVITE_HINT
-from corolla.swarm.routing import Hop, Paces, find_route, numerics_of
+from corolla.swarm.routing import HOP_SECONDS, Hop, Paces, announced_seconds, find_route, numerics_of
 from corolla.swarm.transport.base import Transport
 from corolla.wire.compression import WireFormat
 from corolla.wire.messages import PROTOCOL_NAME
@@ -111,6 +111,12 @@ class SwarmView:
             return self._find(start, end)
         except MissingBlocks as missing:
             raise self._explained(missing) from missing
+
+    async def token_seconds(self, start: int, end: int) -> float:
+        """About how long one token takes in blocks [start, end), from what the servers announce."""
+        hops = await self.route(start, end)
+        records = {record.peer_id: record for record in self._records}
+        return sum(HOP_SECONDS + announced_seconds(records[hop.peer_id], hop, 1) for hop in hops)
 
     def _explained(self, missing: MissingBlocks) -> CorollaError:
         """The same, or why servers that are there cannot be used."""

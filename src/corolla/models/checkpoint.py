@@ -18,17 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from corolla.errors import CheckpointError, UnsupportedFamily
+from corolla.errors import CheckpointError
 from corolla.models.families import structure
 from corolla.models.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
 from corolla.models.hub import HubRepo
 from corolla.models.identity import Sample, model_identity, sample_plan
-from corolla.models.local_cache import cache_root, made_once
+from corolla.models.local_cache import made_once
 from corolla.models.numerics import DTYPES
+from corolla.models.pretrained import load_config, refuse_tokenizer_code
 from corolla.models.shards import TensorEntry, local_reader, read_entries, read_tensors
 from corolla.models.source import INDEX_FILE, LocalFolder, Source, read_json
+from corolla.places import cache_root
+from corolla.text import one_line
 
 CONFIG_FILE = "config.json"
 SAMPLERS = 16  # reads in flight while sampling a checkpoint that is far away
@@ -63,6 +66,7 @@ class Checkpoint:
         self._raw_config = _with_plain_dtype(name, read_json(source.config_path()))
         self.config = _load_config(name, self._raw_config)
         self.architecture = structure(self.config).causal_lm.__name__
+        refuse_tokenizer_code(self)
 
     @property
     def num_blocks(self) -> int:
@@ -209,17 +213,13 @@ def _with_plain_dtype(name: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_config(name: str, raw: dict[str, Any]) -> PretrainedConfig:
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "some method")
+    if quantization := raw.get("quantization_config"):
+        named = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = one_line(named or "some method", characters=40)
         raise CheckpointError(
             f"{name} is stored quantized ({method}), which Corolla does not read; use an unquantized one."
         )
-    try:
-        with tempfile.TemporaryDirectory(prefix="corolla-") as folder:
-            (Path(folder) / CONFIG_FILE).write_text(json.dumps(raw))
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        kind = raw.get("model_type", "unknown")
-        raise UnsupportedFamily(
-            f"The config of {name} (model type {kind}) is not one that Corolla knows."
-        ) from error
+    with tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+        path = Path(folder) / CONFIG_FILE
+        path.write_text(json.dumps(raw))
+        return load_config(name, path, raw)

@@ -19,7 +19,9 @@ _RANDOM = "[a-z0-9_]{8}"  # what `tempfile` puts behind a prefix
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON for people to read, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # What is no text, such as an odd file name, becomes JSON's own notation for it.
+    write_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:

@@ -17,6 +17,7 @@ from corolla.errors import CheckpointError
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import Structure, structure
 from corolla.models.layer_form import returns_tuple
+from corolla.models.pretrained import load_parts
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksCall, BlocksLayer, replace_blocks
 
@@ -54,13 +55,8 @@ def _load_front(checkpoint: Checkpoint, blocks: BlocksLayer, dtype: torch.dtype)
         return key.removeprefix(found.optional_prefix).removeprefix(inner)
 
     state = checkpoint.tensors(lambda key: name_of(key) in names, widen_to=dtype)
-    model, info = front.from_pretrained(
-        None,
-        config=copy.deepcopy(checkpoint.config),
-        state_dict={name_of(key): tensor for key, tensor in state.items()},
-        dtype=dtype,
-        output_loading_info=True,
-    )
+    named = {name_of(key): tensor for key, tensor in state.items()}
+    model, info = load_parts(front, checkpoint, named, dtype)
     if info["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."

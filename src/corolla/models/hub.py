@@ -73,6 +73,20 @@ class HubRepo(Source):
     def fetch(self, file: str) -> Path:
         return self._download(file)
 
+    def optional(self, file: str) -> Path | None:
+        try:
+            return self._download(file)
+        except (_NoSuchFile, UnknownModel):  # the latter: it is not in the cache, and there is no network
+            return None
+
+    def loader_arguments(self) -> dict[str, Any]:
+        return {
+            "revision": self._revision,
+            "token": self._token,
+            "cache_dir": self._cache_dir,
+            "local_files_only": not self._online,
+        }
+
     def _remote_reader(self, file: str) -> ReadRange:
         url = hf_hub_url(self.location, file, revision=self._revision)
         headers = build_hf_headers(token=self._token)

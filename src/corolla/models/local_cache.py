@@ -1,4 +1,4 @@
-"""Corolla's own folder on this machine, and the one way to put something into it.
+"""The one way to put something into a folder of the cache.
 
 Invariant: a folder in the cache is there whole or not at all, however many processes make it at once and
 whichever of them is killed.
@@ -6,7 +6,6 @@ whichever of them is killed.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,13 +15,6 @@ from filelock import FileLock
 
 from corolla.errors import CheckpointError
 from corolla.models.durable import leftovers
-
-
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """The folder for converted models: `cache_dir`, else `$COROLLA_CACHE`, else `~/.cache/corolla`."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("COROLLA_CACHE") or Path.home() / ".cache" / "corolla")
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -11,7 +11,6 @@ whole or not at all.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import BundleError
+from corolla.json_files import parse_object
 from corolla.models.durable import write_atomically, write_json
 from corolla.models.prompts import SoftPrompt
 
@@ -89,7 +89,7 @@ def read_prompt_info(folder: Path) -> dict[str, Any]:
     """The content of `prompt.json`. Raises `BundleError`."""
     path = folder / PROMPT_FILE
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        about: dict[str, Any] = parse_object(path.read_bytes())
         kinds = {
             "model": str,
             "identity": str,

@@ -7,7 +7,6 @@ is a short read, which becomes one sentence.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from corolla.errors import CheckpointError
+from corolla.json_files import parse_object
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -56,7 +56,7 @@ def read_entries(read: ReadRange, file: str) -> dict[str, TensorEntry]:
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{file} is not a safetensors file: its header would be {length} bytes long.")
     try:
-        header = json.loads(read(8, length))
+        header = parse_object(read(8, length))
         header.pop("__metadata__", None)
         return {name: _entry(name, fields, 8 + length) for name, fields in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,12 +6,12 @@ checkpoint are refused.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from corolla.errors import CheckpointError, UnknownModel
+from corolla.json_files import read_object
 from corolla.models.shards import ReadRange, local_reader, read_entries
 
 SINGLE_FILE = "model.safetensors"
@@ -39,6 +39,14 @@ class Source(ABC):
     @abstractmethod
     def fetch(self, file: str) -> Path:
         """The whole file, here."""
+
+    @abstractmethod
+    def optional(self, file: str) -> Path | None:
+        """A small file, here; None where the checkpoint has none."""
+
+    def loader_arguments(self) -> dict[str, Any]:
+        """What transformers' own loaders have to be told besides `location`."""
+        return {}
 
 
 class LocalFolder(Source):
@@ -71,6 +79,10 @@ class LocalFolder(Source):
             raise CheckpointError(f"{path} is missing, though the checkpoint's index names it.")
         return path
 
+    def optional(self, file: str) -> Path | None:
+        path = self.folder / file
+        return path if path.is_file() else None
+
 
 def parse_index(path: Path) -> dict[str, str]:
     """The weight map of an index file; file names that leave the folder are refused."""
@@ -95,10 +107,4 @@ def no_safetensors(place: str, has_pickles: bool) -> CheckpointError:
 
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file, or a `CheckpointError` that names it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON; download or copy it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold one JSON object.")
-    return content
+    return read_object(path, CheckpointError, "download or copy it again")

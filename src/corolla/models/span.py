@@ -28,6 +28,7 @@ from corolla.models.hooks import DeepRows as DeepRows
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.packed_bloom import pack_bloom
 from corolla.models.packing import PACKED, PackedBatch, packed
+from corolla.models.pretrained import load_parts
 from corolla.models.rotary import by_length, padded
 from corolla.models.span_cache import SpanCache
 
@@ -241,18 +242,7 @@ def _load_blocks(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
-    try:
-        model, info = span_class(found, start, end).from_pretrained(
-            None,
-            config=copy.deepcopy(checkpoint.config),
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"The tensors of blocks {start}:{end} in {checkpoint.name} do not fit its config."
-        ) from error
+    model, info = load_parts(span_class(found, start, end), checkpoint, state, dtype)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise CheckpointError(

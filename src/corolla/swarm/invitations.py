@@ -8,7 +8,6 @@ are JSON Web Tokens (RS256). Clocks may differ by `LEEWAY` seconds.
 from __future__ import annotations
 
 import base64
-import binascii
 import secrets
 import time
 from collections.abc import Collection, Sequence
@@ -56,6 +55,10 @@ def sign_invitation(
     return jwt.encode(claims, identity.key, algorithm=_ALGORITHM)
 
 
+# What reading a stranger's token may raise; the last for claims that are nested too deeply.
+_MALFORMED = (jwt.PyJWTError, ValueError, LookupError, TypeError, RecursionError)
+
+
 def read_invitation(token: str) -> Invitation:
     """What an invitation says, unproved: for whom it was given to. Raises `UsageError`."""
     token = token.strip()
@@ -66,7 +69,7 @@ def read_invitation(token: str) -> Invitation:
         invitation = _as_invitation(claims)
         if claims["aud"] != _INVITATION or not invitation.addresses:
             raise ValueError("not an invitation")
-    except (jwt.PyJWTError, ValueError, KeyError, TypeError) as error:
+    except _MALFORMED as error:
         raise UsageError(
             "This is not an invitation; paste the whole token that `corolla invite` printed."
         ) from error
@@ -101,7 +104,7 @@ def check_certificate(certificate: str, peer_id: str, issuers: Collection[str]) 
     try:
         stated = jwt.decode(certificate, options={"verify_signature": False})["key"]
         key = load_public(base64.b64decode(stated, validate=True), issuer)
-    except (jwt.PyJWTError, KeyError, TypeError, binascii.Error) as error:
+    except _MALFORMED as error:
         raise NotAdmitted("The certificate is malformed.") from error
     if key is None:
         raise NotAdmitted("The certificate's key is not its issuer's.")
@@ -117,7 +120,7 @@ def issuer_of(token: str) -> str:
         if len(token) > MAX_TOKEN_BYTES:
             raise ValueError("too long")
         return str(jwt.decode(token, options={"verify_signature": False})["iss"])
-    except (jwt.PyJWTError, ValueError, KeyError, TypeError) as error:
+    except _MALFORMED as error:
         raise NotAdmitted("The certificate is malformed.") from error
 
 
@@ -154,7 +157,7 @@ def _checked(token: str, key: Any, issuer: str, audience: str) -> dict[str, Any]
         raise NotAdmitted(f"The {what} is from the future: set the clocks of both machines.") from error
     except jwt.InvalidIssuerError as error:
         raise NotAdmitted(f"The {what} was not issued here.") from error
-    except (jwt.PyJWTError, ValueError, TypeError) as error:
+    except _MALFORMED as error:
         raise NotAdmitted(f"The {what} is not genuine.") from error
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from corolla.errors import NotAdmitted, UsageError
+from corolla.json_files import parse_object
 from corolla.swarm.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
 from corolla.swarm.private_files import WatchedFile, write_private
 from corolla.swarm.transport.identity import Identity, is_peer_id
@@ -180,7 +181,7 @@ class Issuer:
         try:
             return {
                 nonce: (use[0], float(use[1]), use[2])
-                for nonce, use in json.loads(self._path.read_text()).items()
+                for nonce, use in parse_object(self._path.read_bytes()).items()
             }
         except (ValueError, AttributeError, TypeError, IndexError) as error:
             # Without it a used invitation could be used again: nothing is redeemed until somebody has looked.
@@ -217,7 +218,7 @@ class Certificates:
 
     def _read(self) -> dict[str, str]:
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            found = parse_object(self._path.read_bytes())
             return {str(issuer): str(certificate) for issuer, certificate in found.items()}
         except FileNotFoundError:
             return {}

@@ -71,11 +71,10 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
         wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
     train, held_out = split_conversations(conversations, held_out=wanted, seed=settings.seed)
     renderer = Renderer(tokenizer, settings.rendering)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Prepared(
         train=_draw(renderer, train, _needed(settings), settings.seed, "training"),
         held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation"),
-        batches=BatchMaker(Collator(padding or 0)),
+        batches=BatchMaker(Collator(0)),  # masked; the padding token may have no row in the embedding
         renderer=renderer,
     )
 

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from corolla import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
+from corolla.json_files import parse_object
 from corolla.models.durable import leftovers, publish, write_atomically, write_json
 from corolla.models.prompt_files import (
     DEEP_WEIGHTS,
@@ -168,7 +169,7 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_object(path.read_bytes())
         version = content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} cannot be read; copy the bundle again.") from error

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.errors import BundleError, UsageError
+from corolla.json_files import parse_object
 from corolla.models.durable import publish, remove_folder, write_json
 from corolla.tuning.bundle import BUNDLE_FILE
 from corolla.tuning.evaluate import Evaluation
@@ -238,8 +239,7 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-            return content
+            return parse_object((self.path / name).read_bytes())
         except (OSError, ValueError) as error:
             raise BundleError(
                 f"{self.path / name} cannot be read, so the run cannot go on: start anew with --overwrite."
@@ -261,7 +261,7 @@ def _sums(folder: Path) -> dict[str, str]:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether its files are what was written."""
     try:
-        noted = json.loads((checkpoint / SUMS_FILE).read_bytes())
+        noted = parse_object((checkpoint / SUMS_FILE).read_bytes())
         return bool(noted == _sums(checkpoint))
     except (OSError, ValueError):
         return False

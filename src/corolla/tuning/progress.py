@@ -6,11 +6,14 @@ Invariant: it only looks; a run with and without it gives the same losses.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from corolla.tuning.plan import forecast
 
 QUIET_LINES = 10  # about so many in a run
 WEIGHT = 0.8  # of the past in the loss that is shown
@@ -19,8 +22,10 @@ WEIGHT = 0.8  # of the past in the loss that is shown
 class ProgressReport(TrainerCallback):  # type: ignore[misc]
     """A Trainer's callback that shows step, smoothed loss, tokens a second and the time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, step_seconds: Callable[[float], float] | None = None) -> None:
+        """`step_seconds` says, of the seconds that the first evaluation took, how long a step will take."""
         self._console = console
+        self._step_seconds = step_seconds
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = 0.0
@@ -57,6 +62,9 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
                 f"perplexity {logs['eval_perplexity']:.2f}"
             )
             if state.global_step == self._first_step:
+                if self._step_seconds is not None and state.global_step < state.max_steps:
+                    seconds = self._step_seconds(time.monotonic() - self._started)
+                    self._print(forecast(state.max_steps - state.global_step, seconds))
                 self._started = time.monotonic()  # the evaluation before training is no step's time
         if "loss" in logs:
             self._show_step(state, logs["loss"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from corolla.tuning.batches import Prepared
 from corolla.tuning.bundle import CURVE_FILE, Bundle, ModelInfo, clear_leftovers, save_bundle
 from corolla.tuning.checkpoints import RunFolder
 from corolla.tuning.evaluate import Difference, Evaluation, compare
+from corolla.tuning.plan import step_seconds
 from corolla.tuning.progress import ProgressReport
 from corolla.tuning.settings import TuneSettings
 from corolla.tuning.stopping import StopOnInterrupt
@@ -136,7 +138,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> PromptTrainer:
     """Train until the last step or Ctrl-C; the trainer's state says which."""
-    progress = ProgressReport(console)
+    progress = ProgressReport(console, partial(step_seconds, settings, prepared.train, prepared.held_out))
     interrupt = StopOnInterrupt(_printer(console))
     trainer = PromptTrainer(model, settings, prepared, folder, about, [progress, interrupt, *callbacks])
     _drop_default_printer(trainer)

@@ -1,0 +1,113 @@
+"""A chat that goes on, and a bundle, know their swarm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.chat.reference import VOCABULARY, byte_tokenizer
+from tests.e2e.processes import corolla, processes
+from tests.tiny_models import write_tiny
+
+from corolla.cli.chat import Partner, where
+from corolla.cli.common import ClientOptions
+from corolla.cli.kept import KeptSwarm
+from corolla.cli.tune import TuneJob
+from corolla.data.render import RenderSettings
+from corolla.errors import UsageError
+from corolla.models.checkpoint import open_checkpoint
+from corolla.models.prompts import SoftPrompt
+from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
+
+USED = ClientOptions("int8", True, "bfloat16", Path("/me"), ["b", "a"], 0.25, 9.0, 2)
+
+
+def nothing(_name: str) -> bool:
+    return False
+
+
+def test_a_chats_swarm_is_as_it_was() -> None:
+    kept = KeptSwarm.read(json.loads(json.dumps(KeptSwarm.of(["x", "y"], USED).to_dict())), Path("chat"))
+    peers, client = kept.going_on(None, ClientOptions(patience=9.0), nothing)
+    assert tuple(peers or ()) == ("x", "y")
+    assert asdict(client) == asdict(replace(USED, trust=("b", "a")))
+
+
+def test_what_is_typed_goes_before_it() -> None:
+    kept = KeptSwarm.of(["x"], USED)
+    given = ClientOptions(audit=0.0, local_blocks=0, trust=None, identity=Path("/new"))
+    names = {"peers", "audit", "local_blocks", "trust", "invite"}
+    peers, client = kept.going_on(["z"], given, names.__contains__)
+    assert peers == ["z"]
+    assert (client.audit, client.local_blocks, client.trust, client.identity) == (0.0, 0, None, Path("/new"))
+    assert client.wire == "int8"
+    assert kept.going_on(["environed"], ClientOptions(), nothing)[0] == ("x",)
+
+
+def test_a_chat_without_a_swarm_stays_on_this_machine() -> None:
+    assert KeptSwarm().going_on(["environed"], ClientOptions(), nothing)[0] is None
+
+
+@pytest.mark.parametrize("content", [{"peers": "x"}, {"peers": [1]}, {"wire": 3}, {"trust": {}}])
+def test_what_is_not_of_that_form(content: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="does not say where its swarm is"):
+        KeptSwarm.read(content, Path("bot"))
+
+
+def test_a_bundles_swarm_is_asked_last() -> None:
+    job = TuneJob("m", "d", Path("o"), client=ClientOptions(trust=["t"]), peers=("x",))
+    partner = Partner("m", prompts=Path("o"), swarm=job.notes()["swarm"])
+    peers, client = where(None, ClientOptions(), partner, None, nothing)
+    assert (tuple(peers or ()), client.trust) == (("x",), ("t",))
+    peers, client = where(["environed"], ClientOptions(trust=["u"]), partner, None, nothing)
+    assert (peers, client.trust) == (["environed"], ["u"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny("llama", tmp_path_factory.mktemp("kept") / "model", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(model: Path) -> Iterator[str]:
+    with processes(model.parent) as started:
+        yield started.swarm(model, ["0:4"])[0]
+
+
+def test_continue_needs_no_peers(
+    model: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "chat.jsonl")
+    begin = corolla(
+        "chat", str(model), "--peers", address, "--transcript", path, "--max-new-tokens", "5", text="a\n"
+    )
+    assert begin.returncode == 0, begin.stderr
+    monkeypatch.setenv("COROLLA_PEERS", "nonsense")
+    again = corolla("chat", "--continue", "--transcript", path, text="b\n")
+    assert again.returncode == 0, again.stderr
+    assert "Going on with" in again.stdout
+
+
+def test_a_bundle_needs_none_either(model: Path, address: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    saved = Bundle(
+        model=ModelInfo(str(model), checkpoint.identity),
+        mode="ptune",
+        prompt_tokens=3,
+        rendering=RenderSettings(),
+        stop={},
+        training={"swarm": KeptSwarm((address,)).to_dict()},
+        metrics={},
+        sampling={"max_new_tokens": 5},
+    )
+    prompt = SoftPrompt(torch.zeros(3, 32))
+    save_bundle(tmp_path / "bot", saved, prompt, config=checkpoint.config, history=[{"step": 1, "loss": 1.0}])
+    found = corolla("chat", str(tmp_path / "bot"), "--no-save", text="a\n")
+    assert found.returncode == 0, found.stderr
+    assert f"Joining the swarm that the bundle was trained in: {address}\n" in found.stdout
