@@ -241,7 +241,7 @@ class _Windows:
         for index, reply in rendering.replies.items():
             if index < first_new:
                 silent = reply.closed
-            elif turns[index].learn:
+            elif turns[index].learn and is_reply(turns, index):
                 kinds[reply.begin : reply.end] = ["reply"] * (reply.end - reply.begin)
                 kinds[reply.end : reply.closed] = ["marker"] * (reply.closed - reply.end)
         if fresh and self._settings.loss_on == "all":

@@ -31,7 +31,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Rendering:
-    """Turns as tokens. `replies` are the assistant's turns that answer something, by the turn's index."""
+    """Turns as tokens. `replies` are the assistant's turns, by the turn's index."""
 
     ids: list[int]
     opening: int  # tokens before the first turn
@@ -104,7 +104,7 @@ class DelimiterStyle(Style):
             ids += piece
             end = len(ids)
             ids += self.closing
-            if is_reply(turns, index):
+            if turns[index].role == "assistant":
                 replies[index] = Reply(begin, end, len(ids))
         return Rendering(ids, len(self._bos), replies)
 

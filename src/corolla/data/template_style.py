@@ -16,6 +16,7 @@ from corolla.data.styles import Rendering, Reply, Style, is_reply
 from corolla.errors import DataError, UsageError
 
 QUESTION, ANSWER = Turn("user", "corolla-asks"), Turn("assistant", "petal-answers")
+PLAIN_ANSWER = Turn("assistant", "The one.")  # a space and its first word are one token to most tokenizers
 NOT_STABLE = (
     "This tokenizer's chat template renders a turn differently when others come after it, so a chat could not go "
     "on where training left off; use the delimiter style."
@@ -38,7 +39,7 @@ class TemplateStyle(Style):
             raise UsageError("This tokenizer has no chat template; use the delimiter style.")
         try:
             self._learn()
-            self.render([QUESTION, ANSWER, QUESTION, ANSWER])
+            self.render([QUESTION, ANSWER, QUESTION, PLAIN_ANSWER])
         except DataError as error:
             raise UsageError(str(error)) from error
 

@@ -62,7 +62,7 @@ def _joined(value: Any, what: str) -> str:
     if isinstance(value, str):
         return value
     if value is None:
-        raise BadRow(f"{what} is missing or null, so it is not text")
+        raise BadRow(f"{what} is not text, it is missing")
     parts = as_list(value)
     if not parts:
         raise BadRow(f"{what} is not text")
