@@ -229,6 +229,8 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
         say_plainly(line)
     tokenizer = load_tokenizer(checkpoint, job.token)
     prepared = prepare(tokenizer, settings, conversations)
+    for note in prepared.notes:
+        say_plainly(note)
     people = len({example.conversation for example in prepared.held_out})
     say_plainly(
         f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} from {people} other "

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.styles import DelimiterStyle, Rendering, Style, is_reply
 from corolla.data.template_style import TemplateStyle
-from corolla.errors import BundleError, UsageError
+from corolla.errors import BundleError, DataError, UsageError
 
 NO_LOSS = -100
 Kind = Literal["reply", "marker", "context"]
@@ -83,6 +83,14 @@ class Renderer:
             self.style = DelimiterStyle(tokenizer, settings.delimiter, spaced=settings.spaced)
 
     # --- training ----------------------------------------------------------------------------------------
+
+    def refusal(self, conversation: Conversation) -> str | None:
+        """Why the style cannot write a conversation down; None where it can."""
+        try:
+            self.style.check(conversation.turns, conversation.tools)
+        except DataError as error:
+            return str(error)
+        return None
 
     def examples(self, conversation: Conversation) -> list[Example]:
         """The conversation in windows of at most `max_length` tokens, cut between turns.

@@ -51,6 +51,10 @@ class Style(ABC):
         self._tokenizer = tokenizer
 
     @abstractmethod
+    def check(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> None:
+        """Raises `DataError` for turns that this style cannot write down; far cheaper than `render`."""
+
+    @abstractmethod
     def render(
         self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, reply: bool = False, strict: bool = True
     ) -> Rendering:
@@ -92,11 +96,14 @@ class DelimiterStyle(Style):
         if not self.closing:
             raise UsageError("The delimiter is empty for this tokenizer; give another one.")
 
+    def check(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> None:
+        if any(turn.about_tools for turn in turns):
+            raise DataError("Turns about tools need a chat template, which the delimiter style is not.")
+
     def render(
         self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, reply: bool = False, strict: bool = True
     ) -> Rendering:
-        if any(turn.about_tools for turn in turns):
-            raise DataError("Turns about tools need a chat template, which the delimiter style is not.")
+        self.check(turns, tools)
         ids = list(self._bos)
         replies: dict[int, Reply] = {}
         for index, piece in enumerate(self._pieces(turns)):

@@ -28,7 +28,8 @@ def table_rows(path: Path, text: str, delimiters: str) -> Found:
         lines = list(_cells(text, delimiter))
     if not lines:
         return Found([], "line")
-    header, rows = lines[0][1], lines[1:]
+    rows = lines[1:]
+    header: Any = lines[0][1]
     if isinstance(header, Unreadable):
         raise DataError(f"{path} cannot be read as csv: {header.detail}.")
     names = [name.strip() for name in header]
@@ -43,7 +44,7 @@ def table_rows(path: Path, text: str, delimiters: str) -> Found:
 def _delimiter(text: str, delimiters: str) -> str:
     """The one with which the header has a known shape: some countries' tables have `;` between cells."""
     for delimiter in delimiters:
-        header = next(_cells(text, delimiter), (0, []))[1]
+        header: Any = next(_cells(text, delimiter), (0, []))[1]
         if not isinstance(header, Unreadable) and schema_of({name.strip(): "x" for name in header}):
             return delimiter
     return delimiters[0]
@@ -78,7 +79,8 @@ def _row(names: list[str], cells: Any) -> Any:
         return cells
     if any(cell.strip() for cell in cells[len(names) :]):
         return unreadable("it has more cells than there are columns", ",".join(cells))
-    return {name: cell for name, cell in zip(names, cells, strict=False) if name}
+    filled = [*cells, *[None] * (len(names) - len(cells))]
+    return {name: cell for name, cell in zip(names, filled, strict=False) if name}
 
 
 @contextmanager

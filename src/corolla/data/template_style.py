@@ -72,6 +72,9 @@ class TemplateStyle(Style):
             self.stop_text = self._closing.rstrip() or self._closing
             self.stop = ids_inside(self._tokenizer, self.stop_text)
 
+    def check(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> None:
+        _check_tools(self._rendered(turns, tools), turns)
+
     def render(
         self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, reply: bool = False, strict: bool = True
     ) -> Rendering:
@@ -154,8 +157,10 @@ class TemplateStyle(Style):
 
 
 def _check_tools(whole: str, turns: Sequence[Turn]) -> None:
-    """Raises `DataError` where the template leaves out what a tool said."""
+    """Raises `DataError` where the template leaves out what was called or what a tool said."""
     for turn in turns:
+        if not all(name in whole for name in _called(turn)):
+            raise DataError(NO_TOOLS)
         text = turn.text.strip()
         # Some templates write it as JSON.
         spelt = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
