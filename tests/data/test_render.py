@@ -187,11 +187,10 @@ def test_a_chat_feeds_the_tokens_that_training_saw(
     tokenizer = with_bos(template) if template else smol
     turns = [Turn("system", data.draw(WORDS))] if data.draw(st.booleans()) else []
     renderer = Renderer(tokenizer, RenderSettings(style=style, max_length=4000))
-    fed: list[int] = []
-    known = 0
+    own: list[list[int]] = []
     for user, reply in data.draw(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5)):
         turns.append(Turn("user", user))
-        fed += renderer.prompt_ids(turns, known)
+        fed = renderer.prompt_ids(turns, own)
         turns.append(Turn("assistant", reply))
         (trained,) = renderer.examples(Conversation(tuple(turns), "c"))
         assert trained.input_ids[: len(fed)] == fed
@@ -203,10 +202,9 @@ def test_a_chat_feeds_the_tokens_that_training_saw(
         ]
         assert spoken
         assert renderer.reply_text([*spoken, *renderer.stop_ids]).strip() == reply
-        fed += [*spoken, *renderer.closing_ids]
-        assert trained.input_ids == fed
+        own.append(spoken)
+        assert trained.input_ids == renderer.ids(turns, own) == [*fed, *spoken, *renderer.closing_ids]
         assert renderer.closing_ids[: len(renderer.stop_ids)] == renderer.stop_ids
-        known = len(turns)
 
 
 def test_a_reply_ends_at_its_delimiter_in_whatever_tokens(smol: Any) -> None:
@@ -231,7 +229,7 @@ def test_a_delimiter_of_only_a_template_is_plain_text_there(smol: Any) -> None:
 
 
 def test_settings_survive_being_saved() -> None:
-    settings = RenderSettings(style="template", delimiter="|", loss_on="all", max_length=99)
+    settings = RenderSettings(style="template", delimiter="|", loss_on="all", max_length=99, spaced=True)
     assert RenderSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 

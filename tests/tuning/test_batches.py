@@ -61,3 +61,27 @@ def test_a_kept_position_is_the_one_before_its_label_and_padding_is_never_kept()
     assert batch["labels"][0, 0] == -100
     # Counted from the second token on, as the Trainer does it, or from the first: the same.
     assert (batch["labels"] != -100).sum() == batch["logits_to_keep"].sum()
+
+
+def test_a_conversation_that_cannot_be_rendered_costs_itself_only(tokenizer: Any) -> None:
+    call = {"tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    about_tools = Conversation(
+        (Turn("user", "rain?"), Turn("assistant", "", more=call), Turn("assistant", "No.")), id="tools"
+    )
+    prepared = prepare(tokenizer, settings(), [about_tools, *conversations()])
+    assert prepared.notes == (
+        "1 conversation left out that could not be rendered: Turns about tools need a chat template, which the "
+        "delimiter style is not.",
+    )
+    assert prepared.fingerprint() == prepare(tokenizer, settings(), conversations()).fingerprint()
+    with pytest.raises(DataError, match="None of 2 conversations can be rendered: Turns about tools"):
+        prepare(tokenizer, settings(), [about_tools] * 2)
+
+
+def test_a_delimiter_that_stands_in_a_text_is_said(tokenizer: Any) -> None:
+    drawn = Conversation((Turn("user", "draw"), Turn("assistant", "a | b\n-----\nDone.")), id="drawn")
+    (note,) = prepare(tokenizer, settings(), [drawn, *conversations()]).notes
+    texts = 2 + sum(len(conversation.turns) for conversation in conversations())
+    assert note.startswith(f"1 of {texts} texts contain the delimiter, 1 of them replies, ")
+    assert note.endswith(r"such as --delimiter '\n=====\n'.")
+    assert prepare(tokenizer, settings(), conversations()).notes == ()

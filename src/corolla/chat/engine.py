@@ -95,6 +95,7 @@ class ChatEngine:
         prompt = self._make_room(said)
         if self._session is None:
             self._session = self._model.inference_session(max_length=self._max_context)
+        self._align_session(prompt)
         new = torch.tensor([prompt[self._session.position :]], device=self._model.device)
         reader = ReplyReader(
             self._renderer.tokenizer,
@@ -157,18 +158,18 @@ class ChatEngine:
             exchange = Exchange(said, reader.text, tuple(reader.ids))
             self._window.add(exchange)
             self._exchanges.append(exchange)
-            self._align_session()
+            self._align_session(self._window.ids)
             if self._journal is not None:
                 self._journal.add(exchange, len(self._window))
         else:
-            self._align_session()
+            self._align_session(self._window.ids)
 
-    def _align_session(self) -> None:
-        """Take from the session what is not the window's: an end token, the cut part of a reply, a turn."""
+    def _align_session(self, ids: Sequence[int]) -> None:
+        """Take from the session what is not in `ids`: an end token, the cut part of a reply, a turn."""
         if self._session is None or self._session.output_ids is None:
             return
         held = self._session.output_ids[0].tolist()
-        self._session.position = _shared(held, self._window.ids)
+        self._session.position = _shared(held, ids)
 
     # --- the conversation as a whole -----------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class ChatEngine:
         forgotten = self._exchanges.pop()
         if len(self._window):
             self._window.drop_newest()
-            self._align_session()
+            self._align_session(self._window.ids)
         if self._journal is not None:
             self._journal.undo(len(self._window))
         return forgotten.said
@@ -203,10 +204,7 @@ class ChatEngine:
         """Go on with a chat of which the model saw the `kept` newest exchanges; it is fed them anew."""
         self._settle()
         self._exchanges = list(exchanges)
-        window = Window(self._renderer, self._system)
-        for exchange in exchanges[len(exchanges) - kept :]:
-            window.add(exchange)
-        self._begin(window)
+        self._begin(Window(self._renderer, self._system, exchanges[len(exchanges) - kept :]))
 
     def transcript(self) -> list[dict[str, str]]:
         """Everything that was said, as messages with `role` and `content`."""
@@ -247,10 +245,10 @@ class ChatEngine:
 
 
 def _end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
-    """Single tokens that end a reply: those of the model and of the tokenizer."""
+    """Single tokens that end a reply: those of the model, of the tokenizer and of its template."""
     named = model.generation_config.eos_token_id
     ids = set(named if isinstance(named, list) else [named]) | {renderer.tokenizer.eos_token_id}
-    return frozenset(ids - {None})
+    return renderer.end_ids | frozenset(ids - {None})
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:

@@ -10,6 +10,8 @@ import string
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from corolla.data.cuts import ids_inside
+
 # A token may be some bytes of a character only, which tokenizers decode as U+FFFD. And whitespace waits for
 # what follows it: before a delimiter, some tokenizers put a space that is not the reply's.
 _NOT_YET = "\ufffd" + string.whitespace
@@ -76,7 +78,7 @@ class ReplyReader:
         rest = text[len(self._decode(self.ids[:count])) :]
         self.ids = self.ids[:count]
         if rest:
-            self.ids += self._tokenizer(rest, add_special_tokens=False).input_ids
+            self.ids += ids_inside(self._tokenizer, rest)
         return self._show(text)
 
     def _show(self, text: str) -> str:

@@ -26,34 +26,47 @@ class Exchange:
 class Window:
     """Some newest exchanges of a conversation, after the system's text if there is one."""
 
-    def __init__(self, renderer: Renderer, system: str | None) -> None:
+    def __init__(self, renderer: Renderer, system: str | None, exchanges: Sequence[Exchange] = ()) -> None:
         self._renderer = renderer
-        self._turns = [] if system is None else [Turn("system", system)]
-        self._known = 0  # turns that are rendered in `ids`
-        self._starts: list[int] = []  # tokens before each exchange
-        self.ids: list[int] = []
+        self._system = [] if system is None else [Turn("system", system)]
+        self._exchanges = list(exchanges)
+        self._ids: list[int] | None = None
 
     def __len__(self) -> int:
         """The number of exchanges."""
-        return len(self._starts)
+        return len(self._exchanges)
+
+    @property
+    def ids(self) -> list[int]:
+        """The exchanges' tokens, with what closes the last reply."""
+        if self._ids is None:
+            self._ids = self._renderer.ids(self._turns(), self._own()) if self._exchanges else []
+        return self._ids
 
     def prompted(self, said: str) -> list[int]:
-        """The whole of the tokens after which the model replies to `said`."""
-        return self.ids + self._renderer.prompt_ids([*self._turns, Turn("user", said)], self._known)
+        """The whole of the tokens after which the model replies to `said`. Raises `DataError`."""
+        return self._renderer.prompt_ids([*self._turns(), Turn("user", said)], self._own())
 
     def add(self, exchange: Exchange) -> None:
         """Append an exchange."""
-        ids = [*self.prompted(exchange.said), *exchange.reply_ids, *self._renderer.closing_ids]
-        self._starts.append(len(self.ids))
-        self._turns += [Turn("user", exchange.said), Turn("assistant", exchange.reply)]
-        self._known = len(self._turns)
-        self.ids = ids
+        self._exchanges.append(exchange)
+        self._ids = None
 
     def drop_newest(self) -> None:
         """Be as before the latest `add`."""
-        self.ids = self.ids[: self._starts.pop()]
-        del self._turns[-2:]
-        self._known = len(self._turns) if self._starts else 0
+        self._exchanges.pop()
+        self._ids = None
+
+    def _turns(self) -> list[Turn]:
+        said = [
+            turn
+            for exchange in self._exchanges
+            for turn in (Turn("user", exchange.said), Turn("assistant", exchange.reply))
+        ]
+        return [*self._system, *said]
+
+    def _own(self) -> list[tuple[int, ...]]:
+        return [exchange.reply_ids for exchange in self._exchanges]
 
 
 def newest_that_fit(
@@ -65,10 +78,7 @@ def newest_that_fit(
     """
 
     def window_from(first: int) -> Window:
-        window = Window(renderer, system)
-        for exchange in exchanges[first:]:
-            window.add(exchange)
-        return window
+        return Window(renderer, system, exchanges[first:])
 
     def fits(first: int) -> bool:
         return len(window_from(first).prompted(said)) <= room

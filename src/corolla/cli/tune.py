@@ -246,6 +246,8 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     prepared = prepare(tokenizer, settings, conversations)
     rendered = (index for example in prepared.train + prepared.held_out for index in example.input_ids)
     check_tokens(rendered, tokenizer, checkpoint.config, job.model)
+    for note in prepared.notes:
+        say_plainly(note)
     people = len({example.conversation for example in prepared.held_out})
     say_plainly(
         f"{len(prepared.train):,} examples to train on; {len(prepared.held_out):,} from {people} other "

@@ -6,10 +6,11 @@ id never puts half of a conversation into training and half into the held-out pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,22 @@ class Turn:
     role: Role
     text: str
     learn: bool = True
+    # What only a chat template can render, by its name in a message: tool_calls, tool_call_id, name.
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def about_tools(self) -> bool:
+        """Whether it calls tools, or is what one said."""
+        return self.role == "tool" or bool(self.more)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order; the model learns to say the assistant's."""
+    """Turns in order; the model learns to say the assistant's. `tools` are those that a template lists."""
 
     turns: tuple[Turn, ...]
     id: str
+    tools: Sequence[Any] = field(default=(), hash=False)
 
     @property
     def has_reply(self) -> bool:

@@ -1,63 +1,63 @@
 """Rows from files and from the hub, whatever is in them.
 
-Invariant: what cannot be read as a row at all is still one row, which no schema accepts, so that the numbers
-of the others are right and it is counted; only a source that gives no rows raises.
+Invariant: only a source that gives no rows raises; what is wrong with one row is for that row to say.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corolla.data.schemas import SCHEMAS, Row
+from corolla.data.json_rows import json_rows
+from corolla.data.raw_text import PACKED_NAMES, is_packed, read_text
+from corolla.data.rows import Found, listed
+from corolla.data.tables import table_rows
 from corolla.errors import DataError
 
-READ_AS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-UNREADABLE = "not JSON"  # the only column of a row that is not JSON
+READ_AS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 
 
 def is_file_name(source: str) -> bool:
     """Whether a source is meant as a file; otherwise it is a hub name."""
-    return (
-        Path(source).exists() or Path(source).suffix.lower() in READ_AS or source.startswith((".", "/", "~"))
-    )
+    return _kind(source) is not None or source.startswith((".", "/", "~")) or os.path.exists(source)
 
 
-def read_file(path: Path, split: str | None) -> list[Row]:
-    """All rows of a json, jsonl, csv or parquet file. `split` names a list in a json file that holds several.
+def read_file(source: str, split: str | None) -> Found:
+    """All rows of a json, jsonl, csv, tsv or parquet file, compressed or not.
 
-    Raises `DataError` for a file that is missing, empty, broken as a whole or of another kind.
+    `split` names a list in a json file that holds several. Raises `DataError` for a file that is missing, empty,
+    broken as a whole or of another kind.
     """
-    path = path.expanduser()
-    if not path.is_file():
-        raise DataError(f"There is no file {path}.")
-    kind = READ_AS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(
-            f"{path} is none of the files that can be read: its name should end in {', '.join(READ_AS)}."
-        )
+    path = Path(os.path.expanduser(source))
+    kind = _kind(source)
+    _check_file(path, kind)
     if split is not None and kind != "json":
         raise DataError(f"{path} has no splits, so there is no {split} in it.")
     match kind:
         case "json":
-            rows = _read_json(path, split)
-        case "jsonl":
-            rows = _json_lines(_read_text(path))
+            found = json_rows(path, read_text(path), split)
         case "csv":
-            rows = _read_csv(path)
+            found = table_rows(path, read_text(path), ",;\t")
+        case "tsv":
+            found = table_rows(path, read_text(path), "\t")
         case _:
-            rows = _read_parquet(path)
-    if not rows:
+            found = listed(_read_parquet(path))
+    if not found.rows:
         raise DataError(f"{path} is empty: it holds no rows.")
-    return rows
+    return found
 
 
-def read_hub(name: str, split: str | None, token: str | None) -> list[Row]:
+def read_hub(name: str, split: str | None, token: str | None) -> Found:
     """All rows of a data set on the hub, of its `train` split unless told. Raises `DataError`."""
     load_dataset: Callable[..., Any] = _datasets().load_dataset
     try:
@@ -68,93 +68,46 @@ def read_hub(name: str, split: str | None, token: str | None) -> list[Row]:
         ) from error
     if not rows:
         raise DataError(f"{name} is empty: it holds no rows.")
-    return rows
+    return listed(rows)
 
 
-# --- JSON: read here, since `datasets` wants all rows of one shape and gives up at the first bad line ---------
+def _kind(source: str) -> str | None:
+    """What a file's name says that it holds; what it is compressed with does not matter."""
+    name = source.lower()
+    packed = next((ending for ending in PACKED_NAMES if name.endswith(ending)), "")
+    return READ_AS.get(os.path.splitext(name.removesuffix(packed))[1])
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text.") from error
+def _check_file(path: Path, kind: str | None) -> None:
+    """Raises `DataError` when this is no file, or one of another kind."""
+    if os.path.isdir(path):
+        readable = (
+            sorted(name for name in os.listdir(path) if _kind(name)) if os.access(path, os.R_OK) else []
+        )
+        advice = f"give a file in it, such as {path / readable[0]}" if readable else "give a file"
+        raise DataError(f"{path} is a folder: {advice}.")
+    if not os.path.isfile(path):
+        raise DataError(f"There is no file {path}.")
+    if kind is None:
+        raise DataError(
+            f"{path} is none of the files that can be read: its name should end in {', '.join(READ_AS)}, "
+            f"or in one of these and {', '.join(PACKED_NAMES)}."
+        )
 
 
-def _read_json(path: Path, split: str | None) -> list[Row]:
-    text = _read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not text.lstrip().startswith("["):
-            return _json_lines(text)  # under the other ending
-        raise DataError(f"{path} is not valid JSON: {_first_line(error)}.") from error
-    if isinstance(content, dict) and not any(schema.fits(content) for schema in SCHEMAS):
-        content = _one_list(path, content, split)
-    elif split is not None:
-        raise DataError(f"{path} has no splits, so there is no {split} in it.")
-    return [_as_row(item) for item in (content if isinstance(content, list) else [content])]
-
-
-def _one_list(path: Path, content: dict[str, Any], split: str | None) -> Any:
-    """The rows in an object such as `{"train": […], "valid": […]}`."""
-    lists = {name: value for name, value in content.items() if isinstance(value, list)}
-    if split is not None and split not in lists:
-        raise DataError(f"{path} has no list called {split}; it has {', '.join(lists) or 'none'}.")
-    if split is not None or "train" in lists:
-        return lists[split or "train"]
-    return next(iter(lists.values())) if len(lists) == 1 else content
-
-
-def _json_lines(text: str) -> list[Row]:
-    # Not splitlines(): U+2028 and others may stand in a JSON string as they are.
-    return [_as_row(_json_line(line)) for line in text.split("\n") if line.strip()]
-
-
-def _json_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return {UNREADABLE: line[:200]}
-
-
-def _as_row(item: Any) -> Row:
-    return item if isinstance(item, dict) else {"not an object": item}
-
-
-# --- tables -----------------------------------------------------------------------------------------------------
-
-
-def _read_csv(path: Path) -> list[Row]:
-    """Read here, since a reply of "10" or "NA" is text too. Lists in cells are written as JSON."""
-    lines = io.StringIO(_read_text(path))
-    try:
-        return [
-            {name: _json_cell(value) for name, value in row.items()}
-            for row in csv.DictReader(lines, strict=True)
-        ]
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as csv: {error}.") from error
-
-
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[Any]:
     if path.stat().st_size == 0:
         return []
+    if is_packed(path):
+        raise DataError(
+            f"{path} is compressed as a whole: unpack it first, parquet needs no other compression."
+        )
     # A folder of its own, so that no copy of the user's data stays behind.
     with tempfile.TemporaryDirectory(prefix="corolla-data-") as scratch:
         try:
             return list(_datasets().Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True))
         except Exception as error:  # pyarrow and datasets raise what they like for a broken file
             raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
-
-
-def _json_cell(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
 
 
 def _datasets() -> Any:

@@ -1,8 +1,9 @@
 """Conversations as tokens and labels, for training and for chatting.
 
-Invariant: the tokens that a chat feeds, turn by turn with the replies in between, are the tokens that an
-example of the same turns has. Padding does not occur here, and a token carries loss at most once however
-many windows a long conversation is cut into.
+Invariant: the tokens that a chat feeds, with the replies in between, are the tokens that an example of the
+same turns has. Padding does not occur here, and a reply carries loss once however many windows a long
+conversation is cut into; each window is rendered as a conversation of its own, as a chat does that has left
+its oldest turns behind.
 
 No end-of-text token is added: what closes a reply is what a chat stops at, and a chat always goes on after it.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from corolla.data.conversation import Conversation, Turn
-from corolla.data.styles import DelimiterStyle, Style, TemplateStyle, TurnPieces
-from corolla.errors import BundleError, UsageError
+from corolla.data.styles import DelimiterStyle, Rendering, Style, is_reply
+from corolla.data.template_style import TemplateStyle
+from corolla.errors import BundleError, DataError, UsageError
 
 NO_LOSS = -100
 Kind = Literal["reply", "marker", "context"]
@@ -30,6 +32,8 @@ class RenderSettings:
     delimiter: str = "\n-----\n"
     loss_on: str = "replies"  # or "all"
     max_length: int = 256
+    # The delimiter style puts SentencePiece's space before every piece, as it did up to 0.1.
+    spaced: bool = False
 
     def __post_init__(self) -> None:
         if self.style not in ("delimiter", "template"):
@@ -46,7 +50,8 @@ class RenderSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RenderSettings:
         """Read `to_dict`'s result back. Raises `BundleError`."""
-        kinds = {"style": str, "delimiter": str, "loss_on": str, "max_length": int}
+        kinds = {"style": str, "delimiter": str, "loss_on": str, "max_length": int, "spaced": bool}
+        values = {"spaced": True, **values}  # those who do not name it are from before
         if set(values) != set(kinds) or any(not isinstance(values[key], kind) for key, kind in kinds.items()):
             raise BundleError("The saved rendering settings are not of a form that this version reads.")
         try:
@@ -65,29 +70,6 @@ class Example:
     conversation: str  # id
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some tokens of one turn (or of several), and which of them are labels."""
-
-    ids: list[int] = field(default_factory=list)
-    kinds: list[Kind] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    reply: bool = False  # one to be learnt
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __add__(self, other: _Part) -> _Part:
-        return _Part(self.ids + other.ids, self.kinds + other.kinds, self.labels + other.labels)
-
-    def __getitem__(self, cut: slice) -> _Part:
-        return _Part(self.ids[cut], self.kinds[cut], self.labels[cut])
-
-    def silent(self) -> _Part:
-        """The same tokens as context, without loss."""
-        return _context(self.ids)
-
-
 class Renderer:
     """Renders for one tokenizer and one set of settings. Raises `UsageError` where these do not go together."""
 
@@ -98,9 +80,17 @@ class Renderer:
         if settings.style == "template":
             self.style = TemplateStyle(tokenizer)
         else:
-            self.style = DelimiterStyle(tokenizer, settings.delimiter)
+            self.style = DelimiterStyle(tokenizer, settings.delimiter, spaced=settings.spaced)
 
     # --- training ----------------------------------------------------------------------------------------
+
+    def refusal(self, conversation: Conversation) -> str | None:
+        """Why the style cannot write a conversation down; None where it can."""
+        try:
+            self.style.check(conversation.turns, conversation.tools)
+        except DataError as error:
+            return str(error)
+        return None
 
     def examples(self, conversation: Conversation) -> list[Example]:
         """The conversation in windows of at most `max_length` tokens, cut between turns.
@@ -108,87 +98,44 @@ class Renderer:
         Every reply is learnt in exactly one window, which also holds what came before it: at least one turn,
         and as many as fit. A system turn stands in front of every window. Where not even a reply and the turn
         before it fit, that turn loses its beginning; a reply that is too long by itself loses its end, and a
-        quarter of the window is left to what came before it.
+        quarter of the window is left to what came before it. Raises `DataError` for a conversation that the
+        style cannot render.
         """
         if not conversation.has_reply:
             return []
-        self.style.check(conversation.turns)
-        begins_with_system = conversation.turns[0].role == "system"
-        opener = int(begins_with_system)  # answers nothing, so it is not a reply whoever says it
-        turns = [
-            self._part(turn, pieces, answers=index > opener)
-            for index, (turn, pieces) in enumerate(
-                zip(conversation.turns, self.style.pieces(conversation.turns), strict=True)
-            )
-        ]
-        opening = _context(self.style.opening(system=begins_with_system))
-        system = turns.pop(0) if begins_with_system else _Part()
-        windows: list[Example] = []
-        fresh = 0  # turns from here on have not been in a window of their own
-        while (reply := _next_reply(turns, fresh)) is not None:
-            begin, end = self._window(turns, reply, self.settings.max_length - len(opening) - len(system))
-            window = [
-                turn if index >= fresh else turn.silent()
-                for index, turn in enumerate(turns[begin:end], start=begin)
-            ]
-            whole = self._fitted(opening, system.silent() if fresh else system, window)
-            windows.append(Example(whole.ids, whole.labels, whole.kinds, conversation.id))
-            fresh = end
-        return windows
-
-    def _window(self, turns: Sequence[_Part], reply: int, room: int) -> tuple[int, int]:
-        """Turns [begin, end): the next reply and the turn before it, then later replies, then older turns."""
-        begin, end = reply - 1, reply + 1
-        used = best = len(turns[begin]) + len(turns[reply])
-        for index in range(end, len(turns)):
-            used += len(turns[index])
-            if used > room:
-                break
-            if turns[index].reply:
-                end, best = index + 1, used
-        while begin > 0 and best + len(turns[begin - 1]) <= room:
-            begin -= 1
-            best += len(turns[begin])
-        return begin, end
-
-    def _fitted(self, opening: _Part, system: _Part, window: Sequence[_Part]) -> _Part:
-        """The window as one part of at most `max_length` tokens; it ends with a reply."""
-        context, reply = sum(window[:-1], _Part()), window[-1]
-        room = self.settings.max_length - len(opening)
-        if len(reply) > room:
-            reply = reply[: room - min(len(context), room // 4)]
-        room -= len(reply)
-        if len(system) > room:
-            system = _Part()
-        room -= len(system)
-        return opening + system + context[max(0, len(context) - room) :] + reply
-
-    def _part(self, turn: Turn, pieces: TurnPieces, *, answers: bool) -> _Part:
-        ids = pieces.ids
-        reply = turn.role == "assistant" and turn.learn and answers
-        kinds: list[Kind] = ["context"] * len(ids)
-        if reply:
-            kinds = ["context"] * len(pieces.lead)
-            kinds += ["reply"] * len(pieces.text)
-            kinds += ["marker"] * len(pieces.closing)
-        everything = self.settings.loss_on == "all"
-        labels = [
-            token if everything or kind != "context" else NO_LOSS
-            for token, kind in zip(ids, kinds, strict=True)
-        ]
-        return _Part(ids, kinds, labels, reply)
+        turns = conversation.turns
+        learnt = [index for index, turn in enumerate(turns) if turn.learn and is_reply(turns, index)]
+        if not learnt:
+            return []
+        windows = _Windows(self.style, conversation, self.settings)
+        return windows.examples(learnt)
 
     # --- chatting ----------------------------------------------------------------------------------------
 
-    def prompt_ids(self, turns: Sequence[Turn], known: int = 0) -> list[int]:
-        """What to feed so that the model's next tokens are the reply to `turns`.
+    def prompt_ids(self, turns: Sequence[Turn], own: Sequence[Sequence[int]] = ()) -> list[int]:
+        """All that the model reads before its reply to `turns`; `own` are the tokens of its replies so far.
 
-        The first `known` turns, with all that closes them, have been fed already.
+        Raises `DataError` for what the style cannot render.
         """
-        ids = [] if known else list(self.style.opening(system=turns[0].role == "system"))
-        for pieces in self.style.pieces(turns[known:]):
-            ids += pieces.ids
-        return [*ids, *self.style.reply_lead]
+        return self._with_own(turns, own, reply=True)
+
+    def ids(self, turns: Sequence[Turn], own: Sequence[Sequence[int]] = ()) -> list[int]:
+        """The turns' tokens, with what closes the last one; `own` are the tokens of the replies among them."""
+        return self._with_own(turns, own, reply=False)
+
+    def _with_own(self, turns: Sequence[Turn], own: Sequence[Sequence[int]], *, reply: bool) -> list[int]:
+        """The model's own tokens stand for its replies, but where one is tokenized with what closes it."""
+        rendering = self.style.render(turns, reply=reply, strict=False)
+        ids: list[int] = []
+        done = 0
+        replies = [index for index in range(len(turns)) if is_reply(turns, index)]
+        for index, said in zip(replies, own, strict=False):
+            place = rendering.replies.get(index)
+            if place is None or not place.apart:
+                continue
+            ids += [*rendering.ids[done : place.begin], *said]
+            done = place.end
+        return ids + rendering.ids[done:]
 
     @property
     def closing_ids(self) -> list[int]:
@@ -202,8 +149,13 @@ class Renderer:
 
     @property
     def stop_text(self) -> str:
-        """Text that ends a reply too, since a model may spell the delimiter in other tokens; "" for none."""
+        """Text that ends a reply too, since a model may spell it in other tokens; "" for none."""
         return self.style.stop_text
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Single tokens that end a reply, too."""
+        return self.style.ends
 
     def reply_text(self, ids: Sequence[int]) -> str:
         """The text of a reply's tokens, up to what closes it."""
@@ -217,9 +169,122 @@ class Renderer:
         return text.partition(self.stop_text)[0] if self.stop_text else text
 
 
-def _context(ids: list[int]) -> _Part:
-    return _Part(list(ids), ["context"] * len(ids), [NO_LOSS] * len(ids))
+class _Windows:
+    """Parts of one conversation that fit; turns are counted without a system turn in front."""
 
+    def __init__(self, style: Style, conversation: Conversation, settings: RenderSettings) -> None:
+        self._style = style
+        self._conversation = conversation
+        self._settings = settings
+        turns = list(conversation.turns)
+        self._system = turns[:1] if turns[0].role == "system" else []
+        self._spoken = turns[len(self._system) :]
 
-def _next_reply(turns: Sequence[_Part], start: int) -> int | None:
-    return next((index for index in range(start, len(turns)) if turns[index].reply), None)
+    def examples(self, learnt: Sequence[int]) -> list[Example]:
+        """`learnt` are the indexes of the replies to learn, among all turns."""
+        replies = [index - len(self._system) for index in learnt]
+        whole = self._rendered(0, replies[-1] + 1)
+        if len(whole.ids) <= self._settings.max_length:
+            return [self._example(whole, 0, replies[-1] + 1, 0)]
+        lengths = self._style.lengths(self._conversation.turns)
+        room = self._settings.max_length - whole.opening - sum(lengths[: len(self._system)])
+        lengths = lengths[len(self._system) :]
+        examples = []
+        fresh = 0  # turns from here on have not been in a window of their own
+        while replies:
+            begin, end = self._window(lengths, replies, room)
+            begin, end, rendering = self._that_fits(begin, end, replies)
+            examples.append(self._example(rendering, begin, end, fresh))
+            fresh = end
+            replies = [reply for reply in replies if reply >= fresh]
+        return examples
+
+    def _window(self, lengths: Sequence[int], replies: Sequence[int], room: int) -> tuple[int, int]:
+        """Turns [begin, end): the next reply and the turn before it, then later replies, then older turns."""
+        first = self._style.first_of_window(self._spoken, replies[0])
+        begin, end = first, replies[0] + 1
+        used = best = sum(lengths[begin:end])
+        for index in range(end, len(lengths)):
+            used += lengths[index]
+            if used > room:
+                break
+            if index in replies:
+                end, best = index + 1, used
+        while begin > 0 and best + lengths[begin - 1] <= room:
+            begin -= 1
+            best += lengths[begin]
+        return self._allowed(begin, first), end
+
+    def _allowed(self, begin: int, first: int) -> int:
+        """`begin`, or the next turn after it with which a window may begin; `first` is one."""
+        for index in range(begin, first):
+            if index == 0 or self._style.first_of_window(self._spoken, index + 1) == index:
+                return index
+        return first
+
+    def _that_fits(self, begin: int, end: int, replies: Sequence[int]) -> tuple[int, int, Rendering]:
+        """The window made smaller until it fits, since lengths of single turns do not say it exactly."""
+        first = self._style.first_of_window(self._spoken, replies[0])
+        while True:
+            rendering = self._rendered(begin, end)
+            if len(rendering.ids) <= self._settings.max_length:
+                return begin, end, rendering
+            shorter = [reply + 1 for reply in replies if reply + 1 < end]
+            if begin < first:
+                begin = self._allowed(begin + 1, first)
+            elif shorter:
+                end = shorter[-1]
+            else:
+                return begin, end, rendering
+
+    def _rendered(self, begin: int, end: int) -> Rendering:
+        return self._style.render([*self._system, *self._spoken[begin:end]], self._conversation.tools)
+
+    def _example(self, rendering: Rendering, begin: int, end: int, fresh: int) -> Example:
+        """The window as an example of at most `max_length` tokens; what came before `fresh` is context."""
+        turns = [*self._system, *self._spoken[begin:end]]
+        first_new = len(self._system) + max(0, fresh - begin)
+        silent = rendering.opening
+        kinds: list[Kind] = ["context"] * len(rendering.ids)
+        for index, reply in rendering.replies.items():
+            if index < first_new:
+                silent = reply.closed
+            elif turns[index].learn and is_reply(turns, index):
+                kinds[reply.begin : reply.end] = ["reply"] * (reply.end - reply.begin)
+                kinds[reply.end : reply.closed] = ["marker"] * (reply.closed - reply.end)
+        if fresh and self._settings.loss_on == "all":
+            silent = max(silent, self._style.heading(turns, self._conversation.tools))
+        everything = self._settings.loss_on == "all"
+        labels = [
+            token if kind != "context" or (everything and place >= silent) else NO_LOSS
+            for place, (token, kind) in enumerate(zip(rendering.ids, kinds, strict=True))
+        ]
+        kept = self._kept(rendering, turns)
+        return Example(
+            [rendering.ids[place] for place in kept],
+            [labels[place] for place in kept],
+            [kinds[place] for place in kept],
+            self._conversation.id,
+        )
+
+    def _kept(self, rendering: Rendering, turns: Sequence[Turn]) -> Sequence[int]:
+        """The places of the tokens that fit, where not even a reply and what it answers do."""
+        longest = self._settings.max_length
+        if len(rendering.ids) <= longest:
+            return range(len(rendering.ids))
+        reply = rendering.replies[max(rendering.replies)]
+        head = min(self._style.heading(turns, self._conversation.tools), reply.begin)
+        opening = min(rendering.opening, head)
+        room = longest - opening
+        said = reply.closed - reply.begin
+        if said > room:
+            least = max(room // 4, len(self._style.reply_lead))
+            said = max(1, room - min(reply.begin - head, least))
+        room -= said
+        system = head - opening if head - opening <= room else 0
+        room -= system
+        context = min(reply.begin - head, room)
+        return [
+            *range(opening + system),
+            *range(reply.begin - context, reply.begin + said),
+        ]

@@ -7,17 +7,29 @@ that tell of the same conversation (equal rows, PersonaChat's many rows of one d
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corolla.data.conversation import Conversation, Role, Turn
+from corolla.data.turns import (
+    BadRow,
+    alternating,
+    as_list,
+    history_of,
+    side_of,
+    text_of,
+    texts_of,
+    turns_of,
+    unlearnt,
+)
 
 Row = Mapping[str, Any]
 
-
-class BadRow(ValueError):
-    """Why a row does not fit its schema, in a few words."""
+SYSTEM = ("system", "system_prompt")  # columns
+ASIDE = ("input", "context")  # what an instruction is about
+MARKED = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -30,80 +42,135 @@ class Schema:
     convert: Callable[[Row, bool], Conversation]  # the row, and whether the persona goes in front
 
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{what} is not text")
-    if not value.strip():
-        raise BadRow(f"{what} is empty")
-    return value.strip()
-
-
-def _texts(value: Any, what: str) -> list[str]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise BadRow(f"{what} is not a list of texts")
-    return [_text(item, f"{what}[{index}]") for index, item in enumerate(value)]
-
-
-def _said(turns: Sequence[Any], role_key: str, text_key: str, what: str) -> tuple[Turn, ...]:
-    if isinstance(turns, str) or not isinstance(turns, Sequence):
-        raise BadRow(f"{what} is not a list")
-    said = []
-    for index, item in enumerate(turns):
-        if not isinstance(item, Mapping) or role_key not in item or text_key not in item:
-            raise BadRow(f"{what}[{index}] has no {role_key} and {text_key}")
-        role = ROLES.get(str(item[role_key]).lower())
-        if role is None:
-            raise BadRow(f"{what}[{index}] has the unknown {role_key} {item[role_key]!r}")
-        said.append(Turn(role, _text(item[text_key], f"{what}[{index}].{text_key}")))
-    return tuple(said)
-
-
 def _hash(said: Sequence[str]) -> str:
     return hashlib.sha256(repr(list(said)).encode()).hexdigest()[:16]
 
 
-def _checked(turns: tuple[Turn, ...], conversation_id: str | None = None) -> Conversation:
+def _checked(
+    turns: Sequence[Turn], conversation_id: str | None = None, tools: Sequence[Any] = ()
+) -> Conversation:
     """Without an id of its own, a conversation is named by what is said in it."""
-    conversation = Conversation(turns, conversation_id or _hash([turn.text for turn in turns]))
+    conversation = Conversation(
+        tuple(turns), conversation_id or _hash([turn.text for turn in turns]), tuple(tools)
+    )
     if not conversation.has_reply:
         raise BadRow("no reply to learn, with something said before it")
     return conversation
 
 
+def _whole(row: Row, turns: Sequence[Turn], conversation_id: str | None = None) -> Conversation:
+    """The turns, with what other columns say: a system's text in front, the tools there are."""
+    system = _first(row, SYSTEM)
+    if system is not None and turns and turns[0].role != "system" and str(system).strip():
+        turns = [Turn("system", text_of(system, "system")), *turns]
+    tools = as_list(row.get("tools"))
+    if tools is None and row.get("tools"):
+        raise BadRow("tools is not a list")
+    return _checked(turns, conversation_id, tools or ())
+
+
+def _first(row: Row, names: Sequence[str]) -> Any:
+    """The value in the first of these columns that says something."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+# --- lists of messages ------------------------------------------------------------------------------------
+
+
 def _messages(row: Row, _persona: bool) -> Conversation:
-    return _checked(_said(row["messages"], "role", "content", "messages"))
+    return _whole(row, turns_of(row["messages"], "messages"))
 
 
 def _sharegpt(row: Row, _persona: bool) -> Conversation:
-    turns = _said(row["conversations"], "from", "value", "conversations")
-    return _checked(turns, str(row["id"]) if row.get("id") else None)
+    name = "conversations" if row.get("conversations") is not None else "conversation"
+    name = name if name in row else "conversations"
+    return _whole(row, turns_of(row[name], name), str(row["id"]) if row.get("id") else None)
 
 
-def _prompt_response(row: Row, _persona: bool) -> Conversation:
-    turns = (
-        Turn("user", _text(row["prompt"], "prompt")),
-        Turn("assistant", _text(row["response"], "response")),
-    )
-    return _checked(turns)
+# --- single exchanges -------------------------------------------------------------------------------------
 
 
-def _alternating(texts: Sequence[str]) -> list[Turn]:
-    """Turns whose last one is the assistant's."""
-    roles: tuple[Role, Role] = ("assistant", "user")
-    return [Turn(roles[(len(texts) - 1 - index) % 2], text) for index, text in enumerate(texts)]
+def _exchange(said: str, replied: Sequence[str]) -> Callable[[Row, bool], Conversation]:
+    """What is in the column `said`, and the reply in the first of the columns `replied`."""
+
+    def convert(row: Row, _persona: bool) -> Conversation:
+        answer = next((name for name in replied if row.get(name) is not None), replied[0])
+        if row.get("label") is False or row.get("label") in ("false", "False"):
+            raise BadRow("its label is false: a reply that is not to be learnt")
+        asked = _asked(row, said)
+        return _whole(row, [*asked, *side_of(row.get(answer), "assistant", answer)])
+
+    return convert
+
+
+def _asked(row: Row, said: str) -> list[Turn]:
+    """What comes before a reply: the history, and what was said. Of these, messages are context."""
+    asked = [replace(turn, learn=turn.role == "user") for turn in side_of(row.get(said), "user", said)]
+    earlier = history_of(row.get("history"))
+    if asked[0].role == "system":
+        return [asked[0], *earlier, *asked[1:]]
+    return [*earlier, *asked]
+
+
+def _alpaca(row: Row, _persona: bool) -> Conversation:
+    instruction = text_of(row.get("instruction"), "instruction")
+    about = _first(row, ASIDE)
+    if about is not None and about != "":
+        about = text_of(about, "input") if not isinstance(about, str) or about.strip() else ""
+    answer = "output" if row.get("output") is not None or "response" not in row else "response"
+    said = f"{instruction}\n\n{about}" if about else instruction
+    reply = Turn("assistant", text_of(row.get(answer), answer))
+    return _whole(row, [*history_of(row.get("history")), Turn("user", said), reply])
+
+
+def _preference(row: Row, _persona: bool) -> Conversation:
+    """Of two replies the chosen one. What both have in common is context."""
+    chosen = _told(row, "chosen")
+    try:
+        rejected = _told(row, "rejected") if row.get("rejected") is not None else []
+    except BadRow:
+        rejected = []
+    common = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if (one.role, one.text) != (other.role, other.text):
+            break
+        common += 1
+    common = common if common < len(chosen) else 0
+    return _whole(row, [*unlearnt(chosen[:common]), *chosen[common:]])
+
+
+def _told(row: Row, name: str) -> list[Turn]:
+    """A preference's conversation up to the reply in the column `name`, which may hold all of it."""
+    reply, prompt = row[name], row.get("prompt")
+    if isinstance(reply, str) and as_list(reply) is None:
+        marked = _marked(prompt + reply if isinstance(prompt, str) else reply) or _marked(reply)
+        if marked is not None:
+            return marked
+        if prompt is None:
+            raise BadRow(f"{name} is a text, but there is no prompt that it answers")
+    turns = side_of(reply, "assistant", name)
+    if prompt is None:
+        return turns
+    asked = _asked(row, "prompt")
+    told = {(turn.role, turn.text) for turn in turns}
+    if {(turn.role, turn.text) for turn in asked} <= told:  # it is told there once more
+        return turns
+    return [*asked, *turns]
+
+
+def _marked(text: str) -> list[Turn] | None:
+    r"""The turns of a text such as "\n\nHuman: Hi\n\nAssistant: Hello"; None for any other."""
+    before, *parts = MARKED.split(text.strip())
+    if before.strip() or len(parts) < 4:
+        return None
+    roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+    return [
+        Turn(roles[who], text_of(said, f"what {who} says"))
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+# --- PersonaChat ------------------------------------------------------------------------------------------
 
 
 def _dialogue(row: Row, last: Mapping[str, Any], persona: bool, *, learn_all: bool) -> Conversation:
@@ -112,18 +179,18 @@ def _dialogue(row: Row, last: Mapping[str, Any], persona: bool, *, learn_all: bo
     The published files tell each dialogue from both sides, one of which begins with a silence. It is dropped,
     and the dialogue named by its first two utterances, so that both sides have one id.
     """
-    history = [text for text in _texts(last.get("history"), "history") if text.strip("_ ") != "SILENCE"]
-    texts = [*history, _texts(last.get("candidates"), "candidates")[-1]]
-    turns = _alternating(texts)
+    history = [text for text in texts_of(last.get("history"), "history") if text.strip("_ ") != "SILENCE"]
+    texts = [*history, texts_of(last.get("candidates"), "candidates")[-1]]
+    turns = alternating(texts)
     if not learn_all:
-        turns[:-1] = [Turn(turn.role, turn.text, learn=False) for turn in turns[:-1]]
+        turns[:-1] = unlearnt(turns[:-1])
     return _checked((*_persona_turns(row, persona), *turns), _hash(texts[:2]))
 
 
 def _persona_turns(row: Row, persona: bool) -> list[Turn]:
     if not persona:
         return []
-    return [Turn("system", " ".join(_texts(row.get("personality"), "personality")))]
+    return [Turn("system", " ".join(texts_of(row.get("personality"), "personality")))]
 
 
 def _personachat(row: Row, persona: bool) -> Conversation:
@@ -132,48 +199,85 @@ def _personachat(row: Row, persona: bool) -> Conversation:
 
 
 def _personachat_nested(row: Row, persona: bool) -> Conversation:
-    utterances = row["utterances"]
-    if not isinstance(utterances, Sequence) or not utterances or not isinstance(utterances[-1], Mapping):
+    utterances = as_list(row["utterances"])
+    if not utterances or not isinstance(utterances[-1], Mapping):
         raise BadRow("utterances is not a list of history and candidates")
     # The last one's history is the whole dialogue.
     return _dialogue(row, utterances[-1], persona, learn_all=True)
+
+
+def _with(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(name in row for name in names)
 
 
 SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "messages",
         '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
-        lambda row: "messages" in row,
+        _with("messages"),
         _messages,
     ),
     Schema(
         "ShareGPT",
         '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}',
-        lambda row: "conversations" in row,
+        lambda row: "conversations" in row or "conversation" in row,
         _sharegpt,
     ),
     Schema(
         "PersonaChat",
         '{"personality": ["…"], "history": ["…"], "candidates": ["…", "the gold reply"]}',
-        lambda row: {"history", "candidates"} <= set(row),
+        _with("history", "candidates"),
         _personachat,
     ),
     Schema(
         "PersonaChat dialogues",
         '{"personality": ["…"], "utterances": [{"history": ["…"], "candidates": ["…"]}]}',
-        lambda row: "utterances" in row,
+        _with("utterances"),
         _personachat_nested,
+    ),
+    Schema(
+        "preference",
+        '{"prompt": "…", "chosen": "…", "rejected": "…"}',
+        _with("chosen"),
+        _preference,
     ),
     Schema(
         "prompt and response",
         '{"prompt": "…", "response": "…"}',
-        lambda row: {"prompt", "response"} <= set(row),
-        _prompt_response,
+        _with("prompt", "response"),
+        _exchange("prompt", ("response",)),
+    ),
+    Schema(
+        "prompt and completion",
+        '{"prompt": "…", "completion": "…"}',
+        _with("prompt", "completion"),
+        _exchange("prompt", ("completion",)),
+    ),
+    Schema(
+        "Alpaca",
+        '{"instruction": "…", "input": "…", "output": "…"}',
+        lambda row: "instruction" in row and ("output" in row or "response" in row),
+        _alpaca,
+    ),
+    Schema(
+        "question and answer",
+        '{"question": "…", "answer": "…"}',
+        lambda row: "question" in row and ("answer" in row or "response" in row),
+        _exchange("question", ("answer", "response")),
     ),
 )
 
 
 PERSONA_SCHEMAS = frozenset({"PersonaChat", "PersonaChat dialogues"})
+
+
+def schema_of(row: Row) -> Schema | None:
+    """The shape of a row: that of the columns which say something, else of those which are there."""
+    filled = {name: value for name, value in row.items() if value not in (None, "", [])}
+    return next(
+        (schema for columns in (filled, row) for schema in SCHEMAS if schema.fits(columns)),
+        None,
+    )
 
 
 def chitchat_conversation(

@@ -11,12 +11,14 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from corolla.data.conversation import Conversation
-from corolla.data.readers import UNREADABLE, is_file_name, read_file, read_hub
-from corolla.data.schemas import PERSONA_SCHEMAS, SCHEMAS, BadRow, Row, Schema, chitchat_conversation
+from corolla.data.raw_text import text_fault
+from corolla.data.readers import is_file_name, read_file, read_hub
+from corolla.data.rows import TOO_DEEP, Found, Unreadable
+from corolla.data.schemas import PERSONA_SCHEMAS, SCHEMAS, Schema, chitchat_conversation, schema_of
+from corolla.data.turns import BadRow
 from corolla.errors import DataError
 
 MOST_SKIPPED = 20  # bad rows that are kept for the report; all are counted
@@ -27,9 +29,10 @@ class LoadReport:
     """What became of the rows."""
 
     schema: str
+    unit: str = "row"  # or "line": what the numbers are of
     read: int = 0
     used: int = 0
-    skipped: list[tuple[int, str]] = field(default_factory=list)  # the first ones: row number from 1, reason
+    skipped: list[tuple[int, str]] = field(default_factory=list)  # the first ones: number from 1, reason
 
     def skip(self, number: int, reason: str) -> None:
         """Count a row that was not used."""
@@ -52,7 +55,7 @@ class LoadReport:
         shown = []
         for reason, numbers in rows.items():
             listed = ", ".join([*numbers[:3], *(["…"] if len(numbers) > 3 else [])])
-            shown.append(f"{reason} (row{'s' if len(numbers) > 1 else ''} {listed})")
+            shown.append(f"{reason} ({self.unit}{'s' if len(numbers) > 1 else ''} {listed})")
         return [*shown, "…"] if left > len(self.skipped) and len(rows) > 1 else shown
 
 
@@ -64,7 +67,7 @@ def load_conversations(
     split: str | None = None,
     token: str | None = None,
 ) -> tuple[list[Conversation], LoadReport]:
-    """Read all conversations of `source`: `chitchat`, a json, jsonl, csv or parquet file, or a hub name.
+    """Read all conversations of `source`: `chitchat`, a json, jsonl, csv, tsv or parquet file, or a hub name.
 
     `speaker` (chitchat only) keeps one person's conversations and makes that person's turns the replies;
     `persona` (PersonaChat only) puts the personality in front; `split` is for hub names and json files that
@@ -77,8 +80,8 @@ def load_conversations(
         return _load_chitchat(speaker)
     if speaker is not None:
         raise DataError("--speaker goes with the chitchat data only, whose people have ids.")
-    rows = read_file(Path(source), split) if is_file_name(source) else read_hub(source, split, token)
-    return _convert(rows, source, persona)
+    found = read_file(source, split) if is_file_name(source) else read_hub(source, split, token)
+    return _convert(found, source, persona)
 
 
 def _load_chitchat(speaker: str | None) -> tuple[list[Conversation], LoadReport]:
@@ -110,44 +113,72 @@ def _chitchat_entries() -> Mapping[str, Any]:
     return entries
 
 
-def _convert(rows: list[Row], source: str, persona: bool) -> tuple[list[Conversation], LoadReport]:
-    schema = _schema_of(rows)
-    if schema is None:
-        raise _no_schema(rows, source, "none has an accepted shape")
-    if persona and schema.name not in PERSONA_SCHEMAS:
-        raise DataError(f"--persona goes with PersonaChat's shape, but {source} holds {schema.name}.")
-    report = LoadReport(schema.name)
+def _convert(found: Found, source: str, persona: bool) -> tuple[list[Conversation], LoadReport]:
+    shapes = Counter(schema.name for _, row in found.rows if (schema := _shape(row)) is not None)
+    if not shapes:
+        raise _no_schema(found, source, _why_none(found))
+    named = ", ".join(name for name, _ in shapes.most_common())
+    if persona and not PERSONA_SCHEMAS & set(shapes):
+        raise DataError(f"--persona goes with PersonaChat's shape, but {source} holds {named}.")
+    report = LoadReport(named, found.unit)
     conversations = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in found.rows:
         report.read += 1
         try:
-            conversations.append(_conversation(schema, row, persona))
+            conversations.append(_conversation(row, persona))
             report.used += 1
         except BadRow as reason:
             report.skip(number, str(reason))
+        except RecursionError:
+            report.skip(number, TOO_DEEP)
     if not conversations:
-        raise _no_schema(rows, source, report.skipped[0][1])
+        raise _no_schema(found, source, report.skipped[0][1])
     return conversations, report
 
 
-def _conversation(schema: Schema, row: Row, persona: bool) -> Conversation:
-    if UNREADABLE in row:
-        raise BadRow("not valid JSON")
-    if not schema.fits(row):
-        raise BadRow(f"not of the shape of {schema.name}")
-    return schema.convert(row, persona)
+def _shape(row: Any) -> Schema | None:
+    return schema_of(row) if isinstance(row, Mapping) else None
 
 
-def _schema_of(rows: list[Row]) -> Schema | None:
-    """The shape that most rows have."""
-    votes = Counter(index for row in rows for index, schema in enumerate(SCHEMAS) if schema.fits(row))
-    return SCHEMAS[votes.most_common(1)[0][0]] if votes else None
+def _conversation(row: Any, persona: bool) -> Conversation:
+    """Raises `BadRow`."""
+    if isinstance(row, Unreadable):
+        raise BadRow(row.reason)
+    schema = _shape(row)
+    if schema is None:
+        raise BadRow("of none of the accepted shapes")
+    if persona and schema.name not in PERSONA_SCHEMAS:
+        raise BadRow("not of PersonaChat's shape, with which --persona goes")
+    conversation = schema.convert(row, persona)
+    more = [*conversation.tools, *(dict(turn.more) for turn in conversation.turns)]
+    extra = json.dumps(more, ensure_ascii=False, default=str)
+    for text in (conversation.id, extra, *(turn.text for turn in conversation.turns)):
+        fault = text_fault(text)
+        if fault is not None:
+            raise BadRow(f"it holds {fault}")
+    return conversation
 
 
-def _no_schema(rows: list[Row], source: str, reason: str) -> DataError:
-    first = json.dumps(rows[0], ensure_ascii=False, default=str)
+def _why_none(found: Found) -> str:
+    if any(isinstance(row, Mapping) and "text" in row for _, row in found.rows):
+        return "none has an accepted shape; a text column does not tell who says what in it"
+    return "none has an accepted shape"
+
+
+def _no_schema(found: Found, source: str, reason: str) -> DataError:
+    first = found.rows[0][1]
+    shown = first.shown if isinstance(first, Unreadable) else _as_json(first)
     shapes = "\n".join(f"  {schema.shape}" for schema in SCHEMAS)
     return DataError(
         f"No row of {source} can be used ({reason}). Its first row is\n"
-        f"  {first[:300]}{'…' if len(first) > 300 else ''}\nand rows should look like one of these:\n{shapes}"
+        f"  {shown[:300]}{'…' if len(shown) > 300 else ''}\nand rows should look like one of these:\n{shapes}"
     )
+
+
+def _as_json(value: Any) -> str:
+    """For people; what no terminal takes is shown as an escape."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):
+        return "(nested too deeply to be shown)"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

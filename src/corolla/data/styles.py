@@ -1,183 +1,139 @@
 """How turns become tokens: by a delimiter, or by the tokenizer's chat template.
 
-Invariant: a conversation's tokens are the concatenation of its turns' pieces, each tokenized by itself. So
-what a chat feeds turn by turn is exactly what training has seen, and no token ever spans two turns.
+Invariant: what a chat feeds, with the replies in between, are the tokens that training has seen for the same
+turns. With a template these are the template's own, those of `apply_chat_template(…, tokenize=True)`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.data.conversation import Turn
-from corolla.errors import UsageError
+from corolla.data.cuts import all_ids, ids_inside, ids_of
+from corolla.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class TurnPieces:
-    """A turn's token ids: what comes before its text, the text, and what closes it."""
+class Reply:
+    """Where a reply stands among tokens: its text [begin, end), and what closes it, up to `closed`.
 
-    lead: list[int]
-    text: list[int]
-    closing: list[int]
+    Where `apart` is False, the last token of its text holds some of what closes it, too.
+    """
 
-    @property
-    def ids(self) -> list[int]:
-        """All of them in order."""
-        return [*self.lead, *self.text, *self.closing]
+    begin: int
+    end: int
+    closed: int
+    apart: bool = True
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Turns as tokens. `replies` are the assistant's turns, by the turn's index."""
+
+    ids: list[int]
+    opening: int  # tokens before the first turn
+    replies: dict[int, Reply] = field(default_factory=dict)
 
 
 class Style(ABC):
-    """Turns to tokens. What a turn becomes depends on the turn alone, and on whether it is the first."""
+    """Turns to tokens."""
 
     closing: list[int]  # after a reply, up to the next turn
     stop: list[int]  # the beginning of `closing` whose generation ends a reply
     stop_text: str  # text that ends a reply whatever tokens it comes in; "" when only `stop` does
+    ends: frozenset[int] = frozenset()  # single tokens that end a reply, too
     reply_lead: list[int]  # between a turn and the reply to it
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     @abstractmethod
-    def opening(self, *, system: bool) -> list[int]:
-        """What stands before the first turn; `system` says whether that is a system turn."""
+    def check(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> None:
+        """Raises `DataError` for turns that this style cannot write down; far cheaper than `render`."""
 
     @abstractmethod
-    def check(self, turns: Sequence[Turn]) -> None:
-        """Raises `UsageError` when the turns' pieces are not what the tokenizer makes of the conversation."""
+    def render(
+        self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, reply: bool = False, strict: bool = True
+    ) -> Rendering:
+        """The turns as tokens; with `reply`, up to where a reply to them begins.
+
+        Raises `DataError` for what this style cannot render, or not so that a chat could go on from there. Not
+        `strict`, replies whose place cannot be told are left out of `replies`.
+        """
 
     @abstractmethod
-    def _texts(self, turn: Turn) -> tuple[str, str, str]:
-        """Lead, text and closing of a turn."""
+    def heading(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> int:
+        """How many of the turns' tokens come before what the first one says who is not the system."""
 
-    def pieces(self, turns: Sequence[Turn]) -> list[TurnPieces]:
-        """Every turn's pieces; one call of the tokenizer for all."""
-        if not turns:
-            return []
-        texts = [text for turn in turns for text in self._texts(turn)]
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False).input_ids
-        return [TurnPieces(*ids[first : first + 3]) for first in range(0, len(ids), 3)]
+    @abstractmethod
+    def lengths(self, turns: Sequence[Turn]) -> list[int]:
+        """About how many tokens each turn has; exactly, where turns are tokenized one by one."""
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+    def first_of_window(self, turns: Sequence[Turn], reply: int) -> int:
+        """The latest turn with which a part of the conversation may begin that has this reply."""
+        return reply - 1
 
 
 class DelimiterStyle(Style):
-    """Turns joined by a delimiter: `text delimiter text delimiter …`. A reply ends with the delimiter."""
+    """Turns joined by a delimiter: `text delimiter text delimiter …`. A reply ends with the delimiter.
 
-    def __init__(self, tokenizer: Any, delimiter: str) -> None:
+    Each piece is tokenized by itself, so that no token spans two turns.
+    """
+
+    def __init__(self, tokenizer: Any, delimiter: str, *, spaced: bool = False) -> None:
+        """`spaced`: each piece with the space that SentencePiece puts in front of a whole text."""
         super().__init__(tokenizer)
-        self._delimiter = delimiter
+        # Only where it makes a difference: what is plain text to the tokenizer is one inside of another, too.
+        self._inside = not spaced and ids_inside(tokenizer, "a") != ids_of(tokenizer, "a")
         self._bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
-        self.closing = self._ids(delimiter)
+        self.closing = ids_inside(tokenizer, delimiter) if self._inside else ids_of(tokenizer, delimiter)
         self.stop = self.closing
         self.stop_text = delimiter
         self.reply_lead = []
         if not self.closing:
             raise UsageError("The delimiter is empty for this tokenizer; give another one.")
 
-    def opening(self, *, system: bool) -> list[int]:
-        return self._bos
+    def check(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> None:
+        if any(turn.about_tools for turn in turns):
+            raise DataError("Turns about tools need a chat template, which the delimiter style is not.")
 
-    def check(self, turns: Sequence[Turn]) -> None:
-        """Nothing can be wrong."""
+    def render(
+        self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, reply: bool = False, strict: bool = True
+    ) -> Rendering:
+        self.check(turns, tools)
+        ids = list(self._bos)
+        replies: dict[int, Reply] = {}
+        for index, piece in enumerate(self._pieces(turns)):
+            begin = len(ids)
+            ids += piece
+            end = len(ids)
+            ids += self.closing
+            if turns[index].role == "assistant":
+                replies[index] = Reply(begin, end, len(ids))
+        return Rendering(ids, len(self._bos), replies)
 
-    def _texts(self, turn: Turn) -> tuple[str, str, str]:
-        return "", turn.text, self._delimiter
+    def heading(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> int:
+        system = turns[:1] if turns[0].role == "system" else ()
+        return len(self._bos) + sum(self.lengths(system))
 
+    def lengths(self, turns: Sequence[Turn]) -> list[int]:
+        return [len(piece) + len(self.closing) for piece in self._pieces(turns)]
 
-class TemplateStyle(Style):
-    """The tokenizer's own chat template, taken apart by rendering a short conversation with it.
-
-    Texts lose the white space around them, as most templates have it.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer)
-        if not tokenizer.chat_template:
-            raise UsageError("This tokenizer has no chat template; use the delimiter style.")
-        question, answer = Turn("user", "corolla-asks"), Turn("assistant", "petal-answers")
-        first = self._rendered([question])
-        prompted = self._rendered([question], reply=True)
-        answered = self._rendered([question, answer])
-        later = _rest(self._rendered([question, answer, question]), answered)
-        self._user = _around(question.text, later)
-        # Before a first turn that is not the system's, a template may put a system turn of its own.
-        if not first.endswith(later):
-            raise _unstable()
-        self._preamble = first.removesuffix(later)
-        self._lead = _rest(prompted, first)
-        # What comes between prompt and reply, often a space, is the model's to say.
-        self._before_reply, self._closing = _around(answer.text, _rest(answered, prompted))
-        self.closing = self._ids(self._closing)
-        self.stop = self.closing[:1]
-        self.stop_text = ""
-        self.reply_lead = self._ids(self._lead)
-        if not self.closing:
-            raise UsageError(
-                "This tokenizer's chat template does not mark a reply's end; use the delimiter style."
-            )
-
-    def opening(self, *, system: bool) -> list[int]:
-        return [] if system else self._ids(self._preamble)
-
-    def check(self, turns: Sequence[Turn]) -> None:
-        parts = ["".join(self._texts(turn)) for turn in turns]
-        if turns[0].role != "system":
-            parts.insert(0, self._preamble)
-        if "".join(parts) != self._rendered(turns):
-            raise _unstable()
-
-    def _texts(self, turn: Turn) -> tuple[str, str, str]:
-        text = turn.text.strip()
-        if turn.role == "assistant":
-            return self._lead, self._before_reply + text, self._closing
-        if turn.role == "system":
-            return self._system(turn), "", ""
-        return text.join(self._user), "", ""
-
-    def _system(self, turn: Turn) -> str:
-        """A system turn, found in front of a user's, since some templates refuse it alone."""
-        question = Turn("user", "corolla-asks")
-        whole, known = self._rendered([turn, question]), question.text.join(self._user)
-        if not whole.endswith(known):
-            raise _unstable()
-        return whole.removesuffix(known)
-
-    def _rendered(self, turns: Sequence[Turn], *, reply: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=reply
-            )
-        except Exception as error:  # templates raise what their authors wrote
-            raise UsageError(
-                f"This tokenizer's chat template refuses the conversation ({error}); use the delimiter style."
-            ) from error
-        return text
+    def _pieces(self, turns: Sequence[Turn]) -> list[list[int]]:
+        """The texts' tokens; one call of the tokenizer for all."""
+        ids = all_ids(self._tokenizer, [turn.text for turn in turns])
+        if not self._inside:
+            return ids
+        return ids[:1] + [ids_inside(self._tokenizer, turn.text) for turn in turns[1:]]
 
 
-def _rest(whole: str, beginning: str) -> str:
-    if not whole.startswith(beginning):
-        raise _unstable()
-    return whole[len(beginning) :]
-
-
-def _around(text: str, whole: str) -> tuple[str, str]:
-    before, found, after = whole.partition(text)
-    if not found:
-        raise _unstable()
-    return before, after
-
-
-def _unstable() -> UsageError:
-    return UsageError(
-        "This tokenizer's chat template renders a turn differently when others come after it, so a chat could "
-        "not go on where training left off; use the delimiter style."
-    )
+def is_reply(turns: Sequence[Turn], index: int) -> bool:
+    """Whether a turn is the assistant's and answers something: what opens a conversation does not."""
+    opener = int(turns[0].role == "system")
+    return turns[index].role == "assistant" and index > opener
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from corolla.data.collate import Collator
+from corolla.data.collisions import delimiter_note
 from corolla.data.conversation import Conversation
 from corolla.data.render import NO_LOSS, Example, Renderer
 from corolla.data.split import split_conversations, subsample
@@ -55,6 +56,7 @@ class Prepared:
     held_out: list[Example]
     batches: BatchMaker
     renderer: Renderer
+    notes: tuple[str, ...] = ()  # what a person should know of the rendering
 
     def fingerprint(self) -> str:
         """Equal for equal examples in equal order."""
@@ -66,17 +68,35 @@ class Prepared:
 
 def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conversation]) -> Prepared:
     """Split, render and subsample. Raises `DataError` when nothing is left to train or evaluate on."""
+    renderer = Renderer(tokenizer, settings.rendering)
+    refusals = [renderer.refusal(conversation) for conversation in conversations]
+    refused = [why for why in refusals if why is not None]
+    if conversations and len(refused) == len(conversations):
+        raise DataError(f"None of {len(conversations)} conversations can be rendered: {refused[0]}")
+    conversations = [one for one, why in zip(conversations, refusals, strict=True) if why is None]
     wanted = settings.held_out
     if wanted is None:
         wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
     train, held_out = split_conversations(conversations, held_out=wanted, seed=settings.seed)
-    renderer = Renderer(tokenizer, settings.rendering)
     return Prepared(
-        train=_draw(renderer, train, _needed(settings), settings.seed, "training"),
-        held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation"),
+        train=_draw(renderer, train, _needed(settings), settings.seed, "training", refused),
+        held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation", refused),
         batches=BatchMaker(Collator(0)),  # masked; the padding token may have no row in the embedding
         renderer=renderer,
+        notes=tuple(_notes(settings, conversations, refused)),
     )
+
+
+def _notes(
+    settings: TuneSettings, conversations: Sequence[Conversation], refused: Sequence[str]
+) -> Iterator[str]:
+    if refused:
+        count = len(refused)
+        yield f"{count:,} conversation{'s' if count > 1 else ''} left out that could not be rendered: {refused[0]}"
+    if settings.rendering.style == "delimiter":
+        note = delimiter_note(conversations, settings.rendering.delimiter)
+        if note is not None:
+            yield note
 
 
 def _needed(settings: TuneSettings) -> int | None:
@@ -87,16 +107,25 @@ def _needed(settings: TuneSettings) -> int | None:
 
 
 def _draw(
-    renderer: Renderer, conversations: Sequence[Conversation], count: int | None, seed: int, purpose: str
+    renderer: Renderer,
+    conversations: Sequence[Conversation],
+    count: int | None,
+    seed: int,
+    purpose: str,
+    refused: list[str],
 ) -> list[Example]:
-    """`count` examples of these conversations; None: all.
+    """`count` examples of these conversations; None: all. Of those that cannot be rendered `refused` gets why.
 
     One of each conversation comes before a second of any: examples of one conversation have much in common.
     Rendering a large data set takes long, so no more is rendered than needed.
     """
     rounds: list[list[Example]] = []
     for conversation in subsample(conversations, len(conversations), seed):
-        windows = [example for example in renderer.examples(conversation) if _has_label(example)]
+        try:
+            windows = [example for example in renderer.examples(conversation) if _has_label(example)]
+        except DataError as error:
+            refused.append(str(error))
+            continue
         random.Random(f"{seed}:{conversation.id}").shuffle(windows)
         rounds += [[] for _ in range(len(windows) - len(rounds))]
         for examples, window in zip(rounds, windows, strict=False):
@@ -105,8 +134,8 @@ def _draw(
             break
     if not rounds:
         raise DataError(
-            f"Of {len(conversations)} conversations none gives an example for {purpose}: use more data or a "
-            "larger --max-length."
+            f"Of {len(conversations)} conversations none gives an example for {purpose}: "
+            + (refused[-1] if refused else "use more data or a larger --max-length.")
         )
     return [example for examples in rounds for example in examples][:count]
 
