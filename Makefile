@@ -3,6 +3,11 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The oldest transformers that pyproject.toml admits, in a folder that goes before the environment's own.
+OLDEST := $(VENV)/oldest-transformers
+OLDEST_RELEASE := 5.20.0
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+EXACT  := tests/client/test_ways_in.py tests/client/test_startcheck.py tests/client/test_exactness.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench nightly clean
@@ -23,8 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup      ## local swarm, prompt tuning on real conversations, loss before and after, a chat
 	$(BIN)/corolla demo
 
-test: setup      ## all tests but the nightly ones
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not nightly'
+$(OLDEST)/.installed: $(STAMP)
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --quiet --no-deps --target $(OLDEST) 'transformers==$(OLDEST_RELEASE)'
+	@touch $@
+
+test: setup $(OLDEST)/.installed  ## all tests but the nightly ones on the newest transformers, those of exactness on the oldest
+	$(PYTEST) -m 'not nightly'
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly' $(EXACT)
 
 check: setup     ## lint and types
 	$(BIN)/ruff check src tests benchmarks examples
@@ -36,8 +47,9 @@ bench: setup     ## measure, each figure beside its baseline
 	$(BIN)/python benchmarks/quality_vs_peft.py
 	$(BIN)/python -m benchmarks.report
 
-nightly: setup   ## the tests that take longer; what they covered goes into docs/reliability.md
-	$(BIN)/pytest -n 2 --dist worksteal -m nightly --record benchmarks/results/nightly.jsonl
+nightly: setup $(OLDEST)/.installed  ## the tests that take longer; what they covered goes into docs/reliability.md
+	$(PYTEST) -m nightly --record benchmarks/results/nightly.jsonl
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly'
 	$(BIN)/python -m benchmarks.reliability
 
 clean:           ## remove .venv and what the runs left

@@ -7,8 +7,8 @@ checkpoint without blocks from being written as if it were whole.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache as memoize
 from functools import wraps
@@ -24,17 +24,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.client.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
+from corolla.client.generating import GenerateCall, SessionCaches, prepare_room, watched
 from corolla.client.heads import share_head, use_head_kernel, using_head
 from corolla.client.loading import check_tuning, connect, generation_config, initial_prompt
 from corolla.client.local_blocks import check_local, load_local
 from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
-from corolla.client.row_ends import RowEnds
-from corolla.client.session import ActiveSession, InferenceSession, sequences_of
+from corolla.client.session import ActiveSession, InferenceSession
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
-from corolla.models import families, guard
-from corolla.models.cache import RemoteCache, cache_argument, take_cache
+from corolla.client.startcheck import check_generation
+from corolla.models import families
+from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.flat_check import reads_flat_rows
 from corolla.models.layer_form import returns_tuple
@@ -45,7 +46,6 @@ from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import (
     BaseModelHooks,
     BlocksLayer,
-    check_cached_length,
     replace_blocks,
     watch_losses,
     what_enters,
@@ -77,13 +77,12 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self.prompts: SoftPrompt | None = None
             self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
-            self._row_ends: ContextVar[RowEnds | None] = ContextVar("row_ends", default=None)
-            self._cache_name = cache_argument(self.forward)
+            self.cache_name = cache_argument(self.forward)
             layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
-            self._holder = (replace_blocks(self, families.blocks_prefix(config), layer),)
-            caches = _SessionCaches(self)
+            self.blocks_holder = (replace_blocks(self, families.blocks_prefix(config), layer),)
+            caches = SessionCaches(self)
             BaseModelHooks(
-                self._holder[0],
+                self.blocks_holder[0],
                 prompts=self._get_prompts,
                 caches=caches,
                 reads_flat_rows=lambda: reads_flat_rows(config),
@@ -108,17 +107,27 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
         def inference_session(self, max_length: int | None = None) -> InferenceSession:
             """A session for up to `max_length` of the user's tokens a row; prompts come on top."""
-            return self._new_session(self._active_session, max_length=max_length)
+            return self.new_session(self._active_session, max_length=max_length)
 
-        def _new_session(self, active: ActiveSession, **options: Any) -> InferenceSession:
+        def new_session(self, active: ActiveSession, **options: Any) -> InferenceSession:
+            """One that is active where `active` says so; `options` as of `InferenceSession`."""
             return InferenceSession(
                 self._blocks,
                 self.prompts,
                 active,
                 embed=lambda ids: self.get_input_embeddings()(ids),
-                entering=lambda ids: what_enters(self._holder[0], ids),
+                entering=lambda ids: what_enters(self.blocks_holder[0], ids),
                 **options,
             )
+
+        @contextmanager
+        def apart_from_session(self) -> Iterator[None]:
+            """Within the block calls that name no session have none."""
+            token = self._active_session.set(None)
+            try:
+                yield
+            finally:
+                self._active_session.reset(token)
 
         @property
         def active_session(self) -> InferenceSession | None:
@@ -139,81 +148,14 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             `inputs` [R, T] are then the new tokens (None: none), and only what came after the earlier
             calls' output is returned. Raises `SessionLimit` before anything is computed.
             """
-            given = take_cache(kwargs)
-            if given is not None and session is not None:
-                raise UsageError("Give either session= or a cache, which is a session's own.")
-            session = session or (None if given is not None else self.active_session)
-            apart = self._active_session.set(
-                None
-            )  # what a processor asks the model is no part of the session
-            try:
-                with using_head(self):
-                    if given is not None:
-                        return self._generate_with(given, inputs, *args, **kwargs)
-                    if session is not None:
-                        return self._generate_in(session, inputs, *args, **kwargs)
-                    if kwargs.get("use_cache") is False:
-                        return super().generate(inputs, *args, **kwargs)
-                    return self._generate_alone(inputs, *args, **kwargs)
-            finally:
-                self._active_session.reset(apart)
-
-        def _generate_alone(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-            session = self._new_session(ContextVar("unused"), max_length=None)
-            try:
-                result = self._generate_in(session, inputs, *args, **kwargs)
-            except BaseException:
-                session.close()
-                raise
-            if isinstance(result, Tensor):
-                session.close()
-            return result  # its cache goes with it, to be passed on
-
-        def _generate_with(self, cache: Any, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-            """With a cache that an earlier call has returned; `inputs` are all tokens, as for a local model."""
-            guard.check_cache(cache, self._blocks)
-            ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-            mask = kwargs.get("attention_mask")
-            if ids is not None and (mask is None or mask.shape[1] == ids.shape[1]):
-                cache.whole = int(ids.shape[1])
-            return super().generate(ids, *args, **{self._cache_name: cache}, **kwargs)
-
-        def _generate_in(
-            self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any
-        ) -> Any:
-            inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-            turn = session.begin(
-                inputs,
-                kwargs.pop("attention_mask", None),
-                kwargs.pop("inputs_embeds", None),
-                # peft puts its prompts in front by a method of its own in the place of ours, in an empty session only.
-                share=getattr(self.prepare_inputs_for_generation, "__self__", None) is self,
-            )
-            if turn.mask is not None:
-                kwargs["attention_mask"] = turn.mask
-            if turn.embeddings is not None:
-                kwargs["inputs_embeds"] = turn.embeddings
-            kwargs.setdefault(
-                "use_cache", True
-            )  # whatever the checkpoint's settings say: a session is a cache
-            session.cache.begin_call(turn.ids, turn.embeddings)
-            ends = RowEnds()
-            token = self._row_ends.set(ends)
-            try:
-                result = super().generate(turn.ids, *args, **{self._cache_name: session.cache}, **kwargs)
-            finally:
-                self._row_ends.reset(token)
-                session.cache.end_call()
-            newer = session.keep(sequences_of(result), turn, ends)
-            if isinstance(result, Tensor):
-                return newer
-            result.sequences = newer
-            return result
+            call = GenerateCall(self, super().generate, args, kwargs)
+            with using_head(self):
+                return call.run(inputs, session)
 
         @wraps(family.prepare_inputs_for_generation)  # `generate` reads what it takes off its signature
         def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             """As the family's own, and not what the cache holds already, which speculation would run again."""
-            cache = kwargs.get(self._cache_name)
+            cache = kwargs.get(self.cache_name)
             if isinstance(cache, RemoteCache) and not args:
                 new = cache.new_of(input_ids, kwargs.get("inputs_embeds"))
                 if new is not None and kwargs.get("next_sequence_length") is None:
@@ -232,31 +174,14 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             max_cache_length: int,
         ) -> None:
             """Where `generate` knows how far it may go: the room is reserved before anything is computed."""
-            cache = model_kwargs.get(self._cache_name)
-            mask = model_kwargs.get("attention_mask")
-            length = 0 if self.prompts is None else self.prompts.length
-            padding = 0 if mask is None else int((mask == 0).sum(1).min())
-            limit = guard.position_limit(self._holder[0], self.get_input_embeddings(), self.config)
-            if isinstance(cache, RemoteCache):
-                max_cache_length -= cache.counted_twice
-                cache.align_mask(mask)
-                cache.check_room(max_cache_length - cache.length)
-                generation_config.cache_implementation = None  # some checkpoints ask for a local kind
-            guard.check_reach(length + max_cache_length - padding, limit)
-            if isinstance(cache, RemoteCache):
-                if generation_config.use_cache:
-                    check_cached_length(self, cache.prompt_length + max_cache_length)
-                    cache.reserve(max_cache_length)
-                else:
-                    del model_kwargs[self._cache_name]
+            max_cache_length = prepare_room(self, generation_config, model_kwargs, max_cache_length)
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
 
         def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
             criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-            ends = self._row_ends.get()
-            return criteria if ends is None else ends.watch(criteria, generation_config)
+            return watched(criteria, generation_config)
 
         # --- saving and ending --------------------------------------------------------------------------
 
@@ -322,25 +247,6 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
     return Distributed
 
 
-class _SessionCaches:
-    """A model's sessions, as calls that name no cache find them."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-        self.owner: object = model.blocks
-
-    def active(self) -> RemoteCache | None:
-        """See `models.shell.Caches`."""
-        model = self._model()
-        return None if model is None or model.active_session is None else model.active_session.cache
-
-    def fresh(self, *, lazy: bool) -> RemoteCache:
-        """See `models.shell.Caches`."""
-        model: Any = self._model()
-        cache: RemoteCache = model._new_session(model._active_session, max_length=None, lazy=lazy).cache
-        return cache
-
-
 def load_distributed(
     name: str | Path,
     *,
@@ -383,6 +289,7 @@ def load_distributed(
             f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
+    check_generation(checkpoint.config, distributed_class(checkpoint.architecture))
     connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
     try:
         connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))

@@ -46,6 +46,8 @@ class SessionChain:
         """See `models.cache.BlocksSession`."""
         if self.front is not None:
             self.front.reorder(rows)
+        if self._start == self._end:
+            return
         self._order = rows if self._order is None else self._order[rows]
 
     def reserve(self, tokens: int) -> None:
@@ -70,6 +72,8 @@ class SessionChain:
         `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends,
         `LyingServer` when what is cached came from a peer that was found lying; the next step is all right.
         """
+        if self._start == self._end:  # nothing is left to the swarm: what `front` has computed is all
+            return hidden
         await self._disown_liars()
         order = self._take_order(int(hidden.shape[0]))
         self.version += order is not None or any(span.history.length > start for span in self._spans)

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from corolla.models.families import structure
-from corolla.models.miniature import miniature, random_model
+from corolla.models.miniature import miniature, random_model, undisturbed
 
 _found: dict[type[PretrainedConfig], bool] = {}
 
@@ -26,8 +26,7 @@ def reads_flat_rows(config: PretrainedConfig) -> bool:
 def _tried(config: PretrainedConfig) -> bool:
     small = miniature(config)
     small._attn_implementation = "eager"  # at a client the config names one that computes nothing
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with undisturbed(), torch.no_grad():
         whole = random_model(structure(config).causal_lm, small)
         ids = torch.tensor([[3, 4, 5, 6], [7, 8, 5, 6]])
         positions = torch.tensor([[0, 1, 0, 1]]).expand(2, -1)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from corolla.errors import UnsupportedFamily
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.identity import canonical_config
-from corolla.models.miniature import miniature
+from corolla.models.miniature import miniature, undisturbed
 
 _seen: dict[bytes, bool] = {}
 
@@ -26,7 +26,7 @@ def returns_tuple(config: PretrainedConfig) -> bool:
         small = miniature(config)
         key = canonical_config(small.to_dict())
         if key not in _seen:
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
                 _seen[key] = _look(found.causal_lm(small).eval(), blocks_prefix(config))
     except Exception as error:  # whatever the family's own code makes of its miniature
         reason = " ".join(str(error).split())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -51,6 +53,22 @@ SMALL: dict[str, int] = {
 }
 # Of the kinds of rotary embeddings, those that change with the length of a sequence.
 BY_LENGTH = ("dynamic", "longrope")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within the block models are made on the CPU in float32, with random numbers of their own.
+
+    Whatever is set around it: a model that is just being loaded sets another device and another dtype.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def miniature(config: PretrainedConfig) -> PretrainedConfig:

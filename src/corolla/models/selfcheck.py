@@ -29,7 +29,7 @@ from corolla.models.clientcheck import MakeShell, client_difference, make_shell
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.hooks import first_of
 from corolla.models.identity import canonical_config
-from corolla.models.miniature import EDGE, close, miniature, random_model
+from corolla.models.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.packcheck import can_pack
 from corolla.models.source import LocalFolder
 from corolla.models.span import Span, load_span
@@ -75,8 +75,7 @@ def check_client(config: PretrainedConfig, make: MakeShell = make_shell) -> None
 def split_miniature(config: PretrainedConfig) -> Iterator[tuple[PreTrainedModel, list[Span]]]:
     """A random miniature of this config, always the same, and the spans of which it consists."""
     small = miniature(config)
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
-        torch.manual_seed(0)
+    with undisturbed(), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
         whole = random_model(structure(config).causal_lm, small)
         whole.save_pretrained(folder)
         yield whole, _spans(Path(folder), small.num_hidden_layers)

@@ -1,0 +1,140 @@
+"""Proof, before a client uses a family, that this release of transformers generates with it what it should.
+
+Invariant: a family that passes gave, in this process and with these libraries, through the very class, hooks,
+sessions and `generate` that a client uses, the tokens of the whole miniature: alone, in a padded batch, in a
+session's second turn and by speculation. Releases of transformers change what stands between `generate` and a
+model's forward; what cannot be verified is refused, since such a change shows as wrong words and nothing else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from corolla.client.local_blocks import LocalBlocks
+from corolla.client.objects import SharedConnection
+from corolla.client.prefixes import PrefixIndex
+from corolla.errors import UnsupportedFamily
+from corolla.models.checkpoint import Checkpoint
+from corolla.models.families import block_key_pattern, structure
+from corolla.models.identity import canonical_config
+from corolla.models.miniature import miniature, random_model, undisturbed
+from corolla.models.pretrained import load_parts
+from corolla.models.source import LocalFolder
+from corolla.models.span import load_span
+
+# What Corolla's own tests have run with; pyproject.toml says the same.
+TESTED = "transformers>=5.20,<5.25"
+ROWS, TOKENS, NEW, PADDED = 2, 6, 3, 2
+_passed: set[bytes] = set()
+
+T = TypeVar("T")
+
+
+def check_generation(config: PretrainedConfig, distributed: Any) -> None:
+    """Generate a few tokens with a miniature of this config; once a process and config, in about a second.
+
+    `distributed` is the client's class for the family. Raises `UnsupportedFamily`, which names the releases that
+    are tested.
+    """
+    key = canonical_config(miniature(config).to_dict())
+    if key in _passed:
+        return
+    try:
+        difference = _difference(config, distributed)
+    except Exception as error:  # whatever a release that nobody knows makes of it
+        difference = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if difference is not None:
+        raise UnsupportedFamily(
+            f"With transformers {transformers.__version__}, a miniature of this {config.model_type} model does not "
+            f"generate what it should ({difference}), so nothing is generated with it; Corolla is tested with "
+            f"{TESTED}: pip install '{TESTED}'"
+        )
+    _passed.add(key)
+
+
+def _difference(config: PretrainedConfig, distributed: Any) -> str | None:
+    """In what the client's model differs from the whole one, in words; None when it does not."""
+    small = miniature(config)
+    with undisturbed(), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+        whole = random_model(structure(config).causal_lm, small)
+        whole.save_pretrained(folder)
+        model = _client_of(Checkpoint("miniature", None, LocalFolder(Path(folder))), distributed)
+        for one in (whole, model):
+            one.generation_config.update(eos_token_id=None, pad_token_id=0)
+        return _first_difference(whole, model)
+
+
+def _first_difference(whole: Any, model: Any) -> str | None:
+    ids = torch.randint(3, 64, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[0, :PADDED] = 0
+    if not _same(model.generate(ids, attention_mask=mask, **_greedy()), whole, ids, mask):
+        return "in a batch with padding"
+    row = ids[1:]
+    with model.inference_session() as session:
+        first = model.generate(row, session=session, **_greedy())
+        again = torch.cat([first, row[:, :2]], 1)
+        second = model.generate(row[:, :2], session=session, prompt_lookup_num_tokens=2, **_greedy())
+    if not _same(first, whole, row, None):
+        return "in a session"
+    if not _same(torch.cat([first, second], 1), whole, again, None):
+        return "in a session's second turn"
+    return None
+
+
+def _greedy() -> dict[str, Any]:
+    return {"max_new_tokens": NEW, "do_sample": False, "use_cache": True}
+
+
+def _same(found: Tensor, whole: Any, ids: Tensor, mask: Tensor | None) -> bool:
+    more = {} if mask is None else {"attention_mask": mask}
+    expected = whole.generate(ids, **more, **_greedy())
+    return torch.equal(found, expected)
+
+
+def _client_of(checkpoint: Checkpoint, distributed: Any) -> Any:
+    """A client's model all of whose blocks run here."""
+    pattern = block_key_pattern(checkpoint.config)
+    state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=torch.float32)
+    connection: Any = _NoSwarm()
+    model, _ = load_parts(
+        distributed, checkpoint, state, torch.float32, connection=SharedConnection(connection)
+    )
+    model.requires_grad_(False).eval()
+    model.blocks.local = LocalBlocks(load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32))
+    return model
+
+
+class _NoSwarm:
+    """The connection of a client that leaves no blocks to others."""
+
+    def __init__(self) -> None:
+        self.prefixes = PrefixIndex()
+        self.view = SimpleNamespace(wire="compute")
+        self.retry = None
+        self.is_open = True
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What never waits needs no loop."""
+        try:
+            work.send(None)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        raise RuntimeError("a client without a swarm has waited for one")
+
+    def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
+        """As `run`."""
+        self.run(work)
+
+    def close(self) -> None:
+        """There is nothing to leave."""
