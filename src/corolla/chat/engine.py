@@ -115,7 +115,7 @@ class ChatEngine:
                 **self._sampling.generate_arguments(),
             )
 
-        self._turn = _Turn(said, Generation(generate, reader))
+        self._turn = _Turn(said, Generation(generate, reader, known=len(prompt)))
         try:
             yield from self._turn.generation.pieces()
         finally:

@@ -21,12 +21,18 @@ from corolla.chat.reader import ReplyReader
 class Generation:
     """Starts at once; `pieces` are to be read, or `stop` called."""
 
-    def __init__(self, generate: Callable[[StoppingCriteriaList], object], reader: ReplyReader) -> None:
-        """`generate(criteria)` is run with criteria that feed the reader and end when it has ended."""
+    def __init__(
+        self, generate: Callable[[StoppingCriteriaList], object], reader: ReplyReader, *, known: int
+    ) -> None:
+        """`generate(criteria)` is run with criteria that feed the reader and end when it has ended.
+
+        It goes on after `known` tokens.
+        """
         self.reader = reader
         self.error: BaseException | None = None
         self.stopped = False  # by us, not by the model or the limit
         self._generate = generate
+        self._known = known
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._stop = threading.Event()
         # A daemon: a process that wants to end does not wait for a server that says nothing.
@@ -48,7 +54,7 @@ class Generation:
 
     def _run(self) -> None:
         try:
-            self._generate(StoppingCriteriaList([_ReadTokens(self._take)]))
+            self._generate(StoppingCriteriaList([_ReadTokens(self._take, self._known)]))
             if not self.reader.ended:
                 self._show(self.reader.finish())
         except BaseException as error:  # handed to whoever reads the pieces
@@ -70,11 +76,14 @@ class Generation:
 
 
 class _ReadTokens(StoppingCriteria):  # type: ignore[misc]
-    """Sees each new token of the one sequence as soon as it is chosen."""
+    """Sees the new tokens of the one sequence as soon as they are chosen; speculation chooses several at a time."""
 
-    def __init__(self, take: Callable[[int], bool]) -> None:
+    def __init__(self, take: Callable[[int], bool], known: int) -> None:
         self._take = take
+        self._known = known
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
-        over = self._take(int(input_ids[0, -1]))
+        new = input_ids[0, self._known :].tolist()
+        self._known = int(input_ids.shape[1])
+        over = any(self._take(token) for token in new)
         return torch.tensor([over], device=input_ids.device)

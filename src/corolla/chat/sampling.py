@@ -63,4 +63,5 @@ class SamplingSettings:
             "repetition_penalty": self.repetition_penalty,
             "max_new_tokens": self.max_new_tokens,
             "num_beams": 1,
+            "num_return_sequences": 1,
         }

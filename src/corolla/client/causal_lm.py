@@ -7,6 +7,7 @@ checkpoint without blocks from being written as if it were whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,12 +33,13 @@ from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pic
 from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.session import ActiveSession, InferenceSession
-from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
 from corolla.client.startcheck import check_generation
+from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.flat_check import reads_flat_rows
+from corolla.models.guard import switch_off_outputs
 from corolla.models.layer_form import returns_tuple
 from corolla.models.numerics import choose_dtype
 from corolla.models.pretrained import load_parts
@@ -50,6 +52,8 @@ from corolla.models.shell import (
     watch_losses,
     what_enters,
 )
+
+log = logging.getLogger(__name__)
 
 
 @memoize
@@ -335,6 +339,9 @@ def load_shell(
         )
     model.config._name_or_path = model.name_or_path = checkpoint.name
     model.generation_config = generation_config(checkpoint, model.generation_config)
+    for option in switch_off_outputs(model.config, model.generation_config):
+        what = families.INNER_OUTPUTS[option]
+        log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
     model.requires_grad_(False).eval().to(device)
     share_head(model)
     use_head_kernel(model, quantization)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from corolla.errors import UnsupportedFamily
+
+# Outputs that only a whole model on one machine can give, with the names that people know them by.
+INNER_OUTPUTS: Mapping[str, str] = {
+    "output_hidden_states": "hidden states between the blocks",
+    "output_attentions": "attention weights",
+    "output_router_logits": "router logits",
+}
 
 _inspected: dict[type[PretrainedConfig], Structure] = {}
 
@@ -80,6 +88,11 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
         if "layer" in name and isinstance(value, list) and len(value) == depth:
             setattr(sliced, name, value[start:end])
     sliced.num_hidden_layers = end - start
+    # What a checkpoint asks to be given besides hidden states is the whole model's to give.
+    for option in INNER_OUTPUTS:
+        if getattr(sliced, option, None):
+            setattr(sliced, option, False)
+    sliced.return_dict = True
     return sliced
 
 

@@ -15,19 +15,14 @@ from torch import Tensor, nn
 
 from corolla.errors import UsageError
 from corolla.models.cache import RemoteCache
+from corolla.models.families import INNER_OUTPUTS
 
 IGNORED = -100  # the label of a position that carries no loss
-# What only the blocks could give, with the names that people know it by.
-_INSIDE = {
-    "output_hidden_states": "hidden states between the blocks",
-    "output_attentions": "attention weights",
-    "output_router_logits": "router logits",
-}
 
 
 def check_outputs(named: Mapping[str, Any]) -> None:
     """Raises `UsageError` for outputs that stay on the servers."""
-    for option, what in _INSIDE.items():
+    for option, what in INNER_OUTPUTS.items():
         if named.get(option):
             raise UsageError(
                 f"{option}=True asks for {what}, which stay on the servers: leave it out; hidden states can be had "
@@ -37,7 +32,7 @@ def check_outputs(named: Mapping[str, Any]) -> None:
 
 def switch_off_outputs(*configs: Any) -> list[str]:
     """Have configs not ask for such outputs by default; gives the options that were on."""
-    found = [option for option in _INSIDE if any(getattr(config, option, None) for config in configs)]
+    found = [option for option in INNER_OUTPUTS if any(getattr(config, option, None) for config in configs)]
     for config in configs:
         for option in found:
             if getattr(config, option, None):
