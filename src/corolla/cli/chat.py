@@ -326,7 +326,7 @@ def joined(
     options = [] if partner.revision is None else ["--revision", partner.revision]
     with contextlib.ExitStack() as swarm:
         with console.status(
-            "starting two servers on this machine (the first time that takes some minutes) …"
+            "starting two servers here (the first time takes some minutes) …"
         ):
             addresses = swarm.enter_context(
                 local_swarm(partner.model, options=options, cache_dir=cache_dir)
