@@ -325,9 +325,7 @@ def joined(
 
     options = [] if partner.revision is None else ["--revision", partner.revision]
     with contextlib.ExitStack() as swarm:
-        with console.status(
-            "starting two servers here (the first time takes some minutes) …"
-        ):
+        with console.status("starting two servers here (the first time takes some minutes) …"):
             addresses = swarm.enter_context(
                 local_swarm(partner.model, options=options, cache_dir=cache_dir)
             ).peers
@@ -385,6 +383,6 @@ def pace(model: Any, client: ClientOptions, tokens: int) -> str:
     view = connection.view
     seconds = connection.run(view.token_seconds(client.local_blocks, view.num_blocks))
     return (
-        f"About {1 / seconds:.3g} tokens a second where nobody else is served; the longest reply, {tokens} tokens "
-        f"(--max-new-tokens), takes about {in_words(tokens * seconds)}."
+        f"About {1 / seconds:.3g} tokens a second: a reply of {tokens} (--max-new-tokens) takes "
+        f"{in_words(tokens * seconds)}."
     )
