@@ -13,9 +13,9 @@ from tests.chat.reference import VOCABULARY, byte_tokenizer
 from tests.e2e.processes import corolla, processes
 from tests.tiny_models import write_tiny
 
-from corolla.cli.chat import Partner, where
+from corolla.cli.chat import Partner
 from corolla.cli.common import ClientOptions
-from corolla.cli.kept import KeptSwarm
+from corolla.cli.kept import KeptSwarm, where
 from corolla.cli.tune import TuneJob
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError

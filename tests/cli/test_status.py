@@ -127,3 +127,27 @@ def test_what_audits_found_is_listed(tmp_path: Path) -> None:
     assert "wrong step" in row(text, "liar")
     assert "70 tolerances  2 " in row(text, "liar").replace("    ", " ").replace("   ", "  ")
     assert "disagrees with two" in row(text, "[one]")
+
+
+@pytest.mark.parametrize("width", [72, 80, 120])
+def test_seventy_blocks_on_a_narrow_terminal(width: int) -> None:
+    """No line is longer than the terminal, none is folded, and nothing of a server is left out."""
+    odd = {"num_blocks": 70, "dtype": "bfloat16", "quantization": "int8", "throughput": 1234.5}
+    records = [record(at, at + 5, peer_id=f"peer{at:08d}", **odd) for at in range(0, 65, 5)]
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as capture:
+        console.print(swarm_map([one for one in records if one.start != 30]))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 1 + 1 + 12 + 1 + 1, "title, headings, servers, gaps, nothing"
+    assert "nobody serves blocks 30:35, 65:70" in lines[0]
+    assert len({line.index("█") for line in lines if "█" in line}) > 5
+    for line in lines[2:14]:
+        assert line.count("█") >= 1
+        assert "bfloat16+int8" in line
+        assert "1,234" in line
+        assert "5,000" in line
+
+
+def test_a_long_name_is_shortened() -> None:
+    assert "x" * 59 + "…" in "".join(drawn(record(0, 10, model_name="x" * 256)).split())

@@ -130,13 +130,15 @@ async def test_signs_of_life_are_eaten(world: World) -> None:
 async def test_a_refusal_becomes_an_error_and_the_channel_stays_usable(world: World) -> None:
     async def server(channel: Channel) -> None:
         packet = await channel.receive(timeout=None)
-        await channel.send(Packet(Failure(code="busy", message="Later.", field="hidden", retry_after=2.5)))
+        await channel.send(
+            Packet(Failure(code="busy", message="\x1b[2JLater.\n", field="hidden", retry_after=2.5))
+        )
         packet = await channel.receive(timeout=None)
         await channel.send(Packet(Output(), {"hidden": packet.tensors["hidden"]}))
 
     channel = await world.connect(server)
     packet = forward(torch.ones(1, 1, 1))
-    with pytest.raises(RequestRefused, match=r"Later\.") as refused:
+    with pytest.raises(RequestRefused, match=r"^\[2JLater\.$") as refused:  # it steers no terminal
         await request(channel, packet)
     error = refused.value
     assert (error.code, error.field, error.retry_after, error.peer_id) == ("busy", "hidden", 2.5, "server")

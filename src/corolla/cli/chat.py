@@ -7,7 +7,7 @@ arguments is said before a server is started or asked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from corolla.cli.common import (
     quiet_libraries,
     typed,
 )
-from corolla.cli.kept import KeptSwarm
+from corolla.cli.kept import KeptSwarm, is_local, where
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from corolla.data.render import Renderer, RenderSettings
 
 STYLES = ("delimiter", "template")
-LOCAL = "local"  # for --peers: a swarm on this machine, whatever else is set
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,29 @@ def chat(
     partner: Annotated[
         str | None,
         typer.Argument(
-            metavar="[BUNDLE|MODEL]", help="Folder of a bundle, or a model as for corolla serve. [smollm2]"
+            metavar="BUNDLE|MODEL",
+            help="Folder of a bundle, or a model as for corolla serve (default: smollm2).",
         ),
     ] = None,
     peers: PeersOption = None,
-    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token. [0.6]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many tokens; 0: all. [100]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among this share of likelihood. [1]")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer repetitions. [1]")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens. [128]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest token (default: 0.6).")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Choose among so many tokens; 0: all (default: 100).")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among this share of likelihood (default: 1).")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: fewer repetitions (default: 1).")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest reply, in tokens (default: 128).")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of conversation that are kept. [what the model can read]")
+        int | None,
+        typer.Option(help="Tokens of conversation that are kept (default: what the model can read)."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes replies repeatable.")] = None,
     style: Annotated[
@@ -103,7 +114,7 @@ def chat(
         bool, typer.Option("--continue", help="Go on with the latest chat, or that in --transcript.")
     ] = False,
     transcript: Annotated[
-        Path | None, typer.Option(help="File that keeps the chat. [in the user's data directory]")
+        Path | None, typer.Option(help="File that keeps the chat (default: in the user's data directory).")
     ] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the chat on disk as it goes.")] = True,
     context: typer.Context = None,  # type: ignore[assignment]  # where it is called as a function
@@ -185,34 +196,6 @@ def as_saved(partner: Partner, saved: SavedChat) -> Partner:
         rendering=RenderSettings.from_dict(saved.info.rendering),
         revision=partner.revision or saved.info.revision,
     )
-
-
-def where(
-    peers: Sequence[str] | None,
-    client: ClientOptions,
-    partner: Partner,
-    saved: SavedChat | None,
-    typed: Callable[[str], bool],
-) -> tuple[Sequence[str] | None, ClientOptions]:
-    """The swarm to talk through: the one given, else that of the chat or of the bundle. Raises `UsageError`."""
-    from corolla.chat.repl import notice
-
-    if saved is not None and saved.info.swarm:
-        peers, client = KeptSwarm.read(saved.info.swarm, saved.path).going_on(peers, client, typed)
-    elif not peers and partner.swarm and partner.prompts is not None:
-        found = KeptSwarm.read(partner.swarm, partner.prompts)
-        peers = found.peers or None
-        if client.trust is None:
-            client = replace(client, trust=found.trust)
-        if peers:
-            notice(console, f"Joining the swarm that the bundle was trained in: {peers[0]}")
-            notice(console, f"(--peers {LOCAL} would run the model on this machine)")
-    return peers, client
-
-
-def is_local(peers: Sequence[str] | None) -> bool:
-    """Whether a swarm on this machine is asked for."""
-    return list(peers or ()) in ([], [LOCAL])
 
 
 def kept(
@@ -342,9 +325,7 @@ def joined(
 
     options = [] if partner.revision is None else ["--revision", partner.revision]
     with contextlib.ExitStack() as swarm:
-        with console.status(
-            "starting two servers on this machine (the first time that takes some minutes) …"
-        ):
+        with console.status("starting two servers here (the first time takes some minutes) …"):
             addresses = swarm.enter_context(
                 local_swarm(partner.model, options=options, cache_dir=cache_dir)
             ).peers
@@ -402,6 +383,6 @@ def pace(model: Any, client: ClientOptions, tokens: int) -> str:
     view = connection.view
     seconds = connection.run(view.token_seconds(client.local_blocks, view.num_blocks))
     return (
-        f"About {1 / seconds:.3g} tokens a second where nobody else is served; the longest reply, {tokens} tokens "
-        f"(--max-new-tokens), takes about {in_words(tokens * seconds)}."
+        f"About {1 / seconds:.3g} tokens a second: a reply of {tokens} (--max-new-tokens) takes "
+        f"{in_words(tokens * seconds)}."
     )

@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corolla.cli.common import ClientOptions
+from corolla.cli.terminal import console
 from corolla.errors import UsageError
+
+if TYPE_CHECKING:
+    from corolla.chat.transcript import SavedChat
+    from corolla.cli.chat import Partner
+
+LOCAL = "local"  # for --peers: a swarm on this machine, whatever else is set
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class KeptSwarm:
         import msgspec
 
         try:
-            return msgspec.convert(dict(content), cls)
+            return msgspec.convert(content, cls)
         except msgspec.ValidationError as error:
             raise UsageError(
                 f"{place} does not say where its swarm is in a form that this version reads."
@@ -65,3 +72,31 @@ class KeptSwarm:
 
 def _names() -> list[str]:
     return [field.name for field in fields(KeptSwarm) if field.name != "peers"]
+
+
+def where(
+    peers: Sequence[str] | None,
+    client: ClientOptions,
+    partner: Partner,
+    saved: SavedChat | None,
+    typed: Callable[[str], bool],
+) -> tuple[Sequence[str] | None, ClientOptions]:
+    """The swarm to talk through: the one given, else that of the chat or of the bundle. Raises `UsageError`."""
+    from corolla.chat.repl import notice
+
+    if saved is not None and saved.info.swarm:
+        peers, client = KeptSwarm.read(saved.info.swarm, saved.path).going_on(peers, client, typed)
+    elif not peers and partner.swarm and partner.prompts is not None:
+        found = KeptSwarm.read(partner.swarm, partner.prompts)
+        peers = found.peers or None
+        if client.trust is None:
+            client = replace(client, trust=found.trust)
+        if peers:
+            notice(console, f"Joining the swarm that the bundle was trained in: {peers[0]}")
+            notice(console, f"(--peers {LOCAL} would run the model on this machine)")
+    return peers, client
+
+
+def is_local(peers: Sequence[str] | None) -> bool:
+    """Whether a swarm on this machine is asked for."""
+    return list(peers or ()) in ([], [LOCAL])

@@ -47,7 +47,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "COROLLA_PEERS": "", "COROLLA_CONFIG": os.devnull},  # it is for us alone
+                env=_without_defaults(),
                 start_new_session=True,  # Ctrl-C is for us; we end the servers in order
             )
 
@@ -80,6 +80,12 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _without_defaults() -> dict[str, str]:
+    """The environment without what says where another swarm is: this one is for us alone."""
+    ours = {name: value for name, value in os.environ.items() if name != "COROLLA_PEERS"}
+    return ours | {"COROLLA_CONFIG": os.devnull}
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ TrustOption = Annotated[
 MemberOption = Annotated[
     Path | None,
     typer.Option(
-        "--identity", help="File that keeps this client's peer id. [the one that corolla join made]"
+        "--identity", help="File that keeps this client's peer id (default: the one that corolla join made)."
     ),
 ]
 

@@ -9,15 +9,19 @@ import time
 from collections.abc import Sequence
 from itertools import groupby
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from corolla.client.audit_report import Reported
 from corolla.swarm.directory import ServerRecord
 from corolla.swarm.routing import ranges, uncovered
+from corolla.text import one_line
 
-WIDEST = 64  # characters that the blocks of a model may take
+WIDEST, NARROWEST = 64, 8  # characters that the blocks of a model may take
+HEADINGS = ("server", "blocks", "arithmetic", "tokens/s", "room")  # room: tokens of attention cache
+NUMBERS = ("tokens/s", "room")
+GAP = 2
 
 
 def swarm_map(records: Sequence[ServerRecord]) -> RenderableType:
@@ -25,42 +29,60 @@ def swarm_map(records: Sequence[ServerRecord]) -> RenderableType:
     if not records:
         return Text("No server is announced here.", style="yellow")
     by_model = groupby(sorted(records, key=lambda record: record.model), key=lambda record: record.model)
-    return Group(*(_model(list(group)) for _, group in by_model))
+    return Group(*(_Model(list(group)) for _, group in by_model))
 
 
-def _model(records: list[ServerRecord]) -> RenderableType:
-    first = records[0]
-    gaps = missing_blocks(records)
-    count = f"{len(records)} server{'' if len(records) == 1 else 's'}"
-    state = Text("complete", style="green")
-    if gaps:
-        named = ", ".join(f"{start}:{end}" for start, end in gaps)
-        state = Text(f"nobody serves blocks {named}", style="bold red")
-    title = Text.assemble(
-        (_plain(first.model_name), "bold"), f"  {first.num_blocks} blocks, {count}, ", state
+class _Model:
+    """One model's servers, drawn as wide as there is room."""
+
+    def __init__(self, records: list[ServerRecord]) -> None:
+        self._records = sorted(records, key=lambda record: (record.start, record.end, record.peer_id))
+        self._blocks = records[0].num_blocks
+        self._gaps = missing_blocks(records)
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = [_cells(record) for record in self._records]
+        taken = sum(max(len(cell) for cell in column) + GAP for column in zip(HEADINGS, *rows, strict=True))
+        width = max(NARROWEST, min(self._blocks, WIDEST, options.max_width - taken))
+        yield self._title()
+        yield self._table(rows, min(width, self._blocks))
+        yield Text("")
+
+    def _title(self) -> Text:
+        count = f"{len(self._records)} server{'' if len(self._records) == 1 else 's'}"
+        state = Text("complete", style="green")
+        if self._gaps:
+            named = ", ".join(f"{start}:{end}" for start, end in self._gaps)
+            state = Text(f"nobody serves blocks {named}", style="bold red")
+        name = one_line(self._records[0].model_name, characters=60)
+        return Text.assemble((name, "bold"), f"  {self._blocks} blocks, {count}, ", state)
+
+    def _table(self, rows: list[tuple[str, ...]], width: int) -> Table:
+        table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+        first, *others = HEADINGS
+        table.add_column(first, no_wrap=True)
+        table.add_column(_ruler(self._blocks, width), no_wrap=True)
+        for heading in others:
+            table.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=True)
+        for record, (peer, *cells) in zip(self._records, rows, strict=True):
+            style = "yellow" if record.state == "draining" else "cyan"
+            bar = _marked([(record.start, record.end)], self._blocks, width, "█", "·")
+            table.add_row(Text(peer), Text(bar, style=style), *map(Text, cells))
+        if self._gaps:
+            marks = _marked(self._gaps, self._blocks, width, "!", " ")
+            table.add_row(Text("missing", style="bold red"), Text(marks, style="bold red"))
+        return table
+
+
+def _cells(record: ServerRecord) -> tuple[str, ...]:
+    """A server in words, as in `HEADINGS`; the arithmetic is its dtype and how its weights are kept."""
+    return (
+        f"…{one_line(record.peer_id[-8:])}",
+        f"{record.start}:{record.end}",
+        one_line(record.numerics, characters=24),
+        f"{record.throughput:,.0f}",
+        f"{record.free_cache_tokens:,}",
     )
-    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
-    table.add_column("server", no_wrap=True)
-    table.add_column(_ruler(first.num_blocks), no_wrap=True)
-    table.add_column("blocks", no_wrap=True)
-    table.add_column("dtype", no_wrap=True)
-    table.add_column("tokens/s", justify="right", no_wrap=True)
-    table.add_column("room", justify="right", no_wrap=True)  # tokens of attention cache
-    for record in sorted(records, key=lambda record: (record.start, record.end, record.peer_id)):
-        style = "yellow" if record.state == "draining" else "cyan"
-        bar = _marked([(record.start, record.end)], first.num_blocks, "█", "·")
-        table.add_row(
-            Text(f"…{_plain(record.peer_id[-8:])}"),
-            Text(bar, style=style),
-            f"{record.start}:{record.end}",
-            Text(_plain(record.dtype)),
-            f"{record.throughput:.0f}",
-            f"{record.free_cache_tokens:,}",
-        )
-    if gaps:
-        marks = _marked(gaps, first.num_blocks, "!", " ")
-        table.add_row(Text("missing", style="bold red"), Text(marks, style="bold red"))
-    return Group(title, table, Text(""))
 
 
 def missing_blocks(records: Sequence[ServerRecord]) -> list[tuple[int, int]]:
@@ -69,27 +91,20 @@ def missing_blocks(records: Sequence[ServerRecord]) -> list[tuple[int, int]]:
     return ranges(uncovered(serving, 0, records[0].num_blocks))
 
 
-def _columns(blocks: int) -> list[range]:
-    """The blocks that each character stands for."""
-    width = min(blocks, WIDEST)
+def _columns(blocks: int, width: int) -> list[range]:
+    """The blocks that each of `width` characters stands for."""
     return [range(at * blocks // width, (at + 1) * blocks // width) for at in range(width)]
 
 
-def _marked(spans: Sequence[tuple[int, int]], blocks: int, inside: str, outside: str) -> str:
+def _marked(spans: Sequence[tuple[int, int]], blocks: int, width: int, inside: str, outside: str) -> str:
     """A character for each column: `inside` where at least one of its blocks is in one of the spans."""
     return "".join(
         inside if any(start < column.stop and column.start < end for start, end in spans) else outside
-        for column in _columns(blocks)
+        for column in _columns(blocks, width)
     )
 
 
-def _plain(text: str) -> str:
-    """What a stranger wrote about himself, without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _ruler(blocks: int) -> str:
-    width = len(_columns(blocks))
+def _ruler(blocks: int, width: int) -> str:
     last = str(blocks - 1)
     return "0" + last.rjust(width - 1) if width > len(last) else last
 
@@ -104,5 +119,5 @@ def audit_table(audits: Sequence[Reported]) -> RenderableType:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.last))
         off = f"{one.worst:.3g} tolerances"
         cells = (one.peer_id, verdict, one.model, f"{one.start}:{one.end}", off, str(one.count), when)
-        table.add_row(*(Text(_plain(cell)) for cell in cells), style="bold red" if one.lied else "yellow")
+        table.add_row(*(Text(one_line(cell)) for cell in cells), style="bold red" if one.lied else "yellow")
     return table

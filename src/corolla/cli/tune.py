@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.chat import Partner, is_local, joined
+from corolla.cli.chat import Partner, joined
 from corolla.cli.common import (
     AuditOption,
     ClientOptions,
@@ -27,7 +27,7 @@ from corolla.cli.common import (
     clean_text,
     quiet_libraries,
 )
-from corolla.cli.kept import KeptSwarm
+from corolla.cli.kept import KeptSwarm, is_local
 from corolla.cli.members import (
     InviteOption,
     MemberOption,

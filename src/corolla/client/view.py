@@ -32,6 +32,7 @@ from corolla.swarm.directory import Directory, ServerRecord
 from corolla.swarm.membership import INVITE_HINT
 from corolla.swarm.routing import HOP_SECONDS, Hop, Paces, announced_seconds, find_route, numerics_of
 from corolla.swarm.transport.base import Transport
+from corolla.text import one_line
 from corolla.wire.compression import WireFormat
 from corolla.wire.messages import PROTOCOL_NAME
 
@@ -170,7 +171,7 @@ class SwarmView:
             self._numerics = kind
             return route
         find_route(records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
-        offered = ", ".join(numerics_of(records))
+        offered = ", ".join(map(one_line, numerics_of(records)))
         begun = "no single one" if self._numerics is None else f"no longer {self._numerics}, begun with,"
         raise MissingBlocks(
             f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {begun} covers them all: "

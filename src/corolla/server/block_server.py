@@ -21,6 +21,7 @@ from corolla.models.pages import Layout, PagePool, pages_for
 from corolla.models.span import Span
 from corolla.models.windows import layout_of
 from corolla.server.bundles import Bundle, Entering, prefill
+from corolla.server.diary import Diary
 from corolla.server.engine import Engine, Kind
 from corolla.server.kept import NamedSessions
 from corolla.server.kv_cache import CacheBudget
@@ -84,6 +85,7 @@ class BlockServer:
         self.budget = budget
         self.model = model
         self.counters = Counters()
+        self.diary = Diary()
         self.named = NamedSessions()
         self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
         self.draining = False

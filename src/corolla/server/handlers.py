@@ -60,7 +60,7 @@ async def handle(server: BlockServer, stream: Stream) -> None:
     """Serve one stream until it ends. With its first argument bound, a `StreamHandler` for `Transport.serve`."""
     conversation = _Stream(server, stream)
     try:
-        with server.limits.stream(stream.peer_id, conversation.end):
+        with server.limits.stream(stream.peer_id, conversation.end), server.diary.stream(stream.peer_id):
             await conversation.run()
     except RequestRefused as refusal:
         await conversation.refuse(failure_from(refusal))
@@ -189,7 +189,11 @@ class _Stream:
                 self.close_session(keep=packet.message.keep)
                 return Packet(Closed())
         amount = len(packet.message.parts) if isinstance(packet.message, Steps) else 1
-        with self._server.limits.requests.held(self._peer, amount):
+        what, tokens = _work_of(packet)
+        with (
+            self._server.limits.requests.held(self._peer, amount),
+            self._server.diary.work(self._peer, what, tokens),
+        ):
             return await self._computed(packet)
 
     async def _computed(self, packet: Packet) -> Packet:
@@ -328,3 +332,10 @@ class _Stream:
 def _ends_session(request: Message, failure: Failure) -> bool:
     """As `wire/session.py` says: a refused step that computed nothing leaves the session as it was."""
     return isinstance(request, Step | CloseSession) and failure.code not in HARMLESS_CODES
+
+
+def _work_of(packet: Packet) -> tuple[str, int]:
+    """What a request is for, and how many tokens it takes through the blocks."""
+    hidden = packet.tensors.get("grad" if isinstance(packet.message, Backward) else "hidden")
+    tokens = 0 if hidden is None or not hidden.ndim else hidden.numel() // max(hidden.shape[-1], 1)
+    return ("training" if isinstance(packet.message, Forward | Backward) else "sessions"), tokens

@@ -23,6 +23,7 @@ from corolla.swarm.channel import PIECE, Channel
 from corolla.swarm.invitations import MAX_TOKEN_BYTES
 from corolla.swarm.membership import Issuer, Membership
 from corolla.swarm.transport.base import Stream, StreamHandler, Transport
+from corolla.text import one_line
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure
 
@@ -269,7 +270,7 @@ async def _ask(transport: Transport, peer_id: str, message: Hello | Redeem) -> W
     finally:
         await stream.close()
     if isinstance(answer, Refused):
-        raise NotAdmitted(answer.reason)
+        raise NotAdmitted(one_line(answer.reason, characters=512))
     return answer
 
 

@@ -24,6 +24,7 @@ from corolla.errors import (
     UsageError,
 )
 from corolla.swarm.transport.base import Buffer, Stream
+from corolla.text import one_line
 from corolla.wire.compression import WireFormat, compress, expand
 from corolla.wire.frames import (
     PREAMBLE_SIZE,
@@ -240,7 +241,7 @@ async def request(channel: Channel, packet: Packet) -> Packet:
 def refused(failure: Failure, peer: str) -> RequestRefused:
     """The peer's typed refusal, to be raised."""
     return RequestRefused(
-        failure.message,
+        one_line(failure.message, characters=2048),
         code=failure.code,
         field=failure.field,
         retry_after=failure.retry_after,

@@ -34,6 +34,7 @@ from corolla.swarm.addresses import check_ports_free, is_loopback, join_multiadd
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
 from corolla.swarm.transport.identity import Identity, prepare_identity
 from corolla.swarm.transport.runtime_dir import RuntimeDir
+from corolla.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -356,4 +357,4 @@ def _explain(error: Exception, initial_peers: Sequence[str], hosts: Sequence[str
         return UsageError(
             "Another running peer uses this identity file; give each peer its own with --identity."
         )
-    return SwarmUnavailable(f"The network process of this peer did not start: {text}.")
+    return SwarmUnavailable(f"The network process of this peer did not start: {one_line(text)}.")

@@ -1,0 +1,43 @@
+"""What a server's log says of its visitors."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from corolla.server.diary import Diary
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_who_came_what_for_and_how_fast(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    diary = Diary(clock)
+    peer = "12D3KooW" + "abcd1234"
+    with caplog.at_level(logging.INFO):
+        with diary.stream(peer), diary.stream(peer):
+            for what, tokens in (("sessions", 3), ("sessions", 5), ("training", 1000)):
+                with diary.work(peer, what, tokens):
+                    clock.now += 2.0
+            diary.tell()
+            diary.tell()
+            with pytest.raises(ValueError, match="failed"), diary.work(peer, "training", 9):
+                raise ValueError("failed")
+            with diary.work("another\x1b[2J", "sessions", 1):
+                pass
+        with diary.stream("evil\x1b[2J"):
+            pass
+    assert [record.getMessage() for record in caplog.records] == [
+        "Peer …abcd1234 came",
+        "Peer …abcd1234: 8 tokens of sessions (2 tokens/s), 1,000 tokens of training (500 tokens/s)",
+        "Peer …abcd1234 left; nothing more was done",
+        "Peer …evil[2J came",
+        "Peer …evil[2J left; nothing more was done",
+    ]
+    assert not diary._visits
