@@ -150,7 +150,7 @@ def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, part: tuple[int, in
 
 def _same_gradients(whole: PreTrainedModel, shell: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     weight = mask.unsqueeze(-1) * torch.randn(*ids.shape, whole.config.vocab_size)
-    gradients = []
+    gradients: list[Tensor] = []
     for model in (copy.deepcopy(whole), shell):
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
         logits = model(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False).logits
