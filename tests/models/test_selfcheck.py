@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, OlmoForCausalLM, PreTrainedModel
 
 from corolla.errors import UnsupportedFamily
-from corolla.models import packing, selfcheck
-from corolla.models.miniature import LAYERS, miniature
+from corolla.models import clientcheck, packing, selfcheck
+from corolla.models.checkpoint import open_checkpoint
+from corolla.models.clientcheck import LocalSession
+from corolla.models.families import blocks_prefix
+from corolla.models.kernels.apply import supported
+from corolla.models.miniature import LAYERS, miniature, random_model
 from corolla.models.packing import Rules, Segment, attend_one
-from corolla.models.selfcheck import check_family
+from corolla.models.quantization import use_kernels
+from corolla.models.selfcheck import check_client, check_family
+from corolla.models.shell import BaseModelHooks, BlocksLayer, RunBlocks, replace_blocks
+from corolla.models.span import load_span
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,6 +105,53 @@ def test_families_that_cannot_be_split_at_all_are_refused() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_blocks_without_parameters_have_a_device_and_a_dtype(quantization: str, tmp_path: Path) -> None:
+    """olmo's norms have no weights, and frozen layers have no parameters."""
+    if not supported(torch.device("cpu"), torch.float32, quantization):
+        pytest.skip("no kernels here")
+    random_model(OlmoForCausalLM, miniature(AutoConfig.for_model("olmo"))).save_pretrained(tmp_path)
+    span = load_span(open_checkpoint(str(tmp_path)), 0, 2, dtype=torch.float32)
+    use_kernels(span.model, quantization, span.device)
+    assert not list(span.blocks.parameters())
+    for one in (span, span.view(0, 1)):
+        assert (one.device.type, one.dtype, one.model.dtype) == ("cpu", torch.float32, torch.float32)
+        assert one.forward(torch.ones(1, 3, span.hidden_size)).isfinite().all()
+
+
+@pytest.mark.parametrize("mistake", ["tuple", "tensor"])
+def test_a_client_that_misreads_its_blocks_is_refused(mistake: str) -> None:
+    """gptj's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
+
+    def make(whole: PreTrainedModel, run: RunBlocks) -> PreTrainedModel:
+        shell = copy.deepcopy(whole)
+        layer = BlocksLayer(run, returns_tuple=mistake == "tuple")
+        holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
+        BaseModelHooks(holder, prompts=lambda: None, default_cache=lambda _use: None)
+        return shell
+
+    wrong, right = ("llama", "gpt_neo") if mistake == "tuple" else ("gpt_neo", "llama")
+    check_client(AutoConfig.for_model(right), make)
+    with pytest.raises(UnsupportedFamily, match=f"Models of type {wrong} cannot be served"):
+        check_client(AutoConfig.for_model(wrong), make)
+
+
+@pytest.mark.parametrize(
+    ("place", "difference"),
+    [
+        ((LocalSession, "rearrange"), "after a rollback"),
+        ((clientcheck, "select_rows"), "with its rows exchanged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_what_a_client_forgets_is_noticed(
+    place: tuple[Any, str], difference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*place, lambda *_args: None)
+    with pytest.raises(UnsupportedFamily, match=f"something else than whole .at a client, {difference}"):
+        check_client(AutoConfig.for_model("llama"))
+
+
 VARIANTS = {
     "falcon-7b": ("falcon", {"num_attention_heads": 71, "hidden_size": 4544, "multi_query": True}),
     "falcon-40b": (
@@ -152,6 +208,11 @@ VARIANTS = {
     ),
     "dense layers first": ("qwen3_moe", {"mlp_only_layers": [0, 1], "num_hidden_layers": 12}),
     "one layer": ("llama", {"num_hidden_layers": 1}),
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "clipped": ("olmoe", {"clip_qkv": 0.5}),
 }
 
 

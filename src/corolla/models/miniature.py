@@ -39,7 +39,7 @@ SMALL: dict[str, int] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "sliding_window": 4,
-    "keep_window_size": 7,
+    "keep_window_size": 4,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 96,
     "rotary_dim": 8,

@@ -253,4 +253,7 @@ def _load_blocks(
     if checkpoint.config.model_type == "bloom":
         pack_bloom(getattr(model, found.blocks))
     by_length(model)
+    # The family's code asks the model for its dtype and device, which it reads off the first parameter; frozen
+    # layers have none, nor have some norms.
+    model.register_parameter("_like", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
     return model.eval()

@@ -31,7 +31,9 @@ class Group:
         known = self._input is value and self._with_grad == torch.is_grad_enabled()
         if not known or index not in self._results:
             self._input, self._with_grad = value, torch.is_grad_enabled()
-            self._results = dict(enumerate(torch.split(self.layer(value), self.sizes, dim=-1)))
+            # Each part is asked for once and nobody has the whole, so a family's code may write to its part.
+            parts = torch.unsafe_split_with_sizes(self.layer(value), self.sizes, dim=-1)
+            self._results = dict(enumerate(parts))
         result = self._results.pop(index)
         if not self._results:
             self._input = None
