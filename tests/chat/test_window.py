@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.chat.reference import byte_tokenizer
+from tests.data.kinds_of_tokenizers import KINDS, TEMPLATES, tokenizer_of
 
 from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.conversation import Conversation, Turn
@@ -86,3 +88,65 @@ def test_a_reply_stays_the_tokens_that_were_said() -> None:
 def test_a_reply_of_nothing_can_be_gone_on_from(style: str) -> None:
     window = newest_that_fit(renderer_of(style), None, [exchange("a", ""), exchange("b", "c")], "d", 500)
     assert len(window) == 2
+
+
+# --- other tokenizers -------------------------------------------------------------------------------------
+
+
+def by_template(tokenizer: Any, said: Sequence[str], **options: Any) -> list[int]:
+    messages = [
+        {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)
+    ]
+    return list(tokenizer.apply_chat_template(messages, return_dict=False, **options))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_reads_the_templates_tokens_with_its_own_replies(kind: str, template: str) -> None:
+    tokenizer = tokenizer_of(kind, template)
+    renderer = Renderer(tokenizer, RenderSettings(style="template"))
+    one, two = "Hello there", "By the river"
+    prompts = [
+        by_template(tokenizer, said, add_generation_prompt=True)
+        for said in (["Hi"], ["Hi", one, "Where?"], ["Hi", one, "Where?", two, "a\nb"])
+    ]
+    # What the model says is the reply letter by letter, in tokens that no tokenizer makes of it.
+    own = [[token for letter in text for token in tokenizer(letter, add_special_tokens=False).input_ids]
+           for text in (one, two)]  # fmt: skip
+    window = Window(renderer, None)
+    assert window.prompted("Hi") == prompts[0]
+    window.add(Exchange("Hi", one, tuple(own[0])))
+    told = by_template(tokenizer, ["Hi", one])
+    closing = told[-len(renderer.closing_ids) :]
+    assert closing == renderer.closing_ids
+    assert window.ids == [*prompts[0], *own[0], *closing]
+    assert window.prompted("Where?") == [*window.ids, *prompts[1][len(told) :]]
+    window.add(Exchange("Where?", two, tuple(own[1])))
+    after = prompts[2][len(by_template(tokenizer, ["Hi", one, "Where?", two])) :]
+    assert window.prompted("a\nb") == [*window.ids, *after]
+
+
+def test_a_reply_that_is_one_token_with_what_closes_it_is_the_templates() -> None:
+    tokenizer = tokenizer_of("gpt2", TEMPLATES["chatml"].replace("<|im_end|>", "/b>"))
+    renderer = Renderer(tokenizer, RenderSettings(style="template"))
+    reply = "four<"  # `</` is one token
+    told = by_template(tokenizer, ["Hi", reply])
+    own = tokenizer(reply, add_special_tokens=False).input_ids
+    prompt = by_template(tokenizer, ["Hi"], add_generation_prompt=True)
+    assert told[: len(prompt) + len(own)] != [*prompt, *own], "the tokenizer keeps them apart"
+    window = Window(renderer, None, [Exchange("Hi", reply, tuple(own))])
+    assert window.ids == told
+    (example,) = renderer.examples(Conversation((Turn("user", "Hi"), Turn("assistant", reply)), "c"))
+    assert example.input_ids == told
+    learnt = [token for token, kind in zip(told, example.kinds, strict=True) if kind == "reply"]
+    assert tokenizer.decode(learnt) == "four</"
+
+
+def test_a_reply_that_the_template_leaves_out_is_left_out() -> None:
+    """Templates of models that think aloud forget what was thought once more is said."""
+    forgets = TEMPLATES["chatml"].replace("m['content']", "m['content'].split('</think>')[-1]")
+    tokenizer = tokenizer_of("gpt2", forgets)
+    reply = "well, well</think>Yes"
+    own = tuple(tokenizer(reply, add_special_tokens=False).input_ids)
+    window = Window(Renderer(tokenizer, RenderSettings(style="template")), None, [Exchange("Hi", reply, own)])
+    assert window.prompted("So?") == by_template(tokenizer, ["Hi", reply, "So?"], add_generation_prompt=True)

@@ -74,6 +74,8 @@ def test_a_conversation_that_cannot_be_rendered_costs_itself_only(tokenizer: Any
         "delimiter style is not.",
     )
     assert prepared.fingerprint() == prepare(tokenizer, settings(), conversations()).fingerprint()
+    with pytest.raises(DataError, match=r"too few to hold 5 out .*\. 1 conversation left out that could not"):
+        prepare(tokenizer, settings(), [about_tools, *conversations()[:2]])
     with pytest.raises(DataError, match="None of 2 conversations can be rendered: Turns about tools"):
         prepare(tokenizer, settings(), [about_tools] * 2)
 

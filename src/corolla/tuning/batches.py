@@ -77,7 +77,10 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
     wanted = settings.held_out
     if wanted is None:
         wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
-    train, held_out = split_conversations(conversations, held_out=wanted, seed=settings.seed)
+    try:
+        train, held_out = split_conversations(conversations, held_out=wanted, seed=settings.seed)
+    except DataError as error:
+        raise DataError(f"{error} {_left_out(refused)}" if refused else str(error)) from error
     return Prepared(
         train=_draw(renderer, train, _needed(settings), settings.seed, "training", refused),
         held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation", refused),
@@ -91,12 +94,18 @@ def _notes(
     settings: TuneSettings, conversations: Sequence[Conversation], refused: Sequence[str]
 ) -> Iterator[str]:
     if refused:
-        count = len(refused)
-        yield f"{count:,} conversation{'s' if count > 1 else ''} left out that could not be rendered: {refused[0]}"
+        yield _left_out(refused)
     if settings.rendering.style == "delimiter":
         note = delimiter_note(conversations, settings.rendering.delimiter)
         if note is not None:
             yield note
+
+
+def _left_out(refused: Sequence[str]) -> str:
+    count = len(refused)
+    return (
+        f"{count:,} conversation{'s' if count > 1 else ''} left out that could not be rendered: {refused[0]}"
+    )
 
 
 def _needed(settings: TuneSettings) -> int | None:
