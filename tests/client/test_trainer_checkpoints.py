@@ -143,6 +143,19 @@ def test_nobody_but_the_main_process_writes(pair_of: PairOf, tmp_path: Path) -> 
         model.save_pretrained(tmp_path / "other", push_to_hub=True)
 
 
+def test_adapters_of_pefts_are_saved_by_it_and_never_beside_a_prompt(pair_of: PairOf, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = pair_of("llama").model()
+    model.add_adapter(LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "config.json").exists()
+    model.prompts = prompted(pair_of("llama"), "ptune").prompts
+    with pytest.raises(UsageError, match="a prompt and adapters of peft's"):
+        model.save_pretrained(tmp_path / "other")
+
+
 # --- what else was changed -----------------------------------------------------------------------------------
 
 

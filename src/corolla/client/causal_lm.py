@@ -30,7 +30,14 @@ from corolla.client.local_blocks import check_local, load_local
 from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
-from corolla.client.saving import PROMPTS, read_tables, save_client_part, take_tables
+from corolla.client.saving import (
+    PROMPTS,
+    has_adapters,
+    read_tables,
+    refuse_blocks,
+    save_client_part,
+    take_tables,
+)  # fmt: skip
 from corolla.client.session import InferenceSession, sequences_of
 from corolla.client.watched import Noted
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
@@ -174,13 +181,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
         def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             """As torch's, for the client's part. Raises `UsageError` for weights of blocks."""
-            pattern = families.block_key_pattern(self.config)
-            block = next((key for key in state_dict if pattern.match(key)), None)
-            if block is not None:
-                raise UsageError(
-                    f"This state holds weights of blocks ({block}), which are on the servers: leave them out to load "
-                    "the client's part, or serve the other checkpoint with `corolla serve`."
-                )
+            refuse_blocks(self.config, state_dict)
             result = super().load_state_dict(state_dict, *args, **kwargs)
             # What a trainer's checkpoint leaves out is the checkpoint's, and nothing to warn of.
             result.missing_keys[:] = [key for key in result.missing_keys if key.startswith(PROMPTS)]
@@ -193,16 +194,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
             `is_main_process` is what a trainer says: it gets a file that it can load back, too.
             """
-            if kwargs.get("push_to_hub"):
-                raise UsageError(
-                    "Call model.push_to_hub(name) instead of save_pretrained(…, push_to_hub=True)."
-                )
-            if getattr(self, "_hf_peft_config_loaded", False):
-                if self.prompts is not None:
-                    raise UsageError(
-                        "This model has a prompt and adapters of peft's, whose files have the same names: set "
-                        "model.prompts = None, or call model.disable_adapters() and save the prompt alone."
-                    )
+            if has_adapters(self, kwargs):
                 super().save_pretrained(save_directory, is_main_process is not False, **kwargs)
             elif is_main_process is not False:
                 save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)

@@ -10,14 +10,17 @@ there is no config.json, and no tensor that is still the checkpoint's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, UsageError
+from corolla.models import families
 from corolla.models.durable import write_atomically
 from corolla.models.prompt_files import save_prompt
 
@@ -54,6 +57,30 @@ def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
             (folder / TABLES).unlink(missing_ok=True)  # an earlier save's
     except OSError as error:
         raise BundleError(f"The model could not be saved to {folder}: {error.strerror or error}.") from error
+
+
+def has_adapters(model: Any, options: dict[str, Any]) -> bool:
+    """Whether peft's adapters in the model are what is to be saved. Raises `UsageError` where that is not clear."""
+    if options.get("push_to_hub"):
+        raise UsageError("Call model.push_to_hub(name) instead of save_pretrained(…, push_to_hub=True).")
+    found = bool(getattr(model, "_hf_peft_config_loaded", False))
+    if found and model.prompts is not None:
+        raise UsageError(
+            "This model has a prompt and adapters of peft's, whose files have the same names: set model.prompts = "
+            "None to save the adapters, or model.delete_adapter(name) to save the prompt."
+        )
+    return found
+
+
+def refuse_blocks(config: PretrainedConfig, state: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a state dict with weights of blocks."""
+    pattern = families.block_key_pattern(config)
+    block = next((key for key in state if pattern.match(key)), None)
+    if block is not None:
+        raise UsageError(
+            f"This state holds weights of blocks ({block}), which are on the servers: leave them out to load the "
+            "client's part, or serve the other checkpoint with `corolla serve`."
+        )
 
 
 def read_tables(folder: Path) -> dict[str, Tensor]:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from corolla.errors import BundleError
+from corolla.errors import BundleError, CheckpointError
 from corolla.models.durable import write_atomically, write_json
 from corolla.models.prompts import SoftPrompt
+from corolla.models.source import read_json
 
 PROMPT_FILE = "prompt.json"
 PEFT_CONFIG = "adapter_config.json"
@@ -103,9 +104,9 @@ def load_prompt(folder: Path, *, model_name: str, identity: str, peft_width: int
 def _load_peft_prompt(folder: Path, model_name: str, width: int) -> SoftPrompt:
     path = folder / PEFT_CONFIG
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (CheckpointError, KeyError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read; copy the folder again.") from error
     if kind != "PROMPT_TUNING" or parts != 1:
         raise BundleError(
