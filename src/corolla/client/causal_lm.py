@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.client import saving
 from corolla.client.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
@@ -30,14 +31,6 @@ from corolla.client.local_blocks import check_local, load_local
 from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
-from corolla.client.saving import (
-    PROMPTS,
-    has_adapters,
-    read_tables,
-    refuse_blocks,
-    save_client_part,
-    take_tables,
-)  # fmt: skip
 from corolla.client.session import InferenceSession, sequences_of
 from corolla.client.watched import Noted
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
@@ -181,10 +174,10 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
         def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             """As torch's, for the client's part. Raises `UsageError` for weights of blocks."""
-            refuse_blocks(self.config, state_dict)
+            saving.refuse_blocks(self.config, state_dict)
             result = super().load_state_dict(state_dict, *args, **kwargs)
             # What a trainer's checkpoint leaves out is the checkpoint's, and nothing to warn of.
-            result.missing_keys[:] = [key for key in result.missing_keys if key.startswith(PROMPTS)]
+            result.missing_keys[:] = [key for key in result.missing_keys if key.startswith(saving.PROMPTS)]
             return result
 
         def save_pretrained(
@@ -194,10 +187,10 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
             `is_main_process` is what a trainer says: it gets a file that it can load back, too.
             """
-            if has_adapters(self, kwargs):
+            if saving.has_adapters(self, kwargs):
                 super().save_pretrained(save_directory, is_main_process is not False, **kwargs)
             elif is_main_process is not False:
-                save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)
+                saving.save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Self:
             changed = self._noted.changed(self)
@@ -341,8 +334,8 @@ def load_shell(
     model.generation_config = generation_config(checkpoint, model.generation_config)
     model.requires_grad_(False).eval().to(device)
     model._noted.note(model)
-    tables = {} if saved is None else read_tables(saved)
-    take_tables(model, tables, saved or Path())
+    tables = {} if saved is None else saving.read_tables(saved)
+    saving.take_tables(model, tables, saved or Path())
     changed = model._noted.changed(model)
     model.requires_grad_(False)
     share_head(model)
