@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.client.conftest import Pair, random_ids
 from tests.reference import Prompted, relative
 from tests.tiny_models import FAMILIES
@@ -152,7 +153,8 @@ def test_the_plain_trainer_trains_a_prompt(pair_of: PairOf, tmp_path: Path) -> N
     assert (model.prompts.input - local.vectors).abs().max() < 1e-4
     checkpoint = tmp_path / "checkpoint-3"
     assert (checkpoint / "adapter_model.safetensors").is_file()
-    assert not (checkpoint / "model.safetensors").exists()
+    assert set(load_file(checkpoint / "model.safetensors")) == {"prompts.input"}
+    assert not (checkpoint / "config.json").exists()
 
 
 def test_it_is_a_plain_pretrained_model(pair_of: PairOf, tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.client import saving
 from corolla.client.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
 from corolla.client.generating import GenerateCall, SessionCaches, prepare_room, watched
-from corolla.client.heads import share_head, use_head_kernel, using_head
+from corolla.client.heads import kept_head, share_head, use_head_kernel, using_head
 from corolla.client.loading import check_tuning, connect, generation_config, initial_prompt
 from corolla.client.local_blocks import check_local, load_local
 from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
@@ -34,6 +35,7 @@ from corolla.client.own_blocks import OwnBlocks
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.session import ActiveSession, InferenceSession
 from corolla.client.startcheck import check_generation
+from corolla.client.watched import Noted
 from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
@@ -43,7 +45,7 @@ from corolla.models.guard import switch_off_outputs
 from corolla.models.layer_form import returns_tuple
 from corolla.models.numerics import choose_dtype
 from corolla.models.pretrained import load_parts
-from corolla.models.prompt_files import load_prompt, save_prompt
+from corolla.models.prompt_files import load_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import (
     BaseModelHooks,
@@ -79,6 +81,8 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 )
             super().__init__(config)
             self.prompts: SoftPrompt | None = None
+            self._noted = Noted()
+            self._revision: str | None = None
             self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
@@ -189,32 +193,36 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
         # --- saving and ending --------------------------------------------------------------------------
 
+        def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+            """As transformers'; the new head does for its callers what the old one did."""
+            with kept_head(self):
+                return super().resize_token_embeddings(*args, **kwargs)
+
         def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             """As torch's, for the client's part. Raises `UsageError` for weights of blocks."""
-            pattern = families.block_key_pattern(self.config)
-            block = next((key for key in state_dict if pattern.match(key)), None)
-            if block is not None:
-                raise UsageError(
-                    f"This state holds weights of blocks ({block}), which are on the servers: leave them out to load "
-                    "the client's part, or serve the other checkpoint with `corolla serve`."
-                )
-            return super().load_state_dict(state_dict, *args, **kwargs)
+            saving.refuse_blocks(self.config, state_dict)
+            result = super().load_state_dict(state_dict, *args, **kwargs)
+            # What a trainer's checkpoint leaves out is the checkpoint's, and nothing to warn of.
+            result.missing_keys[:] = [key for key in result.missing_keys if key.startswith(saving.PROMPTS)]
+            return result
 
-        def save_pretrained(self, save_directory: str | Path, *_args: Any, **_kwargs: Any) -> None:
-            """Write the prompt, the only thing that was trained; never a checkpoint without its blocks."""
-            if self.prompts is None:
-                raise UsageError(
-                    "A distributed model has no blocks to save and no prompt was trained: load it with "
-                    "tuning_mode='ptune' to train one, or use the original checkpoint."
-                )
-            view = self._blocks.connection.view
-            save_prompt(
-                Path(save_directory),
-                self.prompts,
-                config=self.config,
-                model_name=view.model_name,
-                identity=view.model,
-            )
+        def save_pretrained(
+            self, save_directory: str | Path, is_main_process: bool | None = None, *_args: Any, **kwargs: Any
+        ) -> None:
+            """Write the prompt and what else was changed here; never a checkpoint without its blocks.
+
+            `is_main_process` is what a trainer says: it gets a file that it can load back, too.
+            """
+            if saving.has_adapters(self, kwargs):
+                super().save_pretrained(save_directory, is_main_process is not False, **kwargs)
+            elif is_main_process is not False:
+                saving.save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Self:
+            changed = self._noted.changed(self)
+            super()._apply(fn, recurse)
+            self._noted.note(self, but=changed)  # moved or converted, not changed
+            return self
 
         def close(self) -> None:
             """Leave the swarm; the model cannot be used afterwards (a `deepcopy` of it can, until it is closed)."""
@@ -297,14 +305,17 @@ def load_distributed(
     connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
     try:
         connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
-        model = load_shell(checkpoint, connection, wanted, quantization, device)
+        saved = None if prompts is None else Path(prompts)
+        model = load_shell(checkpoint, connection, wanted, quantization, device, saved)
         model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
         own = OwnBlocks(checkpoint, model.dtype)
         connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
-        if prompts is not None:
-            model.prompts = load_prompt(
-                Path(prompts), model_name=checkpoint.name, identity=checkpoint.identity
+        if saved is not None:
+            width = int(model.get_input_embeddings().weight.shape[1])
+            prompt = load_prompt(
+                saved, model_name=checkpoint.name, identity=checkpoint.identity, peft_width=width
             )
+            model.prompts = prompt.to(model.device)
         elif tuning_mode is not None:
             model.prompts = initial_prompt(
                 model, checkpoint, tuning_mode, pre_seq_len, prompt_init, prompt_text, seed
@@ -321,9 +332,11 @@ def load_shell(
     dtype: str | torch.dtype,
     quantization: str = "none",
     device: torch.device | None = None,
+    saved: Path | None = None,
 ) -> Any:
     """The client's part of a model: embeddings and head, frozen, in evaluation mode.
 
+    `saved` is the folder of a saved model, which may hold embeddings or a head of its own.
     Raises `CheckpointError` when one of their tensors is missing.
     """
     pattern = families.block_key_pattern(checkpoint.config)
@@ -337,14 +350,21 @@ def load_shell(
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
         )
-    model.config._name_or_path = model.name_or_path = checkpoint.name
+    model.name_or_path = model.config._name_or_path  # what others can load, unlike `smollm2`
+    model._revision = checkpoint.revision
     model.generation_config = generation_config(checkpoint, model.generation_config)
     for option in switch_off_outputs(model.config, model.generation_config):
         what = families.INNER_OUTPUTS[option]
         log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
     model.requires_grad_(False).eval().to(device)
+    model._noted.note(model)
+    tables = {} if saved is None else saving.read_tables(saved)
+    saving.take_tables(model, tables, saved or Path())
+    changed = model._noted.changed(model)
+    model.requires_grad_(False)
     share_head(model)
     use_head_kernel(model, quantization)
+    model._noted.note(model, but=changed)
     return model
 
 

@@ -44,6 +44,20 @@ def share_head(model: PreTrainedModel) -> None:
         model.loss_function = causal_lm_loss
 
 
+@contextlib.contextmanager
+def kept_head(model: PreTrainedModel) -> Iterator[None]:
+    """Where transformers makes a new head within the block, a `SharedHead` stays one, and frozen if it was."""
+    before: Any = model.get_output_embeddings()
+    yield
+    after: Any = model.get_output_embeddings()
+    if isinstance(before, SharedHead) and type(after) is nn.Linear:
+        shared = SharedHead.like(after)
+        shared.widens = before.widens
+        if before.frozen:
+            shared.requires_grad_(False)
+        model.set_output_embeddings(shared)
+
+
 def using_head(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     """Within the block the caller is one of those whom the shared head may wait for."""
     head = model.get_output_embeddings()

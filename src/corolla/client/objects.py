@@ -51,6 +51,7 @@ def copied(model: Any, memo: dict[int, Any]) -> Any:
     path = families.blocks_prefix(model.config).split(".")
     _copy_around(model, made, path, memo)
     made.generation_config = copy.deepcopy(model.generation_config, memo)
+    made._noted.note(made, but=model._noted.changed(model))
     return made
 
 

@@ -7,7 +7,8 @@ after. Nothing else about the parameter differs, and a copy of it is a plain one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Sequence
 from operator import is_
 from typing import Any
 
@@ -69,3 +70,29 @@ def same_parameters(
 ) -> bool:
     """Whether these are the `parameters` that had these `states`, and have them still."""
     return all(map(is_, now, parameters)) and list(map(state_of, now)) == list(states)
+
+
+class Noted:
+    """Which parameters of a model are still as they were when they were noted."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], State]] = {}
+
+    def note(self, model: nn.Module, but: Collection[str] = ()) -> None:
+        """Take all parameters as they are now for unchanged, `but` for those of these names."""
+        self._known = {}
+        for name, one in model.named_parameters():
+            if name not in but and watch(one):
+                self._known[id(one)] = (weakref.ref(one), _edits(one))
+
+    def changed(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The others, by name; a table that is tied under one of its names."""
+        return {name: one for name, one in model.named_parameters() if not self._is_as_noted(one)}
+
+    def _is_as_noted(self, one: nn.Parameter) -> bool:
+        known, edits = self._known.get(id(one), (None, None))
+        return (known is not None and known() is one and edits == _edits(one)) or one.is_inference()
+
+
+def _edits(parameter: nn.Parameter) -> State:
+    return None if parameter.is_inference() else parameter._version, getattr(parameter, "_aliases", 0)

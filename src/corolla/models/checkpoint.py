@@ -65,6 +65,7 @@ class Checkpoint:
         self._memory = memory
         self._raw_config = _with_plain_dtype(name, read_json(source.config_path()))
         self.config = _load_config(name, self._raw_config)
+        self.config._name_or_path = source.location
         self.architecture = structure(self.config).causal_lm.__name__
         refuse_tokenizer_code(self)
 

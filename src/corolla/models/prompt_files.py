@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from corolla.errors import BundleError
+from corolla.errors import BundleError, CheckpointError
 from corolla.json_files import parse_object
 from corolla.models.durable import write_atomically, write_json
 from corolla.models.prompts import SoftPrompt
+from corolla.models.source import read_json
 
 PROMPT_FILE = "prompt.json"
 PEFT_CONFIG = "adapter_config.json"
@@ -32,15 +33,24 @@ FORMAT_VERSION = 1
 
 
 def save_prompt(
-    folder: Path, prompt: SoftPrompt, *, config: PretrainedConfig, model_name: str, identity: str
+    folder: Path,
+    prompt: SoftPrompt,
+    *,
+    config: PretrainedConfig,
+    model_name: str,
+    identity: str,
+    revision: str | None = None,
 ) -> None:
-    """Write a prompt for the model of that name and identity. Raises `BundleError` when it cannot be written."""
+    """Write a prompt for the model of that name and identity. Raises `BundleError` when it cannot be written.
+
+    peft is told where the model can be loaded from, which is not always its name.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         vectors = prompt.input.detach().float().cpu().contiguous()
         if prompt.deep is None:
             write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors}))
-            write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name))
+            write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name, revision))
         else:
             deep = prompt.deep.detach().float().cpu().contiguous()
             write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": deep}))
@@ -60,8 +70,14 @@ def save_prompt(
         raise BundleError(f"The prompt could not be saved to {folder}: {error.strerror or error}.") from error
 
 
-def load_prompt(folder: Path, *, model_name: str, identity: str) -> SoftPrompt:
-    """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read."""
+def load_prompt(folder: Path, *, model_name: str, identity: str, peft_width: int | None = None) -> SoftPrompt:
+    """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read.
+
+    With `peft_width`, the model's H, a folder that peft itself wrote is read, too; nobody can tell for which model
+    that was, as long as it is as wide.
+    """
+    if peft_width is not None and not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists():
+        return _load_peft_prompt(folder, model_name, peft_width)
     about = read_prompt_info(folder)
     if about["identity"] != identity:
         raise BundleError(
@@ -83,6 +99,37 @@ def load_prompt(folder: Path, *, model_name: str, identity: str) -> SoftPrompt:
     assert prompt.deep is not None
     prompt.deep.data.copy_(deep)
     return prompt
+
+
+def _load_peft_prompt(folder: Path, model_name: str, width: int) -> SoftPrompt:
+    path = folder / PEFT_CONFIG
+    try:
+        about = read_json(path)
+        kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
+    except (CheckpointError, KeyError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read; copy the folder again.") from error
+    if kind != "PROMPT_TUNING" or parts != 1:
+        raise BundleError(
+            f"{folder} holds peft's {kind}, and prompts= takes PROMPT_TUNING: load it with "
+            "PeftModel.from_pretrained(model, folder), if it leaves the blocks alone."
+        )
+    if not (folder / PEFT_WEIGHTS).exists():
+        raise BundleError(f"{folder} lacks {PEFT_WEIGHTS}: copy it again, or save it with safetensors.")
+    tensors = _read_tensors(folder / PEFT_WEIGHTS)
+    vectors = tensors.pop("prompt_embeddings", None)
+    if vectors is None or vectors.ndim != 2 or vectors.shape[0] != about.get("num_virtual_tokens"):
+        raise BundleError(f"The prompt in {folder} is not what its {PEFT_CONFIG} says; copy it again.")
+    if tensors:
+        raise BundleError(
+            f"{folder} holds more than a prompt ({min(tensors)}): load it with "
+            "PeftModel.from_pretrained(model, folder)."
+        )
+    if vectors.shape[1] != width:
+        raise BundleError(
+            f"The prompt in {folder} is for a model of width {vectors.shape[1]} "
+            f"({about.get('base_model_name_or_path')}), and {model_name} has {width}: load it with its own model."
+        )
+    return SoftPrompt(vectors)
 
 
 def read_prompt_info(folder: Path) -> dict[str, Any]:
@@ -108,11 +155,14 @@ def read_prompt_info(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _peft_config(prompt: SoftPrompt, config: PretrainedConfig, model_name: str) -> dict[str, Any]:
+def _peft_config(
+    prompt: SoftPrompt, config: PretrainedConfig, model_name: str, revision: str | None
+) -> dict[str, Any]:
     return {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model_name,
+        "base_model_name_or_path": config._name_or_path or model_name,
+        "revision": revision,
         "inference_mode": True,
         "num_virtual_tokens": prompt.length,
         "token_dim": int(prompt.input.shape[1]),

@@ -7,6 +7,7 @@ to the model that `bundle.json` names.
     bundle.json      model, rendering, stop, sampling, training arguments, metrics
     metrics.jsonl    one line a logged step
     loss.png         the loss curve
+    README.md        how to use it, here and elsewhere
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from corolla.tuning.curve import draw_curve
 BUNDLE_FILE = "bundle.json"
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
+CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 SAMPLING = {"temperature": 0.6, "top_k": 100, "max_new_tokens": 64}
 
@@ -105,8 +107,14 @@ def save_bundle(
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         save_prompt(
-            temporary, prompt, config=config, model_name=bundle.model.name, identity=bundle.model.identity
+            temporary,
+            prompt,
+            config=config,
+            model_name=bundle.model.name,
+            identity=bundle.model.identity,
+            revision=bundle.model.revision,
         )
+        write_atomically(temporary / CARD_FILE, _card(bundle, config).encode())
         write_atomically(temporary / METRICS_FILE, _json_lines(history))
         draw_curve(history, temporary / CURVE_FILE, title=f"{bundle.model.name}, {bundle.mode}")
         write_json(temporary / BUNDLE_FILE, bundle.to_dict())
@@ -117,6 +125,31 @@ def save_bundle(
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _card(bundle: Bundle, config: PretrainedConfig) -> str:
+    """How to use the bundle, for whoever finds the folder."""
+    name, base = bundle.model.name, config._name_or_path or bundle.model.name
+    lines = [
+        f"A prompt of {bundle.prompt_tokens} tokens ({bundle.mode}) for the language model `{name}` (identity "
+        f"{bundle.model.identity[:12]}), trained with Corolla {__version__}.\n",
+        "Through a swarm that serves this model: `corolla chat THIS_FOLDER --peers …`, or "
+        f'`AutoDistributedModelForCausalLM.from_pretrained("{name}", initial_peers=[…], prompts="THIS_FOLDER")`.\n',
+    ]
+    if bundle.mode == "ptune":
+        lines.append(
+            "On a machine that holds the whole model, with peft: "
+            '`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")`, or '
+            '`AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")` where `base_model_name_or_path` of '
+            f"{PEFT_CONFIG} names a model that can be loaded there.\n"
+        )
+    if base != name:
+        lines.append(
+            f"`{name}` is no name of the Hugging Face hub. Where Corolla can open it, "
+            f'`corolla.models.checkpoint.open_checkpoint("{name}").tokenizer_source` is a folder with the same '
+            "weights that everything else can load: use it as BASE.\n"
+        )
+    return "\n".join(lines)
 
 
 def _put_in_place(temporary: Path, out: Path, overwrite: bool) -> None:

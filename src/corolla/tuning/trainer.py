@@ -95,6 +95,7 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
             config=self.model.config,
             model_name=self._about.name,
             identity=self._about.identity,
+            revision=self._about.revision,
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
