@@ -29,6 +29,7 @@ from corolla.models.padding_free import FlatRows, starts_anew
 from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt
 from corolla.models.rotary import Edge, edge_of
+from corolla.models.scored_padding import check_labels_of
 
 ATTENTION_NAME = "corolla_remote"
 
@@ -382,6 +383,7 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
         cache = take_cache(named)
         labels = named.get("labels")
         if isinstance(labels, Tensor):
+            check_labels_of(labels, named.get("attention_mask"))
             guard.check_labels(labels, getattr(model.get_output_embeddings(), "out_features", None))
             if cache is None and named.get("use_cache") is not False and caches.active() is not None:
                 cache = caches.fresh(lazy=True)
