@@ -5,7 +5,7 @@
     python examples/personachat_loop.py --peers ADDRESS --data chitchat --steps 20
 
 `--data` also takes a file in PersonaChat's schema (history, candidates). This is the bare loop, to be read
-and changed; `corolla tune` does the same with checkpoints, evaluation and a bundle at the end.
+and changed; `corolla tune --style delimiter` does the same with checkpoints, evaluation and a bundle at the end.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
 import corolla
+from corolla.data.beginnings import Beginnings
 from corolla.data.sources import load_conversations
 from corolla.models.checkpoint import open_checkpoint
 
@@ -78,17 +79,18 @@ if args.out:
     model.save_pretrained(args.out)
 
 # Step 6: the chat, one token a call. The session keeps the attention caches on the servers, so that a turn
-# costs its own tokens only.
+# costs its own tokens only. A reply begins with neither the delimiter nor a piece of it, so none is empty.
 model.eval()
+beginnings = Beginnings(tokenizer, stop_ids=[], end_ids={tokenizer.eos_token_id}, stop_text=DELIMITER)
 with model.inference_session(max_length=2048) as session:
     unfinished = ""
     for line in sys.stdin:
         inputs = tokenizer(unfinished + line.strip() + DELIMITER, return_tensors="pt").input_ids
+        first = beginnings.processor(session.position + inputs.shape[1], args.reply_tokens)
+        choice = {"do_sample": True, "temperature": 0.6, "top_k": 100, "logits_processor": [first]}
         ids: list[int] = []
         while len(ids) < args.reply_tokens and not tokenizer.decode(ids).endswith(DELIMITER):
-            output = model.generate(
-                inputs, max_new_tokens=1, do_sample=True, temperature=0.6, top_k=100, session=session
-            )
+            output = model.generate(inputs, max_new_tokens=1, session=session, **choice)
             ids.append(int(output[0, -1]))
             inputs = None
         reply = tokenizer.decode(ids)

@@ -42,11 +42,30 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+@dataclass(frozen=True)
+class First:
+    """A reply begins with something to read, not with what would end it."""
+
+    tokenizer: Any
+    delimiter: str  # "" where a token ends replies
+
+    def has_begun(self, said: Sequence[int]) -> bool:
+        """Whether there is something to read."""
+        return any(one.isprintable() and not one.isspace() for one in self.tokenizer.decode(said, True))
+
+    def may_come(self, token: int) -> bool:
+        """Whether a reply that has not begun may go on with it."""
+        text = self.tokenizer.decode([token], True)
+        pieces = "" if not text.strip() and self.delimiter.strip() == self.delimiter else self.delimiter
+        return token != END and not (pieces and text.strip() in pieces)
+
+
 class LocalReference:
     """A plain Hugging Face model with a prompt in front of every text, and one added in every layer."""
 
     def __init__(self, model: Any, prompts: Any = None) -> None:
         self.model = model
+        self.held_back = 0  # replies that would have been empty
         self._input = None if prompts is None else prompts.input.detach()
         deep = None if prompts is None or prompts.deep is None else prompts.deep.detach()
         if deep is not None:
@@ -56,14 +75,24 @@ class LocalReference:
                 layer.register_forward_pre_hook(_adding(vectors), with_kwargs=True)
 
     @torch.no_grad()
-    def greedy(self, ids: Sequence[int], *, most: int, stop: Sequence[int], ends: Sequence[int]) -> list[int]:
+    def greedy(self, ids: Sequence[int], first: First, *, most: int, stop: Sequence[int]) -> list[int]:
         """What the model says after `ids`, with what ends it. Ties would make a test blind."""
         said: list[int] = []
         while True:
             output = self.model(inputs_embeds=self._embeddings([*ids, *said]), use_cache=False)
-            said.append(_best(output.logits[0, -1]))
-            if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] in ends:
+            said.append(self._best(output.logits[0, -1], said, first))
+            if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] == END:
                 return said
+
+    def _best(self, logits: torch.Tensor, said: list[int], first: First) -> int:
+        best = logits.topk(2)
+        if not first.has_begun(said):
+            ranked = (token for token in logits.topk(200).indices.tolist() if first.may_come(token))
+            chosen = torch.tensor([next(ranked), next(ranked)])
+            self.held_back += not said and chosen[0] != best.indices[0]
+            best = type(best)((logits[chosen], chosen))
+        assert float(best.values[0] - best.values[1]) > TIE, "a tie: choose another seed"
+        return int(best.indices[0])
 
     def _embeddings(self, ids: Sequence[int]) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()(torch.tensor([list(ids)]))
@@ -76,21 +105,15 @@ class CachingReference(LocalReference):
     """Runs the whole text once a reply, and its tokens behind a local cache: for models of real size."""
 
     @torch.no_grad()
-    def greedy(self, ids: Sequence[int], *, most: int, stop: Sequence[int], ends: Sequence[int]) -> list[int]:
+    def greedy(self, ids: Sequence[int], first: First, *, most: int, stop: Sequence[int]) -> list[int]:
         """As `LocalReference.greedy`."""
         said: list[int] = []
         output = self.model(inputs_embeds=self._embeddings(ids), use_cache=True)
         while True:
-            said.append(_best(output.logits[0, -1]))
-            if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] in ends:
+            said.append(self._best(output.logits[0, -1], said, first))
+            if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] == END:
                 return said
             output = self.model(torch.tensor([said[-1:]]), past_key_values=output.past_key_values)
-
-
-def _best(logits: torch.Tensor) -> int:
-    best = logits.topk(2)
-    assert float(best.values[0] - best.values[1]) > TIE, "a tie: choose another seed"
-    return int(best.indices[0])
 
 
 def _adding(vectors: torch.Tensor) -> Any:
@@ -131,13 +154,14 @@ class Expected:
         self._form = form
         self._closing = self._tokens(form.closing)
         self._stop = self._closing if form.stop is None else form.stop
+        self._first = First(tokenizer, form.closing if form.stop is None else "")
         self.ids = self._tokens(form.opening)
         self.cached = 0  # of `ids`, by the servers
 
     def turn(self, text: str, most: int) -> tuple[list[int], int, bool]:
         """The reply's tokens, how many tokens a server computes for it, and whether it ended by itself."""
         prompt = [*self.ids, *self._tokens(self._form.fed.replace("TEXT", text))]
-        said = self._reference.greedy(prompt, most=most, stop=self._stop, ends=[END])
+        said = self._reference.greedy(prompt, self._first, most=most, stop=self._stop)
         held = [*prompt, *said[:-1]]  # what was said last has not been computed
         cost = len(held) - self.cached
         ended = said[-len(self._stop) :] == self._stop or said[-1] == END

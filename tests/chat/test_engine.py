@@ -216,6 +216,35 @@ def test_the_models_own_end_tokens_end_a_reply(chat: Chat, several: bool) -> Non
     assert ended.tokens[len("one") + 7 : -7] == reply[:index]
 
 
+def test_a_reply_is_never_empty_unless_that_is_asked_for(chat: Chat) -> None:
+    plain = chat()
+    said_by(plain, "one")
+    first, *_ = plain.tokens[len("one") + 7 :]
+    held_back = chat(ends=first)
+    assert said_by(held_back, "one")
+    assert held_back.tokens[len("one") + 7] != first
+    free = chat(SamplingSettings(temperature=0, max_new_tokens=12, allow_empty=True), ends=first)
+    assert said_by(free, "one") == ""
+    assert free.tokens == byte_tokenizer()("one\n-----\n\n-----\n").input_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_a_model_that_wants_to_say_the_delimiter_only_says_something(chat: Chat, temperature: float) -> None:
+    engine = chat(SamplingSettings(temperature=temperature, max_new_tokens=9, seed=3))
+    pieces = byte_tokenizer()("\n- ").input_ids
+
+    def prefer(_head: Any, _inputs: Any, logits: Any) -> Any:
+        logits = logits.clone()
+        logits[..., pieces] += 100.0
+        return logits
+
+    hook = engine._model.lm_head.register_forward_hook(prefer)
+    replies = [said_by(engine, text) for text in ("one", "two", "three")]
+    hook.remove()
+    assert all(reply.strip("- \n") for reply in replies), replies
+    assert [message["content"] for message in engine.transcript()[1::2]] == replies
+
+
 def test_tokens_equal_to_the_paddings_are_seen(chat: Chat) -> None:
     engine = chat()
     engine._model.generation_config.pad_token_id = None

@@ -20,7 +20,7 @@ from corolla.data.render import Renderer, RenderSettings
 MESSAGES = ["Hello!", "how are you", "Ünïcode 🌸 too", "a\nb", "well?", "Good bye."]
 MOST = 16
 # Family to seed and delimiter, chosen so that some replies end by themselves and others are cut.
-FAMILIES = {"llama": (1, "##"), "bloom": (1, "|"), "gemma2": (0, "\n-----\n")}
+FAMILIES = {"llama": (1, "by"), "bloom": (1, "|"), "gemma2": (0, "\n-----\n")}
 MODES = [None, "ptune", "deep_ptune"]
 
 

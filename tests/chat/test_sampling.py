@@ -29,11 +29,14 @@ def test_a_value_that_means_nothing_is_refused_by_its_flag(name: str, value: Any
 
 
 def test_a_bundle_may_name_some_settings() -> None:
-    settings = SamplingSettings.from_dict({"temperature": 0, "top_k": 7})
-    assert settings == SamplingSettings(temperature=0, top_k=7)
+    settings = SamplingSettings.from_dict({"temperature": 0, "top_k": 7, "allow_empty": True})
+    assert settings == SamplingSettings(temperature=0, top_k=7, allow_empty=True)
+    assert SamplingSettings.from_dict({}).allow_empty is False
 
 
-@pytest.mark.parametrize("values", [{"warmth": 1}, {"top_k": "7"}, {"top_k": True}, {"top_p": 3.0}])
+@pytest.mark.parametrize(
+    "values", [{"warmth": 1}, {"top_k": "7"}, {"top_k": True}, {"top_p": 3.0}, {"allow_empty": 1}]
+)
 def test_a_bundle_with_other_settings_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="sampling"):
         SamplingSettings.from_dict(values)

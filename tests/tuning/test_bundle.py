@@ -15,6 +15,7 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tuning.test_resume import largest_file
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, plain_model, prompt_for, settings
 
+from corolla.chat.sampling import SamplingSettings
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, UsageError
 from corolla.tuning.batches import prepare
@@ -159,3 +160,17 @@ def test_the_prompt_on_disk_is_what_was_trained(tiny_folder: Path, tokenizer: An
     tune(model, settings(), prepare(tokenizer, settings(), conversations()), tmp_path / "out", ABOUT)
     on_disk = load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(on_disk, model.prompts.input.detach())
+
+
+@pytest.mark.parametrize("allow_empty", [False, True])
+def test_a_bundle_says_what_was_chosen(
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path, allow_empty: bool
+) -> None:
+    chosen = settings(
+        steps=1, allow_empty=allow_empty, rendering=RenderSettings(style="auto", delimiter="|", max_length=64)
+    )
+    prepared = prepare(tokenizer, chosen, conversations())
+    tune(local_model(tiny_folder), chosen, prepared, tmp_path / "out", ABOUT)
+    bundle = load_bundle(tmp_path / "out")
+    assert bundle.rendering.style == bundle.training["rendering"]["style"] == "delimiter"
+    assert SamplingSettings.from_dict(bundle.sampling).allow_empty is allow_empty

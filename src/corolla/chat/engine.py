@@ -14,13 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from corolla.chat.generation import Generation
 from corolla.chat.reader import ReplyReader
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import Transcript
 from corolla.chat.window import Exchange, Window, newest_that_fit
+from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.durable import write_json
@@ -77,7 +78,8 @@ class ChatEngine:
         self._window = Window(renderer, system)
         self._session: Any = None
         self._turn: _Turn | None = None
-        self._end_ids = _end_ids(model, renderer)
+        self._end_ids = reply_ends(model, renderer)
+        self._beginnings = None if sampling.allow_empty else Beginnings.of(renderer, self._end_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
 
@@ -103,6 +105,9 @@ class ChatEngine:
             end_ids=self._end_ids,
             stop_text=self._renderer.stop_text,
         )
+        processors = LogitsProcessorList()
+        if self._beginnings is not None:
+            processors.append(self._beginnings.processor(len(prompt), self._sampling.max_new_tokens))
 
         def generate(criteria: StoppingCriteriaList) -> None:
             self._model.generate(
@@ -111,6 +116,7 @@ class ChatEngine:
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=new.device),
                 session=self._session,
                 stopping_criteria=criteria,
+                logits_processor=processors,
                 eos_token_id=None,  # the reader knows them; `generate` would want one to pad with
                 **self._sampling.generate_arguments(),
             )
@@ -242,13 +248,6 @@ class ChatEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
-    """Single tokens that end a reply: those of the model, of the tokenizer and of its template."""
-    named = model.generation_config.eos_token_id
-    ids = set(named if isinstance(named, list) else [named]) | {renderer.tokenizer.eos_token_id}
-    return renderer.end_ids | frozenset(ids - {None})
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:

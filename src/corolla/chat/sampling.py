@@ -24,6 +24,7 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 128  # a reply's length at most
     seed: int | None = None  # None: different every time
+    allow_empty: bool = False  # whether a reply may end before anything is said
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -44,8 +45,10 @@ class SamplingSettings:
         """A bundle's sampling settings; what they do not name stays at its default. Raises `BundleError`."""
         kinds: dict[str, Any] = {field.name: int for field in fields(cls)}
         kinds |= dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (int, float))
+        kinds["allow_empty"] = bool
         for name, value in values.items():
-            if name not in kinds or isinstance(value, bool) or not isinstance(value, kinds[name]):
+            kind = kinds.get(name, ())
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
                 raise BundleError(f"The bundle's sampling setting {name}={value!r} is not one that is known.")
         try:
             return cls(**values)

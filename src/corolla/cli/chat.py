@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from corolla.chat.transcript import ChatInfo, SavedChat, Transcript
     from corolla.data.render import Renderer, RenderSettings
 
-STYLES = ("delimiter", "template")
+STYLES = ("auto", "delimiter", "template")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,12 @@ def chat(
         typer.Option(help="Tokens of conversation that are kept (default: what the model can read)."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes replies repeatable.")] = None,
+    allow_empty: Annotated[
+        bool | None,
+        typer.Option("--allow-empty/--no-allow-empty", help="Whether a reply may be empty (default: no)."),
+    ] = None,
     style: Annotated[
-        str | None, typer.Option(help="delimiter, or template: the tokenizer's own chat format.")
+        str | None, typer.Option(help="auto, delimiter, or template: the tokenizer's own chat format.")
     ] = None,
     system: Annotated[
         str | None, typer.Option(callback=clean_text, help="A text that stands before the conversation.")
@@ -125,7 +129,7 @@ def chat(
     from corolla.chat.sampling import SamplingSettings
 
     if style is not None and style not in STYLES:
-        raise UsageError(f"--style is {style!r}; it must be {' or '.join(STYLES)}.")
+        raise UsageError(f"--style is {style!r}; it must be auto, delimiter or template.")
     client = ClientOptions(
         wire,
         mixed,
@@ -144,6 +148,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "allow_empty": allow_empty,
     }
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     sampling = replace(SamplingSettings.from_dict(whom.sampling), **given)
@@ -167,6 +172,8 @@ def chat(
             opened(prepared, addresses, client, system=system, journal=journal, saved=saved)
         )
         notice(console, f"Talking with {whom.about}. /help lists the commands.")
+        if prepared.template_unusable:
+            notice(console, f"Turns are joined by {prepared.renderer.about_style}.")
         if journal is not None and console.is_terminal:
             notice(console, f"The chat is kept in {journal.path}; --continue goes on with it.")
         repl.run()
@@ -246,6 +253,13 @@ class Prepared:
     dtype: str = "auto"
     cache_dir: Path | None = None
 
+    @property
+    def template_unusable(self) -> bool:
+        """Whether a delimiter had to be chosen though the tokenizer has a template."""
+        renderer = self.renderer
+        chosen = renderer.requested_style == "auto" and renderer.settings.style == "delimiter"
+        return chosen and bool(renderer.tokenizer.chat_template)
+
     def info(self, system: str | None) -> ChatInfo:
         """For the transcript."""
         from corolla.chat.transcript import ChatInfo, prompt_digest
@@ -294,9 +308,7 @@ def prepare(
         raise UsageError(f"--max-length is {max_length}; {partner.model} can keep 2 to {limit} tokens.")
     check_context(sampling, max_length or limit)
     tokenizer = load_tokenizer(checkpoint)
-    rendering = partner.rendering or RenderSettings(
-        style="template" if tokenizer.chat_template else "delimiter"
-    )
+    rendering = partner.rendering or RenderSettings(style="auto")
     if style is not None:
         rendering = replace(rendering, style=style)
     renderer = Renderer(tokenizer, rendering)

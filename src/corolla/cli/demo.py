@@ -20,9 +20,10 @@ from corolla.cli.terminal import console
 from corolla.errors import UsageError
 
 MODEL = "smollm2"
-# Sized so that two cores need about five minutes.
-STEPS, BATCH = 30, 8
-HELD_OUT = 48  # conversations, one example of each
+# Sized so that two cores need less than four minutes, and that the held-out loss falls beyond doubt.
+STEPS, BATCH, LONGEST = 20, 6, 128
+HELD_OUT = 32  # conversations, one example of each
+SAMPLING = {"top_p": 0.9, "max_new_tokens": 40, "seed": 0}
 SCRIPT = (
     "Hi! How was your day?",
     "What do you like to do on the weekend?",
@@ -61,6 +62,7 @@ def _show_map(peers: Sequence[str]) -> None:
 
 def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
     from corolla.cli.tune import TuneJob, prepare_data, train_and_report
+    from corolla.data.render import RenderSettings
     from corolla.tuning.settings import TuneSettings
 
     job = TuneJob(model=MODEL, data="chitchat", out=out)
@@ -69,6 +71,7 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
         batch_size=BATCH,
         held_out=HELD_OUT,
         held_out_samples=HELD_OUT,
+        rendering=RenderSettings(style="auto", max_length=LONGEST),
     )
     prepared = prepare_data(job, settings, shown=2)
     _heading(3, f"Training {job.prompt_tokens} prompt vectors; the model itself stays as it is")
@@ -83,7 +86,7 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
     from corolla.cli.chat import find_partner, opened, prepare
 
     partner = find_partner(str(out))
-    sampling = SamplingSettings.from_dict({**partner.sampling, "seed": 0})
+    sampling = SamplingSettings.from_dict({**partner.sampling, **SAMPLING})
     with opened(prepare(partner, sampling), peers) as repl:
         if sys.stdin.isatty():
             _show("Type something; /help lists the commands, /quit ends.")

@@ -112,16 +112,25 @@ def tune(
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     samples: Annotated[int | None, typer.Option(help="Training examples to draw (default: all).")] = None,
     max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 256,
-    style: Annotated[str, typer.Option(help="Join turns by a delimiter or by the chat template.")] = (
-        "delimiter"
-    ),
+    style: Annotated[
+        str,
+        typer.Option(
+            help="Join turns by the chat template, by a delimiter, or auto: by a template if there is one."
+        ),
+    ] = "auto",
     delimiter: Annotated[
-        str, typer.Option(callback=clean_text, help="What stands between turns.")
-    ] = r"\n-----\n",
+        str | None,
+        typer.Option(
+            callback=clean_text, help=r"What stands between turns; means --style delimiter. [\n-----\n]"
+        ),
+    ] = None,
     loss_on: Annotated[str, typer.Option(help="Learn replies or all tokens.")] = "replies",
     held_out: Annotated[
         float | None, typer.Option(help="Share (below 1) or number of conversations kept for evaluation.")
     ] = None,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Let chats with the bundle give empty replies.")
+    ] = False,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate every N steps, too.")] = None,
     save_every: Annotated[int, typer.Option(help="Checkpoint every N steps.")] = 50,
     seed: Annotated[int, typer.Option(help="For the split, the order and the prompt.")] = 0,
@@ -183,8 +192,12 @@ def tune(
         save_every=save_every,
         seed=seed,
         report_to=report_to,
+        allow_empty=allow_empty,
         rendering=RenderSettings(
-            style=style, delimiter=_unescaped(delimiter), loss_on=loss_on, max_length=max_length
+            style="delimiter" if style == "auto" and delimiter is not None else style,
+            delimiter=_unescaped(RenderSettings.delimiter if delimiter is None else delimiter),
+            loss_on=loss_on,
+            max_length=max_length,
         ),
     )
     RunFolder(out).check(resume=resume, overwrite=overwrite)
@@ -258,6 +271,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
         f"{steps:,} steps of {settings.batch_size * settings.accumulate} examples; a first evaluation tells how "
         "long they will take"
     )
+    say_plainly(f"Turns are joined by {prepared.renderer.about_style}")
     console.print(preview(prepared.train, tokenizer, shown))
     return prepared
 

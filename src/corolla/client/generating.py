@@ -18,6 +18,7 @@ from corolla.client.session import InferenceSession, sequences_of
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache, take_cache
+from corolla.models.scored_padding import check_ends_of
 from corolla.models.shell import check_cached_length
 
 _row_ends: ContextVar[RowEnds | None] = ContextVar("corolla_row_ends", default=None)
@@ -116,6 +117,7 @@ def prepare_room(
     Here `generate` knows how far it may go, and the padding mask that holds for the whole conversation.
     """
     cache, mask = model_kwargs.get(model.cache_name), model_kwargs.get("attention_mask")
+    check_ends_of(mask)
     generation_config.cache_implementation = None  # some checkpoints ask for a local kind
     if isinstance(cache, RemoteCache):
         max_cache_length -= cache.counted_twice

@@ -21,6 +21,7 @@ from corolla.data.template_style import TemplateStyle
 from corolla.errors import BundleError, DataError, UsageError
 
 NO_LOSS = -100
+STYLES = ("auto", "delimiter", "template")
 Kind = Literal["reply", "marker", "context"]
 
 
@@ -28,7 +29,7 @@ Kind = Literal["reply", "marker", "context"]
 class RenderSettings:
     """How conversations become tokens; saved with every prompt."""
 
-    style: str = "delimiter"  # or "template"
+    style: str = "delimiter"  # or "template", or "auto": the template where it will do
     delimiter: str = "\n-----\n"
     loss_on: str = "replies"  # or "all"
     max_length: int = 256
@@ -36,8 +37,8 @@ class RenderSettings:
     spaced: bool = False
 
     def __post_init__(self) -> None:
-        if self.style not in ("delimiter", "template"):
-            raise UsageError(f"--style is {self.style!r}; it must be delimiter or template.")
+        if self.style not in STYLES:
+            raise UsageError(f"--style is {self.style!r}; it must be delimiter or template, or auto.")
         if self.loss_on not in ("replies", "all"):
             raise UsageError(f"--loss-on is {self.loss_on!r}; it must be replies or all.")
         if self.max_length < 8:
@@ -71,16 +72,17 @@ class Example:
 
 
 class Renderer:
-    """Renders for one tokenizer and one set of settings. Raises `UsageError` where these do not go together."""
+    """Renders for one tokenizer and one set of settings. Raises `UsageError` where these do not go together.
+
+    Its `settings` name the style that was chosen, never "auto"; `about_style` says in words which, and why.
+    """
 
     def __init__(self, tokenizer: Any, settings: RenderSettings) -> None:
         self.tokenizer = tokenizer
-        self.settings = settings
-        self.style: Style
-        if settings.style == "template":
-            self.style = TemplateStyle(tokenizer)
-        else:
-            self.style = DelimiterStyle(tokenizer, settings.delimiter, spaced=settings.spaced)
+        self.requested_style = settings.style
+        self.style, self.about_style = _chosen_style(tokenizer, settings)
+        by_template = isinstance(self.style, TemplateStyle)
+        self.settings = dataclasses.replace(settings, style="template" if by_template else "delimiter")
 
     # --- training ----------------------------------------------------------------------------------------
 
@@ -167,6 +169,23 @@ class Renderer:
                 break
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text.partition(self.stop_text)[0] if self.stop_text else text
+
+
+def _chosen_style(tokenizer: Any, settings: RenderSettings) -> tuple[Style, str]:
+    """The style, and what it is in words; "auto" is a template that a chat could follow, else the delimiter."""
+    why = ""
+    if settings.style == "auto" and not tokenizer.chat_template:
+        why = ": the tokenizer has no chat template"
+    elif settings.style != "delimiter":
+        try:
+            return TemplateStyle(tokenizer), "the tokenizer's chat template"
+        except UsageError as error:
+            if settings.style == "template":
+                raise
+            why = ": " + str(error).partition("; use")[0].rstrip(".")
+    return DelimiterStyle(
+        tokenizer, settings.delimiter, spaced=settings.spaced
+    ), f"the delimiter {settings.delimiter!r}{why}"
 
 
 class _Windows:

@@ -23,12 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models import guard
-from corolla.models import prompts as prompt_math
 from corolla.models.cache import PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.call_arguments import place_prompt, shape, split
 from corolla.models.padding_free import FlatRows, starts_anew
 from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt
 from corolla.models.rotary import Edge, edge_of
+from corolla.models.scored_padding import check_labels_of
 
 ATTENTION_NAME = "corolla_remote"
 
@@ -194,18 +195,18 @@ class BaseModelHooks:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         guard.check_outputs(named)
         cache = self._pick_cache(base, named)
-        rows, new_tokens = _shape(named)
+        rows, new_tokens = shape(named)
         guard.check_continues(cache, rows, new_tokens, named)
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
-            _split(named, flat)
+            split(named, flat)
         prompt = self._prompts()
         self._check_tokens(base, named, cache, prompt)
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         first = cache is None or cache.length == 0
         prepended = prompt.length if prompt is not None and first else 0
         if prompt is not None:
-            _place_prompt(base, named, prompt, prepend=first)
+            place_prompt(base, named, prompt, prepend=first)
         view = None if cache is None else cache.with_prompt()
         named[self._cache_name] = view
         named["use_cache"] = view is not None
@@ -217,7 +218,7 @@ class BaseModelHooks:
             start=0 if view is None else view.past,
             prompt=prompt.input if prompt is not None and first else None,
         )
-        call = _without_plain_positions(call, _shape(named)[1])
+        call = _without_plain_positions(call, shape(named)[1])
         entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended, flat)
         self._entered.set((*self._entered.get(), entered))
         return (), named
@@ -259,7 +260,7 @@ class BaseModelHooks:
     ) -> None:
         """Everything that the new tokens may be too many for, and ids that the model does not know."""
         embedding = guard.embedding_of(base)
-        ids, new_tokens = named.get("input_ids"), _shape(named)[1]
+        ids, new_tokens = named.get("input_ids"), shape(named)[1]
         if ids is not None:
             named["input_ids"] = guard.known_ids(ids, named.get("attention_mask"), embedding)
         length = 0 if prompt is None else prompt.length
@@ -284,47 +285,6 @@ class BaseModelHooks:
         if entered.cache is not None:
             entered.cache.record(entered.ids, entered.rows, entered.new_tokens, entered.mask)
         return _users_view(output, entered)
-
-
-def _shape(named: dict[str, Any]) -> tuple[int, int]:
-    """Rows and tokens of a call."""
-    ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
-    shaped = ids if ids is not None else embeddings
-    if shaped is None or shaped.ndim != (2 if ids is not None else 3):
-        raise UsageError(
-            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size]."
-        )
-    return int(shaped.shape[0]), int(shaped.shape[1])
-
-
-def _split(named: dict[str, Any], flat: FlatRows) -> None:
-    """One sequence a row, and padding behind the shorter ones."""
-    for name in ("input_ids", "inputs_embeds", "position_ids"):
-        value = named.get(name)
-        if value is not None:
-            whole = value.expand(flat.shape) if name == "position_ids" else value
-            named[name] = flat.split(whole)
-            device = value.device
-    named["attention_mask"] = flat.mask().to(device)
-
-
-def _place_prompt(base: nn.Module, named: dict[str, Any], prompt: SoftPrompt, *, prepend: bool) -> None:
-    """Rewrite the base model's arguments for a prompt that comes before the user's first token."""
-    mask, positions = named.get("attention_mask"), named.get("position_ids")
-    if mask is not None:
-        named["attention_mask"] = prompt_math.prepend_mask(mask, prompt.length)
-    if not prepend:
-        if positions is not None:
-            named["position_ids"] = positions + prompt.length
-        return
-    embeddings = named.get("inputs_embeds")
-    if embeddings is None:
-        embeddings = base.get_input_embeddings()(named["input_ids"])  # type: ignore[operator]
-    named["inputs_embeds"] = prompt_math.prepend(embeddings, prompt.input)
-    named["input_ids"] = None
-    if positions is not None:
-        rows = positions.expand(embeddings.shape[0], -1)
-        named["position_ids"] = prompt_math.prepend_positions(rows, prompt.length)
 
 
 def _real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
@@ -382,6 +342,7 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
         cache = take_cache(named)
         labels = named.get("labels")
         if isinstance(labels, Tensor):
+            check_labels_of(labels, named.get("attention_mask"))
             guard.check_labels(labels, getattr(model.get_output_embeddings(), "out_features", None))
             if cache is None and named.get("use_cache") is not False and caches.active() is not None:
                 cache = caches.fresh(lazy=True)

@@ -19,11 +19,12 @@ from torch import Tensor
 from corolla.data.collate import Collator
 from corolla.data.collisions import delimiter_note
 from corolla.data.conversation import Conversation
-from corolla.data.render import NO_LOSS, Example, Renderer
+from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
 from corolla.data.split import split_conversations, subsample
 from corolla.errors import DataError
 from corolla.tuning.settings import TuneSettings
 
+TRIED = 32  # conversations: some begin with more than is shown
 MOST_HELD_OUT = 32  # conversations, unless the user says otherwise
 
 
@@ -57,6 +58,7 @@ class Prepared:
     batches: BatchMaker
     renderer: Renderer
     notes: tuple[str, ...] = ()  # what a person should know of the rendering
+    talks: tuple[Conversation, ...] = ()  # of the held-out conversations some, to be tried in a chat
 
     def fingerprint(self) -> str:
         """Equal for equal examples in equal order."""
@@ -86,17 +88,18 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
         held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation", refused),
         batches=BatchMaker(Collator(0)),  # masked; the padding token may have no row in the embedding
         renderer=renderer,
-        notes=tuple(_notes(settings, conversations, refused)),
+        notes=tuple(_notes(renderer.settings, conversations, refused)),
+        talks=tuple(subsample(held_out, len(held_out), settings.seed)[:TRIED]),
     )
 
 
 def _notes(
-    settings: TuneSettings, conversations: Sequence[Conversation], refused: Sequence[str]
+    rendering: RenderSettings, conversations: Sequence[Conversation], refused: Sequence[str]
 ) -> Iterator[str]:
     if refused:
         yield _left_out(refused)
-    if settings.rendering.style == "delimiter":
-        note = delimiter_note(conversations, settings.rendering.delimiter)
+    if rendering.style == "delimiter":
+        note = delimiter_note(conversations, rendering.delimiter)
         if note is not None:
             yield note
 

@@ -17,7 +17,7 @@ from corolla.errors import UsageError
 
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 # What may differ between a run and its continuation, since no loss depends on it.
-FREE_ON_RESUME = frozenset({"save_every", "eval_every", "report_to"})
+FREE_ON_RESUME = frozenset({"save_every", "eval_every", "report_to", "allow_empty"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class TuneSettings:
     save_every: int = 50
     seed: int = 0
     report_to: str = "none"
-    rendering: RenderSettings = field(default_factory=RenderSettings)
+    allow_empty: bool = False  # whether chats with the bundle may give empty replies
+    rendering: RenderSettings = field(default_factory=lambda: RenderSettings(style="auto"))
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "max_grad_norm"):

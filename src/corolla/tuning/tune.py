@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ from transformers import PrinterCallback, TrainerCallback
 
 from corolla.errors import UsageError
 from corolla.tuning.batches import Prepared
-from corolla.tuning.bundle import CURVE_FILE, Bundle, ModelInfo, clear_leftovers, save_bundle
+from corolla.tuning.bundle import CURVE_FILE, SAMPLING, Bundle, ModelInfo, clear_leftovers, save_bundle
 from corolla.tuning.checkpoints import RunFolder
 from corolla.tuning.evaluate import Difference, Evaluation, compare
 from corolla.tuning.plan import step_seconds
 from corolla.tuning.progress import ProgressReport
+from corolla.tuning.samples import Samples, sample_replies
 from corolla.tuning.settings import TuneSettings
 from corolla.tuning.stopping import StopOnInterrupt
 from corolla.tuning.trainer import PromptTrainer
 
+# As chats with the bundle choose, but for a reply's length.
+CHOICE = {name: value for name, value in SAMPLING.items() if name != "max_new_tokens"}
 # What a line of metrics.jsonl may hold.
 FIGURES = (
     "step",
@@ -53,6 +56,7 @@ class TuneResult:
     losses: list[float]  # of each step, from the first one on even when the run was resumed
     steps: int
     seconds: float  # of this call
+    samples: Samples | None = None  # what the tuned model says to held-out conversations
 
 
 @dataclass(frozen=True)
@@ -97,19 +101,27 @@ def tune(
             return TuneStopped(state.global_step, state.max_steps, folder.all()[-1])
         before, after = _before_and_after(trainer, folder)
         difference = compare(before, after, seed=settings.seed)
+        samples = sample_replies(model, prepared.renderer, prepared.talks, **CHOICE)
+        for line in [] if samples is None else samples.lines():
+            _printer(console)(line)
         history = _history(state.log_history)
         bundle = Bundle(
             model=about,
             mode=model.prompts.mode,
             prompt_tokens=model.prompts.length,
-            rendering=settings.rendering,
+            rendering=prepared.renderer.settings,
             stop=_stop_settings(prepared),
-            training={**settings.to_dict(), **(notes or {}), "steps": state.global_step},
-            metrics=_metrics(before, after, difference),
+            training={
+                **_as_chosen(settings, prepared).to_dict(),
+                **(notes or {}),
+                "steps": state.global_step,
+            },
+            metrics=_metrics(before, after, difference, samples),
+            sampling={**SAMPLING, "allow_empty": settings.allow_empty},
         )
-        replace = overwrite or folder.has_ended()
+        replacing = overwrite or folder.has_ended()
         folder.note_end(bundle.to_dict())
-        save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=replace)
+        save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=replacing)
         folder.finish()
     return TuneResult(
         bundle=out,
@@ -120,6 +132,7 @@ def tune(
         losses=[line["loss"] for line in history if "loss" in line],
         steps=state.global_step,
         seconds=time.monotonic() - started,
+        samples=samples,
     )
 
 
@@ -161,12 +174,17 @@ def _what_is_trained(
             "The model has no prompt to train: load it with tuning_mode='ptune' or 'deep_ptune'."
         )
     return {
-        **settings.decisive(),
+        **_as_chosen(settings, prepared).decisive(),
         "model": about.identity,
         "mode": model.prompts.mode,
         "prompt_tokens": model.prompts.length,
         "data": prepared.fingerprint(),
     }
+
+
+def _as_chosen(settings: TuneSettings, prepared: Prepared) -> TuneSettings:
+    """The settings with the style that was chosen for this tokenizer."""
+    return replace(settings, rendering=prepared.renderer.settings)
 
 
 def _drop_default_printer(trainer: PromptTrainer) -> None:
@@ -200,8 +218,11 @@ def _stop_settings(prepared: Prepared) -> dict[str, Any]:
     return {"ids": list(renderer.stop_ids), "text": renderer.tokenizer.decode(renderer.stop_ids)}
 
 
-def _metrics(before: Evaluation, after: Evaluation, difference: Difference) -> dict[str, Any]:
+def _metrics(
+    before: Evaluation, after: Evaluation, difference: Difference, samples: Samples | None
+) -> dict[str, Any]:
     return {
+        **({} if samples is None else {"samples": samples.metrics()}),
         "before": before.metrics(),
         "after": after.metrics(),
         "difference": {"mean": difference.mean, "low": difference.low, "high": difference.high},

@@ -1,0 +1,36 @@
+"""Where a prediction would come from padding.
+
+Invariant: padding never reaches a server, so what stands at its places is not what a local model computes
+there. It matters nowhere but in the two cases that are refused here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from corolla.errors import UsageError
+
+IGNORED = -100  # the label of a position that carries no loss
+
+
+def check_labels_of(labels: Tensor | None, mask: Tensor | None) -> None:
+    """Raises `UsageError` when a label of [R, T] is predicted from a place where `mask` [R, T] is 0.
+
+    That is a row's first token behind padding in front. Padding behind a row scores nothing.
+    """
+    if labels is None or mask is None or labels.ndim != 2 or labels.shape != mask.shape:
+        return
+    if bool(((labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)).any()):
+        raise UsageError(
+            "With padding in front, the label of a row's first token would be predicted from padding, which "
+            "servers never see: pad on the right (tokenizer.padding_side = 'right'), or make that label -100."
+        )
+
+
+def check_ends_of(mask: Tensor | None) -> None:
+    """Raises `UsageError` when a row of `mask` [R, S] ends with padding and is to be gone on with."""
+    if mask is not None and mask.ndim == 2 and mask.shape[1] and bool((mask[:, -1] == 0).any()):
+        raise UsageError(
+            "A row ends with padding, so its next token would be predicted from padding, which servers never "
+            "see: pad on the left (tokenizer.padding_side = 'left')."
+        )

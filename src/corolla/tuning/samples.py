@@ -1,0 +1,230 @@
+"""What a tuned model says to held-out conversations, and whether that is worth reading.
+
+Invariant: the loss of a model that has learnt to say nothing but marks goes down too, so the figures alone do
+not tell. This costs seconds, changes nothing, and a swarm that cannot answer now loses nothing but the samples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from corolla.data.beginnings import Beginnings, reply_ends
+from corolla.data.conversation import Conversation, Turn
+from corolla.data.render import Renderer
+from corolla.errors import CorollaError
+
+COUNT = 4  # conversations
+REPLY_TOKENS = 32
+LONGEST_PROMPT = 96  # tokens; the opening of a conversation is enough to see
+SECONDS = 20.0  # for all replies together
+MOSTLY = 0.6  # a share of a reply's tokens that are all the same
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One exchange. `held_back`: the model's own first choice would have ended the reply."""
+
+    said: str
+    reply: str
+    tokens: tuple[int, ...]
+    held_back: bool = False
+
+    def problem(self) -> str | None:
+        """What is wrong with it by itself, in a word or two."""
+        if self.held_back or not self.reply.strip():
+            return "empty"
+        if _repeats(self.tokens):
+            return "the same again and again"
+        if _words(self.reply) and _words(self.reply) == _words(self.said):
+            return "what was said to it"
+        return None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some held-out exchanges."""
+
+    exchanges: tuple[Sample, ...]
+
+    def degenerate(self) -> str | None:
+        """A sentence that says so and what to try; None when there is nothing to say."""
+        found = Counter(one.problem() for one in self.exchanges)
+        found.pop(None, None)
+        parts = [f"{count} of {len(self.exchanges)} would be {what}" for what, count in found.most_common()]
+        different = {" ".join(_words(one.reply)) for one in self.exchanges}
+        if len(self.exchanges) > 2 and len(different) == 1 and not parts:
+            parts = ["all are the same"]
+        if not parts:
+            return None
+        return (
+            f"These replies are not what a person would call replies ({', '.join(parts)}): try more --steps, "
+            "a lower --lr (such as 3e-3), --style template, or more data."
+        )
+
+    def lines(self) -> list[str]:
+        """For people to read."""
+        said = [
+            line
+            for one in self.exchanges
+            for line in (f"  You: {one_line(one.said)}", f"  Bot: {one_line(one.reply) or '(nothing)'}")
+        ]
+        problem = self.degenerate()
+        return ["Replies to held-out conversations:", *said, *([] if problem is None else [problem])]
+
+    def metrics(self) -> dict[str, Any]:
+        """For a bundle."""
+        return {
+            "degenerate": self.degenerate(),
+            "replies": [
+                {"said": one.said, "reply": one.reply, "problem": one.problem()} for one in self.exchanges
+            ],
+        }
+
+
+def sample_replies(
+    model: Any, renderer: Renderer, talks: Sequence[Conversation], **sampling: Any
+) -> Samples | None:
+    """Replies to the beginnings of some conversations, all at once; None where there are none to have.
+
+    `sampling` are arguments of `generate`; without any, replies are greedy. torch's generator is left as it was.
+
+    Only a model that keeps its caches in sessions is asked: one with blocks of its own behind the same hooks
+    has no cache to go on with.
+    """
+    if not hasattr(model, "inference_session"):
+        return None
+    try:
+        prompts = _prompts(renderer, talks)
+        return Samples(_replies(model, renderer, prompts, sampling)) if prompts else None
+    except (CorollaError, KeyboardInterrupt):  # the prompt is trained and wants to be saved
+        return None
+
+
+def _prompts(renderer: Renderer, talks: Sequence[Conversation]) -> list[tuple[str, list[int]]]:
+    """What was said last, and the tokens to which a reply is due."""
+    found: list[tuple[str, list[int]]] = []
+    for talk in talks:
+        turns = _opening(talk.turns)
+        if turns and len(ids := renderer.prompt_ids(turns)) <= LONGEST_PROMPT:
+            found.append((turns[-1].text, ids))
+        if len(found) == COUNT:
+            break
+    return found
+
+
+def _opening(turns: Sequence[Turn]) -> list[Turn]:
+    """Up to the first turn that is answered."""
+    for index, turn in enumerate(turns[1:], start=1):
+        if turn.role == "assistant" and turns[index - 1].role == "user":
+            return list(turns[:index])
+    return []
+
+
+def _replies(
+    model: Any, renderer: Renderer, prompts: Sequence[tuple[str, list[int]]], sampling: dict[str, Any]
+) -> tuple[Sample, ...]:
+    longest = max(len(ids) for _, ids in prompts)
+    rows = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(rows)
+    for row, (_, ids) in enumerate(prompts):
+        rows[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    ends = reply_ends(model, renderer)
+    beginnings = Beginnings.of(renderer, ends)
+    first, ended = _FirstChoice(beginnings, longest), _Ended(renderer, ends, longest)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = model.generate(
+            rows.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=bool(sampling),
+            **sampling,
+            num_beams=1,
+            max_new_tokens=REPLY_TOKENS,
+            max_time=SECONDS,
+            eos_token_id=None,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([first, beginnings.processor(longest, REPLY_TOKENS)]),
+            stopping_criteria=StoppingCriteriaList([ended]),
+        )
+    return tuple(
+        Sample(said, *ended.cut(row), held_back)
+        for (said, _), row, held_back in zip(
+            prompts, found[:, longest:].tolist(), first.would_end, strict=True
+        )
+    )
+
+
+class _FirstChoice(LogitsProcessor):  # type: ignore[misc]
+    """Looks at what each row would say first, if it could."""
+
+    def __init__(self, beginnings: Beginnings, prompt_tokens: int) -> None:
+        self._beginnings = beginnings
+        self._prompt_tokens = prompt_tokens
+        self.would_end: list[bool] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == self._prompt_tokens:
+            self.would_end = self._beginnings.ends(scores.argmax(dim=-1)).tolist()
+        return scores
+
+
+class _Ended(StoppingCriteria):  # type: ignore[misc]
+    """Ends once each row has said what ends a reply."""
+
+    def __init__(self, renderer: Renderer, end_ids: frozenset[int], prompt_tokens: int) -> None:
+        self._renderer = renderer
+        self._end_ids = end_ids
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
+        done = all(self._end(row) is not None for row in input_ids[:, self._prompt_tokens :].tolist())
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+
+    def cut(self, row: list[int]) -> tuple[str, tuple[int, ...]]:
+        """A row's reply: its text, and its tokens with what ended it."""
+        end = self._end(row)
+        tokens = row if end is None else row[:end]
+        text = self._renderer.reply_text([token for token in tokens if token not in self._end_ids])
+        return text.strip(), tuple(tokens)
+
+    def _end(self, row: list[int]) -> int | None:
+        stop, text = self._renderer.stop_ids, self._renderer.stop_text
+        for count in range(1, len(row) + 1):
+            tokens = row[:count]
+            if tokens[-1] in self._end_ids or tokens[-len(stop) :] == stop:
+                return count
+            if text and text in self._renderer.tokenizer.decode(tokens, skip_special_tokens=True):
+                return count
+        return None
+
+
+def _repeats(tokens: Sequence[int]) -> bool:
+    """Whether most of it is one token, or its end says the same three times."""
+    count = len(tokens)
+    if count < 6:
+        return False
+    if Counter(tokens).most_common(1)[0][1] >= MOSTLY * count:
+        return True
+    return any(
+        3 * period >= MOSTLY * count
+        and tokens[-period:] == tokens[-2 * period : -period] == tokens[-3 * period : -2 * period]
+        for period in range(1, count // 3 + 1)
+    )
+
+
+def _words(text: str) -> list[str]:
+    return "".join(one if one.isalnum() else " " for one in text.lower()).split()
+
+
+def one_line(text: str, most: int = 120) -> str:
+    """`text` as a terminal can show it on a line: neither breaks nor controls."""
+    line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
