@@ -83,7 +83,7 @@ def test_every_line_end_ends_a_line(tmp_path: Path, end: str) -> None:
         ("data.jsonl", b"PK\x03\x04...", "is a zip archive: unpack it first"),
         ("data.json", b"PAR1...", r"is a parquet file: its name should end in \.parquet"),
         ("data.jsonl", b"\x00\x01\x02\x03\xff", "is neither UTF-8 text nor utf"),
-        ("data.parquet.gz", gzip.compress(b"PAR1"), "is compressed as a whole"),
+        ("data.parquet.gz", gzip.compress(b"PAR1", mtime=0), "is compressed as a whole"),
         ("data.tar.gz", b"x", "is none of the files that can be read"),
         ("data.csv", b"prompt,response,prompt\na,b,c\n", "has two columns called 'prompt'"),
         ("data.csv", b'"prompt,response\na,b\n', "cannot be read as csv: unexpected end of data"),
