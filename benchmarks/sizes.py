@@ -12,8 +12,8 @@ PROMPT_TOKENS = 16
 class DemoSizes:
     """What `corolla demo` trains with (see `corolla/cli/demo.py`)."""
 
-    steps: int = 30
-    batch: int = 8
+    steps: int = 20
+    batch: int = 6
     max_length: int = 256  # tokens of an example, as wherever nothing else is asked for
     held_out: int = 48  # conversations
 

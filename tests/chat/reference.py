@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from corolla.models.cache import cache_argument
+
 SPECIALS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 VOCABULARY = 256 + len(SPECIALS)
 TEMPLATE = (
@@ -108,12 +110,13 @@ class CachingReference(LocalReference):
     def greedy(self, ids: Sequence[int], first: First, *, most: int, stop: Sequence[int]) -> list[int]:
         """As `LocalReference.greedy`."""
         said: list[int] = []
+        cache = cache_argument(self.model.forward)
         output = self.model(inputs_embeds=self._embeddings(ids), use_cache=True)
         while True:
             said.append(self._best(output.logits[0, -1], said, first))
             if len(said) == most or said[-len(stop) :] == list(stop) or said[-1] == END:
                 return said
-            output = self.model(torch.tensor([said[-1:]]), past_key_values=output.past_key_values)
+            output = self.model(torch.tensor([said[-1:]]), **{cache: output[cache]})
 
 
 def _adding(vectors: torch.Tensor) -> Any:

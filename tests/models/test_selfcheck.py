@@ -127,7 +127,7 @@ def test_a_client_that_misreads_its_blocks_is_refused(mistake: str) -> None:
         shell = copy.deepcopy(whole)
         layer = BlocksLayer(run, returns_tuple=mistake == "tuple")
         holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
-        BaseModelHooks(holder, prompts=lambda: None, default_cache=lambda _use: None)
+        BaseModelHooks(holder, prompts=lambda: None, caches=None)
         return shell
 
     wrong, right = ("llama", "gpt_neo") if mistake == "tuple" else ("gpt_neo", "llama")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.cache import cache_argument
 from corolla.models.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.families import blocks_prefix
 from corolla.models.prompts import add_deep
@@ -170,9 +171,16 @@ def cached_steps(
     with torch.no_grad():
         if start:
             before = ids.new_full((ids.shape[0], start), 3)
-            whole(input_ids=before, attention_mask=mask[:, :start], past_key_values=own, use_cache=True)
+            whole(
+                input_ids=before,
+                attention_mask=mask[:, :start],
+                use_cache=True,
+                **{cache_argument(whole.forward): own},
+            )
         with blocks_replaced(whole, run):
-            return whole(input_ids=ids, attention_mask=mask, past_key_values=own, use_cache=True).logits
+            return whole(
+                input_ids=ids, attention_mask=mask, use_cache=True, **{cache_argument(whole.forward): own}
+            ).logits
 
 
 def test_cached_steps_rollback_and_reorder(whole: PreTrainedModel, checkpoint: Checkpoint) -> None:
