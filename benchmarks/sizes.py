@@ -15,7 +15,7 @@ class DemoSizes:
     steps: int = 20
     batch: int = 6
     max_length: int = 256  # tokens of an example, as wherever nothing else is asked for
-    held_out: int = 48  # conversations
+    held_out: int = 32  # conversations
 
 
 DEMO = DemoSizes()

@@ -171,7 +171,7 @@ def test_training_is_exact_and_rows_on_both_sides_are_refused(folder: Path, swar
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
     with pytest.raises(UsageError, match="rows of unequal lengths one by one"):
-        model(ids, attention_mask=mask, labels=ids, use_cache=False)
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False)
 
 
 def test_a_chat_ends_at_the_edge() -> None:

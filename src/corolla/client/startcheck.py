@@ -84,9 +84,12 @@ def _first_difference(whole: Any, model: Any) -> str | None:
     with model.inference_session() as session:
         first = model.generate(row, session=session, **_greedy())
         second = model.generate(more, session=session, prompt_lookup_num_tokens=2, **_greedy())
-    if not _same(first, whole, row, None):
+    if not _same(first, whole, row, torch.ones_like(row)):
         return "in a session"
-    if not _same(second, whole, torch.cat([first.sequences, more], 1), None):
+    both = torch.cat([first.sequences, more], 1)
+    if not _same(
+        second, whole, both, torch.ones_like(both)
+    ):  # a mask would be guessed from tokens it has said
         return "in a session's second turn"
     return None
 
@@ -101,10 +104,9 @@ def _greedy() -> dict[str, Any]:
     }
 
 
-def _same(found: Any, whole: Any, ids: Tensor, mask: Tensor | None) -> bool:
+def _same(found: Any, whole: Any, ids: Tensor, mask: Tensor) -> bool:
     """Whether the logits of every generated token are the whole model's."""
-    more = {} if mask is None else {"attention_mask": mask}
-    expected = whole.generate(ids, **more, **_greedy())
+    expected = whole.generate(ids, attention_mask=mask, **_greedy())
     return close(torch.stack(found.logits), torch.stack(expected.logits))
 
 

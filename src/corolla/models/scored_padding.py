@@ -16,11 +16,18 @@ IGNORED = -100  # the label of a position that carries no loss
 def check_labels_of(labels: Tensor | None, mask: Tensor | None) -> None:
     """Raises `UsageError` when a label of [R, T] is predicted from a place where `mask` [R, T] is 0.
 
-    That is a row's first token behind padding in front. Padding behind a row scores nothing.
+    That is padding behind padding, or a row's first token behind padding in front.
     """
     if labels is None or mask is None or labels.ndim != 2 or labels.shape != mask.shape:
         return
-    if bool(((labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)).any()):
+    from_padding = (labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)
+    if bool((from_padding & (mask[:, 1:] == 0)).any()):
+        raise UsageError(
+            "Some labels stand on padding, which servers never see: make them -100 "
+            "(labels.masked_fill(attention_mask == 0, -100)), or leave the attention mask out to learn padding as "
+            "any other token."
+        )
+    if bool(from_padding.any()):
         raise UsageError(
             "With padding in front, the label of a row's first token would be predicted from padding, which "
             "servers never see: pad on the right (tokenizer.padding_side = 'right'), or make that label -100."
