@@ -34,11 +34,11 @@ class Mark(torch.autograd.Function):
 
 
 def kept_graph(family: str) -> Lease:
-    """A lease whose graph is marked where its first block begins."""
+    """A lease whose graph is marked where its last block begins."""
     span = span_of(family)
     tensors = {"hidden": noise(1, 6, HIDDEN), "lengths": torch.tensor([4, 2])}
     work = Sequences(span, tensors, with_gradients=True, memory_limit=2**30)
-    mark = span.blocks[0].register_forward_pre_hook(lambda _, inputs: (Mark.apply(inputs[0]), *inputs[1:]))
+    mark = span.blocks[-1].register_forward_pre_hook(lambda _, inputs: (Mark.apply(inputs[0]), *inputs[1:]))
     try:
         _, lease = work.forward_kept()
     finally:

@@ -8,27 +8,23 @@ model's forward; what cannot be verified is refused, since such a change shows a
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Coroutine
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.client.local_blocks import LocalBlocks
 from corolla.client.objects import SharedConnection
 from corolla.client.prefixes import PrefixIndex
 from corolla.errors import UnsupportedFamily
-from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import block_key_pattern, structure
 from corolla.models.identity import canonical_config
 from corolla.models.miniature import close, miniature, random_model, undisturbed
 from corolla.models.pretrained import load_parts
-from corolla.models.source import LocalFolder
 from corolla.models.span import load_span
 
 # What Corolla's own tests have run with; pyproject.toml says the same.
@@ -65,10 +61,9 @@ def check_generation(config: PretrainedConfig, distributed: Any) -> None:
 def _difference(config: PretrainedConfig, distributed: Any) -> str | None:
     """In what the client's model differs from the whole one, in words; None when it does not."""
     small = miniature(config)
-    with undisturbed(), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+    with undisturbed():
         whole = random_model(structure(config).causal_lm, small)
-        whole.save_pretrained(folder)
-        model = _client_of(Checkpoint("miniature", None, LocalFolder(Path(folder))), distributed)
+        model = _client_of(_InMemory(whole), distributed)
         for one in (whole, model):
             one.generation_config.update(eos_token_id=None, pad_token_id=0)
         return _first_difference(whole, model)
@@ -110,7 +105,24 @@ def _same(found: Any, whole: Any, ids: Tensor, mask: Tensor) -> bool:
     return close(torch.stack(found.logits), torch.stack(expected.logits))
 
 
-def _client_of(checkpoint: Checkpoint, distributed: Any) -> Any:
+class _InMemory:
+    """What is asked of a checkpoint here, for a model that is on no disk."""
+
+    name = "miniature"
+
+    def __init__(self, whole: PreTrainedModel) -> None:
+        self.config = whole.config
+        self.num_blocks = int(whole.config.num_hidden_layers)
+        self._state = whole.state_dict()
+
+    def tensors(
+        self, wanted: Callable[[str], bool], *, widen_to: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """As a `Checkpoint`'s."""
+        return {key: tensor.clone() for key, tensor in self._state.items() if wanted(key)}
+
+
+def _client_of(checkpoint: Any, distributed: Any) -> Any:
     """A client's model all of whose blocks run here."""
     pattern = block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=torch.float32)

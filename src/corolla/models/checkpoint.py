@@ -63,8 +63,9 @@ class Checkpoint:
         self.source = source
         self._known_identity = known_identity
         self._memory = memory
-        self._raw_config = _with_plain_dtype(name, read_json(source.config_path()))
-        self.config = _load_config(name, self._raw_config)
+        found = read_json(source.config_path())
+        self._raw_config = _with_plain_dtype(name, found)
+        self.config = _load_config(name, source.config_path(), found, self._raw_config)
         self.config._name_or_path = source.location
         self.architecture = structure(self.config).causal_lm.__name__
         refuse_tokenizer_code(self)
@@ -213,14 +214,16 @@ def _with_plain_dtype(name: str, raw: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _load_config(name: str, raw: dict[str, Any]) -> PretrainedConfig:
-    if quantization := raw.get("quantization_config"):
+def _load_config(name: str, path: Path, found: dict[str, Any], plain: dict[str, Any]) -> PretrainedConfig:
+    if quantization := plain.get("quantization_config"):
         named = quantization.get("quant_method") if isinstance(quantization, dict) else None
         method = one_line(named or "some method", characters=40)
         raise CheckpointError(
             f"{name} is stored quantized ({method}), which Corolla does not read; use an unquantized one."
         )
+    if plain == found:
+        return load_config(name, path, plain)
     with tempfile.TemporaryDirectory(prefix="corolla-") as folder:
-        path = Path(folder) / CONFIG_FILE
-        path.write_text(json.dumps(raw))
-        return load_config(name, path, raw)
+        rewritten = Path(folder) / CONFIG_FILE
+        rewritten.write_text(json.dumps(plain))
+        return load_config(name, rewritten, plain)
