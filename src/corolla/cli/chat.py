@@ -69,15 +69,11 @@ def chat(
         ),
     ] = None,
     peers: PeersOption = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: always the likeliest token (default: 0.6).")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token (default: 0.6).")] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Choose among so many tokens; 0: all (default: 100).")
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Choose among this share of likelihood (default: 1).")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Among this share of likelihood (default: 1).")] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: fewer repetitions (default: 1).")
     ] = None,
