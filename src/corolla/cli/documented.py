@@ -22,7 +22,7 @@ shows the log: a server's says who came, what for and how fast.
 
 Whatever you would type every time can stand in the environment or in a file. `COROLLA_PEERS` holds addresses with
 spaces between them, for all commands that join a swarm. The file is `~/.config/corolla/config.toml`
-(or in your system's own folder for settings; `COROLLA_CONFIG` names another):
+(`XDG_CONFIG_HOME` is honoured; `COROLLA_CONFIG` names another):
 
 ```toml
 peers = ["/ip4/…/tcp/…/p2p/…"]   # for all commands that join a swarm; any option can stand here
