@@ -1,4 +1,4 @@
-"""Every public way to call a model equals the local one or is refused in one sentence; see `ways.py`."""
+"""Every public way to call a model equals the local one or is refused in one sentence; see `ways/`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import Pair
-from tests.client.ways import COLUMNS, WAYS, Case, Column, P, Way, document
+from tests.client.ways.document import document
+from tests.client.ways.table import COLUMNS, WAYS, Case, Column, P, Way
 from tests.reference import Prompted, local_model
 from tests.tiny_models import write_tiny
 
@@ -59,8 +60,25 @@ def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
     return Case(column, model, bare, local, whole, Prompted(whole, vectors, deep), pair.model, assistant)
 
 
+def is_for_every_run(one: Way, column: Column, family: str) -> bool:
+    """Other families than the first are tried every time where families differ, and every night elsewhere."""
+    if one.needs is not None:
+        return False
+    return family == FAMILIES[0] or (one.every_family and column in ("none", "deep_ptune"))
+
+
+def marks(one: Way, column: Column, family: str) -> list[Any]:
+    return [] if is_for_every_run(one, column, family) else [pytest.mark.nightly]
+
+
 CELLS = [
-    pytest.param(one, column, family, id=f"{one.section}: {one.name}-{column}-{family}")
+    pytest.param(
+        one,
+        column,
+        family,
+        id=f"{one.section}: {one.name}-{column}-{family}",
+        marks=marks(one, column, family),
+    )
     for one in WAYS
     for column in COLUMNS
     for family in FAMILIES
@@ -68,15 +86,17 @@ CELLS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore")  # libraries warn about their own choices
 @pytest.mark.parametrize(("one", "column", "family"), CELLS)
 def test_a_cell(pair_of: PairOf, tmp_path: Path, one: Way, column: Column, family: str) -> None:
+    if one.needs is not None:
+        pytest.importorskip(one.needs)
     case = case_of(pair_of(family), column, family, tmp_path)
     sentence = one.sentence(column)
     if sentence is not None:
-        with pytest.raises(UsageError, match=re.escape(sentence)) as refusal:
+        with pytest.raises(one.error, match=re.escape(sentence)) as refusal:
             one.run(case)
-        assert "\n" not in str(refusal.value)
+        assert "\n" not in str(refusal.value) or one.error is not UsageError
         return
     found, expected = one.run(case)
     assert_equal(found, expected)

@@ -191,6 +191,13 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
             return watched(criteria, generation_config)
 
+        def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+            """Raises `UsageError`: what batches continuously keeps the keys and values of its own."""
+            raise UsageError(
+                "Continuous batching keeps attention caches at the client, and this model's are on the servers, which "
+                "batch what comes: use generate, or a session for each conversation."
+            )
+
         # --- saving and ending --------------------------------------------------------------------------
 
         def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:

@@ -196,6 +196,8 @@ class BaseModelHooks:
         cache = self._pick_cache(base, named)
         rows, new_tokens = _shape(named)
         guard.check_continues(cache, rows, new_tokens, named)
+        if named.get("position_ids") is not None:
+            named["position_ids"] = guard.known_positions(named["position_ids"], named.get("attention_mask"))
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
             _split(named, flat)
@@ -262,6 +264,8 @@ class BaseModelHooks:
         ids, new_tokens = named.get("input_ids"), _shape(named)[1]
         if ids is not None:
             named["input_ids"] = guard.known_ids(ids, named.get("attention_mask"), embedding)
+        elif named.get("inputs_embeds") is not None:
+            guard.check_embeddings(named["inputs_embeds"], embedding)
         length = 0 if prompt is None else prompt.length
         if cache is not None:
             if cache.length and cache.prompt_length != length:
@@ -290,9 +294,15 @@ def _shape(named: dict[str, Any]) -> tuple[int, int]:
     """Rows and tokens of a call."""
     ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
     shaped = ids if ids is not None else embeddings
-    if shaped is None or shaped.ndim != (2 if ids is not None else 3):
+    if (
+        not isinstance(shaped, Tensor)
+        or shaped.ndim != (2 if ids is not None else 3)
+        or not shaped.shape[0]
+        or not shaped.shape[1]
+    ):
         raise UsageError(
-            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size]."
+            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size], of at least one "
+            "token."
         )
     return int(shaped.shape[0]), int(shaped.shape[1])
 
@@ -380,9 +390,12 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(names, args, strict=False)) | kwargs
         cache = take_cache(named)
-        labels = named.get("labels")
+        labels, shifted = named.get("labels"), named.get("shift_labels")
+        for given, wanted in ((shifted, True), (labels, False)):
+            if isinstance(given, Tensor):
+                guard.check_labels(given, getattr(model.get_output_embeddings(), "out_features", None))
+                guard.check_label_places(given, named.get("attention_mask"), shifted=wanted)
         if isinstance(labels, Tensor):
-            guard.check_labels(labels, getattr(model.get_output_embeddings(), "out_features", None))
             if cache is None and named.get("use_cache") is not False and caches.active() is not None:
                 cache = caches.fresh(lazy=True)
         return (), named if cache is None else {**named, cache_name: cache}
