@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.client import saving
+from corolla.client.adapters import AdapterCheck
 from corolla.client.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
@@ -96,6 +97,8 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 reads_flat_rows=lambda: reads_flat_rows(config),
             )
             watch_losses(self, caches)
+            check = AdapterCheck()
+            self.register_forward_pre_hook(lambda model, _args: check(model))
             self._shared_connection = connection
             connection.join(self)
 

@@ -42,7 +42,9 @@ class GenerateCall:
         if given is None:
             session = session or self._model.active_session
         inputs = self._kwargs.pop("input_ids", None) if inputs is None else inputs
-        follows = self._kwargs.get("inputs_embeds") is not None or (session is not None and session.position > 0)
+        follows = self._kwargs.get("inputs_embeds") is not None or (
+            session is not None and session.position > 0
+        )
         guard.check_prompt(inputs, self._kwargs.get("attention_mask"), may_be_empty=follows)
         with self._model.apart_from_session():  # what a processor asks the model is no part of the session
             if given is not None:

@@ -82,7 +82,9 @@ def check_prompt(ids: Any, mask: Any, *, may_be_empty: bool) -> None:
             "and ids[None] makes one row of them."
         )
     if ids is not None and not (ids.shape[0] and (ids.shape[1] or may_be_empty)):
-        raise UsageError("generate was given no tokens; leave the input out to begin with the model's first token.")
+        raise UsageError(
+            "generate was given no tokens; leave the input out to begin with the model's first token."
+        )
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from tests.client.ways.loops import loop
 from tests.client.ways.table import Case, Outcome, padded, real, way

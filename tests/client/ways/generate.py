@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.client.ways.table import Case, GREEDY, Outcome, PEFT_CUTS, padded, way
+from tests.client.ways.table import GREEDY, PEFT_CUTS, Case, Outcome, padded, way
 from tests.reference import random_ids
 from torch import Tensor
 

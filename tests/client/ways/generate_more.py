@@ -58,7 +58,9 @@ def _config(case: Case) -> Outcome:
 
     ids = random_ids(2, 7)
     found = [
-        case.generate(ids, generation_config=GenerationConfig(max_new_tokens=6, pad_token_id=0, use_cache=cached))
+        case.generate(
+            ids, generation_config=GenerationConfig(max_new_tokens=6, pad_token_id=0, use_cache=cached)
+        )
         for cached in (True, False)
     ]
     return torch.stack(found), case.prompted.greedy(ids, 6).repeat(2, 1, 1)

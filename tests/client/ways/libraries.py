@@ -8,11 +8,12 @@ import torch
 from tests.client.ways.table import GREEDY, Case, Outcome, way
 from tests.client.ways.twin import twins
 from tests.reference import random_ids
+from tests.tuning.tiny_setup import byte_tokenizer
 from torch import Tensor
 
 LIBRARIES = "Libraries"
 TEXTS = ("12 90 44 7 31 200", "8 15 77")
-TEMPLATE = "{% for message in messages %}{{ message.content + ' 9 ' }}{% endfor %}"
+TEMPLATE = "{% for message in messages %}{{ ' ' + message.content + ' 9' }}{% endfor %}"
 
 
 def tokenizer(side: str = "left") -> Any:
@@ -39,36 +40,46 @@ def as_ids(text: str) -> Tensor:
     return torch.tensor([[int(word) for word in text.split()]])
 
 
+def written(ids: Tensor) -> Tensor:
+    """Of token ids [1, n] those that a library writes, which leaves special ones out."""
+    return ids[:, ids[0] > 2]
+
+
 def _alone(case: Case, text: str, count: int) -> Tensor:
     return case.prompted.greedy(as_ids(text), count)
 
 
-def _piped(case: Case, inputs: Any, **options: Any) -> Any:
+def _piped(model: Any, inputs: Any, **options: Any) -> Any:
     from transformers import pipeline
 
-    made = pipeline("text-generation", model=case.model, tokenizer=tokenizer())
+    made = pipeline("text-generation", model=model, tokenizer=tokenizer())
     return made(inputs, max_new_tokens=6, do_sample=False, **options)
 
 
 @way(LIBRARIES, "`transformers.pipeline`, one text")
 def _pipeline(case: Case) -> Outcome:
-    found = _piped(case, TEXTS[0])[0]["generated_text"]
-    return as_ids(found), _alone(case, TEXTS[0], 6)
+    found = _piped(case.model, TEXTS[0])[0]["generated_text"]
+    return as_ids(found), written(_alone(case, TEXTS[0], 6))
 
 
 @way(LIBRARIES, "`transformers.pipeline`, several texts with padding")
 def _pipeline_batch(case: Case) -> Outcome:
-    found = [one[0]["generated_text"] for one in _piped(case, list(TEXTS), batch_size=2)]
-    return tuple(as_ids(one) for one in found), tuple(_alone(case, text, 6) for text in TEXTS)
+    found, local = (
+        [as_ids(one[0]["generated_text"]) for one in _piped(model, list(TEXTS), batch_size=2)]
+        for model in (case.model, case.local)
+    )
+    if case.wrapped or case.column == "none":  # peft gives padded rows other positions than rows alone
+        return tuple(found), tuple(local)
+    return tuple(found), tuple(written(_alone(case, text, 6)) for text in TEXTS)
 
 
 @way(LIBRARIES, "`transformers.pipeline`, chat messages")
 def _pipeline_chat(case: Case) -> Outcome:
     messages = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": "5"}]
     messages.append({"role": "user", "content": TEXTS[1]})
-    found = _piped(case, messages)[0]["generated_text"][-1]["content"]
+    found = _piped(case.model, messages)[0]["generated_text"][-1]["content"]
     ids = as_ids(f"{TEXTS[0]} 9 5 9 {TEXTS[1]} 9")
-    return as_ids(found), case.prompted.greedy(ids, 6)[:, ids.shape[1] :]
+    return as_ids(found), written(case.prompted.greedy(ids, 6)[:, ids.shape[1] :])
 
 
 @way(LIBRARIES, "`TextIteratorStreamer`, generation on a thread")
@@ -78,25 +89,22 @@ def _iterated(case: Case) -> Outcome:
     from transformers import TextIteratorStreamer
 
     words = tokenizer()
-    heard = TextIteratorStreamer(words, skip_prompt=True, timeout=60)
+    heard = TextIteratorStreamer(words, skip_prompt=True, timeout=60, skip_special_tokens=True)
     options = {**words(TEXTS[0], return_tensors="pt")}
     options |= {"streamer": heard, "max_new_tokens": 6, **GREEDY}
     thread = threading.Thread(target=case.model.generate, kwargs=options)
     thread.start()
     found = as_ids("".join(heard))
     thread.join()
-    return found, _alone(case, TEXTS[0], 6)[:, 6:]
+    return found, written(_alone(case, TEXTS[0], 6)[:, 6:])
 
 
 @way(LIBRARIES, "`stop_strings` with a tokenizer")
 def _stops(case: Case) -> Outcome:
-    ids = random_ids(1, 7)
-    free = case.prompted.greedy(ids, 8)
-    words = tokenizer()
-    found = case.generate(
-        ids, stop_strings=[words.decode(free[0, 10:12])], tokenizer=words, max_new_tokens=8, **GREEDY
-    )
-    return found, free[:, :12]
+    ids, words = random_ids(1, 7), byte_tokenizer()
+    options = {"tokenizer": words, "max_new_tokens": 8, **GREEDY}
+    options["stop_strings"] = [words.decode(case.prompted.greedy(ids, 8)[0, 10:11])]
+    return case.generate(ids, **options), case.expected(ids, **options)
 
 
 # --- accelerate and torch ------------------------------------------------------------------------------------
@@ -186,7 +194,11 @@ def _vmap(case: Case) -> Outcome:
     return torch.func.vmap(lambda x: case.bare(input_ids=x[None]).logits)(random_ids(2, 5)), None
 
 
-@way(LIBRARIES, "gradients of gradients (`create_graph=True`)", refused="Gradients of gradients do not go through")
+@way(
+    LIBRARIES,
+    "gradients of gradients (`create_graph=True`)",
+    refused="Gradients of gradients do not go through",
+)
 def _double(case: Case) -> Outcome:
     embeddings = case.bare.get_input_embeddings()(random_ids(1, 5)).detach().requires_grad_()
     loss = case.model(inputs_embeds=embeddings, use_cache=False).logits.square().mean()
@@ -213,13 +225,18 @@ def _hooked(case: Case) -> Outcome:
             handle.remove()
 
 
-@way(LIBRARIES, "the base model by itself (`model.base_model(…)`, `get_decoder()`)", refused={"peft prompt": ""})
+@way(
+    LIBRARIES,
+    "the base model by itself (`model.base_model(…)`, `get_decoder()`)",
+    refused={"peft prompt": ""},
+)
 def _base(case: Case) -> Outcome:
     ids = random_ids(2, 7)
     head = case.whole.get_output_embeddings()
     with torch.no_grad():
         found = [
-            head(base(input_ids=ids).last_hidden_state) for base in (case.bare.base_model, case.bare.get_decoder())
+            head(base(input_ids=ids).last_hidden_state)
+            for base in (case.bare.base_model, case.bare.get_decoder())
         ]
         return torch.stack(found), case.prompted.logits(ids).repeat(2, 1, 1, 1)
 
@@ -245,7 +262,9 @@ def _requests(kind: str, arguments: list[Any]) -> list[Any]:
 def _likelihoods(case: Case) -> Outcome:
     pairs = [(TEXTS[0], " 17 3"), (TEXTS[1], " 90"), (TEXTS[1], " 5 6 7 8")]
     found = _harness(case.model).loglikelihood(_requests("loglikelihood", pairs))
-    if case.wrapped:  # peft's logits have the prompt's positions too, and the harness takes them for the text's
+    if (
+        case.wrapped
+    ):  # peft's logits have the prompt's positions too, and the harness takes them for the text's
         local = _harness(case.local).loglikelihood(_requests("loglikelihood", pairs))
         return torch.tensor([one for one, _ in found]), torch.tensor([one for one, _ in local])
     expected = []
@@ -260,5 +279,8 @@ def _likelihoods(case: Case) -> Outcome:
 def _until(case: Case) -> Outcome:
     arguments = [(text, {"until": ["@"], "max_gen_toks": 6}) for text in TEXTS]
     found = _harness(case.model).generate_until(_requests("generate_until", arguments))
-    expected = [_alone(case, text, 6)[:, as_ids(text).shape[1] :] for text in TEXTS]
+    if case.wrapped:  # peft gives padded rows other positions than rows alone
+        local = _harness(case.local).generate_until(_requests("generate_until", arguments))
+        return tuple(as_ids(one) for one in found), tuple(as_ids(one) for one in local)
+    expected = [written(_alone(case, text, 6)[:, as_ids(text).shape[1] :]) for text in TEXTS]
     return tuple(as_ids(one) for one in found), tuple(expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.client.ways.table import Case, GREEDY, OWN_CACHE, Outcome, padded, way
+from tests.client.ways.table import GREEDY, OWN_CACHE, Case, Outcome, padded, way
 from tests.reference import Prompted, random_ids
 
 LOOPS = "Loops of one's own"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-
 import torch
-from tests.client.ways.table import Case, GREEDY, Outcome, padded, way
+from tests.client.ways.table import GREEDY, Case, Outcome, padded, way
 from tests.reference import Prompted, random_ids
 from torch import Tensor
 

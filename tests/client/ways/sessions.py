@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tests.client.ways.table import Case, GREEDY, Outcome, PEFT_CUTS, PEFT_SESSION, padded, rows_alone, way
+from tests.client.ways.table import GREEDY, PEFT_CUTS, PEFT_SESSION, Case, Outcome, padded, rows_alone, way
 from tests.reference import Prompted, random_ids
 from torch import Tensor
 

@@ -59,7 +59,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "`transformers.Trainer`": {},
     "`Trainer` with gradient accumulation": {"gradient_accumulation_steps": 2},
     "`Trainer` with gradient checkpointing": {"gradient_checkpointing": True},
-    "`Trainer` with `train_sampling_strategy='group_by_length'`": {"train_sampling_strategy": "group_by_length"},
+    "`Trainer` with `train_sampling_strategy='group_by_length'`": {
+        "train_sampling_strategy": "group_by_length"
+    },
     "`Trainer` with `label_smoothing_factor`": {"label_smoothing_factor": 0.1},
 }
 for _name, _options in OPTIONS.items():
@@ -95,7 +97,12 @@ def _evaluated(case: Case) -> Outcome:
             figures = trainer.evaluate()
             said = trainer.predict(trainer.eval_dataset)
             real = torch.tensor(said.label_ids) >= 0
-            found.append((torch.tensor([figures["eval_loss"], figures["eval_right"]]), torch.tensor(said.predictions)[real]))
+            found.append(
+                (
+                    torch.tensor([figures["eval_loss"], figures["eval_right"]]),
+                    torch.tensor(said.predictions)[real],
+                )
+            )
     return found[0], found[1]
 
 
@@ -140,14 +147,21 @@ def _sft_packed(case: Case) -> Outcome:
 @way(TRAINERS, "TRL `SFTTrainer` with `packing_strategy='wrapped'`", note="borders are not seen, as locally")
 def _sft_wrapped(case: Case) -> Outcome:
     return _tuned(
-        case, _plain_rows(), packing=True, packing_strategy="wrapped", max_length=8, per_device_train_batch_size=2
+        case,
+        _plain_rows(),
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=8,
+        per_device_train_batch_size=2,
     )
 
 
 @way(TRAINERS, "TRL `SFTTrainer` on prompts and completions (`completion_only_loss`)")
 def _sft_completions(case: Case) -> Outcome:
     words = tokenizer()
-    rows = [{"prompt": words.decode(ids[:3]), "completion": " " + words.decode(ids[3:])} for ids in sequences()]
+    rows = [
+        {"prompt": words.decode(ids[:3]), "completion": " " + words.decode(ids[3:])} for ids in sequences()
+    ]
     return _tuned(case, rows, completion_only_loss=True)
 
 
@@ -186,6 +200,10 @@ def _dpo_before(case: Case) -> Outcome:
     return _dpo(case, precompute_ref_log_probs=True)
 
 
-@way(TRAINERS, "TRL `DPOTrainer`, the reference without the prompt", refused={c: "" for c in ("none", "ptune", "deep_ptune")})
+@way(
+    TRAINERS,
+    "TRL `DPOTrainer`, the reference without the prompt",
+    refused=dict.fromkeys(("none", "ptune", "deep_ptune"), ""),
+)
 def _dpo_adapter(case: Case) -> Outcome:
     return _dpo(case)

@@ -9,6 +9,7 @@ import torch
 from tests.client.ways.table import Case
 from tests.reference import Prompted
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 def twins(case: Case) -> tuple[Any, Any]:
@@ -27,35 +28,42 @@ def _with_prompt(prompted: Prompted) -> None:
     prompted.vectors = model.prompt_vectors = nn.Parameter(prompted.vectors.detach())
     if prompted.deep is not None:
         prompted.deep = model.prompt_deep = nn.Parameter(prompted.deep.detach())
-    plain = model.forward
+    base = model.base_model
+    plain = base.forward
 
     @wraps(plain)
     def forward(
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        labels: Any = None,
-        **options: Any,
+        input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **options: Any
     ) -> Any:
-        if input_ids is None:  # the call below, with the prompt in front
-            return plain(attention_mask=attention_mask, **options)
-        answer = plain(input_ids[:, :1])
-        answer.logits = _logits(prompted, input_ids, attention_mask, position_ids).contiguous()
-        if labels is not None:
-            count = options.get("num_items_in_batch")
-            answer.loss = model.loss_function(
-                answer.logits, labels, vocab_size=answer.logits.shape[-1], num_items_in_batch=count
-            )
-        answer.past_key_values = None
-        return answer
+        if input_ids is None:
+            return plain(attention_mask=attention_mask, position_ids=position_ids, **options)
+        flat = position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
+        parts = _sequences(input_ids, position_ids) if flat else (input_ids,)
+        mask = None if flat else attention_mask
+        hidden = [_hidden(prompted, plain, part, mask) for part in parts]
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden, 1).contiguous())
 
-    model.forward = forward
+    base.forward = forward
 
 
-def _logits(prompted: Prompted, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-    """Logits at the user's tokens; of each sequence by itself where position ids start anew."""
-    if positions is None or bool((positions.diff(dim=-1) == 1).all()):
-        return prompted.logits(ids, mask)
+def _sequences(ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    """Those of a single row [1, T], whose position ids start anew."""
     borders = ((positions[0].diff() != 1).nonzero().flatten() + 1).tolist()
-    parts = ids.tensor_split(borders, dim=1)
-    return torch.cat([prompted.logits(part) for part in parts], 1)
+    return ids.tensor_split(borders, dim=1)
+
+
+def _hidden(prompted: Prompted, plain: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """What leaves the base model at the user's tokens, [R, T, H]."""
+    length = prompted.vectors.shape[0]
+    front = prompted.vectors.expand(ids.shape[0], -1, -1)
+    embedded = torch.cat([front, prompted.model.get_input_embeddings()(ids)], 1)
+    mask = torch.ones_like(ids) if mask is None else mask
+    handles = [] if prompted.deep is None else prompted._hook(length)
+    try:
+        mask = torch.nn.functional.pad(mask, (length, 0), value=1)
+        answer = plain(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden: Tensor = answer.last_hidden_state[:, length:]
+    return hidden
