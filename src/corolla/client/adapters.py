@@ -32,7 +32,7 @@ class AdapterCheck:
             if wanted is not None:
                 raise UsageError(
                     f"The adapter {name} is to change {wanted}, which is part of the blocks and stays on the servers: "
-                    "choose target_modules outside of the blocks, such as the head or the embeddings, or tune a prompt."
+                    "choose target_modules outside of the blocks, such as head and embeddings, or tune a prompt."
                 )
             self._seen[name] = adapter
 
@@ -54,10 +54,10 @@ def _wanted_in_blocks(config: Any, adapter: Any) -> str | None:
         if inside.match(key) and (
             (targets and check_target_module_exists(adapter, key)) or _ends_as(key, saved)
         ):
-            return key
+            return str(key)
     for key, _ in whole.named_parameters():
         if inside.match(key) and _ends_as(key, parameters):
-            return key
+            return str(key)
     return None
 
 

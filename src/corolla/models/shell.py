@@ -395,9 +395,9 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
             if isinstance(given, Tensor):
                 guard.check_labels(given, getattr(model.get_output_embeddings(), "out_features", None))
                 guard.check_label_places(given, named.get("attention_mask"), shifted=wanted)
-        if isinstance(labels, Tensor):
-            if cache is None and named.get("use_cache") is not False and caches.active() is not None:
-                cache = caches.fresh(lazy=True)
+        apart = isinstance(labels, Tensor) and cache is None and named.get("use_cache") is not False
+        if apart and caches.active() is not None:
+            cache = caches.fresh(lazy=True)
         return (), named if cache is None else {**named, cache_name: cache}
 
     model.register_forward_pre_hook(enter, with_kwargs=True)

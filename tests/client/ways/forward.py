@@ -30,7 +30,7 @@ def _training(case: Case) -> Outcome:
     return case.logits(ids), case.prompted.logits(ids)
 
 
-@way(FORWARD, "with padding on the left")
+@way(FORWARD, "with padding on the left", every_family=True)
 def _left(case: Case) -> Outcome:
     ids, mask = padded("left")
     with torch.no_grad():
@@ -56,7 +56,12 @@ def _strange_padding(case: Case) -> Outcome:
     return real(found, mask), real(case.prompted.logits(ids, mask), mask)
 
 
-@way(FORWARD, "position ids that say what is so anyway", note="peft leaves them out, with a warning")
+@way(
+    FORWARD,
+    "position ids that say what is so anyway",
+    every_family=True,
+    note="peft leaves them out, with a warning",
+)
 def _positions(case: Case) -> Outcome:
     ids = random_ids(2, 9)
     positions = torch.arange(9).expand(2, -1)
@@ -65,7 +70,7 @@ def _positions(case: Case) -> Outcome:
         return case.logits(ids, **more), case.prompted.logits(ids)
 
 
-@way(FORWARD, "`inputs_embeds`")
+@way(FORWARD, "`inputs_embeds`", every_family=True)
 def _embeddings(case: Case) -> Outcome:
     ids = random_ids(2, 9)
     embeddings = case.bare.get_input_embeddings()(ids)

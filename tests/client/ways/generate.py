@@ -69,7 +69,7 @@ def _chunks(case: Case) -> Outcome:
     return case.generate(ids, max_new_tokens=8, prefill_chunk_size=4, **GREEDY), case.prompted.greedy(ids, 8)
 
 
-@way(GENERATE, "a batch with padding on the left")
+@way(GENERATE, "a batch with padding on the left", every_family=True)
 def _generate_left(case: Case) -> Outcome:
     ids, mask = padded("left")
     return _compared(case, ids, mask, **GREEDY)
@@ -140,7 +140,7 @@ def _guided(case: Case) -> Outcome:
     return found, whole
 
 
-@way(GENERATE, "`inputs_embeds`", refused={"peft prompt": ""}, note="peft takes ids")
+@way(GENERATE, "`inputs_embeds`", every_family=True, refused={"peft prompt": ""}, note="peft takes ids")
 def _generate_embeddings(case: Case) -> Outcome:
     ids = random_ids(2, 7)
     embeddings = case.bare.get_input_embeddings()(ids)
@@ -148,7 +148,9 @@ def _generate_embeddings(case: Case) -> Outcome:
     return found, case.prompted.greedy(ids, 8)[:, 7:]
 
 
-@way(GENERATE, "speculation from the prompt (`prompt_lookup_num_tokens`)", refused=PEFT_CUTS)
+@way(
+    GENERATE, "speculation from the prompt (`prompt_lookup_num_tokens`)", every_family=True, refused=PEFT_CUTS
+)
 def _lookup(case: Case) -> Outcome:
     ids = random_ids(1, 5).repeat(1, 3)
     found = case.generate(ids, max_new_tokens=16, prompt_lookup_num_tokens=4, **GREEDY)

@@ -213,10 +213,9 @@ def _exported(case: Case) -> Outcome:
 @way(LIBRARIES, "hooks on the embedding and the last norm")
 def _hooked(case: Case) -> Outcome:
     ids = random_ids(2, 7)
-    handles = []
-    for model in (case.bare, case.whole):
-        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-            handles.append(part.register_forward_hook(lambda _part, _args, output: output * 1.5))
+    models = (case.bare, case.whole)
+    parts = [part for one in models for part in (one.get_input_embeddings(), one.get_output_embeddings())]
+    handles = [one.register_forward_hook(lambda _part, _args, output: output * 1.5) for one in parts]
     try:
         with torch.no_grad():
             return case.logits(ids), case.prompted.logits(ids)

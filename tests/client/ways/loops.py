@@ -27,7 +27,7 @@ def loop(case: Case, mode: Any, *, train: bool = False, **options: Any) -> Outco
     return torch.cat(found, 1).detach(), plain.logits(ids)
 
 
-@way(LOOPS, "passing the answer's cache on, without gradients")
+@way(LOOPS, "passing the answer's cache on, without gradients", every_family=True)
 def _loop_no_grad(case: Case) -> Outcome:
     return loop(case, torch.no_grad())
 

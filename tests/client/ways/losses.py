@@ -21,7 +21,12 @@ def _losses(case: Case, found: Tensor, expected: Tensor) -> Outcome:
     return tuple(one for one, _ in parts), tuple(other for _, other in parts)
 
 
-@way(LOSS, "`labels`", note="peft's own model class scores the first token from the prompt's last one")
+@way(
+    LOSS,
+    "`labels`",
+    every_family=True,
+    note="peft's own model class scores the first token from the prompt's last one",
+)
 def _labels(case: Case) -> Outcome:
     ids, mask = padded("right")
     labels = ids.masked_fill(mask == 0, -100)
@@ -68,6 +73,7 @@ def flat_batch() -> tuple[Tensor, Tensor, list[Tensor]]:
 @way(
     LOSS,
     "batches without padding (`position_ids` that start anew, `use_cache=False`)",
+    every_family=True,
     refused={"peft prompt": ""},
     note="a prompt stands in front of each sequence; peft leaves position ids out, with a warning",
 )

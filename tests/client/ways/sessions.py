@@ -36,12 +36,12 @@ def _first_turn(case: Case) -> Outcome:
     return _turns(case, [random_ids(2, 7)])
 
 
-@way(SESSIONS, "later turns", refused=SECOND)
+@way(SESSIONS, "later turns", every_family=True, refused=SECOND)
 def _later_turns(case: Case) -> Outcome:
     return _turns(case, [random_ids(2, 7), random_ids(2, 4, seed=1), random_ids(2, 3, seed=2)])
 
 
-@way(SESSIONS, "later turns by speculation from the prompt", refused=SECOND)
+@way(SESSIONS, "later turns by speculation from the prompt", every_family=True, refused=SECOND)
 def _later_lookup(case: Case) -> Outcome:
     turns = [random_ids(1, 5).repeat(1, 3), random_ids(1, 5).repeat(1, 2), random_ids(1, 5).repeat(1, 3)]
     return _turns(case, turns, prompt_lookup_num_tokens=4)
@@ -102,7 +102,7 @@ def _later_beams(case: Case) -> Outcome:
     return torch.cat([first, second, third], 1), whole
 
 
-@way(SESSIONS, "a batch with padding, later turns", refused=SECOND)
+@way(SESSIONS, "a batch with padding, later turns", every_family=True, refused=SECOND)
 def _later_padded(case: Case) -> Outcome:
     ids, mask = padded("left")
     more = random_ids(3, 4, seed=1)
