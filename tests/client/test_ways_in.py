@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from tests.client.conftest import Pair
 from tests.client.ways.document import document
 from tests.client.ways.table import COLUMNS, WAYS, Case, Column, P, Way
 from tests.reference import Prompted, local_model
 from tests.tiny_models import write_tiny
+from transformers import LlamaForCausalLM
 
 from corolla.errors import UsageError
 
@@ -86,6 +89,20 @@ CELLS = [
 ]
 
 
+MISLED = "Generation goes on with"
+
+
+def misled(column: Column) -> bool:
+    """Whether peft's prompts go wrong in `generate`, locally too.
+
+    transformers 5.24 calls a cache `cache`, and peft up to 0.21 looks for `past_key_values`: it takes every token for
+    the first and puts its prompt in front again. That is refused.
+    """
+    if column != "peft prompt" or "cache" not in inspect.signature(LlamaForCausalLM.forward).parameters:
+        return False
+    return '"cache"' not in inspect.getsource(PeftModelForCausalLM.prepare_inputs_for_generation)
+
+
 @pytest.mark.filterwarnings("ignore")  # libraries warn about their own choices
 @pytest.mark.parametrize(("one", "column", "family"), CELLS)
 def test_a_cell(pair_of: PairOf, tmp_path: Path, one: Way, column: Column, family: str) -> None:
@@ -94,11 +111,17 @@ def test_a_cell(pair_of: PairOf, tmp_path: Path, one: Way, column: Column, famil
     case = case_of(pair_of(family), column, family, tmp_path)
     sentence = one.sentence(column)
     if sentence is not None:
-        with pytest.raises(one.error, match=re.escape(sentence)) as refusal:
+        sentences = f"{re.escape(sentence)}|{MISLED}" if misled(column) else re.escape(sentence)
+        with pytest.raises(one.error, match=sentences) as refusal:
             one.run(case)
         assert "\n" not in str(refusal.value) or one.error is not UsageError
         return
-    found, expected = one.run(case)
+    try:
+        found, expected = one.run(case)
+    except UsageError as refusal:
+        if misled(column) and re.match(MISLED, str(refusal)):
+            return
+        raise
     assert_equal(found, expected)
 
 
