@@ -1,7 +1,8 @@
-"""Every public way to call a model equals the local one or is refused in one sentence; see `ways.py`."""
+"""Every public way to call a model equals the local one or is refused in one sentence; see `ways/`."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from tests.client.conftest import Pair
-from tests.client.ways import COLUMNS, WAYS, Case, Column, P, Way, document
+from tests.client.ways.document import document
+from tests.client.ways.table import COLUMNS, WAYS, Case, Column, P, Way
 from tests.reference import Prompted, local_model
 from tests.tiny_models import write_tiny
+from transformers import LlamaForCausalLM
 
 from corolla.errors import UsageError
 
@@ -59,8 +63,25 @@ def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
     return Case(column, model, bare, local, whole, Prompted(whole, vectors, deep), pair.model, assistant)
 
 
+def is_for_every_run(one: Way, column: Column, family: str) -> bool:
+    """Other families than the first are tried every time where families differ, and every night elsewhere."""
+    if one.needs is not None:
+        return False
+    return family == FAMILIES[0] or (one.every_family and column in ("none", "deep_ptune"))
+
+
+def marks(one: Way, column: Column, family: str) -> list[Any]:
+    return [] if is_for_every_run(one, column, family) else [pytest.mark.nightly]
+
+
 CELLS = [
-    pytest.param(one, column, family, id=f"{one.section}: {one.name}-{column}-{family}")
+    pytest.param(
+        one,
+        column,
+        family,
+        id=f"{one.section}: {one.name}-{column}-{family}",
+        marks=marks(one, column, family),
+    )
     for one in WAYS
     for column in COLUMNS
     for family in FAMILIES
@@ -68,17 +89,39 @@ CELLS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+MISLED = "Generation goes on with|This call brings 4 tokens to a session"
+
+
+def misled(column: Column) -> bool:
+    """Whether peft's prompts go wrong in `generate`, locally too.
+
+    transformers 5.24 calls a cache `cache`, and peft up to 0.21 looks for `past_key_values`: it takes every token for
+    the first and puts its prompt in front again. That is refused.
+    """
+    if column != "peft prompt" or "cache" not in inspect.signature(LlamaForCausalLM.forward).parameters:
+        return False
+    return '"cache"' not in inspect.getsource(PeftModelForCausalLM.prepare_inputs_for_generation)
+
+
+@pytest.mark.filterwarnings("ignore")  # libraries warn about their own choices
 @pytest.mark.parametrize(("one", "column", "family"), CELLS)
 def test_a_cell(pair_of: PairOf, tmp_path: Path, one: Way, column: Column, family: str) -> None:
+    if one.needs is not None:
+        pytest.importorskip(one.needs)
     case = case_of(pair_of(family), column, family, tmp_path)
     sentence = one.sentence(column)
     if sentence is not None:
-        with pytest.raises(UsageError, match=re.escape(sentence)) as refusal:
+        sentences = f"{re.escape(sentence)}|{MISLED}" if misled(column) else re.escape(sentence)
+        with pytest.raises(one.error, match=sentences) as refusal:
             one.run(case)
-        assert "\n" not in str(refusal.value)
+        assert "\n" not in str(refusal.value) or one.error is not UsageError
         return
-    found, expected = one.run(case)
+    try:
+        found, expected = one.run(case)
+    except UsageError as refusal:
+        if misled(column) and re.match(MISLED, str(refusal)):
+            return
+        raise
     assert_equal(found, expected)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.client import saving
+from corolla.client.adapters import AdapterCheck
 from corolla.client.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
@@ -96,6 +97,8 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 reads_flat_rows=lambda: reads_flat_rows(config),
             )
             watch_losses(self, caches)
+            check = AdapterCheck()
+            self.register_forward_pre_hook(lambda model, _args: check(model))
             self._shared_connection = connection
             connection.join(self)
 
@@ -190,6 +193,13 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
         def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
             criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
             return watched(criteria, generation_config)
+
+        def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+            """Raises `UsageError`: what batches continuously keeps the keys and values of its own."""
+            raise UsageError(
+                "Continuous batching keeps attention caches at the client, and this model's are on the servers, which "
+                "batch what comes: use generate, or a session for each conversation."
+            )
 
         # --- saving and ending --------------------------------------------------------------------------
 

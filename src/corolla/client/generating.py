@@ -43,6 +43,10 @@ class GenerateCall:
         if given is None:
             session = session or self._model.active_session
         inputs = self._kwargs.pop("input_ids", None) if inputs is None else inputs
+        follows = self._kwargs.get("inputs_embeds") is not None or (
+            session is not None and session.position > 0
+        )
+        guard.check_prompt(inputs, self._kwargs.get("attention_mask"), may_be_empty=follows)
         with self._model.apart_from_session():  # what a processor asks the model is no part of the session
             if given is not None:
                 return self._with_cache(given, inputs)
@@ -123,6 +127,7 @@ def prepare_room(
         max_cache_length -= cache.counted_twice
         cache.align_mask(mask)
         cache.check_room(max_cache_length - cache.length)
+    guard.check_ends(mask)
     padding = 0 if mask is None else int((mask == 0).sum(1).min())
     prompt = 0 if model.prompts is None else model.prompts.length
     holder = model.blocks_holder[0]

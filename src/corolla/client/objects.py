@@ -90,5 +90,12 @@ def refuse_pickle() -> NoReturn:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)` as it stands: what waits for a network cannot be compiled, nor gain by it."""
+    """`function(*args, **kwargs)` as it stands: what waits for a network cannot be compiled, nor gain by it.
+
+    Raises `UsageError` where it is to become a graph that stands for itself.
+    """
+    if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 has no such question
+        raise UsageError(
+            "A distributed model calls a swarm, so it cannot be exported: export the whole local model instead."
+        )
     return function(*args, **kwargs)

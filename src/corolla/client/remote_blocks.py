@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from corolla.client.chain import SessionChain
 from corolla.client.connection import SwarmConnection
@@ -193,8 +193,12 @@ class _RemoteForward(torch.autograd.Function):
         return output.to(hidden.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        if torch.is_grad_enabled():  # by `create_graph` only
+            raise UsageError(
+                "Gradients of gradients do not go through the swarm: leave out create_graph=True, and what needs it "
+                "(gradient penalties)."
+            )
         work = ctx.training.backward(_to_wire(grad))  # type: ignore[attr-defined]
         grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]
         deep: Tensor | None = ctx.deep  # type: ignore[attr-defined]

@@ -52,6 +52,7 @@ class _OneGrowingLayer(Cache):  # type: ignore[misc]
     is_croppable = True
     is_sliding = (False,)
     is_linear = (False,)
+    max_cache_len = -1  # no end
 
     def __init__(self) -> None:
         super().__init__(layers=[])

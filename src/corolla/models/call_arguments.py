@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from corolla.errors import UsageError
 from corolla.models import prompts as prompt_math
@@ -16,9 +16,15 @@ def shape(named: dict[str, Any]) -> tuple[int, int]:
     """Rows and tokens of a call."""
     ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
     shaped = ids if ids is not None else embeddings
-    if shaped is None or shaped.ndim != (2 if ids is not None else 3):
+    if (
+        not isinstance(shaped, Tensor)
+        or shaped.ndim != (2 if ids is not None else 3)
+        or not shaped.shape[0]
+        or not shaped.shape[1]
+    ):
         raise UsageError(
-            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size]."
+            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size], of at least one "
+            "token."
         )
     return int(shaped.shape[0]), int(shaped.shape[1])
 

@@ -55,6 +55,8 @@ def known_ids(ids: Tensor, mask: Tensor | None, embedding: Any) -> Tensor:
     `mask` [R, S], whose last T columns are those of `ids`, is 0 for padding.
     """
     rows = getattr(embedding, "num_embeddings", None)
+    if ids.is_floating_point():
+        raise UsageError(f"Token ids are whole numbers, not {ids.dtype}; give embeddings as inputs_embeds=.")
     if not isinstance(rows, int) or not ids.numel():
         return ids
     strange = (ids < 0) | (ids >= rows)
@@ -70,6 +72,59 @@ def known_ids(ids: Tensor, mask: Tensor | None, embedding: Any) -> Tensor:
             "model's own tokenizer, or resize the embeddings before the model is loaded."
         )
     return ids
+
+
+def check_prompt(ids: Any, mask: Any, *, may_be_empty: bool) -> None:
+    """Raises `UsageError` unless `generate` can be given these token ids and this mask, where they are not None."""
+    if ids is not None and not (isinstance(ids, Tensor) and ids.ndim == 2):
+        raise UsageError(
+            "generate takes token ids as a tensor [rows, tokens]: a tokenizer gives them with return_tensors='pt', "
+            "and ids[None] makes one row of them."
+        )
+    if ids is not None and not (ids.shape[0] and (ids.shape[1] or may_be_empty)):
+        raise UsageError(
+            "generate was given no tokens; leave the input out to begin with the model's first token."
+        )
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
+
+
+def check_ends(mask: Tensor | None) -> None:
+    """Raises `UsageError` where a row of the mask [R, N] of all tokens before generation ends in padding."""
+    if mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
+        raise UsageError(
+            "A row ends in padding, and generation goes on after a row's last token: pad on the left "
+            "(tokenizer.padding_side = 'left'), or give ended rows new tokens."
+        )
+
+
+def known_positions(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Position ids [R or 1, T] that are none below 0: padding's that are become 0. Raises `UsageError`.
+
+    `mask` [R, S], whose last T columns are those of the positions, is 0 for padding.
+    """
+    if positions.is_floating_point():
+        raise UsageError(f"Position ids are whole numbers, not {positions.dtype}.")
+    below = positions < 0
+    if not bool(below.any()):
+        return positions
+    real = below if mask is None else below & mask[:, -positions.shape[-1] :].bool()
+    if bool(real.any()):
+        raise UsageError("A position id is below 0 where there is no padding; positions count from 0.")
+    return positions.clamp(min=0)
+
+
+def check_embeddings(embeddings: Tensor, embedding: Any) -> None:
+    """Raises `UsageError` for embeddings [R, T, E] of another width or dtype than this model's `embedding` gives."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        return
+    width = int(weight.shape[1])
+    if embeddings.shape[-1] != width or embeddings.dtype != weight.dtype:
+        raise UsageError(
+            f"This model's embeddings are {width} wide and {weight.dtype}, not {embeddings.shape[-1]} and "
+            f"{embeddings.dtype}; give inputs_embeds as model.get_input_embeddings()(ids) gives them."
+        )
 
 
 def check_labels(labels: Tensor, words: int | None) -> None:
@@ -102,7 +157,12 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
     past = 0 if cache is None else cache.length
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None:
-        _check_mask(mask, past, new)
+        _check_mask(mask, past, rows, new)
+    if positions is not None and (positions.shape[-1] != new or positions[..., :1].numel() not in (1, rows)):
+        raise UsageError(
+            f"The position ids are {list(positions.shape)}, but {rows} rows of {new} tokens were given; they need a "
+            "number for each."
+        )
     if cache is None or not past:
         return
     if rows % cache.rows:
@@ -110,18 +170,22 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
     announced, cache.announced = cache.announced, None
     if announced is not None and announced != new:
         raise UsageError(
-            f"Generation goes on with {announced} tokens, of which another library has left {new} (peft's prompts "
-            "do so in speculation): generate without speculation, or load the prompt with "
-            "from_pretrained(…, prompts=FOLDER)."
+            f"Generation goes on with {announced} tokens, of which another library has made {new} (peft's prompts do "
+            "so in speculation, and always where peft does not know this transformers yet): load the prompt with "
+            "from_pretrained(…, prompts=FOLDER), or generate without speculation."
         )
     _check_past(mask, cache, rows)
     if mask is None and cache.mask is None and positions is not None:
         _check_positions(positions, past, new)
 
 
-def _check_mask(mask: Tensor, past: int, new: int) -> None:
-    if mask.ndim != 2:
+def _check_mask(mask: Tensor, past: int, rows: int, new: int) -> None:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask < 0).any()):
         raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
+    if mask.shape[0] not in (1, rows):
+        raise UsageError(
+            f"The attention mask covers {mask.shape[0]} rows, but {rows} were given; it needs one for each."
+        )
     if mask.shape[1] == past + new:
         return
     if past:

@@ -6,6 +6,9 @@ there. It matters nowhere but in the two cases that are refused here.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from corolla.errors import UsageError
@@ -13,15 +16,19 @@ from corolla.errors import UsageError
 IGNORED = -100  # the label of a position that carries no loss
 
 
-def check_labels_of(labels: Tensor | None, mask: Tensor | None) -> None:
-    """Raises `UsageError` when a label of [R, T] is predicted from a place where `mask` [R, T] is 0.
+def check_labels_of(labels: Tensor, mask: Any, *, shifted: bool) -> None:
+    """Raises `UsageError` for labels [R, T] that are predicted from padding; `mask` [R, S] ends where they do.
 
-    That is padding behind padding, or a row's first token behind padding in front.
+    That is padding behind padding, or a row's first token behind padding in front. `shifted` labels stand where they
+    are predicted, others one place behind.
     """
-    if labels is None or mask is None or labels.ndim != 2 or labels.shape != mask.shape:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or labels.ndim != 2 or mask.shape[1] < labels.shape[1]:
         return
-    from_padding = (labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)
-    if bool((from_padding & (mask[:, 1:] == 0)).any()):
+    mask = mask[:, mask.shape[1] - labels.shape[1] :].to(labels.device).expand_as(labels)
+    before, labels = (mask, labels) if shifted else (mask[:, :-1], labels[:, 1:])
+    own = F.pad(mask[:, 1:], (0, 1), value=0) if shifted else mask[:, 1:]
+    from_padding = (labels != IGNORED) & (before == 0)
+    if bool((from_padding & (own == 0)).any()):
         raise UsageError(
             "Some labels stand on padding, which servers never see: make them -100 "
             "(labels.masked_fill(attention_mask == 0, -100)), or leave the attention mask out to learn padding as "

@@ -197,6 +197,8 @@ class BaseModelHooks:
         cache = self._pick_cache(base, named)
         rows, new_tokens = shape(named)
         guard.check_continues(cache, rows, new_tokens, named)
+        if named.get("position_ids") is not None:
+            named["position_ids"] = guard.known_positions(named["position_ids"], named.get("attention_mask"))
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
             split(named, flat)
@@ -263,6 +265,8 @@ class BaseModelHooks:
         ids, new_tokens = named.get("input_ids"), shape(named)[1]
         if ids is not None:
             named["input_ids"] = guard.known_ids(ids, named.get("attention_mask"), embedding)
+        elif named.get("inputs_embeds") is not None:
+            guard.check_embeddings(named["inputs_embeds"], embedding)
         length = 0 if prompt is None else prompt.length
         if cache is not None:
             if cache.length and cache.prompt_length != length:
@@ -340,12 +344,14 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(names, args, strict=False)) | kwargs
         cache = take_cache(named)
-        labels = named.get("labels")
-        if isinstance(labels, Tensor):
-            check_labels_of(labels, named.get("attention_mask"))
-            guard.check_labels(labels, getattr(model.get_output_embeddings(), "out_features", None))
-            if cache is None and named.get("use_cache") is not False and caches.active() is not None:
-                cache = caches.fresh(lazy=True)
+        labels, shifted = named.get("labels"), named.get("shift_labels")
+        for given, wanted in ((shifted, True), (labels, False)):
+            if isinstance(given, Tensor):
+                guard.check_labels(given, getattr(model.get_output_embeddings(), "out_features", None))
+                check_labels_of(given, named.get("attention_mask"), shifted=wanted)
+        apart = isinstance(labels, Tensor) and cache is None and named.get("use_cache") is not False
+        if apart and caches.active() is not None:
+            cache = caches.fresh(lazy=True)
         return (), named if cache is None else {**named, cache_name: cache}
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
