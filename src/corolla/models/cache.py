@@ -112,7 +112,9 @@ class RemoteCache(_OneGrowingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; a negative number counts them, a positive one is the length to keep."""
-        self.truncate(self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
+        self.truncate(
+            self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
+        )
 
     def __deepcopy__(self, _memo: Any) -> RemoteCache:
         """Another session that goes on from here, as a copy of a local cache would."""
