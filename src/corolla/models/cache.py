@@ -230,6 +230,7 @@ class RemoteCache(_OneGrowingLayer):
         given = prepared.get("inputs_embeds")
         given = prepared.get("input_ids") if given is None else given
         self.announced = None if given is None or not self.whole else int(given.shape[1])
+        prepared["past_key_values"] = self  # peft, which stands in between, knows it by this name only
 
     def take_over(self, other: RemoteCache) -> None:
         """Hold what `other` does; its session has become a copy of the other's."""

@@ -110,9 +110,9 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
     announced, cache.announced = cache.announced, None
     if announced is not None and announced != new:
         raise UsageError(
-            f"Generation goes on with {announced} tokens, of which another library has left {new} (peft's prompts "
-            "do so in speculation): generate without speculation, or load the prompt with "
-            "from_pretrained(…, prompts=FOLDER)."
+            f"Generation goes on with {announced} tokens, of which another library has made {new}, as peft does where "
+            "it puts its prompt in front again: load the prompt with from_pretrained(…, prompts=FOLDER), or generate "
+            "without speculation."
         )
     _check_past(mask, cache, rows)
     if mask is None and cache.mask is None and positions is not None:
