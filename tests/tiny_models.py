@@ -53,7 +53,12 @@ def _arguments(family: str, layers: int) -> dict[str, Any]:
         },
         "phi3": {**_LLAMA_LIKE},
         "gpt_neox": {**_LLAMA_LIKE, "num_key_value_heads": None},
-        "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 512},
+        "gpt2": {
+            "n_embd": 32,
+            "n_head": 4,
+            "n_positions": 512,
+            "embd_pdrop": 0.0,
+        },  # at the client, in training
         "falcon": {
             "hidden_size": 32,
             "num_attention_heads": 4,

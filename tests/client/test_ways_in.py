@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,19 @@ def peft_of(model: Any, vectors: torch.Tensor) -> Any:
     return wrapped.eval()
 
 
+def with_old_names(model: Any) -> Any:
+    """The whole model, so that peft finds its cache: else it puts its prompt in front of every token anew."""
+    prepare = model.prepare_inputs_for_generation
+
+    @wraps(prepare)
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        return {"past_key_values" if name == "cache" else name: prepared[name] for name in prepared}
+
+    model.prepare_inputs_for_generation = prepare_inputs
+    return model
+
+
 def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
     """Fresh models on the pair's swarm; the local one is read anew, since peft changes it."""
     arguments = {} if column in ("none", "peft prompt") else {"tuning_mode": column, "pre_seq_len": P}
@@ -53,7 +67,7 @@ def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
             deep = bare.prompts.deep.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     model, local = bare, whole
     if column == "peft prompt":
-        model, local = peft_of(bare, vectors), peft_of(whole, vectors)
+        model, local = peft_of(bare, vectors), peft_of(with_old_names(whole), vectors)
 
     def assistant() -> Any:
         made = local_model(write_tiny(family, folder / "assistant", seed=1, layers=2))

@@ -185,9 +185,9 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             max_cache_length: int,
         ) -> None:
             """Where `generate` knows how far it may go: the room is reserved before anything is computed."""
-            max_cache_length = prepare_room(self, generation_config, model_kwargs, max_cache_length)
+            room = prepare_room(self, generation_config, model_kwargs, generation_mode, max_cache_length)
             super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+                generation_config, model_kwargs, generation_mode, batch_size, room
             )
 
         def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,11 +7,13 @@ of it; what the call said becomes part of the session and is returned without wh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
 
 from corolla.client.row_ends import RowEnds
 from corolla.client.session import InferenceSession, sequences_of
@@ -22,6 +24,16 @@ from corolla.models.scored_padding import check_ends_of
 from corolla.models.shell import check_cached_length
 
 _row_ends: ContextVar[RowEnds | None] = ContextVar("corolla_row_ends", default=None)
+
+
+@contextmanager
+def _noting(ends: RowEnds | None) -> Iterator[None]:
+    """Where rows end within the block is noted there."""
+    token = _row_ends.set(ends)
+    try:
+        yield
+    finally:
+        _row_ends.reset(token)
 
 
 class GenerateCall:
@@ -47,7 +59,8 @@ class GenerateCall:
             session is not None and session.position > 0
         )
         guard.check_prompt(inputs, self._kwargs.get("attention_mask"), may_be_empty=follows)
-        with self._model.apart_from_session():  # what a processor asks the model is no part of the session
+        # What a processor, or speculation, asks the model meanwhile is no part of the session.
+        with self._model.apart_from_session(), _noting(None):
             if given is not None:
                 return self._with_cache(given, inputs)
             if session is not None:
@@ -94,11 +107,13 @@ class GenerateCall:
         kwargs.setdefault("use_cache", True)  # a session is a cache, whatever the checkpoint's settings say
         session.cache.begin_call(turn.ids, turn.embeddings)
         ends = RowEnds()
-        token = _row_ends.set(ends)
         try:
-            result = self._plain(turn.ids, *self._args, **{model.cache_name: session.cache}, **kwargs)
+            with _noting(ends):
+                result = self._plain(turn.ids, *self._args, **{model.cache_name: session.cache}, **kwargs)
+        except BaseException:
+            session.break_off(turn)
+            raise
         finally:
-            _row_ends.reset(token)
             session.cache.end_call()
         newer = session.keep(sequences_of(result), turn, ends)
         if isinstance(result, Tensor):
@@ -114,7 +129,7 @@ def watched(criteria: Any, generation_config: Any) -> Any:
 
 
 def prepare_room(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], max_cache_length: int
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, max_cache_length: int
 ) -> int:
     """Check and reserve what a call may need before anything is computed; gives the most tokens of its cache.
 
@@ -122,8 +137,16 @@ def prepare_room(
     """
     cache, mask = model_kwargs.get(model.cache_name), model_kwargs.get("attention_mask")
     check_ends_of(mask)
+    ends = _row_ends.get()
+    if ends is not None:
+        ends.given_mask = mask
     generation_config.cache_implementation = None  # some checkpoints ask for a local kind
     if isinstance(cache, RemoteCache):
+        if cache.counted_twice and mode == GenerationMode.ASSISTED_GENERATION:
+            raise UsageError(
+                "Speculation cannot go on with a session in which some tokens are known as embeddings only: generate "
+                "without prompt_lookup_num_tokens and assistant_model."
+            )
         max_cache_length -= cache.counted_twice
         cache.align_mask(mask)
         cache.check_room(max_cache_length - cache.length)

@@ -19,6 +19,8 @@ class RowEnds:
     def __init__(self) -> None:
         self._ends: Tensor | None = None  # int64 [R], 0 for a row that goes on
         self._end_tokens: Tensor | None = None  # for beams, whose hypotheses end by these alone
+        # What `generate` goes by of the tokens that it was given, [R, N] with a row for each beam; None: no padding.
+        self.given_mask: Tensor | None = None
 
     def watch(self, criteria: StoppingCriteriaList, config: GenerationConfig) -> StoppingCriteriaList:
         """The same criteria, watched."""
@@ -31,6 +33,20 @@ class RowEnds:
         """Rows that are `done`, bool [R], have ended with that many tokens, unless they had ended before."""
         ends = torch.zeros_like(done, dtype=torch.long) if self._ends is None else self._ends
         self._ends = torch.where((ends == 0) & done, length, ends)
+
+    def mask_of(self, sequences: Tensor, given: int, columns: int) -> Tensor | None:
+        """The padding mask int64 [R, columns + n - given] of a call's result [R, n]; None where no token is padding.
+
+        It was given `columns` tokens a row, and the first `given` ones of the result are among them.
+        """
+        said, before = self.real(sequences, given), self.given_mask
+        if bool(said.all()) and (before is None or bool(before.all())):
+            return None
+        rows = said.shape[0]
+        whole = torch.ones(rows, columns, dtype=torch.int64)
+        if before is not None:  # of several beams, or samples, all have their row's
+            whole[:] = before.cpu()[torch.arange(rows) * before.shape[0] // rows]
+        return torch.cat([whole, said.to("cpu", torch.int64)], 1)
 
     def real(self, sequences: Tensor, given: int) -> Tensor:
         """Which of the tokens behind the first `given` ones of [R, n] are no padding, bool [R, n - given]."""

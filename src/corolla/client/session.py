@@ -241,19 +241,17 @@ class InferenceSession:
         rows = sequences.shape[0] // max(1, columns.shape[0])
         columns = columns.to(sequences.device).repeat_interleave(rows, dim=0)
         self._output_ids = torch.cat([columns, said], 1) if given != columns.shape[1] else sequences
-        self._output_mask = self._mask_with(int(columns.shape[1]), ends.real(sequences, given))
+        self._output_mask = ends.mask_of(sequences, given, int(columns.shape[1]))
+        self.cache.align(self._output_ids)  # beams that were given up may be longer than what was returned
         return sequences[:, turn.returned :]
 
-    def _mask_with(self, given: int, said: Tensor) -> Tensor | None:
-        """The padding mask of the tokens that a call was given and of those that it has said, [R, n]."""
-        before = self.cache.mask
-        if before is None and bool(said.all()):
-            return None
-        whole = torch.ones(said.shape[0], given, dtype=torch.int64)
-        if before is not None and said.shape[0] % before.shape[0] == 0:
-            before = before[:, :given].repeat_interleave(said.shape[0] // before.shape[0], dim=0)
-            whole[:, : before.shape[1]] = before
-        return torch.cat([whole, said.to("cpu", torch.int64)], 1)
+    def break_off(self, turn: Turn) -> None:
+        """A call has ended in between. Tokens that were said stay; beams and samples are forgotten with their call."""
+        if turn.columns is None or self.cache.rows in (0, turn.columns.shape[0]):
+            return
+        known = 0 if self._output_ids is None else int(self._output_ids.shape[1])
+        self.cache.align(turn.columns)
+        self.cache.truncate(min(known, self.cache.length))
 
     # --- life --------------------------------------------------------------------------------------------
 

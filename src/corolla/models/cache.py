@@ -113,7 +113,9 @@ class RemoteCache(_OneGrowingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; a negative number counts them, a positive one is the length to keep."""
-        self.truncate(self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
+        self.truncate(
+            self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
+        )
 
     def __deepcopy__(self, _memo: Any) -> RemoteCache:
         """Another session that goes on from here, as a copy of a local cache would."""
@@ -229,6 +231,7 @@ class RemoteCache(_OneGrowingLayer):
         given = prepared.get("inputs_embeds")
         given = prepared.get("input_ids") if given is None else given
         self.announced = None if given is None or not self.whole else int(given.shape[1])
+        prepared["past_key_values"] = self  # peft, which stands in between, knows it by this name only
 
     def take_over(self, other: RemoteCache) -> None:
         """Hold what `other` does; its session has become a copy of the other's."""
