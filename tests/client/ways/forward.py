@@ -30,7 +30,7 @@ def _training(case: Case) -> Outcome:
     return case.logits(ids), case.prompted.logits(ids)
 
 
-@way(FORWARD, "with padding on the left", every_family=True)
+@way(FORWARD, "with padding on the left")
 def _left(case: Case) -> Outcome:
     ids, mask = padded("left")
     with torch.no_grad():

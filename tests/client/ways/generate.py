@@ -69,7 +69,7 @@ def _chunks(case: Case) -> Outcome:
     return case.generate(ids, max_new_tokens=8, prefill_chunk_size=4, **GREEDY), case.prompted.greedy(ids, 8)
 
 
-@way(GENERATE, "a batch with padding on the left", every_family=True)
+@way(GENERATE, "a batch with padding on the left")
 def _generate_left(case: Case) -> Outcome:
     ids, mask = padded("left")
     return _compared(case, ids, mask, **GREEDY)
