@@ -57,9 +57,9 @@ def test_peft_prompt_tuning(pair_of: PairOf, family: str) -> None:
     remote.eval()
     local.eval()
     settings: dict[str, Any] = {"attention_mask": mask[:1], "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(
-        remote.generate(input_ids=ids[:1], **settings), local.generate(input_ids=ids[:1], **settings)
-    )
+    # Not by the local model's own `generate`, which up to peft 0.21 is wrong with transformers 5.24.
+    expected = Prompted(local.get_base_model(), local.get_prompt(1)[0]).greedy(ids[:1], 8)
+    assert torch.equal(remote.generate(input_ids=ids[:1], **settings), expected)
 
 
 def word_tokenizer() -> Any:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tests.client.ways.document  # noqa: F401  (all rows)
 import torch
 from tests.client.conftest import Pair
 from tests.client.test_ways_in import assert_equal, case_of
-from tests.client.ways import WAYS, Column, Way
+from tests.client.ways.table import WAYS, Column, Way
 
 from corolla.client import remote_blocks, session
 from corolla.client.row_ends import RowEnds

@@ -20,7 +20,6 @@ from corolla.client.session import InferenceSession, sequences_of
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache, take_cache
-from corolla.models.scored_padding import check_ends_of
 from corolla.models.shell import check_cached_length
 
 _row_ends: ContextVar[RowEnds | None] = ContextVar("corolla_row_ends", default=None)
@@ -136,7 +135,6 @@ def prepare_room(
     Here `generate` knows how far it may go, and the padding mask that holds for the whole conversation.
     """
     cache, mask = model_kwargs.get(model.cache_name), model_kwargs.get("attention_mask")
-    check_ends_of(mask)
     ends = _row_ends.get()
     if ends is not None:
         ends.given_mask = mask

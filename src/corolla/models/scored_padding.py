@@ -1,7 +1,8 @@
 """Where a prediction would come from padding.
 
 Invariant: padding never reaches a server, so what stands at its places is not what a local model computes
-there. It matters nowhere but in the two cases that are refused here.
+there. It matters nowhere but for labels that are predicted there, which are refused here, and where generation
+would go on from there (`guard.py: check_ends`).
 """
 
 from __future__ import annotations
@@ -38,13 +39,4 @@ def check_labels_of(labels: Tensor, mask: Any, *, shifted: bool) -> None:
         raise UsageError(
             "With padding in front, the label of a row's first token would be predicted from padding, which "
             "servers never see: pad on the right (tokenizer.padding_side = 'right'), or make that label -100."
-        )
-
-
-def check_ends_of(mask: Tensor | None) -> None:
-    """Raises `UsageError` when a row of `mask` [R, S] ends with padding and is to be gone on with."""
-    if mask is not None and mask.ndim == 2 and mask.shape[1] and bool((mask[:, -1] == 0).any()):
-        raise UsageError(
-            "A row ends with padding, so its next token would be predicted from padding, which servers never "
-            "see: pad on the left (tokenizer.padding_side = 'left')."
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 from tests.client.ways.table import GREEDY, OWN_CACHE, Case, Outcome, P, way
-from tests.reference import random_ids
+from tests.reference import Prompted, random_ids
 from torch import Tensor
 
 ADAPTERS = "peft's adapters"
@@ -99,8 +101,20 @@ def _added(case: Case) -> Outcome:
         model.add_adapter(LoraConfig(target_modules=_head_and_table(model), init_lora_weights=False))
         return model
 
-    found, expected = _both(case, made)
-    return _said(found), _said(expected)
+    try:
+        expected = made(case.whole)
+    except ValueError as error:  # transformers 5.24 wants a newer peft than there is
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            made(case.bare)
+        return (), ()
+    torch.manual_seed(7)
+    found = made(case.bare).eval()
+    torch.manual_seed(7)
+    for one in (found, expected):
+        for name, parameter in one.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return _said(found), _said(expected.eval())
 
 
 NOT_THERE = "Target modules"
@@ -171,8 +185,13 @@ def _encoder(case: Case) -> Outcome:
         settings = PromptEncoderConfig(**CAUSAL, num_virtual_tokens=P, encoder_hidden_size=16)
         return get_peft_model(model, settings)
 
-    found, expected = _both(case, made)
-    return _said(found), _said(expected)
+    found, local = _both(case, made)
+    # Not by the local model's own `generate`, which up to peft 0.21 is wrong with transformers 5.24.
+    expected = Prompted(case.whole, local.get_prompt(1)[0])
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        logits, tokens = _said(found)
+        return (logits[:, P:], tokens), (expected.logits(ids), expected.greedy(ids, 6))
 
 
 @way(ADAPTERS, "several prompts (`add_adapter`, `set_adapter`)", refused=PROMPT_ONLY)
