@@ -270,9 +270,12 @@ class BaseModelHooks:
                     "The model's prompt is not the one that this session began with; open another session."
                 )
             cache.check_room(new_tokens)
-        if named.get("position_ids") is None:
+        limit, positions = guard.position_limit(base, embedding, base.config), named.get("position_ids")
+        if positions is None:
             past = 0 if cache is None else cache.length
-            guard.check_reach(length + past + new_tokens, guard.position_limit(base, embedding, base.config))
+            guard.check_reach(length + past + new_tokens, limit)
+        else:
+            guard.check_places(positions, length, limit)
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if not self._entered.get():
