@@ -118,6 +118,7 @@ class ChatEngine:
                 stopping_criteria=criteria,
                 logits_processor=processors,
                 eos_token_id=None,  # the reader knows them; `generate` would want one to pad with
+                tokenizer=self._renderer.tokenizer,  # some checkpoints name strings to stop at
                 **self._sampling.generate_arguments(),
             )
 

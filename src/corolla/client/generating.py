@@ -51,8 +51,10 @@ class GenerateCall:
         given = take_cache(self._kwargs)
         if given is not None and session is not None:
             raise UsageError("Give either session= or a cache, which is a session's own.")
-        if given is None:
-            session = session or self._model.active_session
+        if session is not None and not isinstance(session, InferenceSession):
+            raise UsageError("session= takes a session, which model.inference_session() gives.")
+        if given is None and session is None:
+            session = self._model.active_session
         inputs = self._kwargs.pop("input_ids", None) if inputs is None else inputs
         follows = self._kwargs.get("inputs_embeds") is not None or (
             session is not None and session.position > 0

@@ -82,7 +82,7 @@ class RemoteBlocks:
             return self._run_whole(hidden, call, wanted)
         if call.start == 0 and (wanted or call.cache.lazy):
             output = self._run_whole(hidden, call, wanted)
-            call.cache.put_off = PutOff(hidden.detach(), call)
+            call.cache.put_off = PutOff(hidden.detach(), replace(call, cache=None))
             return output
         output = self._step(hidden, call)
         if not wanted:

@@ -157,12 +157,9 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
     past = 0 if cache is None else cache.length
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None:
-        _check_mask(mask, past, rows, new)
-    if positions is not None and (positions.shape[-1] != new or positions[..., :1].numel() not in (1, rows)):
-        raise UsageError(
-            f"The position ids are {list(positions.shape)}, but {rows} rows of {new} tokens were given; they need a "
-            "number for each."
-        )
+        _check_mask(mask, rows, past, new)
+    if positions is not None:
+        _check_shape(positions, rows, new)
     if cache is None or not past:
         return
     if rows % cache.rows:
@@ -179,13 +176,19 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
         _check_positions(positions, past, new)
 
 
-def _check_mask(mask: Tensor, past: int, rows: int, new: int) -> None:
+def _check_shape(positions: Tensor, rows: int, new: int) -> None:
+    if positions.shape[-1] != new or (positions.ndim > 1 and positions.shape[0] not in (1, rows)):
+        raise UsageError(
+            f"The position ids have the shape {list(positions.shape)}, but the new tokens {[rows, new]}: give one for "
+            "each new token."
+        )
+
+
+def _check_mask(mask: Tensor, rows: int, past: int, new: int) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask < 0).any()):
         raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
     if mask.shape[0] not in (1, rows):
-        raise UsageError(
-            f"The attention mask covers {mask.shape[0]} rows, but {rows} were given; it needs one for each."
-        )
+        raise UsageError(f"The attention mask has {mask.shape[0]} rows, but {rows} were given.")
     if mask.shape[1] == past + new:
         return
     if past:
@@ -221,10 +224,32 @@ def _equal(given: Tensor, before: Tensor) -> bool:
 
 def _check_positions(positions: Tensor, past: int, new: int) -> None:
     plain = torch.arange(past, past + new, device=positions.device)
-    if positions.shape[-1] != new or not bool((positions == plain).all()):
+    if not bool((positions == plain).all()):
         raise UsageError(
             f"The position ids begin at {int(positions.flatten()[0])}, but the session holds {past} tokens and this "
             f"call brings {new}: pass the tokens that come after the cached ones, with the positions from {past} on."
+        )
+
+
+def check_gaps(mask: Tensor | None, positions: Tensor | None, config: Any) -> None:
+    """Raises `UsageError` for padding between a row's tokens [R, S] where a sliding window reaches over it.
+
+    That is also padding between a prompt and a text. A local model's window counts the padding, a server's does not.
+    With position ids that count tokens only, a row is as if alone.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if mask is None or positions is not None or not isinstance(window, int) or mask.shape[1] <= window:
+        return
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return
+    real = mask.bool()
+    within = (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+    if bool((within & ~real).any()):
+        raise UsageError(
+            f"Padding stands between tokens (or between a prompt and its text), and this model's window of {window} "
+            "tokens would lie otherwise than a local model's: pad on the right, or give position_ids that count "
+            "tokens only (attention_mask.cumsum(1) - 1)."
         )
 
 
@@ -236,6 +261,15 @@ def position_limit(holder: nn.Module, embedding: nn.Module | None, config: Any) 
     limit = getattr(config, "max_position_embeddings", None)
     learned = any(isinstance(limit, int) and child.num_embeddings >= limit for child in tables)
     return int(limit) if learned and limit else None
+
+
+def check_places(positions: Tensor, prompt: int, limit: int | None) -> None:
+    """Raises `UsageError` for position ids, not counting the prompt's, that a model with `limit` of them lacks."""
+    if limit is None or not positions.numel():
+        return
+    if int(positions.min()) < 0:
+        raise UsageError(f"{int(positions.min())} is no position; they begin with 0, of padding, too.")
+    check_reach(prompt + int(positions.max()) + 1, limit)
 
 
 def check_reach(tokens: int, limit: int | None) -> None:

@@ -209,6 +209,7 @@ class BaseModelHooks:
         prepended = prompt.length if prompt is not None and first else 0
         if prompt is not None:
             place_prompt(base, named, prompt, prepend=first)
+        guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
         view = None if cache is None else cache.with_prompt()
         named[self._cache_name] = view
         named["use_cache"] = view is not None
@@ -274,9 +275,12 @@ class BaseModelHooks:
                     "The model's prompt is not the one that this session began with; open another session."
                 )
             cache.check_room(new_tokens)
-        if named.get("position_ids") is None:
+        limit, positions = guard.position_limit(base, embedding, base.config), named.get("position_ids")
+        if positions is None:
             past = 0 if cache is None else cache.length
-            guard.check_reach(length + past + new_tokens, guard.position_limit(base, embedding, base.config))
+            guard.check_reach(length + past + new_tokens, limit)
+        else:
+            guard.check_places(positions, length, limit)
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if not self._entered.get():
