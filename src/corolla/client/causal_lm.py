@@ -28,8 +28,8 @@ from corolla.client.arguments import check_others, client_device, client_dtype, 
 from corolla.client.auditor import check_share
 from corolla.client.connection import SwarmConnection
 from corolla.client.generating import GenerateCall, SessionCaches, prepare_room, watched
-from corolla.client.heads import kept_head, share_head, use_head_kernel, using_head
-from corolla.client.loading import check_tuning, connect, generation_config, initial_prompt
+from corolla.client.heads import kept_head, using_head
+from corolla.client.loading import check_tuning, connect, initial_prompt, load_shell
 from corolla.client.local_blocks import check_local, load_local
 from corolla.client.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.own_blocks import OwnBlocks
@@ -37,15 +37,12 @@ from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.session import ActiveSession, InferenceSession
 from corolla.client.startcheck import check_generation
 from corolla.client.watched import Noted
-from corolla.errors import CheckpointError, UnsupportedFamily, UsageError
+from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checkpoint import open_checkpoint
 from corolla.models.flat_check import reads_flat_rows
-from corolla.models.guard import switch_off_outputs
 from corolla.models.layer_form import returns_tuple
-from corolla.models.numerics import choose_dtype
-from corolla.models.pretrained import load_parts
 from corolla.models.prompt_files import load_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import (
@@ -316,7 +313,15 @@ def load_distributed(
     try:
         connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
         saved = None if prompts is None else Path(prompts)
-        model = load_shell(checkpoint, connection, wanted, quantization, device, saved)
+        model = load_shell(
+            distributed_class(checkpoint.architecture),
+            checkpoint,
+            connection,
+            wanted,
+            quantization,
+            device,
+            saved,
+        )
         model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
         own = OwnBlocks(checkpoint, model.dtype)
         connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
@@ -333,48 +338,6 @@ def load_distributed(
     except BaseException:
         connection.close()
         raise
-    return model
-
-
-def load_shell(
-    checkpoint: Checkpoint,
-    connection: SwarmConnection,
-    dtype: str | torch.dtype,
-    quantization: str = "none",
-    device: torch.device | None = None,
-    saved: Path | None = None,
-) -> Any:
-    """The client's part of a model: embeddings and head, frozen, in evaluation mode.
-
-    `saved` is the folder of a saved model, which may hold embeddings or a head of its own.
-    Raises `CheckpointError` when one of their tensors is missing.
-    """
-    pattern = families.block_key_pattern(checkpoint.config)
-    if not isinstance(dtype, torch.dtype):
-        dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
-    state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
-    model: Any
-    part = distributed_class(checkpoint.architecture)
-    model, info = load_parts(part, checkpoint, state, dtype, connection=SharedConnection(connection))
-    if info["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
-        )
-    model.name_or_path = model.config._name_or_path  # what others can load, unlike `smollm2`
-    model._revision = checkpoint.revision
-    model.generation_config = generation_config(checkpoint, model.generation_config)
-    for option in switch_off_outputs(model.config, model.generation_config):
-        what = families.INNER_OUTPUTS[option]
-        log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
-    model.requires_grad_(False).eval().to(device)
-    model._noted.note(model)
-    tables = {} if saved is None else saving.read_tables(saved)
-    saving.take_tables(model, tables, saved or Path())
-    changed = model._noted.changed(model)
-    model.requires_grad_(False)
-    share_head(model)
-    use_head_kernel(model, quantization)
-    model._noted.note(model, but=changed)
     return model
 
 

@@ -6,23 +6,33 @@ computed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from corolla.client import saving
 from corolla.client.connection import SwarmConnection
+from corolla.client.heads import share_head, use_head_kernel
+from corolla.client.objects import SharedConnection
 from corolla.client.retry import DEFAULT_PATIENCE
-from corolla.errors import UsageError
+from corolla.errors import CheckpointError, UsageError
+from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.guard import switch_off_outputs
 from corolla.models.limits import check_tokens
-from corolla.models.pretrained import load_generation_config, load_tokenizer
+from corolla.models.numerics import choose_dtype
+from corolla.models.pretrained import load_generation_config, load_parts, load_tokenizer
 from corolla.models.prompts import SoftPrompt
 from corolla.text import well_formed
 from corolla.wire.compression import check_format
+
+log = logging.getLogger(__name__)
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
 
@@ -99,3 +109,44 @@ def initial_prompt(
         )
     blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
     return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
+
+
+def load_shell(
+    part: Any,
+    checkpoint: Checkpoint,
+    connection: SwarmConnection,
+    dtype: str | torch.dtype,
+    quantization: str = "none",
+    device: torch.device | None = None,
+    saved: Path | None = None,
+) -> Any:
+    """The client's part of a model: embeddings and head, frozen, in evaluation mode.
+
+    `part` is the client's class for the model's family; `saved` is the folder of a saved model, which may hold embeddings or a head of its own.
+    Raises `CheckpointError` when one of their tensors is missing.
+    """
+    pattern = families.block_key_pattern(checkpoint.config)
+    if not isinstance(dtype, torch.dtype):
+        dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
+    state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
+    model, info = load_parts(part, checkpoint, state, dtype, connection=SharedConnection(connection))
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
+        )
+    model.name_or_path = model.config._name_or_path  # what others can load, unlike `smollm2`
+    model._revision = checkpoint.revision
+    model.generation_config = generation_config(checkpoint, model.generation_config)
+    for option in switch_off_outputs(model.config, model.generation_config):
+        what = families.INNER_OUTPUTS[option]
+        log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
+    model.requires_grad_(False).eval().to(device)
+    model._noted.note(model)
+    tables = {} if saved is None else saving.read_tables(saved)
+    saving.take_tables(model, tables, saved or Path())
+    changed = model._noted.changed(model)
+    model.requires_grad_(False)
+    share_head(model)
+    use_head_kernel(model, quantization)
+    model._noted.note(model, but=changed)
+    return model
