@@ -308,20 +308,13 @@ def load_distributed(
             f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
-    check_generation(checkpoint.config, distributed_class(checkpoint.architecture))
+    part = distributed_class(checkpoint.architecture)
+    check_generation(checkpoint.config, part)
     connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
     try:
         connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
         saved = None if prompts is None else Path(prompts)
-        model = load_shell(
-            distributed_class(checkpoint.architecture),
-            checkpoint,
-            connection,
-            wanted,
-            quantization,
-            device,
-            saved,
-        )
+        model = load_shell(part, checkpoint, connection, wanted, quantization, device, saved)
         model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
         own = OwnBlocks(checkpoint, model.dtype)
         connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))

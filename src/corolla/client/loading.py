@@ -122,7 +122,8 @@ def load_shell(
 ) -> Any:
     """The client's part of a model: embeddings and head, frozen, in evaluation mode.
 
-    `part` is the client's class for the model's family; `saved` is the folder of a saved model, which may hold embeddings or a head of its own.
+    `part` is the client's class for the model's family; `saved` is the folder of a saved model, which may hold
+    embeddings or a head of its own.
     Raises `CheckpointError` when one of their tensors is missing.
     """
     pattern = families.block_key_pattern(checkpoint.config)
