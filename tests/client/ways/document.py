@@ -32,9 +32,9 @@ def document() -> str:
         "(`python -m tests.client.ways`). “=”: equal (tokens, or logits and losses within 1e-4 in float32). The\n"
         'columns: without a prompt, with `tuning_mode="ptune"`, with `"deep_ptune"`, and wrapped by peft\n'
         "(`get_peft_model(model, PromptTuningConfig(…))`). “-”: not peft's to do.\n\n"
-        "Rows of `lm_eval` are tried every night, where it is installed. With transformers 5.24, peft up to 0.21 is wrong\n"
-        "in `generate` on a local model (it looks for the cache under its former name and puts its prompt in front of every\n"
-        "token); on a distributed model it finds the cache, and says what it says with earlier releases.\n"
+        "Rows of `lm_eval` are tried every night, where it is installed. With transformers 5.24, peft up to 0.21 is\n"
+        "wrong in `generate` on a local model (it looks for the cache under its former name and puts its prompt in\n"
+        "front of every token); on a distributed model it finds the cache, and says what it says with earlier releases.\n"
     )
     lines, section = [head], ""
     for one in WAYS:
