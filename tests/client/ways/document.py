@@ -34,7 +34,7 @@ def document() -> str:
         "(`get_peft_model(model, PromptTuningConfig(…))`). “-”: not peft's to do.\n\n"
         "Rows of `lm_eval` are tried every night, where it is installed. With transformers 5.24, peft up to 0.21 is\n"
         "wrong in `generate` on a local model (it looks for the cache under its former name and puts its prompt in\n"
-        "front of every token); on a distributed model it finds the cache, and says what it says with earlier releases.\n"
+        "front of every token); on a distributed model it finds the cache, and is as with earlier releases.\n"
     )
     lines, section = [head], ""
     for one in WAYS:
