@@ -12,15 +12,14 @@ from corolla.models.padding_free import FlatRows
 from corolla.models.prompts import SoftPrompt
 
 
-def shape(named: dict[str, Any]) -> tuple[int, int]:
-    """Rows and tokens of a call."""
+def shape(named: dict[str, Any], *, may_be_empty: bool = False) -> tuple[int, int]:
+    """Rows and tokens of a call. `may_be_empty` allows none: of a prompt alone (`front.py`)."""
     ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
     shaped = ids if ids is not None else embeddings
     if (
         not isinstance(shaped, Tensor)
         or shaped.ndim != (2 if ids is not None else 3)
-        or not shaped.shape[0]
-        or not shaped.shape[1]
+        or not (may_be_empty or (shaped.shape[0] and shaped.shape[1]))
     ):
         raise UsageError(
             "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size], of at least one "

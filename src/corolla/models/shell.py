@@ -195,7 +195,7 @@ class BaseModelHooks:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         guard.check_outputs(named)
         cache = self._pick_cache(base, named)
-        rows, new_tokens = shape(named)
+        rows, new_tokens = shape(named, may_be_empty=self._caches is None)
         guard.check_continues(cache, rows, new_tokens, named)
         if named.get("position_ids") is not None:
             named["position_ids"] = guard.known_positions(named["position_ids"], named.get("attention_mask"))
@@ -221,7 +221,7 @@ class BaseModelHooks:
             start=0 if view is None else view.past,
             prompt=prompt.input if prompt is not None and first else None,
         )
-        call = _without_plain_positions(call, shape(named)[1])
+        call = _without_plain_positions(call, shape(named, may_be_empty=True)[1])
         entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended, flat)
         self._entered.set((*self._entered.get(), entered))
         return (), named
@@ -263,7 +263,7 @@ class BaseModelHooks:
     ) -> None:
         """Everything that the new tokens may be too many for, and ids that the model does not know."""
         embedding = guard.embedding_of(base)
-        ids, new_tokens = named.get("input_ids"), shape(named)[1]
+        ids, new_tokens = named.get("input_ids"), shape(named, may_be_empty=True)[1]
         if ids is not None:
             named["input_ids"] = guard.known_ids(ids, named.get("attention_mask"), embedding)
         elif named.get("inputs_embeds") is not None:
