@@ -5,6 +5,7 @@ What the swarm gives is compared with these; so they stay as plain as possible.
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ def blocks_of(model: Any) -> Any:
         except AttributeError:
             continue
     raise AssertionError(f"no blocks in {type(model).__name__}")
+
+
+def with_old_names(model: Any) -> Any:
+    """The whole model, so that peft finds its cache: else it puts its prompt in front of every token anew."""
+    prepare = model.prepare_inputs_for_generation
+
+    @wraps(prepare)
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        return {"past_key_values" if name == "cache" else name: prepared[name] for name in prepared}
+
+    model.prepare_inputs_for_generation = prepare_inputs
+    return model
 
 
 class Prompted:

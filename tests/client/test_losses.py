@@ -154,8 +154,8 @@ def test_no_label_at_all_and_labels_that_do_not_fit() -> None:
 
 
 def test_a_kernel_and_a_bias_are_part_of_the_loss() -> None:
-    head = torch.nn.Linear(8, 30).double().requires_grad_(False)
-    rows, targets = torch.randn(12, 8, dtype=torch.float64, requires_grad=True), torch.arange(12)
+    head = torch.nn.Linear(8, 30).requires_grad_(False)
+    rows, targets = torch.randn(12, 8, requires_grad=True), torch.arange(12)
     for kernel in (None, lambda hidden: F.linear(hidden, head.weight * 2, head.bias)):
         shared = SharedHead.like(head)
         shared.use_kernel(kernel)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft import PeftModelForCausalLM
 from tests.client.conftest import Pair
 from tests.client.ways.document import document
 from tests.client.ways.table import COLUMNS, WAYS, Case, Column, P, Way
-from tests.reference import Prompted, local_model, random_ids
+from tests.reference import Prompted, local_model, random_ids, with_old_names
 from tests.tiny_models import write_tiny
 from transformers import LlamaForCausalLM
 
@@ -33,19 +32,6 @@ def peft_of(model: Any, vectors: torch.Tensor) -> Any:
     wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=P))
     wrapped.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
     return wrapped.eval()
-
-
-def with_old_names(model: Any) -> Any:
-    """The whole model, so that peft finds its cache: else it puts its prompt in front of every token anew."""
-    prepare = model.prepare_inputs_for_generation
-
-    @wraps(prepare)
-    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(*args, **kwargs)
-        return {"past_key_values" if name == "cache" else name: prepared[name] for name in prepared}
-
-    model.prepare_inputs_for_generation = prepare_inputs
-    return model
 
 
 def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:

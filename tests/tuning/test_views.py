@@ -34,7 +34,8 @@ def test_without_a_terminal_a_run_is_a_few_plain_lines(
     steps = [line for line in lines if line.startswith("step") and "/20:" in line]
     assert [line.split(":")[0] for line in evaluations] == ["step 0", "step 10", "step 20"]
     assert len(steps) == 10
-    assert len(lines) == 13
+    assert [line for line in lines if "will take about" in line] == [lines[1]]
+    assert len(lines) == 14
     assert re.fullmatch(r"step 20/20: loss \d\.\d{3}  [\d,]+ tokens/s  0:00 left", steps[-1])
 
 
