@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tests.client.ways.table import GREEDY, PEFT_CUTS, PEFT_SESSION, Case, Outcome, padded, rows_alone, way
 from tests.reference import Prompted, random_ids
 from torch import Tensor
@@ -55,6 +58,8 @@ def _later_assisted(case: Case) -> Outcome:
 
 @way(SESSIONS, "later turns in chunks", refused=PEFT_CUTS)
 def _later_chunks(case: Case) -> Outcome:
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this release begins chunks of later turns at position 0, which is refused")
     return _turns(case, [random_ids(1, 7), random_ids(1, 9, seed=1)], prefill_chunk_size=3)
 
 
