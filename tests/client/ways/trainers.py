@@ -5,7 +5,10 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tests.client.ways.libraries import tokenizer
 from tests.client.ways.table import Case, Outcome, way
 from tests.client.ways.twin import twins
@@ -73,6 +76,9 @@ for _name, _options in OPTIONS.items():
         note="peft's logits have the prompt's positions too" if "smoothing" in _name else "",
     )
     def _trained(case: Case, options: dict[str, Any] = _options) -> Outcome:
+        old = Version(transformers.__version__) < Version("5.23")
+        if old and case.column == "deep_ptune" and "gradient_checkpointing" in options:
+            pytest.skip("this release computes the local blocks again without the reference's hooks")
         with tempfile.TemporaryDirectory() as folder:
             found, expected = (said_by(_trainer(model, folder, **options)) for model in twins(case))
         return found, expected
