@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corolla.errors import UsageError
-
-IGNORED = -100  # the label of a position that carries no loss
+from corolla.models.guard import IGNORED
 
 
 def check_labels_of(labels: Tensor, mask: Any, *, shifted: bool) -> None:
