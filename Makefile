@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest-transformers
 OLDEST_RELEASE := 5.20.0
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
-EXACT  := tests/client/test_ways_in.py tests/client/test_startcheck.py tests/client/test_exactness.py
+EXACT  := tests/client/test_ways_in.py tests/client/model/test_startcheck.py tests/client/test_exactness.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench nightly clean

@@ -3,8 +3,8 @@
 For each class of arithmetic pairs of honest servers answer the same: with one thread and with two, alone and in
 company, packed and token by token with a cache (in compiled passes too), with and without our kernels, with the int8
 arithmetic of machines that have VNNI and of those that have not. Printed: how many comparisons, the distribution of
-differences in parts of what the blocks do (`corolla.client.audit.Deviation`), and the margin below the tolerance that
-stands in the code; then how many tolerances each kind of lie is.
+differences in parts of what the blocks do (`client/audits/audit.py: Deviation`), and the margin below the tolerance
+that stands in the code; then how many tolerances each kind of lie is.
 
     python -m benchmarks.audit                        # SmolLM2, blocks 0:15 and 15:30
     python -m benchmarks.audit --classes float32 bfloat16 --spans 1
@@ -28,16 +28,16 @@ from torch import Tensor
 from benchmarks.results import RESULTS, append, conditions
 from benchmarks.sizes import MODEL
 from corolla.cli.common import quiet_libraries
-from corolla.client.audit import Answer, Deviation, deviation, tolerance_of
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.client.audits.audit import Answer, Deviation, deviation, tolerance_of
+from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.attention.pages import PagePool, pages_for
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.layered import new_row
-from corolla.models.packing import PackedBatch, segments_of
-from corolla.models.pages import PagePool, pages_for
-from corolla.models.selfcheck import check_family
 from corolla.models.span import DeepRows, Span, load_span
-from corolla.server.sequences import Sequences
-from corolla.swarm.routing import Hop
+from corolla.server.training.sequences import Sequences
+from corolla.swarm.directory.routing import Hop
 
 FILE = RESULTS / "audits.jsonl"
 FIGURE = "audits of"  # and a class and a span

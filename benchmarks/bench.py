@@ -186,7 +186,7 @@ def _check_serve(options: Sequence[str]) -> None:
 
 
 def _check_client(option: str) -> None:
-    from corolla.client.causal_lm import load_distributed
+    from corolla.client.model.causal_lm import load_distributed
 
     if option not in inspect.signature(load_distributed).parameters:
         raise NotMeasured(f"from_pretrained has no {option}")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from corolla.cli.local_swarm import Child
-from corolla.client.causal_lm import AutoDistributedModelForCausalLM
-from corolla.models.checkpoint import open_checkpoint
+from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.swarm.transport.runtime_dir import RuntimeDir
 
 START_SECONDS = 180.0

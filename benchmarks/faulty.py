@@ -20,18 +20,18 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.causal_lm import load_distributed
 from corolla.config import NodeConfig, ServerConfig
 from corolla.errors import SwarmUnavailable
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
-from corolla.server.block_server import BlockServer
-from corolla.server.engine import Engine
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.server.handlers import handle
-from corolla.server.kv_cache import CacheBudget
+from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.scheduler.engine import Engine
 from corolla.server.serve import load_blocks, open_model
-from corolla.swarm.directory import ServerRecord
-from corolla.swarm.directory_memory import Board, MemoryDirectory
+from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import EventLoopThread, Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME

@@ -28,7 +28,7 @@ def decode_batch(bench: Bench) -> Pair:
 
 def decode_int8(bench: Bench) -> Pair:
     """One session, int8 servers and head, beside llama.cpp on the file that our weights come from."""
-    from corolla.models.gguf import embedded_gguf
+    from corolla.models.checkpoints.gguf import embedded_gguf
 
     client, tokens = bench.client(quantization="int8"), bench.size(64, 12)
     path = str(embedded_gguf())

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from corolla.cli.common import quiet_libraries
 from corolla.data.render import RenderSettings
 from corolla.data.sources import load_conversations
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.kernels.apply import pack_linears, weight_bytes
 from corolla.models.kernels.client import quantize_client
 from corolla.models.kernels.int8 import Int8Linear

@@ -17,7 +17,7 @@ from benchmarks.bench import Bench
 from benchmarks.figures import Figure, Line, Pair, Values
 from benchmarks.processes import ROOT, Worker
 from benchmarks.sizes import MODEL
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 CACHE_TOKENS = 8192
 LEASE_BYTES = 256 * 2**20

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from benchmarks.sizes import MODEL
 from corolla.cli.common import quiet_libraries
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.attention.pages import PagePool, pages_for
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import pack_linears
 from corolla.models.layered import new_row
-from corolla.models.packing import PackedBatch, segments_of
-from corolla.models.pages import PagePool, pages_for
-from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
 
 PAST, PASSES = 60, 60

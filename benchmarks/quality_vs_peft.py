@@ -26,7 +26,7 @@ from corolla.cli.common import quiet_libraries
 from corolla.cli.local_swarm import local_swarm
 from corolla.data.render import RenderSettings
 from corolla.data.sources import load_conversations
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.tuning.batches import Prepared, prepare
 from corolla.tuning.bundle import ModelInfo
 from corolla.tuning.checkpoints import RunFolder

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.attention.pages import PAGE, Layout, PagePool, pages_for
+from corolla.models.attention.windows import layout_of
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.layered import LayeredRow, new_row
-from corolla.models.packing import PackedBatch, segments_of
-from corolla.models.pages import PAGE, Layout, PagePool, pages_for
-from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
-from corolla.models.windows import layout_of
-from corolla.server.sessions import bytes_per_token
+from corolla.server.sessions.sessions import bytes_per_token
 
 PIECE, DECODED = 512, 32
 WIDTHS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 import corolla
 from corolla.data.beginnings import Beginnings
 from corolla.data.sources import load_conversations
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="smollm2")

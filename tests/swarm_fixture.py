@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
-from corolla.models.checkpoint import open_checkpoint
-from corolla.models.pages import MARGIN, PAGE
+from corolla.client.model.causal_lm import load_distributed
+from corolla.models.attention.pages import MARGIN, PAGE
+from corolla.models.attention.windows import layout_of
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.quantization import use_kernels
-from corolla.models.selfcheck import check_family
 from corolla.models.span import load_span
-from corolla.models.windows import layout_of
-from corolla.server.block_server import BlockServer
-from corolla.server.bundles import Entering, before_span, read_bundles
-from corolla.server.engine import Engine
 from corolla.server.handlers import handle
-from corolla.server.kv_cache import CacheBudget
-from corolla.swarm.directory import ServerRecord
-from corolla.swarm.directory_memory import Board, MemoryDirectory
+from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.scheduler.engine import Engine
+from corolla.server.sessions.bundles import Entering, before_span, read_bundles
+from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import EventLoopThread, Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME

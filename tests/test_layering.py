@@ -79,7 +79,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "import corolla.client.session",
+        "import corolla.client.sessions.session",
         "from corolla.models import span",
         "from corolla import client",
         "from corolla import InferenceSession",

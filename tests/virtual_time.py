@@ -11,7 +11,7 @@ import selectors
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from corolla.server.engine import Engine, Kind
+from corolla.server.scheduler.engine import Engine, Kind
 from corolla.swarm.loop import EventLoopThread
 
 T = TypeVar("T")

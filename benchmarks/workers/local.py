@@ -26,7 +26,7 @@ def plain() -> Any:
     """The local model in fp32."""
     from transformers import AutoModelForCausalLM
 
-    from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.checkpoint import open_checkpoint
 
     folder = open_checkpoint(MODEL).tokenizer_source
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -96,7 +96,7 @@ def cut(blocks: int, folder: str) -> None:
     """Write the model with its first blocks only, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.checkpoint import open_checkpoint
 
     whole = open_checkpoint(MODEL).tokenizer_source
     model = AutoModelForCausalLM.from_pretrained(whole, num_hidden_layers=blocks, dtype=torch.float32)

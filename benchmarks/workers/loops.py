@@ -95,7 +95,7 @@ def demo_batches(count: int) -> list[dict[str, Tensor]]:
 
     from corolla.data.render import RenderSettings
     from corolla.data.sources import load_conversations
-    from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.tuning.batches import prepare
     from corolla.tuning.settings import TuneSettings
 

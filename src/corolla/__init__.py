@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from corolla.client.causal_lm import AutoDistributedModelForCausalLM
-    from corolla.client.session import InferenceSession
+    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
+    from corolla.client.sessions.session import InferenceSession
     from corolla.errors import CorollaError, MissingBlocks, SessionLimit, SwarmUnavailable, UsageError
     from corolla.models.prompts import SoftPrompt
 
 _HOMES = {
-    "AutoDistributedModelForCausalLM": "corolla.client.causal_lm",
-    "InferenceSession": "corolla.client.session",
+    "AutoDistributedModelForCausalLM": "corolla.client.model.causal_lm",
+    "InferenceSession": "corolla.client.sessions.session",
     "SoftPrompt": "corolla.models.prompts",
 } | dict.fromkeys(
     ("CorollaError", "MissingBlocks", "SessionLimit", "SwarmUnavailable", "UsageError"), "corolla.errors"
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     family = re.fullmatch(r"Distributed(\w+(?:ForCausalLM|LMHeadModel))", name)
     if family is not None:
-        from corolla.client.causal_lm import distributed_class
+        from corolla.client.model.causal_lm import distributed_class
         from corolla.errors import UnsupportedFamily
 
         try:

@@ -29,8 +29,8 @@ from corolla.chat.transcript import read_chat
 from corolla.cli.chat import chat, find_partner, prepare
 from corolla.data.render import Renderer, RenderSettings
 from corolla.errors import BundleError, CheckpointError, CorollaError, UnknownModel, UsageError
-from corolla.models.checkpoint import open_checkpoint
-from corolla.models.prompt_files import save_prompt
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.node import Node

@@ -19,7 +19,7 @@ from corolla.cli.kept import KeptSwarm, where
 from corolla.cli.tune import TuneJob
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
 

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from corolla.cli.status import as_plain
 from corolla.cli.swarm_map import WIDEST, audit_table, missing_blocks, swarm_map
-from corolla.client.audit_report import AuditReport
-from corolla.client.verdicts import Finding
-from corolla.swarm.directory import ServerRecord
+from corolla.client.audits.audit_report import AuditReport
+from corolla.client.audits.verdicts import Finding
+from corolla.swarm.directory.directory import ServerRecord
 
 
 def record(start: int, end: int, **changes: Any) -> ServerRecord:

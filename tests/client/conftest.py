@@ -16,7 +16,7 @@ from tests.reference import random_ids as random_ids  # for the tests of this fo
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
-from corolla.client.audit_report import AuditReport
+from corolla.client.audits.audit_report import AuditReport
 from corolla.server import handlers
 from corolla.wire.frames import Packet
 

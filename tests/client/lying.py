@@ -13,11 +13,11 @@ from tests.reference import random_ids
 from tests.swarm_fixture import MemorySwarm
 from torch import Tensor
 
-from corolla.client.audit import TOLERANCES
-from corolla.client.auditor import Auditor
-from corolla.client.own_blocks import OwnBlocks
+from corolla.client.audits.audit import TOLERANCES
+from corolla.client.audits.auditor import Auditor
+from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.errors import LyingServer
-from corolla.server.block_server import BlockServer
+from corolla.server.scheduler.block_server import BlockServer
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Gradients, Output
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.client.audit import TOLERANCES, Answer, deviation, tolerance_of
-from corolla.swarm.routing import Hop
+from corolla.client.audits.audit import TOLERANCES, Answer, deviation, tolerance_of
+from corolla.swarm.directory.routing import Hop
 
 
 def answer_of(given: Tensor) -> Answer:

@@ -25,10 +25,10 @@ from tests.client.lying import (
 )
 from tests.tiny_models import write_tiny
 
-from corolla.client.audit_report import AuditReport
-from corolla.client.auditor import Auditor
-from corolla.client.own_blocks import OwnBlocks
-from corolla.swarm.routing import Hop
+from corolla.client.audits.audit_report import AuditReport
+from corolla.client.audits.auditor import Auditor
+from corolla.client.audits.own_blocks import OwnBlocks
+from corolla.swarm.directory.routing import Hop
 
 Note = Callable[[str, Any], None]
 

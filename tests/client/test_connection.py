@@ -8,7 +8,7 @@ import pytest
 
 from corolla.client.connection import SwarmConnection
 from corolla.errors import UsageError
-from corolla.swarm.directory_memory import Board, MemoryDirectory
+from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.loop import EventLoopThread
 from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corolla.errors import UnsupportedFamily
+from corolla.models.checks.miniature import miniature, random_model
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import structure
-from corolla.models.miniature import miniature, random_model
-from corolla.models.selfcheck import check_family
 
 TOKENS, PADDED = 9, 3
 

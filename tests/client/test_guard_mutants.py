@@ -13,8 +13,9 @@ from tests.client.conftest import Pair
 from tests.client.test_ways_in import assert_equal, case_of
 from tests.client.ways.table import WAYS, Column, Way
 
-from corolla.client import remote_blocks, session
-from corolla.client.row_ends import RowEnds
+from corolla.client import remote_blocks
+from corolla.client.sessions import session
+from corolla.client.sessions.row_ends import RowEnds
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache

@@ -24,14 +24,14 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.client import training
-from corolla.client.chain import SessionChain
-from corolla.client.span_session import SpanSession
-from corolla.models.packing import PackedBatch
-from corolla.models.pages import CachedRow, pages_for
+from corolla.client.sessions.chain import SessionChain
+from corolla.client.sessions.span_session import SpanSession
+from corolla.models.attention.packing import PackedBatch
+from corolla.models.attention.pages import CachedRow, pages_for
 from corolla.models.span import Span
-from corolla.server.leases import Lease, Leases
-from corolla.server.sessions import CachedSession
-from corolla.server.steps import PackedStep
+from corolla.server.sessions.sessions import CachedSession
+from corolla.server.sessions.steps import PackedStep
+from corolla.server.training.leases import Lease, Leases
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -121,7 +121,7 @@ def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def rollback_ignored_in_the_history(patch: pytest.MonkeyPatch) -> None:
-    from corolla.client.history import History
+    from corolla.client.sessions.history import History
 
     patch.setattr(History, "truncate", lambda _self, _length: None)
 

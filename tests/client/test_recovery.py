@@ -14,8 +14,8 @@ from tests.faults import Fault, Frame, Injector
 from tests.reference import local_model
 from tests.schedules.world import DTYPE, ServerPlan, SimulatedSwarm, checkpoint_of
 
-from corolla.client import chain
-from corolla.client.causal_lm import load_distributed
+from corolla.client.model.causal_lm import load_distributed
+from corolla.client.sessions import chain
 from corolla.errors import SwarmUnavailable
 
 LONG = {"max_new_tokens": 40, "do_sample": False}

@@ -13,7 +13,7 @@ from tests.faults import KINDS, REPLY_ONLY, Fault, Injector
 from tests.reference import Prompted, local_model
 from tests.schedules.world import DTYPE, ServerPlan, SimulatedSwarm, checkpoint_of
 
-from corolla.client.causal_lm import load_distributed
+from corolla.client.model.causal_lm import load_distributed
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 SERVERS = [ServerPlan("a", 0, 2, 100.0), ServerPlan("b", 2, 4, 100.0), ServerPlan("spare", 1, 4, 30.0)]

@@ -16,10 +16,10 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from corolla.client.losses import DeferredLogits
+from corolla.client.model.losses import DeferredLogits
 from corolla.errors import BundleError, UsageError
-from corolla.models.checkpoint import open_checkpoint
-from corolla.models.prompt_files import save_prompt
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.prompt_files import save_prompt
 
 PairOf = Callable[..., Pair]
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft, TRL and accelerate warn about their own choices

@@ -10,7 +10,7 @@ import pytest
 
 from corolla.client.view import LONGEST_REST, REFRESH_SECONDS, SLOW_READ_SECONDS, SwarmView
 from corolla.errors import MissingBlocks, PeerDisconnected, RequestRefused
-from corolla.swarm.directory import Directory, ServerRecord
+from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.transport.memory import MemoryNetwork
 
 

@@ -14,7 +14,7 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from torch import Tensor
 
-from corolla.models.pages import MARGIN, PAGE
+from corolla.models.attention.pages import MARGIN, PAGE
 
 SPANS = [(0, 2), (2, 4)]
 WINDOW = 6  # of the tiny models

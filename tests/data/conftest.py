@@ -8,7 +8,7 @@ import pytest
 from tests.data.tokenizers_made import with_bos
 from transformers import AutoTokenizer
 
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 
 from corolla.cli.main import main
 from corolla.server import handlers
-from corolla.server.engine import Engine
+from corolla.server.scheduler.engine import Engine
 from corolla.wire.frames import Packet
 
 SLOW_SECONDS = 0.5

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import corolla as public
 from corolla.data.sources import load_conversations
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 PROMPTS, CROWD, NEW_TOKENS = 20, 16, 12
 

@@ -16,7 +16,7 @@ from tests.e2e.processes import Processes, processes
 from tests.e2e.real_swarm import Client, RealSwarm, Used, something_failed
 from tests.tiny_models import write_tiny
 
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 NOTICED_SECONDS = 5.0  # within which a hang is found out
 # What a slow and busy machine adds to that: the replay, a step, and waiting for a core.

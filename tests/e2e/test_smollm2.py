@@ -13,7 +13,7 @@ from tests.reference import Prompted, local_model, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import corolla as public
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 QUESTIONS = [
     "The capital of France is",

@@ -23,7 +23,13 @@ Script = tuple[int, ...]
 ROOT = Path(corolla.__file__).parent
 WATCHED = tuple(
     str(ROOT / place)
-    for place in ("wire/", "server/", "swarm/channel.py", "models/pages.py", "models/packing.py")
+    for place in (
+        "wire/",
+        "server/",
+        "swarm/channel.py",
+        "models/attention/pages.py",
+        "models/attention/packing.py",
+    )
 )
 LONGEST = 14  # messages of a script
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected, ProtocolError
-from corolla.models.pages import PAGE
-from corolla.server.bundles import Entering
-from corolla.server.engine import Kind
-from corolla.server.leases import Leases
+from corolla.models.attention.pages import PAGE
 from corolla.server.limits import Budgets, PeerLimits
+from corolla.server.scheduler.engine import Kind
+from corolla.server.sessions.bundles import Entering
+from corolla.server.training.leases import Leases
 from corolla.swarm.channel import Channel, request
 from corolla.wire.compression import expand
 from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble

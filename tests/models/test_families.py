@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from corolla.errors import UnsupportedFamily
+from corolla.models.checks.layer_form import returns_tuple
 from corolla.models.families import (
     base_prefix,
     block_key_pattern,
@@ -22,7 +23,6 @@ from corolla.models.families import (
     slice_config,
     structure,
 )
-from corolla.models.layer_form import returns_tuple
 
 PREFIXES = {
     "bloom": "transformer.h",

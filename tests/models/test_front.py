@@ -12,7 +12,7 @@ from tests.reference import blocks_of, local_model
 from tests.tiny_models import FAMILIES, write_tiny
 
 from corolla.errors import CheckpointError
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.front import entering
 from corolla.models.prompts import SoftPrompt, digest
 

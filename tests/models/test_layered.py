@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from corolla.models.attention.packing import Segment
+from corolla.models.attention.pages import PAGE, CachedRow, Layout, PagePool, pages_for
 from corolla.models.layered import LayeredRow, common_pages, new_row
-from corolla.models.packing import Segment
-from corolla.models.pages import PAGE, CachedRow, Layout, PagePool, pages_for
 
 PAGES = 60
 WINDOWS = (None, 20, 5)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
 from corolla.models.cache import cache_argument
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.families import blocks_prefix
 from corolla.models.prompts import add_deep
 from corolla.models.span import Span, load_span
-from corolla.models.span_cache import SpanCache, crop_cache, select_rows
 
 LAYERS = 4
 CUTS = ([0, 2, 4], [0, 1, 3, 4])

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from corolla.client.causal_lm import load_distributed
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.causal_lm import load_distributed
 from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.errors import SwarmUnavailable
 from tests.faults import Hit, Injector, describe

@@ -17,15 +17,15 @@ import torch
 
 from corolla.client.connection import SwarmConnection
 from corolla.errors import SwarmUnavailable
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
-from corolla.models.selfcheck import check_family
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
-from corolla.server.block_server import BlockServer
-from corolla.server.bundles import Entering, before_span, prefill
 from corolla.server.handlers import handle
-from corolla.server.kv_cache import CacheBudget
-from corolla.swarm.directory import ServerRecord
-from corolla.swarm.directory_memory import Board, MemoryDirectory
+from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.sessions.bundles import Entering, before_span, prefill
+from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME

@@ -24,9 +24,10 @@ from tests.server.world import (
 )
 
 from corolla.errors import RequestRefused
-from corolla.server import engine, pace, stepping
 from corolla.server.checks import check_memory, working_bytes
-from corolla.server.engine import Kind
+from corolla.server.scheduler import engine, pace
+from corolla.server.scheduler.engine import Kind
+from corolla.server.sessions.sessions import stepping
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Opened, Ping, Step

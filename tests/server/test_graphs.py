@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.server.world import HIDDEN, noise, span_of
 
-from corolla.server.leases import Lease
-from corolla.server.sequences import Sequences, backward_of
+from corolla.server.training.leases import Lease
+from corolla.server.training.sequences import Sequences, backward_of
 
 
 class Token:

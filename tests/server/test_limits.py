@@ -27,9 +27,9 @@ from tests.server.world import (
 
 from corolla.config import NodeConfig, ServerConfig
 from corolla.errors import PeerDisconnected, RequestRefused, UsageError
-from corolla.server.kv_cache import CacheBudget
-from corolla.server.leases import MOST_LEASES, Lease, Leases
 from corolla.server.limits import Account, Budgets, PeerLimits
+from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.training.leases import MOST_LEASES, Lease, Leases
 from corolla.wire.messages import (
     PROTOCOL_NAME,
     Closed,
@@ -266,7 +266,7 @@ async def test_one_peer_may_have_the_whole_cache_until_another_comes() -> None:
 
 
 async def test_nobody_is_driven_out_of_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corolla.server.kv_cache.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("corolla.server.sessions.kv_cache.WAIT_SECONDS", 0.0)
     budget = CacheBudget(20, clock=lambda: 1.0)
     first = [Holding("a"), Holding("a")]
     for one in first:
@@ -282,7 +282,7 @@ async def test_nobody_is_driven_out_of_their_share(monkeypatch: pytest.MonkeyPat
 
 
 async def test_work_at_hand_is_not_evicted_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corolla.server.kv_cache.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("corolla.server.sessions.kv_cache.WAIT_SECONDS", 0.0)
     budget = CacheBudget(20, clock=lambda: 1.0)
     working = Holding("greedy")
     working.idle_after = None

@@ -29,9 +29,9 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server import pace as pace_module
-from corolla.server.engine import AGEING_SECONDS, Engine, Kind
-from corolla.server.steps import PackedStep
+from corolla.server.scheduler import pace as pace_module
+from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind
+from corolla.server.sessions.steps import PackedStep
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import CloseSession, Step

@@ -29,7 +29,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected
-from corolla.models.pages import PAGE
+from corolla.models.attention.pages import PAGE
 from corolla.wire.frames import Limits
 from corolla.wire.messages import (
     PROTOCOL_VERSION,

@@ -17,15 +17,15 @@ import torch
 from tests.tiny_models import write_tiny
 from torch import Tensor
 
-from corolla.models.checkpoint import open_checkpoint
-from corolla.models.pages import MARGIN
-from corolla.models.selfcheck import check_family
+from corolla.models.attention.pages import MARGIN
+from corolla.models.attention.windows import layout_of
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
-from corolla.models.windows import layout_of
-from corolla.server.block_server import BlockServer
-from corolla.server.engine import Engine, Kind
 from corolla.server.handlers import handle
-from corolla.server.kv_cache import CacheBudget
+from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.base import Stream
 from corolla.swarm.transport.memory import MemoryNetwork

@@ -9,17 +9,17 @@ from pathlib import Path
 import msgspec
 import pytest
 from hivemind.dht.routing import DHTID
-from tests.swarm.test_directory import record
+from tests.swarm.directory.test_directory import record
 
 from corolla.config import GuardConfig, NodeConfig
 from corolla.errors import NotAdmitted, PeerUnreachable, SwarmUnavailable, UsageError
 from corolla.swarm import node as node_module
-from corolla.swarm.admission import Introductions
-from corolla.swarm.dht_records import key_id, model_key, read_entry
-from corolla.swarm.directory_dht import DHTDirectory
-from corolla.swarm.invitations import LEEWAY, sign_certificate, sign_invitation
-from corolla.swarm.join import join
-from corolla.swarm.membership import Certificates, revoke
+from corolla.swarm.access.admission import Introductions
+from corolla.swarm.access.invitations import LEEWAY, sign_certificate, sign_invitation
+from corolla.swarm.access.join import join
+from corolla.swarm.access.membership import Certificates, revoke
+from corolla.swarm.directory.dht_records import key_id, model_key, read_entry
+from corolla.swarm.directory.directory_dht import DHTDirectory
 from corolla.swarm.node import Node, SwarmClock
 from corolla.swarm.transport.identity import Identity, prepare_identity
 from corolla.swarm.transport.libp2p import Libp2pTransport

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from corolla.errors import SwarmUnavailable, UsageError
-from corolla.swarm.addresses import peer_of
+from corolla.swarm.directory.addresses import peer_of
 from corolla.swarm.node import Node
 from corolla.swarm.transport.runtime_dir import RuntimeDir, remove_abandoned
 

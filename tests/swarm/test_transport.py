@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -278,3 +280,12 @@ async def test_closing_our_transport_ends_everything(network: Network) -> None:
     with pytest.raises(PeerUnreachable):
         await network.local.open(network.remote_id, "echo")
     await stream.close()
+
+
+def test_the_engine_does_not_decide_how_the_user_s_tensors_are_shared() -> None:
+    """hivemind would, on import; a model that is then shared starts a process that outlives it."""
+    code = (
+        "import torch.multiprocessing as shared; before = shared.get_sharing_strategy(); "
+        "import corolla.swarm.transport.libp2p; assert shared.get_sharing_strategy() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,7 +23,7 @@ import torch
 from tests.tuning.tiny_setup import ABOUT, byte_tokenizer, conversations, local_model, settings
 
 from corolla.errors import UsageError
-from corolla.models.prompt_files import load_prompt
+from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.tuning.batches import prepare
 from corolla.tuning.bundle import load_bundle
 from corolla.tuning.checkpoints import RunFolder

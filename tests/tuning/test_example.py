@@ -15,7 +15,7 @@ from tests.e2e.processes import environment
 from tests.tuning.tiny_setup import WORDS, write_model
 
 from corolla.cli.local_swarm import local_swarm
-from corolla.models.prompt_files import read_prompt_info
+from corolla.models.checkpoints.prompt_files import read_prompt_info
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "personachat_loop.py"
 

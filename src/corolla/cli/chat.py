@@ -214,7 +214,7 @@ def kept(
 
 def find_partner(name: str, revision: str | None = None) -> Partner:
     """A bundle's folder, a folder with a saved prompt only, or a model's name. Raises `BundleError`."""
-    from corolla.models.prompt_files import PROMPT_FILE, read_prompt_info
+    from corolla.models.checkpoints.prompt_files import PROMPT_FILE, read_prompt_info
     from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
 
     folder = Path(name)
@@ -289,10 +289,10 @@ def prepare(
     from corolla.chat.engine import check_context
     from corolla.chat.window import Window
     from corolla.data.render import Renderer, RenderSettings
-    from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.pretrained import load_tokenizer
+    from corolla.models.checkpoints.prompt_files import load_prompt
     from corolla.models.limits import check_tokens, context_limit
-    from corolla.models.pretrained import load_tokenizer
-    from corolla.models.prompt_files import load_prompt
 
     checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token, cache_dir=cache_dir)
     prompt_tokens = 0
@@ -353,7 +353,7 @@ def opened(
     """A chat over the swarm at `peers`."""
     from corolla.chat.engine import ChatEngine
     from corolla.chat.repl import Repl, notice
-    from corolla.client.causal_lm import AutoDistributedModelForCausalLM
+    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
 
     partner = prepared.partner
     with AutoDistributedModelForCausalLM.from_pretrained(

@@ -29,10 +29,10 @@ def invite(
     output: Annotated[Path | None, typer.Option(help="File for the token, instead of the terminal.")] = None,
 ) -> None:
     """Invite somebody: a token that one peer can redeem once, with corolla join."""
-    from corolla.swarm.addresses import join_multiaddr
-    from corolla.swarm.invitations import sign_invitation
-    from corolla.swarm.membership import read_addresses
-    from corolla.swarm.private_files import write_private
+    from corolla.swarm.access.invitations import sign_invitation
+    from corolla.swarm.access.membership import read_addresses
+    from corolla.swarm.access.private_files import write_private
+    from corolla.swarm.directory.addresses import join_multiaddr
     from corolla.swarm.transport.identity import Identity
 
     seconds, certificate_seconds = duration("--expires", expires), duration("--valid", valid)

@@ -20,7 +20,7 @@ def join(
 ) -> None:
     """Redeem an invitation; without one, print the peer id that the owner of a swarm can put on a list."""
     with ended_by_signals():
-        from corolla.swarm.invitations import read_invitation
+        from corolla.swarm.access.invitations import read_invitation
         from corolla.swarm.transport.identity import prepare_identity
 
     path = identity or make_folder(own_identity())

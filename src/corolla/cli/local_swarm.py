@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.errors import SwarmUnavailable, UsageError
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.swarm.transport.runtime_dir import RuntimeDir
 
 START_SECONDS = 300.0  # a first start may have to convert or download the model

@@ -46,7 +46,7 @@ MemberOption = Annotated[
 
 def guard_config(guarded: bool, allow: Path | None, issuers: Sequence[str] | None) -> GuardConfig | None:
     """Whom to let in; None for everybody. Raises `UsageError` for what is no peer id or no such file."""
-    from corolla.swarm.membership import peer_file
+    from corolla.swarm.access.membership import peer_file
     from corolla.swarm.transport.identity import is_peer_id
 
     for issuer in issuers or ():
@@ -78,7 +78,7 @@ def redeem_invitation(token: str, identity: Path | None) -> Path:
     """Redeem an invitation for an identity, made if it is not there; its file."""
     import asyncio
 
-    from corolla.swarm.join import join
+    from corolla.swarm.access.join import join
 
     path = identity or make_folder(own_identity())
     asyncio.run(join(token, path))
@@ -96,6 +96,6 @@ def make_folder(path: Path) -> Path:
 
 def trusted_servers(path: Path | None) -> list[str] | None:
     """The peers in a --trust file. Raises `UsageError`."""
-    from corolla.swarm.membership import peer_file
+    from corolla.swarm.access.membership import peer_file
 
     return None if path is None else sorted(peer_file(path).content)

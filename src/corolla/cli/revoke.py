@@ -16,8 +16,8 @@ def revoke(
     identity: Annotated[Path, typer.Option("--identity", help="The identity of the guarded peer.")],
 ) -> None:
     """Shut a peer out of the guarded peers that run with this identity, within seconds."""
-    from corolla.swarm.membership import revocations_path
-    from corolla.swarm.membership import revoke as run
+    from corolla.swarm.access.membership import revocations_path
+    from corolla.swarm.access.membership import revoke as run
     from corolla.swarm.transport.identity import Identity, is_peer_id
 
     if not is_peer_id(peer_id):

@@ -13,7 +13,7 @@ from corolla.cli.common import PeersOption
 from corolla.cli.members import MemberOption, client_identity
 from corolla.cli.terminal import console, say
 from corolla.errors import UsageError
-from corolla.swarm.directory import ServerRecord
+from corolla.swarm.directory.directory import ServerRecord
 
 
 def status(
@@ -28,7 +28,7 @@ def status(
         )
     from msgspec import to_builtins
 
-    from corolla.client.audit_report import AuditReport
+    from corolla.client.audits.audit_report import AuditReport
 
     records = asyncio.run(fetch(peers, client_identity(identity)))
     audits = AuditReport().read()

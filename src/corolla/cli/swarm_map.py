@@ -13,9 +13,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from corolla.client.audit_report import Reported
-from corolla.swarm.directory import ServerRecord
-from corolla.swarm.routing import ranges, uncovered
+from corolla.client.audits.audit_report import Reported
+from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.routing import ranges, uncovered
 from corolla.text import one_line
 
 WIDEST, NARROWEST = 64, 8  # characters that the blocks of a model may take

@@ -242,9 +242,9 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     """Read and render the conversations; shows the report and `shown` examples."""
     from corolla.data.preview import preview
     from corolla.data.sources import load_conversations
-    from corolla.models.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.pretrained import load_tokenizer
     from corolla.models.limits import check_length, check_tokens
-    from corolla.models.pretrained import load_tokenizer
     from corolla.tuning.batches import prepare
     from corolla.tuning.plan import planned_steps
 
@@ -290,7 +290,7 @@ def train_and_report(
 
     Exits with 130 when it was interrupted; `again` is the command that goes on.
     """
-    from corolla.client.causal_lm import AutoDistributedModelForCausalLM
+    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
     from corolla.tuning.bundle import ModelInfo
     from corolla.tuning.tune import TuneStopped
     from corolla.tuning.tune import tune as run

@@ -12,10 +12,10 @@ from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from corolla.client.auditor import Auditor, check_share
-from corolla.client.prefixes import PrefixIndex
+from corolla.client.audits.auditor import Auditor, check_share
+from corolla.client.audits.second_opinion import Own
 from corolla.client.retry import DEFAULT_PATIENCE, Retry
-from corolla.client.second_opinion import Own
+from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.client.view import SwarmView
 from corolla.swarm.node import EventLoopThread, Node
 from corolla.wire.compression import WireFormat

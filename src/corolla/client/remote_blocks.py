@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from corolla.client.chain import SessionChain
 from corolla.client.connection import SwarmConnection
 from corolla.client.local_blocks import LocalBlocks, LocalSession
+from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
 from corolla.models.cache import RemoteCache

@@ -22,7 +22,7 @@ from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.models.kernels.helpers import SPINNING
 from corolla.swarm.channel import checked, request
-from corolla.swarm.routing import Hop
+from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Message
 

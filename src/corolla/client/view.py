@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from functools import partial
 
-from corolla.client.audit import Observer, Unobserved
-from corolla.client.company import Company
-from corolla.client.verdicts import Verdicts
+from corolla.client.audits.audit import Observer, Unobserved
+from corolla.client.audits.verdicts import Verdicts
+from corolla.client.sessions.company import Company
 from corolla.errors import (
     CorollaError,
     MissingBlocks,
@@ -26,11 +26,18 @@ from corolla.errors import (
     RequestRefused,
     SwarmUnavailable,
 )
-from corolla.swarm.admission import Introductions
+from corolla.swarm.access.admission import Introductions
+from corolla.swarm.access.membership import INVITE_HINT
 from corolla.swarm.channel import Channel
-from corolla.swarm.directory import Directory, ServerRecord
-from corolla.swarm.membership import INVITE_HINT
-from corolla.swarm.routing import HOP_SECONDS, Hop, Paces, announced_seconds, find_route, numerics_of
+from corolla.swarm.directory.directory import Directory, ServerRecord
+from corolla.swarm.directory.routing import (
+    HOP_SECONDS,
+    Hop,
+    Paces,
+    announced_seconds,
+    find_route,
+    numerics_of,
+)
 from corolla.swarm.transport.base import Transport
 from corolla.text import one_line
 from corolla.wire.compression import WireFormat

@@ -19,7 +19,7 @@ from corolla.errors import SessionLimit, UsageError
 
 
 class BlocksSession(Protocol):
-    """What the cache needs of the session behind it (`client/chain.py`)."""
+    """What the cache needs of the session behind it (`client/sessions/chain.py`)."""
 
     def reorder(self, rows: Tensor) -> None:
         """The next step continues with these rows of the cached ones, int64 [R]."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from corolla.errors import UsageError
 from corolla.models import prompts as prompt_math
-from corolla.models.padding_free import FlatRows
+from corolla.models.attention.padding_free import FlatRows
 from corolla.models.prompts import SoftPrompt
 
 

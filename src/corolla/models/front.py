@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError
-from corolla.models.checkpoint import Checkpoint
+from corolla.models.checkpoints.checkpoint import Checkpoint
+from corolla.models.checkpoints.pretrained import load_parts
+from corolla.models.checks.layer_form import returns_tuple
 from corolla.models.families import Structure, structure
-from corolla.models.layer_form import returns_tuple
-from corolla.models.pretrained import load_parts
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksCall, BlocksLayer, replace_blocks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from corolla.models.pages import PAGE, CachedRow, PagePool, shared_pages
+from corolla.models.attention.pages import PAGE, CachedRow, PagePool, shared_pages
 
 
 class LayeredRow:

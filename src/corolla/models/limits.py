@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from corolla.errors import UsageError
-from corolla.models.rotary import cached_limit
+from corolla.models.attention.rotary import cached_limit
 from corolla.text import one_line
 
 UNLIMITED_CONTEXT = 2048  # for models that name no limit of their own (bloom, falcon with alibi)

@@ -23,12 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models import guard
+from corolla.models.attention.padding_free import FlatRows, starts_anew
+from corolla.models.attention.rotary import Edge, edge_of
 from corolla.models.cache import PromptedView, RemoteCache, cache_argument, take_cache
 from corolla.models.call_arguments import place_prompt, shape, split
-from corolla.models.padding_free import FlatRows, starts_anew
-from corolla.models.private_config import with_attention
+from corolla.models.checkpoints.private_config import with_attention
 from corolla.models.prompts import SoftPrompt
-from corolla.models.rotary import Edge, edge_of
 from corolla.models.scored_padding import check_labels_of
 
 ATTENTION_NAME = "corolla_remote"
@@ -157,7 +157,7 @@ class _Entered:
 
 
 class Caches(Protocol):
-    """Where calls that name no cache find one (`client/causal_lm.py`)."""
+    """Where calls that name no cache find one (`client/model/causal_lm.py`)."""
 
     owner: object  # what the caches of this model have in common
 
@@ -179,7 +179,7 @@ class BaseModelHooks:
         caches: Caches | None,
         reads_flat_rows: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Without `caches` no call has one; `reads_flat_rows` says what `models/flat_check.py` finds."""
+        """Without `caches` no call has one; `reads_flat_rows` says what `models/checks/flat_check.py` finds."""
         self._prompts = prompts
         self._reads_flat_rows = reads_flat_rows
         self._caches = caches

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.packing import PACKED, PackedBatch, packed
+from corolla.models.attention.rotary import by_length, padded
+from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
-from corolla.models.checkpoint import Checkpoint
+from corolla.models.checkpoints.checkpoint import Checkpoint
+from corolla.models.checkpoints.packed_bloom import pack_bloom
+from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.cutting import span_class
@@ -26,11 +31,6 @@ from corolla.models.families import Structure, block_key_pattern, slice_config, 
 from corolla.models.hooks import BlockHook, Passage, PromptAdder, packed_hooks
 from corolla.models.hooks import DeepRows as DeepRows
 from corolla.models.kernels.apply import weight_bytes
-from corolla.models.packed_bloom import pack_bloom
-from corolla.models.packing import PACKED, PackedBatch, packed
-from corolla.models.pretrained import load_parts
-from corolla.models.rotary import by_length, padded
-from corolla.models.span_cache import SpanCache
 
 
 class Span:

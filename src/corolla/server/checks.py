@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
 from corolla.models.span import Span
-from corolla.server.sessions import CachedSession
+from corolla.server.sessions.sessions import CachedSession
 from corolla.wire.messages import Backward, Failure, FailureCode, Forward, OpenSession, Step
 
 

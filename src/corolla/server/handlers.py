@@ -18,8 +18,6 @@ from torch import Tensor
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.models.span import Span
-from corolla.server.block_server import BlockServer
-from corolla.server.bundles import find
 from corolla.server.checks import (
     check_prompts,
     check_span,
@@ -27,11 +25,13 @@ from corolla.server.checks import (
     failure_of,
 )
 from corolla.server.limits import InFlight
-from corolla.server.opening import begin, in_use, tokens_of
-from corolla.server.sequences import Sequences, backward_of
-from corolla.server.sessions import CachedSession
-from corolla.server.stepping import take_step, take_steps
-from corolla.server.tasks import give_up
+from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.scheduler.tasks import give_up
+from corolla.server.sessions.bundles import find
+from corolla.server.sessions.opening import begin, in_use, tokens_of
+from corolla.server.sessions.sessions import CachedSession
+from corolla.server.sessions.stepping import take_step, take_steps
+from corolla.server.training.sequences import Sequences, backward_of
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet

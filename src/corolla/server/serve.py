@@ -25,23 +25,23 @@ import torch
 from corolla import __version__
 from corolla.config import ServerConfig
 from corolla.errors import CorollaError, UsageError
-from corolla.models.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.attention.pages import PAGE
+from corolla.models.attention.windows import layout_of
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.numerics import choose_dtype, dtype_name
-from corolla.models.pages import PAGE
 from corolla.models.prompts import SoftPrompt
 from corolla.models.quantization import check_quantization, use_kernels
-from corolla.models.selfcheck import check_family
 from corolla.models.span import Span, load_span
-from corolla.models.windows import layout_of
-from corolla.server.block_server import BlockServer
-from corolla.server.bundles import Entering, before_span, read_bundles
-from corolla.server.engine import Engine, Kind
 from corolla.server.handlers import handle
-from corolla.server.kv_cache import CacheBudget
 from corolla.server.limits import Budgets, PeerLimits
-from corolla.server.sessions import default_capacity
-from corolla.server.threads import give_threads_to
-from corolla.swarm.directory import ServerRecord
+from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.threads import give_threads_to
+from corolla.server.sessions.bundles import Entering, before_span, read_bundles
+from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.sessions import default_capacity
+from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
 from corolla.swarm.ready_file import ready_file
 from corolla.wire.messages import PROTOCOL_NAME

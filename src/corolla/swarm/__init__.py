@@ -5,4 +5,5 @@ import os
 import torch.multiprocessing
 
 # hivemind sets how every process that imports it shares tensors, the user's own included. What is set stays.
-os.environ.setdefault("HIVEMIND_MEMORY_SHARING_STRATEGY", torch.multiprocessing.get_sharing_strategy())
+_STRATEGY = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
+os.environ.setdefault("HIVEMIND_MEMORY_SHARING_STRATEGY", _STRATEGY)

@@ -13,12 +13,9 @@ from pathlib import Path
 
 from corolla.config import GuardConfig
 from corolla.errors import NotAdmitted, RemoteError, UsageError
-from corolla.swarm.addresses import join_multiaddr, peer_of
-from corolla.swarm.admission import ADMISSION_PROTOCOL, Gate, Introductions, Reception, present
-from corolla.swarm.directory import Directory
-from corolla.swarm.invitations import LEEWAY
-from corolla.swarm.loop import EventLoopThread
-from corolla.swarm.membership import (
+from corolla.swarm.access.admission import ADMISSION_PROTOCOL, Gate, Introductions, Reception, present
+from corolla.swarm.access.invitations import LEEWAY
+from corolla.swarm.access.membership import (
     INVITE_HINT,
     Certificates,
     Issuer,
@@ -27,6 +24,9 @@ from corolla.swarm.membership import (
     revocations_path,
     write_addresses,
 )
+from corolla.swarm.directory.addresses import join_multiaddr, peer_of
+from corolla.swarm.directory.directory import Directory
+from corolla.swarm.loop import EventLoopThread
 from corolla.swarm.transport.base import Transport
 
 __all__ = ["EventLoopThread", "Node"]
@@ -85,7 +85,7 @@ class Node:
         peers answers.
         """
         # Importing the network layer takes seconds; who only wants the in-memory twins does not pay for it.
-        from corolla.swarm.directory_dht import DHTDirectory
+        from corolla.swarm.directory.directory_dht import DHTDirectory
         from corolla.swarm.transport.libp2p import Libp2pTransport
 
         peers = [peer_of(join_multiaddr(address)) for address in initial_peers]

@@ -3,7 +3,8 @@
 Invariant: a bundle's folder appears whole or not at all, and one that loads is complete: its prompt belongs
 to the model that `bundle.json` names.
 
-    prompt.json, adapter_config.json, adapter_model.safetensors | prompts.safetensors    models/prompt_files.py
+    prompt.json, adapter_config.json, adapter_model.safetensors | prompts.safetensors
+                     see `models/checkpoints/prompt_files.py`
     bundle.json      model, rendering, stop, sampling, training arguments, metrics
     metrics.jsonl    one line a logged step
     loss.png         the loss curve
@@ -27,8 +28,8 @@ from corolla import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.json_files import parse_object
-from corolla.models.durable import leftovers, publish, write_atomically, write_json
-from corolla.models.prompt_files import (
+from corolla.models.checkpoints.durable import leftovers, publish, write_atomically, write_json
+from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -146,8 +147,8 @@ def _card(bundle: Bundle, config: PretrainedConfig) -> str:
     if base != name:
         lines.append(
             f"`{name}` is no name of the Hugging Face hub. Where Corolla can open it, "
-            f'`corolla.models.checkpoint.open_checkpoint("{name}").tokenizer_source` is a folder with the same '
-            "weights that everything else can load: use it as BASE.\n"
+            f'`corolla.models.checkpoints.checkpoint.open_checkpoint("{name}").tokenizer_source` '
+            "is a folder with the same weights that everything else can load: use it as BASE.\n"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.client.losses import deferred_logits, token_losses
+from corolla.client.model.losses import deferred_logits, token_losses
 from corolla.data.render import NO_LOSS, Example
 from corolla.tuning.batches import BatchMaker
 

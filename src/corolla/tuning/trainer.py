@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from corolla.client.losses import summed_cross_entropy
+from corolla.client.model.losses import summed_cross_entropy
 from corolla.errors import NonFiniteLoss, UsageError
-from corolla.models.prompt_files import load_prompt, save_prompt
+from corolla.models.checkpoints.prompt_files import load_prompt, save_prompt
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.batches import Prepared
 from corolla.tuning.bundle import ModelInfo

@@ -14,17 +14,17 @@ import torch
 from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
 
-from corolla.models.checkpoint import open_checkpoint
+from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.attention.pages import PagePool
+from corolla.models.attention.windows import layout_of
+from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.compiled import compile as compiling
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
 from corolla.models.layered import LayeredRow, Row, new_row
-from corolla.models.packing import PackedBatch, segments_of
-from corolla.models.pages import PagePool
 from corolla.models.span import DeepRows, Span, load_span
-from corolla.models.windows import layout_of
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from corolla.models.checkpoint import open_checkpoint
-from corolla.models.gguf import EMBEDDED_ALIAS
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS
 from corolla.models.kernels import narrow
 from corolla.models.kernels.apply import exact_linear
 from corolla.models.kernels.narrow import FEW_ROWS, NarrowLinear, narrow_form

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.attention.pages import PAGE, PagePool
 from corolla.models.compiled.program import Program
 from corolla.models.compiled.record import Recording, record
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.native import library
 from corolla.models.layered import new_row
-from corolla.models.packing import PackedBatch, segments_of
-from corolla.models.pages import PAGE, PagePool
 
 if TYPE_CHECKING:
     from corolla.models.layered import Row

@@ -21,9 +21,9 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from corolla.models.attention.packing import Rules
 from corolla.models.kernels.fused import FusedPart
 from corolla.models.kernels.packed import FrozenLinear
-from corolla.models.packing import Rules
 
 UNKNOWN = "unknown"  # an operator that is not understood; `what` says why
 HIDDEN, POSITIONS = 0, 1  # storages of what goes in

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from corolla.models.attention.pages import PAGE, CachedRow, pages_for
 from corolla.models.kernels.native import library, pointer
-from corolla.models.pages import PAGE, CachedRow, pages_for
 
 if TYPE_CHECKING:
-    from corolla.models.packing import Rules
+    from corolla.models.attention.packing import Rules
 
 LANES = 16  # heads are a multiple of this wide
 THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from corolla.errors import UsageError
-from corolla.swarm.private_files import tighten, write_private
+from corolla.swarm.access.private_files import tighten, write_private
 
 KEY_BITS = 2048
 MAX_KEY_BYTES = 1024  # of a public key: RSA with up to 4096 bits and some room

@@ -1,8 +1,8 @@
 """Streams between peers over libp2p, by hivemind's daemon `p2pd`. Importing this module takes seconds.
 
-Invariant: hivemind is known here, in `swarm/directory_dht.py` and in `swarm/dht_records.py` only. The daemon
-and the folder with its sockets belong to the transport and end with it; what daemon and library log reaches
-our own logger at debug level and nobody's terminal.
+Invariant: hivemind is known here, in `swarm/directory/directory_dht.py` and in `swarm/directory/dht_records.py` only.
+The daemon and the folder with its sockets belong to the transport and end with it; what daemon and library log
+reaches our own logger at debug level and nobody's terminal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from corolla.errors import (
     SwarmUnavailable,
     UsageError,
 )
-from corolla.swarm.addresses import check_ports_free, is_loopback, join_multiaddr, listen_multiaddr
+from corolla.swarm.directory.addresses import check_ports_free, is_loopback, join_multiaddr, listen_multiaddr
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
 from corolla.swarm.transport.identity import Identity, prepare_identity
 from corolla.swarm.transport.runtime_dir import RuntimeDir

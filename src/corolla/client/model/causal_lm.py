@@ -1,0 +1,365 @@
+"""The distributed models: each family's own `…ForCausalLM`, with its blocks in the swarm.
+
+Invariant: whatever the local model can do (generate, train, be wrapped by peft or a trainer) the
+distributed one inherits; the overrides below only bring in the session and the prompts, and keep a
+checkpoint without blocks from being written as if it were whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache as memoize
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from corolla.client.audits.auditor import check_share
+from corolla.client.audits.own_blocks import OwnBlocks
+from corolla.client.connection import SwarmConnection
+from corolla.client.local_blocks import check_local, load_local
+from corolla.client.model import saving
+from corolla.client.model.adapters import AdapterCheck
+from corolla.client.model.arguments import check_others, client_device, client_dtype, own_arguments
+from corolla.client.model.heads import kept_head, using_head
+from corolla.client.model.loading import check_tuning, connect, initial_prompt, load_shell
+from corolla.client.model.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
+from corolla.client.model.startcheck import check_generation
+from corolla.client.model.watched import Noted
+from corolla.client.remote_blocks import RemoteBlocks
+from corolla.client.sessions.generating import GenerateCall, SessionCaches, prepare_room, watched
+from corolla.client.sessions.session import ActiveSession, InferenceSession
+from corolla.errors import UnsupportedFamily, UsageError
+from corolla.models import families
+from corolla.models.cache import RemoteCache, cache_argument
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.prompt_files import load_prompt
+from corolla.models.checks.flat_check import reads_flat_rows
+from corolla.models.checks.layer_form import returns_tuple
+from corolla.models.prompts import SoftPrompt
+from corolla.models.shell import (
+    BaseModelHooks,
+    BlocksLayer,
+    replace_blocks,
+    watch_losses,
+    what_enters,
+)
+
+log = logging.getLogger(__name__)
+
+
+@memoize
+def distributed_class(architecture: str) -> type[PreTrainedModel]:
+    """The distributed form of a `transformers` class such as `LlamaForCausalLM`.
+
+    Raises `UnsupportedFamily` for anything but a causal language model.
+    """
+    family: Any = getattr(transformers, architecture, None)
+    if family is None or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise UnsupportedFamily(
+            f"{architecture} is not a causal language model of transformers; Corolla serves those (…ForCausalLM)."
+        )
+
+    class Distributed(family):  # type: ignore[misc]
+        """See `AutoDistributedModelForCausalLM`."""
+
+        def __init__(self, config: PretrainedConfig, *, connection: SharedConnection | None = None) -> None:
+            if connection is None:
+                raise UsageError(
+                    "A distributed model is made from a checkpoint and a swarm: use from_pretrained(name, "
+                    "initial_peers=[…]), or AutoModelForCausalLM.from_config for one without a swarm."
+                )
+            super().__init__(config)
+            self.prompts: SoftPrompt | None = None
+            self._noted = Noted()
+            self._revision: str | None = None
+            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers)
+            self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
+            self.cache_name = cache_argument(self.forward)
+            layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
+            self.blocks_holder = (replace_blocks(self, families.blocks_prefix(config), layer),)
+            caches = SessionCaches(self)
+            BaseModelHooks(
+                self.blocks_holder[0],
+                prompts=self._get_prompts,
+                caches=caches,
+                reads_flat_rows=lambda: reads_flat_rows(config),
+            )
+            watch_losses(self, caches)
+            check = AdapterCheck()
+            self.register_forward_pre_hook(lambda model, _args: check(model))
+            self._shared_connection = connection
+            connection.join(self)
+
+        @wraps(family.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return eagerly(super().forward, *args, **kwargs)
+
+        # --- blocks, prompts, sessions ------------------------------------------------------------------
+
+        @property
+        def blocks(self) -> RemoteBlocks:
+            """The blocks in the swarm; `model.blocks[i:j](hidden)` runs some of them."""
+            return self._blocks
+
+        def _get_prompts(self) -> SoftPrompt | None:
+            return self.prompts
+
+        def inference_session(self, max_length: int | None = None) -> InferenceSession:
+            """A session for up to `max_length` of the user's tokens a row; prompts come on top."""
+            return self.new_session(self._active_session, max_length=max_length)
+
+        def new_session(self, active: ActiveSession, **options: Any) -> InferenceSession:
+            """One that is active where `active` says so; `options` as of `InferenceSession`."""
+            return InferenceSession(
+                self._blocks,
+                self.prompts,
+                active,
+                embed=lambda ids: self.get_input_embeddings()(ids),
+                entering=lambda ids: what_enters(self.blocks_holder[0], ids),
+                **options,
+            )
+
+        @contextmanager
+        def apart_from_session(self) -> Iterator[None]:
+            """Within the block calls that name no session have none."""
+            token = self._active_session.set(None)
+            try:
+                yield
+            finally:
+                self._active_session.reset(token)
+
+        @property
+        def active_session(self) -> InferenceSession | None:
+            """The innermost session whose `with` block we are in."""
+            return self._active_session.get()
+
+        # --- generation ---------------------------------------------------------------------------------
+
+        def generate(
+            self,
+            inputs: Tensor | None = None,
+            *args: Any,
+            session: InferenceSession | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            """As `transformers`' generate; with a session, goes on after what it holds.
+
+            `inputs` [R, T] are then the new tokens (None: none), and only what came after the earlier
+            calls' output is returned. Raises `SessionLimit` before anything is computed.
+            """
+            call = GenerateCall(self, super().generate, args, kwargs)
+            with using_head(self):
+                return call.run(inputs, session)
+
+        @wraps(family.prepare_inputs_for_generation)  # `generate` reads what it takes off its signature
+        def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """As the family's own, and not what the cache holds already, which speculation would run again."""
+            cache = kwargs.get(self.cache_name)
+            if isinstance(cache, RemoteCache) and not args:
+                new = cache.new_of(input_ids, kwargs.get("inputs_embeds"))
+                if new is not None and kwargs.get("next_sequence_length") is None:
+                    kwargs["next_sequence_length"] = new
+            prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+            if isinstance(cache, RemoteCache):
+                cache.announce(prepared)
+            return prepared
+
+        def _prepare_cache_for_generation(
+            self,
+            generation_config: Any,
+            model_kwargs: dict[str, Any],
+            generation_mode: Any,
+            batch_size: int,
+            max_cache_length: int,
+        ) -> None:
+            """Where `generate` knows how far it may go: the room is reserved before anything is computed."""
+            room = prepare_room(self, generation_config, model_kwargs, generation_mode, max_cache_length)
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, room
+            )
+
+        def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+            criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+            return watched(criteria, generation_config)
+
+        def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+            """Raises `UsageError`: what batches continuously keeps the keys and values of its own."""
+            raise UsageError(
+                "Continuous batching keeps attention caches at the client, and this model's are on the servers, which "
+                "batch what comes: use generate, or a session for each conversation."
+            )
+
+        # --- saving and ending --------------------------------------------------------------------------
+
+        def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+            """As transformers'; the new head does for its callers what the old one did."""
+            with kept_head(self):
+                return super().resize_token_embeddings(*args, **kwargs)
+
+        def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            """As torch's, for the client's part. Raises `UsageError` for weights of blocks."""
+            saving.refuse_blocks(self.config, state_dict)
+            result = super().load_state_dict(state_dict, *args, **kwargs)
+            # What a trainer's checkpoint leaves out is the checkpoint's, and nothing to warn of.
+            result.missing_keys[:] = [key for key in result.missing_keys if key.startswith(saving.PROMPTS)]
+            return result
+
+        def save_pretrained(
+            self, save_directory: str | Path, is_main_process: bool | None = None, *_args: Any, **kwargs: Any
+        ) -> None:
+            """Write the prompt and what else was changed here; never a checkpoint without its blocks.
+
+            `is_main_process` is what a trainer says: it gets a file that it can load back, too.
+            """
+            if saving.has_adapters(self, kwargs):
+                super().save_pretrained(save_directory, is_main_process is not False, **kwargs)
+            elif is_main_process is not False:
+                saving.save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Self:
+            changed = self._noted.changed(self)
+            super()._apply(fn, recurse)
+            self._noted.note(self, but=changed)  # moved or converted, not changed
+            return self
+
+        def close(self) -> None:
+            """Leave the swarm; the model cannot be used afterwards (a `deepcopy` of it can, until it is closed)."""
+            self._shared_connection.leave(self)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+            return cast(Self, copied(self, memo))
+
+        def __copy__(self) -> NoReturn:
+            refuse_shallow_copy()
+
+        def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+            refuse_pickle()
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        ) -> None:
+            self.close()
+
+        @classmethod
+        def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
+            """See `AutoDistributedModelForCausalLM.from_pretrained`; the checkpoint must be of this family."""
+            if "connection" in kwargs:  # the inner call, from `load_shell`
+                return super().from_pretrained(name, *args, **kwargs)
+            return load_distributed(name, *args, only=architecture, **kwargs)
+
+    # transformers looks conversions of weights up by the class's name, and refuses them to classes that are
+    # not its own; so the class carries the family's name and module.
+    Distributed.__name__, Distributed.__module__ = architecture, family.__module__
+    Distributed.__qualname__ = f"Distributed{architecture}"
+    return Distributed
+
+
+def load_distributed(
+    name: str | Path,
+    *,
+    initial_peers: list[str] | tuple[str, ...] | str = (),
+    tuning_mode: str | None = None,
+    pre_seq_len: int = 16,
+    prompt_init: str = "vocab",
+    prompt_text: str | None = None,
+    prompts: str | Path | None = None,
+    dtype: str | torch.dtype | None = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    patience: float | None = None,
+    quantization: str = "none",
+    wire: str = "compute",
+    mixed: bool = False,
+    identity: str | Path | None = None,
+    trust: Collection[str] | None = None,
+    audit: float = 0.0,
+    local_blocks: int = 0,
+    connection: SwarmConnection | None = None,
+    only: str | None = None,
+    **others: Any,
+) -> PreTrainedModel:
+    """See `AutoDistributedModelForCausalLM.from_pretrained`."""
+    if Path(name).exists():
+        others.pop("local_files_only", None)
+    check_others(others, own_arguments(load_distributed))
+    device = client_device(device_map)
+    wanted = client_dtype(dtype, torch_dtype)
+    check_tuning(tuning_mode, pre_seq_len, prompt_init, prompts)
+    check_share(audit)
+    checkpoint = open_checkpoint(str(name), revision=revision, token=token, cache_dir=cache_dir)
+    if only is not None and checkpoint.architecture != only:
+        raise UsageError(
+            f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
+            "or AutoDistributedModelForCausalLM."
+        )
+    part = distributed_class(checkpoint.architecture)
+    check_generation(checkpoint.config, part)
+    connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
+    try:
+        connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
+        saved = None if prompts is None else Path(prompts)
+        model = load_shell(part, checkpoint, connection, wanted, quantization, device, saved)
+        model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
+        own = OwnBlocks(checkpoint, model.dtype)
+        connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
+        if saved is not None:
+            width = int(model.get_input_embeddings().weight.shape[1])
+            prompt = load_prompt(
+                saved, model_name=checkpoint.name, identity=checkpoint.identity, peft_width=width
+            )
+            model.prompts = prompt.to(model.device)
+        elif tuning_mode is not None:
+            model.prompts = initial_prompt(
+                model, checkpoint, tuning_mode, pre_seq_len, prompt_init, prompt_text, seed
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return model
+
+
+class AutoDistributedModelForCausalLM:
+    """Loads any supported family by the checkpoint's own architecture."""
+
+    def __init__(self) -> None:
+        raise UsageError("Use AutoDistributedModelForCausalLM.from_pretrained(name, initial_peers=[…]).")
+
+    @staticmethod
+    def from_pretrained(name: str | Path, **kwargs: Any) -> Any:
+        """A causal language model whose blocks run in the swarm.
+
+        `name` is a hub name, a local folder, a .gguf file or `smollm2`; `initial_peers` the addresses to
+        join through; `tuning_mode` None, "ptune" or "deep_ptune" with `pre_seq_len` prompt tokens, started
+        by `prompt_init` ("vocab", "text" with `prompt_text`, or "random") under `seed`; `prompts` the folder of a
+        saved prompt instead: a bundle's, a trainer's, or one that peft's prompt tuning wrote; `dtype` "auto" or a
+        torch dtype for the client's part (`torch_dtype` is its older name), `device_map` one device for it;
+        `revision`, `token`, `cache_dir` as in transformers; `patience` the seconds to wait for servers that are
+        gone; `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
+        activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines); `mixed`
+        whether servers of different dtype or quantization may work together, which is less exact; `identity` the
+        file of the peer id that guarded servers know this client by; `trust` the peer ids of the only servers to
+        be used; `audit` the share of requests, such as 0.05, that others compute again: a server found wrong is
+        not used any more, and what it had a part in ends with a `LyingServer`; `local_blocks` how many of the
+        first blocks this machine runs itself. Other arguments of transformers' own are taken where they ask for
+        nothing special, and else refused.
+
+        Raises `UsageError`, `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
+        `NotAdmitted`.
+        """
+        return load_distributed(name, **kwargs)

@@ -1,0 +1,153 @@
+"""What a distributed model is made from: a checked order, a connection, generation settings, a first prompt.
+
+Invariant: what the user asked for is checked before anything is downloaded, and all of it before anything is
+computed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from corolla.client.connection import SwarmConnection
+from corolla.client.model import saving
+from corolla.client.model.heads import share_head, use_head_kernel
+from corolla.client.model.objects import SharedConnection
+from corolla.client.retry import DEFAULT_PATIENCE
+from corolla.errors import CheckpointError, UsageError
+from corolla.models import families
+from corolla.models import prompts as prompt_math
+from corolla.models.checkpoints.checkpoint import Checkpoint
+from corolla.models.checkpoints.pretrained import load_generation_config, load_parts, load_tokenizer
+from corolla.models.guard import switch_off_outputs
+from corolla.models.limits import check_tokens
+from corolla.models.numerics import choose_dtype
+from corolla.models.prompts import SoftPrompt
+from corolla.text import well_formed
+from corolla.wire.compression import check_format
+
+log = logging.getLogger(__name__)
+
+TUNING_MODES = (None, "ptune", "deep_ptune")
+
+
+def check_tuning(mode: str | None, length: int, init: str, prompts: str | Path | None) -> None:
+    """Raises `UsageError` for a prompt that cannot be made."""
+    if mode not in TUNING_MODES:
+        raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
+    if mode is not None and length < 1:
+        raise UsageError(
+            f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
+        )
+    if init not in ("vocab", "text", "random"):
+        raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
+    if mode is not None and prompts is not None:
+        raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
+
+
+def connect(
+    checkpoint: Checkpoint,
+    initial_peers: list[str] | tuple[str, ...] | str,
+    patience: float | None,
+    wire: str,
+    mixed: bool,
+    identity: str | Path | None,
+    trust: Collection[str] | None,
+) -> SwarmConnection:
+    """Join the swarm. Raises `UsageError`, `NotAdmitted` or `SwarmUnavailable`."""
+    peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
+    if not peers:
+        raise UsageError(
+            "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
+        )
+    return SwarmConnection.connect(
+        peers,
+        model=checkpoint.identity,
+        model_name=checkpoint.name,
+        num_blocks=checkpoint.num_blocks,
+        patience=DEFAULT_PATIENCE if patience is None else patience,
+        wire=check_format(wire),
+        mixed=mixed,
+        identity=None if identity is None else Path(identity),
+        trust=trust,
+    )
+
+
+def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's own settings, but for a kind of cache that only a local model could have."""
+    config = load_generation_config(checkpoint, default)
+    config.cache_implementation = None
+    return config
+
+
+def initial_prompt(
+    model: Any, checkpoint: Checkpoint, mode: str, length: int, init: str, text: str | None, seed: int
+) -> SoftPrompt:
+    """A prompt to start training from: a text's embeddings, sampled vocabulary, or noise of their scale."""
+    embedding = model.get_input_embeddings()
+    if init == "random":
+        weight: Tensor = embedding.weight
+        vectors = prompt_math.random_vectors(
+            length, weight.shape[1], std=float(weight.float().std()), seed=seed
+        )
+    elif init == "text":
+        if not text:
+            raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
+        tokenizer = load_tokenizer(checkpoint)
+        ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
+        check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
+        vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
+    else:
+        vectors = prompt_math.initial_vectors(
+            embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
+        )
+    blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
+    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
+
+
+def load_shell(
+    part: Any,
+    checkpoint: Checkpoint,
+    connection: SwarmConnection,
+    dtype: str | torch.dtype,
+    quantization: str = "none",
+    device: torch.device | None = None,
+    saved: Path | None = None,
+) -> Any:
+    """The client's part of a model: embeddings and head, frozen, in evaluation mode.
+
+    `part` is the client's class for the model's family; `saved` is the folder of a saved model, which may hold
+    embeddings or a head of its own.
+    Raises `CheckpointError` when one of their tensors is missing.
+    """
+    pattern = families.block_key_pattern(checkpoint.config)
+    if not isinstance(dtype, torch.dtype):
+        dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
+    state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
+    model, info = load_parts(part, checkpoint, state, dtype, connection=SharedConnection(connection))
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
+        )
+    model.name_or_path = model.config._name_or_path  # what others can load, unlike `smollm2`
+    model._revision = checkpoint.revision
+    model.generation_config = generation_config(checkpoint, model.generation_config)
+    for option in switch_off_outputs(model.config, model.generation_config):
+        what = families.INNER_OUTPUTS[option]
+        log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
+    model.requires_grad_(False).eval().to(device)
+    model._noted.note(model)
+    tables = {} if saved is None else saving.read_tables(saved)
+    saving.take_tables(model, tables, saved or Path())
+    changed = model._noted.changed(model)
+    model.requires_grad_(False)
+    share_head(model)
+    use_head_kernel(model, quantization)
+    model._noted.note(model, but=changed)
+    return model

@@ -1,0 +1,122 @@
+"""What a distributed model writes, and how it is read back.
+
+Invariant: what was trained or changed at the client is written, and nothing of a checkpoint as if it were whole:
+there is no config.json, and no tensor that is still the checkpoint's.
+
+    prompt.json, …       the prompt (models/checkpoints/prompt_files.py)
+    model.safetensors    by their names in the state dict: what else is not the checkpoint's (resized embeddings, a
+                         trained head), and for a trainer, which reads no other file, the prompt once more
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from corolla.errors import BundleError, UsageError
+from corolla.models import families
+from corolla.models.checkpoints.durable import write_atomically
+from corolla.models.checkpoints.prompt_files import save_prompt
+
+TABLES = "model.safetensors"
+PROMPTS = "prompts."  # what the names of a prompt's tensors begin with
+
+
+def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
+    """Write the prompt, and what else was changed. Raises `BundleError`, and `UsageError` when there is nothing."""
+    changed = {name: one for name, one in model._noted.changed(model).items() if not name.startswith(PROMPTS)}
+    if model.prompts is None and not changed:
+        raise UsageError(
+            "A distributed model has no blocks to save and no prompt was trained: load it with "
+            "tuning_mode='ptune' to train one, or use the original checkpoint."
+        )
+    if model.prompts is not None:
+        view = model.blocks.connection.view
+        save_prompt(
+            folder,
+            model.prompts,
+            config=model.config,
+            model_name=view.model_name,
+            identity=view.model,
+            revision=model._revision,
+        )
+        if for_trainer:
+            changed |= {PROMPTS + name: one for name, one in model.prompts.named_parameters()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if changed:
+            tensors = {name: one.detach().cpu().clone().contiguous() for name, one in changed.items()}
+            write_atomically(folder / TABLES, save(tensors, metadata={"format": "pt"}))
+        else:
+            (folder / TABLES).unlink(missing_ok=True)  # an earlier save's
+    except OSError as error:
+        raise BundleError(f"The model could not be saved to {folder}: {error.strerror or error}.") from error
+
+
+def has_adapters(model: Any, options: dict[str, Any]) -> bool:
+    """Whether peft's adapters in the model are what is to be saved. Raises `UsageError` where that is not clear."""
+    if options.get("push_to_hub"):
+        raise UsageError("Call model.push_to_hub(name) instead of save_pretrained(…, push_to_hub=True).")
+    found = bool(getattr(model, "_hf_peft_config_loaded", False))
+    if found and model.prompts is not None:
+        raise UsageError(
+            "This model has a prompt and adapters of peft's, whose files have the same names: set model.prompts = "
+            "None to save the adapters, or model.delete_adapter(name) to save the prompt."
+        )
+    return found
+
+
+def refuse_blocks(config: PretrainedConfig, state: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a state dict with weights of blocks."""
+    pattern = families.block_key_pattern(config)
+    block = next((key for key in state if pattern.match(key)), None)
+    if block is not None:
+        raise UsageError(
+            f"This state holds weights of blocks ({block}), which are on the servers: leave them out to load the "
+            "client's part, or serve the other checkpoint with `corolla serve`."
+        )
+
+
+def read_tables(folder: Path) -> dict[str, Tensor]:
+    """What a saved model says of embeddings and head, by name; nothing where they were not changed."""
+    path = folder / TABLES
+    if not path.is_file():
+        return {}
+    try:
+        # Copied: a mapped file that is truncated later would kill the process.
+        found = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} is missing or truncated; copy the folder again.") from error
+    return {name: tensor for name, tensor in found.items() if not name.startswith(PROMPTS)}
+
+
+def take_tables(model: Any, tables: dict[str, Tensor], folder: Path) -> None:
+    """Give a model that was just made the tables that were saved. Raises `BundleError` where they do not fit it."""
+    if not tables:
+        return
+    own = dict(model.named_parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, tensor in tables.items():
+        wide = any(own.get(name) is one.weight for one in (embedding, head))
+        if (
+            name not in own
+            or tensor.shape[1:] != own[name].shape[1:]
+            or not (wide or tensor.shape == own[name].shape)
+        ):
+            raise BundleError(
+                f"{folder / TABLES} holds {name}, which does not fit this model: it is another's."
+            )
+        if wide and len(tensor) != len(own[name]) and len(tensor) != embedding.num_embeddings:
+            model.resize_token_embeddings(len(tensor), mean_resizing=False)
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+            own = dict(model.named_parameters())
+    try:
+        model.load_state_dict(tables, strict=False)
+    except RuntimeError as error:
+        raise BundleError(f"{folder / TABLES} does not fit this model: it is another's.") from error

@@ -1,0 +1,161 @@
+"""Proof, before a client uses a family, that this release of transformers generates with it what it should.
+
+Invariant: a family that passes gave, in this process and with these libraries, through the very class, hooks,
+sessions and `generate` that a client uses, the tokens of the whole miniature: alone, in a padded batch, in a
+session's second turn and by speculation. Releases of transformers change what stands between `generate` and a
+model's forward; what cannot be verified is refused, since such a change shows as wrong words and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from corolla.client.local_blocks import LocalBlocks
+from corolla.client.model.objects import SharedConnection
+from corolla.client.sessions.prefixes import PrefixIndex
+from corolla.errors import UnsupportedFamily
+from corolla.models.checkpoints.identity import canonical_config
+from corolla.models.checkpoints.pretrained import load_parts
+from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
+from corolla.models.families import block_key_pattern, structure
+from corolla.models.span import load_span
+
+# What Corolla's own tests have run with; pyproject.toml says the same.
+TESTED = "transformers>=5.20,<5.25"
+# A conversation of two turns stays within what a miniature's sessions may hold (`miniature.EDGE`).
+ROWS, TOKENS, NEW, MORE, PADDED = 2, 4, 2, 1, 2
+_passed: set[bytes] = set()
+
+T = TypeVar("T")
+
+
+def check_generation(config: PretrainedConfig, distributed: Any) -> None:
+    """Generate a few tokens with a miniature of this config; once a process and config, in about a second.
+
+    `distributed` is the client's class for the family. Raises `UnsupportedFamily`, which names the releases that
+    are tested.
+    """
+    key = canonical_config(miniature(config).to_dict())
+    if key in _passed:
+        return
+    try:
+        difference = _difference(config, distributed)
+    except Exception as error:  # whatever a release that nobody knows makes of it
+        difference = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if difference is not None:
+        raise UnsupportedFamily(
+            f"With transformers {transformers.__version__}, a miniature of this {config.model_type} model does not "
+            f"generate what it should ({difference}), so nothing is generated with it; Corolla is tested with "
+            f"{TESTED}: pip install '{TESTED}'"
+        )
+    _passed.add(key)
+
+
+def _difference(config: PretrainedConfig, distributed: Any) -> str | None:
+    """In what the client's model differs from the whole one, in words; None when it does not."""
+    small = miniature(config)
+    with undisturbed():
+        whole = random_model(structure(config).causal_lm, small)
+        model = _client_of(_InMemory(whole), distributed)
+        for one in (whole, model):
+            one.generation_config.update(eos_token_id=None, pad_token_id=0)
+        return _first_difference(whole, model)
+
+
+def _first_difference(whole: Any, model: Any) -> str | None:
+    ids = torch.randint(3, 64, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[0, :PADDED] = 0
+    if not _same(model.generate(ids, attention_mask=mask, **_greedy()), whole, ids, mask):
+        return "in a batch with padding"
+    row, more = ids[1:], ids[1:, :MORE]
+    with model.inference_session() as session:
+        first = model.generate(row, session=session, **_greedy())
+        second = model.generate(more, session=session, prompt_lookup_num_tokens=2, **_greedy())
+    if not _same(first, whole, row, torch.ones_like(row)):
+        return "in a session"
+    both = torch.cat([first.sequences, more], 1)
+    if not _same(
+        second, whole, both, torch.ones_like(both)
+    ):  # a mask would be guessed from tokens it has said
+        return "in a session's second turn"
+    return None
+
+
+def _greedy() -> dict[str, Any]:
+    return {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "use_cache": True,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+
+
+def _same(found: Any, whole: Any, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the logits of every generated token are the whole model's."""
+    expected = whole.generate(ids, attention_mask=mask, **_greedy())
+    return close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+class _InMemory:
+    """What is asked of a checkpoint here, for a model that is on no disk."""
+
+    name = "miniature"
+
+    def __init__(self, whole: PreTrainedModel) -> None:
+        self.config = whole.config
+        self.num_blocks = int(whole.config.num_hidden_layers)
+        self._state = whole.state_dict()
+
+    def tensors(
+        self, wanted: Callable[[str], bool], *, widen_to: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """As a `Checkpoint`'s."""
+        return {key: tensor.clone() for key, tensor in self._state.items() if wanted(key)}
+
+
+def _client_of(checkpoint: Any, distributed: Any) -> Any:
+    """A client's model all of whose blocks run here."""
+    pattern = block_key_pattern(checkpoint.config)
+    state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=torch.float32)
+    connection: Any = _NoSwarm()
+    model, _ = load_parts(
+        distributed, checkpoint, state, torch.float32, connection=SharedConnection(connection)
+    )
+    model.requires_grad_(False).eval()
+    model.blocks.local = LocalBlocks(load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32))
+    return model
+
+
+class _NoSwarm:
+    """The connection of a client that leaves no blocks to others."""
+
+    def __init__(self) -> None:
+        self.prefixes = PrefixIndex()
+        self.view = SimpleNamespace(wire="compute")
+        self.retry = None
+        self.is_open = True
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What never waits needs no loop."""
+        try:
+            work.send(None)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        raise RuntimeError("a client without a swarm has waited for one")
+
+    def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
+        """As `run`."""
+        self.run(work)
+
+    def close(self) -> None:
+        """There is nothing to leave."""

@@ -1,0 +1,309 @@
+"""One inference session over the chain of servers that holds its caches; mends itself.
+
+Invariant: between two steps every span's history is exactly what the user's tokens made of it, so a span
+whose server is lost can be rebuilt anywhere: its replacement is given the history and the deep prompts,
+the other servers keep their caches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corolla.client.local_blocks import LocalSession
+from corolla.client.retry import Retry
+from corolla.client.sessions.bundles import Bundle
+from corolla.client.sessions.history import History
+from corolla.client.sessions.span_session import SpanSession
+from corolla.client.view import SwarmView
+from corolla.errors import RemoteError, UsageError
+from corolla.swarm.directory.routing import Hop
+from corolla.wire.messages import Origin, Step
+
+REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
+
+
+class SessionChain:
+    """A session over blocks [start, end). All methods but `reorder` and `reserve` run on the event loop."""
+
+    def __init__(self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None) -> None:
+        self._view = view
+        self._retry = retry
+        self._start, self._end = start, end
+        self._deep = None if deep is None else deep.detach().float().cpu().clone()
+        self._bundle: Bundle | None = None  # the prompt that the session begins with
+        self.front: LocalSession | None = None  # what this client runs itself, before these blocks
+        self._spans: list[SpanSession] = []
+        self._rows = 0
+        self._order: Tensor | None = None
+        self._reserved = 0
+        self._authors: dict[
+            str, int
+        ] = {}  # peers that computed something of this session, from which block on
+        self.version = 0  # steps that took something back or reordered it
+
+    def reorder(self, rows: Tensor) -> None:
+        """See `models.cache.BlocksSession`."""
+        if self.front is not None:
+            self.front.reorder(rows)
+        if self._start == self._end:
+            return
+        self._order = rows if self._order is None else self._order[rows]
+
+    def reserve(self, tokens: int) -> None:
+        """See `models.cache.BlocksSession`."""
+        self._reserved = max(self._reserved, tokens)
+
+    def begins_with(self, prompt: Tensor | None, hidden: Tensor) -> None:
+        """The next step is `hidden` [R, T, H] from position 0 on, whose first tokens are this prompt, if any.
+
+        Servers that have computed it by themselves will not be sent it: where that gives what sending gives, so
+        not if activations are rounded on the way, nor behind blocks that run here.
+        """
+        self._bundle = None
+        if prompt is not None and self._start == 0 and self._view.wire == "compute":
+            self._bundle = Bundle.of(prompt, self._deep, hidden)
+
+    async def step(
+        self, hidden: Tensor, *, start: int, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        """Run `hidden` [R, T, H] on from position `start`, forgetting what stood there.
+
+        `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends,
+        `LyingServer` when what is cached came from a peer that was found lying; the next step is all right.
+        """
+        if self._start == self._end:  # nothing is left to the swarm: what `front` has computed is all
+            return hidden
+        await self._disown_liars()
+        order = self._take_order(int(hidden.shape[0]))
+        self.version += order is not None or any(span.history.length > start for span in self._spans)
+        for span in self._spans:
+            if order is not None:
+                span.history.select_rows(order)
+            span.history.truncate(start)
+        if order is not None:
+            self._rows = len(order)
+        self.reserve(start + int(hidden.shape[1]))
+        progress = _Progress(hidden, start, mask, positions, order)
+        try:
+            await self._retry.run(
+                lambda: self._advance(progress), what="a generation step", done=lambda: progress.reached
+            )
+        except BaseException:
+            for span in self._spans[progress.done :]:
+                await span.drop()  # whether these servers took the step is not known: they are replayed
+            raise
+        self._rows = int(hidden.shape[0])
+        return progress.value
+
+    def _take_order(self, rows: int) -> Tensor | None:
+        """The reorder to send with this step; one cached row may become many (beams, samples)."""
+        order, self._order = self._order, None
+        cached = self._rows if order is None else len(order)
+        if cached in (0, rows):
+            return order
+        if rows % cached:
+            raise UsageError(f"This session holds {cached} sequences; a batch of {rows} cannot continue it.")
+        repeat = torch.arange(cached).repeat_interleave(rows // cached)
+        return repeat if order is None else order[repeat]
+
+    async def _advance(self, progress: _Progress) -> None:
+        """Take the step through the remaining spans; what is done stays done when a span fails."""
+        if not self._spans:
+            self._spans = [
+                SpanSession(hop, History()) for hop in await self._view.route(self._start, self._end)
+            ]
+        while progress.done < len(self._spans):
+            if self._is_lost(self._spans[progress.done]):
+                await self._mend(progress)
+            span, began = self._spans[progress.done], self._view.now()
+            output = await span.step(progress.value, self._message(progress.start), progress.extra(span))
+            self._view.succeeded(span.hop.peer_id)
+            tokens = int(output.shape[0] * output.shape[1])
+            self._view.took(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
+            self._note_author(span.hop)
+            span.history.append(progress.value, progress.positions)
+            self._view.audits.step(span.hop, span.history, progress.mask, self._deep, output)
+            progress.value = output
+            progress.advance()
+            if self._view.should_leave(span.hop):
+                await span.drop()  # the next step goes to its replacement
+
+    def _is_lost(self, span: SpanSession) -> bool:
+        """Whether another server must be found: this one has no cache, or asked to be left alone.
+
+        While there is no other, the cache of a busy server stays, and the step waits for it.
+        """
+        return span.channel is None or self._view.is_busy(span.hop.peer_id)
+
+    def _message(self, position: int) -> Step:
+        return Step(position=position, reserve=self._reserved)
+
+    async def _mend(self, progress: _Progress) -> None:
+        """Replace the span at `progress.done` by servers that are up, and bring their caches to the present."""
+        lost = self._spans[progress.done]
+        hops = await self._view.route(lost.hop.start, lost.hop.end)
+        fresh = [SpanSession(hop, History()) for hop in hops]
+        rows = int(progress.value.shape[0])
+        try:
+            for span in fresh:
+                await span.open(
+                    self._view, rows=rows, max_tokens=self._reserved, deep=self._deep, bundle=self._bundle
+                )
+            await self._replay(lost.history, fresh, progress)
+        except BaseException:
+            for span in fresh:
+                await span.drop()
+            raise
+        await lost.drop()
+        self._spans[progress.done : progress.done + 1] = fresh
+        progress.replayed.update(id(span) for span in fresh)
+
+    async def _replay(self, history: History, spans: list[SpanSession], progress: _Progress) -> None:
+        past, mask = history.inputs(), progress.mask
+        if past is None:
+            return
+        hidden, positions = past
+        width = max(1, REPLAY_TOKENS // hidden.shape[0])
+        for start in range(0, hidden.shape[1], width):
+            stop = min(start + width, hidden.shape[1])
+            value, ids = hidden[:, start:stop], positions[:, start:stop]
+            for span in spans:
+                extra = {"positions": ids} | ({} if mask is None else {"mask": mask[:, :stop]})
+                output = await span.step(value, self._message(start), extra)
+                self._note_author(span.hop)
+                span.history.append(value, ids)
+                value = output
+            progress.replayed_up_to(stop)
+
+    def _note_author(self, hop: Hop) -> None:
+        self._authors[hop.peer_id] = min(hop.start, self._authors.get(hop.peer_id, hop.start))
+
+    async def _disown_liars(self) -> None:
+        """Give up all that a condemned peer has had a part in. Raises `LyingServer` if there was anything.
+
+        What the first of them was sent came from honest ones, so the next step rebuilds the caches from
+        there, at others.
+        """
+        finding = self._view.verdicts.against(self._authors)
+        if finding is None or not self._spans:
+            return
+        start = min(block for peer, block in self._authors.items() if peer in self._view.verdicts.condemned)
+        first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)
+        for span in self._spans[first:]:
+            await span.drop()
+        hop = Hop(finding.peer_id, self._spans[first].hop.start, self._end)
+        self._spans[first:] = [SpanSession(hop, self._spans[first].history)]
+        self._authors = {peer: block for peer, block in self._authors.items() if block < hop.start}
+        self.version += 1
+        raise self._view.verdicts.error(finding)
+
+    async def begin_as(self, other: SessionChain, tokens: int, version: int) -> bool:
+        """Begin with the first `tokens` columns of another session of the same blocks and prompts.
+
+        The servers that hold them are asked to share them; one that does not is replayed with the first
+        step. False, and nothing has changed, where the other does not hold so many, or no longer what it
+        held at `version`.
+        """
+        if self._spans or other.version != version or not other.can_give(tokens, self._deep):
+            return False
+        self._rows, self._order, self._bundle = other._rows, other._order, other._bundle
+        self.reserve(tokens)
+        # All at one moment: while servers are asked, the other may go on or take something back.
+        self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
+        self._authors = dict(other._authors)
+        if self.front is not None and other.front is not None:
+            self.front.begin_as(other.front, tokens)
+        origins = [source.origin(tokens) for source in other._spans]
+        for span, origin in zip(self._spans, origins, strict=True):
+            if origin is not None:
+                await self._share(span, origin)
+        return True
+
+    async def _share(self, span: SpanSession, origin: Origin) -> None:
+        """Open a span's session as its server's copy of another; left closed if that cannot be had."""
+        try:
+            shared = await span.open(
+                self._view,
+                rows=self._rows,
+                max_tokens=self._reserved,
+                deep=self._deep,
+                origin=origin,
+                bundle=self._bundle,
+            )
+        except RemoteError:
+            return
+        if not shared:
+            await span.drop()
+
+    def can_give(self, tokens: int, deep: Tensor | None) -> bool:
+        """Whether another session with these deep prompts may begin with the first `tokens` of this one."""
+        same = deep is self._deep or (
+            deep is not None and self._deep is not None and torch.equal(deep, self._deep)
+        )
+        if self._view.verdicts.against(self._authors) is not None:
+            return False
+        held = min((span.history.length for span in self._spans), default=0)
+        return same and 0 < tokens <= held
+
+    def entered(self, tokens: int) -> Tensor | None:
+        """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""
+        first = self.front.entered if self.front is not None else None
+        if first is None and self._spans:
+            first = self._spans[0].history
+        known = None if first is None else first.copy(tokens).inputs()
+        return None if known is None or known[0].shape[1] != tokens else known[0]
+
+    def history_bytes(self) -> int:
+        """Memory that the inputs of all spans take at the client."""
+        return sum(span.history.nbytes for span in self._spans)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether servers, or this client's own blocks, may hold something of the session."""
+        return bool(self._spans) or self.front is not None
+
+    async def close(self, *, keep: bool = False) -> None:
+        """Free all caches; with `keep`, the servers may keep them for others to begin with.
+
+        Safe to call twice; a kept chain still knows what it held (`begin_as`).
+        """
+        spans = list(self._spans)
+        if not keep:
+            self._spans = []
+            if self.front is not None:
+                self.front.clear()
+        for span in spans:
+            await span.close(self._view, keep=keep)
+
+
+class _Progress:
+    """How far one step has come along the chain."""
+
+    def __init__(
+        self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None, order: Tensor | None
+    ) -> None:
+        self.value = hidden  # input of the span at index `done`
+        self.start = start
+        self.mask = mask
+        self.positions = positions
+        self.done = 0
+        self.replayed: set[int] = set()  # spans whose history was already in this step's order of rows
+        self.reached = (0, 0)  # spans done, and tokens a row that were replayed to the next one; never falls
+        self._order = order
+
+    def advance(self) -> None:
+        """The next span is done; `value` is its output."""
+        self.done += 1
+        self.reached = max(self.reached, (self.done, 0))
+
+    def replayed_up_to(self, tokens: int) -> None:
+        """The replacement of the next span holds so many tokens a row."""
+        self.reached = max(self.reached, (self.done, tokens))
+
+    def extra(self, span: SpanSession) -> dict[str, Tensor]:
+        """The step's optional tensors for one span."""
+        tensors = {"mask": self.mask, "positions": self.positions}
+        if id(span) not in self.replayed:
+            tensors["rows"] = self._order
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}

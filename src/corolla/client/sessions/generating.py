@@ -1,0 +1,185 @@
+"""What a distributed model's `generate` does around `transformers`' own: the conversation, the cache, the room.
+
+Invariant: a call that goes on with a session is given the whole conversation, and the cache holds a true beginning
+of it; what the call said becomes part of the session and is returned without what earlier calls have returned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
+
+from corolla.client.sessions.row_ends import RowEnds
+from corolla.client.sessions.session import InferenceSession, sequences_of
+from corolla.errors import UsageError
+from corolla.models import guard
+from corolla.models.cache import RemoteCache, take_cache
+from corolla.models.shell import check_cached_length
+
+_row_ends: ContextVar[RowEnds | None] = ContextVar("corolla_row_ends", default=None)
+
+
+@contextmanager
+def _noting(ends: RowEnds | None) -> Iterator[None]:
+    """Where rows end within the block is noted there."""
+    token = _row_ends.set(ends)
+    try:
+        yield
+    finally:
+        _row_ends.reset(token)
+
+
+class GenerateCall:
+    """One call of `generate` of a distributed model, whose family's own is `plain`."""
+
+    def __init__(
+        self, model: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._model = model
+        self._plain = plain
+        self._args = args
+        self._kwargs = kwargs
+
+    def run(self, inputs: Tensor | None, session: InferenceSession | None) -> Any:
+        """With the cache or the session that the call names, the active session, or one of its own."""
+        given = take_cache(self._kwargs)
+        if given is not None and session is not None:
+            raise UsageError("Give either session= or a cache, which is a session's own.")
+        if session is not None and not isinstance(session, InferenceSession):
+            raise UsageError("session= takes a session, which model.inference_session() gives.")
+        if given is None and session is None:
+            session = self._model.active_session
+        inputs = self._kwargs.pop("input_ids", None) if inputs is None else inputs
+        follows = self._kwargs.get("inputs_embeds") is not None or (
+            session is not None and session.position > 0
+        )
+        guard.check_prompt(inputs, self._kwargs.get("attention_mask"), may_be_empty=follows)
+        # What a processor, or speculation, asks the model meanwhile is no part of the session.
+        with self._model.apart_from_session(), _noting(None):
+            if given is not None:
+                return self._with_cache(given, inputs)
+            if session is not None:
+                return self._in_session(session, inputs)
+            if self._kwargs.get("use_cache") is False:
+                return self._plain(inputs, *self._args, **self._kwargs)
+            return self._alone(inputs)
+
+    def _with_cache(self, cache: Any, inputs: Tensor | None) -> Any:
+        """With a cache that an earlier call has returned; `inputs` are all tokens, as for a local model."""
+        guard.check_cache(cache, self._model.blocks)
+        mask = self._kwargs.get("attention_mask")
+        if inputs is not None and (mask is None or mask.shape[1] == inputs.shape[1]):
+            cache.begin_call(inputs, None)
+        try:
+            return self._plain(inputs, *self._args, **{self._model.cache_name: cache}, **self._kwargs)
+        finally:
+            cache.end_call()
+
+    def _alone(self, inputs: Tensor | None) -> Any:
+        session = self._model.new_session(ContextVar("unused"), max_length=None)
+        try:
+            result = self._in_session(session, inputs)
+        except BaseException:
+            session.close()
+            raise
+        if isinstance(result, Tensor):
+            session.close()
+        return result  # its cache goes with it, to be passed on
+
+    def _in_session(self, session: InferenceSession, inputs: Tensor | None) -> Any:
+        model, kwargs = self._model, self._kwargs
+        turn = session.begin(
+            inputs,
+            kwargs.pop("attention_mask", None),
+            kwargs.pop("inputs_embeds", None),
+            # peft puts its prompts in front by a method of its own in the place of ours, and in empty sessions only.
+            share=getattr(model.prepare_inputs_for_generation, "__self__", None) is model,
+        )
+        if turn.mask is not None:
+            kwargs["attention_mask"] = turn.mask
+        if turn.embeddings is not None:
+            kwargs["inputs_embeds"] = turn.embeddings
+        kwargs.setdefault("use_cache", True)  # a session is a cache, whatever the checkpoint's settings say
+        session.cache.begin_call(turn.ids, turn.embeddings)
+        ends = RowEnds()
+        try:
+            with _noting(ends):
+                result = self._plain(turn.ids, *self._args, **{model.cache_name: session.cache}, **kwargs)
+        except BaseException:
+            session.break_off(turn)
+            raise
+        finally:
+            session.cache.end_call()
+        newer = session.keep(sequences_of(result), turn, ends)
+        if isinstance(result, Tensor):
+            return newer
+        result.sequences = newer
+        return result
+
+
+def watched(criteria: Any, generation_config: Any) -> Any:
+    """A call's stopping criteria, which say where rows end."""
+    ends = _row_ends.get()
+    return criteria if ends is None else ends.watch(criteria, generation_config)
+
+
+def prepare_room(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, max_cache_length: int
+) -> int:
+    """Check and reserve what a call may need before anything is computed; gives the most tokens of its cache.
+
+    Here `generate` knows how far it may go, and the padding mask that holds for the whole conversation.
+    """
+    cache, mask = model_kwargs.get(model.cache_name), model_kwargs.get("attention_mask")
+    ends = _row_ends.get()
+    if ends is not None:
+        ends.given_mask = mask
+    generation_config.cache_implementation = None  # some checkpoints ask for a local kind
+    if isinstance(cache, RemoteCache):
+        if cache.counted_twice and mode == GenerationMode.ASSISTED_GENERATION:
+            raise UsageError(
+                "Speculation cannot go on with a session in which some tokens are known as embeddings only: generate "
+                "without prompt_lookup_num_tokens and assistant_model."
+            )
+        max_cache_length -= cache.counted_twice
+        cache.align_mask(mask)
+        cache.check_room(max_cache_length - cache.length)
+    guard.check_ends(mask)
+    padding = 0 if mask is None else int((mask == 0).sum(1).min())
+    prompt = 0 if model.prompts is None else model.prompts.length
+    holder = model.blocks_holder[0]
+    limit = guard.position_limit(holder, model.get_input_embeddings(), model.config)
+    guard.check_reach(prompt + max_cache_length - padding, limit)
+    if not isinstance(cache, RemoteCache):
+        return max_cache_length
+    if generation_config.use_cache:
+        check_cached_length(model, cache.prompt_length + max_cache_length)
+        cache.reserve(max_cache_length)
+    else:
+        del model_kwargs[model.cache_name]
+    return max_cache_length
+
+
+class SessionCaches:
+    """A model's sessions, as calls that name no cache find them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self.owner: object = model.blocks
+
+    def active(self) -> RemoteCache | None:
+        """See `models.shell.Caches`."""
+        model = self._model()
+        return None if model is None or model.active_session is None else model.active_session.cache
+
+    def fresh(self, *, lazy: bool) -> RemoteCache:
+        """See `models.shell.Caches`."""
+        model: Any = self._model()
+        cache: RemoteCache = model.new_session(model._active_session, max_length=None, lazy=lazy).cache
+        return cache

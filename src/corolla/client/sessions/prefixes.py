@@ -1,0 +1,92 @@
+"""Conversations that a new one may begin with, so that a beginning they share is computed once.
+
+Invariant: a session begins only with tokens that are its own, under the same prompts, from one that this
+client itself has had; what was kept of closed sessions stays within `KEPT` sessions and `KEPT_BYTES`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from corolla.client.sessions.chain import SessionChain
+
+if TYPE_CHECKING:
+    from corolla.client.sessions.session import InferenceSession
+
+LEAST_TOKENS = 64  # a shorter beginning is computed faster than it is asked for
+KEPT = 8
+KEPT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H].
+
+    `version` is the chain's, read before the tokens: another thread may take some back meanwhile.
+    """
+
+    ids: Tensor
+    chain: SessionChain
+    prompt: Tensor | None
+    version: int
+
+    def common(self, ids: Tensor) -> int:
+        """How many first tokens it shares with int64 [n]."""
+        length = min(len(self.ids), len(ids))
+        differs = (self.ids[:length] != ids[:length]).nonzero()
+        return int(differs[0]) if len(differs) else length
+
+
+class PrefixIndex:
+    """The sessions of one connection, open and lately closed. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[InferenceSession] = weakref.WeakSet()
+        self._kept: list[Beginning] = []
+
+    def opened(self, session: InferenceSession) -> None:
+        """A session of this client has begun."""
+        with self._lock:
+            self._open.add(session)
+
+    def keep(self, beginning: Beginning) -> None:
+        """Remember a session that is being closed, at the expense of older ones."""
+        with self._lock:
+            kept = [*self._kept, beginning][-KEPT:]
+            while kept and sum(one.chain.history_bytes() for one in kept) > KEPT_BYTES:
+                kept.pop(0)
+            self._kept = kept
+
+    def find(self, ids: Tensor, prompt: Tensor | None) -> tuple[Beginning, int] | None:
+        """The session that shares most first tokens with int64 [n], at most n - 1, and how many."""
+        best: tuple[Beginning, int] | None = None
+        for one in self._beginnings():
+            if not _same(one.prompt, prompt):
+                continue
+            common = min(one.common(ids), len(ids) - 1)
+            if common >= LEAST_TOKENS and (best is None or common > best[1]):
+                best = (one, common)
+        return best
+
+    def _beginnings(self) -> Iterator[Beginning]:
+        with self._lock:
+            kept, sessions = self._kept, list(self._open)
+        yield from reversed(kept)
+        for session in sessions:
+            beginning = session.beginning()
+            if beginning is not None:
+                yield beginning
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

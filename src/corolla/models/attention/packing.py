@@ -1,0 +1,297 @@
+"""Tokens of many sequences in one pass: `[1, N, H]` without padding, attention per sequence.
+
+Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
+outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
+family's own code runs over them unchanged; attention reaches `attend` through transformers' registry of
+attention functions, under `PACKED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corolla.errors import UsageError
+from corolla.models.attention.pages import PAGE, CachedRow, PagePool, pages_for
+from corolla.models.kernels.decode import OneTokenRows, can_attend
+from corolla.models.layered import LayeredRow, Row
+
+# No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
+PACKED = "corolla_packed"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one block's scores become weights, beyond the plain softmax(scale · q·k)."""
+
+    scale: float | None = None
+    window: int | None = None  # a token sees this many newest ones, itself included
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
+    slopes: Tensor | None = None  # [heads], alibi
+
+    @property
+    def plain(self) -> bool:
+        """Whether the fused kernel computes it without a bias."""
+        return self.softcap is None and self.sinks is None and self.slopes is None
+
+
+@dataclass
+class Segment:
+    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before.
+
+    A row in several tables is read as one segment a table (`parts`), whose `past` is what that table holds.
+    """
+
+    begin: int
+    count: int
+    row: Row | None = None
+    room: int = 0  # tokens that the row may reach in the present call
+    past: int = 0
+    prepared: bool = False
+    parts: list[Segment] = field(default_factory=list)
+    slots: Tensor | None = None
+    _pages: Tensor | None = None  # where the row's pages do not follow each other
+    _first: int | None = None
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """The packed token behind the last one."""
+        return self.begin + self.count
+
+    def prepare(self) -> None:
+        """Take slots for the new tokens; once, before the first block."""
+        if self.row is None:
+            return
+        self.past, self.prepared = self.row.length, True
+        if isinstance(self.row, LayeredRow):
+            self._prepare_parts(self.row)
+            return
+        self.slots = self.row.grow(self.count, self.room)
+        self._first = self.row.stretch()
+        if self._first is None:
+            self._pages = torch.tensor(self.row.pages[: pages_for(self.row.length)])
+
+    def _prepare_parts(self, row: LayeredRow) -> None:
+        self.parts = [
+            Segment(self.begin, self.count, table, room) for table, room in row.with_rooms(self.room)
+        ]
+        for part in self.parts:
+            part.prepare()
+        row.length = self.past + self.count
+
+    def cached(self, turned: Tensor) -> Tensor:
+        """All tokens of the row, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
+        total = self.past + self.count
+        if self._first is not None:
+            return turned.narrow(2, self._first * PAGE, total)
+        assert self._pages is not None
+        store = turned[0].transpose(0, 1)
+        paged = store.view(-1, PAGE, *store.shape[1:])
+        found = paged.index_select(0, self._pages.to(store.device)).flatten(0, 1)[:total]
+        return found.transpose(0, 1).unsqueeze(0)
+
+    def visible(self, window: int | None, device: torch.device) -> Tensor:
+        """bool [count, past + count]: which cached token each new one sees."""
+        if window not in self._masks:
+            total = self.past + self.count
+            seen = torch.ones(self.count, total, dtype=torch.bool, device=device).tril_(self.past)
+            if window is not None:
+                seen = seen.triu_(self.past - window + 1)
+            self._masks[window] = seen
+        return self._masks[window]
+
+
+def segments_of(lengths: Sequence[int], rows: Sequence[Row] | None = None) -> list[Segment]:
+    """Segments of these lengths, one behind the other."""
+    segments, begin = [], 0
+    for index, length in enumerate(lengths):
+        segments.append(Segment(begin, length, None if rows is None else rows[index]))
+        begin += length
+    return segments
+
+
+class _Table:
+    """The segments as the blocks of one of the pool's tables see them."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
+        slots = [one.slots for one in self.segments if one.slots is not None]
+        self.slots = torch.cat(slots) if slots else None  # of the new tokens
+        # Generation: sequences with one new token each, which one kernel takes together.
+        self.ones = [one for one in self.segments if one.count == 1]
+        self._rows: OneTokenRows | None = None
+
+    def rows(self) -> OneTokenRows:
+        """The rows of `ones`."""
+        if self._rows is None:
+            self._rows = OneTokenRows([one.row for one in self.ones if isinstance(one.row, CachedRow)])
+        return self._rows
+
+
+class PackedBatch:
+    """The segments of one pass, in the order of their tokens."""
+
+    def __init__(self, segments: Sequence[Segment], pool: PagePool | None = None) -> None:
+        """`pool` is where the segments' rows are cached; without one, nothing is."""
+        self.segments = list(segments)
+        self.pool = pool
+        for segment in self.segments:
+            segment.prepare()
+        self._tables = [_Table(own) for own in self._by_table()]
+
+    def _by_table(self) -> list[list[Segment]]:
+        if self.pool is None or self.pool.layout.plain:
+            return [self.segments]
+        return [[one.parts[table] for one in self.segments] for table in range(self.pool.layout.tables)]
+
+    @property
+    def one_each(self) -> bool:
+        """Whether this is generation and nothing else: each sequence has one new token, and is cached."""
+        return self.pool is not None and all(one.count == 1 for one in self.segments)
+
+    def rows(self, table: int) -> OneTokenRows:
+        """The sequences with one new token, as one of the pool's tables has them."""
+        return self._tables[table].rows()
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+        """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
+        if self.pool is None:
+            return _side_by_side([_attend_new(one, query, key, value, rules) for one in self.segments])
+        index, place = self.pool.layout.place(block, rules.window)
+        table, cache = self._tables[index], self.pool.store(place, key, value)
+        as_wide = cache[0].shape[-1] == cache[1].shape[-1]  # keys and values, for the kernel
+        together = bool(table.ones) and as_wide and can_attend(query, cache[0])
+        if together and len(table.ones) == len(table.segments):
+            return table.rows().attend(query, cache, rules, (key, value))
+        assert table.slots is not None
+        slots = table.slots.to(key.device)
+        for side, new in zip(cache, (key, value), strict=True):
+            side.index_copy_(0, slots, new[0].transpose(0, 1))
+        if together:
+            return _attend_mixed(table, query, cache, rules)
+        return _side_by_side([_attend_cached(one, query, cache, rules) for one in table.segments])
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+
+
+def _attend_new(one: Segment, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+    """A segment over its own new tokens."""
+    query, key, value = (tensor.narrow(2, one.begin, one.count) for tensor in (query, key, value))
+    return attend_one(query, key, value, one, rules)
+
+
+def _attend_cached(one: Segment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
+    """A segment over what its row has cached, its new tokens included."""
+    keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
+    return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
+
+
+def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
+    """Sequences with one new token beside others that have more."""
+    result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    places = torch.tensor([one.begin for one in table.ones])
+    result[:, places] = table.rows().attend(query[:, :, places], cache, rules, None)
+    for one in table.segments:
+        if one.count > 1:
+            result[:, one.begin : one.end] = _attend_cached(one, query, cache, rules).transpose(1, 2)
+    return result
+
+
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    """One sequence's attention: `query` [1, heads, T, D] at the end of `keys` [1, kv_heads, S, D]."""
+    window, total = rules.window, int(keys.shape[2])
+    if window is not None and total <= window:
+        window = None
+    if not rules.plain:
+        return _attend_plainly(query, keys, values, one, rules, window)
+    grouped = query.shape[1] != keys.shape[1]
+    if one.count == 1:  # sees everything, or the newest of it
+        if window is not None:
+            keys, values = keys[:, :, -window:], values[:, :, -window:]
+        return scaled_dot_product_attention(query, keys, values, scale=rules.scale, enable_gqa=grouped)
+    if one.past == 0 and window is None:
+        return scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=rules.scale, enable_gqa=grouped
+        )
+    mask = one.visible(window, query.device)
+    return scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=grouped
+    )
+
+
+def _attend_plainly(
+    query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules, window: int | None
+) -> Tensor:
+    """With the scores written out; softmax in float32 at least, as the families' own eager code does."""
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if rules.scale is None else rules.scale
+    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+    if rules.slopes is not None:
+        places = torch.arange(keys.shape[2], device=scores.device)
+        scores = scores + (rules.slopes[:, None, None] * places).to(scores.dtype)
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = scores.masked_fill(~one.visible(window, scores.device), torch.finfo(scores.dtype).min)
+    if rules.sinks is not None:
+        sinks = rules.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(values.dtype)
+    return torch.matmul(weights[..., : keys.shape[2]], values)
+
+
+_batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
+
+
+@contextmanager
+def packed(batch: PackedBatch) -> Iterator[None]:
+    """Attention inside works on `batch`."""
+    token = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+
+
+def current_batch() -> PackedBatch | None:
+    """The batch whose pass is running, if one is."""
+    return _batch.get()
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers' registry takes them; see `PackedBatch.attend`."""
+    batch = current_batch()
+    if batch is None:
+        raise UsageError("The blocks of a packed span were called without a packed batch.")
+    rules = Rules(scaling, sliding_window, softcap, s_aux)
+    block: Any = module.layer_idx
+    return batch.attend(block, query, key, value, rules), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -1,0 +1,178 @@
+"""The one door to transformers' loaders: everything of ours that is `from_pretrained` comes through here.
+
+Invariant: no file of a model's repository is ever run, and nothing is asked on stdin: what cannot be read
+without the repository's own code is refused in one sentence, and so is whatever a loader raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from corolla.errors import CheckpointError, UnsupportedFamily
+from corolla.json_files import read_object
+from corolla.text import one_line
+
+if TYPE_CHECKING:
+    from corolla.models.checkpoints.checkpoint import Checkpoint
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+T = TypeVar("T")
+
+
+def load_config(name: str, path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The config in `path`, whose content is `raw`. Raises `UnsupportedFamily`."""
+    try:
+        return _read(lambda: AutoConfig.from_pretrained(path.parent, trust_remote_code=False))
+    except _Unreadable as error:
+        kind = one_line(raw.get("model_type", "unknown"))
+        code = "; its repository brings code for it, which is never run" if raw.get("auto_map") else ""
+        raise UnsupportedFamily(
+            f"The config of {name} (model type {kind}) is not one that Corolla knows{code}."
+        ) from error.__cause__
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer. Raises `CheckpointError` when it has none, or none that can be read."""
+    from transformers import AutoTokenizer
+
+    refuse_tokenizer_code(checkpoint)
+    source = checkpoint.source
+    try:
+        tokenizer = _read(
+            lambda: AutoTokenizer.from_pretrained(
+                source.location, **source.loader_arguments(), trust_remote_code=False
+            )
+        )
+    except _Unreadable as error:
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer that can be read ({error}); chatting and tuning need one: copy the "
+            "model's tokenizer files beside it."
+        ) from error.__cause__
+    # Families without their files get an empty one.
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer: copy the model's tokenizer.json and {TOKENIZER_CONFIG} beside it."
+        )
+    return tokenizer
+
+
+def refuse_tokenizer_code(checkpoint: Checkpoint) -> None:
+    """Raises `CheckpointError` for a tokenizer whose class is Python code in the model's repository."""
+    path = checkpoint.source.optional(TOKENIZER_CONFIG)
+    if path is None:
+        return
+    content = read_object(path, CheckpointError, "download or copy it again")
+    named = content.get("auto_map")
+    code = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    if not code:
+        return
+    kind = content.get("tokenizer_class")
+    if isinstance(kind, str) and _is_known(kind):  # which is then used, and the repository's is not
+        return
+    raise CheckpointError(
+        f"The tokenizer of {checkpoint.name} is Python code of its repository ({one_line(code)}), which Corolla "
+        "never runs: use a model whose tokenizer transformers itself has, or save one beside a copy of it."
+    )
+
+
+def load_generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's own settings for generation, or `default` where it has none."""
+    path = checkpoint.source.optional("generation_config.json")
+    if path is None:
+        return default
+    try:
+        return _read(lambda: GenerationConfig.from_pretrained(path.parent))
+    except _Unreadable as error:
+        raise CheckpointError(
+            f"The generation_config.json of {checkpoint.name} cannot be read ({error}); copy it again, or delete it."
+        ) from error.__cause__
+
+
+def load_parts(
+    part: Any, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The family's own loader on the class `part`: the model and what the loader says about it.
+
+    `state` are its tensors by name; layouts are converted as for a whole checkpoint, and no file is looked for.
+    Raises `CheckpointError` when they do not fit the config.
+    """
+    try:
+        model, info = part.from_pretrained(
+            None,
+            config=copy.deepcopy(checkpoint.config),
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **more,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"The tensors of {checkpoint.name} do not fit its config (vocabulary, sizes, layers): copy both again "
+            "from where the model was saved."
+        ) from error
+    return model, info
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """A GGUF file's tokenizer and its model in float32; nothing beside the file is looked at.
+
+    Raises `CheckpointError`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    with tempfile.TemporaryDirectory(prefix="corolla-") as alone:
+        Path(alone, path.name).symlink_to(path.resolve())
+
+        def load() -> tuple[Any, Any]:
+            arguments: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+            return (
+                AutoTokenizer.from_pretrained(alone, **arguments),
+                AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=torch.float32,
+                    **arguments,
+                ),
+            )
+
+        try:
+            return _read(load)
+        except _Unreadable as error:
+            raise CheckpointError(
+                f"{path} cannot be read as a GGUF model; it may be truncated."
+            ) from error.__cause__
+
+
+class _Unreadable(Exception):
+    """A loader has failed; the text is the beginning of its reason, its `__cause__` the loader's own error."""
+
+
+def _read(load: Callable[[], T]) -> T:
+    """Whatever a loader raises on a stranger's files, as one error: libraries in other languages panic."""
+    try:
+        return load()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = str(error).strip().splitlines()
+        raise _Unreadable(one_line(reason[0], characters=120) if reason else type(error).__name__) from error
+
+
+def _is_known(kind: str) -> bool:
+    """Whether transformers itself has a tokenizer class of this name."""
+    import transformers
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    if kind in ("PreTrainedTokenizer", "PythonBackend"):  # bases of classes that are in a repository
+        return False
+    return hasattr(transformers, kind) or tokenizer_class_from_name(kind) is not None

@@ -1,0 +1,181 @@
+"""Prompts on disk: safetensors and JSON, in peft's own adapter layout where peft has one (`ptune`).
+
+Invariant: a prompt is read back only for the model identity that it was trained for; files are replaced
+whole or not at all.
+
+    prompt.json                  which model, which mode, which shapes
+    adapter_config.json          ptune: what peft reads
+    adapter_model.safetensors    ptune: `prompt_embeddings` [P, H]
+    prompts.safetensors          deep_ptune: `input` [P, H] and `deep` [blocks, P, H]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from corolla.errors import BundleError, CheckpointError
+from corolla.json_files import parse_object
+from corolla.models.checkpoints.durable import write_atomically, write_json
+from corolla.models.checkpoints.source import read_json
+from corolla.models.prompts import SoftPrompt
+
+PROMPT_FILE = "prompt.json"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+DEEP_WEIGHTS = "prompts.safetensors"
+FORMAT_VERSION = 1
+
+
+def save_prompt(
+    folder: Path,
+    prompt: SoftPrompt,
+    *,
+    config: PretrainedConfig,
+    model_name: str,
+    identity: str,
+    revision: str | None = None,
+) -> None:
+    """Write a prompt for the model of that name and identity. Raises `BundleError` when it cannot be written.
+
+    peft is told where the model can be loaded from, which is not always its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = prompt.input.detach().float().cpu().contiguous()
+        if prompt.deep is None:
+            write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors}))
+            write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name, revision))
+        else:
+            deep = prompt.deep.detach().float().cpu().contiguous()
+            write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": deep}))
+        write_json(
+            folder / PROMPT_FILE,
+            {
+                "format": FORMAT_VERSION,
+                "model": model_name,
+                "identity": identity,
+                "mode": prompt.mode,
+                "prompt_tokens": prompt.length,
+                "hidden_size": int(vectors.shape[1]),
+                "blocks": 0 if prompt.deep is None else int(prompt.deep.shape[0]),
+            },
+        )
+    except OSError as error:
+        raise BundleError(f"The prompt could not be saved to {folder}: {error.strerror or error}.") from error
+
+
+def load_prompt(folder: Path, *, model_name: str, identity: str, peft_width: int | None = None) -> SoftPrompt:
+    """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read.
+
+    With `peft_width`, the model's H, a folder that peft itself wrote is read, too; nobody can tell for which model
+    that was, as long as it is as wide.
+    """
+    if peft_width is not None and not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists():
+        return _load_peft_prompt(folder, model_name, peft_width)
+    about = read_prompt_info(folder)
+    if about["identity"] != identity:
+        raise BundleError(
+            f"The prompt in {folder} was trained for {about['model']} (identity {about['identity'][:12]}), "
+            f"not for {model_name} (identity {identity[:12]}): load it with the model that it belongs to."
+        )
+    deep_mode = about["mode"] == "deep_ptune"
+    tensors = _read_tensors(folder / (DEEP_WEIGHTS if deep_mode else PEFT_WEIGHTS))
+    vectors = tensors.get("input" if deep_mode else "prompt_embeddings")
+    deep = tensors.get("deep")
+    shape = (about["prompt_tokens"], about["hidden_size"])
+    if vectors is None or tuple(vectors.shape) != shape or deep_mode != (deep is not None):
+        raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
+    if deep is None:
+        return SoftPrompt(vectors)
+    if deep.ndim != 3 or deep.shape[:2] != (about["blocks"], about["prompt_tokens"]):
+        raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
+    prompt = SoftPrompt(vectors, about["blocks"], int(deep.shape[2]))
+    assert prompt.deep is not None
+    prompt.deep.data.copy_(deep)
+    return prompt
+
+
+def _load_peft_prompt(folder: Path, model_name: str, width: int) -> SoftPrompt:
+    path = folder / PEFT_CONFIG
+    try:
+        about = read_json(path)
+        kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
+    except (CheckpointError, KeyError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read; copy the folder again.") from error
+    if kind != "PROMPT_TUNING" or parts != 1:
+        raise BundleError(
+            f"{folder} holds peft's {kind}, and prompts= takes PROMPT_TUNING: load it with "
+            "PeftModel.from_pretrained(model, folder), if it leaves the blocks alone."
+        )
+    if not (folder / PEFT_WEIGHTS).exists():
+        raise BundleError(f"{folder} lacks {PEFT_WEIGHTS}: copy it again, or save it with safetensors.")
+    tensors = _read_tensors(folder / PEFT_WEIGHTS)
+    vectors = tensors.pop("prompt_embeddings", None)
+    if vectors is None or vectors.ndim != 2 or vectors.shape[0] != about.get("num_virtual_tokens"):
+        raise BundleError(f"The prompt in {folder} is not what its {PEFT_CONFIG} says; copy it again.")
+    if tensors:
+        raise BundleError(
+            f"{folder} holds more than a prompt ({min(tensors)}): load it with "
+            "PeftModel.from_pretrained(model, folder)."
+        )
+    if vectors.shape[1] != width:
+        raise BundleError(
+            f"The prompt in {folder} is for a model of width {vectors.shape[1]} "
+            f"({about.get('base_model_name_or_path')}), and {model_name} has {width}: load it with its own model."
+        )
+    return SoftPrompt(vectors)
+
+
+def read_prompt_info(folder: Path) -> dict[str, Any]:
+    """The content of `prompt.json`. Raises `BundleError`."""
+    path = folder / PROMPT_FILE
+    try:
+        about: dict[str, Any] = parse_object(path.read_bytes())
+        kinds = {
+            "model": str,
+            "identity": str,
+            "mode": str,
+            "prompt_tokens": int,
+            "hidden_size": int,
+            "blocks": int,
+        }
+        bad = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} holds no {PROMPT_FILE}, so it is not a saved prompt.") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} cannot be read; copy the bundle again.") from error
+    if bad or about.get("format") != FORMAT_VERSION:
+        raise BundleError(f"{path} is not of a form that this version of Corolla reads.")
+    return about
+
+
+def _peft_config(
+    prompt: SoftPrompt, config: PretrainedConfig, model_name: str, revision: str | None
+) -> dict[str, Any]:
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config._name_or_path or model_name,
+        "revision": revision,
+        "inference_mode": True,
+        "num_virtual_tokens": prompt.length,
+        "token_dim": int(prompt.input.shape[1]),
+        "num_transformer_submodules": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+    }
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Copied: a mapped file that is truncated later would kill the process.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} is missing or truncated; copy the bundle again.") from error

@@ -1,0 +1,222 @@
+"""Proof, before a family is served, that its blocks can be split: a miniature is, and compared.
+
+Invariant: a family that passes gave, in this process and with these libraries, the whole model's hidden
+states bit for bit from chained spans, its cached steps and gradients within rounding, and with a client's shell
+around the spans the whole model's logits. A naive split is *silently* wrong for several families, so nothing is
+served on trust.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from corolla.errors import UnsupportedFamily
+from corolla.models.cache import cache_argument
+from corolla.models.checkpoints.checkpoint import Checkpoint
+from corolla.models.checkpoints.identity import canonical_config
+from corolla.models.checkpoints.source import LocalFolder
+from corolla.models.checks.clientcheck import MakeShell, client_difference, make_shell
+from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
+from corolla.models.checks.packcheck import can_pack
+from corolla.models.families import blocks_prefix, structure
+from corolla.models.hooks import first_of
+from corolla.models.span import Span, load_span
+
+log = logging.getLogger(__name__)
+
+# A sequence that is cached ends where rotary embeddings begin to change, one that is run whole goes beyond.
+ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3
+
+_passed: dict[bytes, bool] = {}
+
+
+def check_family(config: PretrainedConfig) -> bool:
+    """Split a miniature of this config and compare it with the whole miniature; once a process and config.
+
+    Returns whether packed passes (`Span.forward_packed`) give the same too; where they do not, requests are
+    computed one by one. Takes about a second and leaves the random number generators alone. Raises
+    `UnsupportedFamily` when the family cannot be split, or when the split model computes something else.
+    """
+    structure(config)  # raises for what is not a causal model of one list of blocks
+    with _refusing(config):
+        key = canonical_config(miniature(config).to_dict())
+        if key not in _passed:
+            with split_miniature(config) as (whole, spans):
+                _compare(config, _first_difference(whole, spans))
+                _compare(config, client_difference(whole, spans, make_shell))
+                _passed[key] = can_pack(spans)
+        return _passed[key]
+
+
+def check_client(config: PretrainedConfig, make: MakeShell = make_shell) -> None:
+    """As `check_family`, for a client's half alone, as `make` makes it: the shell that runs local spans.
+
+    Raises `UnsupportedFamily` when its logits, in plain, padded and cached passes, or its gradients are not
+    those of the whole miniature.
+    """
+    structure(config)
+    with _refusing(config), split_miniature(config) as (whole, spans):
+        _compare(config, client_difference(whole, spans, make))
+
+
+@contextmanager
+def split_miniature(config: PretrainedConfig) -> Iterator[tuple[PreTrainedModel, list[Span]]]:
+    """A random miniature of this config, always the same, and the spans of which it consists."""
+    small = miniature(config)
+    with undisturbed(), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+        whole = random_model(structure(config).causal_lm, small)
+        whole.save_pretrained(folder)
+        yield whole, _spans(Path(folder), small.num_hidden_layers)
+
+
+@contextmanager
+def _refusing(config: PretrainedConfig) -> Iterator[None]:
+    """Whatever a family's code makes of its miniature is a reason not to serve it, and no more."""
+    try:
+        yield
+    except UnsupportedFamily:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be served: a miniature of this one could not be split "
+            f"({type(error).__name__}: {reason:.120})."
+        ) from error
+
+
+def _compare(config: PretrainedConfig, difference: str | None) -> None:
+    if difference is not None:
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be served: split, a miniature of this one computes "
+            f"something else than whole ({difference})."
+        )
+
+
+def _spans(folder: Path, depth: int) -> list[Span]:
+    checkpoint = Checkpoint("miniature", None, LocalFolder(folder))
+    cuts = sorted({0, 1, (depth + 2) // 2, depth})
+    return [load_span(checkpoint, start, end, dtype=torch.float32) for start, end in pairwise(cuts)]
+
+
+@dataclass
+class _Seen:
+    """Hidden states that entered the first block and left the last, one of each a call."""
+
+    entered: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def _watched(whole: PreTrainedModel, alter: Callable[[Tensor], Tensor]) -> Iterator[_Seen]:
+    """`alter` may replace what enters the first block."""
+    blocks = whole.get_submodule(blocks_prefix(whole.config))
+    seen = _Seen()
+
+    def entering(
+        _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        seen.entered.append(alter(args[0] if args else kwargs.pop("hidden_states")))
+        return (seen.entered[-1], *args[1:]), kwargs
+
+    def leaving(_block: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+        seen.left.append(first_of(output))
+
+    handles = [
+        blocks[0].register_forward_pre_hook(entering, with_kwargs=True),
+        blocks[-1].register_forward_hook(leaving),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_difference(whole: PreTrainedModel, spans: list[Span]) -> str | None:
+    """What differs, in words; None when nothing does. The whole is new each time: it may remember passes."""
+    ids = torch.randint(3, 64, (ROWS, TOKENS))
+    left_padded = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    left_padded[0, :PROMPT] = 0
+    with torch.no_grad():
+        if not _same_whole_pass(copy.deepcopy(whole), spans, ids, None):
+            return "in a plain pass"
+        if not _same_whole_pass(copy.deepcopy(whole), spans, ids, left_padded):
+            return "with padding"
+        if not _same_whole_pass(copy.deepcopy(whole), spans, ids[:, :CACHED], None):
+            return "after a longer request"
+        if not _same_without_padding(copy.deepcopy(whole), spans, ids):
+            return "without the padding that it was given"
+        if not _same_cached_steps(copy.deepcopy(whole), spans, ids, left_padded):
+            return "in cached steps"
+    same = _same_gradients(copy.deepcopy(whole), spans, ids, left_padded)
+    return None if same else "in gradients"
+
+
+def _chain(spans: list[Span], hidden: Tensor, **arguments: Any) -> Tensor:
+    for span in spans:
+        hidden = span.forward(hidden, **arguments)
+    return hidden
+
+
+def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
+    with _watched(whole, lambda hidden: hidden) as seen:
+        whole(input_ids=ids, attention_mask=mask, use_cache=False)
+    real = slice(None) if mask is None else mask.bool()
+    return torch.equal(_chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real])
+
+
+def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor) -> bool:
+    """Rows are sent without their padding, here one on the left and one on the right; on one side of the edge.
+
+    Their tokens are often the same, so that a choice among equals, which may fall otherwise, is noticed.
+    """
+    ids = ids[:, :CACHED] % 3 + 3
+    mask = torch.ones_like(ids)
+    mask[0, :PROMPT] = mask[1, -PROMPT:] = 0
+    with _watched(whole, lambda hidden: hidden) as seen:
+        whole(input_ids=ids, attention_mask=mask, use_cache=False)
+    for row, real in enumerate(mask.bool()):
+        alone = seen.entered[0][row, real][None]
+        positions = None if bool(real[0]) else real.nonzero().T
+        if not close(_chain(spans, alone, positions=positions)[0], seen.left[0][row, real]):
+            return False
+    return True
+
+
+def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> bool:
+    caches = [span.new_cache() for span in spans]
+    own = DynamicCache(config=whole.config)
+    with _watched(whole, lambda hidden: hidden) as seen:
+        for start, end in ((0, CACHED - 3), (CACHED - 3, CACHED - 2), (CACHED - 2, CACHED)):
+            arguments = {cache_argument(whole.forward): own, "use_cache": True}
+            whole(input_ids=ids[:, start:end], attention_mask=mask[:, :end], **arguments)
+            hidden = seen.entered[-1]
+            for span, cache in zip(spans, caches, strict=True):
+                hidden = span.forward(hidden, mask=mask[:, :end], cache=cache)
+            real = mask[:, start:end].bool()
+            if not close(hidden[real], seen.left[-1][real]):
+                return False
+    return True
+
+
+def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> bool:
+    with _watched(whole, lambda hidden: hidden.detach().requires_grad_()) as seen:
+        whole(input_ids=ids, attention_mask=mask, use_cache=False)
+    weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape)
+    (expected,) = torch.autograd.grad((seen.left[0] * weight).sum(), seen.entered)
+    hidden = seen.entered[0].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad((_chain(spans, hidden, mask=mask) * weight).sum(), [hidden])
+    real = mask.bool()
+    return close(gradient[real], expected[real])

@@ -1,0 +1,227 @@
+"""A session's attention cache over the blocks of a span.
+
+Invariant: it holds exactly the tokens of the steps that were answered, or it is gone. What a step says is
+checked on the event loop; rows and pages are touched by the compute thread alone, so what ends a session
+on the loop is handed over to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corolla.models.attention.pages import PAGE, Layout, PagePool
+from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.layered import LayeredRow, Row, common_pages, new_row
+from corolla.models.span import Span
+from corolla.server.scheduler.pace import PASS_TOKENS
+from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
+from corolla.wire.messages import Origin
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class CachedSession:
+    """What a server keeps of one session. Made by `OpenSession`, filled by steps (`server/sessions/steps.py`)."""
+
+    def __init__(
+        self,
+        span: Span,
+        budget: CacheBudget,
+        pool: PagePool,
+        post: Post,
+        *,
+        prompts: Tensor | None,
+        peer: str = "",
+    ) -> None:
+        """`peer` is whose session it is; `prompts` are the deep prompts [blocks, P, H] of these blocks; `post`
+        hands work to the compute thread."""
+        self.span = span
+        self.peer = peer
+        self.prompts = prompts
+        self.pool = pool
+        self.rows = 0  # sequences
+        self.length = 0  # columns: tokens a row, padding included
+        self.mask: Tensor | None = None  # bool [rows, length], None while all tokens are real
+        self.pages = 0
+        self.last_used = 0.0
+        self.evicted = False
+        self.users = 0  # requests that work on it now
+        self.steps = 0  # that were begun
+        self.stepping = False  # a step is being taken
+        self.computing: asyncio.Future[Any] | None = None  # its result, while it is in the engine
+        self.closed = False
+        self.epoch = 0  # see `wire.messages.Origin`
+        self.cached: list[Row] = []  # of a family that can be packed
+        self.plain: SpanCache = span.new_cache()  # of one that cannot
+        self._budget = budget
+        self._post = post
+
+    @property
+    def idle_after(self) -> float | None:
+        """See `kv_cache.Holder`."""
+        if self.users:
+            return None
+        return 0.0 if self.closed else IDLE_SECONDS
+
+    async def reserve(
+        self, rows: int, tokens: int, field: str, *, position: int = 0, order: Tensor | None = None
+    ) -> None:
+        """Make sure that `rows` may reach `tokens` each, the cached rows in `order` kept up to `position`.
+
+        Raises `RequestRefused`, naming `field`.
+        """
+        await self._budget.reserve(self, self.pages_needed(rows, tokens, position, order), field)
+
+    def pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
+        """At most so many distinct pages: what all rows have in common counts once.
+
+        Never fewer than are reserved already: pages lie with the rows until these are freed.
+        """
+        layout = self.pool.layout
+        common = [0] * layout.tables
+        if rows > 1 and self.cached and position:
+            chosen = self._chosen(order)
+            kept = min(self.real_tokens(row, position) for row in set(chosen))
+            common = common_pages([self.cached[row] for row in chosen], kept)
+        return max(self.pages, layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common))
+
+    def _chosen(self, order: Tensor | None) -> list[int]:
+        """The cached rows that the next ones continue."""
+        return list(range(self.rows)) if order is None else order.tolist()
+
+    def real_tokens(self, row: int, columns: int) -> int:
+        """How many of a row's first `columns` cached columns are tokens, not padding."""
+        return columns if self.mask is None else int(self.mask[row, :columns].sum())
+
+    def same_past(self, mask: Tensor | None, position: int, order: Tensor | None) -> bool:
+        """Whether a step's mask [R, S] says of the cached columns what was true when they were computed."""
+        if position == 0:
+            return True
+        past = None if self.mask is None else self.mask[:, :position]
+        if past is not None and order is not None:
+            past = past[order]
+        given = None if mask is None else mask[:, :position]
+        if past is None:
+            return given is None or bool(given.all())
+        return bool(past.all()) if given is None else torch.equal(past, given)
+
+    def reaches(self, position: int, order: Tensor | None = None) -> bool:
+        """Whether the cached rows in `order` can go on from column `position`: where blocks have a window, what lies
+        far behind it is given back."""
+        if not position or self.pool.layout.plain:
+            return True
+        chosen = [(self.cached[row], self.real_tokens(row, position)) for row in set(self._chosen(order))]
+        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredRow))
+
+    def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
+        """Whether another session over `span` with these prompts may begin as `origin` says."""
+        same_prompts = self.prompts is prompts is None or (
+            self.prompts is not None and prompts is not None and torch.equal(self.prompts, prompts)
+        )
+        fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
+        fits = fits and span is self.span and span.packable and same_prompts
+        return fits and self.reaches(origin.tokens)
+
+    # --- on the compute thread --------------------------------------------------------------------------
+
+    def begin_as(self, other: CachedSession, origin: Origin) -> bool:
+        """Hold what another session does, on its pages; False, and nothing changes, if it is not as `origin` says."""
+        if not other.can_give(origin, self.span, self.prompts):
+            return False
+        tokens = origin.tokens
+        for index, row in enumerate(other.cached):
+            twin = row.fork()
+            twin.truncate(other.real_tokens(index, tokens))
+            self.cached.append(twin)
+        self.rows, self.length = other.rows, tokens
+        self.mask = None if other.mask is None else other.mask[:, :tokens]
+        return True
+
+    def begin_with(self, row: Row, rows: int) -> None:
+        """Hold in each of `rows` rows what `row` does, on its pages."""
+        self.cached = [row.fork() for _ in range(rows)]
+        self.rows, self.length = rows, row.length
+
+    def rearrange(self, rows: int, position: int, order: Tensor | None) -> None:
+        """Reorder or repeat the cached rows, then forget what stands from column `position` on."""
+        self.epoch += self.length > 0 and (order is not None or position < self.length)
+        if self.span.packable:
+            self._rearrange_pages(rows, position, order)
+        else:
+            self._rearrange_plain(position, order)
+        if order is not None and self.mask is not None:
+            self.mask = self.mask[order]
+        self.mask = None if self.mask is None or not position else self.mask[:, :position]
+
+    def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
+        before = self.cached
+        if position == 0 or not before:
+            self.cached = [new_row(self.pool) for _ in range(rows)]
+        elif order is not None:
+            self.cached = []
+            for source in order.tolist():
+                row = before[source].fork()
+                row.truncate(self.real_tokens(source, position))
+                self.cached.append(row)
+        else:
+            for index, row in enumerate(before):
+                row.truncate(self.real_tokens(index, position))
+            return
+        for row in before:
+            row.free()
+
+    def _rearrange_plain(self, position: int, order: Tensor | None) -> None:
+        if order is not None and self.length:
+            select_rows(self.plain, order)
+        if position == 0:
+            self.plain = self.span.new_cache()
+        else:
+            crop_cache(self.plain, position)
+
+    # --- its end ----------------------------------------------------------------------------------------
+
+    def let_go(self) -> None:
+        """See `kv_cache.Holder`."""
+        self._post(self._free)
+
+    def close(self) -> None:
+        """Free the cache, and give up the step that is in the engine; safe to call twice."""
+        if self.computing is not None:
+            self.computing.cancel()
+        self._budget.release(self)
+        self._post(self._free)
+
+    def give_up(self) -> None:
+        """What is cached is not what the client thinks: free it, and say so to whoever asks."""
+        self.evicted = True
+        self.close()
+
+    def _free(self) -> None:
+        for row in self.cached:
+            row.free()
+        self.cached = []
+        self.plain = self.span.new_cache()
+        self.prompts = self.mask = None  # an evicted session's stream may stay open for long
+        self.length = self.rows = 0
+
+
+def default_capacity(span: Span, free_bytes: int, layout: Layout) -> int:
+    """Pages that half of the free memory can hold, by the span's own keys and values."""
+    blocks = span.end - span.start
+    page_bytes = bytes_per_token(span) * PAGE * (layout.depth or blocks) // blocks
+    return max(1, free_bytes // 2 // page_bytes)
+
+
+def bytes_per_token(span: Span) -> int:
+    """Memory that one token of one row takes in the caches of all blocks, measured on the span itself."""
+    cache = span.new_cache()
+    probe = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
+    with torch.inference_mode():
+        span.forward(probe, cache=cache)
+    total: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return max(1, total)

@@ -1,0 +1,289 @@
+"""How a peer comes in: the small protocol in which it presents itself, and the gate that it passes.
+
+Invariant: this protocol is the only thing that a guarded peer speaks with strangers. One request and one answer
+a stream, each of at most `MAX_BYTES`; streams of one peer and of all are few, and none lasts longer than
+`SECONDS`. A stream that the gate refuses is told so before anything of it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import struct
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from corolla.errors import NotAdmitted, PeerDisconnected, PeerSilent, ProtocolError, RemoteError
+from corolla.swarm.access.invitations import MAX_TOKEN_BYTES
+from corolla.swarm.access.membership import Issuer, Membership
+from corolla.swarm.channel import PIECE, Channel
+from corolla.swarm.transport.base import Stream, StreamHandler, Transport
+from corolla.text import one_line
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Failure
+
+log = logging.getLogger(__name__)
+
+ADMISSION_PROTOCOL = "corolla-admit/1"
+MAX_CERTIFICATES = 8
+MAX_BYTES = 32 * 1024
+SECONDS = 10.0
+MAX_STREAMS = 64
+MAX_STREAMS_OF_A_PEER = 2
+SWEEP_SECONDS = 1.0
+REFUSAL_SECONDS = 2.0
+AGAIN_SECONDS = 30.0  # after which a peer that refused us is asked again
+
+T = TypeVar("T")
+
+_LENGTH = struct.Struct(">I")
+
+Token = Annotated[str, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
+    """Asks to be let in, with whatever speaks for the peer."""
+
+    certificates: Annotated[list[Token], msgspec.Meta(max_length=MAX_CERTIFICATES)] = []
+
+
+class Redeem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="redeem"):
+    """Asks an invitation's issuer for a certificate."""
+
+    token: Token
+
+
+class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="welcome"):
+    """The peer may come in. `time`: the swarm's, in seconds since 1970; `certificate`: what was redeemed."""
+
+    time: float
+    certificate: Token | None = None
+
+
+class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
+    """The peer may not come in."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=512)]
+
+
+_requests = msgspec.msgpack.Decoder(Hello | Redeem)
+_answers = msgspec.msgpack.Decoder(Welcome | Refused)
+
+
+class Reception:
+    """Answers the peers that present themselves. Its `handle` serves `ADMISSION_PROTOCOL`."""
+
+    def __init__(
+        self,
+        membership: Membership | None,
+        issuer: Issuer | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Without a `membership` everybody is welcome; `clock` tells the swarm's time."""
+        self._membership = membership
+        self._issuer = issuer
+        self._clock = clock
+        self._open: Counter[str] = Counter()
+
+    async def handle(self, stream: Stream) -> None:
+        """Answer one stream."""
+        peer = stream.peer_id
+        if self._open[peer] >= MAX_STREAMS_OF_A_PEER or self._open.total() >= MAX_STREAMS:
+            return
+        self._open[peer] += 1
+        try:
+            async with asyncio.timeout(SECONDS):
+                request = await _receive(stream, _requests)
+                await _send(stream, await self._answer(request, peer))
+        except TimeoutError:
+            log.debug("Peer %s took too long to present itself", peer)
+        finally:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+    async def _answer(self, request: Hello | Redeem, peer: str) -> Welcome | Refused:
+        try:
+            if isinstance(request, Redeem):
+                return Welcome(self._clock(), await self._redeem(request.token, peer))
+            self._let_in(peer, request.certificates)
+            return Welcome(self._clock())
+        except NotAdmitted as error:
+            return Refused(str(error))
+
+    def _let_in(self, peer: str, certificates: Sequence[str]) -> None:
+        if self._membership is None:
+            return
+        reason = NotAdmitted("It lets only members in.")
+        for certificate in certificates:
+            try:
+                self._membership.admit(peer, certificate)
+            except NotAdmitted as error:
+                reason = error
+        if not self._membership.allowed(peer):
+            raise reason
+
+    async def _redeem(self, token: str, peer: str) -> str:
+        if self._issuer is None:
+            raise NotAdmitted("It has issued no invitations.")
+        try:
+            certificate = await asyncio.to_thread(self._issuer.redeem, token, peer)
+        except OSError as error:
+            log.warning("An invitation could not be redeemed: %s", error)
+            raise NotAdmitted("It cannot write down that the invitation is used; try again later.") from error
+        if self._membership is not None:
+            with contextlib.suppress(NotAdmitted):  # an issuer need not trust itself
+                self._membership.admit(peer, certificate)
+        return certificate
+
+
+class Gate:
+    """Lets only members' streams through to a handler, and ends those of peers that are members no more."""
+
+    def __init__(self, allowed: Callable[[str], bool]) -> None:
+        self.allowed = allowed
+        self._open: dict[Stream, None] = {}
+        self._turning_away = 0
+
+    def guarded(self, handler: StreamHandler) -> StreamHandler:
+        """The same handler, for members only; a stranger is told `not_allowed`."""
+
+        async def handle(stream: Stream) -> None:
+            if not self.allowed(stream.peer_id):
+                await self._turn_away(stream)
+                return
+            self._open[stream] = None
+            try:
+                await handler(stream)
+            finally:
+                del self._open[stream]
+
+        return handle
+
+    async def _turn_away(self, stream: Stream) -> None:
+        if self._turning_away >= MAX_STREAMS:
+            return  # a flood of strangers is not answered at all
+        self._turning_away += 1
+        try:
+            await refuse(stream)
+        finally:
+            self._turning_away -= 1
+
+    async def sweep(self) -> None:
+        """End the streams of peers that are members no more."""
+        for stream in list(self._open):
+            if not self.allowed(stream.peer_id):
+                log.info("Peer %s is a member no more; its stream is closed", stream.peer_id)
+                await stream.close()
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Sweep every second while the body runs."""
+        task = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self.sweep()
+
+
+async def refuse(stream: Stream) -> None:
+    """Tell a stranger, in the main protocol's words, that it may not come in, before anything of it is read.
+
+    What it was sending is then let run out for a moment: were the stream closed under it, it would see a broken
+    connection instead of the answer.
+    """
+    failure = Failure(code="not_allowed", message="This server lets only members in.")
+    channel = Channel(stream, side="server", silence=REFUSAL_SECONDS)
+    with contextlib.suppress(PeerDisconnected, PeerSilent, TimeoutError):
+        await channel.send(Packet(failure))
+        async with asyncio.timeout(REFUSAL_SECONDS):
+            while True:
+                await stream.read(PIECE)
+
+
+# --- the other side -------------------------------------------------------------------------------------
+
+
+async def present(transport: Transport, peer_id: str, certificates: Sequence[str] = ()) -> float:
+    """Present oneself to a peer; the swarm's time there. Raises `NotAdmitted`, `RemoteError`."""
+    answer = await _ask(transport, peer_id, Hello(list(certificates)[:MAX_CERTIFICATES]))
+    return answer.time
+
+
+async def redeem(transport: Transport, issuer: str, token: str) -> str:
+    """Redeem an invitation at its issuer; the certificate. Raises `NotAdmitted`, `RemoteError`."""
+    answer = await _ask(transport, issuer, Redeem(token))
+    if answer.certificate is None:
+        raise ProtocolError(f"Peer {issuer} sent no certificate.", peer_id=issuer)
+    return answer.certificate
+
+
+class Introductions:
+    """Presents this peer to others that do not let it in, as often as may help and no oftener."""
+
+    def __init__(self, transport: Transport, certificates: Sequence[str] = ()) -> None:
+        self._transport = transport
+        self._certificates = list(certificates)
+        self._refused: dict[str, float] = {}  # peer id -> when it may be asked again
+        self._asking: dict[str, asyncio.Task[bool]] = {}
+
+    async def introduce(self, peer_id: str) -> bool:
+        """Present this peer's certificates; whether it is let in now. Never raises."""
+        if not self._certificates or self._refused.get(peer_id, 0.0) > time.monotonic():
+            return False
+        task = self._asking.get(peer_id)
+        if task is None:  # of many streams that are refused at once, one asks
+            task = self._asking[peer_id] = asyncio.create_task(self._present(peer_id))
+            task.add_done_callback(lambda _: self._asking.pop(peer_id, None))
+        return await asyncio.shield(task)
+
+    async def _present(self, peer_id: str) -> bool:
+        try:
+            await present(self._transport, peer_id, self._certificates)
+        except (NotAdmitted, RemoteError) as error:
+            log.info("Peer %s does not let this one in: %s", peer_id, error)
+            self._refused[peer_id] = time.monotonic() + AGAIN_SECONDS
+            return False
+        self._refused.pop(peer_id, None)
+        return True
+
+
+async def _ask(transport: Transport, peer_id: str, message: Hello | Redeem) -> Welcome:
+    stream = await transport.open(peer_id, ADMISSION_PROTOCOL)
+    try:
+        async with asyncio.timeout(SECONDS):
+            await _send(stream, message)
+            answer: Welcome | Refused = await _receive(stream, _answers)
+    except TimeoutError:
+        raise PeerSilent(f"Peer {peer_id} was silent for {SECONDS:g} seconds.", peer_id=peer_id) from None
+    finally:
+        await stream.close()
+    if isinstance(answer, Refused):
+        raise NotAdmitted(one_line(answer.reason, characters=512))
+    return answer
+
+
+async def _send(stream: Stream, message: msgspec.Struct) -> None:
+    data = msgspec.msgpack.encode(message)
+    await stream.write([_LENGTH.pack(len(data)), data])
+
+
+async def _receive(stream: Stream, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    (size,) = _LENGTH.unpack(await stream.read(_LENGTH.size))
+    if size > MAX_BYTES:
+        raise ProtocolError(f"A message of {size} bytes is too long.", field="size", peer_id=stream.peer_id)
+    try:
+        return decoder.decode(await stream.read(size))
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"A message is malformed: {error}.", peer_id=stream.peer_id) from error

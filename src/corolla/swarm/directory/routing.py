@@ -1,0 +1,210 @@
+"""Which servers to use, in which order: pure functions of the records that are passed in.
+
+Invariant: the same records, in whatever order, give the same route; a route covers its range exactly, each
+hop lies within what its server announced, and no chain of eligible servers has a lower estimated cost.
+What a server announced of its speed is believed until it was found far from true several times in a row.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import msgspec
+
+from corolla.errors import MissingBlocks
+from corolla.swarm.directory.directory import ServerRecord
+
+HOP_SECONDS = 0.005  # what a hop costs besides its blocks: serialisation, scheduling, an unmeasured link
+UNMEASURED_BLOCK_SECONDS = 0.005  # per token, for a server that announces no throughput
+
+# A server counts as slow after so many exchanges in a row, each of which took so many times what it announced
+# and more than a line and a full house explain. The margins are wide: leaving costs a replay.
+SLOW_FACTOR = 20.0
+SLOW_SECONDS = 0.25
+SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
+SLOW_IN_A_ROW = 4
+SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
+
+_NO_LATENCY: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Run blocks [start, end) at one peer."""
+
+    peer_id: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, order=True)
+class _Path:
+    """The best known way through the blocks up to somewhere; compared by cost, hops, then peers."""
+
+    cost: float
+    hops: int
+    peers: tuple[str, ...]
+    entries: tuple[int, ...]  # where each peer's part begins
+
+    def enter(self, peer_id: str, block: int, cost: float) -> _Path:
+        return _Path(self.cost + cost, self.hops + 1, (*self.peers, peer_id), (*self.entries, block))
+
+    def advance(self, cost: float) -> _Path:
+        return _Path(self.cost + cost, self.hops, self.peers, self.entries)
+
+
+def block_seconds(record: ServerRecord) -> float:
+    """Estimated time of one token in one block of a server, from the throughput of its whole span."""
+    if record.throughput <= 0:
+        return UNMEASURED_BLOCK_SECONDS
+    return 1.0 / (record.throughput * (record.end - record.start))
+
+
+def find_route(
+    records: Sequence[ServerRecord],
+    start: int,
+    end: int,
+    *,
+    avoid: Collection[str] = (),
+    latency: Mapping[str, float] = _NO_LATENCY,
+) -> list[Hop]:
+    """The cheapest chain of servers for blocks [start, end).
+
+    A hop costs `HOP_SECONDS`, plus the peer's `latency` (seconds of a round trip) where it is known, plus
+    its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties go to fewer hops,
+    then to the peer ids that sort first. Raises `MissingBlocks` when some block has no eligible server;
+    `ValueError` for an empty range.
+    """
+    if not 0 <= start < end:
+        raise ValueError(f"Blocks {start}:{end} are not a range.")
+    usable = [r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end]
+    done = _Path(0.0, 0, (), ())
+    inside: dict[int, _Path] = {}  # the best path whose last server is usable[i]
+    for block in range(start, end):
+        reached: dict[int, _Path] = {}
+        for index, record in enumerate(usable):
+            if not record.start <= block < record.end:
+                continue
+            entered = done.enter(record.peer_id, block, HOP_SECONDS + latency.get(record.peer_id, 0.0))
+            stayed = inside.get(index)
+            best = entered if stayed is None else min(stayed, entered)
+            reached[index] = best.advance(block_seconds(record))
+        if not reached:
+            raise _missing(records, start, end, avoid)
+        inside, done = reached, min(reached.values())
+    exits = (*done.entries[1:], end)
+    return [Hop(*part) for part in zip(done.peers, done.entries, exits, strict=True)]
+
+
+def announced_seconds(record: ServerRecord, hop: Hop, tokens: int) -> float:
+    """How long `tokens` (rows × tokens) would take in the blocks of a hop, one by one, if its server were right."""
+    return tokens * (hop.end - hop.start) * block_seconds(record)
+
+
+def is_too_slow(record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float) -> bool:
+    """Whether an exchange took far longer than announced; never for a server that announced no throughput."""
+    due = SLOW_FACTOR * announced_seconds(record, hop, tokens) + SLOW_SECONDS + nbytes / SLOW_LINE
+    return record.throughput > 0 and seconds > due
+
+
+@dataclass
+class _Pace:
+    in_a_row: int = 0
+    factor: float = 1.0  # how many times slower than announced, in the least slow of them
+    until: float = float("-inf")  # seconds; counts as slow so long
+
+
+@dataclass
+class Paces:
+    """How fast servers were found to be; moments and durations are passed in, in seconds."""
+
+    _of: dict[str, _Pace] = field(default_factory=dict)
+
+    def took(
+        self, record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float, now: float
+    ) -> None:
+        """Note an exchange of `tokens` (rows × tokens) and `nbytes` with a server."""
+        if not is_too_slow(record, hop, tokens, nbytes, seconds):
+            self._of.pop(hop.peer_id, None)
+            return
+        pace = self._of.setdefault(hop.peer_id, _Pace())
+        factor = seconds / announced_seconds(record, hop, tokens)
+        pace.factor = min(factor, pace.factor) if pace.in_a_row else factor
+        pace.in_a_row += 1
+        if pace.in_a_row >= SLOW_IN_A_ROW:
+            pace.until = now + SLOW_MEMORY_SECONDS
+
+    def is_slow(self, peer_id: str, now: float) -> bool:
+        """Whether the peer was found slow lately."""
+        pace = self._of.get(peer_id)
+        return pace is not None and pace.until > now
+
+    def seen(self, records: Sequence[ServerRecord], now: float) -> list[ServerRecord]:
+        """The records, with the throughput of slow servers as it was found."""
+        return [
+            msgspec.structs.replace(record, throughput=record.throughput / self._of[record.peer_id].factor)
+            if self.is_slow(record.peer_id, now)
+            else record
+            for record in records
+        ]
+
+
+def numerics_of(records: Iterable[ServerRecord]) -> list[str]:
+    """The kinds of arithmetic that are offered, those with most precision first: float32, …, float32+int8."""
+    return sorted({record.numerics for record in records}, key=lambda kind: ("+" in kind, kind))
+
+
+def uncovered(records: Iterable[ServerRecord], start: int, end: int) -> list[int]:
+    """The blocks of [start, end) that none of `records` covers, ascending."""
+    covered: set[int] = set()
+    for record in records:
+        covered.update(range(max(start, record.start), min(end, record.end)))
+    return [block for block in range(start, end) if block not in covered]
+
+
+def ranges(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as half-open ranges: 1, 2, 5 become (1, 3), (5, 6)."""
+    result: list[tuple[int, int]] = []
+    for block in blocks:
+        if result and result[-1][1] == block:
+            result[-1] = (result[-1][0], block + 1)
+        else:
+            result.append((block, block + 1))
+    return result
+
+
+def _missing(records: Sequence[ServerRecord], start: int, end: int, avoid: Collection[str]) -> MissingBlocks:
+    nobody = uncovered(records, start, end)
+    if nobody:
+        return _served_by_nobody(records, nobody)
+    serving = [r for r in records if r.state == "serving"]
+    leaving = uncovered(serving, start, end)
+    if leaving:
+        return MissingBlocks(
+            f"{_in_words(leaving)} served only by servers that are going away; wait for another one or start it.",
+            blocks=leaving,
+        )
+    failed = uncovered((r for r in serving if r.peer_id not in avoid), start, end)
+    return MissingBlocks(
+        f"{_in_words(failed)} served only by servers that have just failed; wait until they are back.",
+        blocks=failed,
+    )
+
+
+def _served_by_nobody(records: Sequence[ServerRecord], blocks: list[int]) -> MissingBlocks:
+    # The name comes from strangers, and the command is there to be pasted into a shell.
+    name = shlex.quote(
+        min((r.model_name for r in records if r.model_name and r.model_name.isprintable()), default="")
+        or "MODEL"
+    )
+    commands = " and ".join(f"`corolla serve {name} --blocks {a}:{b} --peers …`" for a, b in ranges(blocks))
+    return MissingBlocks(f"{_in_words(blocks)} served by nobody; start {commands}.", blocks=blocks)
+
+
+def _in_words(blocks: Sequence[int]) -> str:
+    parts = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges(blocks)]
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"Block {listed} is" if len(blocks) == 1 else f"Blocks {listed} are"

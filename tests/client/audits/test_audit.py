@@ -1,0 +1,257 @@
+"""Servers that lie are found, avoided and reported; what an audit costs and whom it believes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.client.lying import (
+    CASES,
+    GREEDY,
+    LIES,
+    WORK,
+    Swarm,
+    audited,
+    auditor_of,
+    changed,
+    decode,
+    noisy,
+    one_sign,
+    settle,
+    skip_a_block,
+    train,
+    until_found,
+)
+from tests.reference import random_ids
+from tests.tiny_models import write_tiny
+
+from corolla.client.audits.audit_report import AuditReport
+from corolla.client.audits.auditor import MOST_WAITING, Auditor
+from corolla.client.audits.own_blocks import OwnBlocks
+from corolla.errors import LyingServer, UsageError
+from corolla.wire.messages import Gradients, Output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize(("lie", "work"), CASES)
+def test_a_liar_is_found_avoided_and_reported(
+    swarm_of: Callable[..., Swarm], report: AuditReport, lie: str, work: str
+) -> None:
+    swarm = swarm_of()
+    honest = audited(swarm, 0.0)
+    expected = WORK[work](honest, 7)
+    swarm.lie("a", LIES[lie][0]())
+    model = audited(swarm, 0.2)
+    until_found(model, WORK[work])
+    # The others are believed, and from now on everything is as it should be.
+    assert set(model.blocks.connection.view.verdicts.condemned) == {"a"}
+    counted = swarm.counted("forward")["a"], swarm.counted()["a"]
+    assert (WORK[work](model, 7) - expected).abs().max() < 1e-4
+    assert (swarm.counted("forward")["a"], swarm.counted()["a"]) == counted
+    [found] = report.read()
+    assert (found.peer_id, found.lied, found.start, found.end) == ("a", True, 0, 4)
+    assert found.worst > 1
+    assert set(found.what) <= {"train": {"forward", "backward"}, "decode": {"step"}}[work]
+
+
+def test_a_server_that_skips_a_block_is_found(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of()
+    skip_a_block(swarm, "a")
+    for work in (decode, train):
+        until_found(audited(swarm, 0.2), work)
+
+
+def test_the_session_goes_on_after_the_lie_with_the_others(
+    swarm_of: Callable[..., Swarm], folder: Path
+) -> None:
+    """Caches that came from the liar are rebuilt; what it made the model say is taken back by the caller."""
+    swarm = swarm_of("")
+    swarm.add(0, 1, "first")
+    for name in ("a", "b", "c"):
+        swarm.add(1, 2, name, throughput={"a": 1000.0}.get(name, 1.0))
+    swarm.add(2, 4, "last")
+    model = audited(swarm, 1.0)
+    ids = random_ids(1, 6)
+    expected = audited(swarm, 0.0).generate(ids, max_new_tokens=10, **GREEDY)
+    with model.inference_session(max_length=64) as session:
+        model.generate(ids, max_new_tokens=4, **GREEDY)
+        assert settle(model).counts.right >= 4
+        said = session.position
+        before = swarm.counted()["first"]
+        swarm.lie("a", changed(Output, noisy(0.5))())
+        model.generate(None, max_new_tokens=1, **GREEDY)
+        settle(model)
+        with pytest.raises(LyingServer, match=r"blocks 1:2.*last right at"):
+            model.generate(None, max_new_tokens=1, **GREEDY)
+        session.position = said
+        rest = model.generate(None, max_new_tokens=6, **GREEDY)
+        found = torch.cat([session.output_ids[:, :said], rest], 1)
+        assert torch.equal(found, expected)
+        # Blocks before the liar's keep their cache; "first" was asked for the new tokens only.
+        assert swarm.counted()["first"] - before <= 6 + 4
+        assert "a" not in {span.hop.peer_id for span in session._chain._spans}
+        assert settle(model).counts.wrong == 1
+
+
+def test_nobody_begins_with_what_a_liar_made(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of()
+    model, ids = audited(swarm, 0.0), random_ids(1, 40)
+    expected = model.generate(ids, max_new_tokens=6, **GREEDY)
+    swarm.lie("a", changed(Output, noisy(0.3))())
+    liars = audited(swarm, 1.0)
+    with liars.inference_session() as session:
+        liars.generate(ids, max_new_tokens=1, **GREEDY)  # kept as a beginning for others
+        settle(liars)
+        with liars.inference_session():
+            assert torch.equal(liars.generate(ids, max_new_tokens=6, **GREEDY), expected)
+        with pytest.raises(LyingServer), session:
+            liars.generate(None, max_new_tokens=2, **GREEDY)
+
+
+def test_two_that_disagree_are_named_and_neither_is_condemned(
+    swarm_of: Callable[..., Swarm], report: AuditReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm = swarm_of("ab")
+    swarm.lie("b", changed(Output, noisy(0.01))())
+    model = audited(swarm, 1.0)
+    for seed in range(3):
+        decode(model, seed)
+        assert settle(model).counts.unclear
+    assert not model.blocks.connection.view.verdicts.condemned
+    [found] = report.read()
+    assert (found.peer_id, found.other, found.lied) == ("a", "b", False)
+    assert found.count == auditor_of(model).counts.unclear
+    assert sum("a and b disagree" in one.getMessage() for one in caplog.records) == 1
+
+
+@pytest.mark.parametrize("liar", ["a", "b"])
+def test_the_clients_own_checkpoint_decides_between_two(swarm_of: Callable[..., Swarm], liar: str) -> None:
+    swarm = swarm_of("ab")
+    swarm.lie(liar, changed(Output, noisy(0.01))())
+    model = audited(swarm, 1.0, own=True)
+    train_once(model)
+    assert set(model.blocks.connection.view.verdicts.condemned) == {liar}
+
+
+def train_once(model: Any) -> None:
+    try:
+        train(model)
+    except LyingServer:
+        return
+    finally:
+        settle(model)
+
+
+def test_a_lone_server_is_checked_by_the_client_itself(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of("a")
+    model = audited(swarm, 1.0, own=True)
+    train(model)
+    decode(model)
+    counts = settle(model).counts
+    assert counts.right + counts.dropped == counts.seen
+    assert not counts.wrong
+    swarm.lie("a", changed(Gradients, one_sign)())
+    train_once(model)
+    with pytest.raises(LyingServer, match="wrong backward"):
+        train(model)
+
+
+def test_a_lone_server_that_nobody_can_check_is_said_once(
+    swarm_of: Callable[..., Swarm], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = swarm_of("a")
+    model = audited(swarm, 1.0, own=True)
+    monkeypatch.setattr(OwnBlocks, "fits", lambda *_: False)
+    for _ in range(2):
+        train(model)
+    assert settle(model).counts.unanswered >= 4
+    said = [one.getMessage() for one in caplog.records if "need a second server" in one.getMessage()]
+    assert len(said) == 1
+    assert "blocks 0:4" in said[0]
+
+
+def test_one_who_slanders_is_found_instead(swarm_of: Callable[..., Swarm]) -> None:
+    """The answer was right; the server that was asked about it lies."""
+    swarm = swarm_of()
+    swarm.lie("b", changed(Output, noisy(0.01))())
+    model = audited(swarm, 1.0)
+    for seed in range(3):
+        with contextlib.suppress(LyingServer):
+            decode(model, seed)
+        settle(model)
+    assert set(model.blocks.connection.view.verdicts.condemned) == {"b"}
+
+
+def test_several_servers_together_check_one(swarm_of: Callable[..., Swarm]) -> None:
+    """Blocks 0:4 of one server by two with half of them each; a wrong half is found by its own audit."""
+    swarm = swarm_of("a")
+    for name in ("x", "y"):
+        swarm.add(0, 2, f"{name}-front", throughput=1.0)
+        swarm.add(2, 4, f"{name}-back", throughput=1.0)
+    model = audited(swarm, 1.0)
+    for seed in range(2):
+        train(model, seed)
+        decode(model, seed)
+        assert settle(model).counts.right
+    assert not auditor_of(model).counts.wrong
+    swarm.lie("x-back", changed(Gradients, noisy(0.01))())
+    for seed in range(4):
+        with contextlib.suppress(LyingServer):
+            train(model, seed)
+        settle(model)
+    assert set(model.blocks.connection.view.verdicts.condemned) <= {"x-back"}
+
+
+def test_the_audited_server_is_asked_nothing_more(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of()
+    counted = []
+    for share in (0.0, 1.0):
+        before = {name: swarm.counted(name)["a"] for name in ("forward", "backward", "inference")}
+        model = audited(swarm, share)
+        train(model)
+        decode(model)
+        if share:
+            assert settle(model).counts.right
+        counted.append({name: swarm.counted(name)["a"] - before[name] for name in before})
+    assert counted[0] == counted[1]
+
+
+def test_audits_that_are_behind_are_dropped_and_work_goes_on(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of()
+    model = audited(swarm, 1.0)
+    for name in ("b", "c"):
+        swarm.stop(name)  # whoever audits does not answer
+    for seed in range(4):
+        decode(model, seed)
+    counts = auditor_of(model).counts
+    assert counts.dropped == counts.drawn - MOST_WAITING - 1
+    model.close()
+
+
+def test_a_refusal_is_no_lie(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of()
+    model = audited(swarm, 1.0)
+    swarm.kill("b")
+    train(model)
+    counts = settle(model).counts
+    assert (counts.right, counts.wrong, counts.unclear) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_that_is_none(swarm_of: Callable[..., Swarm], share: float) -> None:
+    with pytest.raises(UsageError, match=r"share of requests to audit is .*0 to 1"):
+        swarm_of("a").model(audit=share)
+
+
+def test_from_pretrained_starts_audits(swarm_of: Callable[..., Swarm]) -> None:
+    swarm = swarm_of("ab")
+    assert auditor_of(swarm.model(audit=0.05))._share == 0.05
+    assert not isinstance(swarm.model().blocks.connection.view.audits, Auditor)

@@ -1,0 +1,74 @@
+"""What a client finds out before it generates: whether this transformers release does with it what it should."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import FAMILIES, tiny_config
+
+from corolla.client.model import startcheck
+from corolla.client.model.causal_lm import distributed_class
+from corolla.client.model.startcheck import TESTED, check_generation
+from corolla.errors import UnsupportedFamily
+from corolla.models.families import structure
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test finds out by itself."""
+    monkeypatch.setattr(startcheck, "_passed", set())
+
+
+def class_of(family: str) -> Any:
+    """The client's class for a tiny model of a family."""
+    return distributed_class(structure(tiny_config(family)).causal_lm.__name__)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_pass(family: str) -> None:
+    state = torch.random.get_rng_state()
+    check_generation(tiny_config(family), class_of(family))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def broken(family: str, **methods: Any) -> Any:
+    """The client's class with some methods of another release."""
+    kind = class_of(family)
+    return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+
+
+def test_a_release_that_calls_the_cache_otherwise_is_refused() -> None:
+    """As transformers 5.24 did to what knew 5.23 only: the family's own code made a cache of its own."""
+
+    def prepare(self: Any, input_ids: Any, **arguments: Any) -> Any:
+        prepared = super(kind, self).prepare_inputs_for_generation(input_ids, **arguments)
+        prepared.pop(self.cache_name, None)
+        return prepared
+
+    kind = broken("llama", prepare_inputs_for_generation=prepare)
+    with pytest.raises(UnsupportedFamily, match=re.escape(f"pip install '{TESTED}'")) as refusal:
+        check_generation(tiny_config("llama"), kind)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_release_that_raises_is_refused() -> None:
+    def generate(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        raise TypeError("unexpected keyword argument 'cache'")
+
+    with pytest.raises(UnsupportedFamily, match="TypeError: unexpected keyword argument"):
+        check_generation(tiny_config("llama"), broken("llama", generate=generate))
+
+
+def test_what_is_tested_is_what_the_package_asks_for() -> None:
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert f'"{TESTED}"' in project
+    oldest = re.search(r"OLDEST_RELEASE := (\S+)", (Path(__file__).parents[3] / "Makefile").read_text())
+    assert oldest is not None
+    assert TESTED.startswith(f"transformers>={oldest[1].removesuffix('.0')},")
+    newest = re.search(r"transformers==5\.(\d+)", (Path(__file__).parents[3] / "constraints.txt").read_text())
+    assert newest is not None
+    assert TESTED.endswith(f"<5.{int(newest[1]) + 1}")

@@ -1,0 +1,60 @@
+"""The history of a span against a plain tensor that is changed at once."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corolla.client.sessions.history import History
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 4)),
+        st.tuples(st.just("truncate"), st.integers(0, 12)),
+        st.tuples(st.just("rows"), st.lists(st.integers(0, 3), min_size=1, max_size=4)),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(OPERATIONS)
+def test_history_equals_a_tensor_that_is_changed_at_once(operations: list[tuple[str, object]]) -> None:
+    history, rows = History(), 2
+    plain, counter = torch.empty(rows, 0, 1), 0
+    for name, argument in operations:
+        if name == "append":
+            count = int(argument)  # type: ignore[call-overload]
+            new = torch.arange(counter, counter + rows * count, dtype=torch.float).reshape(rows, count, 1)
+            counter += rows * count
+            history.append(new, None)
+            plain = torch.cat([plain, new], 1)
+        elif name == "truncate":
+            length = min(int(argument), plain.shape[1])  # type: ignore[call-overload]
+            history.truncate(length)
+            plain = plain[:, :length]
+        else:
+            order = torch.tensor([row % rows for row in argument])  # type: ignore[attr-defined]
+            history.select_rows(order)
+            plain, rows = plain[order], len(order)
+        assert history.length == plain.shape[1]
+    inputs = history.inputs()
+    if inputs is None:
+        assert plain.shape[1] == 0
+        return
+    hidden, positions = inputs
+    # An empty history forgets its rows; whatever is appended then brings its own.
+    assert torch.equal(hidden, plain)
+    assert torch.equal(positions, torch.arange(plain.shape[1]).expand(plain.shape[0], -1))
+
+
+def test_given_positions_are_kept_through_a_cut_and_a_reorder() -> None:
+    history = History()
+    history.append(torch.zeros(2, 3, 1), torch.tensor([[0, 0, 1], [0, 1, 2]]))
+    history.append(torch.ones(2, 1, 1), None)
+    history.select_rows(torch.tensor([1, 0, 1]))
+    history.truncate(2)
+    inputs = history.inputs()
+    assert inputs is not None
+    assert inputs[1].tolist() == [[0, 1], [0, 0], [0, 1]]

@@ -1,0 +1,380 @@
+"""Spans that keep only windows give what they give with everything kept; mistakes in it are seen."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import write_tiny
+from torch import Tensor
+
+from corolla.models.attention import windows
+from corolla.models.attention.packing import PackedBatch, Rules, Segment, segments_of
+from corolla.models.attention.pages import PAGE, Layout, PagePool
+from corolla.models.attention.windows import MOST_TABLES, layout_of
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checks.selfcheck import check_family
+from corolla.models.families import has_experts
+from corolla.models.layered import LayeredRow, Row, new_row
+from corolla.models.span import Span, load_span
+
+WINDOW = 6  # of the tiny models
+WINDOWED = {
+    "mistral": (WINDOW,),
+    "qwen2": (WINDOW, None),
+    "gemma2": (WINDOW, None),
+    "gemma3_text": (WINDOW, None),
+    "gpt_oss": (WINDOW, None),
+}
+EXACT = 1e-4  # of the largest value; mistakes show in the first digits
+each_family = pytest.mark.parametrize("family", WINDOWED)
+
+
+@cache
+def span_of(family: str, start: int = 0, end: int = 4, kinds: tuple[str, ...] = ()) -> Span:
+    """Blocks of a tiny random model; `kinds` are all its layers' types, where they are not the usual ones."""
+    changes: dict[str, Any] = {"layers": len(kinds), "layer_types": list(kinds)} if kinds else {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint(str(write_tiny(family, Path(folder), **changes)))
+        # Code of experts takes no float64; elsewhere it keeps the order of summation from showing.
+        dtype = torch.float32 if has_experts(checkpoint.config) else torch.float64
+        span = load_span(checkpoint, start, end, dtype=dtype)
+        span.packable = check_family(checkpoint.config)
+        return span
+
+
+def noise(span: Span, tokens: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, span.hidden_size, generator=generator, dtype=span.dtype)
+
+
+def alone(span: Span, sequence: Tensor) -> Tensor:
+    """The family's own code and masks, without a cache."""
+    with torch.inference_mode():
+        return span.forward(sequence[None])[0]
+
+
+class Rows:
+    """Rows of one pool, and what each was given."""
+
+    def __init__(self, span: Span, layout: Layout, *, pages: int = 200) -> None:
+        self.span = span
+        self.pool = PagePool(pages, dtype=span.dtype, device=span.device, layout=layout)
+        self.rows: list[Row] = []
+        self.gathered = 0  # times that the pages of a table did not follow each other
+        self.given: list[Tensor] = []
+
+    def open(self, count: int = 1) -> None:
+        self.rows += [new_row(self.pool) for _ in range(count)]
+        self.given += [noise(self.span, 0)] * count
+
+    def step(self, counts: dict[int, int], seed: int) -> float:
+        """The next tokens of some rows in one pass; how far they are from what the whole sequences give."""
+        parts = {row: noise(self.span, count, seed + row) for row, count in counts.items()}
+        own, lengths = [self.rows[row] for row in parts], list(counts.values())
+        places = [
+            torch.arange(row.length, row.length + count) for row, count in zip(own, lengths, strict=True)
+        ]
+        with torch.inference_mode():
+            batch = PackedBatch(segments_of(lengths, own), self.pool)
+            self.gathered += sum(part._first is None for one in batch.segments for part in one.parts)
+            output = self.span.forward_packed(
+                torch.cat(list(parts.values())),
+                batch,
+                positions=torch.cat(places),
+            )
+        furthest = 0.0
+        for row, found in zip(parts, torch.split(output, lengths), strict=True):
+            cached = self.rows[row]
+            if isinstance(cached, LayeredRow):
+                cached.trim()
+            self.given[row] = torch.cat([self.given[row], parts[row]])
+            wanted = alone(self.span, self.given[row])[-len(found) :]
+            furthest = max(furthest, float((found - wanted).abs().max() / (1 + wanted.abs().max())))
+        return furthest
+
+    def fork(self, row: int) -> None:
+        self.rows.append(self.rows[row].fork())
+        self.given.append(self.given[row])
+
+    def go_back(self, row: int, length: int) -> None:
+        self.rows[row].truncate(length)
+        self.given[row] = self.given[row][:length]
+
+    @property
+    def used(self) -> int:
+        return self.pool.pages - self.pool.free
+
+
+# --- which blocks lie together -----------------------------------------------------------------------------
+
+
+@each_family
+def test_windows_are_read_from_the_familys_own_code(family: str) -> None:
+    layout = layout_of(span_of(family))
+    assert layout.windows == WINDOWED[family]
+    both = {0: (0, 0), 2: (0, 1), 1: (1, 0), 3: (1, 1)}
+    assert layout.places == (both if None in layout.windows else {block: (0, block) for block in range(4)})
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "qwen3", "mixtral"])
+def test_blocks_without_windows_share_all_pages(family: str) -> None:
+    assert layout_of(span_of(family)).plain
+
+
+def test_a_span_of_one_kind_of_blocks_has_one_table() -> None:
+    assert layout_of(span_of("gemma2", 0, 1)).windows == (WINDOW,)
+    assert layout_of(span_of("gemma2", 1, 2)).plain
+
+
+def test_a_page_is_as_deep_as_the_smallest_group() -> None:
+    """Six blocks to one, as in gemma3: those with the window lie in tables of as many blocks as the others have."""
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * 2
+    span = span_of("gemma3_text", 0, 12, kinds=tuple(kinds))
+    layout = layout_of(span)
+    assert sorted(layout.windows, key=str) == [WINDOW] * 5 + [None]
+    assert layout.depth == 2
+    assert len(set(layout.places.values())) == 12
+
+
+def test_tables_do_not_grow_without_end() -> None:
+    kinds = ["sliding_attention"] * 19 + ["full_attention"]
+    layout = layout_of(span_of("gemma2", 0, 20, kinds=tuple(kinds)))
+    assert layout.depth == 3
+    assert layout.tables == 8 <= MOST_TABLES
+
+
+def test_windows_that_change_on_the_way_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = PackedBatch.attend
+
+    def changing(self: PackedBatch, block: int, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+        wider = rules.window if q.shape[2] > 1 else 2 * WINDOW
+        self.calls.add((block, (wider, k[0, :, 0].shape, v[0, :, 0].shape)))  # type: ignore[attr-defined]
+        return attend(self, block, q, k, v, rules)
+
+    monkeypatch.setattr(windows._WatchedBatch, "attend", changing)
+    assert layout_of(span_of("mistral")).plain
+
+
+def test_blocks_with_keys_of_other_shapes_share_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {(0, (WINDOW, torch.Size([2, 8]), torch.Size([2, 8])))}
+    monkeypatch.setattr(windows, "_calls", lambda _span: calls)
+    assert layout_of(span_of("mistral")).windows == (WINDOW,)
+    calls.add((1, (None, torch.Size([2, 16]), torch.Size([2, 16]))))
+    assert layout_of(span_of("mistral")).plain
+
+
+# --- exactness ---------------------------------------------------------------------------------------------
+
+
+def prefill_and_decode(span: Span, layout: Layout) -> float:
+    """One row in pieces longer and shorter than the window, then token by token over several pages."""
+    rows = Rows(span, layout)
+    rows.open()
+    pieces = [1, 50, 3, WINDOW, 40, 17, *[1] * 40]
+    return max(rows.step({0: count}, seed) for seed, count in enumerate(pieces))
+
+
+def company(span: Span, layout: Layout) -> float:
+    """Rows of other lengths in the same passes; pages of one between those of another."""
+    rows = Rows(span, layout)
+    rows.open(3)
+    turns = [
+        {0: 30, 1: 1, 2: 70},
+        {0: 1, 1: 33, 2: 2},
+        *[{0: 3, 1: 5, 2: 1}] * 12,
+        {2: 90},
+        *[{0: 1, 2: 1}] * 20,
+    ]
+    furthest = max(rows.step(counts, 10 * seed) for seed, counts in enumerate(turns))
+    assert rows.gathered
+    return furthest
+
+
+def going_back(span: Span, layout: Layout) -> float:
+    """As far as there is, from wherever a row stands, and on from there."""
+    rows, furthest = Rows(span, layout), 0.0
+    rows.open()
+    for length in range(60, 80):
+        rows.go_back(0, 0)
+        rows.step({0: length}, length)
+        back = min((at for at in range(1, length) if rows.rows[0].reaches(at)), default=length)
+        assert length - back >= layout.margin
+        rows.go_back(0, back)
+        furthest = max(furthest, rows.step({0: 2}, length + 1))
+    return furthest
+
+
+def forks(span: Span, layout: Layout) -> float:
+    """As beams do: copies that go on by themselves, and one that goes back first."""
+    rows = Rows(span, layout)
+    rows.open()
+    rows.step({0: 75}, 1)
+    rows.fork(0)
+    rows.fork(0)
+    rows.go_back(2, 75 - layout.margin)
+    furthest = max(rows.step({0: 1, 1: 2, 2: 3}, 10 * seed) for seed in range(12))
+    rows.fork(1)
+    rows.rows[1].free()
+    return max(furthest, *(rows.step({0: 1, 2: 1, 3: 1}, 500 + 10 * seed) for seed in range(12)))
+
+
+CHECKS = (prefill_and_decode, company, going_back, forks)
+
+
+@each_family
+@pytest.mark.parametrize("margin", [0, 9])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_is_kept_is_enough(family: str, margin: int, check: Callable[[Span, Layout], float]) -> None:
+    span = span_of(family)
+    layout = layout_of(span, margin)
+    assert layout.windows == WINDOWED[family]
+    assert check(span, layout) < EXACT
+
+
+def test_a_view_uses_the_whole_spans_layout() -> None:
+    span = span_of("gemma2")
+    rows = Rows(span.view(1, 4), layout_of(span, 5))
+    rows.open()
+    assert max(rows.step({0: count}, count) for count in (30, 1, 25, 2, 40, 3)) < EXACT
+
+
+@each_family
+def test_memory_is_given_back(family: str) -> None:
+    """Pages that a long row takes: its window's and the margin's; without windows, all."""
+    span = span_of(family)
+    layout, width = layout_of(span, 16), 64
+    rows = Rows(span, layout)
+    rows.open()
+    for seed in range(6):
+        rows.step({0: width}, seed)
+    tokens = 6 * width
+    windowed = -(-(16 + WINDOW - 1 + PAGE) // PAGE)
+    assert layout.pages_at_rest(WINDOW) == windowed
+    full = sum(window is None for window in layout.windows) * tokens // PAGE
+    assert full < rows.used <= full + windowed
+    rows.rows[0].free()
+    assert rows.used == 0
+
+
+def test_a_pool_that_is_full_in_the_middle_of_a_row_gives_back_what_the_row_took() -> None:
+    """The first table has taken its pages, the second finds none; undone, the row is as it was."""
+    span = span_of("gemma2")
+    rows = Rows(span, layout_of(span, 0), pages=7)
+    rows.open()
+    assert rows.step({0: 30}, 1) < EXACT
+    before, row = rows.used, rows.rows[0]
+    with pytest.raises(MemoryError):
+        PackedBatch(segments_of([50], [row]), rows.pool)
+    row.truncate(30)
+    assert (row.length, rows.used) == (30, before)
+    assert rows.step({0: 20}, 2) < EXACT
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def no_mistake(_patch: pytest.MonkeyPatch) -> None:
+    """The checks pass on the code as it is."""
+
+
+def one_token_too_few_kept(patch: pytest.MonkeyPatch) -> None:
+    kept = Layout.kept
+    patch.setattr(Layout, "kept", lambda self, window: kept(self, window) - 1)
+
+
+def a_page_freed_too_early(patch: pytest.MonkeyPatch) -> None:
+    trim = LayeredRow.trim
+
+    def eager(self: LayeredRow) -> None:
+        self.length += PAGE
+        trim(self)
+        self.length -= PAGE
+
+    patch.setattr(LayeredRow, "trim", eager)
+
+
+def a_rollback_too_far_allowed(patch: pytest.MonkeyPatch) -> None:
+    reaches = LayeredRow.reaches
+    patch.setattr(LayeredRow, "reaches", lambda self, length: reaches(self, length + 1))
+
+
+def window_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
+    place = Layout.place
+
+    def swapped(self: Layout, block: int, _window: int | None) -> tuple[int, int]:
+        table, inside = place(self, block, 1)
+        return (table + 1) % self.tables, inside
+
+    patch.setattr(Layout, "place", swapped)
+
+
+def window_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Attention sees one token more than the family's own."""
+    visible = Segment.visible
+
+    def wider(self: Segment, window: int | None, device: torch.device) -> Tensor:
+        return visible(self, None if window is None else window + 1, device)
+
+    patch.setattr(Segment, "visible", wider)
+
+
+def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:
+    """A table's first token is taken for the sequence's first."""
+    prepare = Segment.prepare
+
+    def whole(self: Segment) -> None:
+        prepare(self)
+        for part in self.parts:
+            part.past = self.past
+
+    patch.setattr(Segment, "prepare", whole)
+
+
+def room_of_a_fork_shared(patch: pytest.MonkeyPatch) -> None:
+    """A fork forgets where its tables begin."""
+    fork = LayeredRow.fork
+
+    def forgetful(self: LayeredRow) -> LayeredRow:
+        twin = fork(self)
+        twin.begins = [0] * len(twin.begins)
+        return twin
+
+    patch.setattr(LayeredRow, "fork", forgetful)
+
+
+CAUGHT_BY: dict[Plant, set[str]] = {
+    no_mistake: set(),
+    one_token_too_few_kept: {"prefill_and_decode", "company"},
+    a_page_freed_too_early: {"prefill_and_decode", "company", "forks"},
+    a_rollback_too_far_allowed: {"going_back"},
+    window_of_the_wrong_blocks: {"prefill_and_decode"},
+    window_off_by_one: {"prefill_and_decode", "company"},
+    position_for_what_is_held: {"prefill_and_decode", "company"},
+    room_of_a_fork_shared: {"forks"},
+}
+
+
+@pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
+def test_mutant(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = span_of("gemma2")
+    layout = layout_of(span, 0)
+    plant(monkeypatch)
+    failed = {check.__name__ for check in CHECKS if not _passes(check, span, layout)}
+    if plant is no_mistake:
+        assert not failed
+    assert CAUGHT_BY[plant] <= failed
+
+
+def _passes(check: Callable[[Span, Layout], float], span: Span, layout: Layout) -> bool:
+    try:
+        return check(span, layout) < EXACT
+    except Exception:  # a mutant may also break in other ways
+        return False

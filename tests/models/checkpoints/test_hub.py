@@ -1,0 +1,176 @@
+"""Names on the hub, against a small server on this machine that speaks the hub's protocol.
+
+The hub's address is read when its client is imported, hence the processes of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tests.tiny_models import write_tiny
+
+from corolla.errors import UnknownModel
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.hub import original_name
+from corolla.models.checkpoints.source import INDEX_FILE
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "someone/tiny"
+
+USE = """
+import json, sys, torch
+torch.set_num_threads(1)
+from corolla.errors import CorollaError
+from corolla.errors import UnknownModel
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.span import load_span
+try:
+    checkpoint = open_checkpoint(sys.argv[1], cache_dir=sys.argv[2])
+    span = load_span(checkpoint, 1, 2, dtype=torch.float32)
+    total = sum(float(one.double().sum()) for one in span.blocks.parameters())
+    print(json.dumps({"identity": checkpoint.identity, "total": total}))
+except CorollaError as error:
+    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one folder as one repository."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.whole: list[str] = []  # files that were fetched whole
+        self.parts: list[str] = []  # files of which parts were read
+
+
+class Handler(BaseHTTPRequestHandler):
+    """`resolve` with ETags, commits and ranges; all else is not found."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(send=False)
+
+    def do_GET(self) -> None:
+        self._answer(send=True)
+
+    def log_message(self, *_arguments: object) -> None:
+        """Tests do not want the log."""
+
+    def _answer(self, *, send: bool) -> None:
+        match = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([\w.-]+)", self.path)
+        path = self.server.folder / match[1] if match else None
+        if path is None or not path.is_file():
+            code = "EntryNotFound" if match else "RepoNotFound"
+            self._send(404, b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT}, send)
+            return
+        content = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted:
+            self.server.parts.append(path.name)
+            self._send(206, content[int(wanted[1]) : int(wanted[2]) + 1], headers, send)
+            return
+        if send:
+            self.server.whole.append(path.name)
+        self._send(200, content, headers, send)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], send: bool) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if send:
+            self.wfile.write(content)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
+    hub = Hub(folder)
+    thread = threading.Thread(target=hub.serve_forever)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+
+
+def use(name: str, endpoint: str, cache: Path) -> dict[str, object]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", USE, name, str(cache)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_only_what_is_needed_is_fetched_and_a_local_copy_is_the_same_model(
+    tmp_path: Path, shards: int
+) -> None:
+    folder = write_tiny("llama", tmp_path / "model", shards=shards)
+    local = use(str(folder), "http://127.0.0.1:9", tmp_path / "unused")
+    with serving(folder) as hub:
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        remote = use(f"{REPOSITORY}-petals", endpoint, tmp_path / "cache")
+    assert remote == local
+    weights = {file for file in hub.whole if file.endswith(".safetensors")}
+    if shards > 1:
+        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+        assert weights == {file for key, file in weight_map.items() if ".layers.1." in key}
+        assert set(hub.parts) >= set(weight_map.values()) - weights  # sampled where they are
+    # Without a network, what was fetched and noted is enough for the same work.
+    assert use(REPOSITORY, endpoint, tmp_path / "cache") == local
+
+
+def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    folder = write_tiny("llama", tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with serving(folder) as hub:
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        unknown = use("someone/else", endpoint, tmp_path / "cache")
+        pickled = use(REPOSITORY, endpoint, tmp_path / "cache")
+    offline = use("someone/else", endpoint, tmp_path / "cache")
+    assert unknown["error"] == "UnknownModel"
+    assert "There is no model someone/else" in str(unknown["text"])
+    assert pickled["error"] == "CheckpointError"
+    assert "only pickled weights" in str(pickled["text"])
+    assert offline["error"] == "UnknownModel"
+    assert "the hub cannot be reached" in str(offline["text"])
+
+
+def test_petals_names_mean_the_originals() -> None:
+    assert original_name("bigscience/bloom-7b1-petals") == "bigscience/bloom-7b1"
+    assert original_name("bigscience/bloom-7b1") == "bigscience/bloom-7b1"
+
+
+def test_a_name_that_cannot_be_one(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match="nor a name that the hub allows"):
+        open_checkpoint("no such model", cache_dir=tmp_path)

@@ -1,0 +1,223 @@
+"""The miniature tells families that can be split from those that cannot."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import FAMILIES, tiny_config
+from torch import Tensor
+from transformers import AutoConfig, OlmoForCausalLM, PreTrainedModel
+
+from corolla.errors import UnsupportedFamily
+from corolla.models.attention import packing
+from corolla.models.attention.packing import Rules, Segment, attend_one
+from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checks import clientcheck, selfcheck
+from corolla.models.checks.clientcheck import LocalSession
+from corolla.models.checks.miniature import LAYERS, miniature, random_model
+from corolla.models.checks.selfcheck import check_client, check_family
+from corolla.models.families import blocks_prefix
+from corolla.models.kernels.apply import supported
+from corolla.models.quantization import use_kernels
+from corolla.models.shell import BaseModelHooks, BlocksLayer, RunBlocks, replace_blocks
+from corolla.models.span import load_span
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes(family: str) -> None:
+    torch.set_num_threads(1)
+    before = torch.random.get_rng_state()
+    packable = family != "falcon"  # its own attention code asks nobody for an attention function
+    assert check_family(tiny_config(family)) == packable
+    # The size that the family is published in; the answer is kept.
+    assert [check_family(AutoConfig.for_model(family)) for _ in range(2)] == [packable] * 2
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def blind(one: Segment, window: int | None, device: torch.device) -> Tensor:
+    return torch.ones(one.count, one.past + one.count, dtype=torch.bool, device=device)
+
+
+def unslid(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    return attend_one(query, keys, values, one, dataclasses.replace(rules, window=None))
+
+
+def unscaled(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    return attend_one(query, keys, values, one, dataclasses.replace(rules, scale=0.1))
+
+
+def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    return attend_one(query, keys, values, one, dataclasses.replace(rules, sinks=None))
+
+
+def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+    alone = dataclasses.replace(one, row=None, past=0)
+    keys, values = keys[:, :, one.past :], values[:, :, one.past :]
+    return attend_one(query, keys, values, alone, rules)
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "mistake"),
+    [
+        ("bloom", (Segment, "visible"), blind),
+        ("mistral", (packing, "attend_one"), unslid),
+        ("granite", (packing, "attend_one"), unscaled),
+        ("gpt_oss", (packing, "attend_one"), sinkless),
+        ("llama", (packing, "attend_one"), forgetful),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_family_that_packs_wrongly_is_not_packed(
+    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The family is served all the same, one request at a time."""
+    monkeypatch.setattr(selfcheck, "_passed", {})
+    monkeypatch.setattr(*place, mistake)
+    assert check_family(tiny_config(family)) is False
+
+
+def test_the_miniature_keeps_the_kinds_of_layers() -> None:
+    kinds = ["sliding_attention"] * 9 + ["full_attention"] + ["sliding_attention"] * 2
+    small = miniature(tiny_config("gemma3_text", layers=12, layer_types=kinds))
+    assert len(small.layer_types) == small.num_hidden_layers == LAYERS
+    assert set(small.layer_types) == set(kinds)
+    dense_and_sparse = miniature(
+        AutoConfig.for_model("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=48)
+    )
+    assert dense_and_sparse.decoder_sparse_step == 2
+    assert miniature(AutoConfig.for_model("llama", num_key_value_heads=8)).num_key_value_heads == 1
+
+
+def test_families_whose_blocks_keep_another_state_are_refused() -> None:
+    with pytest.raises(UnsupportedFamily, match="keep a state besides attention's cache") as error:
+        check_family(AutoConfig.for_model("recurrent_gemma"))
+    assert "\n" not in str(error.value)
+
+
+def test_families_that_cannot_be_split_at_all_are_refused() -> None:
+    with pytest.raises(UnsupportedFamily) as error:
+        check_family(AutoConfig.for_model("mamba"))
+    assert "Models of type mamba cannot be" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_blocks_without_parameters_have_a_device_and_a_dtype(quantization: str, tmp_path: Path) -> None:
+    """olmo's norms have no weights, and frozen layers have no parameters."""
+    if not supported(torch.device("cpu"), torch.float32, quantization):
+        pytest.skip("no kernels here")
+    random_model(OlmoForCausalLM, miniature(AutoConfig.for_model("olmo"))).save_pretrained(tmp_path)
+    span = load_span(open_checkpoint(str(tmp_path)), 0, 2, dtype=torch.float32)
+    use_kernels(span.model, quantization, span.device)
+    assert not list(span.blocks.parameters())
+    for one in (span, span.view(0, 1)):
+        assert (one.device.type, one.dtype, one.model.dtype) == ("cpu", torch.float32, torch.float32)
+        assert one.forward(torch.ones(1, 3, span.hidden_size)).isfinite().all()
+
+
+@pytest.mark.parametrize("mistake", ["tuple", "tensor"])
+def test_a_client_that_misreads_its_blocks_is_refused(mistake: str) -> None:
+    """gptj's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
+
+    def make(whole: PreTrainedModel, run: RunBlocks) -> PreTrainedModel:
+        shell = copy.deepcopy(whole)
+        layer = BlocksLayer(run, returns_tuple=mistake == "tuple")
+        holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
+        BaseModelHooks(holder, prompts=lambda: None, caches=None)
+        return shell
+
+    wrong, right = ("llama", "gpt_neo") if mistake == "tuple" else ("gpt_neo", "llama")
+    check_client(AutoConfig.for_model(right), make)
+    with pytest.raises(UnsupportedFamily, match=f"Models of type {wrong} cannot be served"):
+        check_client(AutoConfig.for_model(wrong), make)
+
+
+@pytest.mark.parametrize(
+    ("place", "difference"),
+    [
+        ((LocalSession, "rearrange"), "after a rollback"),
+        ((clientcheck, "select_rows"), "with its rows exchanged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_what_a_client_forgets_is_noticed(
+    place: tuple[Any, str], difference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*place, lambda *_args: None)
+    with pytest.raises(UnsupportedFamily, match=f"something else than whole .at a client, {difference}"):
+        check_client(AutoConfig.for_model("llama"))
+
+
+VARIANTS = {
+    "falcon-7b": ("falcon", {"num_attention_heads": 71, "hidden_size": 4544, "multi_query": True}),
+    "falcon-40b": (
+        "falcon",
+        {
+            "num_attention_heads": 128,
+            "hidden_size": 8192,
+            "num_kv_heads": 8,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "falcon-rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt-350m": (
+        "opt",
+        {
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "word_embed_proj_dim": 512,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "bloom residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "pythia residual": ("gpt_neox", {"use_parallel_residual": False}),
+    "llama-3.1": (
+        "llama",
+        {
+            "max_position_embeddings": 131072,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "phi-3 long": (
+        "phi3",
+        {
+            "hidden_size": 3072,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + at / 50 for at in range(48)],
+                "long_factor": [1.0 + at / 5 for at in range(48)],
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+    "dense layers first": ("qwen3_moe", {"mlp_only_layers": [0, 1], "num_hidden_layers": 12}),
+    "one layer": ("llama", {"num_hidden_layers": 1}),
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "clipped": ("olmoe", {"clip_qkv": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_variants_pass(name: str) -> None:
+    family, fields = VARIANTS[name]
+    check_family(AutoConfig.for_model(family, **fields))
