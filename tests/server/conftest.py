@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.server.world import World
 
-from corolla.server.sessions.sessions import kv_cache
+from corolla.server.sessions import kv_cache
 
 
 @pytest.fixture(params=["llama", "bloom", "falcon"])

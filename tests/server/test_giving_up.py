@@ -27,7 +27,7 @@ from corolla.errors import RequestRefused
 from corolla.server.checks import check_memory, working_bytes
 from corolla.server.scheduler import engine, pace
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.sessions import stepping
+from corolla.server.sessions import stepping
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Opened, Ping, Step

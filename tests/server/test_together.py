@@ -22,7 +22,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.sessions.sessions import steps as steps_module
+from corolla.server.sessions import steps as steps_module
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.memory import MemoryTransport
 from corolla.wire.frames import Packet

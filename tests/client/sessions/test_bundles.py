@@ -23,7 +23,7 @@ from corolla.models.layered import Row
 from corolla.models.prompts import SoftPrompt
 from corolla.server import handlers
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.sessions import bundles as server_bundles
+from corolla.server.sessions import bundles as server_bundles
 
 MODES = pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 # By the registry, with an embedding norm, with added positions, with a multiplier, narrower outside, …

@@ -19,13 +19,12 @@ from torch import Tensor
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import Layout, PagePool
 from corolla.models.attention.windows import layout_of
+from corolla.server.sessions import kv_cache, sessions
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, WAIT_SECONDS, CacheBudget
 from corolla.server.sessions.sessions import (
     CachedSession,
     bytes_per_token,
     default_capacity,
-    kv_cache,
-    sessions,
 )
 from corolla.server.sessions.steps import PackedStep, pieces, run_pass
 

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
+from corolla.server.sessions import sessions
 from corolla.server.sessions.kv_cache import WAIT_SECONDS
-from corolla.server.sessions.sessions import sessions
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Alive, CloseSession, Failure, Opened, Output, Ping, ServerStatus, Step

@@ -13,6 +13,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
+from corolla.swarm.directory import dht_records
 from corolla.swarm.directory.dht_records import (
     Entry,
     Ledger,
@@ -21,7 +22,7 @@ from corolla.swarm.directory.dht_records import (
     sign_entry,
     stored_until,
 )
-from corolla.swarm.directory.directory import ServerRecord, dht_records
+from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.transport.identity import Identity
 
 NOW = time.time()

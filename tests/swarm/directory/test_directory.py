@@ -132,7 +132,7 @@ async def test_a_swarm_survives_its_first_peer_and_finds_it_again(tmp_path: obje
     """The peer that others joined through restarts with its identity; nobody else does."""
     from pathlib import Path
 
-    from corolla.swarm.directory.directory import directory_dht
+    from corolla.swarm.directory import directory_dht
 
     assert isinstance(tmp_path, Path)
     first = await Node.create(identity=tmp_path / "id")
