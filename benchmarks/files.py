@@ -2,8 +2,8 @@
 
     python -m benchmarks.files [--list]
 
-On the in-memory swarm of two servers, with a tiny random model; counted with `sys.setprofile` in every thread. Both are
-counted once everything is warm: the second step, the tokens after the third. Printed, not kept.
+On the in-memory swarm of two servers, with a tiny random model; counted with `sys.setprofile` in every thread, once
+everything is warm: the second step, the token after the third. Printed, not kept.
 """
 
 from __future__ import annotations
