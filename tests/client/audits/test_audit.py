@@ -30,7 +30,7 @@ from tests.reference import random_ids
 from tests.tiny_models import write_tiny
 
 from corolla.client.audits.audit_report import AuditReport
-from corolla.client.audits.auditor import MOST_WAITING, Auditor
+from corolla.client.audits.auditor import MOST_WAITING
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.errors import LyingServer, UsageError
 from corolla.wire.messages import Gradients, Output
@@ -254,4 +254,4 @@ def test_a_share_that_is_none(swarm_of: Callable[..., Swarm], share: float) -> N
 def test_from_pretrained_starts_audits(swarm_of: Callable[..., Swarm]) -> None:
     swarm = swarm_of("ab")
     assert auditor_of(swarm.model(audit=0.05))._share == 0.05
-    assert not isinstance(swarm.model().blocks.connection.view.audits, Auditor)
+    assert swarm.model().blocks.connection.audits is None

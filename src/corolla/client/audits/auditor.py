@@ -34,7 +34,7 @@ from corolla.client.audits.verdicts import Finding
 from corolla.client.sessions.history import History
 from corolla.client.training import micro_batches
 from corolla.client.view import SwarmView
-from corolla.errors import CheckpointError, UsageError
+from corolla.errors import CheckpointError
 from corolla.swarm.directory.routing import Hop
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,6 @@ log = logging.getLogger(__name__)
 MOST_WAITING = 16
 # Coarse rounding sends a token to other experts now and then, and its whole output changes: no lie.
 EXACT = ("float32", "float64")
-
-
-def check_share(share: float) -> float:
-    """`share`, of all requests to audit. Raises `UsageError` outside of 0 to 1."""
-    if not 0 <= share <= 1:
-        raise UsageError(
-            f"The share of requests to audit is {share}; give a number from 0 to 1, such as 0.05."
-        )
-    return share
 
 
 @dataclass

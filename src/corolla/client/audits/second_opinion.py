@@ -148,13 +148,13 @@ class SecondOpinions:
         return legs[::-1]
 
     async def _exchange(self, hop: Hop, message: Message, inputs: dict[str, Tensor]) -> Packet:
-        channel = await self._view.channel(hop.peer_id)
+        channel = await self._view.channels.take(hop.peer_id)
         try:
             reply = await request(channel, Packet(message, inputs))
         except BaseException:
             await channel.close()
             raise
-        self._view.release(channel)
+        self._view.channels.give(channel)
         return reply
 
 
