@@ -43,7 +43,7 @@ from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.sessions import default_capacity
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
-from corolla.swarm.ready_file import ready_file
+from corolla.files import ready_file
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
