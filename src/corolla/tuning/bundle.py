@@ -24,11 +24,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from corolla import __version__
+from corolla.version import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.json_files import parse_object
-from corolla.models.checkpoints.durable import leftovers, publish, write_atomically, write_json
+from corolla.files import leftovers, publish, write_atomically, write_json
 from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,

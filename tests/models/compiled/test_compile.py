@@ -56,9 +56,9 @@ each_compiled = pytest.mark.parametrize("family", COMPILED)
 def span_of(family: str, quantization: Quantization = "none", dtype: torch.dtype = torch.bfloat16) -> Span:
     with tempfile.TemporaryDirectory() as folder:
         written = write_tiny(family, Path(folder), dtype=dtype, **SHAPES.get(family, SHAPE))
-        span = load_span(open_checkpoint(str(written)), 1, 4, dtype=torch.float32)
+        checkpoint = open_checkpoint(str(written))
+        span = load_span(checkpoint, 1, 4, dtype=torch.float32, packable=family != "falcon")
     pack_linears(span.blocks, quantization=quantization)
-    span.packable = family != "falcon"
     return span
 
 
