@@ -277,7 +277,7 @@ def test_parts_of_a_servers_blocks(tmp_path: Path, mode: str) -> None:
         local = chats.local(model)
         with model.inference_session() as session:
             found = say(model, ids, 6, session=session)
-            hops = [(span.hop.start, span.hop.end) for span in session._chain._spans]
+            hops = [(hop.start, hop.end) for hop in session.hops]
         assert hops[0][1] < 3 or hops[1][0] > 1
         assert torch.equal(found, local.greedy(ids, 6))
         assert set(chats.swarm.counted().values()) == {11}
@@ -477,7 +477,7 @@ class Checks:
         model, ids = self.chats.client(), random_ids(1, 6)
         with model.inference_session() as session:
             found = say(model, ids, 3, session=session)
-            self.chats.swarm.kill(session._chain._spans[-1].hop.peer_id)
+            self.chats.swarm.kill(session.hops[-1].peer_id)
             found = torch.cat([found, say(model, None, 8, session=session)], 1)
         return torch.equal(found, self.chats.local(model).greedy(ids, 11))
 
