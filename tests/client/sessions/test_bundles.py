@@ -16,6 +16,7 @@ from tests.tiny_models import write_tiny
 
 from corolla.client.sessions import bundles as client_bundles
 from corolla.models.attention.pages import PAGE, CachedRow, PagePool, pages_for
+from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
@@ -165,8 +166,7 @@ def _prompt_alone(chats: Chats, model: Any) -> tuple[Any, torch.Tensor, torch.Te
 
     layer._run = listening
     say(model, random_ids(1, 4), 1)
-    step = chain.step(entered[0], start=0, mask=None, positions=None)
-    return chain, entered[0], chats.swarm.loop.run(step)
+    return chain, entered[0], chain.step(entered[0], BlocksCall(None, None, None, None, 0))
 
 
 def _columns(pool: PagePool, block: int, row: Row) -> torch.Tensor:
