@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from corolla import __version__
 from corolla.errors import UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
@@ -27,6 +26,7 @@ from corolla.server.sessions.bundles import Bundle, Entering, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.store import SessionStore
 from corolla.server.training.leases import Leases
+from corolla.version import __version__
 from corolla.wire.messages import ServerStatus
 
 WORKING_BYTES = 4 * 2**30

@@ -19,9 +19,9 @@ from corolla.errors import RequestRefused
 from corolla.server.block_server import BlockServer
 from corolla.server.requests import Client, failure_from
 from corolla.server.sessions.step import StepRequest, ready
+from corolla.wire.failures import meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Outputs, Part, Steps
-from corolla.wire.session import HARMLESS_CODES
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ class StepsRequest:
         try:
             step.check()
             if step.group is None or not step.fits_reservation:
-                raise RequestRefused("Send this step by itself.", code="alone")
+                raise RequestRefused("Send this step by itself.", code="not_batchable")
         except RequestRefused as refusal:
-            if refusal.code not in HARMLESS_CODES:
+            if meaning(refusal).session_lost:
                 session.give_up()
             raise
         held.enter_context(session.taking(step))
