@@ -14,12 +14,9 @@ import sys
 # Step 1: the environment is `pip install 'corolla[tune]'`.
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 import corolla
-from corolla.data.beginnings import Beginnings
-from corolla.data.sources import load_conversations
-from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="smollm2")
@@ -41,14 +38,14 @@ torch.manual_seed(0)
 model = getattr(corolla, args.model_class).from_pretrained(
     args.model, initial_peers=args.peers, tuning_mode=args.tuning_mode, pre_seq_len=args.prefix_tokens
 )
-tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(args.model).tokenizer_source)
+tokenizer = corolla.load_tokenizer(args.model)
 tokenizer.padding_side = "right"
 if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
 
 # Step 3: the data. History and gold reply are joined by a delimiter; padding is never a label.
 DELIMITER = "\n-----\n"
-conversations, _ = load_conversations(args.data)
+conversations, _ = corolla.load_conversations(args.data)
 picked = torch.randperm(len(conversations))[: args.steps * args.batch_size].tolist()
 texts = [DELIMITER.join(turn.text for turn in conversations[index].turns) + DELIMITER for index in picked]
 
@@ -81,7 +78,7 @@ if args.out:
 # Step 6: the chat, one token a call. The session keeps the attention caches on the servers, so that a turn
 # costs its own tokens only. A reply begins with neither the delimiter nor a piece of it, so none is empty.
 model.eval()
-beginnings = Beginnings(tokenizer, stop_ids=[], end_ids={tokenizer.eos_token_id}, stop_text=DELIMITER)
+beginnings = corolla.Beginnings(tokenizer, stop_ids=[], end_ids={tokenizer.eos_token_id}, stop_text=DELIMITER)
 with model.inference_session(max_length=2048) as session:
     unfinished = ""
     for line in sys.stdin:

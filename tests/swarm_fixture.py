@@ -69,8 +69,9 @@ class MemorySwarm:
         bundles: Sequence[Path] = (),
     ) -> str:
         """Start a server, which computes the prompts of `bundles` by itself; gives its peer id."""
-        span = load_span(self.checkpoint, start, end, dtype=self.dtype)
-        span.packable = check_family(self.checkpoint.config)
+        span = load_span(
+            self.checkpoint, start, end, dtype=self.dtype, packable=check_family(self.checkpoint.config)
+        )
         if quantization != "none":
             use_kernels(span.model, quantization, span.device)
         prompts = before_span(

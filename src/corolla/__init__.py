@@ -6,50 +6,133 @@ Invariant: these are the public names; importing them costs nothing until one is
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from corolla.errors import (
+    BundleError,
+    CheckpointError,
+    CorollaError,
+    DataError,
+    LyingServer,
+    MissingBlocks,
+    NonFiniteLoss,
+    NotAdmitted,
+    OutOfOrder,
+    PeerDisconnected,
+    PeerSilent,
+    PeerUnreachable,
+    ProtocolError,
+    RemoteError,
+    RequestRefused,
+    SessionLimit,
+    SwarmUnavailable,
+    TranscriptError,
+    UnexpectedArgument,
+    UnknownModel,
+    UnsupportedFamily,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from corolla.chat.engine import ChatEngine
+    from corolla.chat.sampling import SamplingSettings
+    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
+    from corolla.client.model.tokenizer import load_tokenizer
+    from corolla.client.sessions.session import InferenceSession
+    from corolla.data.beginnings import Beginnings
+    from corolla.data.render import Renderer, RenderSettings
+    from corolla.data.sources import load_conversations
+    from corolla.models.limits import context_limit
+    from corolla.models.prompts import SoftPrompt
+    from corolla.tuning.batches import prepare
+    from corolla.tuning.bundle import Bundle, load_bundle
+    from corolla.tuning.settings import TuneSettings
+    from corolla.tuning.tune import TuneResult, TuneStopped, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoDistributedModelForCausalLM",
+    "Beginnings",
+    "Bundle",
+    "BundleError",
+    "ChatEngine",
+    "CheckpointError",
     "CorollaError",
+    "DataError",
     "InferenceSession",
+    "LyingServer",
     "MissingBlocks",
+    "NonFiniteLoss",
+    "NotAdmitted",
+    "OutOfOrder",
+    "PeerDisconnected",
+    "PeerSilent",
+    "PeerUnreachable",
+    "ProtocolError",
+    "RemoteError",
+    "RenderSettings",
+    "Renderer",
+    "RequestRefused",
+    "SamplingSettings",
     "SessionLimit",
     "SoftPrompt",
     "SwarmUnavailable",
+    "TranscriptError",
+    "TuneResult",
+    "TuneSettings",
+    "TuneStopped",
+    "UnexpectedArgument",
+    "UnknownModel",
+    "UnsupportedFamily",
     "UsageError",
     "__version__",
+    "context_limit",
+    "load_bundle",
+    "load_conversations",
+    "load_tokenizer",
+    "prepare",
+    "tune",
 ]
 
-if TYPE_CHECKING:
-    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
-    from corolla.client.sessions.session import InferenceSession
-    from corolla.errors import CorollaError, MissingBlocks, SessionLimit, SwarmUnavailable, UsageError
-    from corolla.models.prompts import SoftPrompt
-
+# Modules that are imported when one of their names is first used.
 _HOMES = {
-    "AutoDistributedModelForCausalLM": "corolla.client.model.causal_lm",
-    "InferenceSession": "corolla.client.sessions.session",
-    "SoftPrompt": "corolla.models.prompts",
-} | dict.fromkeys(
-    ("CorollaError", "MissingBlocks", "SessionLimit", "SwarmUnavailable", "UsageError"), "corolla.errors"
-)
+    "AutoDistributedModelForCausalLM": "client.model.causal_lm",
+    "Beginnings": "data.beginnings",
+    "Bundle": "tuning.bundle",
+    "ChatEngine": "chat.engine",
+    "InferenceSession": "client.sessions.session",
+    "RenderSettings": "data.render",
+    "Renderer": "data.render",
+    "SamplingSettings": "chat.sampling",
+    "SoftPrompt": "models.prompts",
+    "TuneResult": "tuning.tune",
+    "TuneSettings": "tuning.settings",
+    "TuneStopped": "tuning.tune",
+    "context_limit": "models.limits",
+    "load_bundle": "tuning.bundle",
+    "load_conversations": "data.sources",
+    "load_tokenizer": "client.model.tokenizer",
+    "prepare": "tuning.batches",
+    "tune": "tuning.tune",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used; `DistributedLlamaForCausalLM` and its siblings are made then."""
-    from importlib import import_module
-
+    """Names of `_HOMES`, and `DistributedLlamaForCausalLM` and its siblings, which are made when first used."""
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(f"corolla.{_HOMES[name]}"), name)
     family = re.fullmatch(r"Distributed(\w+(?:ForCausalLM|LMHeadModel))", name)
     if family is not None:
         from corolla.client.model.causal_lm import distributed_class
-        from corolla.errors import UnsupportedFamily
 
         try:
             return distributed_class(family[1])
         except UnsupportedFamily as error:
             raise AttributeError(str(error)) from error
     raise AttributeError(f"module 'corolla' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

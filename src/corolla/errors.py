@@ -1,7 +1,30 @@
 """One tree of errors; the class says whose fault it is, the text says what to do about it.
 
-Invariant: everything that Corolla raises on purpose is a `CorollaError`, and its text is one sentence
-that a user can act on. The command line prints that sentence and exits with `exit_code`.
+    CorollaError                  all that Corolla raises on purpose
+    ├── UsageError                something that the user gave is wrong
+    │   ├── UnexpectedArgument    a function has no argument of this name; a `TypeError`, too
+    │   ├── UnknownModel          no checkpoint of this name
+    │   ├── UnsupportedFamily     a model that cannot be split into spans
+    │   ├── CheckpointError       files of a checkpoint that are missing or damaged
+    │   ├── DataError             training data that cannot be read
+    │   ├── BundleError           a saved prompt that cannot be read, or of another model
+    │   ├── TranscriptError       a saved chat that cannot be read or written, or of another model
+    │   ├── SessionLimit          a call that would run past its session's `max_length`
+    │   ├── NonFiniteLoss         a training loss that is not a number any more
+    │   └── NotAdmitted           a guarded swarm that does not let this client in
+    ├── RemoteError               a peer (`peer_id`) did not do what it should; others are tried before you see it
+    │   ├── PeerUnreachable       no connection could be opened
+    │   ├── PeerDisconnected      the stream ended in the middle
+    │   ├── PeerSilent            no sign of life for longer than allowed
+    │   ├── ProtocolError         it sent what the protocol does not allow
+    │   │   └── OutOfOrder        ... or not at this moment
+    │   ├── RequestRefused        it answered with a typed refusal (`code`)
+    │   └── LyingServer           its results are wrong: do again what it had a part in
+    └── SwarmUnavailable          nobody can do the work now
+        └── MissingBlocks         nobody serves some `blocks`
+
+Invariant: the text of each is one sentence that a user can act on. The command line prints that sentence and exits
+with `exit_code`.
 """
 
 from __future__ import annotations
@@ -22,6 +45,10 @@ class UsageError(CorollaError):
     """Something that the user gave is wrong; the text says what, and what to do instead."""
 
     exit_code = 2
+
+
+class UnexpectedArgument(UsageError, TypeError):
+    """A function of Corolla's has no argument of this name; the text says which it has, or what was meant."""
 
 
 class UnknownModel(UsageError):
@@ -91,10 +118,6 @@ class ProtocolError(RemoteError):
         self.field = field
 
 
-class LyingServer(RemoteError):
-    """An audit found that the peer's results are wrong; what it had a part in is to be done again."""
-
-
 class OutOfOrder(ProtocolError):
     """The peer sent a message that is legal, but not at this moment."""
 
@@ -118,6 +141,10 @@ class RequestRefused(RemoteError):
         self.code = code
         self.field = field
         self.retry_after = retry_after
+
+
+class LyingServer(RemoteError):
+    """An audit found that the peer's results are wrong; what it had a part in is to be done again."""
 
 
 # --- Nobody's fault, or the swarm's as a whole ----------------------------------------------------------

@@ -11,9 +11,7 @@ from tests.chat.reference import END, CachingReference, Expected, Form, delimite
 from tests.swarm_fixture import MemorySwarm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from corolla.chat.engine import ChatEngine
-from corolla.chat.sampling import SamplingSettings
-from corolla.data.render import Renderer, RenderSettings
+from corolla import ChatEngine, Renderer, RenderSettings, SamplingSettings, load_tokenizer
 
 MOST = 10
 DELIMITER = "\n-----\n"
@@ -44,7 +42,7 @@ def swarm() -> Iterator[MemorySwarm]:
     ("mode", "style"), [(None, "delimiter"), ("ptune", "delimiter"), ("deep_ptune", "template")]
 )
 def test_six_turns_equal_recomputing_the_text(swarm: MemorySwarm, mode: str | None, style: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(swarm.checkpoint.tokenizer_source)
+    tokenizer = load_tokenizer("smollm2")
     local = AutoModelForCausalLM.from_pretrained(
         swarm.checkpoint.tokenizer_source, dtype=torch.float32
     ).eval()
@@ -56,6 +54,8 @@ def test_six_turns_equal_recomputing_the_text(swarm: MemorySwarm, mode: str | No
         if mode == "deep_ptune":
             generator = torch.Generator().manual_seed(7)
             model.prompts.deep.data = torch.randn(model.prompts.deep.shape, generator=generator) * 0.1
+        by_name = AutoTokenizer.from_pretrained(model.name_or_path)
+        assert by_name(MESSAGES).input_ids == tokenizer(MESSAGES).input_ids
         form = TEMPLATE if style == "template" else delimited(DELIMITER)
         expected = Expected(CachingReference(local, model.prompts), tokenizer, form)
         with ChatEngine(model, rendered, sampling=sampling, max_context=1000) as engine:

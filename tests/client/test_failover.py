@@ -13,7 +13,7 @@ from tests.reference import Prompted, local_model, relative
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
-from corolla.errors import MissingBlocks, SwarmUnavailable
+from corolla.errors import MissingBlocks, RequestRefused, SwarmUnavailable
 
 MODES = pytest.mark.parametrize("mode", [None, "ptune", "deep_ptune"])
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -125,6 +125,30 @@ def test_training_goes_on_exactly(
     assert relative(model.prompts.input.grad, local.vectors.grad) < 1e-4
     if local.deep is not None:
         assert relative(model.prompts.deep.grad, local.deep.grad) < 1e-4
+
+
+@MODES
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_request_that_is_too_large_costs_no_replay(folder: Path, mode: str | None, beams: int) -> None:
+    with MemorySwarm(folder, [(0, 2)]) as swarm:
+        swarm.cache_tokens = 128
+        small = swarm.add(2, 4)
+        model, local = pair(swarm, mode)
+        ids, new = random_ids(1, 20), random_ids(1, 4, seed=1)
+        with model.inference_session():
+            first = model.generate(ids, max_new_tokens=5, **GREEDY)
+            held = swarm.counted()[small]
+            for _ in range(2):
+                with pytest.raises(RequestRefused, match="ask for fewer tokens") as refused:
+                    model.generate(new, max_new_tokens=200, num_beams=beams, **GREEDY)
+                assert refused.value.peer_id == small
+            before = swarm.counted()
+            assert before[small] == held
+            second = model.generate(new, max_new_tokens=5, **GREEDY)
+        expected = local.greedy(torch.cat([first, new], 1), 5)
+        assert torch.equal(torch.cat([first, second], 1), expected)
+        after = swarm.counted()
+        assert {after[peer] - before[peer] for peer in after} == {1 + 4 + 4}
 
 
 def test_a_server_that_comes_back_under_the_same_id_is_replayed(folder: Path) -> None:

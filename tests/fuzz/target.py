@@ -17,6 +17,7 @@ from corolla.server.sessions.bundles import Entering
 from corolla.server.training.leases import Leases
 from corolla.swarm.channel import Channel, request
 from corolla.wire.compression import expand
+from corolla.wire.failures import meaning
 from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble
 from corolla.wire.messages import (
     PROTOCOL_NAME,
@@ -28,7 +29,7 @@ from corolla.wire.messages import (
     Output,
     Step,
 )
-from corolla.wire.session import FATAL_CODES, Conversation, following
+from corolla.wire.session import Conversation, following
 from tests.fuzz.frames import BUNDLE, strangers
 from tests.server.world import HIDDEN, Clock, RawClient, World, assert_same, noise, opening
 
@@ -227,7 +228,7 @@ class Stranger:
         """The typed refusal that names the field, and then nothing more."""
         refusal = (await self.client.answer()).message
         assert isinstance(refusal, Failure), refusal
-        assert refusal.code in FATAL_CODES, refusal
+        assert meaning(refusal).stream_lost, refusal
         assert refusal.field == (None if error.field is None else error.field[:128])
         assert refusal.field is not None
         self._target.codes[refusal.code] += 1
@@ -252,7 +253,7 @@ class Stranger:
             return
         assert message.code != "internal", message
         self._target.codes[message.code] += 1
-        if message.code in FATAL_CODES:
+        if meaning(message).stream_lost:
             assert message.field is not None
             await self._over()
 

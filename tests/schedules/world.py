@@ -80,8 +80,7 @@ class _Spans:
         free = self._free[checkpoint.name, start, end]
         if free:
             return free.pop()
-        span = load_span(checkpoint, start, end, dtype=DTYPE)
-        span.packable = check_family(checkpoint.config)
+        span = load_span(checkpoint, start, end, dtype=DTYPE, packable=check_family(checkpoint.config))
         return span
 
     def give(self, checkpoint: Checkpoint, span: Span) -> None:

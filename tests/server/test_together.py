@@ -173,7 +173,7 @@ async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: Wor
     peer = Peer(world)
     one, two = await peer.open(1, 1)
     reply = await peer.step((one, two), reserve=500)
-    assert set(codes(reply).values()) == {"alone"}
+    assert set(codes(reply).values()) == {"not_batchable"}
     for session in (one, two):
         await session.step()
         session.assert_right(world)
@@ -185,7 +185,7 @@ async def test_a_family_that_cannot_be_packed() -> None:
     try:
         peer = Peer(world)
         one, two = await peer.open(1, 1)
-        assert set(codes(await peer.step((one, two))).values()) == {"alone"}
+        assert set(codes(await peer.step((one, two))).values()) == {"not_batchable"}
         await one.step()
         one.assert_right(world)
     finally:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from corolla.errors import PeerDisconnected
 from corolla.models.attention.pages import PAGE
+from corolla.wire.failures import MEANINGS
 from corolla.wire.frames import Limits
 from corolla.wire.messages import (
     PROTOCOL_VERSION,
@@ -45,7 +46,6 @@ from corolla.wire.messages import (
     ServerStatus,
     Step,
 )
-from corolla.wire.session import FATAL_CODES
 
 Tensors = dict[str, Tensor]
 
@@ -211,7 +211,7 @@ async def test_a_wrong_request_is_refused_by_name(world: World, case: Case) -> N
     refusal = (await client.ask(case.message, **case.tensors)).message
     assert isinstance(refusal, Failure)
     assert (refusal.code, refusal.field) == (case.code, case.wrong)
-    if case.code in FATAL_CODES:
+    if MEANINGS[case.code].stream_lost:
         with pytest.raises(PeerDisconnected):
             await client.next()
         await world.all_streams_ended()

@@ -112,7 +112,7 @@ def test_every_state_is_covered_and_belongs_to_one_side() -> None:
 
 @pytest.mark.parametrize("code", get_args(FailureCode))
 def test_a_refused_step(code: str) -> None:
-    expected = dict.fromkeys(("busy", "too_large", "alone"), State.OPEN)
+    expected = dict.fromkeys(("busy", "too_large", "not_batchable"), State.OPEN)
     expected |= dict.fromkeys(("malformed", "version", "out_of_order"), State.ENDED)
     assert after(OPEN, OPENED, STEP, failure(code)) is expected.get(code, State.IDLE)
 

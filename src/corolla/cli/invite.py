@@ -31,7 +31,7 @@ def invite(
     """Invite somebody: a token that one peer can redeem once, with corolla join."""
     from corolla.swarm.access.invitations import sign_invitation
     from corolla.swarm.access.membership import read_addresses
-    from corolla.swarm.access.private_files import write_private
+    from corolla.files import write_private
     from corolla.swarm.directory.addresses import join_multiaddr
     from corolla.swarm.transport.identity import Identity
 

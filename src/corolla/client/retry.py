@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from corolla.client.view import SwarmView
 from corolla.errors import CorollaError, RemoteError, RequestRefused, SwarmUnavailable
+from corolla.wire.failures import Remedy, meaning, remedy_of
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,7 @@ DEFAULT_PATIENCE = 600.0  # seconds without any progress after which a call give
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 UNSAID_SECONDS = 1.0  # a wait that is over sooner is nobody's business
-MOST_INTERNAL_ERRORS = 3  # of servers in a row for one request: then it is the request that they cannot do
-FINAL_REFUSALS = {"malformed", "too_large", "out_of_order"}  # another server would say the same
+MOST_SUSPICIONS = 3  # servers in a row that fail at one request: then it is the request that they cannot do
 
 
 class _GaveUp(SwarmUnavailable):
@@ -43,7 +43,7 @@ class _Call:
     reached: Any
     failures: int = 0
     waits: int = 0
-    internal: int = 0
+    suspicions: int = 0  # of servers that failed, maybe because of the request
     evictions: int = 0
     blamed: str = ""  # the last fault of a peer, in words
 
@@ -51,13 +51,13 @@ class _Call:
         """Begin to count anew where there is progress."""
         if reached > self.reached:
             self.since, self.reached = now, reached
-            self.failures = self.waits = self.internal = self.evictions = 0
+            self.failures = self.waits = self.suspicions = self.evictions = 0
 
     def note(self, error: CorollaError) -> None:
         self.failures += 1
         self.waits += isinstance(error, SwarmUnavailable)
-        self.internal += _has_code(error, "internal")
-        self.evictions += _has_code(error, "evicted")
+        self.suspicions += isinstance(error, RequestRefused) and meaning(error).request_suspected
+        self.evictions += remedy_of(error) is Remedy.REPLAY
         if isinstance(error, RemoteError):
             self.blamed = str(error)
 
@@ -111,11 +111,11 @@ class Retry:
                 except (RemoteError, SwarmUnavailable) as error:
                     call.look(done(), clock())
                     call.note(error)
-                    if _is_final(error) or call.internal > MOST_INTERNAL_ERRORS:
+                    if _is_final(error) or call.suspicions > MOST_SUSPICIONS:
                         raise
                     waited = clock() - call.since
                     if waited >= self._patience:
-                        raise _GaveUp(_farewell(call, waited, error)) from error
+                        raise _GaveUp(_give_up_message(call, waited, error)) from error
                     log.info("%s: %s; trying again", what, error)
                     if isinstance(error, RemoteError):
                         await self._view.failed(error)
@@ -143,7 +143,7 @@ class Retry:
             return pause if not back else max(0.01, min(pause, back * random.uniform(1.0, 1.1)))
         if error_names_nobody(error):
             return backoff(call.failures)
-        if _has_code(error, "evicted") and call.evictions > 1:
+        if remedy_of(error) is Remedy.REPLAY and call.evictions > 1:
             return backoff(
                 call.evictions
             )  # a server that is so short of room must not be replayed in a circle
@@ -160,14 +160,10 @@ def error_names_nobody(error: CorollaError) -> bool:
     return isinstance(error, RemoteError) and error.peer_id is None
 
 
-def _farewell(call: _Call, waited: float, error: CorollaError) -> str:
+def _give_up_message(call: _Call, waited: float, error: CorollaError) -> str:
     blamed = f" The last fault of a server was: {call.blamed}" if call.blamed not in ("", str(error)) else ""
     return f"Gave up on {call.what} after {waited:.0f} s: {error}{blamed}"
 
 
-def _has_code(error: CorollaError, code: str) -> bool:
-    return isinstance(error, RequestRefused) and error.code == code
-
-
 def _is_final(error: CorollaError) -> bool:
-    return isinstance(error, _GaveUp) or (isinstance(error, RequestRefused) and error.code in FINAL_REFUSALS)
+    return isinstance(error, _GaveUp) or (isinstance(error, RequestRefused) and meaning(error).final)

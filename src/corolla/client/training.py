@@ -23,6 +23,7 @@ from corolla.errors import RemoteError, RequestRefused
 from corolla.models.kernels.helpers import SPINNING
 from corolla.swarm.channel import checked, request
 from corolla.swarm.directory.routing import Hop
+from corolla.wire.failures import Remedy, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Message
 
@@ -234,7 +235,7 @@ class TrainingPass:
         try:
             return await self._exchange(stage.hop, message, {"grad": grad})
         except RequestRefused as refusal:
-            if refusal.code != "no_lease":
+            if meaning(refusal).remedy is not Remedy.SEND_MORE:
                 raise
             return None
 
@@ -263,10 +264,10 @@ class TrainingPass:
         try:
             reply = await request(channel, Packet(message, tensors))
         except RequestRefused as refusal:
-            if refusal.code in ("no_lease", "busy"):  # as if nothing had been asked: the stream is good
-                self._view.release(channel)
-            else:
+            if meaning(refusal).stream_lost:
                 await channel.close()
+            else:  # as if nothing had been asked
+                self._view.release(channel)
             raise
         except BaseException:
             await channel.close()

@@ -41,6 +41,7 @@ from corolla.swarm.directory.routing import (
 from corolla.swarm.transport.base import Transport
 from corolla.text import one_line
 from corolla.wire.compression import WireFormat
+from corolla.wire.failures import Remedy, meaning, remedy_of
 from corolla.wire.messages import PROTOCOL_NAME
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,6 @@ LONGEST_AVOIDANCE = 60.0
 FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
 LONGEST_REST = 5.0
 BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
-# What the peer serves is not what its record said: there is a newer record, or there will be.
-OUTDATED = frozenset({"wrong_blocks", "wrong_model"})
 
 
 class SwarmView:
@@ -247,20 +246,18 @@ class SwarmView:
         peer = error.peer_id
         if peer is None:
             return
-        code = error.code if isinstance(error, RequestRefused) else None
+        remedy = remedy_of(error)
         after = error.retry_after if isinstance(error, RequestRefused) else None
         now = self._clock()
-        if code == "evicted":
-            return  # the server is well; only the session has to be replayed
-        if code == "busy":
+        if remedy is Remedy.WAIT:
             self._busy_until[peer] = now + (BUSY_SECONDS if after is None else after)
-            return
-        for channel in self._idle.pop(peer, []):
-            await channel.close()
-        if code == "not_allowed":
+        if remedy is Remedy.BE_ADMITTED:
+            await self._close_idle(peer)
             await self._present_to(peer)
+        if isinstance(error, RequestRefused) and not meaning(error).blames_peer:
             return
-        if code in OUTDATED:
+        await self._close_idle(peer)
+        if remedy is Remedy.NEWER_RECORD:
             self._refreshed = float("-inf")
         times = min(self._failures[peer], 10)  # in a row, before this one
         self._failures[peer] += 1
@@ -268,6 +265,10 @@ class SwarmView:
         self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
         if after is not None:
             self._avoid_until[peer] = self._rest_until[peer] = now + after
+
+    async def _close_idle(self, peer: str) -> None:
+        for channel in self._idle.pop(peer, []):
+            await channel.close()
 
     async def _present_to(self, peer: str) -> None:
         """Have this client let in by a peer that refused it; where that fails, leave the peer alone for a while."""

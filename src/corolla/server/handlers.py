@@ -34,6 +34,7 @@ from corolla.server.sessions.stepping import take_step, take_steps
 from corolla.server.training.sequences import Sequences, backward_of
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
+from corolla.wire.failures import meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import (
     Backward,
@@ -42,18 +43,14 @@ from corolla.wire.messages import (
     Failure,
     Forward,
     Gradients,
-    Message,
     OpenSession,
     Output,
     Ping,
     Step,
     Steps,
 )
-from corolla.wire.session import FATAL_CODES, HARMLESS_CODES
 
 log = logging.getLogger(__name__)
-
-GARBAGE_CODES = frozenset({"malformed", "out_of_order"})  # a peer that earns many of them is kept out
 
 
 async def handle(server: BlockServer, stream: Stream) -> None:
@@ -159,11 +156,13 @@ class _Stream:
         except Exception as error:  # a bug or exhausted memory: the client is told, the server lives on
             log.exception("A %s from %s failed", type(packet.message).__name__, self._peer)
             reply = Packet(Failure(code="internal", message=f"The server failed: {type(error).__name__}."))
-        if isinstance(reply.message, Failure) and _ends_session(packet.message, reply.message):
-            self.close_session()
-        if isinstance(reply.message, Failure) and reply.message.code in FATAL_CODES:
-            await self.refuse(reply.message)
-            return False
+        if isinstance(reply.message, Failure):
+            means = meaning(reply.message)
+            if means.session_lost and isinstance(packet.message, Step | CloseSession):
+                self.close_session()
+            if means.stream_lost:
+                await self.refuse(reply.message)
+                return False
         await self._channel.send(reply)
         return True
 
@@ -176,7 +175,7 @@ class _Stream:
         """Say why the stream ends here, if its peer listens."""
         with contextlib.suppress(PeerDisconnected, PeerSilent, ProtocolError):
             await self._channel.send(Packet(failure))
-        if failure.code in GARBAGE_CODES:
+        if meaning(failure).garbage:
             self._server.limits.malformed(self._peer)
 
     async def _reply(self, packet: Packet) -> Packet:
@@ -327,11 +326,6 @@ class _Stream:
     def _check_staying(self) -> None:
         if self._server.draining:
             raise RequestRefused("This server is going away; use another.", code="draining")
-
-
-def _ends_session(request: Message, failure: Failure) -> bool:
-    """As `wire/session.py` says: a refused step that computed nothing leaves the session as it was."""
-    return isinstance(request, Step | CloseSession) and failure.code not in HARMLESS_CODES
 
 
 def _work_of(packet: Packet) -> tuple[str, int]:

@@ -28,7 +28,7 @@ from corolla import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.json_files import parse_object
-from corolla.models.checkpoints.durable import leftovers, publish, write_atomically, write_json
+from corolla.files import leftovers, publish, write_atomically, write_json
 from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
@@ -147,7 +147,7 @@ def _card(bundle: Bundle, config: PretrainedConfig) -> str:
     if base != name:
         lines.append(
             f"`{name}` is no name of the Hugging Face hub. Where Corolla can open it, "
-            f'`corolla.models.checkpoints.checkpoint.open_checkpoint("{name}").tokenizer_source` '
+            f'`corolla.load_tokenizer("{name}").name_or_path` '
             "is a folder with the same weights that everything else can load: use it as BASE.\n"
         )
     return "\n".join(lines)
@@ -193,8 +193,9 @@ def _json_lines(history: Iterable[dict[str, float]]) -> bytes:
     return "".join(json.dumps(line) + "\n" for line in history).encode()
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: str | Path) -> Bundle:
     """Read and check a bundle's description. Raises `BundleError` with one sentence."""
+    folder = Path(folder)
     path = folder / BUNDLE_FILE
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder, so it is not a bundle.")

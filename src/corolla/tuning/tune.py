@@ -72,8 +72,8 @@ def tune(
     model: Any,
     settings: TuneSettings,
     prepared: Prepared,
-    out: Path,
-    about: ModelInfo,
+    out: str | Path,
+    about: ModelInfo | None = None,
     *,
     notes: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -83,11 +83,13 @@ def tune(
 ) -> TuneResult | TuneStopped:
     """Train `model.prompts` on `prepared` and write the bundle `out`.
 
-    `notes` are further facts for the bundle (which data, how the prompt was started); `console` is where
-    progress goes (None: nowhere). Raises `UsageError` when `out` or the run folder is in the way,
+    `about` is what the bundle calls the model (None: what it was loaded as); `notes` are further facts for the
+    bundle (which data, how the prompt was started); `console` is where progress goes (None: nowhere).
+    Raises `UsageError` when `out` or the run folder is in the way,
     `NonFiniteLoss`, `BundleError` when something cannot be written.
     """
     started = time.monotonic()
+    out, about = Path(out), about or _loaded_as(model)
     console = console or Console(quiet=True)
     trained = _what_is_trained(model, settings, prepared, about)
     folder = RunFolder(out)
@@ -134,6 +136,11 @@ def tune(
         seconds=time.monotonic() - started,
         samples=samples,
     )
+
+
+def _loaded_as(model: Any) -> ModelInfo:
+    view = model.blocks.connection.view
+    return ModelInfo(view.model_name, view.model, model._revision)
 
 
 def _printer(console: Console) -> Callable[[str], None]:

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import msgspec
 
 # Peers refuse another major protocol version with a typed failure; fields may only be added with a new one.
-PROTOCOL_VERSION = 3
-PROTOCOL_NAME = "corolla/3"
+PROTOCOL_VERSION = 4
+PROTOCOL_NAME = "corolla/4"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
@@ -26,6 +26,7 @@ Name = Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
 MOST_PARTS = 256  # of one `Steps`
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
+# What follows from each stands in `wire/failures.py`.
 FailureCode = Literal[
     "malformed",  # the frame or a message's field is not what the schema says
     "version",  # another protocol version
@@ -39,7 +40,7 @@ FailureCode = Literal[
     "no_bundle",  # the server has not computed this prompt by itself; send it
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
-    "alone",  # this step cannot be taken among `Steps`; send it as a `Step`
+    "not_batchable",  # this step cannot be taken among `Steps`; send it as a `Step`
     "internal",  # the server's own fault
 ]
 
@@ -121,7 +122,7 @@ class Steps(Message, frozen=True):
     """The next tokens of several sessions that the peer has open on other streams of its own.
 
     Each part is taken or refused by itself. One that cannot be taken here, since it would have to wait for room
-    or be computed in pieces, is refused with "alone" and leaves its session as it was.
+    or be computed in pieces, is refused with "not_batchable" and leaves its session as it was.
     """
 
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=MOST_PARTS)]

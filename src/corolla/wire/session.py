@@ -3,14 +3,14 @@
 Invariant: at any moment both peers agree on whose turn it is. A stream carries one exchange at a time: a
 client speaks in IDLE and OPEN, a server in all other states, until ENDED, where nobody does.
 
-A `Failure` answers the request at hand and, by its code, decides what is left:
+A `Failure` answers the request at hand and, as `wire/failures.py` says of its code, decides what is left:
 
-- malformed, version, out_of_order: the bytes that follow cannot be trusted; the stream is over (ENDED). A
-  server may send these in any state, and closes the stream after them.
-- busy, too_large in answer to a `Step`: nothing was computed and the cache is as it was; the session is
-  still OPEN. So it is for the session of a part of `Steps`, and also after "alone".
-- busy, not_allowed before any request: the server does not take the stream at all (ENDED). Its client hears
-  it as the answer to its first request.
+- the stream is lost: the bytes that follow cannot be trusted (ENDED). A server may send these in any state, and
+  closes the stream after them.
+- a stream is refused before any request: the server does not take it at all (ENDED). Its client hears it as the
+  answer to its first request.
+- a `Step` that does not cost the session: nothing was computed and the cache is as it was (OPEN). So it is for the
+  session of a part of `Steps`.
 - any other answer to a `Step` or `CloseSession`: the session is gone (IDLE); its client replays it. A refused
   part of `Steps` costs its session the cache likewise, and its stream stays as it is until its client closes it.
 - any other answer to another request: as if it had not been made.
@@ -21,6 +21,7 @@ from __future__ import annotations
 from enum import Enum
 
 from corolla.errors import OutOfOrder
+from corolla.wire.failures import meaning
 from corolla.wire.messages import (
     Alive,
     Backward,
@@ -77,24 +78,16 @@ TRANSITIONS: dict[State, dict[type[Message], State]] = {
     State.ENDED: {},
 }
 
-# Codes after which the stream is over, whatever was going on.
-FATAL_CODES = frozenset({"malformed", "version", "out_of_order"})
-# Codes by which a whole stream is refused, before any request.
-REFUSING_CODES = frozenset({"busy", "not_allowed"})
-# Codes that leave a session as it was before the refused `Step`.
-HARMLESS_CODES = frozenset({"busy", "too_large", "alone"})
-
 CLIENT_TURN = frozenset({State.IDLE, State.OPEN})
 
 
 def following(state: State, message: Message) -> State:
     """The state after `message`. Raises `OutOfOrder(field="type")` where it is not legal in `state`."""
     if state is not State.ENDED and isinstance(message, Failure):
-        if message.code in FATAL_CODES:
+        means = meaning(message)
+        if means.stream_lost or (state is State.IDLE and means.refuses_streams):
             return State.ENDED
-        if state is State.IDLE and message.code in REFUSING_CODES:
-            return State.ENDED
-        if state is State.STEPPING and message.code in HARMLESS_CODES:
+        if state is State.STEPPING and not means.session_lost:
             return State.OPEN
     try:
         return TRANSITIONS[state][type(message)]

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -346,6 +347,16 @@ def test_new_tables_are_used(pair_of: PairOf, resized: int) -> None:
 def test_other_names_for_what_can_be_had(pair_of: PairOf, arguments: dict[str, Any]) -> None:
     model = pair_of("llama").model(**arguments)
     assert (model.dtype, model.device.type) == (torch.float64, "cpu")
+
+
+def test_a_model_says_what_others_can_load(pair_of: PairOf, tmp_path: Path) -> None:
+    """peft notes it beside an adapter, and tokenizers are found by it."""
+    pair = pair_of("llama")
+    model = pair.model(tuning_mode="ptune", pre_seq_len=2)
+    assert model.name_or_path == model.config.name_or_path == pair.swarm.checkpoint.source.location
+    model.save_pretrained(tmp_path)
+    noted = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert noted["base_model_name_or_path"] == model.name_or_path
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from corolla.swarm.directory.dht_records import (
 )
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.transport.identity import Identity
+from corolla.wire.messages import PROTOCOL_NAME
 
 NOW = time.time()
 
@@ -57,7 +58,7 @@ def stored(
     """As it travels; `changes` are made after signing."""
     value = sign_entry(Entry(record, withdrawn, expires), signer)
     fields = {
-        "key": key_id(f"corolla/3/model/{record.model}"),
+        "key": key_id(f"{PROTOCOL_NAME}/model/{record.model}"),
         "subkey": msgspec.msgpack.encode(f"{record.peer_id}/{record.model}"),
         "value": msgspec.msgpack.encode(value),
         "expiration_time": stored_until(expires),
@@ -76,7 +77,7 @@ def taken(record: DHTRecord) -> bool:
 def test_a_good_record_is_taken() -> None:
     assert taken(good())
     assert taken(good(withdrawn=True))
-    assert taken(good(key=key_id("corolla/3/servers")))
+    assert taken(good(key=key_id(f"{PROTOCOL_NAME}/servers")))
     assert taken(good(expires=NOW - 5)), "an expired one must not spoil a whole answer"
 
 
@@ -115,7 +116,7 @@ def tampered(**changes: object) -> DHTRecord:
         pytest.param(
             lambda: good(subkey=msgspec.msgpack.encode(f"{someone('b').peer_id}/m")), id="another's place"
         ),
-        pytest.param(lambda: good(key=key_id("corolla/3/model/other")), id="another model's key"),
+        pytest.param(lambda: good(key=key_id(f"{PROTOCOL_NAME}/model/other")), id="another model's key"),
         pytest.param(lambda: good(key=key_id("elsewhere")), id="a key of no kind"),
         pytest.param(lambda: good(expires=NOW + 10_000), id="for too long"),
         pytest.param(lambda: stored(about(someone("a"), start=-1), someone("a")), id="against the schema"),

@@ -13,6 +13,7 @@ import pytest
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node
+from corolla.wire.messages import PROTOCOL_NAME
 
 
 @dataclass
@@ -181,7 +182,7 @@ async def test_a_stranger_s_record_does_not_hide_the_good_ones() -> None:
         node.protocol.record_validator = Anything()
         place = f"{first.peer_id}/m"
         for subkey, value in [("b/m", b"junk"), (None, b"junk"), (place, b"junk"), (place, b"x" * 100_000)]:
-            await node.store("corolla/3/model/m", value, time.time() + 800, subkey=subkey)
+            await node.store(f"{PROTOCOL_NAME}/model/m", value, time.time() + 800, subkey=subkey)
         assert await first.directory.servers("m") == [good]
         client = await Node.create(initial_peers=await first.join_addresses(), client_only=True)
         try:

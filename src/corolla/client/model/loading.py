@@ -135,7 +135,8 @@ def load_shell(
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
         )
-    model.name_or_path = model.config._name_or_path  # what others can load, unlike `smollm2`
+    # What others can load, unlike `smollm2`.
+    model.name_or_path = model.config._name_or_path = checkpoint.source.location
     model._revision = checkpoint.revision
     model.generation_config = generation_config(checkpoint, model.generation_config)
     for option in switch_off_outputs(model.config, model.generation_config):

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, UsageError
 from corolla.models import families
-from corolla.models.checkpoints.durable import write_atomically
+from corolla.files import write_atomically
 from corolla.models.checkpoints.prompt_files import save_prompt
 
 TABLES = "model.safetensors"

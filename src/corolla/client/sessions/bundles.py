@@ -16,6 +16,7 @@ from torch import Tensor
 from corolla.errors import ProtocolError, RequestRefused
 from corolla.models.prompts import digest
 from corolla.swarm.channel import Channel, request
+from corolla.wire.failures import Remedy, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Opened, OpenSession, Prefilled, Step
 
@@ -90,7 +91,7 @@ async def ask_to_open(
     try:
         reply = await request(channel, Packet(named, {} if bundle.name.deep else tensors))
     except RequestRefused as refusal:
-        if refusal.code != "no_bundle":
+        if meaning(refusal).remedy is not Remedy.SEND_MORE:
             raise
         lacking[peer] = bundle.name.digest
         return await request(channel, Packet(message, tensors)), None

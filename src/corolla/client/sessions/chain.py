@@ -75,25 +75,25 @@ class SessionChain:
         if self._start == self._end:  # nothing is left to the swarm: what `front` has computed is all
             return hidden
         await self._disown_liars()
-        order = self._take_order(int(hidden.shape[0]))
+        rows, known = int(hidden.shape[0]), self._rows if self._order is None else len(self._order)
+        order = self._take_order(rows)
         self.version += order is not None or any(span.history.length > start for span in self._spans)
         for span in self._spans:
-            if order is not None:
-                span.history.select_rows(order)
-            span.history.truncate(start)
+            span.rearrange(start, order)
         if order is not None:
             self._rows = len(order)
         self.reserve(start + int(hidden.shape[1]))
-        progress = _Progress(hidden, start, mask, positions, order)
+        progress = _Progress(hidden, start, mask, positions)
         try:
             await self._retry.run(
                 lambda: self._advance(progress), what="a generation step", done=lambda: progress.reached
             )
         except BaseException:
-            for span in self._spans[progress.done :]:
-                await span.drop()  # whether these servers took the step is not known: they are replayed
+            self._reserved = 0  # the next call may need less
+            if known not in (0, rows):  # its caller knows the rows that were to become more
+                self.reorder(torch.arange(0, rows, rows // known))
             raise
-        self._rows = int(hidden.shape[0])
+        self._rows = rows
         return progress.value
 
     def _take_order(self, rows: int) -> Tensor | None:
@@ -117,7 +117,7 @@ class SessionChain:
             if self._is_lost(self._spans[progress.done]):
                 await self._mend(progress)
             span, began = self._spans[progress.done], self._view.now()
-            output = await span.step(progress.value, self._message(progress.start), progress.extra(span))
+            output = await span.step(progress.value, self._message(progress.start), progress.extra)
             self._view.succeeded(span.hop.peer_id)
             tokens = int(output.shape[0] * output.shape[1])
             self._view.took(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
@@ -157,7 +157,6 @@ class SessionChain:
             raise
         await lost.drop()
         self._spans[progress.done : progress.done + 1] = fresh
-        progress.replayed.update(id(span) for span in fresh)
 
     async def _replay(self, history: History, spans: list[SpanSession], progress: _Progress) -> None:
         past, mask = history.inputs(), progress.mask
@@ -214,6 +213,8 @@ class SessionChain:
         self._authors = dict(other._authors)
         if self.front is not None and other.front is not None:
             self.front.begin_as(other.front, tokens)
+        for span, source in zip(self._spans, other._spans, strict=True):
+            span.order = source.order
         origins = [source.origin(tokens) for source in other._spans]
         for span, origin in zip(self._spans, origins, strict=True):
             if origin is not None:
@@ -280,17 +281,13 @@ class SessionChain:
 class _Progress:
     """How far one step has come along the chain."""
 
-    def __init__(
-        self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None, order: Tensor | None
-    ) -> None:
+    def __init__(self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None) -> None:
         self.value = hidden  # input of the span at index `done`
         self.start = start
         self.mask = mask
         self.positions = positions
         self.done = 0
-        self.replayed: set[int] = set()  # spans whose history was already in this step's order of rows
         self.reached = (0, 0)  # spans done, and tokens a row that were replayed to the next one; never falls
-        self._order = order
 
     def advance(self) -> None:
         """The next span is done; `value` is its output."""
@@ -301,9 +298,8 @@ class _Progress:
         """The replacement of the next span holds so many tokens a row."""
         self.reached = max(self.reached, (self.done, tokens))
 
-    def extra(self, span: SpanSession) -> dict[str, Tensor]:
-        """The step's optional tensors for one span."""
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """The step's optional tensors, but for an order of rows, which each span keeps for itself."""
         tensors = {"mask": self.mask, "positions": self.positions}
-        if id(span) not in self.replayed:
-            tensors["rows"] = self._order
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}

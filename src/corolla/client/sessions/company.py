@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from corolla.errors import CorollaError, RequestRefused
+from corolla.swarm.arrivals import ArrivalTracker
 from corolla.swarm.channel import Channel, checked, refused, request
-from corolla.swarm.rhythm import Rhythm
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Steps
 
@@ -47,7 +47,7 @@ class Company:
         self._under_way: set[asyncio.Task[None]] = set()
         self._sending: asyncio.Handle | None = None
         self._until: float | None = None  # how long those that wait do so for others
-        self._rhythm = Rhythm()
+        self._arrivals = ArrivalTracker()
 
     def enter(self, name: str) -> None:
         """A session of that name has a cache at the server."""
@@ -56,14 +56,14 @@ class Company:
     def leave(self, name: str) -> None:
         """It has none any more."""
         self.members.discard(name)
-        self._rhythm.forget(name)
+        self._arrivals.forget(name)
 
     async def step(self, part: Part, hidden: Tensor) -> Tensor:
         """The outputs [R, 1, H] of a member's step. Raises `RemoteError`."""
         loop = asyncio.get_running_loop()
         one = _Step(part, hidden, loop.create_future())
         self._waiting.append(one)
-        self._rhythm.came(part.name, loop.time())
+        self._arrivals.arrived(part.name, loop.time())
         self._send_soon()
         return await one.done
 
@@ -86,10 +86,10 @@ class Company:
         loop = asyncio.get_running_loop()
         waiting, now = {one.part.name for one in self._waiting}, loop.time()
         if self._until is None:
-            self._until = now + min(GATHER_SECONDS, GATHER_SHARE * self._rhythm.fastest(waiting))
+            self._until = now + min(GATHER_SECONDS, GATHER_SHARE * self._arrivals.shortest_period(waiting))
         if self._sending is not None:
             self._sending.cancel()
-        if len(waiting) < TOGETHER and self._rhythm.others_due(now, self._until, waiting):
+        if len(waiting) < TOGETHER and self._arrivals.others_due(now, self._until, waiting):
             self._sending = loop.call_at(self._until, self._send)
         else:
             self._sending = loop.call_soon(self._send)

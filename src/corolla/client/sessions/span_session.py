@@ -17,6 +17,7 @@ from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.swarm.channel import Channel, checked, request
 from corolla.swarm.directory.routing import Hop
+from corolla.wire.failures import Remedy, keeps_session, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import CloseSession, Opened, OpenSession, Origin, Part, Step
 
@@ -34,8 +35,16 @@ class SpanSession:
         self._cached = 0  # tokens a row that the server holds
         self._company: Company | None = None  # this client's sessions at the same server
         self._reserved = 0  # as it was sent last
-        self._alone = False  # the server does not take steps of this session among others'
+        self._batchable = True  # whether the server takes steps of this session among others'
+        self.order: Tensor | None = None  # how its cached rows are to be reordered with the next step
         self._begun: Begun | None = None  # a bundle's columns, which the server holds before the first step
+
+    def rearrange(self, length: int, order: Tensor | None) -> None:
+        """Go on from the first `length` tokens of the rows that int64 `order` names, from the next step on."""
+        if order is not None:
+            self.history.select_rows(order)
+            self.order = order if self.order is None else self.order[order]
+        self.history.truncate(length)
 
     def origin(self, tokens: int) -> Origin | None:
         """How the server may be told to begin another session with the first `tokens` of this one."""
@@ -80,21 +89,21 @@ class SpanSession:
     async def step(self, hidden: Tensor, step: Step, extra: dict[str, Tensor]) -> Tensor:
         """Outputs [R, T, H] of this span.
 
-        After an error the server's cache is given up, but for "busy": then it is as it was before the step.
+        After an error the server's cache is given up, unless the refusal says that it is as it was before the step.
         """
         assert self.channel is not None
         begun, end = self._begun, step.position + int(hidden.shape[1])
-        tensors = {"hidden": hidden} | extra
+        tensors = {"hidden": hidden} | extra | ({} if self.order is None else {"rows": self.order})
         if begun is not None and begun.covered(step, hidden):
             step, tensors = begun.behind(step, tensors)
         try:
             output = await self._ask(step, tensors)
         except BaseException as error:
-            if not (isinstance(error, RequestRefused) and error.code == "busy"):
+            if not keeps_session(error):
                 await self.drop()
             raise
-        self._epoch += self._cached > 0 and (step.position < self._cached or "rows" in extra)
-        self._cached, self._begun = end, None
+        self._epoch += self._cached > 0 and (step.position < self._cached or self.order is not None)
+        self._cached, self._begun, self.order = end, None, None
         return output if begun is None or tensors["hidden"] is hidden else begun.whole(output)
 
     async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
@@ -107,9 +116,9 @@ class SpanSession:
             try:
                 return await company.step(part, hidden)
             except RequestRefused as refusal:
-                if refusal.code != "alone":
+                if meaning(refusal).remedy is not Remedy.SEND_MORE:
                     raise
-                self._alone = True
+                self._batchable = False
         assert self.channel is not None
         reply = await request(self.channel, Packet(step, tensors))
         self._reserved = step.reserve
@@ -118,7 +127,7 @@ class SpanSession:
     def _company_for(self, step: Step, tensors: dict[str, Tensor]) -> Company | None:
         """Where the step may travel with those of other sessions: one token a row, and nothing special."""
         company = self._company
-        if company is None or len(company.members) < 2 or self._alone:
+        if company is None or len(company.members) < 2 or not self._batchable:
             return None
         plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1
         return company if plain and step.reserve <= self._reserved else None

@@ -285,7 +285,7 @@ class Engine:
         for (job, _), error in zip(taken, errors, strict=True):
             assert job.step is not None
             if job.step.kind is Kind.DECODE:
-                self._pace.generated.came(id(job.step.session), now)
+                self._pace.generated.arrived(id(job.step.session), now)
             if error is not None:
                 ended.append((job, None, error))
             elif not job.step.tokens_left:

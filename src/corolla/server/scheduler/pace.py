@@ -5,7 +5,7 @@ Invariant: only durations and times of steps are noted here, no jobs; the engine
 
 from __future__ import annotations
 
-from corolla.swarm.rhythm import Rhythm
+from corolla.swarm.arrivals import ArrivalTracker
 
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
 SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
@@ -22,11 +22,11 @@ class Pace:
     def __init__(self) -> None:
         self._seconds_a_token = 0.002
         self._seconds_a_step = 0.0
-        self.generated = Rhythm()  # when each session's last generation step was computed
+        self.generated = ArrivalTracker()  # when each session's last generation step was computed
 
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
         """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
-        others = self.generated.others_came(now - GENERATING_SECONDS, prefilling)
+        others = self.generated.others_arrived(now - GENERATING_SECONDS, prefilling)
         return self.shared_budget() if others else PASS_TOKENS
 
     def shared_budget(self) -> int:

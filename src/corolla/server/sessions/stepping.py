@@ -23,9 +23,9 @@ from corolla.server.scheduler.tasks import in_order
 from corolla.server.sessions.opening import in_use
 from corolla.server.sessions.sessions import CachedSession
 from corolla.server.sessions.steps import PackedStep, kind_of, pieces
+from corolla.wire.failures import meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Outputs, Part, Step, Steps
-from corolla.wire.session import HARMLESS_CODES
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class _Part:
             self.step = self._prepared(self.session)
         except RequestRefused as refusal:
             self._fails(refusal)
-            if refusal.code not in HARMLESS_CODES:
+            if meaning(refusal).session_lost:
                 self.session.give_up()
             return False
         held.enter_context(in_use(self._server, self.session))
@@ -172,7 +172,7 @@ class _Part:
         room = max(message.reserve, message.position + count)
         needed = session.pages_needed(rows, room, message.position, None)
         if not session.span.packable or needed > session.pages:
-            raise RequestRefused("Send this step by itself.", code="alone")
+            raise RequestRefused("Send this step by itself.", code="not_batchable")
         position = message.position
         return PackedStep(
             session, self._hidden, position=position, order=None, mask=None, positions=None, room=room

@@ -1,7 +1,6 @@
-"""Who comes again and again, and when they are due next: so that what waits for company waits for somebody.
+"""Who comes again and again, and when they are due next: whoever gathers a batch waits for somebody, or not at all.
 
-Invariant: only those are said to be due who have lately come at regular intervals; a pause ends a rhythm's count
-and is no part of it.
+Only those are said to be due who have lately come at regular intervals; a pause is no interval.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from collections.abc import Collection, Hashable
 LONGEST_PERIOD = 1.0  # seconds; more is a pause
 
 
-class Rhythm:
+class ArrivalTracker:
     """Moments are in seconds, of any clock that only grows."""
 
     def __init__(self) -> None:
         self._last: dict[Hashable, float] = {}
         self._periods: dict[Hashable, float] = {}
 
-    def came(self, who: Hashable, now: float) -> None:
+    def arrived(self, who: Hashable, now: float) -> None:
         """Note that somebody came; half of the latest interval goes into the period."""
         passed = now - self._last.get(who, float("-inf"))
         if passed < LONGEST_PERIOD:
@@ -30,11 +29,11 @@ class Rhythm:
         self._last.pop(who, None)
         self._periods.pop(who, None)
 
-    def fastest(self, those: Collection[Hashable]) -> float:
+    def shortest_period(self, those: Collection[Hashable]) -> float:
         """The shortest period of those; 0 while none is known."""
         return min((self._periods[who] for who in those if who in self._periods), default=0.0)
 
-    def others_came(self, since: float, but: Collection[Hashable]) -> bool:
+    def others_arrived(self, since: float, but: Collection[Hashable]) -> bool:
         """Whether anybody else came after that moment."""
         return any(at > since for who, at in self._last.items() if who not in but)
 

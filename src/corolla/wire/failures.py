@@ -1,0 +1,82 @@
+"""What each code of a `Failure` means, for both sides, in one table.
+
+Invariant: nobody else decides anything by a code's name; all ask this table. What a failure leaves of a stream is
+carried out by `wire/session.py`, what a client does about it by `client/retry.py`, `client/view.py` and those who
+sent the request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from corolla.errors import RequestRefused
+from corolla.wire.messages import Failure, FailureCode
+
+
+class Remedy(Enum):
+    """What a client does about a refused request."""
+
+    NONE = "any server would refuse it"
+    OTHER_SERVER = "ask another server"
+    NEWER_RECORD = "read the directory again: the server is not what its record said"
+    WAIT = "ask again later, or another server"
+    REPLAY = "give the session's tokens again"
+    SEND_MORE = "send what was left out"
+    BE_ADMITTED = "present oneself to the server"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What follows from a failure."""
+
+    remedy: Remedy
+    session_lost: bool = True  # of the session whose step was refused; otherwise it is as it was before
+    stream_lost: bool = False  # what comes next on the stream cannot be trusted
+    refuses_streams: bool = False  # may come before any request: then the stream is not taken at all
+    garbage: bool = False  # whoever sent the request breaks the protocol; many of these keep a peer out
+    request_suspected: bool = False  # if several servers say so, it is the request that they cannot do
+
+    @property
+    def final(self) -> bool:
+        """Whether asking again, or another server, cannot help."""
+        return self.remedy is Remedy.NONE
+
+    @property
+    def blames_peer(self) -> bool:
+        """Whether others are preferred to the server for a while."""
+        return self.remedy in (Remedy.OTHER_SERVER, Remedy.NEWER_RECORD, Remedy.SEND_MORE)
+
+
+MEANINGS: dict[FailureCode, Meaning] = {
+    "malformed": Meaning(Remedy.NONE, stream_lost=True, garbage=True),
+    "version": Meaning(Remedy.OTHER_SERVER, stream_lost=True),
+    "out_of_order": Meaning(Remedy.NONE, stream_lost=True, garbage=True),
+    "wrong_model": Meaning(Remedy.NEWER_RECORD),
+    "wrong_blocks": Meaning(Remedy.NEWER_RECORD),
+    "too_large": Meaning(Remedy.NONE, session_lost=False),
+    "busy": Meaning(Remedy.WAIT, session_lost=False, refuses_streams=True),
+    "evicted": Meaning(Remedy.REPLAY),
+    # A server that says one of the next three where nothing was left out is at fault.
+    "no_lease": Meaning(Remedy.SEND_MORE),
+    "no_bundle": Meaning(Remedy.SEND_MORE),
+    "not_batchable": Meaning(Remedy.SEND_MORE, session_lost=False),
+    "draining": Meaning(Remedy.OTHER_SERVER),
+    "not_allowed": Meaning(Remedy.BE_ADMITTED, refuses_streams=True),
+    "internal": Meaning(Remedy.OTHER_SERVER, request_suspected=True),
+}
+
+
+def meaning(failure: Failure | RequestRefused) -> Meaning:
+    """What a failure means, as it was sent or as it was raised."""
+    return MEANINGS[failure.code]  # type: ignore[index]
+
+
+def remedy_of(error: BaseException | None) -> Remedy | None:
+    """What to do about an error that is a peer's refusal; None for any other."""
+    return meaning(error).remedy if isinstance(error, RequestRefused) else None
+
+
+def keeps_session(error: BaseException) -> bool:
+    """Whether a step that ended with this error has left its session at the server as it was."""
+    return isinstance(error, RequestRefused) and not meaning(error).session_lost
