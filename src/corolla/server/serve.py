@@ -25,6 +25,7 @@ import torch
 from corolla import __version__
 from corolla.config import ServerConfig
 from corolla.errors import CorollaError, UsageError
+from corolla.files import ready_file
 from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +44,6 @@ from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.sessions import default_capacity
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
-from corolla.files import ready_file
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
