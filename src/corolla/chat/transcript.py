@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import msgspec
 
-from corolla import __version__
+from corolla.version import __version__
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
 from corolla.files import write_atomically

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from corolla import __version__
+from corolla.version import __version__
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.common import explain

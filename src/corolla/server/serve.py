@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from corolla import __version__
+from corolla.version import __version__
 from corolla.config import ServerConfig
 from corolla.errors import CorollaError, UsageError
 from corolla.files import ready_file

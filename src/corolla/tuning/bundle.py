@@ -24,7 +24,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from corolla import __version__
+from corolla.version import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.files import leftovers, publish, write_atomically, write_json

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from corolla import __version__
+from corolla.version import __version__
 from corolla.errors import UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
