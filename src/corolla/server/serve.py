@@ -44,6 +44,7 @@ from corolla.server.sessions.session import default_capacity
 from corolla.server.training.leases import Leases
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
+from corolla.version import __version__
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
