@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from corolla.version import __version__
 from corolla.config import ServerConfig
 from corolla.errors import CorollaError, UsageError
 from corolla.files import ready_file
@@ -44,6 +43,7 @@ from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.sessions import default_capacity
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
+from corolla.version import __version__
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
