@@ -17,7 +17,7 @@ from torch import Tensor
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.attention.pages import PagePool
 from corolla.models.layered import LayeredRow
-from corolla.models.span import DeepRows
+from corolla.models.prompts import DeepRows
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions.sessions import CachedSession
 

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.span import DeepRows, Span
+from corolla.models.prompts import DeepRows
+from corolla.models.span import Span
 from corolla.server.checks import check_hidden, check_memory, check_prompts
 from corolla.server.training.leases import Lease, Saved
 
