@@ -41,7 +41,9 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644, *, replace: 
 
     Raises `FileExistsError` for a file that is there already, unless `replace`; `OSError`.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # readable by the owner only
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}."
+    )  # readable by the owner only
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -27,8 +27,8 @@ import msgspec
 from corolla.version import __version__
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
-from corolla.json_files import JsonError, parse_object
 from corolla.files import write_atomically
+from corolla.json_files import JsonError, parse_object
 from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 from corolla.places import data_root
 from corolla.text import one_line

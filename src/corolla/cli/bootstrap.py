@@ -41,8 +41,8 @@ def bootstrap(
         guard=guard_config(guarded, allow, trust_issuer),
     )
     with ended_by_signals(die_with_parent=die_with_parent):
-        from corolla.swarm.node import Node
         from corolla.files import ready_file as announced
+        from corolla.swarm.node import Node
 
     async def run(stop: asyncio.Event) -> None:
         node = await Node.create(

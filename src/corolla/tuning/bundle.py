@@ -27,8 +27,8 @@ from transformers import PretrainedConfig
 from corolla.version import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
-from corolla.json_files import parse_object
 from corolla.files import leftovers, publish, write_atomically, write_json
+from corolla.json_files import parse_object
 from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,

@@ -16,9 +16,9 @@ from typing import Generic, TypeVar
 from filelock import FileLock
 
 from corolla.errors import NotAdmitted, UsageError
+from corolla.files import write_private
 from corolla.json_files import parse_object
 from corolla.swarm.access.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
-from corolla.files import write_private
 from corolla.swarm.transport.identity import Identity, is_peer_id
 
 T = TypeVar("T")
