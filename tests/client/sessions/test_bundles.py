@@ -21,9 +21,9 @@ from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
 from corolla.models.layered import Row
 from corolla.models.prompts import SoftPrompt
-from corolla.server import handlers
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions import bundles as server_bundles
+from corolla.server.sessions import opening
 
 MODES = pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 # By the registry, with an embedding norm, with added positions, with a multiplier, narrower outside, …
@@ -143,7 +143,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         for peer, span in zip(peers, chain._spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
-            sent = server.named.find(model.blocks.connection.view.transport.peer_id, span.name)
+            sent = server.sessions.find(model.blocks.connection.view.transport.peer_id, span.name)
             assert sent is not None
             for block in range(span.hop.start, span.hop.end):
                 mine, theirs = (_columns(server.pool, block, row) for row in (bundle.row, sent.cached[0]))
@@ -249,13 +249,13 @@ def test_some_servers_have_it(tmp_path: Path, mode: str) -> None:
 
 def test_a_server_without_it_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deep prompts are sent to it at once from then on; those of another bundle are asked for again."""
-    asked, find = [], handlers.find
+    asked, find = [], opening.find
 
     def noting(bundles: Any, named: Any) -> Any:
         asked.append(None if named is None else named.deep)
         return find(bundles, named)
 
-    monkeypatch.setattr(handlers, "find", noting)
+    monkeypatch.setattr(opening, "find", noting)
     with Chats(tmp_path, mode="deep_ptune") as chats:
         chats.serve((0, 4), bundles=[])
         model, ids = chats.client(), random_ids(1, 6)
