@@ -57,7 +57,6 @@ class Pair:
         for server in self.swarm.servers.values():
             assert len(server.leases)
             server.leases._kept.clear()
-            server.leases.held = 0
 
     @property
     def redeemed(self) -> int:

@@ -18,8 +18,7 @@ from corolla.errors import UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.span import Span
-from corolla.server.diary import Diary
-from corolla.server.limits import PeerLimits
+from corolla.server.peers import Diary, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind, run_pass
 from corolla.server.scheduler.threads import FreeCpus, ThreadChooser
 from corolla.server.sessions.bundles import Bundle, Entering, prefill

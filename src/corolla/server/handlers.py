@@ -16,7 +16,7 @@ from typing import Any
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.server.block_server import BlockServer
-from corolla.server.limits import InFlight
+from corolla.server.peers import InFlight
 from corolla.server.requests import Answered, Client, failure_from, failure_of
 from corolla.server.sessions.opening import OpenRequest
 from corolla.server.sessions.step import StepRequest
