@@ -24,7 +24,6 @@ from typing import Any, Self
 
 import msgspec
 
-from corolla.version import __version__
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
 from corolla.files import write_atomically
@@ -32,6 +31,7 @@ from corolla.json_files import JsonError, parse_object
 from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 from corolla.places import data_root
 from corolla.text import one_line
+from corolla.version import __version__
 
 FORMAT_VERSION = 1
 

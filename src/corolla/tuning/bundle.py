@@ -24,7 +24,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from corolla.version import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.files import leftovers, publish, write_atomically, write_json
@@ -38,6 +37,7 @@ from corolla.models.checkpoints.prompt_files import (
 )
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.curve import draw_curve
+from corolla.version import __version__
 
 BUNDLE_FILE = "bundle.json"
 METRICS_FILE = "metrics.jsonl"

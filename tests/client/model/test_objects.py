@@ -27,7 +27,7 @@ from corolla.client.model.causal_lm import (
     load_distributed,
 )
 from corolla.errors import UsageError
-from corolla.models.checkpoints.private_config import with_attention
+from corolla.models.shell import with_attention
 from corolla.models.shell import ATTENTION_NAME
 
 PairOf = Callable[..., Pair]

@@ -75,18 +75,6 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path, shards: int)
     assert all(torch.equal(widened[key], tensors[key].float()) for key in tensors)
 
 
-@pytest.mark.parametrize("shards", [1, 4])
-def test_a_subset_is_a_folder_that_transformers_reads(tmp_path: Path, shards: int) -> None:
-    folder = write_tiny("llama", tmp_path, shards=shards)
-    checkpoint = open_checkpoint(str(folder))
-    with checkpoint.subset(lambda key: ".layers." not in key) as part:
-        assert set(index_of(part)) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-        model = AutoModelForCausalLM.from_pretrained(part)
-    whole = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
-    assert not part.exists()
-
-
 # --- identity -------------------------------------------------------------------------------------------
 
 
