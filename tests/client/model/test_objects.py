@@ -27,8 +27,7 @@ from corolla.client.model.causal_lm import (
     load_distributed,
 )
 from corolla.errors import UsageError
-from corolla.models.shell import with_attention
-from corolla.models.shell import ATTENTION_NAME
+from corolla.models.shell import ATTENTION_NAME, with_attention
 
 PairOf = Callable[..., Pair]
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]

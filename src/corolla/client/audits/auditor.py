@@ -31,7 +31,7 @@ from corolla.client.audits.audit import (
 from corolla.client.audits.audit_report import AuditReport
 from corolla.client.audits.second_opinion import Opinion, Own, SecondOpinions
 from corolla.client.audits.verdicts import Finding
-from corolla.client.sessions.history import History
+from corolla.client.sessions.span_session import History
 from corolla.client.training import micro_batches
 from corolla.client.view import SwarmView
 from corolla.errors import CheckpointError

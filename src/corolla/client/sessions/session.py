@@ -92,7 +92,8 @@ class InferenceSession:
         # on the cache, since that is what a caller of `model(..., use_cache=True)` keeps.
         self._connection = blocks.connection
         self._finalizer = weakref.finalize(self.cache, _close_soon, self._connection, self._chain)
-        self._connection.prefixes.opened(self)
+        if not lazy:  # of others only the cache is kept
+            self._connection.prefixes.opened(self)
 
     # --- tokens so far -----------------------------------------------------------------------------------
 
