@@ -253,7 +253,7 @@ class SwarmView:
         self.records = Records(directory, model, config.trust, self.now, self.health.forgive)
         self.channels = Channels(transport, self.wire)
         self.verdicts = Verdicts()
-        self.lacking: dict[str, str] = {}  # see `bundles.ask_to_open`
+        self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
         self._mixed = config.mixed
         self._numerics: str | None = None  # the arithmetic that was begun with
         self._introductions = introductions or Introductions(transport)
