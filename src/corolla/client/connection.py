@@ -12,8 +12,7 @@ from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from corolla.client.audits.auditor import Auditor, check_share
-from corolla.client.audits.second_opinion import Own
+from corolla.client.audits.auditor import Auditor, Own, check_share
 from corolla.client.retry import DEFAULT_PATIENCE, Retry
 from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.client.view import SwarmView

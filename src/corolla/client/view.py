@@ -12,11 +12,10 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
-from corolla.client.audits.audit import Observer, Unobserved
-from corolla.client.audits.verdicts import Verdicts
+from corolla.client.audits.audit import Observer, Unobserved, Verdicts
 from corolla.client.sessions.company import Company
 from corolla.errors import (
     CorollaError,
@@ -53,6 +52,7 @@ FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with ea
 LONGEST_AVOIDANCE = 60.0
 FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
 LONGEST_REST = 5.0
+DOUBT_SECONDS = 600.0  # for which others are preferred to servers that disagree
 BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
 
 
@@ -98,6 +98,7 @@ class SwarmView:
         self._avoid_until: dict[str, float] = {}
         self._rest_until: dict[str, float] = {}
         self._busy_until: dict[str, float] = {}
+        self._doubted_until: dict[str, float] = {}
         self._paces = Paces()
         self._failures: dict[str, int] = defaultdict(int)
         self._idle: dict[str, list[Channel]] = defaultdict(list)
@@ -143,7 +144,8 @@ class SwarmView:
         return missing
 
     def _find(self, start: int, end: int) -> list[Hop]:
-        avoided, busy = self._still(self._avoid_until), self._still(self._busy_until)
+        avoided = self._still(self._avoid_until) | self._still(self._doubted_until)
+        busy = self._still(self._busy_until)
         resting = busy | self._still(self._rest_until) | set(self.verdicts.condemned)
         with contextlib.suppress(MissingBlocks):
             return self._find_in_one_kind(start, end, avoided | resting)
@@ -289,6 +291,14 @@ class SwarmView:
         self._avoid_until.pop(peer, None)
         self._rest_until.pop(peer, None)
 
+    def doubt(self, peers: Iterable[str]) -> None:
+        """Prefer others to these for a while: an audit could not tell which of them is right."""
+        self._doubted_until.update(dict.fromkeys(peers, self._clock() + DOUBT_SECONDS))
+
+    def is_doubted(self, peer: str) -> bool:
+        """Whether others are preferred to the peer since it disagreed with another."""
+        return self._doubted_until.get(peer, 0.0) > self._clock()
+
     def is_busy(self, peer: str) -> bool:
         """Whether the peer asked to be left alone until later than now."""
         return self._busy_until.get(peer, 0.0) > self._clock()
@@ -304,8 +314,8 @@ class SwarmView:
             self._paces.took(record, hop, tokens, nbytes, seconds, self._clock())
 
     def should_leave(self, hop: Hop) -> bool:
-        """Whether the server was found far slower than it announced, and a faster one is there."""
-        if not self._paces.is_slow(hop.peer_id, self._clock()):
+        """Whether the server was found far slower than it announced, or is doubted, and a better one is there."""
+        if not (self._paces.is_slow(hop.peer_id, self._clock()) or self.is_doubted(hop.peer_id)):
             return False
         try:
             return all(other.peer_id != hop.peer_id for other in self._find(hop.start, hop.end))
