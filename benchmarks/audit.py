@@ -90,10 +90,16 @@ class Ways:
 
     def __init__(self, checkpoint: Checkpoint, start: int, end: int) -> None:
         self._checkpoint, self._start, self._end = checkpoint, start, end
+        self._packable = check_family(checkpoint.config)
 
     def _span(self, dtype: torch.dtype, quantization: Quantization | None, pieces: int | None = None) -> Span:
-        span = load_span(self._checkpoint, self._start, self._end, dtype=dtype)
-        span.packable = check_family(self._checkpoint.config)
+        span = load_span(
+            self._checkpoint,
+            self._start,
+            self._end,
+            dtype=dtype,
+            packable=check_family(self._checkpoint.config),
+        )
         if quantization is not None:
             pack_linears(span.model, quantization=quantization, pieces=pieces)
         return span

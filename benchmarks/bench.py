@@ -11,11 +11,10 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.figures import Pair, Values
 from benchmarks.processes import NotMeasured, Worker, only
 from benchmarks.sizes import MODEL
 from corolla.cli.local_swarm import LocalSwarm, local_swarm
@@ -31,6 +30,21 @@ WAITING: dict[str, dict[str, str | None]] = {
 # The parameter behind each option of `corolla serve` that older versions lack.
 SERVE_OPTIONS = {"--quantization": "quantization", "--lease-bytes": "lease_bytes", "--threads": "threads"}
 SPIN_GAIN = 1.01  # otherwise spinning is not tried again
+
+Values = tuple[float, ...]
+
+
+@dataclass
+class Pair:
+    """One run of a line: `run()` gives the figures' own values and their baselines', in the figures' order.
+
+    `details` are further facts for the JSON line; `run` may add to them.
+    """
+
+    run: Callable[[], tuple[Values, Values]]
+    details: dict[str, Any] = field(default_factory=dict)
+    warm_up: bool = True
+    clean_up: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

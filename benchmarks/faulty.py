@@ -22,7 +22,7 @@ from torch import Tensor
 
 from corolla.client.connection import SwarmConnection
 from corolla.client.model.causal_lm import load_distributed
-from corolla.config import NodeConfig, ServerConfig
+from corolla.config import NodeConfig, ServerConfig, SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.server.handlers import handle
@@ -93,7 +93,7 @@ class Servers:
         self.loop.run(fail())
 
     def client(self, network: MemoryNetwork, **options: Any) -> Any:
-        """A distributed model on a network; `options` are `SwarmConnection`'s."""
+        """A distributed model on a network; `options` are `SwarmConfig`'s."""
 
         async def node() -> Node:
             board = Board()
@@ -104,11 +104,11 @@ class Servers:
         connection = SwarmConnection(
             self.loop,
             self.loop.run(node()),
+            SwarmConfig(**options),
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
             owns_loop=False,
-            **options,
         )
         self._connections.append(connection)
         model = load_distributed(self.checkpoint.name, connection=connection, dtype=torch.float32)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
-
-Values = tuple[float, ...]
+from benchmarks.bench import Bench, Pair, Values
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,6 @@ class Figure:
     def met(self, ratio: float) -> bool:
         """Whether the ratio is what was aimed at."""
         return ratio <= self.target if self.at_most else ratio >= self.target
-
-
-@dataclass
-class Pair:
-    """One run of a line: `run()` gives the figures' own values and their baselines', in the figures' order.
-
-    `details` are further facts for the JSON line; `run` may add to them.
-    """
-
-    run: Callable[[], tuple[Values, Values]]
-    details: dict[str, Any] = field(default_factory=dict)
-    warm_up: bool = True
-    clean_up: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.bench import Bench, cores
-from benchmarks.figures import Figure, Line, Pair, Values
+from benchmarks.bench import Bench, Pair, Values, cores
+from benchmarks.figures import Figure, Line
 from benchmarks.processes import NotMeasured, Worker
 
 LLAMA_MISSING = "install llama-cpp-python, built with AVX2, and name its interpreter with --llama-python"

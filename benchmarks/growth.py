@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.bench import Bench
-from benchmarks.figures import Pair
+from benchmarks.bench import Bench, Pair
 
 Point = tuple[int, Pair]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.bench import Bench
-from benchmarks.figures import Figure, Line, Pair, Values
+from benchmarks.bench import Bench, Pair, Values
+from benchmarks.figures import Figure, Line
 from benchmarks.processes import ROOT, Worker
 from benchmarks.sizes import MODEL
 from corolla.models.checkpoints.checkpoint import open_checkpoint

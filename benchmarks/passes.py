@@ -58,9 +58,9 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(arguments.threads)
     checkpoint = open_checkpoint(MODEL)
-    span = load_span(checkpoint, 0, checkpoint.num_blocks // 2, dtype=torch.float32)
+    packable = check_family(checkpoint.config)
+    span = load_span(checkpoint, 0, checkpoint.num_blocks // 2, dtype=torch.float32, packable=packable)
     pack_linears(span.model, quantization=arguments.quantization)
-    span.packable = check_family(checkpoint.config)
     if span.compile() is None:
         raise SystemExit("These blocks are not compiled here; there may be no C compiler.")
     with torch.inference_mode():

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from benchmarks.bench import Bench
-from benchmarks.figures import Figure, Line, Pair, Values
+from benchmarks.bench import Bench, Pair, Values
+from benchmarks.figures import Figure, Line
 from benchmarks.processes import Worker
 
 PROCESSES = 8

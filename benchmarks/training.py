@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.bench import Bench
-from benchmarks.figures import Figure, Line, Pair
+from benchmarks.bench import Bench, Pair
+from benchmarks.figures import Figure, Line
 
 
 def dense(bench: Bench, mode: str) -> Pair:

@@ -59,8 +59,13 @@ def span_of(family: str) -> Span:
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         checkpoint = open_checkpoint(folder)
-        span = load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32)
-        span.packable = check_family(checkpoint.config)
+        span = load_span(
+            checkpoint,
+            0,
+            checkpoint.num_blocks,
+            dtype=torch.float32,
+            packable=check_family(checkpoint.config),
+        )
     return span
 
 

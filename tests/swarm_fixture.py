@@ -6,6 +6,7 @@ Everything runs on one event-loop thread, as a client's own loop does; `MemorySw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,8 @@ import torch
 
 from corolla.client.connection import SwarmConnection
 from corolla.client.model.causal_lm import load_distributed
+from corolla.client.model.loading import auditing
+from corolla.config import SwarmConfig
 from corolla.models.attention.pages import MARGIN, PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -33,6 +36,7 @@ from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
 
 FOREVER = 1e6
+OPTIONS = {field.name for field in fields(SwarmConfig)}
 
 
 class MemorySwarm:
@@ -69,8 +73,9 @@ class MemorySwarm:
         bundles: Sequence[Path] = (),
     ) -> str:
         """Start a server, which computes the prompts of `bundles` by itself; gives its peer id."""
-        span = load_span(self.checkpoint, start, end, dtype=self.dtype)
-        span.packable = check_family(self.checkpoint.config)
+        span = load_span(
+            self.checkpoint, start, end, dtype=self.dtype, packable=check_family(self.checkpoint.config)
+        )
         if quantization != "none":
             use_kernels(span.model, quantization, span.device)
         prompts = before_span(
@@ -125,8 +130,11 @@ class MemorySwarm:
 
         self.loop.run(stop())
 
-    def connect(self, **options: Any) -> SwarmConnection:
-        """A new client's connection."""
+    def connect(self, *, observe: Any = None, **options: Any) -> SwarmConnection:
+        """A new client's connection; `options` as for `SwarmConfig`."""
+        config = SwarmConfig.of(**options)
+        if observe is None:
+            observe = auditing(self.checkpoint, config.audit, self.dtype)
 
         async def node() -> Node:
             return Node(self.network.transport(), MemoryDirectory(self.board))
@@ -134,21 +142,24 @@ class MemorySwarm:
         connection = SwarmConnection(
             self.loop,
             self.loop.run(node()),
+            config,
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
+            observe=observe,
             owns_loop=False,
-            **options,
         )
         self._connections.append(connection)
         return connection
 
-    def model(
-        self, *, patience: float = 20.0, wire: Any = "compute", mixed: bool = False, **arguments: Any
-    ) -> Any:
-        """A distributed model over this swarm; `arguments` as for `from_pretrained`."""
+    def model(self, *, patience: float = 20.0, observe: Any = None, **arguments: Any) -> Any:
+        """A distributed model over this swarm; `arguments` as for `from_pretrained`.
+
+        `observe` makes an auditor of the test's own.
+        """
         arguments.setdefault("dtype", self.dtype)
-        connection = self.connect(patience=patience, wire=wire, mixed=mixed)
+        options = {"patience": patience} | {name: arguments[name] for name in OPTIONS & set(arguments)}
+        connection = self.connect(observe=observe, **options)
         return load_distributed(self.checkpoint.name, connection=connection, **arguments)
 
     def counted(self, name: str = "inference") -> dict[str, int]:

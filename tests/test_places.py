@@ -55,7 +55,8 @@ def test_our_own_variables_come_first(bare: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_nobodys_home(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
     with pytest.raises(UsageError, match="set HOME or XDG_DATA_HOME"):
         places.data_root()
 

@@ -33,6 +33,7 @@ from corolla.errors import (
     UnsupportedFamily,
     UsageError,
 )
+from corolla.version import __version__
 
 if TYPE_CHECKING:
     from corolla.chat.engine import ChatEngine
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from corolla.tuning.bundle import Bundle, load_bundle
     from corolla.tuning.settings import TuneSettings
     from corolla.tuning.tune import TuneResult, TuneStopped, tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutoDistributedModelForCausalLM",

@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
+
+from platformdirs.unix import Unix  # the same places on every system
 
 from corolla.errors import UsageError
+
+_USUAL = Unix("corolla", appauthor=False)
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """The folder for converted models, compiled kernels and the like; `cache_dir` replaces it."""
-    return (
-        _named("COROLLA_CACHE") or _xdg("XDG_CACHE_HOME", ".cache") if cache_dir is None else Path(cache_dir)
-    )
+    return (_named("COROLLA_CACHE") or _usual("cache")) if cache_dir is None else Path(cache_dir)
 
 
 def data_root() -> Path:
     """The folder for what only this user's work has made: the identity and chats."""
-    return _named("COROLLA_DATA") or _xdg("XDG_DATA_HOME", ".local/share")
+    return _named("COROLLA_DATA") or _usual("data")
 
 
 def config_file() -> Path:
     """The file with the user's own defaults; it need not be there."""
-    return _named("COROLLA_CONFIG") or _xdg("XDG_CONFIG_HOME", ".config") / "config.toml"
+    return _named("COROLLA_CONFIG") or _usual("config") / "config.toml"
 
 
 def _named(variable: str) -> Path | None:
@@ -37,11 +40,9 @@ def _named(variable: str) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def _xdg(variable: str, usual: str) -> Path:
-    value = os.environ.get(variable)
-    if value and os.path.isabs(value):  # others have to be ignored, its specification says
-        return Path(value) / "corolla"
+def _usual(kind: Literal["cache", "data", "config"]) -> Path:
     try:
-        return Path.home() / usual / "corolla"
+        return Path(getattr(_USUAL, f"user_{kind}_dir"))
     except RuntimeError as error:
+        variable = f"XDG_{kind.upper()}_HOME"
         raise UsageError(f"This machine names no home folder for you: set HOME or {variable}.") from error

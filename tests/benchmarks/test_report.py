@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.figures import Figure, Line, Measured, Pair, measure
+from benchmarks.bench import Pair
+from benchmarks.figures import Figure, Line, Measured, measure
 from benchmarks.report import put, table
 from benchmarks.results import line_of, newest, not_measured
 from benchmarks.run import GROWTHS, LINES, NAMES

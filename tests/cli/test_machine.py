@@ -17,7 +17,7 @@ from tests.tiny_models import write_tiny
 from corolla.cli import main as command_line
 from corolla.cli.machine import exhausted, unusable
 from corolla.errors import CheckpointError
-from corolla.models.checkpoints.local_cache import made_once
+from corolla.files import made_once
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, place: str) -> N
 
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    killed = "import os, sys, pathlib; from corolla.models.checkpoints.local_cache import made_once; "
+    killed = "import os, sys, pathlib; from corolla.files import made_once; "
     killed += "made_once(pathlib.Path(sys.argv[1]), lambda work: os.kill(os.getpid(), 9))"
     folder = tmp_path / "model"
     ended = subprocess.run([sys.executable, "-c", killed, str(folder)], check=False, timeout=120)

@@ -47,13 +47,14 @@ def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[...,
     inputs = {"hidden": torch.randn(1, 4, 32), "lengths": torch.tensor([4])}
     counts = []
     for seed in range(24):
-        model = swarm.model(patience=2.0)
-        connection = model.blocks.connection
-        own = OwnBlocks(swarm.checkpoint, model.dtype)
-        auditor = connection.start_audits(0.05, own, draw=random.Random(seed))
+        own, draw = OwnBlocks(swarm.checkpoint, swarm.dtype), random.Random(seed)
+        connection = swarm.connect(
+            patience=2.0, observe=lambda view, own=own, draw=draw: Auditor(view, 0.05, own=own, draw=draw)
+        )
+        auditor = connection.audits
 
         async def ask(auditor: Auditor = auditor, view: Any = connection.view) -> int:
-            await view.refresh()
+            await view.records.refresh()
             while not view.verdicts.condemned:
                 auditor.forward(Hop("a", 0, 4), inputs, torch.randn(1, 4, 32))
                 await auditor.settled()

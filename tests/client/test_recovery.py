@@ -127,7 +127,7 @@ def test_a_busy_server_is_not_asked_again_before_it_said_and_its_cache_is_kept(b
     assert waits[1] >= 35
     assert waits[2] >= 70
     assert bench.swarm.loop.time() - began < 120
-    assert not bench.connection.view._failures
+    assert not bench.connection.view.health._failures
 
 
 @WITH_SPARE

@@ -66,8 +66,7 @@ def span_of(family: str, dtype: torch.dtype = torch.float64) -> Span:
     """
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = open_checkpoint(str(write_tiny(family, Path(folder))))
-        span = load_span(checkpoint, START, END, dtype=dtype)
-        span.packable = check_family(checkpoint.config)
+        span = load_span(checkpoint, START, END, dtype=dtype, packable=check_family(checkpoint.config))
         return span
 
 

@@ -24,7 +24,7 @@ from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.render import Renderer
 from corolla.errors import SessionLimit, UsageError
-from corolla.models.checkpoints.durable import write_json
+from corolla.files import write_json
 from corolla.models.limits import UNLIMITED_CONTEXT, context_limit  # noqa: F401  (for its callers)
 
 

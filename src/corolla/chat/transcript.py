@@ -24,14 +24,14 @@ from typing import Any, Self
 
 import msgspec
 
-from corolla import __version__
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
+from corolla.files import write_atomically
 from corolla.json_files import JsonError, parse_object
-from corolla.models.checkpoints.durable import write_atomically
 from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 from corolla.places import data_root
 from corolla.text import one_line
+from corolla.version import __version__
 
 FORMAT_VERSION = 1
 

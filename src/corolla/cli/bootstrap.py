@@ -41,8 +41,8 @@ def bootstrap(
         guard=guard_config(guarded, allow, trust_issuer),
     )
     with ended_by_signals(die_with_parent=die_with_parent):
+        from corolla.files import ready_file as announced
         from corolla.swarm.node import Node
-        from corolla.swarm.ready_file import ready_file as announced
 
     async def run(stop: asyncio.Event) -> None:
         node = await Node.create(

@@ -29,9 +29,9 @@ def invite(
     output: Annotated[Path | None, typer.Option(help="File for the token, instead of the terminal.")] = None,
 ) -> None:
     """Invite somebody: a token that one peer can redeem once, with corolla join."""
+    from corolla.files import write_private
     from corolla.swarm.access.invitations import sign_invitation
     from corolla.swarm.access.membership import read_addresses
-    from corolla.swarm.access.private_files import write_private
     from corolla.swarm.directory.addresses import join_multiaddr
     from corolla.swarm.transport.identity import Identity
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from corolla import __version__
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.common import explain
@@ -28,6 +27,7 @@ from corolla.cli.status import status
 from corolla.cli.terminal import explain_in, forget_output, say, set_up_logging, set_up_streams
 from corolla.cli.tune import tune
 from corolla.errors import CorollaError
+from corolla.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -102,16 +102,6 @@ class LocalSession:
         self.entered = History()
 
 
-def check_local(count: int, num_blocks: int) -> int:
-    """`count` of the first blocks to run here. Raises `UsageError` unless some are left for the swarm."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < num_blocks:
-        raise UsageError(
-            f"local_blocks is {count!r}; this model has {num_blocks} blocks, of which 0 to {num_blocks - 1} "
-            "may run on this machine."
-        )
-    return count
-
-
 def load_local(checkpoint: Checkpoint, count: int, dtype: torch.dtype) -> LocalBlocks | None:
     """The first `count` blocks; None for none. Raises `CheckpointError`."""
     if not count:

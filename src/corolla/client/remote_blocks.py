@@ -28,10 +28,13 @@ MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message of a session 
 class RemoteBlocks:
     """Blocks [start, end) of a model in the swarm; `blocks[i:j]` is a part of them, `blocks[i:j](hidden)` runs it."""
 
-    def __init__(self, connection: SwarmConnection, start: int, end: int) -> None:
+    def __init__(
+        self, connection: SwarmConnection, start: int, end: int, local: LocalBlocks | None = None
+    ) -> None:
+        """`local` are the first ones, where this client runs them itself."""
         self.connection = connection
         self.start, self.end = start, end
-        self.local: LocalBlocks | None = None  # the first ones, where this client runs them itself
+        self.local = local
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -45,9 +48,7 @@ class RemoteBlocks:
             raise UsageError(
                 f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
             )
-        part = RemoteBlocks(self.connection, self.start + start, self.start + stop)
-        part.local = self.local
-        return part
+        return RemoteBlocks(self.connection, self.start + start, self.start + stop, self.local)
 
     @property
     def remote_start(self) -> int:
@@ -66,12 +67,19 @@ class RemoteBlocks:
 
     def open_chain(self, deep: Tensor | None) -> SessionChain:
         """A session over these blocks, with nothing in it yet."""
-        chain = SessionChain(
-            self.connection.view, self.connection.retry, start=self.remote_start, end=self.end, deep=deep
-        )
+        front = None
         if self.local is not None and self.start < self.remote_start:
-            chain.front = LocalSession(self.local, self.start, self.remote_start)
-        return chain
+            front = LocalSession(self.local, self.start, self.remote_start)
+        swarm = self.connection
+        return SessionChain(
+            swarm.view,
+            swarm.retry,
+            swarm.audits,
+            start=self.remote_start,
+            end=self.end,
+            deep=deep,
+            front=front,
+        )
 
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
@@ -186,7 +194,13 @@ class _RemoteForward(torch.autograd.Function):
     ) -> Tensor:
         connection = blocks.connection
         training = TrainingPass(
-            connection.view, connection.retry, start=blocks.remote_start, end=blocks.end, deep=deep, lend=lend
+            connection.view,
+            connection.retry,
+            connection.audits,
+            start=blocks.remote_start,
+            end=blocks.end,
+            deep=deep,
+            lend=lend,
         )
         output = connection.run(training.forward(_to_wire(hidden), _to_cpu(mask), _to_cpu(positions)))
         ctx.training, ctx.connection, ctx.deep = training, connection, deep

@@ -41,12 +41,12 @@ class Span:
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
 
-    def __init__(self, model: PreTrainedModel, blocks: str, start: int, end: int) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: str, start: int, end: int, *, packable: bool) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
         self.start = start
         self.end = end
-        self.packable = False
+        self.packable = packable
         self._blocks = blocks
         self._cache_name = cache_argument(model.forward)
         self.dtype: torch.dtype = model.dtype  # what it computes in
@@ -103,9 +103,7 @@ class Span:
         model._modules = dict(self.model._modules)
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         model.config = slice_config(self.config, first, last)
-        view = Span(model, self._blocks, start, end)
-        view.packable = self.packable
-        return view
+        return Span(model, self._blocks, start, end, packable=self.packable)
 
     def new_cache(self) -> SpanCache:
         """An empty attention cache for these blocks."""
@@ -206,9 +204,17 @@ class Span:
 
 
 def load_span(
-    checkpoint: Checkpoint, start: int, end: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    packable: bool = False,
 ) -> Span:
     """Read blocks [start, end) of a checkpoint, and nothing else of it.
+
+    `packable` is what `check_family` says of the family.
 
     Raises `UsageError` for blocks that the model does not have, `CheckpointError` when a tensor is missing or
     has another shape than the config says.
@@ -230,7 +236,7 @@ def load_span(
         if match is not None:
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
     model = _load_blocks(checkpoint, found, start, end, state, dtype)
-    return Span(model.to(torch.device(device)), found.blocks, start, end)
+    return Span(model.to(torch.device(device)), found.blocks, start, end, packable=packable)
 
 
 def _load_blocks(

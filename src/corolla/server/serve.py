@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from corolla import __version__
 from corolla.config import ServerConfig
 from corolla.errors import CorollaError, UsageError
+from corolla.files import ready_file
 from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +43,7 @@ from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.sessions import default_capacity
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
-from corolla.swarm.ready_file import ready_file
+from corolla.version import __version__
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
@@ -176,9 +176,10 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
     start, end, count = opened.start, opened.end, opened.checkpoint.num_blocks
     kept = "" if opened.quantization == "none" else f", weights in {opened.quantization}"
     say(f"Loading blocks {start}:{end} of {count} in {dtype_name(opened.dtype)}{kept}")
-    span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
+    span = load_span(
+        opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device, packable=opened.packable
+    )
     use_kernels(span.model, opened.quantization, opened.device)
-    span.packable = opened.packable
     span.compile()
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
     return span

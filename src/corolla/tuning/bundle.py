@@ -24,11 +24,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from corolla import __version__
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
+from corolla.files import leftovers, publish, write_atomically, write_json
 from corolla.json_files import parse_object
-from corolla.models.checkpoints.durable import leftovers, publish, write_atomically, write_json
 from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
@@ -38,6 +37,7 @@ from corolla.models.checkpoints.prompt_files import (
 )
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.curve import draw_curve
+from corolla.version import __version__
 
 BUNDLE_FILE = "bundle.json"
 METRICS_FILE = "metrics.jsonl"

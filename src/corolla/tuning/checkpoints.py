@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from corolla.errors import BundleError, UsageError
+from corolla.files import publish, remove_folder, write_json
 from corolla.json_files import parse_object
-from corolla.models.checkpoints.durable import publish, remove_folder, write_json
 from corolla.tuning.bundle import BUNDLE_FILE
 from corolla.tuning.evaluate import Evaluation
 

@@ -29,7 +29,7 @@ from tests.client.lying import (
 from tests.reference import random_ids
 from tests.tiny_models import write_tiny
 
-from corolla.client.audits.auditor import MOST_WAITING, Auditor
+from corolla.client.audits.auditor import MOST_WAITING
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.errors import LyingServer, UsageError
 from corolla.wire.messages import Gradients, Output
@@ -128,10 +128,11 @@ def test_two_that_disagree_are_named_and_neither_is_condemned(
     view = model.blocks.connection.view
     assert not view.verdicts.condemned
 
-    async def doubted() -> list[bool]:
-        return [view.is_doubted(name) for name in "ab"]
+    async def doubted() -> set[str]:
+        found: set[str] = view.health.doubted()
+        return found
 
-    assert model.blocks.connection.run(doubted()) == [True, True]
+    assert model.blocks.connection.run(doubted()) == {"a", "b"}
     assert (
         sum("a and b disagree about a step of blocks 0:4" in one.getMessage() for one in caplog.records) == 1
     )
@@ -147,7 +148,7 @@ def test_others_are_preferred_to_two_that_disagree(swarm_of: Callable[..., Swarm
         begun = model.generate(ids, max_new_tokens=4, **GREEDY)
         assert settle(model).counts.unclear
         swarm.add(0, 4, "c", throughput=1.0)
-        model.blocks.connection.run(model.blocks.connection.view.refresh())
+        model.blocks.connection.run(model.blocks.connection.view.records.refresh())
         before = swarm.counted()
         rest = model.generate(None, max_new_tokens=4, **GREEDY)
         assert torch.equal(torch.cat([begun, rest], 1), expected)
@@ -295,4 +296,4 @@ def test_a_share_that_is_none(swarm_of: Callable[..., Swarm], share: float) -> N
 def test_from_pretrained_starts_audits(swarm_of: Callable[..., Swarm]) -> None:
     swarm = swarm_of("ab")
     assert auditor_of(swarm.model(audit=0.05))._share == 0.05
-    assert not isinstance(swarm.model().blocks.connection.view.audits, Auditor)
+    assert swarm.model().blocks.connection.audits is None

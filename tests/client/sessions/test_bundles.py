@@ -143,7 +143,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         for peer, span in zip(peers, chain._spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
-            sent = server.named.find(model.blocks.connection.view.transport.peer_id, span.name)
+            sent = server.named.find(model.blocks.connection.view.peer_id, span.name)
             assert sent is not None
             for block in range(span.hop.start, span.hop.end):
                 mine, theirs = (_columns(server.pool, block, row) for row in (bundle.row, sent.cached[0]))
@@ -383,7 +383,7 @@ def test_audits_see_the_whole(tmp_path: Path) -> None:
         chats.serve((0, 4), throughput=1)
         model, ids = chats.client(audit=1.0), random_ids(1, 6)
         say(model, ids, 1)
-        auditor = model.blocks.connection.view.audits
+        auditor = model.blocks.connection.audits
         chats.swarm.loop.run(auditor.settled())
         assert (auditor.counts.right, auditor.counts.wrong) == (1, 0)
         for bundle in chats.swarm.servers[liar].bundles.values():

@@ -74,10 +74,7 @@ def local(folder: Path) -> Any:
 def spans_of(folder: Path) -> list[Span]:
     checkpoint = open_checkpoint(str(folder))
     packable = check_family(checkpoint.config)
-    spans = [load_span(checkpoint, *part, dtype=torch.float32) for part in ((0, 2), (2, 4))]
-    for span in spans:
-        span.packable = packable
-    return spans
+    return [load_span(checkpoint, *part, dtype=torch.float32, packable=packable) for part in ((0, 2), (2, 4))]
 
 
 def ids_of(*lengths: int) -> list[Tensor]:

@@ -14,12 +14,13 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.models.attention import windows
-from corolla.models.attention.packing import PackedBatch, Rules, Segment, segments_of
+from corolla.models.attention.packing import PackedBatch, Segment, segments_of
 from corolla.models.attention.pages import PAGE, Layout, PagePool
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import has_experts
+from corolla.models.kernels.decode import Rules
 from corolla.models.layered import LayeredRow, Row, new_row
 from corolla.models.span import Span, load_span
 
@@ -43,8 +44,7 @@ def span_of(family: str, start: int = 0, end: int = 4, kinds: tuple[str, ...] = 
         checkpoint = open_checkpoint(str(write_tiny(family, Path(folder), **changes)))
         # Code of experts takes no float64; elsewhere it keeps the order of summation from showing.
         dtype = torch.float32 if has_experts(checkpoint.config) else torch.float64
-        span = load_span(checkpoint, start, end, dtype=dtype)
-        span.packable = check_family(checkpoint.config)
+        span = load_span(checkpoint, start, end, dtype=dtype, packable=check_family(checkpoint.config))
         return span
 
 

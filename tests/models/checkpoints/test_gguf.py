@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from corolla.errors import CheckpointError, CorollaError, UnknownModel
+from corolla.files import made_once
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.gguf import embedded_gguf, gguf_identity
-from corolla.models.checkpoints.local_cache import made_once
 from corolla.models.span import load_span
 
 OPEN_EMBEDDED = """

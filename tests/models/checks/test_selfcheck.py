@@ -15,7 +15,7 @@ from transformers import AutoConfig, OlmoForCausalLM, PreTrainedModel
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
-from corolla.models.attention.packing import Rules, Segment, attend_one
+from corolla.models.attention.packing import Segment, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import clientcheck, selfcheck
 from corolla.models.checks.clientcheck import LocalSession
@@ -23,6 +23,7 @@ from corolla.models.checks.miniature import LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_client, check_family
 from corolla.models.families import blocks_prefix
 from corolla.models.kernels.apply import supported
+from corolla.models.kernels.decode import Rules
 from corolla.models.quantization import use_kernels
 from corolla.models.shell import BaseModelHooks, BlocksLayer, RunBlocks, replace_blocks
 from corolla.models.span import load_span

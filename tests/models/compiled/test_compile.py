@@ -21,6 +21,7 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.compiled import compile as compiling
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.layout import LaidOut
+from corolla.models.kernels import int8
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
 from corolla.models.layered import LayeredRow, Row, new_row
@@ -55,9 +56,9 @@ each_compiled = pytest.mark.parametrize("family", COMPILED)
 def span_of(family: str, quantization: Quantization = "none", dtype: torch.dtype = torch.bfloat16) -> Span:
     with tempfile.TemporaryDirectory() as folder:
         written = write_tiny(family, Path(folder), dtype=dtype, **SHAPES.get(family, SHAPE))
-        span = load_span(open_checkpoint(str(written)), 1, 4, dtype=torch.float32)
+        checkpoint = open_checkpoint(str(written))
+        span = load_span(checkpoint, 1, 4, dtype=torch.float32, packable=family != "falcon")
     pack_linears(span.blocks, quantization=quantization)
-    span.packable = family != "falcon"
     return span
 
 
@@ -108,6 +109,11 @@ def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
                 assert error(*crowd.step(seed)) < EXACT, (len(lengths), seed)
 
 
+# A compiled pass reads 8 bits with VNNI's products only.
+with_vnni = pytest.mark.skipif(not int8._has_vnni(), reason="this CPU has no VNNI")
+
+
+@with_vnni
 @each_compiled
 def test_in_8_bits_too(family: str) -> None:
     span = span_of(family, "int8")
@@ -118,6 +124,15 @@ def test_in_8_bits_too(family: str) -> None:
             for seed in range(1, 4):
                 found, wanted = crowd.step(seed)
                 assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_8_bits_are_left_to_torch_where_the_cpu_has_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_has_vnni", lambda: False)
+    span = span_of.__wrapped__("llama", "int8")  # not the one that other tests share
+    assert span.compile() is None
+    with torch.inference_mode():
+        found, wanted = Crowd(span, [3, 9]).step(1)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("family", NOT_COMPILED)
@@ -221,7 +236,7 @@ def test_scratch_is_as_large_as_the_longest_table_needs(monkeypatch: pytest.Monk
     assert all(bool((one == 7.0).all()) for one in guards)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=with_vnni)])
 def test_a_program_that_computes_something_else_is_not_used(
     quantization: Quantization, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import PackedBatch, Rules, attend_one, segments_of
+from corolla.models.attention.packing import PackedBatch, attend_one, segments_of
 from corolla.models.attention.pages import PAGE, CachedRow, PagePool
-from corolla.models.kernels.decode import OneTokenRows, can_attend
+from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
 from corolla.models.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")

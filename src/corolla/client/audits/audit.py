@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from corolla.client.sessions.history import History
+from corolla.config import WireFormat
 from corolla.errors import LyingServer
 from corolla.swarm.directory.routing import Hop
-from corolla.wire.compression import WireFormat
 
 What = Literal["forward", "backward", "step"]
 
@@ -62,20 +62,6 @@ class Observer(Protocol):
 
     async def close(self) -> None:
         """Nothing is asked afterwards."""
-
-
-class Unobserved:
-    """Looks at nothing."""
-
-    def forward(self, hop: Hop, inputs: dict[str, Tensor], output: Tensor) -> None: ...
-
-    def backward(self, hop: Hop, inputs: dict[str, Tensor], claimed: dict[str, Tensor | None]) -> None: ...
-
-    def step(
-        self, hop: Hop, history: History, mask: Tensor | None, deep: Tensor | None, output: Tensor
-    ) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 # --- Comparing ------------------------------------------------------------------------------------------

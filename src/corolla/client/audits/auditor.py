@@ -25,7 +25,7 @@ from corolla.client.audits.second_opinion import Opinion, ask_others
 from corolla.client.sessions.history import History
 from corolla.client.training import micro_batches
 from corolla.client.view import SwarmView
-from corolla.errors import CheckpointError, UsageError
+from corolla.errors import CheckpointError
 from corolla.swarm.directory.routing import Hop
 
 log = logging.getLogger(__name__)
@@ -33,15 +33,6 @@ log = logging.getLogger(__name__)
 MOST_WAITING = 16
 # Coarse rounding sends a token to other experts now and then, and its whole output changes: no lie.
 EXACT = ("float32", "float64")
-
-
-def check_share(share: float) -> float:
-    """`share`, of all requests to audit. Raises `UsageError` outside of 0 to 1."""
-    if not 0 <= share <= 1:
-        raise UsageError(
-            f"The share of requests to audit is {share}; give a number from 0 to 1, such as 0.05."
-        )
-    return share
 
 
 class Own(Protocol):
@@ -203,7 +194,7 @@ class Auditor:
             elif len(opinion.hops) == 1:
                 self._condemn(opinion.hops[0], answer, off)
             else:
-                self._view.doubt(hop.peer_id for hop in opinion.hops)
+                self._view.health.doubt(hop.peer_id for hop in opinion.hops)
 
     def _condemn(self, hop: Hop, answer: Answer, off: float) -> None:
         finding = Finding(hop, answer.what, off, self._right.get(hop.peer_id))
@@ -214,7 +205,7 @@ class Auditor:
     def _leave_unclear(self, answer: Answer, other: Opinion, off: float) -> None:
         self.counts.unclear += 1
         peers = [answer.hop.peer_id, *(hop.peer_id for hop in other.hops)]
-        self._view.doubt(peers)
+        self._view.health.doubt(peers)
         names = f"{peers[0]} and {' and '.join(peers[1:])}"
         self._say_once(
             names,

@@ -61,7 +61,8 @@ def _pick(
     Chosen at random, so that a pair of liars cannot count on each other. Raises `MissingBlocks`.
     """
     others = [one for one in records if one.peer_id not in without]
-    clear = [one for one in others if not view.is_doubted(one.peer_id)]
+    doubted = view.health.doubted()
+    clear = [one for one in others if one.peer_id not in doubted]
     kind = view.numerics_of(hop.peer_id)
     alike = [[one for one in group if one.numerics == kind] for group in (clear, others)]
     for group in (*alike, others):
@@ -99,13 +100,13 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
 
 
 async def _exchange(view: SwarmView, hop: Hop, message: Message, inputs: dict[str, Tensor]) -> Packet:
-    channel = await view.channel(hop.peer_id)
+    channel = await view.channels.take(hop.peer_id)
     try:
         reply = await request(channel, Packet(message, inputs))
     except BaseException:
         await channel.close()
         raise
-    view.release(channel)
+    view.channels.give(channel)
     return reply
 
 

@@ -22,21 +22,20 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from corolla.client.audits.auditor import check_share
-from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.connection import SwarmConnection
-from corolla.client.local_blocks import check_local, load_local
+from corolla.client.local_blocks import load_local
 from corolla.client.model import saving
 from corolla.client.model.adapters import AdapterCheck
 from corolla.client.model.arguments import check_others, client_device, client_dtype, own_arguments
 from corolla.client.model.heads import kept_head, using_head
-from corolla.client.model.loading import check_tuning, connect, initial_prompt, load_shell
+from corolla.client.model.loading import check_tuning, client_dtype_for, connect, initial_prompt, load_shell
 from corolla.client.model.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.model.startcheck import check_generation
 from corolla.client.model.watched import Noted
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.sessions.generating import GenerateCall, SessionCaches, prepare_room, watched
 from corolla.client.sessions.session import ActiveSession, InferenceSession
+from corolla.config import SwarmConfig
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
@@ -81,7 +80,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self.prompts: SoftPrompt | None = None
             self._noted = Noted()
             self._revision: str | None = None
-            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers)
+            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers, connection.local)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
             layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
@@ -301,7 +300,17 @@ def load_distributed(
     device = client_device(device_map)
     wanted = client_dtype(dtype, torch_dtype)
     check_tuning(tuning_mode, pre_seq_len, prompt_init, prompts)
-    check_share(audit)
+    config = SwarmConfig.of(
+        initial_peers,
+        wire=wire,
+        mixed=mixed,
+        audit=audit,
+        patience=patience,
+        local_blocks=local_blocks,
+        quantization=quantization,
+        identity=identity,
+        trust=trust,
+    )
     checkpoint = open_checkpoint(str(name), revision=revision, token=token, cache_dir=cache_dir)
     if only is not None and checkpoint.architecture != only:
         raise UsageError(
@@ -310,14 +319,14 @@ def load_distributed(
         )
     part = distributed_class(checkpoint.architecture)
     check_generation(checkpoint.config, part)
-    connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
+    own_dtype = client_dtype_for(checkpoint, wanted)
+    count = config.check_local(checkpoint.num_blocks)
+    connection = connection or connect(checkpoint, config, own_dtype)
     try:
-        connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
+        connection.check_complete(count)
         saved = None if prompts is None else Path(prompts)
-        model = load_shell(part, checkpoint, connection, wanted, quantization, device, saved)
-        model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
-        own = OwnBlocks(checkpoint, model.dtype)
-        connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
+        shared = SharedConnection(connection, load_local(checkpoint, count, own_dtype))
+        model = load_shell(part, checkpoint, shared, own_dtype, config.quantization, device, saved)
         if saved is not None:
             width = int(model.get_input_embeddings().weight.shape[1])
             prompt = load_prompt(

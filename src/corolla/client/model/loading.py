@@ -7,7 +7,7 @@ computed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from corolla.client.audits.auditor import Auditor
+from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.connection import SwarmConnection
 from corolla.client.model import saving
 from corolla.client.model.heads import share_head, use_head_kernel
 from corolla.client.model.objects import SharedConnection
-from corolla.client.retry import DEFAULT_PATIENCE
+from corolla.client.view import SwarmView
+from corolla.config import SwarmConfig
 from corolla.errors import CheckpointError, UsageError
 from corolla.models import families
 from corolla.models import prompts as prompt_math
@@ -30,7 +33,6 @@ from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import SoftPrompt
 from corolla.text import well_formed
-from corolla.wire.compression import check_format
 
 log = logging.getLogger(__name__)
 
@@ -51,32 +53,34 @@ def check_tuning(mode: str | None, length: int, init: str, prompts: str | Path |
         raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
 
 
-def connect(
-    checkpoint: Checkpoint,
-    initial_peers: list[str] | tuple[str, ...] | str,
-    patience: float | None,
-    wire: str,
-    mixed: bool,
-    identity: str | Path | None,
-    trust: Collection[str] | None,
-) -> SwarmConnection:
+def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch.dtype:
+    """The dtype of the client's part, where "auto" asks the checkpoint and the machine."""
+    return wanted if isinstance(wanted, torch.dtype) else choose_dtype(wanted, checkpoint.dtype, "cpu")
+
+
+def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> SwarmConnection:
     """Join the swarm. Raises `UsageError`, `NotAdmitted` or `SwarmUnavailable`."""
-    peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
-    if not peers:
+    if not config.peers:
         raise UsageError(
             "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
         )
     return SwarmConnection.connect(
-        peers,
+        config,
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
-        patience=DEFAULT_PATIENCE if patience is None else patience,
-        wire=check_format(wire),
-        mixed=mixed,
-        identity=None if identity is None else Path(identity),
-        trust=trust,
+        observe=auditing(checkpoint, config.audit, dtype),
     )
+
+
+def auditing(
+    checkpoint: Checkpoint, share: float, dtype: torch.dtype
+) -> Callable[[SwarmView], Auditor] | None:
+    """What has `share` of all answers checked; the client, in `dtype`, computes what no second server can."""
+    if not share:
+        return None
+    own, routed = OwnBlocks(checkpoint, dtype), families.has_experts(checkpoint.config)
+    return lambda view: Auditor(view, share, own=own, routed=routed)
 
 
 def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
@@ -114,8 +118,8 @@ def initial_prompt(
 def load_shell(
     part: Any,
     checkpoint: Checkpoint,
-    connection: SwarmConnection,
-    dtype: str | torch.dtype,
+    shared: SharedConnection,
+    dtype: torch.dtype,
     quantization: str = "none",
     device: torch.device | None = None,
     saved: Path | None = None,
@@ -127,10 +131,8 @@ def load_shell(
     Raises `CheckpointError` when one of their tensors is missing.
     """
     pattern = families.block_key_pattern(checkpoint.config)
-    if not isinstance(dtype, torch.dtype):
-        dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
-    model, info = load_parts(part, checkpoint, state, dtype, connection=SharedConnection(connection))
+    model, info = load_parts(part, checkpoint, state, dtype, connection=shared)
     if info["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."

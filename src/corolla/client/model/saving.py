@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, UsageError
+from corolla.files import write_atomically
 from corolla.models import families
-from corolla.models.checkpoints.durable import write_atomically
 from corolla.models.checkpoints.prompt_files import save_prompt
 
 TABLES = "model.safetensors"

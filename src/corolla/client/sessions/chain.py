@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.bundles import Bundle
@@ -26,13 +27,26 @@ REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 class SessionChain:
     """A session over blocks [start, end). All methods but `reorder` and `reserve` run on the event loop."""
 
-    def __init__(self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None) -> None:
+    def __init__(
+        self,
+        view: SwarmView,
+        retry: Retry,
+        audits: Observer | None,
+        *,
+        start: int,
+        end: int,
+        deep: Tensor | None,
+        front: LocalSession | None = None,
+    ) -> None:
+        """`deep` are the deep prompts of all the model's blocks [N, P, H]; `front` is what this client runs itself,
+        before these blocks."""
         self._view = view
         self._retry = retry
+        self._audits = audits
+        self.front = front
         self._start, self._end = start, end
         self._deep = None if deep is None else deep.detach().float().cpu().clone()
         self._bundle: Bundle | None = None  # the prompt that the session begins with
-        self.front: LocalSession | None = None  # what this client runs itself, before these blocks
         self._spans: list[SpanSession] = []
         self._rows = 0
         self._order: Tensor | None = None
@@ -118,12 +132,12 @@ class SessionChain:
                 await self._mend(progress)
             span, began = self._spans[progress.done], self._view.now()
             output = await span.step(progress.value, self._message(progress.start), progress.extra)
-            self._view.succeeded(span.hop.peer_id)
             tokens = int(output.shape[0] * output.shape[1])
-            self._view.took(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
+            self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
             self._note_author(span.hop)
             span.history.append(progress.value, progress.positions)
-            self._view.audits.step(span.hop, span.history, progress.mask, self._deep, output)
+            if self._audits is not None:
+                self._audits.step(span.hop, span.history, progress.mask, self._deep, output)
             progress.value = output
             progress.advance()
             if self._view.should_leave(span.hop):
@@ -134,7 +148,7 @@ class SessionChain:
 
         While there is no other, the cache of a busy server stays, and the step waits for it.
         """
-        return span.channel is None or self._view.is_busy(span.hop.peer_id)
+        return span.channel is None or self._view.health.is_busy(span.hop.peer_id)
 
     def _message(self, position: int) -> Step:
         return Step(position=position, reserve=self._reserved)
@@ -184,8 +198,10 @@ class SessionChain:
         What the first of them was sent came from honest ones, so the next step rebuilds the caches from
         there, at others.
         """
+        if self._audits is None or not self._spans:
+            return
         finding = self._view.verdicts.against(self._authors)
-        if finding is None or not self._spans:
+        if finding is None:
             return
         start = min(block for peer, block in self._authors.items() if peer in self._view.verdicts.condemned)
         first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)

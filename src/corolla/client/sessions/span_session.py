@@ -11,8 +11,8 @@ import secrets
 from torch import Tensor
 
 from corolla.client.sessions.bundles import Begun, Bundle, ask_to_open
-from corolla.client.sessions.company import Company
 from corolla.client.sessions.history import History
+from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.swarm.channel import Channel, checked, request
@@ -33,7 +33,7 @@ class SpanSession:
         self.name = secrets.token_hex(16)  # by which the server knows this part of the session
         self._epoch = 0  # steps that took something back or reordered it, as the server counts them
         self._cached = 0  # tokens a row that the server holds
-        self._company: Company | None = None  # this client's sessions at the same server
+        self._batcher: StepBatcher | None = None  # of this client's sessions at the same server
         self._reserved = 0  # as it was sent last
         self._batchable = True  # whether the server takes steps of this session among others'
         self.order: Tensor | None = None  # how its cached rows are to be reordered with the next step
@@ -63,7 +63,7 @@ class SpanSession:
         bundle: Bundle | None = None,
     ) -> bool:
         """Reserve a cache; whether it holds what `origin` says. Raises `RemoteError`."""
-        channel = await view.channel(self.hop.peer_id)
+        channel = await view.channels.take(self.hop.peer_id)
         message = OpenSession(
             model=view.model,
             start=self.hop.start,
@@ -80,8 +80,8 @@ class SpanSession:
             await channel.close()
             raise
         self.channel = channel
-        self._company = view.company(self.hop.peer_id)
-        self._company.enter(self.name)
+        self._batcher = view.channels.batcher(self.hop.peer_id)
+        self._batcher.enter(self.name)
         self._epoch = self._reserved = 0
         self._cached = reply.message.position if isinstance(reply.message, Opened) else 0
         return origin is not None and self._cached == origin.tokens
@@ -108,13 +108,13 @@ class SpanSession:
 
     async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
         hidden = tensors["hidden"]
-        company = self._company_for(step, tensors)
-        if company is not None:
+        batcher = self._batcher_for(step, tensors)
+        if batcher is not None:
             part = Part(
                 name=self.name, position=step.position, rows=int(hidden.shape[0]), reserve=step.reserve
             )
             try:
-                return await company.step(part, hidden)
+                return await batcher.step(part, hidden)
             except RequestRefused as refusal:
                 if meaning(refusal).remedy is not Remedy.SEND_MORE:
                     raise
@@ -124,13 +124,13 @@ class SpanSession:
         self._reserved = step.reserve
         return checked(reply, "hidden", hidden, self.hop.peer_id)
 
-    def _company_for(self, step: Step, tensors: dict[str, Tensor]) -> Company | None:
+    def _batcher_for(self, step: Step, tensors: dict[str, Tensor]) -> StepBatcher | None:
         """Where the step may travel with those of other sessions: one token a row, and nothing special."""
-        company = self._company
-        if company is None or len(company.members) < 2 or not self._batchable:
+        batcher = self._batcher
+        if batcher is None or len(batcher.members) < 2 or not self._batchable:
             return None
         plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1
-        return company if plain and step.reserve <= self._reserved else None
+        return batcher if plain and step.reserve <= self._reserved else None
 
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""
@@ -141,8 +141,8 @@ class SpanSession:
     def _leave(self) -> Channel | None:
         """The stream, which the session no longer uses."""
         channel, self.channel = self.channel, None
-        if self._company is not None:
-            self._company.leave(self.name)
+        if self._batcher is not None:
+            self._batcher.leave(self.name)
         return channel
 
     async def close(self, view: SwarmView, *, keep: bool = False) -> None:
@@ -152,7 +152,7 @@ class SpanSession:
             return
         try:
             await request(channel, Packet(CloseSession(keep=keep), {}))
-            view.release(channel)
+            view.channels.give(channel)
             self.kept = keep
         except RemoteError:
             await channel.close()

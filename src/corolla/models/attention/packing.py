@@ -21,27 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models.attention.pages import PAGE, CachedRow, PagePool, pages_for
-from corolla.models.kernels.decode import OneTokenRows, can_attend
+from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
 from corolla.models.layered import LayeredRow, Row
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How one block's scores become weights, beyond the plain softmax(scale · q·k)."""
-
-    scale: float | None = None
-    window: int | None = None  # a token sees this many newest ones, itself included
-    softcap: float | None = None
-    sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
-    slopes: Tensor | None = None  # [heads], alibi
-
-    @property
-    def plain(self) -> bool:
-        """Whether the fused kernel computes it without a bias."""
-        return self.softcap is None and self.sinks is None and self.slopes is None
 
 
 @dataclass

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import CheckpointError
+from corolla.files import made_once
 from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
 from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.identity import Sample, model_identity, sample_plan
-from corolla.models.checkpoints.local_cache import made_once
 from corolla.models.checkpoints.pretrained import load_config, refuse_tokenizer_code
 from corolla.models.checkpoints.shards import TensorEntry, local_reader, read_entries, read_tensors
 from corolla.models.checkpoints.source import INDEX_FILE, LocalFolder, Source, read_json

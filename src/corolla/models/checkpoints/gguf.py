@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from corolla.errors import CheckpointError, UnknownModel
-from corolla.models.checkpoints.local_cache import made_once
+from corolla.files import made_once
 from corolla.models.checkpoints.pretrained import load_gguf
 from corolla.models.checkpoints.shards import local_reader
 from corolla.places import cache_root

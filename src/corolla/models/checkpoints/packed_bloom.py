@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corolla.models.attention.packing import Rules, current_batch
+from corolla.models.attention.packing import current_batch
+from corolla.models.kernels.decode import Rules
 
 
 class PackedBloomAttention(nn.Module):

@@ -10,21 +10,27 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from corolla.errors import CheckpointError, UnsupportedFamily
 from corolla.json_files import read_object
+from corolla.models.checkpoints.source import Source
 from corolla.text import one_line
-
-if TYPE_CHECKING:
-    from corolla.models.checkpoints.checkpoint import Checkpoint
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 T = TypeVar("T")
+
+
+class Opened(Protocol):
+    """What the loaders ask of a checkpoint (`checkpoint.py: Checkpoint`)."""
+
+    name: str  # as the user gave it
+    config: PretrainedConfig
+    source: Source
 
 
 def load_config(name: str, path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
@@ -39,7 +45,7 @@ def load_config(name: str, path: Path, raw: Mapping[str, Any]) -> PretrainedConf
         ) from error.__cause__
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Opened) -> Any:
     """The checkpoint's tokenizer. Raises `CheckpointError` when it has none, or none that can be read."""
     from transformers import AutoTokenizer
 
@@ -64,7 +70,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def refuse_tokenizer_code(checkpoint: Checkpoint) -> None:
+def refuse_tokenizer_code(checkpoint: Opened) -> None:
     """Raises `CheckpointError` for a tokenizer whose class is Python code in the model's repository."""
     path = checkpoint.source.optional(TOKENIZER_CONFIG)
     if path is None:
@@ -83,7 +89,7 @@ def refuse_tokenizer_code(checkpoint: Checkpoint) -> None:
     )
 
 
-def load_generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
+def load_generation_config(checkpoint: Opened, default: GenerationConfig) -> GenerationConfig:
     """The checkpoint's own settings for generation, or `default` where it has none."""
     path = checkpoint.source.optional("generation_config.json")
     if path is None:
@@ -97,7 +103,7 @@ def load_generation_config(checkpoint: Checkpoint, default: GenerationConfig) ->
 
 
 def load_parts(
-    part: Any, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: Any
+    part: Any, checkpoint: Opened, state: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The family's own loader on the class `part`: the model and what the loader says about it.
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, CheckpointError
+from corolla.files import write_atomically, write_json
 from corolla.json_files import parse_object
-from corolla.models.checkpoints.durable import write_atomically, write_json
 from corolla.models.checkpoints.source import read_json
 from corolla.models.prompts import SoftPrompt
 

@@ -7,10 +7,10 @@ gives.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import PAGE, PagePool
@@ -18,11 +18,7 @@ from corolla.models.compiled.program import Program
 from corolla.models.compiled.record import Recording, record
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.native import library
-from corolla.models.layered import new_row
-
-if TYPE_CHECKING:
-    from corolla.models.layered import Row
-    from corolla.models.span import Span
+from corolla.models.layered import Row, new_row
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +30,27 @@ PAST = 21  # tokens a row before those that are compared: more than a page
 TOLERANCE, TOLERANCE_INT8 = 1e-4, 5e-2
 
 
-def compile_blocks(span: Span) -> Program | None:
+class PackedBlocks(Protocol):
+    """What is asked of the span whose blocks are compiled (`models/span.py: Span`)."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    packable: bool
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run_packed(self, hidden: Tensor, batch: PackedBatch, *, positions: Tensor) -> Tensor: ...
+
+
+def compile_blocks(span: PackedBlocks) -> Program | None:
     """The program of passes over up to `MOST_ROWS` rows that generate, or None where there is none."""
     if library() is None or span.dtype != torch.float32 or span.device.type != "cpu" or not span.packable:
         return None
@@ -50,7 +66,7 @@ def compile_blocks(span: Span) -> Program | None:
     return program if same else None
 
 
-def _record(span: Span, rows: int) -> Recording:
+def _record(span: PackedBlocks, rows: int) -> Recording:
     hidden, positions = _inputs(span, rows)
     return record(
         lambda hidden, positions, batch: span.run_packed(hidden, batch, positions=positions),
@@ -59,12 +75,12 @@ def _record(span: Span, rows: int) -> Recording:
     )
 
 
-def _inputs(span: Span, tokens: int) -> tuple[Tensor, Tensor]:
+def _inputs(span: PackedBlocks, tokens: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     return torch.randn(tokens, span.hidden_size, generator=generator), torch.arange(PAST, PAST + tokens)
 
 
-def _is_same(span: Span, program: Program, rows: int) -> bool:
+def _is_same(span: PackedBlocks, program: Program, rows: int) -> bool:
     """Whether `rows` rows, each with a past of its own, get the same next token's outputs in both ways."""
     pool = PagePool(2 * rows * (PAST // PAGE + 2), dtype=span.dtype, device=span.device)
     cached: list[Row] = [new_row(pool) for _ in range(rows)]

@@ -7,7 +7,8 @@ A pass of many sequences would otherwise be hundreds of short calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,24 @@ from torch import Tensor
 from corolla.models.attention.pages import PAGE, CachedRow, pages_for
 from corolla.models.kernels.native import library, pointer
 
-if TYPE_CHECKING:
-    from corolla.models.attention.packing import Rules
-
 LANES = 16  # heads are a multiple of this wide
 THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one block's scores become weights, beyond the plain softmax(scale · q·k)."""
+
+    scale: float | None = None
+    window: int | None = None  # a token sees this many newest ones, itself included
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
+    slopes: Tensor | None = None  # [heads], alibi
+
+    @property
+    def plain(self) -> bool:
+        """Whether the fused kernel computes it without a bias."""
+        return self.softcap is None and self.sinks is None and self.slopes is None
 
 
 class OneTokenRows:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from corolla.errors import CorollaError
-from corolla.models.checkpoints.local_cache import made_once
+from corolla.files import made_once
 from corolla.places import cache_root
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import torch
 
-from corolla import __version__
 from corolla.errors import UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
@@ -30,6 +29,7 @@ from corolla.server.sessions.kept import NamedSessions
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.steps import run_pass
 from corolla.server.training.leases import Leases
+from corolla.version import __version__
 from corolla.wire.messages import ServerStatus
 
 WORKING_BYTES = 4 * 2**30

@@ -11,14 +11,17 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from filelock import FileLock
 
 from corolla.errors import NotAdmitted, UsageError
+from corolla.files import write_private
 from corolla.json_files import parse_object
 from corolla.swarm.access.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
-from corolla.swarm.access.private_files import WatchedFile, write_private
 from corolla.swarm.transport.identity import Identity, is_peer_id
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,55 @@ INVITE_HINT = (
     "ask its owner for an invitation and run `corolla join TOKEN`, or have the peer id on the owner's list that "
     "`corolla join` prints"
 )
+
+
+class WatchedFile(Generic[T]):
+    """The parsed content of a file, reread when the file changes.
+
+    A first reading that fails raises the parser's `UsageError`; a later one is logged and the content stays as
+    it was, so that a slip of an editor neither ends a server nor opens it. With `optional` a file that is not
+    there at first reads as empty.
+    """
+
+    def __init__(self, path: Path, parse: Callable[[str, Path], T], *, optional: bool = False) -> None:
+        self.path = path
+        self._parse = parse
+        self._optional = optional
+        self._seen = self._stamp()
+        self._content = self._read()
+
+    @property
+    def content(self) -> T:
+        """What the file says now."""
+        stamp = self._stamp()
+        if stamp != self._seen:
+            self._seen = stamp
+            try:
+                self._content = self._read()
+                log.info("Read %s again", self.path)
+            except UsageError as error:
+                log.warning("%s What was read before stays in force.", error)
+            self._optional = False  # once it was there, its disappearance is a slip
+        return self._content
+
+    def _stamp(self) -> tuple[int, ...]:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _read(self) -> T:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if not self._optional:
+                raise UsageError(f"The file {self.path} does not exist.") from None
+            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise UsageError(f"The file {self.path} cannot be read: {reason}.") from error
+        return self._parse(text, self.path)
 
 
 def parse_peers(text: str, path: Path) -> frozenset[str]:

@@ -8,6 +8,7 @@ comes with the key. Keys are RSA, as libp2p's daemon makes and reads them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from corolla.errors import UsageError
-from corolla.swarm.access.private_files import tighten, write_private
+from corolla.files import write_private
+
+log = logging.getLogger(__name__)
 
 KEY_BITS = 2048
 MAX_KEY_BYTES = 1024  # of a public key: RSA with up to 4096 bits and some room
@@ -72,7 +75,7 @@ class Identity:
             data = path.read_bytes()
         except OSError as error:
             raise UsageError(f"The identity file {path} cannot be used: {error.strerror}.") from error
-        tighten(path)
+        _tighten(path)
         try:
             return cls.from_bytes(data)
         except (ValueError, TypeError) as error:
@@ -98,6 +101,26 @@ def prepare_identity(path: Path) -> Identity:
     except OSError as error:
         raise UsageError(f"The identity file {path} cannot be used: {error.strerror}.") from error
     return Identity.read(path)
+
+
+def _tighten(path: Path) -> None:
+    """Make sure that only the owner can read `path`; says so when it was otherwise. Raises `UsageError`."""
+    try:
+        mode = path.stat().st_mode & 0o777
+        if not mode & 0o077:
+            return
+        path.chmod(0o600)
+    except OSError as error:
+        raise UsageError(
+            f"Others can read {path} and its permissions cannot be changed ({error.strerror}); run "
+            f"`chmod 600 {path}` as its owner, or give another file."
+        ) from error
+    log.warning(
+        "Others could read %s (mode %o); it is now yours alone (600). If somebody may have copied it, delete it "
+        "and have a new one made.",
+        path,
+        mode,
+    )
 
 
 def peer_id_of(public: bytes) -> str:

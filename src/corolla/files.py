@@ -1,0 +1,144 @@
+"""Files and folders that are there whole or not at all, whatever ends the process that writes them.
+
+Invariant: a name that is meant for readers only ever stands for finished content: it is given by a rename,
+after the content has reached the disk, and taken by a rename, before anything under it is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from corolla.errors import CheckpointError, UsageError
+
+OWNER_ONLY = 0o600
+_RANDOM = "[a-z0-9_]{8}"  # what `tempfile` puts behind a prefix
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for people to read, atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # What is no text, such as an odd file name, becomes JSON's own notation for it.
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def write_private(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """The same as `write_atomically`, readable by the owner only at every moment."""
+    write_atomically(path, content, OWNER_ONLY, replace=replace)
+
+
+def write_atomically(path: Path, content: bytes, mode: int = 0o644, *, replace: bool = True) -> None:
+    """Replace a file whole: temporary file, fsync, rename. What was there stays when this fails.
+
+    Raises `FileExistsError` for a file that is there already, unless `replace`; `OSError`.
+    """
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}."
+    )  # readable by the owner only
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # fails where the path exists: of two that start at once, one wins
+            os.unlink(temporary)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished folder beside `target`, where nothing is, its name."""
+    for folder, _, names in os.walk(temporary, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    os.rename(temporary, target)
+    sync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; a kill in the middle leaves nothing under its name."""
+    hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.rename(path, hidden / path.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """What killed processes left in `folder` of the making, or the removal, of `name` by this module."""
+    left = re.compile(rf"\.{re.escape(name)}\.{_RANDOM}")
+    return sorted(path for path in folder.glob(".*") if left.fullmatch(path.name))
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` of the cache, filled by `make` unless it is there already.
+
+    `make` gets an empty folder beside it, which is renamed when it returns and removed when it raises.
+    Others that want the same folder wait; the lock ends with its process. Raises `CheckpointError` when
+    nothing can be written there.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"The cache folder {folder.parent} cannot be written ({error.strerror or error}): give another "
+            "place with --cache-dir or COROLLA_CACHE."
+        ) from error
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            for cut_off in leftovers(folder.parent, folder.name):  # nobody else is at it: we hold the lock
+                shutil.rmtree(cut_off, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            try:
+                make(work)
+                work.rename(folder)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+    return folder
+
+
+@contextlib.contextmanager
+def ready_file(path: Path | None, content: Mapping[str, Any]) -> Iterator[None]:
+    """A JSON file that is there exactly while the block runs, for whoever started this process.
+
+    Nothing is written when `path` is None. Raises `UsageError`.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise UsageError(f"The ready file {path} cannot be written: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
