@@ -36,13 +36,12 @@ from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.layered import new_row
 from corolla.models.span import DeepRows, Span, load_span
-from corolla.server.training.sequences import Sequences
+from corolla.server.training.requests import Sequences
 from corolla.swarm.directory.routing import Hop
 
 FILE = RESULTS / "audits.jsonl"
 FIGURE = "audits of"  # and a class and a span
 PROMPT = 4
-UNLIMITED = 2**60
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Honest:
         try:
             if what == "step":
                 return {"hidden": self._decoded(inputs)}
-            sequences = Sequences(self.span, inputs, with_gradients=True, memory_limit=UNLIMITED)
+            sequences = Sequences(self.span, inputs)
             if what == "forward":
                 return {"hidden": sequences.forward()}
             return sequences.backward(True, inputs["grad"])

@@ -25,9 +25,8 @@ from corolla.client.model.causal_lm import load_distributed
 from corolla.config import NodeConfig, ServerConfig, SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.scheduler.block_server import BlockServer
-from corolla.server.scheduler.engine import Engine
 from corolla.server.serve import load_blocks, open_model
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.directory.directory import ServerRecord
@@ -61,9 +60,9 @@ class Servers:
         span = load_blocks(open_model(config, _silent), _silent)
 
         async def start() -> BlockServer:
-            engine = Engine()
-            engine.start()
-            return BlockServer(span, engine, CacheBudget(PAGES), model=self.checkpoint.identity)
+            server = BlockServer(span, CacheBudget(PAGES), model=self.checkpoint.identity)
+            server.engine.start()
+            return server
 
         return self.loop.run(start())
 

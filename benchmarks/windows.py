@@ -24,7 +24,7 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.layered import LayeredRow, new_row
 from corolla.models.span import Span, load_span
-from corolla.server.sessions.sessions import bytes_per_token
+from corolla.server.sessions.session import bytes_per_token
 
 PIECE, DECODED = 512, 32
 WIDTHS: dict[str, Any] = {

@@ -24,9 +24,8 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.quantization import use_kernels
 from corolla.models.span import load_span
+from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.scheduler.block_server import BlockServer
-from corolla.server.scheduler.engine import Engine
 from corolla.server.sessions.bundles import Entering, before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.directory.directory import ServerRecord
@@ -92,11 +91,10 @@ class MemorySwarm:
         self, span: Any, peer_id: str | None, throughput: float, quantization: str, prompts: list[Entering]
     ) -> str:
         transport = self.network.transport(peer_id)
-        engine = Engine()
-        engine.start()
         layout = layout_of(span, self.margin)
         budget = CacheBudget(max(1, self.cache_tokens // PAGE) * layout.tables, tables=layout.tables)
-        server = BlockServer(span, engine, budget, model=self.checkpoint.identity, layout=layout)
+        server = BlockServer(span, budget, model=self.checkpoint.identity, layout=layout)
+        server.engine.start()
         await server.hold(prompts)
         await transport.serve(PROTOCOL_NAME, partial(handle, server))
         record = ServerRecord(
@@ -168,7 +166,7 @@ class MemorySwarm:
 
     def reserved(self) -> list[int]:
         """What each server's cache budget has given to open sessions, in pages."""
-        return [server.budget.reserved - server.named.kept_pages for server in self.servers.values()]
+        return [server.budget.reserved - server.sessions.kept_pages for server in self.servers.values()]
 
     def close(self) -> None:
         """End the servers and the loop."""

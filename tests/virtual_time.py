@@ -11,7 +11,7 @@ import selectors
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.engine import Engine, Request
 from corolla.swarm.loop import EventLoopThread
 
 T = TypeVar("T")
@@ -77,39 +77,33 @@ class VirtualLoopThread(EventLoopThread):
 class SimulatedEngine(Engine):
     """A server's engine on a virtual loop: computing takes no time, but for what `delay` adds to every job."""
 
-    def __init__(self, thread: VirtualLoopThread) -> None:
-        super().__init__()
+    def __init__(self, thread: VirtualLoopThread, **how: Any) -> None:
+        super().__init__(**how)
         self._on = thread
         self.delay = 0.0  # virtual seconds
+        self._late: set[asyncio.Task[None]] = set()
 
-    async def submit(self, kind: Kind, run: Callable[[], T], **extra: Any) -> T:
-        await self._dawdle()
-        self._on._computing += 1
+    def enqueue(self, requests: Sequence[Request]) -> None:
+        if not self.delay:
+            return self._enqueue_now(requests)
+        for request in requests:
+            late = asyncio.ensure_future(self._enqueue_late(request))
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
+
+    async def _enqueue_late(self, request: Request) -> None:
+        await asyncio.sleep(self.delay)
         try:
-            return await super().submit(kind, run, **extra)
-        finally:
-            self._on._computing -= 1
+            self._enqueue_now([request])
+        except Exception as error:
+            if not request.done.done():
+                request.done.set_exception(error)
 
-    def steps(self, steps: Sequence[Any], **extra: Any) -> list[asyncio.Future[Any]]:
-        if self.delay:
-            return [asyncio.ensure_future(self._later(step, extra)) for step in steps]
-        results = super().steps(steps, **extra)
-        self._on._computing += len(results)
-        for one in results:
-            one.add_done_callback(self._computed)
-        return results
-
-    async def _later(self, step: Any, extra: dict[str, Any]) -> Any:
-        await self._dawdle()
-        self._on._computing += 1
-        try:
-            return await super().steps([step], **extra)[0]
-        finally:
-            self._on._computing -= 1
+    def _enqueue_now(self, requests: Sequence[Request]) -> None:
+        super().enqueue(requests)
+        for request in requests:
+            self._on._computing += 1
+            request.done.add_done_callback(self._computed)
 
     def _computed(self, _done: asyncio.Future[Any]) -> None:
         self._on._computing -= 1
-
-    async def _dawdle(self) -> None:
-        if self.delay:
-            await asyncio.sleep(self.delay)

@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,11 +21,13 @@ from tests.chat.reference import VOCABULARY, byte_tokenizer
 from tests.e2e.processes import COROLLA, corolla, environment, processes
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
+from typer.main import get_command
 
 from corolla.chat.engine import ChatEngine
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import read_chat
-from corolla.cli.chat import chat, find_partner, prepare
+from corolla.cli.main import app
+from corolla.cli.partner import find_partner, prepare
 from corolla.data.render import Renderer, RenderSettings
 from corolla.errors import BundleError, CheckpointError, CorollaError, UnknownModel, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -290,23 +291,22 @@ def test_at_a_terminal_interrupts_and_mistakes_do_not_end_the_chat(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"style": "poem"}, "--style is 'poem'"),
-        ({"temperature": -1.0}, "--temperature is -1.0"),
-        ({"top_k": -1}, "--top-k is -1"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
-        ({"max_new_tokens": 512}, "leave no room in a context of 512"),
-        ({"max_length": 513}, "can keep 2 to 512 tokens"),
-        ({"max_length": 128}, "leave no room in a context of 128"),
+        ("--style=poem", "--style is 'poem'"),
+        ("--temperature=-1", "--temperature is -1.0"),
+        ("--top-k=-1", "--top-k is -1"),
+        ("--max-new-tokens=0", "--max-new-tokens is 0"),
+        ("--max-new-tokens=512", "leave no room in a context of 512"),
+        ("--max-length=513", "can keep 2 to 512 tokens"),
+        ("--max-length=128", "leave no room in a context of 128"),
     ],
 )
-def test_flags_that_cannot_be(model: Path, flags: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(words)):
-        chat(str(model), **flags)
+def test_flags_that_cannot_be(model: Path, flags: str, words: str) -> None:
+    refused(model, UsageError, re.escape(words), flags)
 
 
-def refused(partner: Path | str, kind: type[CorollaError], words: str) -> None:
+def refused(partner: Path | str, kind: type[CorollaError], words: str, *flags: str) -> None:
     with pytest.raises(kind, match=words):
-        chat(str(partner))
+        get_command(app).main(["chat", str(partner), *flags], standalone_mode=False)
 
 
 def test_partners_that_cannot_be_talked_with(model: Path, bundle: Path, tmp_path: Path) -> None:

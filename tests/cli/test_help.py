@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# What takes long to import; and the packages of ours that could only be there to bring such things in.
+# What takes long to import; and what of ours could only be there to bring such things in.
 HEAVY = (
     "torch",
     "transformers",
@@ -26,8 +26,10 @@ HEAVY = (
     "corolla.models",
     "corolla.client",
     "corolla.server",
-    "corolla.tuning",
-    "corolla.chat",
+    "corolla.tuning.tune",
+    "corolla.tuning.trainer",
+    "corolla.chat.engine",
+    "corolla.chat.repl",
 )
 COMMANDS = ("bootstrap", "serve", "status", "tune", "chat", "demo")
 

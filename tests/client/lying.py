@@ -18,7 +18,7 @@ from corolla.client.audits.auditor import Auditor
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.view import SwarmView
 from corolla.errors import LyingServer
-from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.block_server import BlockServer
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Gradients, Output
 

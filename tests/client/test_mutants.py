@@ -29,8 +29,8 @@ from corolla.client.sessions.span_session import SpanSession
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import CachedRow, pages_for
 from corolla.models.span import Span
-from corolla.server.sessions.sessions import CachedSession
-from corolla.server.sessions.steps import PackedStep
+from corolla.server.sessions.session import Session
+from corolla.server.sessions.step import StepRequest
 from corolla.server.training.leases import Lease, Leases
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -62,13 +62,13 @@ def dropped_mask(patch: pytest.MonkeyPatch) -> None:
 
 def padding_counted(patch: pytest.MonkeyPatch) -> None:
     """A padded row's tokens are cached like any others."""
-    make = PackedStep.__init__
+    make = StepRequest.__init__
 
-    def unmasked(self: PackedStep, *arguments: Any, **extra: Any) -> None:
+    def unmasked(self: StepRequest, *arguments: Any, **extra: Any) -> None:
         make(self, *arguments, **(extra | {"mask": None}))
 
-    patch.setattr(PackedStep, "__init__", unmasked)
-    patch.setattr(CachedSession, "same_past", lambda *_: True)
+    patch.setattr(StepRequest, "__init__", unmasked)
+    patch.setattr(Session, "same_past", lambda *_: True)
 
 
 def stranger_seen(patch: pytest.MonkeyPatch) -> None:
@@ -112,12 +112,12 @@ def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
 
 
 def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
-    rearrange = CachedSession.rearrange
+    rearrange = Session.rearrange
 
-    def ignoring(self: CachedSession, rows: int, position: int, order: torch.Tensor | None) -> None:
+    def ignoring(self: Session, rows: int, position: int, order: torch.Tensor | None) -> None:
         rearrange(self, rows, max(position, self.length), order)
 
-    patch.setattr(CachedSession, "rearrange", ignoring)
+    patch.setattr(Session, "rearrange", ignoring)
 
 
 def rollback_ignored_in_the_history(patch: pytest.MonkeyPatch) -> None:

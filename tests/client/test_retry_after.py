@@ -13,7 +13,7 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.errors import RequestRefused
-from corolla.server.limits import Account, PeerLimits
+from corolla.server.limits import Account
 
 RETRY_AFTER = 0.4
 REFUSALS = 3
@@ -51,7 +51,6 @@ def test_a_busy_server_is_asked_again_when_it_said(folder: Path, account: str) -
     with MemorySwarm(folder, [(0, 4)]) as swarm:
         (server,) = swarm.servers.values()
         crowded = Crowded()
-        server.limits = PeerLimits()
         setattr(server.limits, account, crowded)
         model = swarm.model()
         model.generation_config.eos_token_id = None

@@ -45,10 +45,13 @@ class Target:
     """One server. What strangers send is judged by the same rules beside it, so each answer is known."""
 
     def __init__(self, family: str) -> None:
-        self.world = World(family, capacity=3000)
-        self.world.server.limits = PeerLimits(Budgets(malformed=10**9))
         self.clock = Clock()
-        self.world.server.leases = Leases(LEASE_BYTES, self.clock)
+        self.world = World(
+            family,
+            capacity=3000,
+            limits=PeerLimits(Budgets(malformed=10**9)),
+            leases=Leases(LEASE_BYTES, self.clock),
+        )
         self.stages: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
         self.guests: list[Stranger] = []
@@ -105,7 +108,7 @@ class Target:
         assert server.leases.held <= LEASE_BYTES
         self.clock.now += 1e6
         await self.world.engine.submit(Kind.TRAINING, server.leases.expire)
-        for session, _ in list(server.named._kept.values()):
+        for session, _ in list(server.sessions._kept.values()):
             session.close()
         assert self.world.held == (0, 0, 0)
         bundles = await self._kept()
@@ -116,7 +119,7 @@ class Target:
         assert [
             one.taken for one in (limits.streams, limits.sessions, limits.requests, limits.in_flight)
         ] == [0] * 4
-        assert not server.named._open
+        assert not server.sessions._named
 
     async def _kept(self) -> list[Tensor]:
         """What the bundle's page holds."""

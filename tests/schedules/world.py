@@ -21,8 +21,8 @@ from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
+from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.scheduler.block_server import BlockServer
 from corolla.server.sessions.bundles import Entering, before_span, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.directory.directory import ServerRecord
@@ -192,9 +192,16 @@ class SimulatedSwarm:
         plan = self._plans[peer]
         start, end = blocks or (plan.start, plan.end)
         span = SPANS.take(self.checkpoint, start, end)
-        engine = SimulatedEngine(self.loop)
+        engines: list[SimulatedEngine] = []
+
+        def simulated(**how: Any) -> SimulatedEngine:
+            engines.append(SimulatedEngine(self.loop, **how))
+            return engines[0]
+
+        budget = CacheBudget(PAGES, self.loop.time)
+        server = BlockServer(span, budget, model=self.checkpoint.identity, engine=simulated)
+        (engine,) = engines
         engine.start()
-        server = BlockServer(span, engine, CacheBudget(PAGES, self.loop.time), model=self.checkpoint.identity)
         for one in self._entering(start) if plan.bundles else []:
             server.budget.set_aside(1)
             server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet

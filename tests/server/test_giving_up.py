@@ -24,10 +24,10 @@ from tests.server.world import (
 )
 
 from corolla.errors import RequestRefused
-from corolla.server.checks import check_memory, working_bytes
-from corolla.server.scheduler import engine, pace
+from corolla.server.requests import check_memory, working_bytes
+from corolla.server.scheduler import engine, policy
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions import stepping
+from corolla.server.sessions import step
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Opened, Ping, Step
@@ -82,9 +82,8 @@ async def test_a_second_request_before_the_answer_is_out_of_order(world: World) 
 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepping, "PREFILL_TOKENS", 8)  # 4 tokens of each of two rows
-    for module in (engine, pace):  # both use it
-        monkeypatch.setattr(module, "PASS_TOKENS", 8)
+    for module in (engine, policy, step):  # all use it
+        monkeypatch.setattr(module, "PASS_TOKENS", 8)  # 4 tokens of each of two rows
 
 
 @pytest.mark.usefixtures("short_pieces")
@@ -111,7 +110,7 @@ async def test_a_decode_step_comes_between_the_pieces_of_a_prefill(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step arrives when the first piece is being computed; training, less urgent, comes after the last."""
-    monkeypatch.setattr(pace, "APART", 0.0)  # the step shares a pass with the second piece
+    monkeypatch.setattr(policy, "SPLIT_SHARE", 0.0)  # the step shares a pass with the second piece
     channel, other, training = [await world.connect() for _ in range(3)]
     await request(channel, Packet(opening(rows=2)))
     await request(other, Packet(opening(rows=1)))
@@ -143,8 +142,7 @@ async def test_a_decode_step_comes_between_the_pieces_of_a_prefill(
         await asyncio.wait_for(begun.wait(), 20)
         asked.append(start("training", training, Packet(forward(), packed(noise(1, 4, HIDDEN)))))
         asked.append(start("decode", other, Packet(Step(position=0), {"hidden": noise(1, 1, HIDDEN)})))
-        pieces = 0 if world.span.packable else 3  # which wait one by one, or are the rest of one job
-        await until_waiting(world, pieces + 1 + 1)
+        await until_waiting(world, 2)
         free.set()
         await asyncio.gather(*asked)
     finally:

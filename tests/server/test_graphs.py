@@ -10,7 +10,7 @@ import torch
 from tests.server.world import HIDDEN, noise, span_of
 
 from corolla.server.training.leases import Lease
-from corolla.server.training.sequences import Sequences, backward_of
+from corolla.server.training.requests import Sequences, backward_of
 
 
 class Token:
@@ -37,13 +37,12 @@ def kept_graph(family: str) -> Lease:
     """A lease whose graph is marked where its last block begins."""
     span = span_of(family)
     tensors = {"hidden": noise(1, 6, HIDDEN), "lengths": torch.tensor([4, 2])}
-    work = Sequences(span, tensors, with_gradients=True, memory_limit=2**30)
+    work = Sequences(span, tensors)
     mark = span.blocks[-1].register_forward_pre_hook(lambda _, inputs: (Mark.apply(inputs[0]), *inputs[1:]))
     try:
         _, lease = work.forward_kept()
     finally:
         mark.remove()
-    assert lease is not None
     return lease
 
 

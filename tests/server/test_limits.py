@@ -48,8 +48,8 @@ LARGE = 800  # tokens whose hidden states are more than one piece
 @asynccontextmanager
 async def served(silence: float | None = None, capacity: int = 200, **budgets: Any) -> AsyncIterator[World]:
     """A server with such budgets."""
-    world = World(capacity=capacity)
-    world.server.limits = PeerLimits(Budgets(**budgets), world.clock)
+    clock = Clock()
+    world = World(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
     world.server.silence = silence
     await world.start()
     try:
@@ -125,7 +125,7 @@ async def test_a_peer_that_keeps_sending_garbage_loses_its_streams_and_is_kept_o
             )
         with pytest.raises(PeerDisconnected):
             await idle.next()
-        await until(lambda: world.server.counters.sessions == 1)
+        await until(lambda: len(world.server.sessions) == 1)
         world.clock.now += 10
         kept_out = await refusal(await raw(world, "bad"), Ping())
         assert (kept_out.code, kept_out.retry_after) == ("busy", 30.0)
@@ -186,7 +186,7 @@ async def test_sessions_of_one_peer() -> None:
         assert (await (await raw(world, "b")).ask(opening())).message == Opened()
         assert (await first.ask(CloseSession())).message == Closed()
         assert (await third.ask(opening())).message == Opened()  # on the stream that was refused
-        assert world.server.counters.sessions == 3
+        assert len(world.server.sessions) == 3
 
 
 async def test_waiting_requests_of_one_peer() -> None:

@@ -29,9 +29,9 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler import pace as pace_module
+from corolla.server.scheduler import policy
 from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind
-from corolla.server.sessions.steps import PackedStep
+from corolla.server.sessions.step import StepRequest
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import CloseSession, Step
@@ -50,9 +50,8 @@ class Passes:
     """Notes every packed pass of a world: which sessions' steps, how many tokens of each, of which kind."""
 
     def __init__(self, world: World) -> None:
-        self.taken: list[list[tuple[PackedStep, int]]] = []
+        self.taken: list[list[tuple[StepRequest, int]]] = []
         own = world.engine.run_pass
-        assert own is not None
 
         def noted(parts: list[tuple[Any, int]]) -> list[BaseException | None]:
             self.taken.append(parts)
@@ -152,10 +151,8 @@ async def test_a_long_prompt_is_cut_while_others_generate(
     world: World, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
-    monkeypatch.setattr(pace_module, "APART", float("inf") if apart else 0.0)
-    monkeypatch.setattr(
-        pace_module, "SHARED_PASS_SECONDS", 0.0
-    )  # so, the least that a pass takes of a prompt
+    monkeypatch.setattr(policy, "SPLIT_SHARE", float("inf") if apart else 0.0)
+    monkeypatch.setattr(policy, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
     long, *others = await clients_of(world, 4)
     await at_once(world, *(one.step(9) for one in others))
     await at_once(world, *(one.step(1) for one in others))
@@ -171,9 +168,9 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    both = [(3, 0), (0, pace_module.LEAST_PREFILL_TOKENS)] * 5
+    both = [(3, 0), (0, policy.LEAST_PREFILL_TOKENS)] * 5
     if not apart:
-        both = [(3, pace_module.LEAST_PREFILL_TOKENS)] * 5
+        both = [(3, policy.LEAST_PREFILL_TOKENS)] * 5
     counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
     assert list(counts)[: len(both)] == both
     for one in (long, *others):
@@ -213,16 +210,16 @@ def _waiting(world: World) -> int:
     return sum(not job.begun for job in list(world.engine._open))
 
 
-def test_what_a_generation_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
-    pace = pace_module.Pace()
+def test_what_a_decode_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
+    times = policy.PassTimes()
     for _ in range(20):
-        pace.passed(16, 0.032)  # 2 ms a token
-        pace.passed(1, 0.015)
-    assert pace.apart(16)
+        times.passed(16, 0.032)  # 2 ms a token
+        times.passed(1, 0.015)
+    assert times.splits_decode(16)
     for _ in range(20):  # weights that take long to read
-        pace.passed(1, 0.017)
-    assert not pace.apart(16)
-    assert pace.apart(32)
+        times.passed(1, 0.017)
+    assert not times.splits_decode(16)
+    assert times.splits_decode(32)
 
 
 async def test_a_prompt_is_not_cut_while_nobody_generates(world: World) -> None:
@@ -254,7 +251,7 @@ async def test_training_comes_after_generation_until_it_has_waited(world: World)
             await client.step(1)
 
     # In between two blocks of the training job's own pass nobody is let in here.
-    world.engine.let_in = lambda: trained_at.append(len(passes.taken))  # type: ignore[method-assign]
+    world.engine.run_pending_decodes = lambda: trained_at.append(len(passes.taken))  # type: ignore[method-assign]
     trained_at: list[int] = []
     training = asyncio.create_task(request(trained, Packet(forward(), packed(noise(2, 5, HIDDEN)))))
     await at_once(world, _result(training), generate(one), generate(two), begins_when=all_wait)
@@ -306,7 +303,7 @@ class InTheMiddle:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._own = world.engine.let_in
+        self._own = world.engine.run_pending_decodes
 
     async def __aenter__(self) -> InTheMiddle:
         self._begun, self._free, self._finish = threading.Event(), threading.Event(), threading.Event()
@@ -321,13 +318,13 @@ class InTheMiddle:
             if self._calls == 1:
                 assert self._finish.wait(20)
 
-        self._world.engine.let_in = slowed  # type: ignore[method-assign]
+        self._world.engine.run_pending_decodes = slowed  # type: ignore[method-assign]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.go_on()
         self.finish()
-        self._world.engine.let_in = self._own  # type: ignore[method-assign]
+        self._world.engine.run_pending_decodes = self._own  # type: ignore[method-assign]
 
     async def begun(self) -> None:
         assert await asyncio.to_thread(self._begun.wait, 20)
@@ -351,7 +348,7 @@ async def test_a_step_given_up_is_not_let_in(world: World) -> None:
         await until_waiting(world, 2)
         steps[1].cancel()
         await leaving.channel.close()
-        await until(lambda: world.server.counters.sessions == 1)
+        await until(lambda: len(world.server.sessions) == 1)
         inside.go_on()
         await steps[0]
         inside.finish()
@@ -386,7 +383,7 @@ async def test_a_step_that_fails_in_company_fails_alone(
     finally:
         handle.remove()
     assert refused == ["internal"]
-    assert world.server.counters.sessions == 3
+    assert len(world.server.sessions) == 3
     others = [one for one in clients if one is not poisoned]
     await at_once(world, *(one.step(1) for one in others))
     for one in others:

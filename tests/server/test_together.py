@@ -22,7 +22,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.sessions import steps as steps_module
+from corolla.server.sessions import step as step_module
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.memory import MemoryTransport
 from corolla.wire.frames import Packet
@@ -131,7 +131,6 @@ async def test_all_parts_share_a_pass(world: World) -> None:
     peer, passes = Peer(world), []
     sessions = await peer.open(1, 1, 1)
     own = world.engine.run_pass
-    assert own is not None
     world.engine.run_pass = lambda parts: passes.append(len(parts)) or own(parts)  # type: ignore[func-returns-value]
     await peer.step(sessions)
     assert passes == [3]
@@ -225,7 +224,7 @@ async def test_a_session_closed_while_its_step_waits(world: World) -> None:
         going = asyncio.create_task(peer.step((one, two)))
         await until_waiting(world, 2)
         await one.channel.close()
-        await until(lambda: world.server.counters.sessions == 1)
+        await until(lambda: len(world.server.sessions) == 1)
     assert codes(await going) == {one.name: "evicted"}
     two.assert_right(world)
     await two.channel.close()
@@ -254,14 +253,14 @@ async def test_a_client_that_goes_while_its_steps_wait(world: World) -> None:
 async def test_a_step_that_fails_fails_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
-    own = steps_module.PackedStep.load
+    own = step_module.StepRequest.load
 
-    def load(step: steps_module.PackedStep, count: int, begin: int) -> object:
+    def load(step: step_module.StepRequest, count: int, begin: int) -> object:
         if len(step.session.cached) and step.session.length == one.at:
             raise ZeroDivisionError
         return own(step, count, begin)
 
-    monkeypatch.setattr(steps_module.PackedStep, "load", load)
+    monkeypatch.setattr(step_module.StepRequest, "load", load)
     reply = await peer.step((one, two))
     assert codes(reply) == {one.name: "internal"}
     two.assert_right(world)
@@ -281,4 +280,4 @@ async def test_a_stream_may_be_silent_while_its_session_steps_with_others() -> N
         for session in (one, two):
             session.assert_right(world)
         await request(peer.together, Packet(Ping()))
-        await until(lambda: world.server.counters.sessions == 0)  # both silent now
+        await until(lambda: len(world.server.sessions) == 0)  # both silent now

@@ -23,7 +23,7 @@ from torch import Tensor
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE, pages_for
 from corolla.models.attention.windows import layout_of
-from corolla.server.sessions.sessions import bytes_per_token, default_capacity
+from corolla.server.sessions.session import bytes_per_token, default_capacity
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import CloseSession, Opened, Origin, Ping, ServerStatus, Step

@@ -22,10 +22,12 @@ from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
+from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.scheduler.block_server import BlockServer
+from corolla.server.limits import PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.training.leases import Leases
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.base import Stream
 from corolla.swarm.transport.memory import MemoryNetwork
@@ -93,6 +95,9 @@ class World:
         span: Span | None = None,
         capacity: int = CAPACITY,
         margin: int = MARGIN,
+        clock: Clock | None = None,
+        limits: PeerLimits | None = None,
+        leases: Leases | None = None,
     ) -> None:
         self.network = MemoryNetwork()
         self.client = self.network.transport("client")
@@ -100,11 +105,13 @@ class World:
         # Only one thread at a time may run a span: the server has one of its own, tests compare with another.
         self.reference = span or span_of(family)
         self.span = copy.deepcopy(self.reference)
-        self.engine = Engine()
-        self.clock = Clock()
+        self.clock = clock or Clock()
         layout = layout_of(self.span, margin)
         self.budget = CacheBudget(capacity, self.clock, tables=layout.tables)
-        self.server = BlockServer(self.span, self.engine, self.budget, model=MODEL, layout=layout)
+        self.server = BlockServer(
+            self.span, self.budget, model=MODEL, layout=layout, limits=limits, leases=leases
+        )
+        self.engine = self.server.engine
         self._running = 0
         self._ended = asyncio.Condition()
 
@@ -142,7 +149,7 @@ class World:
     @property
     def held(self) -> tuple[int, int, int]:
         """What must be 0 once every client has left: reserved pages, sessions, waiting jobs."""
-        return self.budget.reserved, self.server.counters.sessions, self.engine.waiting
+        return self.budget.reserved, len(self.server.sessions), self.engine.waiting
 
     async def pages_held(self) -> int:
         """Pages that rows hold once the compute thread has done what it was told to."""

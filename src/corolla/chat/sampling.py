@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 from corolla.errors import BundleError, UsageError
 
@@ -18,13 +18,13 @@ from corolla.errors import BundleError, UsageError
 class SamplingSettings:
     """Greedy at `temperature` 0. Raises `UsageError` for values that mean nothing."""
 
-    temperature: float = 0.6
-    top_k: int = 100  # 0: all of the vocabulary
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 128  # a reply's length at most
-    seed: int | None = None  # None: different every time
-    allow_empty: bool = False  # whether a reply may end before anything is said
+    temperature: Annotated[float, "0: the likeliest token"] = 0.6
+    top_k: Annotated[int, "Choose among so many tokens; 0: all"] = 100
+    top_p: Annotated[float, "Among this share of likelihood"] = 1.0
+    repetition_penalty: Annotated[float, "Above 1: fewer repetitions"] = 1.0
+    max_new_tokens: Annotated[int, "Longest reply, in tokens"] = 128
+    seed: Annotated[int | None, "Makes replies repeatable"] = None  # None: different every time
+    allow_empty: Annotated[bool, "--allow-empty/--no-allow-empty", "Whether a reply may be empty"] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -7,27 +7,27 @@ arguments is said before a server is started or asked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from corolla.chat.sampling import SamplingSettings
 from corolla.cli.common import (
-    AuditOption,
+    CacheDirOption,
     ClientOptions,
-    LocalBlocksOption,
-    MixedOption,
-    PatienceOption,
+    DtypeOption,
     PeersOption,
-    WireOption,
+    RevisionOption,
+    TokenOption,
     clean_text,
     quiet_libraries,
     typed,
 )
-from corolla.cli.kept import KeptSwarm, is_local, where
+from corolla.cli.fields import Fields, with_fields
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -35,32 +35,22 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
+from corolla.cli.partner import Partner, Prepared, find_partner, prepare
+from corolla.cli.saved_swarm import LOCAL, going_on, read_saved, to_saved
 from corolla.cli.terminal import console
 from corolla.errors import UsageError
 
 if TYPE_CHECKING:
     from corolla.chat.repl import Repl
-    from corolla.chat.sampling import SamplingSettings
-    from corolla.chat.transcript import ChatInfo, SavedChat, Transcript
-    from corolla.data.render import Renderer, RenderSettings
+    from corolla.chat.transcript import SavedChat, Transcript
 
 STYLES = ("auto", "delimiter", "template")
 
 
-@dataclass(frozen=True)
-class Partner:
-    """Whom to talk with: a model, and a prompt with how it was trained."""
-
-    model: str
-    revision: str | None = None
-    prompts: Path | None = None
-    rendering: RenderSettings | None = None  # None: the tokenizer's chat template if it has one
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    about: str = ""
-    swarm: Mapping[str, Any] = field(default_factory=dict)  # where a bundle was trained
-
-
+@with_fields
 def chat(
+    *,
+    context: typer.Context,
     partner: Annotated[
         str | None,
         typer.Argument(
@@ -69,25 +59,10 @@ def chat(
         ),
     ] = None,
     peers: PeersOption = None,
-    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token (default: 0.6).")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Choose among so many tokens; 0: all (default: 100).")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Among this share of likelihood (default: 1).")] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: fewer repetitions (default: 1).")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest reply, in tokens (default: 128).")
-    ] = None,
+    sampling: Annotated[dict[str, Any], Fields(SamplingSettings, only_given=True)],
     max_length: Annotated[
         int | None,
         typer.Option(help="Tokens of conversation that are kept (default: what the model can read)."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes replies repeatable.")] = None,
-    allow_empty: Annotated[
-        bool | None,
-        typer.Option("--allow-empty/--no-allow-empty", help="Whether a reply may be empty (default: no)."),
     ] = None,
     style: Annotated[
         str | None, typer.Option(help="auto, delimiter, or template: the tokenizer's own chat format.")
@@ -95,21 +70,17 @@ def chat(
     system: Annotated[
         str | None, typer.Option(callback=clean_text, help="A text that stands before the conversation.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
     quantization: Annotated[
         str, typer.Option(help="Of the embedding and the head, here: none, bfloat16 or int8.")
     ] = "none",
-    wire: WireOption = "compute",
-    mixed: MixedOption = False,
-    audit: AuditOption = 0.0,
-    patience: PatienceOption = 600.0,
-    local_blocks: LocalBlocksOption = 0,
+    client: Annotated[dict[str, Any], Fields(ClientOptions)],
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
-    dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
-    cache_dir: Annotated[Path | None, typer.Option(help="Folder for downloaded and converted files.")] = None,
+    dtype: DtypeOption = "auto",
+    cache_dir: CacheDirOption = None,
     go_on: Annotated[
         bool, typer.Option("--continue", help="Go on with the latest chat, or that in --transcript.")
     ] = False,
@@ -117,56 +88,37 @@ def chat(
         Path | None, typer.Option(help="File that keeps the chat (default: in the user's data directory).")
     ] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the chat on disk as it goes.")] = True,
-    context: typer.Context = None,  # type: ignore[assignment]  # where it is called as a function
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
     from corolla.chat.repl import notice
-    from corolla.chat.sampling import SamplingSettings
+    from corolla.cli.local_swarm import joined
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be auto, delimiter or template.")
-    client = ClientOptions(
-        wire,
-        mixed,
-        quantization,
-        trust=trusted_servers(trust),
-        audit=audit,
-        patience=patience,
-        local_blocks=local_blocks,
+    options = ClientOptions(
+        **client, quantization=quantization, trust=trusted_servers(trust), peers=tuple(peers or ())
     )
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
     whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), revision)
-    flags = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "allow_empty": allow_empty,
-    }
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    sampling = replace(SamplingSettings.from_dict(whom.sampling), **given)
+    chosen = replace(SamplingSettings.from_dict(whom.sampling), **sampling)
     if saved is not None:
-        sampling = replace(SamplingSettings.from_dict(saved.info.sampling), **given)
+        chosen = replace(SamplingSettings.from_dict(saved.info.sampling), **sampling)
         whom = as_saved(whom, saved)
         system = saved.info.system
     prepared = prepare(
-        whom, sampling, style=style, max_length=max_length, token=token, dtype=dtype, cache_dir=cache_dir
+        whom, chosen, style=style, max_length=max_length, token=token, dtype=dtype, cache_dir=cache_dir
     )
     if saved is not None:
         saved.check_same(prepared.info(system))
         prepared = replace(prepared, max_context=max_length or saved.info.max_context)
-    client = replace(client, identity=client_identity(identity, invite))
-    addresses, client = where(peers, client, whom, saved, partial(typed, context))
-    with contextlib.ExitStack() as chat:
-        swarm = KeptSwarm.of(None if is_local(addresses) else addresses, client)
-        journal = chat.enter_context(kept(prepared, system, transcript, saved, swarm)) if save else None
-        addresses = chat.enter_context(joined(addresses, whom, cache_dir))
-        repl = chat.enter_context(
-            opened(prepared, addresses, client, system=system, journal=journal, saved=saved)
-        )
+    options = replace(options, identity=client_identity(identity, invite))
+    options = chosen_swarm(options, whom, saved, partial(typed, context))
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(kept(prepared, system, transcript, saved, options)) if save else None
+        addresses = stack.enter_context(joined(options.peers, whom.model, whom.revision, cache_dir))
+        options = replace(options, peers=tuple(addresses))
+        repl = stack.enter_context(opened(prepared, options, system=system, journal=journal, saved=saved))
         notice(console, f"Talking with {whom.about}. /help lists the commands.")
         if prepared.template_unusable:
             notice(console, f"Turns are joined by {prepared.renderer.about_style}.")
@@ -201,156 +153,48 @@ def as_saved(partner: Partner, saved: SavedChat) -> Partner:
     )
 
 
+def chosen_swarm(
+    given: ClientOptions, partner: Partner, saved: SavedChat | None, typed: Callable[[str], bool]
+) -> ClientOptions:
+    """The swarm to talk through: the one given, else that of the chat or of the bundle. Raises `UsageError`."""
+    from corolla.chat.repl import notice
+
+    if saved is not None and saved.info.swarm:
+        return going_on(read_saved(saved.info.swarm, saved.path), given, typed)
+    if given.peers or not partner.swarm or partner.prompts is None:
+        return given
+    found = read_saved(partner.swarm, partner.prompts)
+    if found.peers:
+        notice(console, f"Joining the swarm that the bundle was trained in: {found.peers[0]}")
+        notice(console, f"(--peers {LOCAL} would run the model on this machine)")
+    return replace(given, peers=found.peers, trust=found.trust if given.trust is None else given.trust)
+
+
 def kept(
-    prepared: Prepared, system: str | None, path: Path | None, saved: SavedChat | None, swarm: KeptSwarm
+    prepared: Prepared,
+    system: str | None,
+    path: Path | None,
+    saved: SavedChat | None,
+    options: ClientOptions,
 ) -> Transcript:
     """The transcript that the chat is written to. Raises `TranscriptError`."""
     from corolla.chat.transcript import Transcript
 
     if saved is not None:
         return Transcript.go_on(saved)
-    return Transcript.begin(replace(prepared.info(system), swarm=swarm.to_dict()), path)
-
-
-def find_partner(name: str, revision: str | None = None) -> Partner:
-    """A bundle's folder, a folder with a saved prompt only, or a model's name. Raises `BundleError`."""
-    from corolla.models.checkpoints.prompt_files import PROMPT_FILE, read_prompt_info
-    from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
-
-    folder = Path(name)
-    if (folder / BUNDLE_FILE).is_file():
-        bundle = load_bundle(folder)
-        return Partner(
-            bundle.model.name,
-            revision or bundle.model.revision,
-            folder,
-            bundle.rendering,
-            bundle.sampling,
-            f"{bundle.model.name}, tuned ({bundle.mode}, {bundle.prompt_tokens} prompt tokens)",
-            bundle.training.get("swarm") or {},
-        )
-    if (folder / PROMPT_FILE).is_file():
-        about = read_prompt_info(folder)
-        words = f"{about['model']}, tuned ({about['mode']}, {about['prompt_tokens']} prompt tokens)"
-        return Partner(about["model"], revision, folder, about=words)
-    return Partner(name, revision, about=name)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All of a chat but the swarm."""
-
-    partner: Partner
-    renderer: Renderer
-    sampling: SamplingSettings
-    max_context: int
-    identity: str  # the checkpoint's
-    token: str | None = field(default=None, repr=False)
-    dtype: str = "auto"
-    cache_dir: Path | None = None
-
-    @property
-    def template_unusable(self) -> bool:
-        """Whether a delimiter had to be chosen though the tokenizer has a template."""
-        renderer = self.renderer
-        chosen = renderer.requested_style == "auto" and renderer.settings.style == "delimiter"
-        return chosen and bool(renderer.tokenizer.chat_template)
-
-    def info(self, system: str | None) -> ChatInfo:
-        """For the transcript."""
-        from corolla.chat.transcript import ChatInfo, prompt_digest
-
-        partner, rendering = self.partner, self.renderer.settings
-        place = partner.prompts
-        named = Path(partner.model) if place is None else place
-        return ChatInfo(
-            partner=str(named.resolve()) if named.exists() else partner.model,
-            model=self.identity,
-            prompt=None if place is None else prompt_digest(place),
-            rendering=rendering.to_dict(),
-            sampling={name: value for name, value in asdict(self.sampling).items() if value is not None},
-            system=system,
-            max_context=self.max_context,
-            revision=partner.revision,
-        )
-
-
-def prepare(
-    partner: Partner,
-    sampling: SamplingSettings,
-    *,
-    style: str | None = None,
-    max_length: int | None = None,
-    token: str | None = None,
-    dtype: str = "auto",
-    cache_dir: Path | None = None,
-) -> Prepared:
-    """Read what there is to read without the swarm. Raises `UsageError` for what does not go together."""
-    from corolla.chat.engine import check_context
-    from corolla.chat.window import Window
-    from corolla.data.render import Renderer, RenderSettings
-    from corolla.models.checkpoints.checkpoint import open_checkpoint
-    from corolla.models.checkpoints.pretrained import load_tokenizer
-    from corolla.models.checkpoints.prompt_files import load_prompt
-    from corolla.models.limits import check_tokens, context_limit
-
-    checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token, cache_dir=cache_dir)
-    prompt_tokens = 0
-    if partner.prompts is not None:
-        prompt = load_prompt(partner.prompts, model_name=checkpoint.name, identity=checkpoint.identity)
-        prompt_tokens = prompt.length
-    limit = context_limit(checkpoint.config, prompt_tokens)
-    if max_length is not None and not 1 < max_length <= limit:
-        raise UsageError(f"--max-length is {max_length}; {partner.model} can keep 2 to {limit} tokens.")
-    check_context(sampling, max_length or limit)
-    tokenizer = load_tokenizer(checkpoint)
-    rendering = partner.rendering or RenderSettings(style="auto")
-    if style is not None:
-        rendering = replace(rendering, style=style)
-    renderer = Renderer(tokenizer, rendering)
-    check_tokens(Window(renderer, None).prompted("Hello"), tokenizer, checkpoint.config, checkpoint.name)
-    return Prepared(
-        partner,
-        renderer,
-        sampling,
-        max_length or limit,
-        checkpoint.identity,
-        token,
-        dtype,
-        cache_dir,
-    )
-
-
-@contextlib.contextmanager
-def joined(
-    peers: Sequence[str] | None, partner: Partner, cache_dir: Path | None = None
-) -> Iterator[Sequence[str]]:
-    """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
-    if peers is not None and not is_local(peers):
-        yield peers
-        return
-    from corolla.cli.local_swarm import local_swarm
-
-    options = [] if partner.revision is None else ["--revision", partner.revision]
-    with contextlib.ExitStack() as swarm:
-        with console.status("starting two servers here (the first time takes some minutes) …"):
-            addresses = swarm.enter_context(
-                local_swarm(partner.model, options=options, cache_dir=cache_dir)
-            ).peers
-        yield addresses
+    return Transcript.begin(replace(prepared.info(system), swarm=to_saved(options)), path)
 
 
 @contextlib.contextmanager
 def opened(
     prepared: Prepared,
-    peers: Sequence[str],
-    client: ClientOptions | None = None,
+    options: ClientOptions,
     *,
     system: str | None = None,
     journal: Transcript | None = None,
     saved: SavedChat | None = None,
 ) -> Iterator[Repl]:
-    """A chat over the swarm at `peers`."""
+    """A chat over the swarm at `options.peers`."""
     from corolla.chat.engine import ChatEngine
     from corolla.chat.repl import Repl, notice
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
@@ -358,13 +202,12 @@ def opened(
     partner = prepared.partner
     with AutoDistributedModelForCausalLM.from_pretrained(
         partner.model,
-        initial_peers=list(peers),
         prompts=partner.prompts,
         revision=partner.revision,
         token=prepared.token,
         dtype=prepared.dtype,
         cache_dir=prepared.cache_dir,
-        **asdict(client or ClientOptions()),
+        **options.arguments(),
     ) as model:
         engine = ChatEngine(
             model,
@@ -379,17 +222,17 @@ def opened(
             if saved is not None:
                 engine.restore(saved.exchanges, saved.kept)
             if console.is_terminal:
-                notice(console, pace(model, client or ClientOptions(), prepared.sampling.max_new_tokens))
+                notice(console, pace(model, options.local_blocks, prepared.sampling.max_new_tokens))
             yield Repl(engine, console)
 
 
-def pace(model: Any, client: ClientOptions, tokens: int) -> str:
+def pace(model: Any, local_blocks: int, tokens: int) -> str:
     """How fast replies will come, from what the servers say that they can do."""
     from corolla.tuning.plan import in_words
 
     connection = model.blocks.connection
     view = connection.view
-    seconds = connection.run(view.token_seconds(client.local_blocks, view.num_blocks))
+    seconds = connection.run(view.token_seconds(local_blocks, view.num_blocks))
     return (
         f"About {1 / seconds:.3g} tokens a second: a reply of {tokens} (--max-new-tokens) takes "
         f"{in_words(tokens * seconds)}."

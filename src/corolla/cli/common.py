@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,35 +39,15 @@ ListenOption = Annotated[
 AnnounceOption = Annotated[
     list[str] | None, typer.Option("--announce", help="Address that others reach this machine at.")
 ]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+TokenOption = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")]
+CacheDirOption = Annotated[Path | None, typer.Option(help="Folder for downloaded and converted files.")]
 IdentityOption = Annotated[
     Path | None, typer.Option("--identity", help="File that keeps the peer id; made when it is not there.")
 ]
 ReadyFileOption = Annotated[
     Path | None, typer.Option("--ready-file", help="JSON file that is there while the process is ready.")
-]
-WireOption = Annotated[
-    str,
-    typer.Option("--wire", help="How activations travel: compute (exact), float16 or int8 (for slow lines)."),
-]
-MixedOption = Annotated[
-    bool, typer.Option("--mixed", help="Use servers of different dtype or quantization together; less exact.")
-]
-AuditOption = Annotated[
-    float,
-    typer.Option(
-        "--audit",
-        help="Share of requests, such as 0.05, that are computed again elsewhere; who lies is not used any more.",
-    ),
-]
-LocalBlocksOption = Annotated[
-    int,
-    typer.Option(
-        "--local-blocks", help="Run so many of the first blocks on this machine; no server sees those."
-    ),
-]
-PatienceOption = Annotated[
-    float,
-    typer.Option("--patience", help="Seconds to wait, without any progress, for servers that are gone."),
 ]
 
 
@@ -85,18 +65,31 @@ def clean_text(value: str | None) -> str | None:
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
+WIRES = ("compute", "float16", "int8")
+CLIENT_QUANTIZATIONS = ("none", "bfloat16", "int8")
+LOOP_FILES = 16  # more than a new event loop opens
+
+
 @dataclass(frozen=True)
 class ClientOptions:
-    """How this client uses the swarm, as `from_pretrained` takes it. Raises `UsageError`."""
+    """Where the swarm is, and how this client uses it. Raises `UsageError`."""
 
-    wire: str = "compute"
-    mixed: bool = False
+    wire: Annotated[str, "How activations travel: compute (exact), float16 or int8 (for slow lines)."] = (
+        "compute"
+    )
+    mixed: Annotated[
+        bool, "--mixed", "Use servers of different dtype or quantization together; less exact."
+    ] = False
+    audit: Annotated[
+        float,
+        "Share of requests, such as 0.05, that are computed again elsewhere; who lies is not used any more.",
+    ] = 0.0
+    patience: Annotated[float, "Seconds to wait, without any progress, for servers that are gone."] = 600.0
+    local_blocks: Annotated[int, "Run so many of the first blocks on this machine; no server sees those."] = 0
     quantization: str = "none"
     identity: Path | None = None
-    trust: Sequence[str] | None = None
-    audit: float = 0.0
-    patience: float = 600.0
-    local_blocks: int = 0
+    trust: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()  # none: on the user's own machine
 
     def __post_init__(self) -> None:
         if not 0 <= self.patience < float("inf"):
@@ -109,10 +102,10 @@ class ClientOptions:
                     f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                 )
 
-
-WIRES = ("compute", "float16", "int8")
-LOOP_FILES = 16  # more than a new event loop opens
-CLIENT_QUANTIZATIONS = ("none", "bfloat16", "int8")
+    def arguments(self) -> dict[str, Any]:
+        """As `from_pretrained` takes them."""
+        values = asdict(self)
+        return {"initial_peers": list(values.pop("peers")), **values}
 
 
 @contextlib.contextmanager

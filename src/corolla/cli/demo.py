@@ -84,11 +84,13 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
 
 def _chat(out: Path, peers: Sequence[str]) -> None:
     from corolla.chat.sampling import SamplingSettings
-    from corolla.cli.chat import find_partner, opened, prepare
+    from corolla.cli.chat import opened
+    from corolla.cli.common import ClientOptions
+    from corolla.cli.partner import find_partner, prepare
 
     partner = find_partner(str(out))
     sampling = SamplingSettings.from_dict({**partner.sampling, **SAMPLING})
-    with opened(prepare(partner, sampling), peers) as repl:
+    with opened(prepare(partner, sampling), ClientOptions(peers=tuple(peers))) as repl:
         if sys.stdin.isatty():
             _show("Type something; /help lists the commands, /quit ends.")
             repl.run()

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corolla.cli.saved_swarm import is_local
+from corolla.cli.terminal import console
 from corolla.errors import SwarmUnavailable, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.swarm.transport.runtime_dir import RuntimeDir
@@ -127,6 +129,21 @@ def local_swarm(
             yield LocalSwarm((address,), tuple(children[1:]))
         finally:
             _stop(children)
+
+
+@contextlib.contextmanager
+def joined(
+    peers: Sequence[str], model: str, revision: str | None = None, cache_dir: Path | None = None
+) -> Iterator[Sequence[str]]:
+    """The addresses to join through; without any, a swarm on this machine for as long as the block lasts."""
+    if not is_local(peers):
+        yield peers
+        return
+    options = [] if revision is None else ["--revision", revision]
+    with contextlib.ExitStack() as stack:
+        with console.status("starting two servers here (the first time takes some minutes) …"):
+            swarm = stack.enter_context(local_swarm(model, options=options, cache_dir=cache_dir))
+        yield swarm.peers
 
 
 def _ready(children: Sequence[Child], deadline: float, say: Callable[[str], None]) -> list[dict[str, Any]]:

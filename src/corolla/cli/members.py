@@ -94,8 +94,8 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def trusted_servers(path: Path | None) -> list[str] | None:
+def trusted_servers(path: Path | None) -> tuple[str, ...] | None:
     """The peers in a --trust file. Raises `UsageError`."""
     from corolla.swarm.access.membership import peer_file
 
-    return None if path is None else sorted(peer_file(path).content)
+    return None if path is None else tuple(sorted(peer_file(path).content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,9 @@ from corolla.cli.common import PeersOption
 from corolla.cli.members import MemberOption, client_identity
 from corolla.cli.terminal import console, say
 from corolla.errors import UsageError
-from corolla.swarm.directory.directory import ServerRecord
+
+if TYPE_CHECKING:
+    from corolla.swarm.directory.directory import ServerRecord
 
 
 def status(

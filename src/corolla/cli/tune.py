@@ -9,25 +9,22 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from corolla.cli.chat import Partner, joined
 from corolla.cli.common import (
-    AuditOption,
     ClientOptions,
-    LocalBlocksOption,
-    MixedOption,
-    PatienceOption,
+    DtypeOption,
     PeersOption,
-    WireOption,
+    RevisionOption,
+    TokenOption,
     clean_text,
     quiet_libraries,
 )
-from corolla.cli.kept import KeptSwarm, is_local
+from corolla.cli.fields import Fields, with_fields
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -35,12 +32,14 @@ from corolla.cli.members import (
     client_identity,
     trusted_servers,
 )
+from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
+from corolla.data.render import RenderSettings
 from corolla.errors import CorollaError, UsageError
+from corolla.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
-    from corolla.tuning.settings import TuneSettings
     from corolla.tuning.tune import TuneResult
 
 MODES = ("ptune", "deep_ptune")
@@ -51,21 +50,24 @@ INITS = ("vocab", "text", "random")
 class TuneJob:
     """What to train and on what; the settings say how. Raises `UsageError`."""
 
-    model: str
-    data: str
-    out: Path
-    speaker: str | None = None
-    persona: bool = False
-    split: str | None = None
-    mode: str = "ptune"
-    prompt_tokens: int = 16
-    prompt_init: str = "vocab"
-    prompt_text: str | None = None
+    data: Annotated[str, "chitchat, a json/jsonl/csv/parquet file, or a hub name."] = "chitchat"
+    speaker: Annotated[
+        str | None, typer.Option(callback=clean_text, help="chitchat: the person whose turns to learn.")
+    ] = None
+    persona: Annotated[bool, "PersonaChat: put the personality in front."] = False
+    split: Annotated[str | None, "Hub data: which split, such as train."] = None
+    out: Annotated[Path, "Where the bundle goes."] = Path("bundle")
+    mode: Annotated[str, "ptune or deep_ptune (a prompt for each block besides)."] = "ptune"
+    prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
+    prompt_init: Annotated[str, "Start from vocab, text or random."] = "vocab"
+    prompt_text: Annotated[str | None, typer.Option(callback=clean_text, help="The text to start from.")] = (
+        None
+    )
+    model: str = "smollm2"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     dtype: str = "auto"
     client: ClientOptions = field(default_factory=ClientOptions)
-    peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -80,37 +82,16 @@ class TuneJob:
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
         names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
-        swarm = KeptSwarm(self.peers, KeptSwarm.of(None, self.client).trust)
-        return {name: getattr(self, name) for name in names} | {"swarm": swarm.to_dict()}
+        swarm = to_saved(ClientOptions(peers=self.client.peers, trust=self.client.trust))
+        return {name: getattr(self, name) for name in names} | {"swarm": swarm}
 
 
+@with_fields
 def tune(
+    *,
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file or smollm2.")] = "smollm2",
     peers: PeersOption = None,
-    data: Annotated[str, typer.Option(help="chitchat, a json/jsonl/csv/parquet file, or a hub name.")] = (
-        "chitchat"
-    ),
-    speaker: Annotated[
-        str | None, typer.Option(callback=clean_text, help="chitchat: the person whose turns to learn.")
-    ] = None,
-    persona: Annotated[bool, typer.Option(help="PersonaChat: put the personality in front.")] = False,
-    split: Annotated[str | None, typer.Option(help="Hub data: which split, such as train.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("bundle"),
-    mode: Annotated[str, typer.Option(help="ptune or deep_ptune (a prompt for each block besides).")] = (
-        "ptune"
-    ),
-    prompt_tokens: Annotated[int, typer.Option(help="Trainable prompt tokens.")] = 16,
-    prompt_init: Annotated[str, typer.Option(help="Start from vocab, text or random.")] = "vocab",
-    prompt_text: Annotated[
-        str | None, typer.Option(callback=clean_text, help="The text to start from.")
-    ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate; falls linearly to 0.")] = 1e-2,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
-    samples: Annotated[int | None, typer.Option(help="Training examples to draw (default: all).")] = None,
+    job: Annotated[dict[str, Any], Fields(TuneJob)],
     max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 256,
     style: Annotated[
         str,
@@ -125,96 +106,46 @@ def tune(
         ),
     ] = None,
     loss_on: Annotated[str, typer.Option(help="Learn replies or all tokens.")] = "replies",
-    held_out: Annotated[
-        float | None, typer.Option(help="Share (below 1) or number of conversations kept for evaluation.")
-    ] = None,
-    allow_empty: Annotated[
-        bool, typer.Option("--allow-empty", help="Let chats with the bundle give empty replies.")
-    ] = False,
-    eval_every: Annotated[int | None, typer.Option(help="Evaluate every N steps, too.")] = None,
-    save_every: Annotated[int, typer.Option(help="Checkpoint every N steps.")] = 50,
-    seed: Annotated[int, typer.Option(help="For the split, the order and the prompt.")] = 0,
-    report_to: Annotated[str, typer.Option(help="none, wandb, tensorboard or trackio.")] = "none",
+    settings: Annotated[dict[str, Any], Fields(TuneSettings)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")] = "auto",
-    wire: WireOption = "compute",
-    mixed: MixedOption = False,
-    audit: AuditOption = 0.0,
-    patience: PatienceOption = 600.0,
-    local_blocks: LocalBlocksOption = 0,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    dtype: DtypeOption = "auto",
+    client: Annotated[dict[str, Any], Fields(ClientOptions)],
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
 ) -> None:
     """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
     quiet_libraries()
-    from corolla.data.render import RenderSettings
+    from corolla.cli.local_swarm import joined
     from corolla.tuning.checkpoints import RunFolder
-    from corolla.tuning.settings import TuneSettings
 
-    job = TuneJob(
-        model=model,
-        data=data,
-        out=out,
-        speaker=speaker,
-        persona=persona,
-        split=split,
-        mode=mode,
-        prompt_tokens=prompt_tokens,
-        prompt_init=prompt_init,
-        prompt_text=prompt_text,
-        revision=revision,
-        token=token,
-        dtype=dtype,
-        peers=() if is_local(peers) else tuple(peers or ()),
-        client=ClientOptions(
-            wire,
-            mixed,
-            trust=trusted_servers(trust),
-            audit=audit,
-            patience=patience,
-            local_blocks=local_blocks,
-        ),
+    options = ClientOptions(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
+    to_do = TuneJob(**job, model=model, revision=revision, token=token, dtype=dtype, client=options)
+    rendering = RenderSettings(
+        style="delimiter" if style == "auto" and delimiter is not None else style,
+        delimiter=_unescaped(RenderSettings.delimiter if delimiter is None else delimiter),
+        loss_on=loss_on,
+        max_length=max_length,
     )
-    settings = TuneSettings(
-        learning_rate=lr,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        steps=steps,
-        epochs=epochs,
-        samples=samples,
-        held_out=held_out,
-        eval_every=eval_every,
-        save_every=save_every,
-        seed=seed,
-        report_to=report_to,
-        allow_empty=allow_empty,
-        rendering=RenderSettings(
-            style="delimiter" if style == "auto" and delimiter is not None else style,
-            delimiter=_unescaped(RenderSettings.delimiter if delimiter is None else delimiter),
-            loss_on=loss_on,
-            max_length=max_length,
-        ),
-    )
-    RunFolder(out).check(resume=resume, overwrite=overwrite)
-    with stopped_by_ctrl_c(out):
-        prepared = prepare_data(job, settings)
-        job = replace(job, client=replace(job.client, identity=client_identity(identity, invite)))
-        with joined(peers, Partner(model, revision)) as addresses:
+    how = TuneSettings(**settings, rendering=rendering)
+    RunFolder(to_do.out).check(resume=resume, overwrite=overwrite)
+    with stopped_by_ctrl_c(to_do.out):
+        prepared = prepare_data(to_do, how)
+        options = replace(options, identity=client_identity(identity, invite))
+        with joined(options.peers, model, revision) as addresses:
             train_and_report(
-                job,
-                settings,
+                replace(to_do, client=options),
+                how,
                 prepared,
                 addresses,
                 resume=resume,
                 overwrite=overwrite,
                 again=_resume_command(),
             )
-    show_next_step(job, peers)
+    show_next_step(to_do.out, peers)
 
 
 @contextlib.contextmanager
@@ -297,7 +228,6 @@ def train_and_report(
 
     with AutoDistributedModelForCausalLM.from_pretrained(
         job.model,
-        initial_peers=list(peers),
         tuning_mode=job.mode,
         pre_seq_len=job.prompt_tokens,
         prompt_init=job.prompt_init,
@@ -306,7 +236,7 @@ def train_and_report(
         revision=job.revision,
         token=job.token,
         seed=settings.seed,
-        **asdict(job.client),
+        **replace(job.client, peers=tuple(peers)).arguments(),
     ) as model:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say_plainly(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
@@ -355,13 +285,13 @@ def result_table(result: TuneResult) -> Any:
     return Group(table, Text(words, style="dim"))
 
 
-def show_next_step(job: TuneJob, peers: Sequence[str] | None) -> None:
+def show_next_step(out: Path, peers: Sequence[str] | None) -> None:
     """Where the bundle is, and how to chat with it."""
     from corolla.tuning.bundle import CURVE_FILE
 
-    say_plainly(f"Bundle: {job.out}   loss curve: {job.out / CURVE_FILE}")
+    say_plainly(f"Bundle: {out}   loss curve: {out / CURVE_FILE}")
     join = [part for address in peers or () for part in ("--peers", address)]
-    say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(job.out), *join])}")
+    say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(out), *join])}")
 
 
 def _unescaped(text: str) -> str:

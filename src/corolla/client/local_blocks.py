@@ -15,9 +15,9 @@ from torch import Tensor
 from corolla.client.sessions.history import History
 from corolla.errors import UsageError
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.quantization import use_kernels
-from corolla.models.shell import BlocksCall
 from corolla.models.span import Span, load_span
 
 

@@ -1,4 +1,4 @@
-"""What a server does with each message of a stream.
+"""What a server does with each message of a stream: it reads requests (`REQUESTS`), and answers.
 
 Invariant: no input of a client ends a server or leaves a session half stepped: a request is checked in full
 before anything is enqueued, refused with a typed `Failure` that names the field, and a step that breaks
@@ -12,26 +12,16 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from functools import partial
-
-from torch import Tensor
+from typing import Any
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
-from corolla.models.span import Span
-from corolla.server.checks import (
-    check_prompts,
-    check_span,
-    failure_from,
-    failure_of,
-)
+from corolla.server.block_server import BlockServer
 from corolla.server.limits import InFlight
-from corolla.server.scheduler.block_server import BlockServer
-from corolla.server.scheduler.tasks import give_up
-from corolla.server.sessions.bundles import find
-from corolla.server.sessions.opening import begin, in_use, tokens_of
-from corolla.server.sessions.sessions import CachedSession
-from corolla.server.sessions.stepping import take_step, take_steps
-from corolla.server.training.sequences import Sequences, backward_of
+from corolla.server.requests import Answered, Client, failure_from, failure_of
+from corolla.server.sessions.opening import OpenRequest
+from corolla.server.sessions.step import StepRequest
+from corolla.server.sessions.steps import StepsRequest
+from corolla.server.training.requests import BackwardRequest, ForwardRequest
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
 from corolla.wire.failures import meaning
@@ -42,15 +32,23 @@ from corolla.wire.messages import (
     CloseSession,
     Failure,
     Forward,
-    Gradients,
+    Message,
     OpenSession,
-    Output,
     Ping,
     Step,
     Steps,
 )
 
 log = logging.getLogger(__name__)
+
+# Made of (server, client, message, tensors). Raises `RequestRefused`.
+REQUESTS: dict[type[Message], Callable[[BlockServer, Client, Any, Any], Answered]] = {
+    OpenSession: OpenRequest,
+    Step: StepRequest.of,
+    Steps: StepsRequest,
+    Forward: ForwardRequest,
+    Backward: BackwardRequest,
+}
 
 
 async def handle(server: BlockServer, stream: Stream) -> None:
@@ -70,11 +68,9 @@ class _Stream:
 
     def __init__(self, server: BlockServer, stream: Stream) -> None:
         self._server = server
-        self._peer = stream.peer_id
+        self._client = Client(stream.peer_id)
         self._in_flight = InFlight(server.limits.in_flight, stream.peer_id)
         self._channel = Channel(stream, side="server", silence=server.silence, admit=self._in_flight.admit)
-        self._session: CachedSession | None = None
-        self._name: str | None = None
         self._incoming: asyncio.Task[Packet] | None = None
 
     async def run(self) -> None:
@@ -102,7 +98,7 @@ class _Stream:
 
     def leave(self) -> None:
         """Give everything back that the stream has taken."""
-        self.close_session()
+        self._close_session()
         self._in_flight.close()
 
     def _listen(self) -> asyncio.Task[Packet]:
@@ -115,7 +111,7 @@ class _Stream:
         """
         budgets = self._server.limits.budgets
         while True:
-            session = self._session
+            session = self._client.session
             patience = budgets.stream_silence if session is None else budgets.session_silence
             steps = 0 if session is None else session.steps
             await asyncio.wait({incoming}, timeout=patience)
@@ -126,7 +122,7 @@ class _Stream:
             if session is None:
                 return False
             if session.steps == steps:  # otherwise its steps come together with others', on another stream
-                self.close_session()
+                self._close_session()
 
     async def _answer_while_wanted(self, packet: Packet, incoming: asyncio.Task[Packet]) -> bool:
         """Answer one request; False when the stream is over.
@@ -154,12 +150,12 @@ class _Stream:
         except (PeerDisconnected, asyncio.CancelledError):
             raise
         except Exception as error:  # a bug or exhausted memory: the client is told, the server lives on
-            log.exception("A %s from %s failed", type(packet.message).__name__, self._peer)
+            log.exception("A %s from %s failed", type(packet.message).__name__, self._client.peer)
             reply = Packet(Failure(code="internal", message=f"The server failed: {type(error).__name__}."))
         if isinstance(reply.message, Failure):
             means = meaning(reply.message)
             if means.session_lost and isinstance(packet.message, Step | CloseSession):
-                self.close_session()
+                self._close_session()
             if means.stream_lost:
                 await self.refuse(reply.message)
                 return False
@@ -168,7 +164,8 @@ class _Stream:
 
     def _ahead(self) -> int:
         """Requests that come before this stream's: in the line for room, else for the compute thread."""
-        in_line = 0 if self._session is None else self._server.budget.ahead(self._session)
+        session = self._client.session
+        in_line = 0 if session is None else self._server.budget.ahead(session)
         return in_line or max(0, self._server.engine.waiting - 1)
 
     async def refuse(self, failure: Failure) -> None:
@@ -176,7 +173,7 @@ class _Stream:
         with contextlib.suppress(PeerDisconnected, PeerSilent, ProtocolError):
             await self._channel.send(Packet(failure))
         if meaning(failure).garbage:
-            self._server.limits.malformed(self._peer)
+            self._server.limits.malformed(self._client.peer)
 
     async def _reply(self, packet: Packet) -> Packet:
         if isinstance(packet, TurnedAway) and packet.refusal is not None:
@@ -185,147 +182,20 @@ class _Stream:
             case Ping():
                 return Packet(self._server.status())
             case CloseSession():
-                self.close_session(keep=packet.message.keep)
+                self._close_session(keep=packet.message.keep)
                 return Packet(Closed())
-        amount = len(packet.message.parts) if isinstance(packet.message, Steps) else 1
+        peer, message = self._client.peer, packet.message
         what, tokens = _work_of(packet)
-        with (
-            self._server.limits.requests.held(self._peer, amount),
-            self._server.diary.work(self._peer, what, tokens),
-        ):
-            return await self._computed(packet)
+        amount = len(message.parts) if isinstance(message, Steps) else 1
+        with self._server.limits.requests.held(peer, amount), self._server.diary.work(peer, what, tokens):
+            request = REQUESTS[type(message)](self._server, self._client, message, packet.tensors)
+            request.check()
+            return await request.run()
 
-    async def _computed(self, packet: Packet) -> Packet:
-        match packet.message:
-            case OpenSession():
-                return await self._open(packet.message, packet.tensors)
-            case Step():
-                output = await take_step(self._server, self._session, packet.message, packet.tensors)
-                return Packet(Output(), {"hidden": output})
-            case Steps():
-                return await take_steps(self._server, self._peer, packet.message, packet.tensors["hidden"])
-            case Forward():
-                return await self._forward(packet.message, packet.tensors)
-            case Backward():
-                return await self._backward(packet.message, packet.tensors)
-        raise RequestRefused("This server does not answer such a message.", code="malformed", field="type")
-
-    # --- sessions -------------------------------------------------------------------------------------------
-
-    async def _open(self, message: OpenSession, tensors: dict[str, Tensor]) -> Packet:
-        server = self._server
-        span = check_span(message, server.span, server.model)
-        self._check_staying()
-        bundle = find(server.bundles, message.bundle)
-        prompts = tensors.get("prompts")
-        check_prompts(prompts, span, at_most=server.pool.layout.cached_of(message.max_tokens))
-        if bundle is not None:
-            prompts = bundle.deep_of(span)
-        self.close_session()
-        session = CachedSession(
-            span,
-            server.budget,
-            server.pool,
-            server.engine.post,
-            prompts=None if prompts is None else prompts.to(span.device),
-            peer=self._peer,
-        )
-        server.limits.sessions.take(self._peer)
-        self._session = session
-        server.counters.sessions += 1
-        try:
-            with in_use(server, session):
-                await session.reserve(message.rows, tokens_of(message, bundle), "max_tokens")
-                reply = await begin(server, session, message, bundle)
-        except BaseException:
-            self.close_session()
-            raise
-        if message.name is not None:
-            self._name = message.name
-            server.named.add(self._peer, message.name, session)
-        return reply
-
-    def close_session(self, keep: bool = False) -> None:
-        """Free the session's cache, if there is one; or keep it under its name for as long as there is room."""
-        if self._session is None:
-            return
-        session, name, peer = self._session, self._name, self._peer
-        self._session = self._name = None
-        self._server.counters.sessions -= 1
-        self._server.limits.sessions.give(self._peer)
-        self._server.engine.forget(session)
-        kept = keep and name is not None and self._server.named.keep(peer, name, session)
-        if not kept:
-            if name is not None:
-                self._server.named.remove(peer, name, session)
-            session.close()
-
-    # --- training -------------------------------------------------------------------------------------------
-
-    async def _forward(self, message: Forward, tensors: dict[str, Tensor]) -> Packet:
-        server = self._server
-        span = check_span(message, server.span, server.model)
-        self._check_staying()
-        work = self._sequences(span, tensors, with_gradients=False)
-        run = work.forward if message.lease is None else partial(self._lend, work, message.lease)
-        output = await server.train(run, self._peer)
-        self._server.counters.forward += work.tokens
-        return Packet(Output(), {"hidden": output})
-
-    def _lend(self, work: Sequences, name: str) -> Tensor:
-        """Compute a forward and keep its graph if there is room, on the compute thread."""
-        if not self._server.leases.may_fit(work.tokens):
-            return work.forward()
-        output, lease = work.forward_kept()
-        if lease is not None:
-            self._server.leases.keep(self._peer, name, lease)
-        return output
-
-    async def _backward(self, message: Backward, tensors: dict[str, Tensor]) -> Packet:
-        server = self._server
-        span = check_span(
-            message, server.span, server.model
-        )  # not refused while draining: its forward may have been done here
-        if message.lease is not None:
-            run: Callable[[], dict[str, Tensor]] = partial(self._redeem, message, tensors["grad"])
-            tokens = int(tensors["grad"].shape[1])
-        else:
-            if "hidden" not in tensors or "lengths" not in tensors:
-                raise RequestRefused(
-                    "A backward without a lease needs its inputs.", code="malformed", field="hidden"
-                )
-            work = self._sequences(span, tensors, with_gradients=True)
-            run, tokens = partial(work.backward, message.prompt_gradient, tensors["grad"]), work.tokens
-        grads = await server.train(run, self._peer)
-        self._server.counters.backward += tokens
-        return Packet(Gradients(), grads)
-
-    def _redeem(self, message: Backward, grad: Tensor) -> dict[str, Tensor]:
-        """The backward of a kept graph, on the compute thread."""
-        lease = self._server.leases.take(self._peer, message.lease or "")
-        if lease is None or lease.blocks != (message.start, message.end):
-            raise RequestRefused("The forward's graph is gone; send its inputs.", code="no_lease")
-        if grad.shape != lease.output.shape:
-            raise RequestRefused(
-                f"The gradient must be {list(lease.output.shape)}, as the forward's output was.",
-                code="malformed",
-                field="grad",
-            )
-        self._server.counters.redeemed += lease.tokens
-        return backward_of(lease, grad, message.prompt_gradient)
-
-    def _sequences(self, span: Span, tensors: dict[str, Tensor], *, with_gradients: bool) -> Sequences:
-        return Sequences(
-            span,
-            tensors,
-            with_gradients=with_gradients,
-            memory_limit=self._server.working_bytes,
-            between=self._server.pause,
-        )
-
-    def _check_staying(self) -> None:
-        if self._server.draining:
-            raise RequestRefused("This server is going away; use another.", code="draining")
+    def _close_session(self, keep: bool = False) -> None:
+        session, self._client.session = self._client.session, None
+        if session is not None:
+            self._server.sessions.close(session, keep=keep)
 
 
 def _work_of(packet: Packet) -> tuple[str, int]:
@@ -333,3 +203,11 @@ def _work_of(packet: Packet) -> tuple[str, int]:
     hidden = packet.tensors.get("grad" if isinstance(packet.message, Backward) else "hidden")
     tokens = 0 if hidden is None or not hidden.ndim else hidden.numel() // max(hidden.shape[-1], 1)
     return ("training" if isinstance(packet.message, Forward | Backward) else "sessions"), tokens
+
+
+async def give_up(task: asyncio.Task[Any]) -> None:
+    """End a task whose result nobody wants any more; none is left behind."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # seen, so that asyncio does not report it

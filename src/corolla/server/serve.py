@@ -33,14 +33,15 @@ from corolla.models.numerics import choose_dtype, dtype_name
 from corolla.models.prompts import SoftPrompt
 from corolla.models.quantization import check_quantization, use_kernels
 from corolla.models.span import Span, load_span
+from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.limits import Budgets, PeerLimits
-from corolla.server.scheduler.block_server import BlockServer
-from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.engine import Kind
 from corolla.server.scheduler.threads import give_threads_to
 from corolla.server.sessions.bundles import Entering, before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
-from corolla.server.sessions.sessions import default_capacity
+from corolla.server.sessions.session import default_capacity
+from corolla.server.training.leases import Leases
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
 from corolla.version import __version__
@@ -74,57 +75,60 @@ async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], 
         identity=config.node.identity,
         guard=config.node.guard,
     )
-    engine = Engine()
-    engine.start()
     try:
         loaded = await _unless(stop, lambda: (run_bundles(opened, say), load_blocks(opened, say)))
         if loaded is not None:
-            await _serve_span(config, node, engine, *loaded, opened.checkpoint, stop, say)
+            await _serve_span(config, node, *loaded, opened.checkpoint, stop, say)
     finally:
-        await engine.close()
         await node.close()
 
 
 async def _serve_span(
     config: ServerConfig,
     node: Node,
-    engine: Engine,
     prompts: list[Entering],
     span: Span,
     checkpoint: Checkpoint,
     stop: asyncio.Event,
     say: Callable[[str], None],
 ) -> None:
+    server = _make_server(config, span, checkpoint)
+    server.engine.start()
+    try:
+        await server.hold(prompts)
+        await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
+        await give_threads_to(server.engine)
+        throughput = await server.engine.submit(Kind.TRAINING, lambda: measure(span))
+        announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
+        await announcer.announce()
+        addresses = await node.join_addresses()
+        say(f"Serving blocks {span.start}:{span.end} of {checkpoint.name} as {node.peer_id}")
+        say(f"Others join with: --peers {addresses[0]}")
+        about = {"peer_id": node.peer_id, "addresses": addresses, "blocks": [span.start, span.end]}
+        with ready_file(config.node.ready_file, about | {"pid": os.getpid()}):
+            await announcer.run_until(stop)
+        say("Finishing what has begun, then leaving…")
+        await announcer.drain()
+    finally:
+        await server.engine.close()
+
+
+def _make_server(config: ServerConfig, span: Span, checkpoint: Checkpoint) -> BlockServer:
+    """With budgets that suit the machine's memory."""
     free, tokens = free_bytes(span.device), config.cache_tokens
     layout = layout_of(span)
     capacity = (
         default_capacity(span, free, layout) if tokens is None else max(1, tokens // PAGE) * layout.tables
     )
-    budget = CacheBudget(capacity, share=config.peer_share, tables=layout.tables)
-    server = BlockServer(
+    return BlockServer(
         span,
-        engine,
-        budget,
+        CacheBudget(capacity, share=config.peer_share, tables=layout.tables),
         model=checkpoint.identity,
         working_bytes=free // 4,
-        lease_bytes=free // 8 if config.lease_bytes is None else config.lease_bytes,
         limits=PeerLimits(Budgets.of_machine(config.peer_share, free)),
+        leases=Leases(free // 8 if config.lease_bytes is None else config.lease_bytes),
         layout=layout,
     )
-    await server.hold(prompts)
-    await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
-    await give_threads_to(engine)
-    throughput = await engine.submit(Kind.TRAINING, lambda: measure(span))
-    announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
-    await announcer.announce()
-    addresses = await node.join_addresses()
-    say(f"Serving blocks {span.start}:{span.end} of {checkpoint.name} as {node.peer_id}")
-    say(f"Others join with: --peers {addresses[0]}")
-    about = {"peer_id": node.peer_id, "addresses": addresses, "blocks": [span.start, span.end]}
-    with ready_file(config.node.ready_file, about | {"pid": os.getpid()}):
-        await announcer.run_until(stop)
-    say("Finishing what has begun, then leaving…")
-    await announcer.drain()
 
 
 # --- reading the blocks ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
@@ -30,21 +30,23 @@ class TuneSettings:
     those are evaluated. `eval_every` None means at the start and at the end only.
     """
 
-    learning_rate: float = 1e-2
-    weight_decay: float = 0.0
+    learning_rate: Annotated[float, "--lr", "Learning rate; falls linearly to 0."] = 1e-2
+    weight_decay: Annotated[float, "AdamW's weight decay."] = 0.0
     max_grad_norm: float = 1.0
-    batch_size: int = 8
-    accumulate: int = 1
-    epochs: float = 1.0
-    steps: int | None = None
-    samples: int | None = None
-    held_out: float | int | None = None
+    batch_size: Annotated[int, "Examples a batch."] = 8
+    accumulate: Annotated[int, "Batches a step."] = 1
+    steps: Annotated[int | None, "Optimizer steps; instead of --epochs."] = None
+    epochs: Annotated[float, "Passes over the examples."] = 1.0
+    samples: Annotated[int | None, "Training examples to draw (default: all)."] = None
+    held_out: Annotated[float | None, "Share (below 1) or number of conversations kept for evaluation."] = (
+        None
+    )
     held_out_samples: int = 64
-    eval_every: int | None = None
-    save_every: int = 50
-    seed: int = 0
-    report_to: str = "none"
-    allow_empty: bool = False  # whether chats with the bundle may give empty replies
+    allow_empty: Annotated[bool, "--allow-empty", "Let chats with the bundle give empty replies."] = False
+    eval_every: Annotated[int | None, "Evaluate every N steps, too."] = None
+    save_every: Annotated[int, "Checkpoint every N steps."] = 50
+    seed: Annotated[int, "For the split, the order and the prompt."] = 0
+    report_to: Annotated[str, "none, wandb, tensorboard or trackio."] = "none"
     rendering: RenderSettings = field(default_factory=lambda: RenderSettings(style="auto"))
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def test_the_session_goes_on_after_the_lie_with_the_others(
         assert torch.equal(found, expected)
         # Blocks before the liar's keep their cache; "first" was asked for the new tokens only.
         assert swarm.counted()["first"] - before <= 6 + 4
-        assert "a" not in {span.hop.peer_id for span in session._chain._spans}
+        assert "a" not in {hop.peer_id for hop in session.hops}
         assert settle(model).counts.wrong == 1
 
 

@@ -16,14 +16,15 @@ from tests.tiny_models import write_tiny
 
 from corolla.client.sessions import bundles as client_bundles
 from corolla.models.attention.pages import PAGE, CachedRow, PagePool, pages_for
+from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
 from corolla.models.layered import Row
 from corolla.models.prompts import SoftPrompt
-from corolla.server import handlers
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions import bundles as server_bundles
+from corolla.server.sessions import opening
 
 MODES = pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 # By the registry, with an embedding norm, with added positions, with a multiplier, narrower outside, …
@@ -143,7 +144,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         for peer, span in zip(peers, chain._spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
-            sent = server.named.find(model.blocks.connection.view.peer_id, span.name)
+            sent = server.sessions.find(model.blocks.connection.view.peer_id, span.name)
             assert sent is not None
             for block in range(span.hop.start, span.hop.end):
                 mine, theirs = (_columns(server.pool, block, row) for row in (bundle.row, sent.cached[0]))
@@ -165,8 +166,7 @@ def _prompt_alone(chats: Chats, model: Any) -> tuple[Any, torch.Tensor, torch.Te
 
     layer._run = listening
     say(model, random_ids(1, 4), 1)
-    step = chain.step(entered[0], start=0, mask=None, positions=None)
-    return chain, entered[0], chats.swarm.loop.run(step)
+    return chain, entered[0], chain.step(entered[0], BlocksCall(None, None, None, None, 0))
 
 
 def _columns(pool: PagePool, block: int, row: Row) -> torch.Tensor:
@@ -249,13 +249,13 @@ def test_some_servers_have_it(tmp_path: Path, mode: str) -> None:
 
 def test_a_server_without_it_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deep prompts are sent to it at once from then on; those of another bundle are asked for again."""
-    asked, find = [], handlers.find
+    asked, find = [], opening.find
 
     def noting(bundles: Any, named: Any) -> Any:
         asked.append(None if named is None else named.deep)
         return find(bundles, named)
 
-    monkeypatch.setattr(handlers, "find", noting)
+    monkeypatch.setattr(opening, "find", noting)
     with Chats(tmp_path, mode="deep_ptune") as chats:
         chats.serve((0, 4), bundles=[])
         model, ids = chats.client(), random_ids(1, 6)
@@ -277,7 +277,7 @@ def test_parts_of_a_servers_blocks(tmp_path: Path, mode: str) -> None:
         local = chats.local(model)
         with model.inference_session() as session:
             found = say(model, ids, 6, session=session)
-            hops = [(span.hop.start, span.hop.end) for span in session._chain._spans]
+            hops = [(hop.start, hop.end) for hop in session.hops]
         assert hops[0][1] < 3 or hops[1][0] > 1
         assert torch.equal(found, local.greedy(ids, 6))
         assert set(chats.swarm.counted().values()) == {11}
@@ -477,7 +477,7 @@ class Checks:
         model, ids = self.chats.client(), random_ids(1, 6)
         with model.inference_session() as session:
             found = say(model, ids, 3, session=session)
-            self.chats.swarm.kill(session._chain._spans[-1].hop.peer_id)
+            self.chats.swarm.kill(session.hops[-1].peer_id)
             found = torch.cat([found, say(model, None, 8, session=session)], 1)
         return torch.equal(found, self.chats.local(model).greedy(ids, 11))
 

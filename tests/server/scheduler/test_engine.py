@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 from tests.server.world import Blocker, Clock, until
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind
+from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind, Request
 
 
 @pytest.fixture
@@ -27,13 +28,25 @@ async def engine(clock: Clock) -> AsyncIterator[Engine]:
     await engine.close()
 
 
-class Step:
+class Step(Request):
     """A step that is done after one pass."""
 
-    kind, group, session, tokens_left = Kind.DECODE, None, None, 0
+    passes = True
+
+    def __init__(self) -> None:
+        super().__init__(Kind.DECODE, "")
+
+    def run_pass(self, parts: Sequence[tuple[Any, int]]) -> list[BaseException | None]:
+        return [None for _ in parts]
 
     def result(self) -> None:
         """Nothing."""
+
+
+async def stepped(engine: Engine) -> None:
+    step = Step()
+    engine.enqueue([step])
+    await step.done
 
 
 class Order:
@@ -210,7 +223,7 @@ async def test_the_thread_outlives_what_it_was_posted(
     engine._pack = fail  # type: ignore[method-assign,assignment]
 
     with pytest.raises(TypeError):
-        await asyncio.wait_for(engine.steps([Step()])[0], 20)  # type: ignore[list-item]
+        await asyncio.wait_for(stepped(engine), 20)
     assert await engine.submit(Kind.DECODE, lambda: 2) == 2
     assert len(caplog.records) == 2
 
@@ -218,9 +231,7 @@ async def test_the_thread_outlives_what_it_was_posted(
 async def test_it_tidies_up_when_nobody_trains_and_not_before_each_job() -> None:
     """Memory given back before every job has to be asked for again in it; generation needs hardly any."""
     tidied: list[float] = []
-    engine = Engine(
-        when_quiet=lambda: tidied.append(time.monotonic()), run_pass=lambda parts: [None for _ in parts]
-    )
+    engine = Engine(when_quiet=lambda: tidied.append(time.monotonic()))
     engine.start()
     try:
         for _ in range(50):
@@ -229,6 +240,6 @@ async def test_it_tidies_up_when_nobody_trains_and_not_before_each_job() -> None
         ended = time.monotonic()
         async with asyncio.timeout(20):
             while not tidied or tidied[-1] <= ended:  # beside jobs without end, too
-                await engine.steps([Step()])[0]  # type: ignore[list-item]
+                await stepped(engine)
     finally:
         await engine.close()

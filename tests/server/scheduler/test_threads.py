@@ -204,7 +204,8 @@ def test_long_work_has_the_cpus_that_nobody_else_uses(
 ) -> None:
     torch.set_num_threads(threads)
     share = FreeCpus(threads, lambda: others, cpus)
-    assert share.using(torch.get_num_threads) == used
+    with share.used():
+        assert torch.get_num_threads() == used
     assert torch.get_num_threads() == threads
 
 
@@ -222,8 +223,8 @@ def test_long_work_looks_again_on_the_way_and_leaves_all_threads_when_it_fails()
         share.take()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        share.using(work)
+    with pytest.raises(KeyboardInterrupt), share.used():
+        work()
     assert torch.get_num_threads() == 2
 
 

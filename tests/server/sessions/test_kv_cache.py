@@ -19,20 +19,21 @@ from torch import Tensor
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import Layout, PagePool
 from corolla.models.attention.windows import layout_of
-from corolla.server.sessions import kv_cache, sessions
+from corolla.server.sessions import kv_cache
+from corolla.server.sessions import session as session_module
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, WAIT_SECONDS, CacheBudget
-from corolla.server.sessions.sessions import (
-    CachedSession,
+from corolla.server.sessions.session import (
+    Session,
     bytes_per_token,
     default_capacity,
 )
-from corolla.server.sessions.steps import PackedStep, pieces, run_pass
+from corolla.server.sessions.step import StepRequest
 
 CAPACITY = 20
 
 
 @dataclass(eq=False)
-class Session:
+class Holder:
     """A holder of the budget, with what it is doing; and what the account says that it should hold."""
 
     peer: str = "anybody"
@@ -63,16 +64,16 @@ class Account:
     """What a budget should do, written down as plainly as possible."""
 
     now: float = 0.0
-    holders: list[Session] = field(default_factory=list)  # who holds something
-    line: list[Session] = field(default_factory=list)
-    evicted: list[Session] = field(default_factory=list)
-    refused: dict[Session, str] = field(default_factory=dict)
+    holders: list[Holder] = field(default_factory=list)  # who holds something
+    line: list[Holder] = field(default_factory=list)
+    evicted: list[Holder] = field(default_factory=list)
+    refused: dict[Holder, str] = field(default_factory=dict)
 
     @property
     def reserved(self) -> int:
         return sum(one.expected for one in self.holders)
 
-    def ask(self, one: Session, pages: int) -> None:
+    def ask(self, one: Holder, pages: int) -> None:
         """Give it room, refuse it, or let it wait."""
         if pages > CAPACITY:
             self.refused[one] = "too_large"
@@ -95,7 +96,7 @@ class Account:
                 continue
             self.line.remove(one)
 
-    def _has_room(self, one: Session, pages: int) -> bool:
+    def _has_room(self, one: Holder, pages: int) -> bool:
         missing = pages - one.expected - (CAPACITY - self.reserved)
         idle = [other for other in self.holders if other is not one and not other.busy]
         idle = [other for other in idle if self.now - other.last_used >= IDLE_SECONDS]
@@ -108,12 +109,12 @@ class Account:
                 self.release(other)
         return True
 
-    def _give(self, one: Session, pages: int) -> None:
+    def _give(self, one: Holder, pages: int) -> None:
         one.expected = pages
         if pages and one not in self.holders:
             self.holders.append(one)
 
-    def release(self, one: Session) -> None:
+    def release(self, one: Holder) -> None:
         one.expected = 0
         if one in self.holders:
             self.holders.remove(one)
@@ -128,7 +129,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.budget = CacheBudget(CAPACITY, self.clock)
         self.account = Account()
-        self.sessions: list[Session] = []
+        self.sessions: list[Holder] = []
 
     def teardown(self) -> None:
         for one in self.sessions:
@@ -152,7 +153,7 @@ class BudgetMachine(RuleBasedStateMachine):
                 self._judge(one, task)
         self.account.refused.clear()
 
-    def _judge(self, one: Session, task: asyncio.Task[None]) -> None:
+    def _judge(self, one: Holder, task: asyncio.Task[None]) -> None:
         """It was answered as the account says."""
         if task.cancelled():
             return
@@ -167,18 +168,18 @@ class BudgetMachine(RuleBasedStateMachine):
         assert error.field == (None if code == "evicted" else "reserve")
         assert bool(error.retry_after) == (code == "busy")
 
-    def _ask(self, one: Session, pages: int) -> None:
+    def _ask(self, one: Holder, pages: int) -> None:
         one.task = self.loop.create_task(self.budget.reserve(one, pages, "reserve"))
         self.account.ask(one, pages)
         self._settle()
 
-    def _use(self, one: Session) -> None:
+    def _use(self, one: Holder) -> None:
         self.clock.now += 0.001  # so that no two were used at the same time
         self.account.now = self.clock.now
         self.loop.call_soon(self.budget.used, one)
         self._settle()
 
-    def _leave(self, one: Session) -> None:
+    def _leave(self, one: Holder) -> None:
         if one.task is not None:
             one.task.cancel()
             if one in self.account.line:
@@ -188,7 +189,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @rule(pages=st.integers(1, CAPACITY + 2), busy=st.booleans())
     def open_session(self, pages: int, busy: bool) -> None:
-        one = Session(busy=busy)
+        one = Holder(busy=busy)
         self.sessions.append(one)
         self._use(one)
         self._ask(one, pages)
@@ -220,7 +221,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.account.now = self.clock.now
         self._settle()
 
-    def _free_to_act(self) -> list[Session]:
+    def _free_to_act(self) -> list[Holder]:
         return [one for one in self.sessions if not one.waits and not one.evicted]
 
     @invariant()
@@ -256,11 +257,11 @@ class TestBudget(BudgetMachine.TestCase):  # type: ignore[misc]
 async def test_who_is_told_to_come_back_hears_how_many_are_ahead() -> None:
     clock = Clock()
     budget = CacheBudget(CAPACITY, clock)
-    await budget.reserve(Session(busy=True), CAPACITY, "max_tokens")
-    line = [asyncio.create_task(budget.reserve(Session(), 1 + place, "max_tokens")) for place in range(2)]
+    await budget.reserve(Holder(busy=True), CAPACITY, "max_tokens")
+    line = [asyncio.create_task(budget.reserve(Holder(), 1 + place, "max_tokens")) for place in range(2)]
     await asyncio.sleep(0)
     clock.now = 10.0
-    late = Session()
+    late = Holder()
     line.append(asyncio.create_task(budget.reserve(late, 1, "max_tokens")))
     await asyncio.sleep(0)
     assert budget.ahead(late) == 2
@@ -269,7 +270,7 @@ async def test_who_is_told_to_come_back_hears_how_many_are_ahead() -> None:
         with pytest.raises(RequestRefused, match="full, 0 ahead of you"):
             await asyncio.wait_for(task, 20)
         assert budget.ahead(late) <= 1 - place
-    behind = asyncio.create_task(budget.reserve(Session(), 2, "max_tokens"))
+    behind = asyncio.create_task(budget.reserve(Holder(), 2, "max_tokens"))
     await asyncio.sleep(0)
     late.evicted = True
     clock.now = WAIT_SECONDS + 11.0
@@ -366,7 +367,7 @@ class Cached:
         self.open()
 
     def open(self) -> None:
-        self.session = CachedSession(self.span, self.budget, self.pool, _at_once, prompts=self.prompts)
+        self.session = Session(self.span, self.budget, self.pool, _at_once, prompts=self.prompts)
 
     async def step(self, one: dict[str, Any], mask: Tensor | None, history: History) -> Tensor:
         """Its outputs; where the session does not reach so far back, it is replayed first, as clients do."""
@@ -388,18 +389,16 @@ class Cached:
         """Its outputs; the session never holds more pages than it has reserved."""
         position, room, hidden = one["position"], one["room"], one["hidden"]
         await self.session.reserve(len(hidden), room, "reserve", position=position, order=order)
-        arguments = {"position": position, "order": order, "mask": mask, "positions": None}
-        if not self.span.packable:
-            parts = pieces(self.session, hidden, **arguments, width=AT_ONCE)
-            return torch.cat([part() for part in parts], 1)
-        packed = PackedStep(self.session, hidden, **arguments, room=room)
-        while packed.tokens_left:
+        server: Any = None  # which only a request that is enqueued needs
+        step = StepRequest(
+            server, self.session, hidden, position=position, order=order, mask=mask, reserve=room
+        )
+        while step.tokens_left:
             self.pool.most = 0
-            assert run_pass(self.pool, [(packed, min(AT_ONCE, packed.tokens_left))]) == [None]
+            assert step.run_pass([(step, min(AT_ONCE, step.tokens_left))]) == [None]
             assert self.pool.pages - self.pool.free <= self.session.pages
             assert self.pool.most <= self.session.pages
-        output: Tensor = packed.result()
-        return output
+        return step.result()
 
 
 def _at_once(work: Callable[[], None]) -> None:
@@ -409,7 +408,7 @@ def _at_once(work: Callable[[], None]) -> None:
 @pytest.fixture(scope="module")
 def short_passes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sessions, "PASS_TOKENS", AT_ONCE)
+        patch.setattr(session_module, "PASS_TOKENS", AT_ONCE)
         yield
 
 

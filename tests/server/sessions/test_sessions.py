@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
-from corolla.server.sessions import sessions
+from corolla.server.sessions import session as session_module
 from corolla.server.sessions.kv_cache import WAIT_SECONDS
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
@@ -208,7 +208,7 @@ async def test_a_ping_counts_what_was_done(world: World) -> None:
 
 @pytest.fixture
 def nobody_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "IDLE_SECONDS", float("inf"))
+    monkeypatch.setattr(session_module, "IDLE_SECONDS", float("inf"))
 
 
 async def refused_in_the_end(world: World, asked: Coroutine[Any, Any, Any]) -> RequestRefused:

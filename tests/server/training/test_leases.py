@@ -11,7 +11,7 @@ from tests.server.world import BLOCKS, END, HIDDEN, START, Clock, World, backwar
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.checks import working_bytes
+from corolla.server.requests import working_bytes
 from corolla.server.training.leases import LEASE_SECONDS, Lease, Leases, Saved
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet

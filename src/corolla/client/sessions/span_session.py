@@ -10,7 +10,7 @@ import secrets
 
 from torch import Tensor
 
-from corolla.client.sessions.bundles import Begun, Bundle, ask_to_open
+from corolla.client.sessions.bundles import Bundle, PrefilledPrompt, ask_to_open
 from corolla.client.sessions.history import History
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
@@ -31,26 +31,16 @@ class SpanSession:
         self.channel: Channel | None = None
         self.kept = False  # closed, but the server may have kept it
         self.name = secrets.token_hex(16)  # by which the server knows this part of the session
-        self._epoch = 0  # steps that took something back or reordered it, as the server counts them
-        self._cached = 0  # tokens a row that the server holds
         self._batcher: StepBatcher | None = None  # of this client's sessions at the same server
-        self._reserved = 0  # as it was sent last
         self._batchable = True  # whether the server takes steps of this session among others'
-        self.order: Tensor | None = None  # how its cached rows are to be reordered with the next step
-        self._begun: Begun | None = None  # a bundle's columns, which the server holds before the first step
-
-    def rearrange(self, length: int, order: Tensor | None) -> None:
-        """Go on from the first `length` tokens of the rows that int64 `order` names, from the next step on."""
-        if order is not None:
-            self.history.select_rows(order)
-            self.order = order if self.order is None else self.order[order]
-        self.history.truncate(length)
+        self._reserved = 0  # tokens a row that the server was asked to have room for
+        self._prefilled: PrefilledPrompt | None = None  # what the server holds before the first step
 
     def origin(self, tokens: int) -> Origin | None:
         """How the server may be told to begin another session with the first `tokens` of this one."""
-        if (self.channel is None and not self.kept) or tokens > self._cached:
+        if (self.channel is None and not self.kept) or tokens > self.history.held:
             return None
-        return Origin(name=self.name, tokens=tokens, epoch=self._epoch)
+        return Origin(name=self.name, tokens=tokens, epoch=self.history.epoch)
 
     async def open(
         self,
@@ -75,36 +65,38 @@ class SpanSession:
         )
         tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
         try:
-            reply, self._begun = await ask_to_open(channel, message, tensors, bundle, view.lacking)
+            reply, self._prefilled = await ask_to_open(channel, message, tensors, bundle, view.lacking)
         except BaseException:
             await channel.close()
             raise
         self.channel = channel
         self._batcher = view.channels.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
-        self._epoch = self._reserved = 0
-        self._cached = reply.message.position if isinstance(reply.message, Opened) else 0
-        return origin is not None and self._cached == origin.tokens
+        self.history.held = reply.message.position if isinstance(reply.message, Opened) else 0
+        return origin is not None and self.history.held == origin.tokens
 
-    async def step(self, hidden: Tensor, step: Step, extra: dict[str, Tensor]) -> Tensor:
-        """Outputs [R, T, H] of this span.
+    async def step(self, hidden: Tensor, step: Step, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Outputs [R, T, H] of this span for `hidden` [R, T, H] from the history's end on, which is noted there.
 
-        After an error the server's cache is given up, unless the refusal says that it is as it was before the step.
+        `mask` is bool [R, position + T], `positions` int64 [R, T]. After an error the server's cache is given up,
+        unless the refusal says that it is as it was before the step.
         """
-        assert self.channel is not None
-        begun, end = self._begun, step.position + int(hidden.shape[1])
-        tensors = {"hidden": hidden} | extra | ({} if self.order is None else {"rows": self.order})
-        if begun is not None and begun.covered(step, hidden):
-            step, tensors = begun.behind(step, tensors)
+        optional = {"mask": mask, "positions": positions, "rows": self.history.order}
+        tensors = {"hidden": hidden} | {name: one for name, one in optional.items() if one is not None}
+        prefilled = self._prefilled
+        if prefilled is not None and not prefilled.begins(step, hidden):
+            prefilled = None
+        if prefilled is not None:
+            step, tensors = prefilled.left_to_send(step, tensors)
         try:
             output = await self._ask(step, tensors)
         except BaseException as error:
             if not keeps_session(error):
                 await self.drop()
             raise
-        self._epoch += self._cached > 0 and (step.position < self._cached or self.order is not None)
-        self._cached, self._begun, self.order = end, None, None
-        return output if begun is None or tensors["hidden"] is hidden else begun.whole(output)
+        self._prefilled = None
+        self.history.append(hidden, positions, known=0 if prefilled is None else prefilled.columns)
+        return output if prefilled is None else prefilled.with_outputs(output)
 
     async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
         hidden = tensors["hidden"]

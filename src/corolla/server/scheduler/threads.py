@@ -16,15 +16,16 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from corolla.models.kernels.native import library
-from corolla.server.scheduler.engine import Engine, Kind, RunPass
+from corolla.server.scheduler.engine import Engine, Kind, Pass, RunPass
 
 CROWD = 8  # sessions whose steps share a pass
 AWAKE_SECONDS = 0.001  # after a pass its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
@@ -106,7 +107,7 @@ class ThreadChooser:
     def choosing(self, run_pass: RunPass) -> RunPass:
         """`run_pass` with threads chosen for each pass; to be called on the compute thread."""
 
-        def run(parts: list[tuple[Any, int]]) -> list[BaseException | None]:
+        def run(parts: Pass) -> list[BaseException | None]:
             tokens = sum(count for _, count in parts)
             if self._ways[0] == 1 or not 0 < tokens <= MOST_TOKENS:
                 return run_pass(parts)
@@ -160,11 +161,12 @@ class FreeCpus:
         if self._all > 1:
             _set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
 
-    def using(self, work: Callable[[], T]) -> T:
-        """What `work` gives, which may call `take`."""
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The calling thread has that many inside, where `take` may be called again."""
         self.take()
         try:
-            return work()
+            yield
         finally:
             _set_threads(self._all)
 

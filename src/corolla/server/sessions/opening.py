@@ -1,4 +1,4 @@
-"""What a session holds when it opens: nothing, what another of its peer's holds, or a bundle.
+"""A session opens, and holds from the start nothing, what another of its peer's holds, or a bundle.
 
 Invariant: a session begins with what its own peer has given or with what this server has computed by itself,
 never with anything of another peer.
@@ -6,55 +6,105 @@ never with anything of another peer.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from functools import partial
+from functools import cached_property
 
-from corolla.server.scheduler.block_server import BlockServer
+from torch import Tensor
+
+from corolla.models.span import Span
+from corolla.server.block_server import BlockServer
+from corolla.server.requests import Client, check_prompts, check_staying, served_part
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.bundles import Bundle
-from corolla.server.sessions.sessions import CachedSession
+from corolla.server.sessions.bundles import Bundle, find
+from corolla.server.sessions.session import Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Opened, OpenSession, Origin
 
 
-@contextlib.contextmanager
-def in_use(server: BlockServer, session: CachedSession) -> Iterator[None]:
-    """The session is not evicted inside."""
-    session.users += 1
-    try:
-        yield
-    finally:
-        session.users -= 1
-        server.budget.used(session)
+class OpenRequest:
+    """An `OpenSession`; the session is the client's from `run` on."""
 
+    def __init__(
+        self, server: BlockServer, client: Client, message: OpenSession, tensors: dict[str, Tensor]
+    ) -> None:
+        self._server = server
+        self._client = client
+        self._message = message
+        self._prompts = tensors.get("prompts")
 
-def tokens_of(message: OpenSession, bundle: Bundle | None) -> int:
-    """How many tokens a row the session must hold."""
-    begun = 0 if message.origin is None else message.origin.tokens
-    return max(message.max_tokens, begun, 0 if bundle is None else bundle.row.length)
+    @cached_property
+    def span(self) -> Span:
+        """The blocks that it is for. Raises `RequestRefused`."""
+        return served_part(self._server, self._message)
 
+    @cached_property
+    def bundle(self) -> Bundle | None:
+        """What it begins with. Raises `RequestRefused` (no_bundle)."""
+        return find(self._server.bundles, self._message.bundle)
 
-async def begin(
-    server: BlockServer, session: CachedSession, message: OpenSession, bundle: Bundle | None
-) -> Packet:
-    """Fill the session, for which there is room, as its client asks; the answer to that."""
-    if message.origin is not None:
-        return Packet(Opened(position=await _begin_as(server, session, message.origin)))
-    if bundle is None:
-        return Packet(Opened())
-    share = partial(session.begin_with, bundle.row, message.rows)
-    await server.engine.submit(Kind.DECODE, share, peer=session.peer)
-    return Packet(Opened(position=bundle.row.length), {"hidden": bundle.outputs_of(session.span)})
+    def check(self) -> None:
+        """See `requests.Answered`."""
+        span = self.span
+        check_staying(self._server)
+        most = self._server.pool.layout.cached_of(self._message.max_tokens)
+        if self.bundle is None:  # whose prompts are its own
+            check_prompts(self._prompts, span, at_most=most)
 
+    async def run(self) -> Packet:
+        """The answer to a client whose session is open now."""
+        server, message, session = self._server, self._message, self._session()
+        server.sessions.add(session)
+        self._client.session = session
+        try:
+            with session.in_use():
+                await session.reserve(message.rows, self._tokens(), "max_tokens")
+                answer = await self._begin(session)
+        except BaseException:
+            server.sessions.close(session)
+            self._client.session = None
+            raise
+        server.sessions.publish(session)
+        return answer
 
-async def _begin_as(server: BlockServer, session: CachedSession, origin: Origin) -> int:
-    """Begin with what another session of this peer holds, if that is still there; tokens a row."""
-    other = server.named.find(session.peer, origin.name)
-    if other is None:
-        return 0
-    with in_use(server, other):
-        begun = await server.engine.submit(
-            Kind.DECODE, partial(session.begin_as, other, origin), peer=session.peer
+    def _session(self) -> Session:
+        server, prompts = self._server, self._prompts
+        if self.bundle is not None:
+            prompts = self.bundle.deep_of(self.span)
+        return Session(
+            self.span,
+            server.budget,
+            server.pool,
+            server.engine.post,
+            prompts=None if prompts is None else prompts.to(self.span.device),
+            peer=self._client.peer,
+            name=self._message.name,
         )
-    return origin.tokens if begun else 0
+
+    def _tokens(self) -> int:
+        """How many tokens a row the session must hold."""
+        message, bundle = self._message, self.bundle
+        begun = 0 if message.origin is None else message.origin.tokens
+        return max(message.max_tokens, begun, 0 if bundle is None else bundle.row.length)
+
+    async def _begin(self, session: Session) -> Packet:
+        """Fill the session, for which there is room, as its client asks."""
+        if self._message.origin is not None:
+            return Packet(Opened(position=await self._begin_as(session, self._message.origin)))
+        bundle, rows = self.bundle, self._message.rows
+        if bundle is None:
+            return Packet(Opened())
+        row = bundle.row
+        await self._server.engine.submit(
+            Kind.DECODE, lambda: session.begin_with(row, rows), peer=session.peer
+        )
+        return Packet(Opened(position=row.length), {"hidden": bundle.outputs_of(session.span)})
+
+    async def _begin_as(self, session: Session, origin: Origin) -> int:
+        """Begin with what another session of this peer holds, if that is still there; tokens a row."""
+        other = self._server.sessions.find(session.peer, origin.name)
+        if other is None:
+            return 0
+        with other.in_use():
+            begun = await self._server.engine.submit(
+                Kind.DECODE, lambda: session.begin_as(other, origin), peer=session.peer
+            )
+        return origin.tokens if begun else 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.server.world import Blocker
 
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.fairness import Shares
+from corolla.server.scheduler.policy import Shares
 
 JOB_SECONDS = 0.002
 

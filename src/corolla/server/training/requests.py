@@ -1,13 +1,15 @@
-"""Whole sequences on their way through a span, forward or backward, without a cache (training).
+"""Training at a server: whole sequences through a span, forward or backward, without a cache.
 
 Invariant: a backward gives the same whether its graph was kept or is computed again, so it may be asked of
 any server that has the blocks. Sequences travel packed; only families that cannot be packed are padded, here.
-Model code runs in `forward` and `backward`, on the compute thread.
+Model code runs in `result`, on the compute thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,41 +17,159 @@ from torch.nn.utils.rnn import pad_sequence
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.kernels.helpers import SPINNING
 from corolla.models.span import DeepRows, Span
-from corolla.server.checks import check_hidden, check_memory, check_prompts
+from corolla.server.block_server import BlockServer
+from corolla.server.requests import (
+    Client,
+    check_hidden,
+    check_memory,
+    check_prompts,
+    check_staying,
+    served_part,
+)
+from corolla.server.scheduler.engine import Kind, Request
 from corolla.server.training.leases import Lease, Saved
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Backward, Forward, Gradients, Output
+
+
+class TrainingRequest(Request):
+    """What `Forward` and `Backward` have in common: `hidden` [1, T, H] of packed sequences of `lengths`."""
+
+    def __init__(
+        self, server: BlockServer, client: Client, message: Forward | Backward, tensors: dict[str, Tensor]
+    ) -> None:
+        super().__init__(Kind.TRAINING, client.peer)
+        self._server = server
+        self._lease = message.lease
+        self._message = message
+        self._tensors = tensors
+
+    @cached_property
+    def span(self) -> Span:
+        """The blocks that it is for. Raises `RequestRefused`."""
+        return served_part(self._server, self._message)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Its sequences. Raises `RequestRefused`."""
+        return Sequences(self.span, self._tensors, between=self._server.between_blocks)
+
+    async def computed(self) -> Any:
+        """What `result` gives."""
+        SPINNING.pause()
+        self._server.engine.enqueue([self])
+        return await self.done
+
+
+class ForwardRequest(TrainingRequest):
+    """A `Forward`, whose graph is kept for its backward where there is room."""
+
+    def check(self) -> None:
+        """See `requests.Answered`."""
+        check_staying(self._server)
+        self.sequences.check_memory(self._server.working_bytes, with_gradients=False)
+
+    async def run(self) -> Packet:
+        """The outputs."""
+        output = await self.computed()
+        self._server.counters.forward += self.sequences.tokens
+        return Packet(Output(), {"hidden": output})
+
+    def result(self) -> Tensor:
+        """The outputs [1, T, H], on the compute thread."""
+        leases, work = self._server.leases, self.sequences
+        with self._server.cpus.used():
+            if self._lease is None or not leases.may_fit(work.tokens) or not self._graph_fits():
+                return work.forward()
+            output, lease = work.forward_kept()
+            leases.keep(self.peer, self._lease, lease)
+            return output
+
+    def _graph_fits(self) -> bool:
+        try:
+            self.sequences.check_memory(self._server.working_bytes, with_gradients=True)
+        except RequestRefused:
+            return False
+        return True
+
+
+class BackwardRequest(TrainingRequest):
+    """A `Backward`, with the name of a graph that was kept, or with the forward's inputs.
+
+    Not refused while the server drains: its forward may have been done here.
+    """
+
+    def __init__(
+        self, server: BlockServer, client: Client, message: Backward, tensors: dict[str, Tensor]
+    ) -> None:
+        super().__init__(server, client, message, tensors)
+        self._grad = tensors["grad"]
+        self._prompt_gradient = message.prompt_gradient
+
+    def check(self) -> None:
+        """See `requests.Answered`."""
+        served_part(self._server, self._message)
+        if self._lease is not None:
+            return
+        if "hidden" not in self._tensors or "lengths" not in self._tensors:
+            raise RequestRefused(
+                "A backward without a lease needs its inputs.", code="malformed", field="hidden"
+            )
+        self.sequences.check_memory(self._server.working_bytes, with_gradients=True)
+
+    async def run(self) -> Packet:
+        """The gradients of the inputs and, where wanted, of the deep prompts."""
+        grads = await self.computed()
+        self._server.counters.backward += int(self._grad.shape[1])
+        return Packet(Gradients(), grads)
+
+    def result(self) -> dict[str, Tensor]:
+        """The gradients, on the compute thread. Raises `RequestRefused` for a graph that is gone (no_lease)."""
+        with self._server.cpus.used():
+            if self._lease is None:
+                return self.sequences.backward(self._prompt_gradient, self._grad)
+            lease = self._redeemed(self._lease)
+            return backward_of(lease, self._grad, self._prompt_gradient)
+
+    def _redeemed(self, name: str) -> Lease:
+        lease = self._server.leases.take(self.peer, name)
+        if lease is None or lease.blocks != (self.span.start, self.span.end):
+            raise RequestRefused("The forward's graph is gone; send its inputs.", code="no_lease")
+        if self._grad.shape != lease.output.shape:
+            raise RequestRefused(
+                f"The gradient must be {list(lease.output.shape)}, as the forward's output was.",
+                code="malformed",
+                field="grad",
+            )
+        self._server.counters.redeemed += lease.tokens
+        return lease
 
 
 class Sequences:
-    """The tensors of one `Forward` or `Backward` request: hidden [1, T, H] of sequences of `lengths`."""
+    """Packed sequences on their way through a span, without a server around it."""
 
     def __init__(
-        self,
-        span: Span,
-        tensors: dict[str, Tensor],
-        *,
-        with_gradients: bool,
-        memory_limit: int,
-        between: Callable[[], None] | None = None,
+        self, span: Span, tensors: dict[str, Tensor], *, between: Callable[[], None] | None = None
     ) -> None:
-        """Raises `RequestRefused` for tensors that do not fit the span or, computed, its memory."""
+        """`between` is called before each block. Raises `RequestRefused` for tensors that do not fit the span."""
         check_hidden(tensors["hidden"], span)
         check_prompts(tensors.get("prompts"), span)
         self.lengths = _checked_lengths(tensors)
         self.tokens = sum(self.lengths)
-        self._limit = memory_limit
         self._span = span
         self._tensors = tensors
         self._between = between
-        self._check_memory(with_gradients)
 
-    def _check_memory(self, with_gradients: bool) -> None:
+    def check_memory(self, limit: int, *, with_gradients: bool) -> None:
+        """That they can be computed in `limit` bytes. Raises `RequestRefused`."""
         longest, count = max(self.lengths), len(self.lengths)
         if self._span.packable:
             sizes = {"rows": 1, "tokens": self.tokens, "total": longest}
         else:
             sizes = {"rows": count, "tokens": longest, "total": longest}
-        check_memory(self._span, **sizes, with_gradients=with_gradients, limit=self._limit)
+        check_memory(self._span, **sizes, with_gradients=with_gradients, limit=limit)
 
     def forward(self) -> Tensor:
         """Outputs [1, T, H] on the CPU, in the dtype of the inputs."""
@@ -57,12 +177,8 @@ class Sequences:
             output = self._run(self._moved(self._tensors["hidden"]), self._prompts(False))
         return self._answer(output)
 
-    def forward_kept(self) -> tuple[Tensor, Lease | None]:
-        """As `forward`, with the graph for a backward; None for that when memory does not allow it."""
-        try:
-            self._check_memory(True)
-        except RequestRefused:
-            return self.forward(), None
+    def forward_kept(self) -> tuple[Tensor, Lease]:
+        """As `forward`, with the graph for a backward."""
         hidden, prompts = self._moved(self._tensors["hidden"]), self._prompts(True)
         saved = Saved([*self._span.blocks.parameters(), *self._span.blocks.buffers()])
         hidden.requires_grad_()

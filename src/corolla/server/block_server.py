@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 
 from corolla.errors import UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
-from corolla.models.kernels.helpers import SPINNING
 from corolla.models.span import Span
 from corolla.server.diary import Diary
 from corolla.server.limits import PeerLimits
-from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.memory import return_freed_memory
+from corolla.server.scheduler.engine import Engine, Kind, run_pass
 from corolla.server.scheduler.threads import FreeCpus, ThreadChooser
 from corolla.server.sessions.bundles import Bundle, Entering, prefill
-from corolla.server.sessions.kept import NamedSessions
 from corolla.server.sessions.kv_cache import CacheBudget
-from corolla.server.sessions.steps import run_pass
+from corolla.server.sessions.store import SessionStore
 from corolla.server.training.leases import Leases
 from corolla.version import __version__
 from corolla.wire.messages import ServerStatus
@@ -35,14 +32,11 @@ from corolla.wire.messages import ServerStatus
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
 
-T = TypeVar("T")
-
 
 @dataclass
 class Counters:
-    """Totals since the server's start, in rows × tokens; and what is open now."""
+    """Totals since the server's start, in rows × tokens."""
 
-    sessions: int = 0
     inference: int = 0
     forward: int = 0
     backward: int = 0
@@ -55,39 +49,40 @@ class BlockServer:
     def __init__(
         self,
         span: Span,
-        engine: Engine,
         budget: CacheBudget,
         *,
         model: str,
         working_bytes: int = WORKING_BYTES,
-        lease_bytes: int = LEASE_BYTES,
         limits: PeerLimits | None = None,
+        leases: Leases | None = None,
         silence: float | None = None,
         layout: Layout | None = None,
+        engine: Callable[..., Engine] = Engine,
     ) -> None:
         """`model` is the identity of the span's checkpoint; a computation that would need more than
-        `working_bytes` beside weights and caches is refused; kept graphs take `lease_bytes` at most. `silence`
-        is the channels' (`swarm/channel.py`). `layout` is the span's, found out here if it is not known."""
-        self.limits = limits or PeerLimits()
-        self.silence = silence
+        `working_bytes` beside weights and caches is refused; `silence` is the channels' (`swarm/channel.py`).
+        `layout` is the span's, found out here if it is not known. `engine` makes the engine, which whoever owns the
+        server starts and closes."""
+        on_cpu, threads = span.device.type == "cpu", torch.get_num_threads()
+        self.span = span
+        self.model = model
+        self.budget = budget
         self.working_bytes = working_bytes
-        self.leases = Leases(lease_bytes)
+        self.silence = silence
+        self.limits = limits or PeerLimits()
+        self.leases = Leases(LEASE_BYTES) if leases is None else leases
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )
-        engine.run_pass = partial(run_pass, self.pool)
-        if span.device.type == "cpu":
-            engine.run_pass = ThreadChooser(torch.get_num_threads()).choosing(engine.run_pass)
-        self._cpus = FreeCpus(torch.get_num_threads())
-        engine.when_quiet = self._tidy_up
-        self.span = span
-        self.engine = engine
-        self.budget = budget
-        self.model = model
+        self.engine = engine(
+            run_pass=ThreadChooser(threads).choosing(run_pass) if on_cpu else run_pass,
+            when_quiet=self._tidy_up,
+        )
+        self.cpus = FreeCpus(threads)
+        self.sessions = SessionStore(self.limits, self.engine)
+        self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
         self.counters = Counters()
         self.diary = Diary()
-        self.named = NamedSessions()
-        self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
         self.draining = False
         self._open_requests = 0
         self._untidy = True
@@ -109,21 +104,16 @@ class BlockServer:
             work = partial(prefill, self.span, self.pool, prompt)
             self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
 
-    async def train(self, work: Callable[[], T], peer: str) -> T:
-        """What `work`, a forward or a backward of whole sequences, gives; it calls `pause` now and then."""
-        SPINNING.pause()
-        return await self.engine.submit(Kind.TRAINING, partial(self._cpus.using, work), peer=peer)
-
-    def pause(self) -> None:
-        """Between two blocks of such work: others' generation steps, and a look at who else needs the CPUs."""
-        self.engine.let_in()
-        self._cpus.take()
+    def between_blocks(self) -> None:
+        """In the middle of training: others' decode steps, and a look at who else needs the CPUs."""
+        self.engine.run_pending_decodes()
+        self.cpus.take()
 
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
         if self._untidy:
-            return_freed_memory()
+            _return_freed_memory()
         self._untidy = False
 
     @contextlib.contextmanager
@@ -161,7 +151,7 @@ class BlockServer:
             end=self.span.end,
             dtype=str(self.span.dtype).removeprefix("torch."),
             version=__version__,
-            sessions=self.counters.sessions,
+            sessions=len(self.sessions),
             free_cache_tokens=self.free_tokens,
             tokens_inference=self.counters.inference,
             tokens_forward=self.counters.forward,
@@ -171,4 +161,11 @@ class BlockServer:
     @property
     def free_tokens(self) -> int:
         """Tokens that still fit for sure, in the place of closed sessions too."""
-        return self.budget.tokens(self.budget.free + self.named.kept_pages)
+        return self.budget.tokens(self.budget.free + self.sessions.kept_pages)
+
+
+def _return_freed_memory() -> None:
+    """Give back what the C library holds and nobody uses, hundreds of megabytes after a training step, so that others
+    on the machine can use it; takes milliseconds. Only glibc can be asked to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

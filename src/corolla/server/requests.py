@@ -1,22 +1,46 @@
-"""What a server asks of a request before anything is computed for it.
+"""What the requests of a server have in common, and what is asked of them before anything is computed.
 
-Invariant: a request that passes fits the span and the session it is for, and its computation fits into
+Invariant: a request that passes its checks fits the span and the session it is for, and its computation fits into
 memory. Every refusal is typed and names the field that was wrong. Nothing here computes or changes anything.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 from torch import Tensor
 
 from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
 from corolla.models.span import Span
-from corolla.server.sessions.sessions import CachedSession
-from corolla.wire.messages import Backward, Failure, FailureCode, Forward, OpenSession, Step
+from corolla.server.block_server import BlockServer
+from corolla.server.sessions.session import Session
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Backward, Failure, FailureCode, Forward, OpenSession
 
 
-def check_span(message: OpenSession | Forward | Backward, served: Span, model: str) -> Span:
-    """The part of the span that the message is for. Raises `RequestRefused`."""
-    if message.model != model:
+class Answered(Protocol):
+    """A request as the stream sees it (`server/handlers.py`)."""
+
+    def check(self) -> None:
+        """Raises `RequestRefused`; nothing has changed then, and `run` must not be called."""
+
+    async def run(self) -> Packet:
+        """The answer. Raises `RequestRefused`. Cancelled, it leaves nothing behind."""
+
+
+@dataclass
+class Client:
+    """Who asks, on one stream."""
+
+    peer: str
+    session: Session | None = None  # that is open on the stream
+
+
+def served_part(server: BlockServer, message: OpenSession | Forward | Backward) -> Span:
+    """The part of the server's span that the message is for. Raises `RequestRefused`."""
+    served = server.span
+    if message.model != server.model:
         raise RequestRefused("This server serves another model.", code="wrong_model", field="model")
     if not served.start <= message.start < message.end <= served.end:
         raise RequestRefused(
@@ -26,6 +50,12 @@ def check_span(message: OpenSession | Forward | Backward, served: Span, model: s
             field="end" if served.start <= message.start < served.end else "start",
         )
     return served.view(message.start, message.end)
+
+
+def check_staying(server: BlockServer) -> None:
+    """That the server takes new work. Raises `RequestRefused`."""
+    if server.draining:
+        raise RequestRefused("This server is going away; use another.", code="draining")
 
 
 def check_hidden(hidden: Tensor, span: Span) -> None:
@@ -56,41 +86,6 @@ def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = N
             f"Deep prompts for {prompts.shape[1]} tokens are more than the {at_most} that the session holds.",
             code="malformed",
             field="prompts",
-        )
-
-
-def check_step(message: Step, tensors: dict[str, Tensor], session: CachedSession) -> None:
-    """Everything about a step that depends on the session's state. Raises `RequestRefused`."""
-    count = int(tensors["hidden"].shape[1])
-    if message.position > session.length:
-        raise RequestRefused(
-            f"The session holds {session.length} tokens; a step cannot begin at {message.position}.",
-            code="malformed",
-            field="position",
-        )
-    rows, cached = tensors.get("rows"), session.rows
-    if rows is not None and (int(rows.min()) < 0 or int(rows.max()) >= cached):
-        raise RequestRefused(f"The session holds rows 0 to {cached - 1}.", code="malformed", field="rows")
-    expected = cached if rows is None else int(rows.shape[0])
-    if session.length and int(tensors["hidden"].shape[0]) != expected:
-        raise RequestRefused(f"The session has {expected} rows.", code="malformed", field="hidden")
-    mask = tensors.get("mask")
-    if mask is not None and int(mask.shape[1]) != message.position + count:
-        raise RequestRefused(
-            f"The mask must cover all {message.position + count} tokens.", code="malformed", field="mask"
-        )
-    if not session.same_past(mask, message.position, rows):
-        raise RequestRefused(
-            "The mask says of earlier tokens what it did not say when they were computed; replay the session.",
-            code="evicted",
-            field="mask",
-        )
-    if not session.reaches(message.position, rows):
-        raise RequestRefused(
-            f"What blocks with a window need to go back to token {message.position} was given back; replay the "
-            "session.",
-            code="evicted",
-            field="position",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,10 @@ from tests.chat.reference import VOCABULARY, byte_tokenizer
 from tests.e2e.processes import corolla, processes
 from tests.tiny_models import write_tiny
 
-from corolla.cli.chat import Partner
+from corolla.cli.chat import chosen_swarm
 from corolla.cli.common import ClientOptions
-from corolla.cli.kept import KeptSwarm, where
+from corolla.cli.partner import Partner
+from corolla.cli.saved_swarm import going_on, read_saved, to_saved
 from corolla.cli.tune import TuneJob
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
@@ -23,7 +23,21 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
 
-USED = ClientOptions("int8", True, "bfloat16", Path("/me"), ["b", "a"], 0.25, 9.0, 2)
+USED = ClientOptions(
+    wire="int8",
+    mixed=True,
+    quantization="bfloat16",
+    identity=Path("/me"),
+    trust=("b", "a"),
+    audit=0.25,
+    patience=9.0,
+    local_blocks=2,
+    peers=("x", "y"),
+)
+
+
+def saved(options: ClientOptions) -> ClientOptions:
+    return read_saved(json.loads(json.dumps(to_saved(options))), Path("chat"))
 
 
 def nothing(_name: str) -> bool:
@@ -31,40 +45,38 @@ def nothing(_name: str) -> bool:
 
 
 def test_a_chats_swarm_is_as_it_was() -> None:
-    kept = KeptSwarm.read(json.loads(json.dumps(KeptSwarm.of(["x", "y"], USED).to_dict())), Path("chat"))
-    peers, client = kept.going_on(None, ClientOptions(patience=9.0), nothing)
-    assert tuple(peers or ()) == ("x", "y")
-    assert asdict(client) == asdict(replace(USED, trust=("b", "a")))
+    assert going_on(saved(USED), ClientOptions(patience=9.0), nothing) == USED
 
 
 def test_what_is_typed_goes_before_it() -> None:
-    kept = KeptSwarm.of(["x"], USED)
-    given = ClientOptions(audit=0.0, local_blocks=0, trust=None, identity=Path("/new"))
+    given = ClientOptions(audit=0.0, local_blocks=0, trust=None, identity=Path("/new"), peers=("z",))
     names = {"peers", "audit", "local_blocks", "trust", "invite"}
-    peers, client = kept.going_on(["z"], given, names.__contains__)
-    assert peers == ["z"]
+    client = going_on(saved(USED), given, names.__contains__)
+    assert client.peers == ("z",)
     assert (client.audit, client.local_blocks, client.trust, client.identity) == (0.0, 0, None, Path("/new"))
     assert client.wire == "int8"
-    assert kept.going_on(["environed"], ClientOptions(), nothing)[0] == ("x",)
+    assert going_on(saved(USED), ClientOptions(peers=("environed",)), nothing).peers == ("x", "y")
 
 
-def test_a_chat_without_a_swarm_stays_on_this_machine() -> None:
-    assert KeptSwarm().going_on(["environed"], ClientOptions(), nothing)[0] is None
+@pytest.mark.parametrize("peers", [(), ("local",)])
+def test_a_chat_without_a_swarm_stays_on_this_machine(peers: tuple[str, ...]) -> None:
+    kept = saved(ClientOptions(peers=peers))
+    assert going_on(kept, ClientOptions(peers=("environed",)), nothing).peers == ()
 
 
 @pytest.mark.parametrize("content", [{"peers": "x"}, {"peers": [1]}, {"wire": 3}, {"trust": {}}])
 def test_what_is_not_of_that_form(content: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="does not say where its swarm is"):
-        KeptSwarm.read(content, Path("bot"))
+        read_saved(content, Path("bot"))
 
 
 def test_a_bundles_swarm_is_asked_last() -> None:
-    job = TuneJob("m", "d", Path("o"), client=ClientOptions(trust=["t"]), peers=("x",))
+    job = TuneJob(client=ClientOptions(trust=("t",), peers=("x",), audit=0.5))
     partner = Partner("m", prompts=Path("o"), swarm=job.notes()["swarm"])
-    peers, client = where(None, ClientOptions(), partner, None, nothing)
-    assert (tuple(peers or ()), client.trust) == (("x",), ("t",))
-    peers, client = where(["environed"], ClientOptions(trust=["u"]), partner, None, nothing)
-    assert (peers, client.trust) == (["environed"], ["u"])
+    client = chosen_swarm(ClientOptions(), partner, None, nothing)
+    assert client == ClientOptions(trust=("t",), peers=("x",))
+    given = ClientOptions(trust=("u",), peers=("environed",))
+    assert chosen_swarm(given, partner, None, nothing) == given
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +108,20 @@ def test_continue_needs_no_peers(
 
 def test_a_bundle_needs_none_either(model: Path, address: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(model))
-    saved = Bundle(
+    described = Bundle(
         model=ModelInfo(str(model), checkpoint.identity),
         mode="ptune",
         prompt_tokens=3,
         rendering=RenderSettings(),
         stop={},
-        training={"swarm": KeptSwarm((address,)).to_dict()},
+        training={"swarm": to_saved(ClientOptions(peers=(address,)))},
         metrics={},
         sampling={"max_new_tokens": 5},
     )
     prompt = SoftPrompt(torch.zeros(3, 32))
-    save_bundle(tmp_path / "bot", saved, prompt, config=checkpoint.config, history=[{"step": 1, "loss": 1.0}])
+    save_bundle(
+        tmp_path / "bot", described, prompt, config=checkpoint.config, history=[{"step": 1, "loss": 1.0}]
+    )
     found = corolla("chat", str(tmp_path / "bot"), "--no-save", text="a\n")
     assert found.returncode == 0, found.stderr
     assert f"Joining the swarm that the bundle was trained in: {address}\n" in found.stdout

@@ -7,9 +7,8 @@ on the loop is handed over to it.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,15 +17,16 @@ from corolla.models.attention.pages import PAGE, Layout, PagePool
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
 from corolla.models.layered import LayeredRow, Row, common_pages, new_row
 from corolla.models.span import Span
-from corolla.server.scheduler.pace import PASS_TOKENS
+from corolla.server.scheduler.engine import Request
+from corolla.server.scheduler.policy import PASS_TOKENS
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 
 Post = Callable[[Callable[[], None]], None]
 
 
-class CachedSession:
-    """What a server keeps of one session. Made by `OpenSession`, filled by steps (`server/sessions/steps.py`)."""
+class Session:
+    """What a server keeps of one session. Made by `OpenSession`, filled by steps (`server/sessions/step.py`)."""
 
     def __init__(
         self,
@@ -37,11 +37,13 @@ class CachedSession:
         *,
         prompts: Tensor | None,
         peer: str = "",
+        name: str | None = None,
     ) -> None:
-        """`peer` is whose session it is; `prompts` are the deep prompts [blocks, P, H] of these blocks; `post`
-        hands work to the compute thread."""
+        """`peer` is whose session it is, who may call it `name`; `prompts` are the deep prompts [blocks, P, H] of
+        these blocks; `post` hands work to the compute thread."""
         self.span = span
         self.peer = peer
+        self.name = name
         self.prompts = prompts
         self.pool = pool
         self.rows = 0  # sequences
@@ -52,8 +54,7 @@ class CachedSession:
         self.evicted = False
         self.users = 0  # requests that work on it now
         self.steps = 0  # that were begun
-        self.stepping = False  # a step is being taken
-        self.computing: asyncio.Future[Any] | None = None  # its result, while it is in the engine
+        self.step: Request | None = None  # that is being taken
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
         self.cached: list[Row] = []  # of a family that can be packed
@@ -67,6 +68,26 @@ class CachedSession:
         if self.users:
             return None
         return 0.0 if self.closed else IDLE_SECONDS
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """It is not evicted inside."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            self._budget.used(self)
+
+    @contextlib.contextmanager
+    def taking(self, step: Request) -> Iterator[None]:
+        """It takes this step, and no other, inside."""
+        self.step = step
+        self.steps += 1
+        try:
+            yield
+        finally:
+            self.step = None
 
     async def reserve(
         self, rows: int, tokens: int, field: str, *, position: int = 0, order: Tensor | None = None
@@ -129,7 +150,7 @@ class CachedSession:
 
     # --- on the compute thread --------------------------------------------------------------------------
 
-    def begin_as(self, other: CachedSession, origin: Origin) -> bool:
+    def begin_as(self, other: Session, origin: Origin) -> bool:
         """Hold what another session does, on its pages; False, and nothing changes, if it is not as `origin` says."""
         if not other.can_give(origin, self.span, self.prompts):
             return False
@@ -191,8 +212,8 @@ class CachedSession:
 
     def close(self) -> None:
         """Free the cache, and give up the step that is in the engine; safe to call twice."""
-        if self.computing is not None:
-            self.computing.cancel()
+        if self.step is not None:
+            self.step.done.cancel()
         self._budget.release(self)
         self._post(self._free)
 

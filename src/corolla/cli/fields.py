@@ -1,0 +1,81 @@
+"""Options declared once: the fields of a dataclass are options of a command.
+
+    learning_rate: Annotated[float, "--lr", "Learning rate; falls linearly to 0."] = 1e-2
+
+in a dataclass, and `settings: Annotated[dict[str, Any], Fields(TuneSettings)]` in a command under `with_fields`
+make the option `--lr`; the command is given arguments for the dataclass. Without a help text, a field is no option.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.models import ParameterInfo
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The options in a dataclass; with `only_given`, those that are not given are left out."""
+
+    of: Any
+    only_given: bool = False
+
+    def parameters(self) -> Iterator[Parameter]:
+        """One for each option, as typer takes it."""
+        hints = get_type_hints(self.of, include_extras=True)
+        for field in fields(self.of):
+            about = getattr(hints[field.name], "__metadata__", ())
+            if about:
+                yield self._parameter(field, hints[field.name].__origin__, about)
+
+    def _parameter(self, field: Field[Any], kind: Any, about: tuple[Any, ...]) -> Parameter:
+        default = Parameter.empty if field.default is MISSING else field.default
+        if self.only_given:
+            about = (*about[:-1], about[-1] + _told(default))
+            kind, default = kind | None, None
+        if not isinstance(about[0], ParameterInfo):
+            about = (typer.Option(*about[:-1], help=about[-1]),)
+        return Parameter(
+            field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, *about]
+        )
+
+    def taken(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The dataclass's arguments, taken out of all that a command was given."""
+        found = {parameter.name: given.pop(parameter.name) for parameter in self.parameters()}
+        return {name: value for name, value in found.items() if not (self.only_given and value is None)}
+
+
+def _told(default: Any) -> str:
+    """A default as the end of a help text."""
+    if default is None:
+        return "."
+    words = ("no", "yes")[default] if isinstance(default, bool) else f"{default:g}"
+    return f" (default: {words})."
+
+
+def with_fields(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of all `Fields` that it names."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[Parameter] = []
+    groups: dict[str, Fields] = {}
+    for parameter in signature(command).parameters.values():
+        hint = hints[parameter.name]
+        group = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Fields)), None)
+        if group is None:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hint))
+        else:
+            groups[parameter.name] = group
+            parameters += group.parameters()
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(**{name: group.taken(given) for name, group in groups.items()}, **given)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,322 @@
+"""A session takes a step: by itself (`Step`), or beside others of its peer (`Steps`).
+
+Invariant: a session takes one step at a time, and either has taken it whole or has lost its cache. A step's outputs
+depend on its own session only: one that fails in company is computed again alone, so an error reaches the client
+whose step it was and nobody else. Padding is neither computed nor cached: rows are told apart by the mask, and their
+padding's outputs are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from corolla.errors import RequestRefused
+from corolla.models.attention.packing import PackedBatch, Segment
+from corolla.models.layered import LayeredRow
+from corolla.models.span import DeepRows
+from corolla.server.block_server import BlockServer
+from corolla.server.requests import Client, check_hidden, check_memory
+from corolla.server.scheduler.engine import Kind, Request
+from corolla.server.scheduler.policy import PASS_TOKENS
+from corolla.server.sessions.session import Session
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Output, Step
+
+DECODE_TOKENS = 8  # a step of so few tokens a row is generation (speculation included), not a prompt
+
+
+def ready(session: Session | None) -> Session:
+    """The session, if it can take a step now. Raises `RequestRefused`."""
+    if session is None or session.evicted:
+        raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
+    if session.step is not None:
+        raise RequestRefused("The session has not answered the step before.", code="malformed", field="name")
+    return session
+
+
+class StepRequest(Request):
+    """One step of a session: what is asked, how far it has come, and what has come of it."""
+
+    passes = True
+    session: Session
+
+    def __init__(
+        self,
+        server: BlockServer,
+        session: Session,
+        hidden: Tensor,
+        *,
+        position: int,
+        reserve: int = 0,
+        order: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """`hidden` [R, T, H] stands at column `position`; `mask` bool [R, position + T], `positions` [R, T].
+
+        The cached rows are continued in `order`; `reserve` is how many tokens a row may reach in the present call.
+        """
+        self.rows, self.count = int(hidden.shape[0]), int(hidden.shape[1])
+        super().__init__(Kind.DECODE if self.count <= DECODE_TOKENS else Kind.PREFILL, session.peer, session)
+        # Families that cannot be packed share no pass.
+        self.group = session.span if session.span.packable else None
+        self.room = max(reserve, position + self.count)
+        self.segments: list[Segment] = []  # of the pass at hand
+        self._server = server
+        self._hidden = hidden
+        self._position = position
+        self._order = order
+        self._mask = mask
+        self._positions = positions
+        self._begun = False
+        self._at = 0  # tokens that have been through the blocks
+
+    @classmethod
+    def of(
+        cls, server: BlockServer, client: Client, message: Step, tensors: dict[str, Tensor]
+    ) -> StepRequest:
+        """A `Step` of the client's session. Raises `RequestRefused` where that takes none now."""
+        return cls(
+            server,
+            ready(client.session),
+            tensors["hidden"],
+            position=message.position,
+            reserve=message.reserve,
+            order=tensors.get("rows"),
+            mask=tensors.get("mask"),
+            positions=tensors.get("positions"),
+        )
+
+    def check(self) -> None:
+        """See `requests.Answered`."""
+        check_hidden(self._hidden, self.session.span)
+        self._check_fits()
+        check_memory(
+            self.session.span,
+            rows=self.rows,
+            tokens=min(_columns(PASS_TOKENS, self.rows), self.count),
+            total=self._position + self.count,
+            with_gradients=False,
+            limit=self._server.working_bytes,
+        )
+
+    def _check_fits(self) -> None:
+        """Everything that depends on the session's state. Raises `RequestRefused`."""
+        session, position, order, mask = self.session, self._position, self._order, self._mask
+        if position > session.length:
+            raise RequestRefused(
+                f"The session holds {session.length} tokens; a step cannot begin at {position}.",
+                code="malformed",
+                field="position",
+            )
+        if order is not None and (int(order.min()) < 0 or int(order.max()) >= session.rows):
+            raise RequestRefused(
+                f"The session holds rows 0 to {session.rows - 1}.", code="malformed", field="rows"
+            )
+        expected = session.rows if order is None else int(order.shape[0])
+        if session.length and self.rows != expected:
+            raise RequestRefused(f"The session has {expected} rows.", code="malformed", field="hidden")
+        if mask is not None and int(mask.shape[1]) != position + self.count:
+            raise RequestRefused(
+                f"The mask must cover all {position + self.count} tokens.", code="malformed", field="mask"
+            )
+        if not session.same_past(mask, position, order):
+            raise RequestRefused(
+                "The mask says of earlier tokens what it did not say when they were computed; replay the session.",
+                code="evicted",
+                field="mask",
+            )
+        if not session.reaches(position, order):
+            raise RequestRefused(
+                f"What blocks with a window need to go back to token {position} was given back; replay the session.",
+                code="evicted",
+                field="position",
+            )
+
+    @property
+    def fits_reservation(self) -> bool:
+        """Whether the session has room for it already."""
+        needed = self.session.pages_needed(self.rows, self.room, self._position, self._order)
+        return needed <= self.session.pages
+
+    async def run(self) -> Packet:
+        """The outputs."""
+        session = self.session
+        with session.taking(self):
+            await session.reserve(self.rows, self.room, "reserve", position=self._position, order=self._order)
+            with session.in_use():
+                self._server.engine.enqueue([self])
+                output: Tensor = await self.done
+        self._server.counters.inference += self.rows * self.count
+        return Packet(Output(), {"hidden": output})
+
+    # --- on the compute thread ------------------------------------------------------------------------------
+
+    @cached_property
+    def _places(self) -> Tensor | None:
+        """Where each packed token stands in the flattened [R × T]; None when there is no padding."""
+        if self._mask is None or self.group is None:
+            return None
+        real = self._mask[:, self._position :].reshape(-1)
+        return None if bool(real.all()) else real.nonzero().flatten()
+
+    @cached_property
+    def _total(self) -> int:
+        return self.rows * self.count if self._places is None else len(self._places)
+
+    @property
+    def tokens_left(self) -> int:
+        """See `Request`."""
+        return self._total - self._at
+
+    @cached_property
+    def _inputs(self) -> Tensor:
+        """[n, H] of the tokens that are not padding."""
+        return self._packed(self._hidden.reshape(self.rows * self.count, -1))
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """Their position ids, int64 [n]."""
+        ids = self._positions
+        if ids is None:
+            ids = torch.arange(self._position, self._position + self.count).repeat(self.rows)
+        return self._packed(ids.reshape(-1))
+
+    def _packed(self, flat: Tensor) -> Tensor:
+        return flat if self._places is None else flat[self._places]
+
+    @cached_property
+    def _outputs(self) -> Tensor:
+        return torch.empty_like(self._hidden if self.group is None else self._inputs)
+
+    @cached_property
+    def _row_ends(self) -> list[int]:
+        """The packed token behind each row's last one."""
+        if self._places is None or self._mask is None:
+            return [self.count * (row + 1) for row in range(self.rows)]
+        ends: list[int] = self._mask[:, self._position :].sum(1).cumsum(0).tolist()
+        return ends
+
+    def run_pass(self, parts: Sequence[tuple[StepRequest, int]]) -> list[BaseException | None]:
+        """See `Request`."""
+        try:
+            _run(parts)
+        except Exception as error:
+            for step, _ in parts:
+                step.undo()
+            if len(parts) == 1:
+                return [error]
+            return [one[0].run_pass([one])[0] for one in parts]
+        return [None] * len(parts)
+
+    def begin(self) -> None:
+        """Have the session's rows as the step continues them, before its first tokens."""
+        if not self._begun:
+            self.session.rearrange(self.rows, self._position, self._order)
+            self._begun = True
+
+    def load(self, count: int, begin: int) -> tuple[Tensor, Tensor]:
+        """Inputs [n, H] and ids [n] of the next `count` tokens; `segments` are these, from packed token `begin` on."""
+        self.begin()
+        first, last, start = self._at, self._at + count, 0
+        self.segments = []
+        for row, end in enumerate(self._row_ends):
+            here, stop = max(first, start), min(last, end)
+            if here < stop:
+                cached = self.session.cached[row]
+                self.segments.append(Segment(begin + here - first, stop - here, cached, self.room))
+            start = end
+        return self._inputs[first:last], self._ids[first:last]
+
+    def undo(self) -> None:
+        """Take back what a pass that failed has cached."""
+        for one in self.segments:
+            if one.prepared and one.row is not None:
+                one.row.truncate(one.past)
+
+    def store(self, output: Tensor) -> None:
+        """The pass's outputs [n, H] for the tokens loaded last."""
+        self._outputs[self._at : self._at + len(output)] = output
+        self._at += len(output)
+        for one in self.segments:
+            if isinstance(one.row, LayeredRow):
+                one.row.trim()
+
+    def run_plain(self, tokens: int) -> None:
+        """The next columns, of about so many tokens, for a family that cannot be packed."""
+        self.begin()
+        session, device = self.session, self.session.span.device
+        begin = self._at // self.rows
+        end = min(begin + _columns(tokens, self.rows), self.count)
+        mask, positions = self._mask, self._positions
+        with torch.inference_mode():
+            output = session.span.forward(
+                self._hidden[:, begin:end].to(device, session.span.dtype),
+                mask=None if mask is None else mask[:, : self._position + end].to(device),
+                positions=None if positions is None else positions[:, begin:end].to(device),
+                cache=session.plain,
+                prompts=session.prompts,
+            )
+        self._outputs[:, begin:end] = output
+        self._at = self.rows * end
+
+    def result(self) -> Tensor:
+        """Outputs [R, T, H] on the CPU, in the dtype of the inputs; the session has taken the step."""
+        self.begin()  # of nothing but padding
+        session = self.session
+        session.rows, session.length = self.rows, self._position + self.count
+        session.mask = None if self._mask is None or bool(self._mask.all()) else self._mask
+        if self._places is None:
+            return self._outputs.view(self._hidden.shape)
+        whole = self._hidden.new_zeros(self.rows * self.count, self._hidden.shape[2])
+        whole[self._places] = self._outputs
+        return whole.view(self._hidden.shape)
+
+
+def _columns(tokens: int, rows: int) -> int:
+    """Tokens a row, of so many in all."""
+    return max(1, tokens // rows)
+
+
+def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
+    """The next tokens of steps of one span through it, together where the family allows it."""
+    session = parts[0][0].session
+    span, pool = session.span, session.pool
+    if not span.packable:
+        for step, count in parts:
+            step.run_plain(count)
+        return
+    loaded, total = [], 0
+    for step, count in parts:
+        loaded.append(step.load(count, total))
+        total += count
+    if not total:
+        return
+    alone = len(loaded) == 1
+    hidden = loaded[0][0] if alone else torch.cat([inputs for inputs, _ in loaded])
+    ids = loaded[0][1] if alone else torch.cat([own for _, own in loaded])
+    with torch.inference_mode():
+        output = span.forward_packed(
+            hidden.to(span.device, span.dtype),
+            PackedBatch([one for step, _ in parts for one in step.segments], pool),
+            positions=ids.to(span.device),
+            deep=_deep_rows(parts),
+        ).to("cpu", hidden.dtype)
+    for (step, _), own in zip(parts, torch.split(output, [count for _, count in parts]), strict=True):
+        step.store(own)
+
+
+def _deep_rows(parts: Sequence[tuple[StepRequest, int]]) -> DeepRows | None:
+    """The deep prompts of those sessions that have some. A prompt is never padding: it counts real tokens."""
+    places, prompts = [], []
+    for step, _ in parts:
+        own = step.session.prompts
+        if own is not None:
+            for one in step.segments:
+                places.append((one.begin, one.past, one.count))
+                prompts.append(own)
+    return DeepRows.of(places, prompts) if places else None
