@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -103,6 +103,11 @@ class SwarmConfig:
             trust=None if trust is None else tuple(trust),
             **{name: value for name, value in others.items() if value is not None},
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """As `from_pretrained` takes them."""
+        values = asdict(self)
+        return {"initial_peers": list(values.pop("peers")), **values}
 
     @property
     def wire_format(self) -> WireFormat:
