@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 
 from corolla.client.audits.audit import Verdicts
@@ -58,16 +58,17 @@ class Records:
         self,
         directory: Directory,
         model: str,
-        trust: Collection[str] | None,
+        config: SwarmConfig,
         clock: Clock,
         moved: Callable[[str], None],
     ) -> None:
-        """`trust`: leave all but these peers out; `moved` hears of a peer that has come back with other blocks."""
+        """`moved` hears of a peer that has come back with other blocks."""
         self.known: list[ServerRecord] = []
-        self.untrusted = 0  # servers of the model that are left out
+        self.untrusted = 0  # servers of the model that the user has left out
         self._directory = directory
         self._model = model
-        self._trust = None if trust is None else frozenset(trust)
+        self._allowed = None if config.trust is None else frozenset(config.trust)
+        self._blocked = frozenset(config.blocked)
         self._clock = clock
         self._moved = moved
         self._refreshed = float("-inf")
@@ -105,7 +106,7 @@ class Records:
                 raise
             log.info("The directory does not answer: %s", error)
             found = []
-        records = [record for record in found if self._trust is None or record.peer_id in self._trust]
+        records = [record for record in found if self._is_allowed(record.peer_id)]
         self.untrusted = len(found) - len(records)
         self._refreshed = self._clock()
         if not records and self.known:
@@ -115,6 +116,9 @@ class Records:
             if before.get(record.peer_id, (record.start, record.end)) != (record.start, record.end):
                 self._moved(record.peer_id)
         self.known = records
+
+    def _is_allowed(self, peer: str) -> bool:
+        return (self._allowed is None or peer in self._allowed) and peer not in self._blocked
 
     def _read(self, task: asyncio.Task[None]) -> None:
         self._reading = None
@@ -188,7 +192,7 @@ class SwarmView:
         self.wire = config.wire_format
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
-        self.records = Records(directory, model, config.trust, self.now, self.health.forgive)
+        self.records = Records(directory, model, config, self.now, self.health.forgive)
         self.channels = Channels(transport, self.wire)
         self.verdicts = Verdicts()
         self.lacking: dict[str, str] = {}  # see `bundles.ask_to_open`
@@ -231,7 +235,7 @@ class SwarmView:
         if self.records.untrusted:
             return MissingBlocks(
                 f"The servers that you trust do not serve blocks {blocks} of {self.model_name}; there are "
-                f"{self.records.untrusted} others, which are not on your list.",
+                f"{self.records.untrusted} others, which your list leaves out.",
                 blocks=missing.blocks,
             )
         return missing
