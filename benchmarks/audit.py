@@ -35,7 +35,8 @@ from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.layered import new_row
-from corolla.models.span import DeepRows, Span, load_span
+from corolla.models.prompts import DeepRows
+from corolla.models.span import Span, load_span
 from corolla.server.training.requests import Sequences
 from corolla.swarm.directory.routing import Hop
 

@@ -47,7 +47,6 @@ KNOWN_CIRCLES = [
         f"corolla.client.{name}"
         for name in ("connection", "remote_blocks", "sessions.prefixes", "sessions.session")
     },
-    {"corolla.cli.chat", "corolla.cli.kept"},
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,6 @@ from transformers import (
 from corolla.errors import UnsupportedFamily
 from corolla.models.checks.layer_form import returns_tuple
 from corolla.models.families import (
-    base_prefix,
     block_key_pattern,
     blocks_prefix,
     slice_config,
@@ -38,7 +37,6 @@ def test_where_the_blocks_live(family: str) -> None:
     config = tiny_config(family)
     prefix = PREFIXES.get(family, "model.layers")
     assert blocks_prefix(config) == prefix
-    assert base_prefix(config) == prefix.split(".")[0]
     pattern = block_key_pattern(config)
     match = pattern.match(f"{prefix}.12.attn.weight")
     assert match is not None

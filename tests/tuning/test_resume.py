@@ -205,13 +205,17 @@ def test_a_run_is_not_continued_with_other_settings_or_data(
 
 def run_folder(path: Path) -> RunFolder:
     folder = RunFolder(path / "out")
+    folder.path.mkdir()
     folder.begin({"seed": 0}, resume=False, overwrite=False)
     return folder
 
 
 def save(folder: RunFolder, step: int, size: int = 100) -> None:
     with folder.saving(step) as temporary:
-        (temporary / "content").write_bytes(b"x" * size)
+        checkpoint = temporary / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        (checkpoint / "content").write_bytes(b"x" * size)
 
 
 @contextmanager
@@ -229,20 +233,20 @@ def test_the_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     for step in (8, 9, 10, 100):
         save(folder, step)
-    assert [path.name for path in folder.all()] == ["step-000010", "step-000100"]
+    assert [path.name for path in folder.all()] == ["checkpoint-10", "checkpoint-100"]
 
 
 def test_a_save_that_fails_leaves_the_last_good_checkpoint_and_says_so(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     save(folder, 1)
     save(folder, 2)
-    said = r"step 3 could not be saved.*step-000002 is still good"
+    said = r"step 3 could not be saved.*checkpoint-2 is still good"
     with largest_file(10_000), pytest.raises(BundleError, match=said) as caught:
         save(folder, 3, size=20_000)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in folder.all()] == ["step-000001", "step-000002"]
+    assert [path.name for path in folder.all()] == ["checkpoint-1", "checkpoint-2"]
     assert (folder.all()[-1] / "content").read_bytes() == b"x" * 100
-    assert sorted(path.name for path in folder.all()[0].parent.iterdir()) == ["step-000001", "step-000002"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoint-1", "checkpoint-2", "run.json"]
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_the_last_save(
@@ -252,7 +256,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_
     whole, _ = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "whole")
     prepared = prepare(tokenizer, chosen, conversations())
     model = local_model(tiny_folder)
-    said = r"step 4 could not be saved.*step-000002 is still good"
+    said = r"step 4 could not be saved.*checkpoint-2 is still good"
     with ExitStack() as disk:
         fills_up = At(3, lambda: disk.enter_context(largest_file(300)))
         with pytest.raises(BundleError, match=said):
@@ -261,45 +265,28 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_
     assert resumed.losses == whole.losses
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "gone"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: str) -> None:
-    folder = run_folder(tmp_path)
-    save(folder, 1)
-    save(folder, 2)
-    content = folder.all()[1] / "content"
-    if harm == "gone":
-        content.unlink()
-    else:
-        content.write_bytes(b"x" * 99 + (b"y" if harm == "flipped" else b""))
-    said: list[str] = []
-    begun = RunFolder(tmp_path / "out").begin({"seed": 0}, resume=True, overwrite=False, notify=said.append)
-    assert begun == folder.all()[0] == folder.latest()
-    assert said == ["The checkpoint step-000002 is damaged; going on from step-000001."]
-    save(folder, 2)
-    assert [path.name for path in folder.all()] == ["step-000001", "step-000002"]
-
-
-def test_without_a_whole_checkpoint_a_run_begins_anew_and_says_so(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path)
-    save(folder, 1)
-    (folder.all()[0] / "files.json").write_text("{")
-    said: list[str] = []
-    assert folder.begin({"seed": 0}, resume=True, overwrite=False, notify=said.append) is None
-    assert said == [
-        "The checkpoint step-000001 is damaged; going on from the first step, since there is no other."
-    ]
-
-
-def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(
-    tiny_folder: Path, tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no state"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_comes_to_the_same_end(
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path, harm: str
 ) -> None:
     chosen = settings()
     whole, whole_prompt = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "whole")
     prepared = prepare(tokenizer, chosen, conversations())
     with pytest.raises(Killed):
         tune(local_model(tiny_folder), chosen, prepared, tmp_path / "out", ABOUT, callbacks=[At(5, die)])
-    optimizer = RunFolder(tmp_path / "out").all()[-1] / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    last = RunFolder(tmp_path / "out").all()[-1]
+    optimizer = (last / "optimizer.pt").read_bytes()
+    middle = len(optimizer) // 2
+    if harm == "truncated":
+        (last / "optimizer.pt").write_bytes(optimizer[:-1])
+    elif harm == "flipped":
+        flipped = bytes([optimizer[middle] ^ 1])
+        (last / "optimizer.pt").write_bytes(optimizer[:middle] + flipped + optimizer[middle + 1 :])
+    else:
+        (last / "trainer_state.json").unlink()
+    with pytest.raises(BundleError, match=f"{last} is damaged: remove that folder"):
+        finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "out", resume=True)
+    shutil.rmtree(last)
     resumed, prompt = finished(local_model(tiny_folder), chosen, tokenizer, tmp_path / "out", resume=True)
     assert resumed.losses == whole.losses
     assert torch.equal(prompt, whole_prompt)
@@ -326,7 +313,9 @@ def test_a_reporters_log_outlives_the_run_folder(tmp_path: Path) -> None:
 def test_what_a_kill_left_half_written_is_removed_and_not_resumed_from(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     save(folder, 2)
-    half = folder.all()[0].parent / ".step-half"
-    half.mkdir()
-    assert RunFolder(tmp_path / "out").begin({"seed": 0}, resume=True, overwrite=False) == folder.all()[0]
-    assert not half.exists()
+    (folder.path / ".saving" / "checkpoint-4").mkdir(parents=True)
+    again = RunFolder(tmp_path / "out")
+    assert again.begin({"seed": 0}, resume=True, overwrite=False) == folder.all()[0] == folder.latest()
+    save(again, 4)
+    assert [path.name for path in again.all()] == ["checkpoint-2", "checkpoint-4"]
+    assert not (folder.path / ".saving").exists()

@@ -340,3 +340,15 @@ class PromptedView(_OneGrowingLayer):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.past + query_length, 0
+
+
+class Caches(Protocol):
+    """Where calls that name no cache find one (`client/model/causal_lm.py`)."""
+
+    owner: object  # what the caches of this model have in common
+
+    def active(self) -> RemoteCache | None:
+        """That of the session whose `with` block we are in."""
+
+    def fresh(self, *, lazy: bool) -> RemoteCache:
+        """An empty one for a call that may be continued."""

@@ -56,11 +56,6 @@ def blocks_prefix(config: PretrainedConfig) -> str:
     return structure(config).prefix
 
 
-def base_prefix(config: PretrainedConfig) -> str:
-    """Name of the base model inside the `...ForCausalLM`, e.g. `model` or `transformer`."""
-    return str(structure(config).causal_lm.base_model_prefix)
-
-
 def block_key_pattern(config: PretrainedConfig) -> re.Pattern[str]:
     """Matches a checkpoint's key of a block's tensor; groups `index` and `rest`.
 

@@ -7,17 +7,36 @@ computed with. Every way of calling a model goes through `BaseModelHooks._enter`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from corolla.errors import UsageError
-from corolla.models.cache import RemoteCache
+from corolla.models.cache import Caches, RemoteCache, cache_argument, take_cache
 from corolla.models.families import INNER_OUTPUTS
 
 IGNORED = -100  # the label of a position that carries no loss
+
+
+def shape(named: dict[str, Any], *, may_be_empty: bool = False) -> tuple[int, int]:
+    """Rows and tokens of a call. `may_be_empty` allows none: of a prompt alone (`front.py`). Raises `UsageError`."""
+    ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
+    shaped = ids if ids is not None else embeddings
+    if (
+        not isinstance(shaped, Tensor)
+        or shaped.ndim != (2 if ids is not None else 3)
+        or not (may_be_empty or (shaped.shape[0] and shaped.shape[1]))
+    ):
+        raise UsageError(
+            "Give the model input_ids [rows, tokens] or inputs_embeds [rows, tokens, hidden size], of at least one "
+            "token."
+        )
+    return int(shaped.shape[0]), int(shaped.shape[1])
 
 
 def check_outputs(named: Mapping[str, Any]) -> None:
@@ -98,6 +117,11 @@ def check_ends(mask: Tensor | None) -> None:
         )
 
 
+def starts_anew(positions: Tensor) -> bool:
+    """Whether a row of position ids [R, T] holds more than one sequence, as `transformers` sees it."""
+    return bool((positions.diff(dim=-1) != 1).any())
+
+
 def known_positions(positions: Tensor, mask: Tensor | None) -> Tensor:
     """Position ids [R or 1, T] that are none below 0: padding's that are become 0. Raises `UsageError`.
 
@@ -137,6 +161,55 @@ def check_labels(labels: Tensor, words: int | None) -> None:
             f"The label {int(labels[wrong][0])} is no token of this model, which has {words}; give token ids, or "
             f"{IGNORED} where there is to be no loss."
         )
+
+
+def check_labels_of(labels: Tensor, mask: Any, *, shifted: bool) -> None:
+    """Raises `UsageError` for labels [R, T] that are predicted from padding; `mask` [R, S] ends where they do.
+
+    Padding never reaches a server, so what stands at its places is not what a local model computes there. That is
+    padding behind padding, or a row's first token behind padding in front. `shifted` labels stand where they are
+    predicted, others one place behind.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or labels.ndim != 2 or mask.shape[1] < labels.shape[1]:
+        return
+    mask = mask[:, mask.shape[1] - labels.shape[1] :].to(labels.device).expand_as(labels)
+    before, labels = (mask, labels) if shifted else (mask[:, :-1], labels[:, 1:])
+    own = pad(mask[:, 1:], (0, 1), value=0) if shifted else mask[:, 1:]
+    from_padding = (labels != IGNORED) & (before == 0)
+    if bool((from_padding & (own == 0)).any()):
+        raise UsageError(
+            "Some labels stand on padding, which servers never see: make them -100 "
+            "(labels.masked_fill(attention_mask == 0, -100)), or leave the attention mask out to learn padding as "
+            "any other token."
+        )
+    if bool(from_padding.any()):
+        raise UsageError(
+            "With padding in front, the label of a row's first token would be predicted from padding, which "
+            "servers never see: pad on the right (tokenizer.padding_side = 'right'), or make that label -100."
+        )
+
+
+def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
+    """Have calls with labels stand by themselves: a loss neither goes on with a session nor becomes part of it."""
+    names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+    cache_name = cache_argument(model.forward)
+
+    def enter(
+        _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        cache = take_cache(named)
+        labels, shifted = named.get("labels"), named.get("shift_labels")
+        for given, wanted in ((shifted, True), (labels, False)):
+            if isinstance(given, Tensor):
+                check_labels(given, getattr(model.get_output_embeddings(), "out_features", None))
+                check_labels_of(given, named.get("attention_mask"), shifted=wanted)
+        apart = isinstance(labels, Tensor) and cache is None and named.get("use_cache") is not False
+        if apart and caches.active() is not None:
+            cache = caches.fresh(lazy=True)
+        return (), named if cache is None else {**named, cache_name: cache}
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def check_cache(given: Any, owner: object) -> None:

@@ -11,10 +11,15 @@ Soft prompts: Lester et al. 2021 (arXiv:2104.08691), `ptune`. Deep prompts, one 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Sees, and may replace, what a block is called with.
+BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
 class SoftPrompt(nn.Module):
@@ -88,6 +93,25 @@ def prepend_positions(positions: Tensor, length: int) -> Tensor:
     return torch.cat([own.expand(positions.shape[0], -1), positions + length], dim=1)
 
 
+def place_prompt(base: nn.Module, named: dict[str, Any], prompt: SoftPrompt, *, in_front: bool) -> None:
+    """Rewrite the base model's arguments for a prompt that comes before the user's first token."""
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
+    if mask is not None:
+        named["attention_mask"] = prepend_mask(mask, prompt.length)
+    if not in_front:
+        if positions is not None:
+            named["position_ids"] = positions + prompt.length
+        return
+    embeddings = named.get("inputs_embeds")
+    if embeddings is None:
+        embeddings = base.get_input_embeddings()(named["input_ids"])  # type: ignore[operator]
+    named["inputs_embeds"] = prepend(embeddings, prompt.input)
+    named["input_ids"] = None
+    if positions is not None:
+        rows = positions.expand(embeddings.shape[0], -1)
+        named["position_ids"] = prepend_positions(rows, prompt.length)
+
+
 def add_deep(hidden: Tensor, prompt: Tensor, start: int) -> Tensor:
     """Add one block's prompt [P, H] to those of `hidden` [R, T, H] that stand at positions 0…P-1.
 
@@ -108,6 +132,72 @@ def add_deep_packed(hidden: Tensor, vectors: Tensor, tokens: Tensor) -> Tensor:
     The same sum as `add_deep`'s, where rows do not lie one below the other. Differentiable in both.
     """
     return hidden.index_add(1, tokens, vectors.to(hidden.dtype).unsqueeze(0))
+
+
+class PromptAdder:
+    """Adds one block's deep prompt to the hidden states that enter it."""
+
+    def __init__(self, prompt: Tensor, past: int) -> None:
+        self.prompt = prompt
+        self.past = past
+
+    def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (add_deep(arguments[0], self.prompt, self.past), *arguments[1:])
+
+
+@dataclass(frozen=True)
+class DeepRows:
+    """Deep prompts in a packed pass: `vectors` [blocks, M, H] are added to the packed tokens int64 [M]."""
+
+    tokens: Tensor
+    vectors: Tensor
+
+    @staticmethod
+    def of(places: Sequence[tuple[int, int, int]], prompts: Sequence[Tensor]) -> DeepRows | None:
+        """For stretches (first packed token, its position in its sequence, count), each with its prompts.
+
+        `prompts` are [blocks, P, H]; a stretch takes those of positions below P. None when no token does.
+        """
+        tokens, vectors = [], []
+        for (begin, start, count), prompt in zip(places, prompts, strict=True):
+            stop = min(prompt.shape[1], start + count)
+            if start < stop:
+                tokens.append(torch.arange(begin, begin + stop - start, device=prompt.device))
+                vectors.append(prompt[:, start:stop])
+        return DeepRows(torch.cat(tokens), torch.cat(vectors, dim=1)) if tokens else None
+
+
+class _PackedHook:
+    """Before a block of a packed pass: a pause, and that block's deep prompts."""
+
+    def __init__(
+        self, between: Callable[[], None] | None, tokens: Tensor | None, vectors: Tensor | None
+    ) -> None:
+        self.between = between
+        self.tokens = tokens
+        self.vectors = vectors
+
+    def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden: Tensor = arguments[0]
+        if self.between is not None:
+            self._pause(self.between, hidden)
+        if self.tokens is None or self.vectors is None:
+            return None
+        return (add_deep_packed(hidden, self.vectors, self.tokens), *arguments[1:])
+
+    def _pause(self, between: Callable[[], None], hidden: Tensor) -> None:
+        between()
+        if hidden.requires_grad and not hidden.is_leaf:
+            hidden.register_hook(lambda _grad: between())  # type: ignore[no-untyped-call]
+
+
+def packed_hooks(
+    blocks: nn.ModuleList, deep: DeepRows | None, between: Callable[[], None] | None
+) -> list[list[BlockHook]]:
+    """For `Passage`: what a packed pass does before each block."""
+    if deep is None:
+        return [] if between is None else [[_PackedHook(between, None, None)] for _ in blocks]
+    return [[_PackedHook(between, deep.tokens, vectors)] for vectors in deep.vectors]
 
 
 def initial_vectors(

@@ -12,7 +12,7 @@ from torch import nn
 
 from corolla.config import QUANTIZATIONS
 from corolla.errors import UsageError
-from corolla.models.kernels.apply import pack_linears, supported
+from corolla.models.kernels.apply import pack_linears, quantize_on_cuda, supported
 
 
 def check_quantization(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -34,9 +34,7 @@ def use_kernels(model: nn.Module, name: str, device: torch.device) -> None:
     """Replace the frozen linear layers below `model` by what is fastest here, or by quantized ones."""
     if device.type == "cuda":
         if name != "none":
-            from corolla.models.kernels.cuda import quantize_linears
-
-            quantize_linears(model, name)
+            quantize_on_cuda(model, "nf4" if name == "nf4" else "int8")
         return
     dtype = next(model.parameters()).dtype
     if supported(device, dtype):

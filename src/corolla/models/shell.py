@@ -8,28 +8,27 @@ hidden states (mask, position ids, prompts, cache) is taken where the base model
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models import guard
-from corolla.models.attention.padding_free import FlatRows, starts_anew
+from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import Edge, edge_of
-from corolla.models.cache import BlocksCall, PromptedView, RemoteCache, cache_argument, take_cache
-from corolla.models.call_arguments import place_prompt, shape, split
-from corolla.models.checkpoints.private_config import with_attention
-from corolla.models.prompts import SoftPrompt
-from corolla.models.scored_padding import check_labels_of
+from corolla.models.cache import BlocksCall, Caches, PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.prompts import SoftPrompt, place_prompt
 
 ATTENTION_NAME = "corolla_remote"
 
@@ -136,18 +135,6 @@ class _Entered:
     flat: FlatRows | None  # where the user's rows hold several sequences each
 
 
-class Caches(Protocol):
-    """Where calls that name no cache find one (`client/model/causal_lm.py`)."""
-
-    owner: object  # what the caches of this model have in common
-
-    def active(self) -> RemoteCache | None:
-        """That of the session whose `with` block we are in."""
-
-    def fresh(self, *, lazy: bool) -> RemoteCache:
-        """An empty one for a call that may be continued."""
-
-
 class BaseModelHooks:
     """Stands around the forward that runs the blocks: puts prompts in front, takes their outputs away again."""
 
@@ -175,20 +162,20 @@ class BaseModelHooks:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         guard.check_outputs(named)
         cache = self._pick_cache(base, named)
-        rows, new_tokens = shape(named, may_be_empty=self._caches is None)
+        rows, new_tokens = guard.shape(named, may_be_empty=self._caches is None)
         guard.check_continues(cache, rows, new_tokens, named)
         if named.get("position_ids") is not None:
             named["position_ids"] = guard.known_positions(named["position_ids"], named.get("attention_mask"))
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
-            split(named, flat)
+            flat.split_call(named)
         prompt = self._prompts()
         self._check_tokens(base, named, cache, prompt)
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         first = cache is None or cache.length == 0
         prepended = prompt.length if prompt is not None and first else 0
         if prompt is not None:
-            place_prompt(base, named, prompt, prepend=first)
+            place_prompt(base, named, prompt, in_front=first)
         guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
         view = None if cache is None else cache.with_prompt()
         named[self._cache_name] = view
@@ -201,7 +188,7 @@ class BaseModelHooks:
             start=0 if view is None else view.past,
             prompt=prompt.input if prompt is not None and first else None,
         )
-        call = _without_plain_positions(call, shape(named, may_be_empty=True)[1])
+        call = _without_plain_positions(call, guard.shape(named, may_be_empty=True)[1])
         entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended, flat)
         self._entered.set((*self._entered.get(), entered))
         return (), named
@@ -229,7 +216,7 @@ class BaseModelHooks:
     def _flat_rows(self, named: dict[str, Any], rows: int, cache: RemoteCache | None) -> FlatRows | None:
         """Where rows hold several sequences each, if the family's own code would tell them apart."""
         positions = named.get("position_ids")
-        if positions is None or named.get("attention_mask") is not None or not starts_anew(positions):
+        if positions is None or named.get("attention_mask") is not None or not guard.starts_anew(positions):
             return None
         if cache is not None:
             raise UsageError(
@@ -243,7 +230,7 @@ class BaseModelHooks:
     ) -> None:
         """Everything that the new tokens may be too many for, and ids that the model does not know."""
         embedding = guard.embedding_of(base)
-        ids, new_tokens = named.get("input_ids"), shape(named, may_be_empty=True)[1]
+        ids, new_tokens = named.get("input_ids"), guard.shape(named, may_be_empty=True)[1]
         if ids is not None:
             named["input_ids"] = guard.known_ids(ids, named.get("attention_mask"), embedding)
         elif named.get("inputs_embeds") is not None:
@@ -318,29 +305,6 @@ def _trim(item: Any, entered: _Entered) -> Any:
     return item
 
 
-def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
-    """Have calls with labels stand by themselves: a loss neither goes on with a session nor becomes part of it."""
-    names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
-    cache_name = cache_argument(model.forward)
-
-    def enter(
-        _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        cache = take_cache(named)
-        labels, shifted = named.get("labels"), named.get("shift_labels")
-        for given, wanted in ((shifted, True), (labels, False)):
-            if isinstance(given, Tensor):
-                guard.check_labels(given, getattr(model.get_output_embeddings(), "out_features", None))
-                check_labels_of(given, named.get("attention_mask"), shifted=wanted)
-        apart = isinstance(labels, Tensor) and cache is None and named.get("use_cache") is not False
-        if apart and caches.active() is not None:
-            cache = caches.fresh(lazy=True)
-        return (), named if cache is None else {**named, cache_name: cache}
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-
-
 def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> PreTrainedModel:
     """Put the pseudo-layer where the family keeps its list of blocks (`prefix`, such as `model.layers`).
 
@@ -352,3 +316,40 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     layer.stand_in(holder)
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
+
+
+def with_attention(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """`config` as a module sees it whose attention is the one registered as `name`; the rest is `config`'s own.
+
+    Whichever of the two is changed, both are; whoever copies or saves it gets `config`, so the name never leaves
+    the module.
+    """
+    family: Any = type(config)
+    kind: Any = _private_class(family, name)
+    made = kind.__new__(kind)
+    object.__setattr__(made, "__dict__", config.__dict__)
+    object.__setattr__(made, "_public", config)
+    private: PretrainedConfig = made
+    return private
+
+
+@lru_cache
+def _private_class(family: Any, name: str) -> Any:
+    def deepcopy(self: Any, memo: dict[int, Any]) -> PretrainedConfig:
+        found: PretrainedConfig = copy.deepcopy(self._public, memo)
+        return found
+
+    def reduce(self: Any, _protocol: Any) -> Any:
+        return copy.copy, (self._public,)
+
+    def set_public(self: Any, value: Any) -> None:
+        self._public._attn_implementation = value
+
+    members = {
+        "__slots__": ("_public",),
+        "__module__": family.__module__,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
+        "_attn_implementation": property(lambda _self: name, set_public),
+    }
+    return type(family.__name__, (family,), members)

@@ -2,7 +2,9 @@
 
 Invariant: spans chained end to end compute what the whole model computes between its embeddings and its
 final norm, in the same arithmetic. The model that runs the blocks is the family's own class with everything
-before and after the blocks replaced by nothing; blocks keep the index that they have in the whole model.
+before and after the blocks replaced by nothing; blocks keep the index that they have in the whole model. Hooks
+stand on blocks that other spans' views share, and in a pause other passes go through the same blocks; so each
+hook acts in its own pass and in no other.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,20 +20,73 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.checkpoints.packed_bloom import pack_bloom
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
-from corolla.models.cutting import span_class
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
-from corolla.models.hooks import BlockHook, Passage, PromptAdder, packed_hooks
-from corolla.models.hooks import DeepRows as DeepRows
 from corolla.models.kernels.apply import weight_bytes
+from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
+
+_passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states [R, T, H] among what a block returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
+
+
+class Passage:
+    """One pass of hidden states through a list of blocks: what enters the first, and what leaves the last.
+
+    Families' code does something to its inputs before the first block (positions are added, they are scaled)
+    which has been done at the client, and something after the last, which is done there too.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]]) -> None:
+        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs."""
+        self._blocks = blocks
+        self._hidden = hidden
+        self._hooks = hooks
+        self.left: Tensor | None = None
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """The family's code runs its blocks inside."""
+        handles = [
+            self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._blocks[-1].register_forward_hook(self._leave),
+        ]
+        for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
+            handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
+        token = _passage.set(self)
+        try:
+            yield
+        finally:
+            _passage.reset(token)
+            for handle in handles:
+                handle.remove()
+
+    def _enter(
+        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _passage.get() is not self:
+            return None
+        kwargs.pop("hidden_states", None)
+        return (self._hidden, *args[1:]), kwargs
+
+    def _leave(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if _passage.get() is self:
+            self.left = first_of(output)
+
+    def _only_here(self, hook: BlockHook) -> BlockHook:
+        return lambda block, args: hook(block, args) if _passage.get() is self else None
 
 
 class Span:
@@ -237,6 +293,50 @@ def load_span(
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
     model = _load_blocks(checkpoint, found, start, end, state, dtype)
     return Span(model.to(torch.device(device)), found.blocks, start, end, packable=packable)
+
+
+class _NoEmbedding(nn.Module):
+    """Stands in for an embedding, of positions mostly: adds nothing."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        return torch.zeros((), dtype=torch.long)
+
+
+class _Nothing(nn.Module):
+    """Stands in for another module with weights outside of the blocks: a norm, a projection."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first tensor that is no index, as it is."""
+        given = (*args, *kwargs.values())
+        return next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
+
+
+def span_class(found: Structure, start: int, end: int) -> type[PreTrainedModel]:
+    """The family's model class, built whole (on the meta device, by the loader) and then cut."""
+    holder = found.holder
+
+    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        holder.__init__(self, config)
+        cut_to_blocks(self, found.blocks, start, end)
+
+    # The loader looks conversions of weights up by the class's name and refuses them to classes that are not
+    # transformers' own; so the class carries the family's name and module.
+    return type(holder.__name__, (holder,), {"__init__": build, "__module__": holder.__module__})
+
+
+def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> None:
+    """Keep blocks [start, end) of a family's model, and no other weights.
+
+    Modules without weights stay: they may make what the blocks are called with, such as rotary embeddings.
+    """
+    kept = getattr(model, blocks)[start:end]
+    for name, child in list(model.named_children()):
+        if name != blocks and any(True for _ in child.parameters()):
+            setattr(model, name, _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing())
+    setattr(model, blocks, nn.ModuleList(kept))
+    # Blocks keep the whole model's config, by which they know their own place; the model that runs them
+    # counts its blocks from 0.
+    model.config = slice_config(model.config, start, end)
 
 
 def _load_blocks(

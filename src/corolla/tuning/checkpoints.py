@@ -1,34 +1,29 @@
 """Where an unfinished run keeps itself.
 
-Invariant: a folder `step-…` under `checkpoints/` is whole, because it is written elsewhere and renamed; a save
-that fails, or is killed, leaves the earlier ones as they were. The two newest are kept, so that a run goes on
-from the one before when the disk has spoilt the latest.
+Invariant: a folder `checkpoint-…` is whole, because it is written elsewhere and renamed; a save that fails, or is
+killed, leaves the earlier ones as they were. The two newest are kept.
 
-    OUT.run/lock                  held by the process that trains
-    OUT.run/run.json              the settings and data that the losses depend on
-    OUT.run/before.json           the evaluation before the first step
-    OUT.run/ended.json            the `bundle.json` that the run has come to
-    OUT.run/checkpoints/step-…    prompt, optimizer, schedule, random state, the trainer's own state, and
-                                  files.json: the SHA-256 of each of these files
-    OUT.run/checkpoints/damaged-… what could not be gone on from
+    OUT.run/lock            held by the process that trains
+    OUT.run/run.json        the settings and data that the losses depend on
+    OUT.run/before.json     the evaluation before the first step
+    OUT.run/ended.json      the `bundle.json` that the run has come to
+    OUT.run/checkpoint-…    the Trainer's own, with the prompt in the place of the model
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from corolla.errors import BundleError, UsageError
-from corolla.files import publish, remove_folder, write_json
+from corolla.files import publish, write_json
 from corolla.json_files import parse_object
 from corolla.tuning.bundle import BUNDLE_FILE
 from corolla.tuning.evaluate import Evaluation
@@ -37,10 +32,9 @@ KEPT = 2
 RUN_FILE = "run.json"
 BEFORE_FILE = "before.json"
 ENDED_FILE = "ended.json"
-SUMS_FILE = "files.json"
 LOCK_FILE = "lock"
 LOGS = "runs"  # where the Trainer puts TensorBoard's
-_STEP = re.compile(r"step-(\d+)")
+CHECKPOINT = "checkpoint-"
 
 
 class RunFolder:
@@ -56,46 +50,38 @@ class RunFolder:
 
         Raises `UsageError` when one does, `BundleError` when the folder cannot be made.
         """
+        lock = FileLock(self.path / LOCK_FILE)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise BundleError(f"{self.path} cannot be written: {error.strerror or error}.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError as error:
+            lock.acquire(timeout=0)
+        except Timeout as error:
             raise UsageError(
                 f"Another process is training to {self.out}: wait for it, or give another --out."
             ) from error
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        try:
+            yield
         finally:
-            os.close(lock)
+            lock.release()
 
-    def begin(
-        self,
-        decisive: dict[str, Any],
-        *,
-        resume: bool,
-        overwrite: bool,
-        notify: Callable[[str], None] = lambda line: None,
-    ) -> Path | None:
+    def begin(self, decisive: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
         """Make the folder ready; gives the checkpoint to go on from, if any.
 
-        `overwrite` allows `out` to be replaced at the end and, without `resume`, an unfinished run now.
-        `notify` is told in a sentence of checkpoints that are damaged. Raises `UsageError` rather than destroy
-        something, or continue a run with other settings.
+        `overwrite` allows `out` to be replaced at the end and, without `resume`, an unfinished run now. Raises
+        `UsageError` rather than destroy something, or continue a run with other settings; `BundleError`.
         """
         self.check(resume=resume, overwrite=overwrite)
+        if resume:
+            self._check_same(decisive)
+            last = self.latest()
+            if last is not None:
+                _check_whole(last)
+                self.before()  # a damaged one is better known now than after the last step
+            return last
         try:
-            if resume:
-                self._check_same(decisive)
-                found = self._newest_whole(notify)
-                if found is not None:
-                    self.before()  # a damaged one is better known now than after the last step
-                return found
             if overwrite:
                 self._clear()
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN_FILE, decisive)
         except OSError as error:
             raise BundleError(f"{self.path} cannot be written: {error.strerror or error}.") from error
@@ -140,33 +126,10 @@ class RunFolder:
                 f"{decisive.get(name)}: resume it with the same settings, or start anew with --overwrite."
             )
 
-    def _newest_whole(self, notify: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is as it was saved; the newer ones are set aside, saves cut off removed."""
-        self._checkpoints.mkdir(exist_ok=True)
-        for leftover in self._checkpoints.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        found = self.all()
-        damaged = []
-        while found and not _is_whole(found[-1]):
-            damaged.append(_set_aside(found.pop()))
-        if damaged:
-            notify(
-                f"The checkpoint{'s' if len(damaged) > 1 else ''} {', '.join(sorted(damaged))} "
-                f"{'are' if len(damaged) > 1 else 'is'} damaged; going on from "
-                f"{found[-1].name if found else 'the first step, since there is no other'}."
-            )
-        return found[-1] if found else None
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def all(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        found = [
-            (int(match[1]), path) for path in self._checkpoints.glob("step-*") if (match := _match(path))
-        ]
-        return [path for _, path in sorted(found)]
+        steps = {path.name.removeprefix(CHECKPOINT): path for path in self.path.glob(f"{CHECKPOINT}*")}
+        return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
 
     def latest(self) -> Path | None:
         """The newest checkpoint."""
@@ -174,27 +137,21 @@ class RunFolder:
 
     @contextmanager
     def saving(self, step: int) -> Iterator[Path]:
-        """A temporary folder that becomes the checkpoint of `step` when the block ends well.
+        """A folder in which the block makes the checkpoint of `step`, to be renamed when it is whole.
 
         Raises `BundleError` when the disk cannot take it.
         """
-        temporary: Path | None = None
+        temporary, name = self.path / ".saving", f"{CHECKPOINT}{step}"
         try:
-            temporary = Path(tempfile.mkdtemp(dir=self._checkpoints, prefix=".step-"))
+            shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
             yield temporary
-            write_json(temporary / SUMS_FILE, _sums(temporary))
-            target = self._checkpoints / f"step-{step:06d}"
-            if target.exists():
-                remove_folder(target)
-            publish(temporary, target)
+            publish(temporary / name, self.path / name)
         except (OSError, RuntimeError, BundleError) as error:  # torch's writer raises RuntimeError
             raise BundleError(self._failure(step, error)) from error
         finally:
-            if temporary is not None and temporary.exists():
-                shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         for old in self.all()[:-KEPT]:
-            with suppress(OSError):  # an old one too many does no harm
-                remove_folder(old)
+            shutil.rmtree(old, ignore_errors=True)  # one too many does no harm
 
     def _failure(self, step: int, error: Exception) -> str:
         last = self.latest()
@@ -246,30 +203,14 @@ class RunFolder:
             ) from error
 
 
-def _match(path: Path) -> re.Match[str] | None:
-    return _STEP.fullmatch(path.name)
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name != SUMS_FILE
-    }
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether its files are what was written."""
+def _check_whole(checkpoint: Path) -> None:
+    """Raises `BundleError` where the disk has spoilt a file; what torch writes is a zip with checksums."""
     try:
-        noted = parse_object((checkpoint / SUMS_FILE).read_bytes())
-        return bool(noted == _sums(checkpoint))
-    except (OSError, ValueError):
-        return False
-
-
-def _set_aside(checkpoint: Path) -> str:
-    """Take a damaged checkpoint out of the way, for whoever wants to look; gives its old name."""
-    name = checkpoint.name
-    aside = Path(tempfile.mkdtemp(dir=checkpoint.parent, prefix=f"damaged-{name}-"))
-    checkpoint.rename(aside / name)
-    return name
+        parse_object((checkpoint / "trainer_state.json").read_bytes())
+        spoilt = [path for path in checkpoint.glob("*.pt*") if zipfile.ZipFile(path).testzip() is not None]
+    except (OSError, ValueError, zipfile.BadZipFile):
+        spoilt = [checkpoint]
+    if spoilt:
+        raise BundleError(
+            f"The checkpoint {checkpoint} is damaged: remove that folder, and --resume goes on from the one before."
+        )

@@ -53,6 +53,7 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         )
         self._prepared = prepared
         self._folder = folder
+        self._output = folder.path  # where a checkpoint is written
         self._about = about
         self.evaluations: dict[int, Evaluation] = {}
         super().__init__(
@@ -99,11 +100,11 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._folder.saving(self.state.global_step) as temporary:
-            self.save_model(str(temporary))
-            self._save_optimizer_and_scheduler(str(temporary))
-            self._save_rng_state(str(temporary))
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
+        with self._folder.saving(self.state.global_step) as self._output:
+            super()._save_checkpoint(model, trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._output)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_prompt(

@@ -96,7 +96,7 @@ def tune(
     folder.check(resume=resume, overwrite=overwrite)
     with folder.locked():
         clear_leftovers(out)
-        checkpoint = folder.begin(trained, resume=resume, overwrite=overwrite, notify=_printer(console))
+        checkpoint = folder.begin(trained, resume=resume, overwrite=overwrite)
         trainer = _train(model, settings, prepared, folder, about, checkpoint, console, callbacks)
         state = trainer.state
         if state.global_step < state.max_steps:

@@ -425,12 +425,13 @@ def outputs_of_another_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_column_too_few(patch: pytest.MonkeyPatch) -> None:
-    behind = client_bundles.Begun.behind
+    prompt = client_bundles.PrefilledPrompt
+    left = prompt.left_to_send
 
     def early(self: Any, step: Any, tensors: Any) -> Any:
-        return behind(client_bundles.Begun(self.outputs[:, 1:]), step, tensors)
+        return left(prompt(self.outputs[:, 1:]), step, tensors)
 
-    patch.setattr(client_bundles.Begun, "behind", early)
+    patch.setattr(prompt, "left_to_send", early)
 
 
 def deep_prompts_not_in_the_name(patch: pytest.MonkeyPatch) -> None:
@@ -441,11 +442,11 @@ def deep_prompts_not_in_the_name(patch: pytest.MonkeyPatch) -> None:
 
 CAUGHT_BY: dict[Plant, set[str]] = {
     no_mistake: set(),
-    shared_page_written: {"company"},
-    deep_prompts_forgotten_by_the_server: {"alone", "company"},
-    blocks_before_the_span_left_out: {"alone", "company"},
+    shared_page_written: {"beside_others"},
+    deep_prompts_forgotten_by_the_server: {"by_itself", "beside_others"},
+    blocks_before_the_span_left_out: {"by_itself", "beside_others"},
     outputs_of_another_block: {"failover"},
-    one_column_too_few: {"alone", "company"},
+    one_column_too_few: {"by_itself", "beside_others"},
     deep_prompts_not_in_the_name: {"trained"},
 }
 
@@ -456,11 +457,11 @@ class Checks:
 
     chats: Chats
 
-    def alone(self) -> bool:
+    def by_itself(self) -> bool:
         model, ids = self.chats.client(), random_ids(1, 6)
         return torch.equal(say(model, ids, 8), self.chats.local(model).greedy(ids, 8))
 
-    def company(self) -> bool:
+    def beside_others(self) -> bool:
         model, other, ids = self.chats.client(), self.chats.client(), random_ids(1, 6)
         with model.inference_session() as mine, other.inference_session() as theirs:
             found = say(model, ids, 2, session=mine)
@@ -489,7 +490,7 @@ def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         chats.serve((0, 2), (2, 4), throughput=1000)
         chats.serve((2, 4), bundles=[], throughput=1)
         checks = Checks(chats)
-        names = ("alone", "company", "trained", "failover")
+        names = ("by_itself", "beside_others", "trained", "failover")
         failed = {name for name in names if not _passes(getattr(checks, name))}
     if plant is no_mistake:
         assert not failed

@@ -16,7 +16,8 @@ from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import PAGE, CachedRow, PagePool
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.span import DeepRows, Span, load_span
+from corolla.models.prompts import DeepRows
+from corolla.models.span import Span, load_span
 
 UNPACKABLE = {"falcon"}
 PACKABLE = tuple(family for family in FAMILIES if family not in UNPACKABLE)

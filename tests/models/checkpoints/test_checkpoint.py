@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.tiny_models import tiny_config, tiny_model, write_tiny
-from transformers import AutoModelForCausalLM
 
 from corolla.errors import CheckpointError, UnknownModel, UnsupportedFamily
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -73,18 +72,6 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path, shards: int)
     widened = open_checkpoint(str(folder)).tensors(lambda key: key in tensors, widen_to=torch.float32)
     assert {tensor.dtype for tensor in widened.values()} == {torch.float32}
     assert all(torch.equal(widened[key], tensors[key].float()) for key in tensors)
-
-
-@pytest.mark.parametrize("shards", [1, 4])
-def test_a_subset_is_a_folder_that_transformers_reads(tmp_path: Path, shards: int) -> None:
-    folder = write_tiny("llama", tmp_path, shards=shards)
-    checkpoint = open_checkpoint(str(folder))
-    with checkpoint.subset(lambda key: ".layers." not in key) as part:
-        assert set(index_of(part)) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-        model = AutoModelForCausalLM.from_pretrained(part)
-    whole = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
-    assert not part.exists()
 
 
 # --- identity -------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from corolla.models.kernels import int8
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
 from corolla.models.layered import LayeredRow, Row, new_row
-from corolla.models.span import DeepRows, Span, load_span
+from corolla.models.prompts import DeepRows
+from corolla.models.span import Span, load_span
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
 

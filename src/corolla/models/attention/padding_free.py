@@ -7,15 +7,11 @@ computed as the rows of an ordinary batch, whose padding never reaches a server.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-
-def starts_anew(positions: Tensor) -> bool:
-    """Whether a row of position ids [R, T] holds more than one sequence, as `transformers` sees it."""
-    return bool((positions.diff(dim=-1) != 1).any())
 
 
 @dataclass(frozen=True)
@@ -50,3 +46,13 @@ class FlatRows:
         """What `split` took apart, [n, L, …] to [R, T, …]."""
         parts = [split[index, :count] for index, (_, _, count) in enumerate(self.stretches)]
         return torch.cat(parts).reshape(*self.shape, *split.shape[2:])
+
+    def split_call(self, named: dict[str, Any]) -> None:
+        """Rewrite a base model's arguments: one sequence a row, and padding behind the shorter ones."""
+        for name in ("input_ids", "inputs_embeds", "position_ids"):
+            value = named.get(name)
+            if value is not None:
+                whole = value.expand(self.shape) if name == "position_ids" else value
+                named[name] = self.split(whole)
+                device = value.device
+        named["attention_mask"] = self.mask().to(device)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -27,7 +26,7 @@ from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.identity import Sample, model_identity, sample_plan
 from corolla.models.checkpoints.pretrained import load_config, refuse_tokenizer_code
 from corolla.models.checkpoints.shards import TensorEntry, local_reader, read_entries, read_tensors
-from corolla.models.checkpoints.source import INDEX_FILE, LocalFolder, Source, read_json
+from corolla.models.checkpoints.source import LocalFolder, Source, read_json
 from corolla.models.families import structure
 from corolla.models.numerics import DTYPES
 from corolla.places import cache_root
@@ -136,22 +135,6 @@ class Checkpoint:
             entries = self._entries(file)
             total += sum(prod(entries[key].shape) for key in keys)
         return total
-
-    @contextmanager
-    def subset(self, wanted: Callable[[str], bool]) -> Iterator[Path]:
-        """A temporary folder that `from_pretrained` can read: an index of the wanted keys, and their files.
-
-        The files are links to the checkpoint's own, so they may hold more tensors than the index names.
-        """
-        by_file = self._by_file(wanted)
-        with tempfile.TemporaryDirectory(prefix="corolla-") as temporary:
-            folder = Path(temporary)
-            for file in by_file:
-                (folder / file).symlink_to(self.source.fetch(file).resolve())
-            index = {key: file for file, keys in by_file.items() for key in keys}
-            (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-            (folder / CONFIG_FILE).write_text(json.dumps(self._raw_config))
-            yield folder
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 
 from corolla.errors import UsageError
+from corolla.models.kernels.cuda import cuda_linear
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
 from corolla.models.kernels.narrow import NarrowLinear, narrow_form
@@ -47,21 +48,43 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
     if quantization == "int8" and not has_int8():
         raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
     make: Make = exact_linear if quantization == "none" else partial(Int8Linear, pieces=pieces)
-    owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
-    # Names, not modules: a list of the layers would keep every plain weight alive until the end.
-    names = {name for name, child in module.named_modules() if name and _is_replaceable(child, owners)}
+    names = _replaceable(module, lambda weight: is_packable(weight.device, weight.dtype))
     total = len(names)
     for parent in sorted({name.rpartition(".")[0] for name in names}):
         for siblings in SIBLINGS:
             group = [f"{parent}.{one}".lstrip(".") for one in siblings]
             if names.issuperset(group) and _fuse(module.get_submodule(parent), siblings, make):
                 names.difference_update(group)
+    _replace(module, names, make)
+    return total
+
+
+def quantize_on_cuda(module: nn.Module, quantization: Literal["int8", "nf4"]) -> int:
+    """As `pack_linears`, for layers on a CUDA device in float16 or bfloat16. Raises `UsageError` as `cuda_linear`."""
+    make, names = cuda_linear(quantization), _replaceable(module, lambda weight: weight.device.type == "cuda")
+    _replace(module, names, make)
+    return len(names)
+
+
+def _replaceable(module: nn.Module, here: Callable[[Tensor], bool]) -> set[str]:
+    """The frozen layers whose weight, on a device `here`, is their own.
+
+    Names, not modules: a list of the layers would keep every plain weight alive until the end.
+    """
+    owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
+    return {
+        name
+        for name, child in module.named_modules()
+        if name and _is_replaceable(child, owners) and here(child.weight)
+    }
+
+
+def _replace(module: nn.Module, names: set[str], make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     for name in sorted(names):
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         module.set_submodule(name, make(layer.weight, layer.bias))
         del layer
-    return total
 
 
 def exact_linear(weight: Tensor, bias: Tensor | None) -> FrozenLinear:
@@ -88,12 +111,11 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:
     return True
 
 
-def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> bool:
+def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> TypeGuard[nn.Linear]:
     return (
         type(layer) is nn.Linear
         and not any(one.requires_grad or owners[id(one)] > 1 for one in layer.parameters())
         and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and is_packable(layer.weight.device, layer.weight.dtype)
     )
 
 

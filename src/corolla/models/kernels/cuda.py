@@ -1,74 +1,45 @@
-"""Quantized weights on a CUDA device, by bitsandbytes. UNTESTED: no such device has run it yet.
-
-Invariant: what is replaced is what `apply.pack_linears` would replace on a CPU: exactly frozen `nn.Linear`s with
-weights of their own. bitsandbytes quantizes when its layers are moved to the device, one layer at a time here.
-"""
+"""Frozen layers on a CUDA device in 8 or 4 bits, by bitsandbytes. No such device has run it yet: try it before use."""
 
 from __future__ import annotations
 
 import importlib
-from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corolla.errors import UsageError
 
-QUANTIZATIONS = ("nf4", "int8")
+# A threshold would send outlier columns of a *batch* through float16, so a row would depend on the strangers beside
+# it; without one, every row has a scale of its own.
+_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 0.0}),
+    "nf4": ("Linear4bit", {"quant_type": "nf4"}),
+}
 
 
-def quantize_linears(module: nn.Module, quantization: str) -> int:
-    """Replace the frozen linear layers below `module` (on a CUDA device, float16 or bfloat16); returns how many.
+def cuda_linear(quantization: str) -> Callable[[Tensor, Tensor | None], nn.Module]:
+    """What makes a layer, on the weight's own device, of a weight [out, in] and a bias [out].
 
-    Raises `UsageError` for an unknown name, and where there is no CUDA device or no bitsandbytes.
+    Raises `UsageError` where there is no CUDA device or no bitsandbytes.
     """
-    if quantization not in QUANTIZATIONS:
-        raise UsageError(f"Unknown quantization {quantization!r}; on CUDA use {' or '.join(QUANTIZATIONS)}.")
-    library = _bitsandbytes()
-    owners = Counter(id(one) for _, one in module.named_parameters(remove_duplicate=False))
-    names = [name for name, child in module.named_modules() if name and _is_replaceable(child, owners)]
-    for name in names:
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        module.set_submodule(name, _quantized(library, layer, quantization))
-        del layer
-    return len(names)
-
-
-def _bitsandbytes() -> Any:
     if not torch.cuda.is_available():
         raise UsageError("This quantization needs a CUDA device and there is none; use --device cpu.")
     try:
-        return importlib.import_module("bitsandbytes")
+        library: Any = importlib.import_module("bitsandbytes").nn
     except ImportError as error:
         raise UsageError(
             "Quantized weights on CUDA need bitsandbytes; run pip install bitsandbytes."
         ) from error
+    kind, options = _LAYERS[quantization]
 
+    def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        outputs, inputs = weight.shape
+        more = options | ({"compute_dtype": weight.dtype} if quantization == "nf4" else {})
+        layer = getattr(library, kind)(inputs, outputs, bias is not None, **more)
+        layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+        made: nn.Module = layer.to(weight.device).requires_grad_(False)  # this is when it is quantized
+        return made
 
-def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> bool:
-    return (
-        type(layer) is nn.Linear
-        and not any(one.requires_grad or owners[id(one)] > 1 for one in layer.parameters())
-        and layer.weight.device.type == "cuda"
-    )
-
-
-def _quantized(library: Any, layer: nn.Linear, quantization: str) -> nn.Module:
-    sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-    device, weight = layer.weight.device, layer.weight.detach().cpu()
-    if quantization == "nf4":
-        made = library.nn.Linear4bit(
-            *sizes, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta"
-        )
-        made.weight = library.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)
-    else:
-        # A threshold sends outlier columns of a *batch* through float16, so a row would depend on the
-        # strangers beside it; without one, every row has a scale of its own.
-        made = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=0.0, device="meta")
-        made.weight = library.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    result: nn.Module = made.to(device).requires_grad_(False)
-    return result
+    return make

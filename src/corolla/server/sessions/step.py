@@ -17,7 +17,7 @@ from torch import Tensor
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.layered import LayeredRow
-from corolla.models.span import DeepRows
+from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer
 from corolla.server.requests import Client, check_hidden, check_memory
 from corolla.server.scheduler.engine import Kind, Request

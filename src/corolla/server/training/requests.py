@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.kernels.helpers import SPINNING
-from corolla.models.span import DeepRows, Span
+from corolla.models.prompts import DeepRows
+from corolla.models.span import Span
 from corolla.server.block_server import BlockServer
 from corolla.server.requests import (
     Client,

@@ -8,9 +8,8 @@ What a server announced of its speed is believed until it was found far from tru
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import msgspec
 
@@ -27,8 +26,6 @@ SLOW_SECONDS = 0.25
 SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
 SLOW_IN_A_ROW = 4
 SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
-
-_NO_LATENCY: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,10 @@ def find_route(
     end: int,
     *,
     avoid: Collection[str] = (),
-    latency: Mapping[str, float] = _NO_LATENCY,
 ) -> list[Hop]:
     """The cheapest chain of servers for blocks [start, end).
 
-    A hop costs `HOP_SECONDS`, plus the peer's `latency` (seconds of a round trip) where it is known, plus
-    its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties go to fewer hops,
+    A hop costs `HOP_SECONDS`, plus its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties go to fewer hops,
     then to the peer ids that sort first. Raises `MissingBlocks` when some block has no eligible server;
     `ValueError` for an empty range.
     """
@@ -88,7 +83,7 @@ def find_route(
         for index, record in enumerate(usable):
             if not record.start <= block < record.end:
                 continue
-            entered = done.enter(record.peer_id, block, HOP_SECONDS + latency.get(record.peer_id, 0.0))
+            entered = done.enter(record.peer_id, block, HOP_SECONDS)
             stayed = inside.get(index)
             best = entered if stayed is None else min(stayed, entered)
             reached[index] = best.advance(block_seconds(record))
