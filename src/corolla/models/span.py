@@ -230,7 +230,8 @@ class Span:
         between: Callable[[], None] | None = None,
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
-        hooks = packed_hooks(self.blocks, deep, between)
+        plain = deep is None and between is None
+        hooks: list[list[BlockHook]] = [] if plain else packed_hooks(self.blocks, deep, between)
         arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False}
         with self._attention(PACKED), packed(batch):
             return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
