@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
 from corolla.config import NodeConfig, ServerConfig, SwarmConfig
 from corolla.errors import SwarmUnavailable
@@ -110,7 +111,9 @@ class Servers:
             owns_loop=False,
         )
         self._connections.append(connection)
-        model = load_distributed(self.checkpoint.name, connection=connection, dtype=torch.float32)
+        model = load_distributed(
+            from_pretrained(self.checkpoint.name, dtype=torch.float32), connection=connection
+        )
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         return model

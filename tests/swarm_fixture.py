@@ -6,7 +6,6 @@ Everything runs on one event-loop thread, as a client's own loop does; `MemorySw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
 from corolla.client.model.loading import auditing
 from corolla.config import SwarmConfig
@@ -35,7 +35,6 @@ from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
 
 FOREVER = 1e6
-OPTIONS = {field.name for field in fields(SwarmConfig)}
 
 
 class MemorySwarm:
@@ -128,9 +127,9 @@ class MemorySwarm:
 
         self.loop.run(stop())
 
-    def connect(self, *, observe: Any = None, **options: Any) -> SwarmConnection:
-        """A new client's connection; `options` as for `SwarmConfig`."""
-        config = SwarmConfig.of(**options)
+    def connect(self, config: SwarmConfig | None = None, *, observe: Any = None) -> SwarmConnection:
+        """A new client's connection."""
+        config = config or SwarmConfig()
         if observe is None:
             observe = auditing(self.checkpoint, config.audit, self.dtype)
 
@@ -156,9 +155,8 @@ class MemorySwarm:
         `observe` makes an auditor of the test's own.
         """
         arguments.setdefault("dtype", self.dtype)
-        options = {"patience": patience} | {name: arguments[name] for name in OPTIONS & set(arguments)}
-        connection = self.connect(observe=observe, **options)
-        return load_distributed(self.checkpoint.name, connection=connection, **arguments)
+        request = from_pretrained(self.checkpoint.name, patience=patience, **arguments)
+        return load_distributed(request, connection=self.connect(request.swarm, observe=observe))
 
     def counted(self, name: str = "inference") -> dict[str, int]:
         """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""

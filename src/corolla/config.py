@@ -76,6 +76,7 @@ class SwarmConfig:
     quantization: str = "none"  # of the client's embedding and head
     identity: Path | None = None  # a file with the key that guarded servers know this client by
     trust: tuple[str, ...] | None = None  # peer ids of the only servers to be used
+    blocked: tuple[str, ...] = ()  # peer ids of servers not to be used
 
     def __post_init__(self) -> None:
         _check_name("wire", self.wire, get_args(WireFormat))
@@ -94,6 +95,7 @@ class SwarmConfig:
         *,
         identity: str | Path | None = None,
         trust: Collection[str] | None = None,
+        blocked: Collection[str] | None = None,
         **others: Any,
     ) -> SwarmConfig:
         """From what people write; what is None among `others` is left at its default."""
@@ -101,13 +103,15 @@ class SwarmConfig:
             peers=(peers,) if isinstance(peers, str) else tuple(peers),
             identity=None if identity is None else Path(identity),
             trust=None if trust is None else tuple(trust),
+            blocked=tuple(blocked or ()),
             **{name: value for name, value in others.items() if value is not None},
         )
 
     def arguments(self) -> dict[str, Any]:
         """As `from_pretrained` takes them."""
         values = asdict(self)
-        return {"initial_peers": list(values.pop("peers")), **values}
+        renamed = {"initial_peers": "peers", "allowed_servers": "trust", "blocked_servers": "blocked"}
+        return {name: values.pop(field) for name, field in renamed.items()} | values
 
     @property
     def wire_format(self) -> WireFormat:

@@ -19,7 +19,7 @@ from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
-from corolla.models.cache import BlocksCall, DeferredPass, on_cpu
+from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
 
 
 class RemoteBlocks:
@@ -109,11 +109,14 @@ class RemoteBlocks:
     @torch.no_grad()
     def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         assert call.cache is not None
-        session, earlier = call.cache.session, call.cache.deferred
-        if earlier is not None and call.start:
-            session.step(earlier.hidden, earlier.call)
+        self._catch_up(call.cache, call.start)
         call.cache.deferred = None
-        return session.step(hidden, call)
+        return call.cache.session.step(hidden, call)
+
+    def _catch_up(self, cache: RemoteCache, start: int) -> None:
+        """Give the session a pass that was deferred, unless this step takes it back."""
+        if cache.deferred is not None and start:
+            cache.session.step(cache.deferred.hidden, cache.deferred.call)
 
 
 class _NoGradients(torch.autograd.Function):

@@ -12,10 +12,11 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 
-from corolla.client.audits.verdicts import Verdicts
+from corolla.client.audits.audit import Verdicts
+from corolla.client.health import Clock, Health
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig, WireFormat
 from corolla.errors import (
@@ -48,13 +49,6 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 10.0
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
 SLOW_READ_SECONDS = 0.5  # a directory that takes longer is not waited for where older records will do
-FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
-LONGEST_AVOIDANCE = 60.0
-FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
-LONGEST_REST = 5.0
-BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
-
-Clock = Callable[[], float]
 
 
 class Records:
@@ -64,17 +58,18 @@ class Records:
         self,
         directory: Directory,
         model: str,
-        trust: Collection[str] | None,
+        config: SwarmConfig,
         clock: Clock,
         moved: Callable[[str], None],
     ) -> None:
-        """`trust`: leave all but these peers out; `moved` hears of a peer that has come back with other blocks."""
+        """`moved` hears of a peer that has come back with other blocks."""
         self.known: list[ServerRecord] = []
         self.kinds: dict[str, str] = {}  # in what arithmetic each peer says that it computes
-        self.untrusted = 0  # servers of the model that are left out
+        self.untrusted = 0  # servers of the model that the user has left out
         self._directory = directory
         self._model = model
-        self._trust = None if trust is None else frozenset(trust)
+        self._allowed = None if config.trust is None else frozenset(config.trust)
+        self._blocked = frozenset(config.blocked)
         self._clock = clock
         self._moved = moved
         self._refreshed = float("-inf")
@@ -112,7 +107,7 @@ class Records:
                 raise
             log.info("The directory does not answer: %s", error)
             found = []
-        records = [record for record in found if self._trust is None or record.peer_id in self._trust]
+        records = [record for record in found if self._is_allowed(record.peer_id)]
         self.untrusted = len(found) - len(records)
         self._refreshed = self._clock()
         if not records and self.known:
@@ -123,6 +118,9 @@ class Records:
                 self._moved(record.peer_id)
         self.known, self.kinds = records, {one.peer_id: one.numerics for one in records}
 
+    def _is_allowed(self, peer: str) -> bool:
+        return (self._allowed is None or peer in self._allowed) and peer not in self._blocked
+
     def _read(self, task: asyncio.Task[None]) -> None:
         self._reading = None
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -132,61 +130,6 @@ class Records:
         """Read no more."""
         if self._reading is not None:
             self._reading.cancel()
-
-
-class Health:
-    """Which peers are to be avoided or left alone, and until when."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._failures: dict[str, int] = defaultdict(int)  # in a row
-        self._avoid_until: dict[str, float] = {}
-        self._rest_until: dict[str, float] = {}
-        self._busy_until: dict[str, float] = {}
-
-    def failed(self, peer: str, after: float | None) -> None:
-        """Prefer others for a while, longer each time in a row; for `after` seconds where the peer said so.
-
-        At first it may be asked again at once, should there be nobody else: it may be back already.
-        """
-        now, times = self._clock(), min(self._failures[peer], 10)  # before this one
-        self._failures[peer] += 1
-        self._avoid_until[peer] = now + min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2**times)
-        self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
-        if after is not None:
-            self.leave_alone(peer, after)
-
-    def leave_alone(self, peer: str, seconds: float) -> None:
-        """Do not ask the peer at all for so long."""
-        self._avoid_until[peer] = self._rest_until[peer] = self._clock() + seconds
-
-    def busy(self, peer: str, after: float | None) -> None:
-        """The same, without any blame, of one that is only busy."""
-        self._busy_until[peer] = self._clock() + (BUSY_SECONDS if after is None else after)
-
-    def forgive(self, peer: str) -> None:
-        """Forget the peer's earlier failures."""
-        for book in (self._failures, self._avoid_until, self._rest_until):
-            book.pop(peer, None)
-
-    def is_busy(self, peer: str) -> bool:
-        """Whether the peer asked to be left alone until later than now."""
-        return self._busy_until.get(peer, 0.0) > self._clock()
-
-    def now(self) -> tuple[set[str], set[str], set[str]]:
-        """Peers that others are preferred to, those that are not to be asked, and of these the busy ones."""
-        avoided, resting, busy = map(self._still, (self._avoid_until, self._rest_until, self._busy_until))
-        return avoided, resting | busy, busy
-
-    def next_return(self) -> float:
-        """Seconds until the first peer that is left alone may be asked again; 0 when there is none."""
-        now = self._clock()
-        moments = (*self._rest_until.values(), *self._busy_until.values())
-        return min((until - now for until in moments if until > now), default=0.0)
-
-    def _still(self, until: dict[str, float]) -> set[str]:
-        now = self._clock()
-        return {peer for peer, end in until.items() if end > now}
 
 
 class Channels:
@@ -250,7 +193,7 @@ class SwarmView:
         self.wire = config.wire_format
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
-        self.records = Records(directory, model, config.trust, self.now, self.health.forgive)
+        self.records = Records(directory, model, config, self.now, self.health.forgive)
         self.channels = Channels(transport, self.wire)
         self.verdicts = Verdicts()
         self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
@@ -293,13 +236,14 @@ class SwarmView:
         if self.records.untrusted:
             return MissingBlocks(
                 f"The servers that you trust do not serve blocks {blocks} of {self.model_name}; there are "
-                f"{self.records.untrusted} others, which are not on your list.",
+                f"{self.records.untrusted} others, which your list leaves out.",
                 blocks=missing.blocks,
             )
         return missing
 
     def _find(self, start: int, end: int) -> list[Hop]:
         avoided, resting, busy = self.health.now()
+        avoided |= self.health.doubted()
         resting |= set(self.verdicts.condemned)
         with contextlib.suppress(MissingBlocks):
             return self._find_in_one_kind(start, end, avoided | resting)
@@ -383,8 +327,8 @@ class SwarmView:
             self._paces.took(record, hop, tokens, nbytes, seconds, self.now())
 
     def should_leave(self, hop: Hop) -> bool:
-        """Whether the server was found far slower than it announced, and a faster one is there."""
-        if not self._paces.is_slow(hop.peer_id, self.now()):
+        """Whether the server was found far slower than it announced, or is doubted, and a better one is there."""
+        if not (self._paces.is_slow(hop.peer_id, self.now()) or hop.peer_id in self.health.doubted()):
             return False
         try:
             return all(other.peer_id != hop.peer_id for other in self._find(hop.start, hop.end))

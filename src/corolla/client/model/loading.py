@@ -1,7 +1,6 @@
-"""What a distributed model is made from: a checked order, a connection, generation settings, a first prompt.
+"""What a distributed model is made from: a connection, generation settings, a first prompt.
 
-Invariant: what the user asked for is checked before anything is downloaded, and all of it before anything is
-computed.
+Invariant: what the user asked for is checked before anything is computed.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from corolla.client.audits.auditor import Auditor
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.connection import SwarmConnection
 from corolla.client.model import saving
+from corolla.client.model.arguments import LoadRequest
 from corolla.client.model.heads import share_head, use_head_kernel
 from corolla.client.model.objects import SharedConnection
 from corolla.client.view import SwarmView
@@ -28,6 +28,7 @@ from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts, load_tokenizer
+from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.guard import switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
@@ -35,22 +36,6 @@ from corolla.models.prompts import SoftPrompt
 from corolla.text import well_formed
 
 log = logging.getLogger(__name__)
-
-TUNING_MODES = (None, "ptune", "deep_ptune")
-
-
-def check_tuning(mode: str | None, length: int, init: str, prompts: str | Path | None) -> None:
-    """Raises `UsageError` for a prompt that cannot be made."""
-    if mode not in TUNING_MODES:
-        raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
-    if mode is not None and length < 1:
-        raise UsageError(
-            f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
-        )
-    if init not in ("vocab", "text", "random"):
-        raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
-    if mode is not None and prompts is not None:
-        raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
 
 
 def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch.dtype:
@@ -90,29 +75,37 @@ def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> Gene
     return config
 
 
-def initial_prompt(
-    model: Any, checkpoint: Checkpoint, mode: str, length: int, init: str, text: str | None, seed: int
-) -> SoftPrompt:
-    """A prompt to start training from: a text's embeddings, sampled vocabulary, or noise of their scale."""
-    embedding = model.get_input_embeddings()
-    if init == "random":
-        weight: Tensor = embedding.weight
-        vectors = prompt_math.random_vectors(
-            length, weight.shape[1], std=float(weight.float().std()), seed=seed
+def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> SoftPrompt | None:
+    """The saved prompt that was asked for, or one to start training from. Raises `BundleError`, `UsageError`."""
+    if request.prompts is not None:
+        width = int(model.get_input_embeddings().weight.shape[1])
+        saved = load_prompt(
+            request.prompts, model_name=checkpoint.name, identity=checkpoint.identity, peft_width=width
         )
-    elif init == "text":
-        if not text:
-            raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
-        tokenizer = load_tokenizer(checkpoint)
-        ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
-        check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
-        vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
-    else:
-        vectors = prompt_math.initial_vectors(
+        return saved.to(model.device)
+    if request.tuning_mode is None:
+        return None
+    blocks = checkpoint.num_blocks if request.tuning_mode == "deep_ptune" else 0
+    vectors = _first_vectors(model.get_input_embeddings(), checkpoint, request)
+    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
+
+
+def _first_vectors(embedding: Any, checkpoint: Checkpoint, request: LoadRequest) -> Tensor:
+    """A text's embeddings, sampled vocabulary, or noise of their scale; [P, H]."""
+    length, text, seed = request.pre_seq_len, request.prompt_text, request.seed
+    if request.prompt_init == "random":
+        weight: Tensor = embedding.weight
+        return prompt_math.random_vectors(length, weight.shape[1], std=float(weight.float().std()), seed=seed)
+    if request.prompt_init == "vocab":
+        return prompt_math.initial_vectors(
             embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
         )
-    blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
-    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
+    if not text:
+        raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
+    check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
+    return prompt_math.initial_vectors(embedding, length, token_ids=ids)
 
 
 def load_shell(

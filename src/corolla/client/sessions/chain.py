@@ -251,7 +251,7 @@ class SessionChain:
         first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)
         for span in self._spans[first:]:
             await span.drop()
-        hop = Hop(finding.peer_id, self._spans[first].hop.start, self._end)
+        hop = Hop(finding.hop.peer_id, self._spans[first].hop.start, self._end)
         self._spans[first:] = [SpanSession(hop, self._spans[first].history)]
         self._authors = {peer: block for peer, block in self._authors.items() if block < hop.start}
         self.version += 1
