@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.span_session import History
+from corolla.client.sessions.history import History
 from corolla.config import WireFormat
 from corolla.errors import LyingServer
 from corolla.swarm.directory.routing import Hop
