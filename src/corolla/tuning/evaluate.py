@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from corolla.client.model.losses import deferred_logits, token_losses
+from corolla.data.collate import Collator
 from corolla.data.render import NO_LOSS, Example
-from corolla.tuning.batches import BatchMaker
 
 RESAMPLES = 4000
 KINDS = ("reply", "marker")
@@ -89,7 +89,7 @@ class Difference:
     high: float | None
 
 
-def evaluate(model: Any, examples: Sequence[Example], batches: BatchMaker, batch_size: int) -> Evaluation:
+def evaluate(model: Any, examples: Sequence[Example], batches: Collator, batch_size: int) -> Evaluation:
     """Losses of `model` on `examples`, which are batched by length; the model's mode is left as it was."""
     collected: dict[str, dict[str, list[tuple[float, int]]]] = {kind: {} for kind in KINDS}
     was_training = model.training
