@@ -25,7 +25,6 @@ from corolla.data.render import Renderer
 from corolla.data.reply_reader import ReplyReader
 from corolla.errors import SessionLimit, UsageError
 from corolla.files import write_json
-from corolla.models.limits import UNLIMITED_CONTEXT, context_limit  # noqa: F401  (for its callers)
 
 
 def check_context(sampling: SamplingSettings, max_context: int) -> None:
