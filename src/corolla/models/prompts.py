@@ -196,7 +196,7 @@ def packed_hooks(
 ) -> list[list[BlockHook]]:
     """For `Passage`: what a packed pass does before each block."""
     if deep is None:
-        return [] if between is None else [[_PackedHook(between, None, None)] for _ in blocks]
+        return [[_PackedHook(between, None, None)] for _ in blocks]
     return [[_PackedHook(between, deep.tokens, vectors)] for vectors in deep.vectors]
 
 

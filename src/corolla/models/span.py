@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
-
 
 _passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
 
@@ -231,7 +230,8 @@ class Span:
         between: Callable[[], None] | None = None,
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
-        hooks = packed_hooks(self.blocks, deep, between)
+        plain = deep is None and between is None
+        hooks: list[list[BlockHook]] = [] if plain else packed_hooks(self.blocks, deep, between)
         arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False}
         with self._attention(PACKED), packed(batch):
             return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)

@@ -199,7 +199,7 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules:
     window, total = rules.window, int(keys.shape[2])
     if window is not None and total <= window:
         window = None
-    if not rules.plain:
+    if any(one is not None for one in (rules.softcap, rules.sinks, rules.slopes)):  # not in the fused kernel
         return _attend_plainly(query, keys, values, one, rules, window)
     grouped = query.shape[1] != keys.shape[1]
     if one.count == 1:  # sees everything, or the newest of it

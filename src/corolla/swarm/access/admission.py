@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
+from cachetools import TTLCache
 
 from corolla.errors import NotAdmitted, PeerDisconnected, PeerSilent, ProtocolError, RemoteError
 from corolla.swarm.access.invitations import MAX_TOKEN_BYTES
@@ -38,6 +39,7 @@ MAX_STREAMS_OF_A_PEER = 2
 SWEEP_SECONDS = 1.0
 REFUSAL_SECONDS = 2.0
 AGAIN_SECONDS = 30.0  # after which a peer that refused us is asked again
+MAX_REFUSED = 4096  # that are remembered
 
 T = TypeVar("T")
 
@@ -235,12 +237,12 @@ class Introductions:
     def __init__(self, transport: Transport, certificates: Sequence[str] = ()) -> None:
         self._transport = transport
         self._certificates = list(certificates)
-        self._refused: dict[str, float] = {}  # peer id -> when it may be asked again
+        self._refused: TTLCache[str, bool] = TTLCache(MAX_REFUSED, ttl=AGAIN_SECONDS)  # by peer id
         self._asking: dict[str, asyncio.Task[bool]] = {}
 
     async def introduce(self, peer_id: str) -> bool:
         """Present this peer's certificates; whether it is let in now. Never raises."""
-        if not self._certificates or self._refused.get(peer_id, 0.0) > time.monotonic():
+        if not self._certificates or peer_id in self._refused:
             return False
         task = self._asking.get(peer_id)
         if task is None:  # of many streams that are refused at once, one asks
@@ -253,7 +255,7 @@ class Introductions:
             await present(self._transport, peer_id, self._certificates)
         except (NotAdmitted, RemoteError) as error:
             log.info("Peer %s does not let this one in: %s", peer_id, error)
-            self._refused[peer_id] = time.monotonic() + AGAIN_SECONDS
+            self._refused[peer_id] = True
             return False
         self._refused.pop(peer_id, None)
         return True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from cachetools import TLRUCache
 from filelock import FileLock
 
 from corolla.errors import NotAdmitted, UsageError
@@ -118,8 +119,10 @@ class Membership:
         self._allow = allow
         self._issuers = frozenset(issuers)
         self._revoked = revoked
-        self._clock = clock
-        self._certified: dict[str, float] = {}  # peer id -> when its certificate expires
+        # Peer id -> when its certificate expires; gone then, or when too many others were looked up since.
+        self._certified: TLRUCache[str, float] = TLRUCache(
+            MAX_CERTIFIED, ttu=lambda _peer, expires, _now: expires + LEEWAY, timer=clock
+        )
 
     def allowed(self, peer_id: str) -> bool:
         """Whether the peer is a member now."""
@@ -129,7 +132,7 @@ class Membership:
             return False
         if peer_id in self._issuers or (self._allow is not None and peer_id in self._allow.content):
             return True
-        return self._certified.get(peer_id, 0.0) + LEEWAY > self._clock()
+        return peer_id in self._certified
 
     def is_revoked(self, peer_id: str) -> bool:
         """Whether the peer's certificates were taken back here."""
@@ -140,8 +143,6 @@ class Membership:
         if self.is_revoked(peer_id):
             raise NotAdmitted("This peer's certificate was revoked.")
         expires = check_certificate(certificate, peer_id, self._issuers)
-        if len(self._certified) >= MAX_CERTIFIED and peer_id not in self._certified:
-            del self._certified[min(self._certified, key=lambda peer: self._certified[peer])]
         self._certified[peer_id] = max(expires, self._certified.get(peer_id, 0.0))
 
 
