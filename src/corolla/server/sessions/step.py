@@ -220,7 +220,7 @@ class StepRequest(Request):
         for row, end in enumerate(self._row_ends):
             here, stop = max(first, start), min(last, end)
             if here < stop:
-                cached = self.session.cached[row]
+                cached = self.session.block_tables[row]
                 self.segments.append(Segment(begin + here - first, stop - here, cached, self.room))
             start = end
         return self._inputs[first:last], self._ids[first:last]
