@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.client.model.losses import deferred_logits, token_losses
+from corolla.client.model.losses import lazy_logits, token_losses
 from corolla.data.render import NO_LOSS, Example
 from corolla.tuning.batches import BatchMaker
 
@@ -115,7 +115,7 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss of every token that carries one, row after row, at least float32 [n]."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
-    with deferred_logits():
+    with lazy_logits():
         logits = model(**batch, use_cache=False).logits
     return token_losses(logits, flat_targets(labels)).cpu()
 
