@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, Layout, PagePool
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
-from corolla.models.layered import LayeredRow, Row, common_pages, new_row
+from corolla.models.layered import LayeredTables, CachedSequence, common_pages, new_sequence
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
@@ -57,7 +57,7 @@ class Session:
         self.step: Request | None = None  # that is being taken
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
-        self.cached: list[Row] = []  # of a family that can be packed
+        self.cached: list[CachedSequence] = []  # of a family that can be packed
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -137,7 +137,7 @@ class Session:
         if not position or self.pool.layout.plain:
             return True
         chosen = [(self.cached[row], self.real_tokens(row, position)) for row in set(self._chosen(order))]
-        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredRow))
+        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredTables))
 
     def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
         """Whether another session over `span` with these prompts may begin as `origin` says."""
@@ -163,7 +163,7 @@ class Session:
         self.mask = None if other.mask is None else other.mask[:, :tokens]
         return True
 
-    def begin_with(self, row: Row, rows: int) -> None:
+    def begin_with(self, row: CachedSequence, rows: int) -> None:
         """Hold in each of `rows` rows what `row` does, on its pages."""
         self.cached = [row.fork() for _ in range(rows)]
         self.rows, self.length = rows, row.length
@@ -182,7 +182,7 @@ class Session:
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.cached
         if position == 0 or not before:
-            self.cached = [new_row(self.pool) for _ in range(rows)]
+            self.cached = [new_sequence(self.pool) for _ in range(rows)]
         elif order is not None:
             self.cached = []
             for source in order.tolist():
