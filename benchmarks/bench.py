@@ -200,9 +200,9 @@ def _check_serve(options: Sequence[str]) -> None:
 
 
 def _check_client(option: str) -> None:
-    from corolla.client.model.causal_lm import load_distributed
+    from corolla import AutoDistributedModelForCausalLM
 
-    if option not in inspect.signature(load_distributed).parameters:
+    if option not in inspect.signature(AutoDistributedModelForCausalLM.from_pretrained).parameters:
         raise NotMeasured(f"from_pretrained has no {option}")
 
 

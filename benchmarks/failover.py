@@ -91,7 +91,7 @@ class _Strike:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.moments.append(time.perf_counter())
         if len(self.moments) == self._at:
-            victim = self._session._chain._spans[-1].hop.peer_id
+            victim = self._session.hops[-1].peer_id
             self._servers[victim].process.send_signal(self._number)
             self.moments[-1] = time.perf_counter()
         return scores

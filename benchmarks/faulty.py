@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
-from corolla.config import NodeConfig, ServerConfig
+from corolla.config import NodeConfig, ServerConfig, SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.server.block_server import BlockServer
@@ -92,7 +93,7 @@ class Servers:
         self.loop.run(fail())
 
     def client(self, network: MemoryNetwork, **options: Any) -> Any:
-        """A distributed model on a network; `options` are `SwarmConnection`'s."""
+        """A distributed model on a network; `options` are `SwarmConfig`'s."""
 
         async def node() -> Node:
             board = Board()
@@ -103,14 +104,16 @@ class Servers:
         connection = SwarmConnection(
             self.loop,
             self.loop.run(node()),
+            SwarmConfig(**options),
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
             owns_loop=False,
-            **options,
         )
         self._connections.append(connection)
-        model = load_distributed(self.checkpoint.name, connection=connection, dtype=torch.float32)
+        model = load_distributed(
+            from_pretrained(self.checkpoint.name, dtype=torch.float32), connection=connection
+        )
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         return model

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
+from corolla.client.model.loading import auditing
+from corolla.config import SwarmConfig
 from corolla.models.attention.pages import MARGIN, PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -124,8 +127,11 @@ class MemorySwarm:
 
         self.loop.run(stop())
 
-    def connect(self, **options: Any) -> SwarmConnection:
+    def connect(self, config: SwarmConfig | None = None, *, observe: Any = None) -> SwarmConnection:
         """A new client's connection."""
+        config = config or SwarmConfig()
+        if observe is None:
+            observe = auditing(self.checkpoint, config.audit, self.dtype)
 
         async def node() -> Node:
             return Node(self.network.transport(), MemoryDirectory(self.board))
@@ -133,22 +139,24 @@ class MemorySwarm:
         connection = SwarmConnection(
             self.loop,
             self.loop.run(node()),
+            config,
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
+            observe=observe,
             owns_loop=False,
-            **options,
         )
         self._connections.append(connection)
         return connection
 
-    def model(
-        self, *, patience: float = 20.0, wire: Any = "compute", mixed: bool = False, **arguments: Any
-    ) -> Any:
-        """A distributed model over this swarm; `arguments` as for `from_pretrained`."""
+    def model(self, *, patience: float = 20.0, observe: Any = None, **arguments: Any) -> Any:
+        """A distributed model over this swarm; `arguments` as for `from_pretrained`.
+
+        `observe` makes an auditor of the test's own.
+        """
         arguments.setdefault("dtype", self.dtype)
-        connection = self.connect(patience=patience, wire=wire, mixed=mixed)
-        return load_distributed(self.checkpoint.name, connection=connection, **arguments)
+        request = from_pretrained(self.checkpoint.name, patience=patience, **arguments)
+        return load_distributed(request, connection=self.connect(request.swarm, observe=observe))
 
     def counted(self, name: str = "inference") -> dict[str, int]:
         """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""

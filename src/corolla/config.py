@@ -6,11 +6,19 @@ blocks that the model does not have) is checked by whoever opens it.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
 
 from corolla.errors import UsageError
+
+# How activations travel: as they are, or in fewer bytes, which is inexact.
+WireFormat = Literal["compute", "float16", "int8"]
+# How a client keeps its embedding and head: as they are, or in fewer bits.
+ClientQuantization = Literal["none", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,87 @@ class NodeConfig:
                 "--guarded lets those in whom this peer has invited, and needs --identity FILE for that; or give "
                 "--allow peers.txt or --trust-issuer PEER_ID."
             )
+
+
+@dataclass(frozen=True)
+class SwarmConfig:
+    """Where the swarm is, and how a client uses it. Raises `UsageError`.
+
+    `from_pretrained` and the command line take these; a field with a help text is an option of commands.
+    """
+
+    peers: tuple[str, ...] = ()  # addresses to join through
+    wire: Annotated[str, "How activations travel: compute (exact), float16 or int8 (for slow lines)."] = (
+        "compute"
+    )
+    mixed: Annotated[
+        bool, "--mixed", "Use servers of different dtype or quantization together; less exact."
+    ] = False
+    audit: Annotated[
+        float,
+        "Share of requests, such as 0.05, that are computed again elsewhere; who lies is not used any more.",
+    ] = 0.0
+    patience: Annotated[float, "Seconds to wait, without any progress, for servers that are gone."] = 600.0
+    local_blocks: Annotated[int, "Run so many of the first blocks on this machine; no server sees those."] = 0
+    quantization: str = "none"  # of the client's embedding and head
+    identity: Path | None = None  # a file with the key that guarded servers know this client by
+    trust: tuple[str, ...] | None = None  # peer ids of the only servers to be used
+    blocked: tuple[str, ...] = ()  # peer ids of servers not to be used
+
+    def __post_init__(self) -> None:
+        _check_name("wire", self.wire, get_args(WireFormat))
+        _check_name("quantization", self.quantization, get_args(ClientQuantization))
+        if not 0 <= self.patience < math.inf:
+            raise UsageError(f"patience is {self.patience:g}; give seconds, such as 600.")
+        if not 0 <= self.audit <= 1:
+            raise UsageError(
+                f"The share of requests to audit is {self.audit}; give a number from 0 to 1, such as 0.05."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        peers: str | Collection[str] = (),
+        *,
+        identity: str | Path | None = None,
+        trust: Collection[str] | None = None,
+        blocked: Collection[str] | None = None,
+        **others: Any,
+    ) -> SwarmConfig:
+        """From what people write; what is None among `others` is left at its default."""
+        return cls(
+            peers=(peers,) if isinstance(peers, str) else tuple(peers),
+            identity=None if identity is None else Path(identity),
+            trust=None if trust is None else tuple(trust),
+            blocked=tuple(blocked or ()),
+            **{name: value for name, value in others.items() if value is not None},
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """As `from_pretrained` takes them."""
+        values = asdict(self)
+        renamed = {"initial_peers": "peers", "allowed_servers": "trust", "blocked_servers": "blocked"}
+        return {name: values.pop(field) for name, field in renamed.items()} | values
+
+    @property
+    def wire_format(self) -> WireFormat:
+        """`wire`, which has been checked."""
+        return cast(WireFormat, self.wire)
+
+    def check_local(self, num_blocks: int) -> int:
+        """`local_blocks`, of so many. Raises `UsageError` unless some are left for the swarm."""
+        count = self.local_blocks
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < num_blocks:
+            raise UsageError(
+                f"local_blocks is {count!r}; this model has {num_blocks} blocks, of which 0 to {num_blocks - 1} "
+                "may run on this machine."
+            )
+        return count
+
+
+def _check_name(field: str, name: object, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise UsageError(f"{field} is {name!r}; it must be one of {', '.join(known)}.")
 
 
 # How weights are kept: as they are, in 8-bit integers, or (with CUDA) in 4-bit normal floats.

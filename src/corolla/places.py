@@ -1,7 +1,7 @@
 """Where Corolla's files lie on this machine; nowhere else is a place made up.
 
     cache     COROLLA_CACHE, else XDG_CACHE_HOME/corolla, else ~/.cache/corolla: can be deleted at any time
-    data      COROLLA_DATA, else XDG_DATA_HOME/corolla, else ~/.local/share/corolla: identity, chats, audits
+    data      COROLLA_DATA, else XDG_DATA_HOME/corolla, else ~/.local/share/corolla: identity, chats
     config    COROLLA_CONFIG, else XDG_CONFIG_HOME/corolla/config.toml, else ~/.config/corolla/config.toml
 
 Invariant: asked anew each time, so what the environment says now counts; nothing is made by asking.
@@ -26,7 +26,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 
 
 def data_root() -> Path:
-    """The folder for what only this user's work has made: the identity, chats, what audits have found."""
+    """The folder for what only this user's work has made: the identity and chats."""
     return _named("COROLLA_DATA") or _usual("data")
 
 

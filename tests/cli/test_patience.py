@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from corolla.cli.common import ClientOptions
+from corolla.config import SwarmConfig
 from corolla.errors import UsageError
 
 # A client under a command's own logging that finds a block unserved fifty times, in virtual time.
@@ -38,8 +38,8 @@ def test_patience_is_an_option(command: str) -> None:
 
 @pytest.mark.parametrize("patience", [-1.0, float("inf"), float("nan")])
 def test_a_patience_that_is_no_time_is_refused(patience: float) -> None:
-    with pytest.raises(UsageError, match="--patience"):
-        ClientOptions(patience=patience)
+    with pytest.raises(UsageError, match="patience is"):
+        SwarmConfig(patience=patience)
 
 
 def test_a_wait_is_one_line_when_it_begins_and_one_when_it_is_over() -> None:

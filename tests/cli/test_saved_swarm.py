@@ -13,17 +13,17 @@ from tests.e2e.processes import corolla, processes
 from tests.tiny_models import write_tiny
 
 from corolla.cli.chat import chosen_swarm
-from corolla.cli.common import ClientOptions
 from corolla.cli.partner import Partner
 from corolla.cli.saved_swarm import going_on, read_saved, to_saved
 from corolla.cli.tune import TuneJob
+from corolla.config import SwarmConfig
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.prompts import SoftPrompt
 from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
 
-USED = ClientOptions(
+USED = SwarmConfig(
     wire="int8",
     mixed=True,
     quantization="bfloat16",
@@ -36,7 +36,7 @@ USED = ClientOptions(
 )
 
 
-def saved(options: ClientOptions) -> ClientOptions:
+def saved(options: SwarmConfig) -> SwarmConfig:
     return read_saved(json.loads(json.dumps(to_saved(options))), Path("chat"))
 
 
@@ -45,23 +45,23 @@ def nothing(_name: str) -> bool:
 
 
 def test_a_chats_swarm_is_as_it_was() -> None:
-    assert going_on(saved(USED), ClientOptions(patience=9.0), nothing) == USED
+    assert going_on(saved(USED), SwarmConfig(patience=9.0), nothing) == USED
 
 
 def test_what_is_typed_goes_before_it() -> None:
-    given = ClientOptions(audit=0.0, local_blocks=0, trust=None, identity=Path("/new"), peers=("z",))
+    given = SwarmConfig(audit=0.0, local_blocks=0, trust=None, identity=Path("/new"), peers=("z",))
     names = {"peers", "audit", "local_blocks", "trust", "invite"}
     client = going_on(saved(USED), given, names.__contains__)
     assert client.peers == ("z",)
     assert (client.audit, client.local_blocks, client.trust, client.identity) == (0.0, 0, None, Path("/new"))
     assert client.wire == "int8"
-    assert going_on(saved(USED), ClientOptions(peers=("environed",)), nothing).peers == ("x", "y")
+    assert going_on(saved(USED), SwarmConfig(peers=("environed",)), nothing).peers == ("x", "y")
 
 
 @pytest.mark.parametrize("peers", [(), ("local",)])
 def test_a_chat_without_a_swarm_stays_on_this_machine(peers: tuple[str, ...]) -> None:
-    kept = saved(ClientOptions(peers=peers))
-    assert going_on(kept, ClientOptions(peers=("environed",)), nothing).peers == ()
+    kept = saved(SwarmConfig(peers=peers))
+    assert going_on(kept, SwarmConfig(peers=("environed",)), nothing).peers == ()
 
 
 @pytest.mark.parametrize("content", [{"peers": "x"}, {"peers": [1]}, {"wire": 3}, {"trust": {}}])
@@ -71,11 +71,11 @@ def test_what_is_not_of_that_form(content: dict[str, object]) -> None:
 
 
 def test_a_bundles_swarm_is_asked_last() -> None:
-    job = TuneJob(client=ClientOptions(trust=("t",), peers=("x",), audit=0.5))
+    job = TuneJob(client=SwarmConfig(trust=("t",), peers=("x",), audit=0.5))
     partner = Partner("m", prompts=Path("o"), swarm=job.notes()["swarm"])
-    client = chosen_swarm(ClientOptions(), partner, None, nothing)
-    assert client == ClientOptions(trust=("t",), peers=("x",))
-    given = ClientOptions(trust=("u",), peers=("environed",))
+    client = chosen_swarm(SwarmConfig(), partner, None, nothing)
+    assert client == SwarmConfig(trust=("t",), peers=("x",))
+    given = SwarmConfig(trust=("u",), peers=("environed",))
     assert chosen_swarm(given, partner, None, nothing) == given
 
 
@@ -114,7 +114,7 @@ def test_a_bundle_needs_none_either(model: Path, address: str, tmp_path: Path) -
         prompt_tokens=3,
         rendering=RenderSettings(),
         stop={},
-        training={"swarm": to_saved(ClientOptions(peers=(address,)))},
+        training={"swarm": to_saved(SwarmConfig(peers=(address,)))},
         metrics={},
         sampling={"max_new_tokens": 5},
     )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from corolla.cli.status import as_plain
-from corolla.cli.swarm_map import WIDEST, audit_table, missing_blocks, swarm_map
-from corolla.client.audits.audit_report import AuditReport
-from corolla.client.audits.verdicts import Finding
+from corolla.cli.swarm_map import WIDEST, missing_blocks, swarm_map
 from corolla.swarm.directory.directory import ServerRecord
 
 
@@ -113,20 +110,6 @@ def test_as_json() -> None:
 def test_a_name_with_markup_is_text() -> None:
     assert "[red]evil[/red]" in drawn(record(0, 10, model_name="[red]evil[/red]"))
     assert "\x1b" not in drawn(record(0, 10, model_name="a\x1b[31mb", dtype="\x1b[2J"))
-
-
-def test_what_audits_found_is_listed(tmp_path: Path) -> None:
-    report = AuditReport(tmp_path)
-    for times in (3.0, 70.0):
-        report.add(Finding("liar", "step", 0, 5, times, lied=True, other="b", when=1e9), "a-model")
-    report.add(Finding("[one]", "forward", 5, 10, 2.0, lied=False, other="two", when=2e9), "a-model")
-    console = Console(width=160, force_terminal=False)
-    with console.capture() as capture:
-        console.print(audit_table(report.read()))
-    text = capture.get()
-    assert "wrong step" in row(text, "liar")
-    assert "70 tolerances  2 " in row(text, "liar").replace("    ", " ").replace("   ", "  ")
-    assert "disagrees with two" in row(text, "[one]")
 
 
 @pytest.mark.parametrize("width", [72, 80, 120])

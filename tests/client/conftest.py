@@ -16,7 +16,6 @@ from tests.reference import random_ids as random_ids  # for the tests of this fo
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
-from corolla.client.audits.audit_report import AuditReport
 from corolla.server import handlers
 from corolla.wire.frames import Packet
 
@@ -64,16 +63,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
 
 @pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AuditReport:
-    """What audits have found is written there in this test."""
-    monkeypatch.setenv("COROLLA_DATA", str(tmp_path / "data"))
-    return AuditReport()
-
-
-@pytest.fixture
-def swarm_of(
-    folder: Path, report: AuditReport, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Swarm]]:
+def swarm_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Swarm]]:
     """`swarm_of(names)`: a swarm of the model in the module's `folder`, whose servers can be made to lie."""
     made: list[Swarm] = []
     honest = handlers._Stream._reply

@@ -16,6 +16,7 @@ from torch import Tensor
 from corolla.client.audits.audit import TOLERANCES
 from corolla.client.audits.auditor import Auditor
 from corolla.client.audits.own_blocks import OwnBlocks
+from corolla.client.view import SwarmView
 from corolla.errors import LyingServer
 from corolla.server.block_server import BlockServer
 from corolla.wire.frames import Packet
@@ -41,16 +42,19 @@ class Swarm(MemorySwarm):
 
 
 def audited(swarm: Swarm, share: float, *, own: bool = False, seed: int = 1, **arguments: Any) -> Any:
-    model = swarm.model(tuning_mode="deep_ptune", pre_seq_len=3, patience=2.0, **arguments)
+    mine = OwnBlocks(swarm.checkpoint, arguments.get("dtype", swarm.dtype)) if own else None
+
+    def observe(view: SwarmView) -> Auditor:
+        return Auditor(view, share, own=mine, draw=random.Random(seed))
+
+    model = swarm.model(tuning_mode="deep_ptune", pre_seq_len=3, patience=2.0, observe=observe, **arguments)
     model.generation_config.eos_token_id = None
     model.prompts.deep.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    mine = OwnBlocks(swarm.checkpoint, model.dtype) if own else None
-    model.blocks.connection.start_audits(share, mine, draw=random.Random(seed))
     return model
 
 
 def auditor_of(model: Any) -> Auditor:
-    auditor = model.blocks.connection.view.audits
+    auditor = model.blocks.connection.audits
     assert isinstance(auditor, Auditor)
     return auditor
 

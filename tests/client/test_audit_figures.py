@@ -25,7 +25,6 @@ from tests.client.lying import (
 )
 from tests.tiny_models import write_tiny
 
-from corolla.client.audits.audit_report import AuditReport
 from corolla.client.audits.auditor import Auditor
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.swarm.directory.routing import Hop
@@ -48,13 +47,14 @@ def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[...,
     inputs = {"hidden": torch.randn(1, 4, 32), "lengths": torch.tensor([4])}
     counts = []
     for seed in range(24):
-        model = swarm.model(patience=2.0)
-        connection = model.blocks.connection
-        own = OwnBlocks(swarm.checkpoint, model.dtype)
-        auditor = connection.start_audits(0.05, own, draw=random.Random(seed))
+        own, draw = OwnBlocks(swarm.checkpoint, swarm.dtype), random.Random(seed)
+        connection = swarm.connect(
+            patience=2.0, observe=lambda view, own=own, draw=draw: Auditor(view, 0.05, own=own, draw=draw)
+        )
+        auditor = connection.audits
 
         async def ask(auditor: Auditor = auditor, view: Any = connection.view) -> int:
-            await view.refresh()
+            await view.records.refresh()
             while not view.verdicts.condemned:
                 auditor.forward(Hop("a", 0, 4), inputs, torch.randn(1, 4, 32))
                 await auditor.settled()
@@ -80,7 +80,7 @@ def test_how_many_answers_it_takes(
     else:
         swarm.lie("a", LIES[lie][0]())
     answers = [
-        until_found(audited(swarm, SHARE, seed=seed), WORK[work], most=1000)
+        until_found(audited(swarm, SHARE, own=True, seed=seed), WORK[work], most=1000)
         for seed in range(scaled(CLIENTS))
     ]
     record_property("liars", {"lie": lie, "work": work, "share": SHARE, "answers": answers})
@@ -100,7 +100,6 @@ HONEST = [("llama", 6000), ("bloom", 2000), ("gemma2", 2000)]  # comparisons in 
 )
 def test_honest_servers_raise_no_alarm(
     tmp_path: Path,
-    report: AuditReport,
     family: str,
     most: int,
     record_property: Note,
@@ -136,4 +135,3 @@ def test_honest_servers_raise_no_alarm(
                     worst[key] = max(worst.get(key, 0.0), times)
     record_property("honest", {"family": family, "comparisons": checks, "worst": worst})
     assert max(worst.values()) < 0.5
-    assert not report.read()

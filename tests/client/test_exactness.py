@@ -161,6 +161,6 @@ def test_a_compressed_wire_is_close_and_replays_are_the_same(
         undisturbed = model.generate(ids, max_new_tokens=16, do_sample=False)
         with model.inference_session() as session:
             first = model.generate(ids, max_new_tokens=8, do_sample=False)
-            swarm.kill(session._chain._spans[1].hop.peer_id)
+            swarm.kill(session.hops[1].peer_id)
             rest = model.generate(None, max_new_tokens=8, do_sample=False)
         assert torch.equal(torch.cat([first, rest], 1), undisturbed)

@@ -151,6 +151,18 @@ def test_a_request_that_is_too_large_costs_no_replay(folder: Path, mode: str | N
         assert {after[peer] - before[peer] for peer in after} == {1 + 4 + 4}
 
 
+def test_a_first_call_that_is_too_large_leaves_a_session_for_any_batch(folder: Path) -> None:
+    with MemorySwarm(folder, [(0, 2)]) as swarm:
+        swarm.cache_tokens = 128
+        swarm.add(2, 4)
+        model, local = pair(swarm, "ptune")
+        ids = random_ids(1, 20)
+        with model.inference_session():
+            with pytest.raises(RequestRefused, match="ask for fewer tokens"):
+                model.generate(ids, max_new_tokens=200, num_beams=3, **GREEDY)
+            assert torch.equal(model.generate(ids, max_new_tokens=4, **GREEDY), local.greedy(ids, 4))
+
+
 def test_a_server_that_comes_back_under_the_same_id_is_replayed(folder: Path) -> None:
     with MemorySwarm(folder, []) as swarm:
         swarm.add(0, 2, "a")

@@ -14,6 +14,7 @@ from tests.faults import Fault, Frame, Injector
 from tests.reference import local_model
 from tests.schedules.world import DTYPE, ServerPlan, SimulatedSwarm, checkpoint_of
 
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
 from corolla.client.sessions import chain
 from corolla.errors import SwarmUnavailable
@@ -34,7 +35,9 @@ class Bench:
         checkpoint = checkpoint_of("llama", root)
         self.swarm = SimulatedSwarm(checkpoint, servers)
         self.connection = self.swarm.connect("client", patience)
-        self.model = load_distributed(checkpoint.name, connection=self.connection, dtype=DTYPE)
+        self.model = load_distributed(
+            from_pretrained(checkpoint.name, dtype=DTYPE), connection=self.connection
+        )
         self.local = local_model(checkpoint.name, DTYPE)
         for settings in (self.model.generation_config, self.local.generation_config):
             settings.eos_token_id, settings.pad_token_id = None, 0
@@ -127,7 +130,7 @@ def test_a_busy_server_is_not_asked_again_before_it_said_and_its_cache_is_kept(b
     assert waits[1] >= 35
     assert waits[2] >= 70
     assert bench.swarm.loop.time() - began < 120
-    assert not bench.connection.view._failures
+    assert not bench.connection.view.health._failures
 
 
 @WITH_SPARE

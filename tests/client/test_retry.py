@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from tests.virtual_time import VirtualLoopThread
 
-from corolla.client.retry import DEFAULT_PATIENCE, LONGEST_PAUSE, Retry
+from corolla.client.retry import LONGEST_PAUSE, Retry
+from corolla.config import SwarmConfig
 from corolla.errors import MissingBlocks, PeerSilent, RemoteError, RequestRefused, SwarmUnavailable
 
+PATIENCE = SwarmConfig.patience
 Attempt = Callable[[], Awaitable[Any]]
 MISSING = MissingBlocks("Block 3 is served by nobody; start one.", blocks=[3])
 
@@ -27,6 +29,10 @@ class View:
     async def failed(self, error: RemoteError) -> None:
         self.blamed.append(error)
 
+    @property
+    def health(self) -> View:
+        return self
+
     def next_return(self) -> float:
         return 0.0
 
@@ -38,7 +44,7 @@ def loop() -> Iterator[VirtualLoopThread]:
     thread.close()
 
 
-def retry(patience: float = DEFAULT_PATIENCE) -> Retry:
+def retry(patience: float = PATIENCE) -> Retry:
     return Retry(View(), patience=patience)  # type: ignore[arg-type]
 
 
@@ -73,7 +79,7 @@ def test_patience_counts_from_the_last_progress(loop: VirtualLoopThread) -> None
         return "done"
 
     assert loop.run(retry().run(attempt, what="a step", done=lambda: reached)) == "done"
-    assert loop.time() > 3 * DEFAULT_PATIENCE
+    assert loop.time() > 3 * PATIENCE
 
 
 def test_progress_that_is_lost_again_is_none(loop: VirtualLoopThread) -> None:

@@ -13,7 +13,7 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.errors import RequestRefused
-from corolla.server.limits import Account
+from corolla.server.peers import Account
 
 RETRY_AFTER = 0.4
 REFUSALS = 3

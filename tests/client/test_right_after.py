@@ -13,6 +13,7 @@ from tests.faults import KINDS, REPLY_ONLY, Fault, Injector
 from tests.reference import Prompted, local_model
 from tests.schedules.world import DTYPE, ServerPlan, SimulatedSwarm, checkpoint_of
 
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -48,11 +49,8 @@ def test_it_equals_the_undisturbed_run(root: Path, kind: str, moment: Callable[.
     swarm = SimulatedSwarm(checkpoint, SERVERS)
     try:
         model = load_distributed(
-            checkpoint.name,
+            from_pretrained(checkpoint.name, dtype=DTYPE, tuning_mode="deep_ptune", pre_seq_len=3),
             connection=swarm.connect("client", 600.0),
-            dtype=DTYPE,
-            tuning_mode="deep_ptune",
-            pre_seq_len=3,
         )
         model.prompts.deep.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0

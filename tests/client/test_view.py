@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from corolla.client.view import LONGEST_REST, REFRESH_SECONDS, SLOW_READ_SECONDS, SwarmView
+from corolla.client.health import LONGEST_REST
+from corolla.client.view import REFRESH_SECONDS, SLOW_READ_SECONDS, SwarmView
 from corolla.errors import MissingBlocks, PeerDisconnected, RequestRefused
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.transport.memory import MemoryNetwork
@@ -95,13 +96,13 @@ async def test_the_only_server_is_asked_again_at_once_then_after_rests_that_grow
         await world.fails("a")
         with pytest.raises(MissingBlocks, match="failed a moment ago"):
             await world.peer()
-        rests.append(world.view.next_return())
+        rests.append(world.view.health.next_return())
         world.now += rests[-1] + 0.001
         assert await world.peer() == "a"
     assert rests[0] == pytest.approx(0.1)
     assert rests == sorted(rests)
     assert rests[-1] == pytest.approx(LONGEST_REST)
-    world.view.succeeded("a")
+    world.view.health.forgive("a")
     await world.fails("a")
     assert await world.peer() == "a"
 
@@ -122,7 +123,7 @@ async def test_of_two_that_fail_in_turns_the_one_that_has_rested_is_used() -> No
 async def test_a_busy_server_is_left_alone_as_long_as_it_asked_for() -> None:
     world = World("a")
     await world.view.failed(RequestRefused("full", code="busy", retry_after=7.0, peer_id="a"))
-    assert world.view.next_return() == pytest.approx(7.0)
+    assert world.view.health.next_return() == pytest.approx(7.0)
     world.now += 6.9
     with pytest.raises(MissingBlocks):
         await world.peer()

@@ -198,7 +198,7 @@ def test_a_lost_server_is_replaced_far_beyond_the_window(family: str, tmp_path: 
     with chat.swarm, chat.model.inference_session() as session:
         ids = random_ids(1, 200)
         past = chat.say(session, ids, 10)
-        chat.swarm.kill(session._chain._spans[1].hop.peer_id)
+        chat.swarm.kill(session.hops[1].peer_id)
         assert torch.equal(torch.cat([past, chat.say(session, None, 30)], 1), chat.wanted(ids, 40))
 
 

@@ -137,8 +137,7 @@ class Client:
             return scores
 
         def used(block: int) -> str:
-            spans = session._chain._spans
-            return next(str(span.hop.peer_id) for span in spans if span.hop.start <= block < span.hop.end)
+            return next(hop.peer_id for hop in session.hops if hop.start <= block < hop.end)
 
         how: dict[str, Any] = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
         torch.manual_seed(seed)

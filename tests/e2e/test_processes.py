@@ -82,7 +82,7 @@ def test_one_swarm_through_its_life(started: Processes, tmp_path: Path) -> None:
         ids = random_ids(1, 6)
         with model.inference_session(max_length=64) as session:
             first = model.generate(ids, max_new_tokens=4, session=session, **GREEDY)
-            held = {span.hop.peer_id for span in session._chain._spans}
+            held = {hop.peer_id for hop in session.hops}
             victim, spare = servers[1:]
             if victim.about["peer_id"] not in held:
                 victim, spare = spare, victim

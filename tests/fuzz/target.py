@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corolla.errors import PeerDisconnected, ProtocolError
 from corolla.models.attention.pages import PAGE
-from corolla.server.limits import Budgets, PeerLimits
+from corolla.server.peers import Budgets, PeerLimits
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions.bundles import Entering
 from corolla.server.training.leases import Leases

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
 from corolla.client.retry import DEFAULT_PATIENCE
 from corolla.errors import SwarmUnavailable
@@ -79,7 +80,7 @@ def client_model(work: Workload, root: Path, index: int, connection: SwarmConnec
     """The client's model with its workload's prompt, in this schedule's swarm."""
     place = shell_of(work.family, root, index)
     if not place:
-        model = load_distributed(checkpoint.name, connection=connection, dtype=DTYPE)
+        model = load_distributed(from_pretrained(checkpoint.name, dtype=DTYPE), connection=connection)
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         place.append(model)
     model = place[0]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from corolla.client.connection import SwarmConnection
+from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
@@ -149,10 +150,10 @@ class SimulatedSwarm:
         connection = SwarmConnection(
             self.loop,
             self.loop.run(node()),
+            SwarmConfig(patience=patience),
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
-            patience=patience,
             owns_loop=False,
         )
         self._connections.append(connection)

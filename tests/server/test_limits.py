@@ -27,7 +27,7 @@ from tests.server.world import (
 
 from corolla.config import NodeConfig, ServerConfig
 from corolla.errors import PeerDisconnected, RequestRefused, UsageError
-from corolla.server.limits import Account, Budgets, PeerLimits
+from corolla.server.peers import Account, Budgets, PeerLimits
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.training.leases import MOST_LEASES, Lease, Leases
 from corolla.wire.messages import (

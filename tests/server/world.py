@@ -24,7 +24,7 @@ from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.limits import PeerLimits
+from corolla.server.peers import PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.training.leases import Leases

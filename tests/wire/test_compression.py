@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corolla.config import SwarmConfig, WireFormat
 from corolla.errors import ProtocolError, UsageError
-from corolla.wire.compression import WireFormat, check_format, compress, expand
+from corolla.wire.compression import compress, expand
 from corolla.wire.frames import Packet, decode, encode
 from corolla.wire.messages import ClientMessage, Step
 
@@ -89,4 +90,4 @@ def test_scales_that_do_not_fit_are_refused() -> None:
 
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(UsageError, match="float16"):
-        check_format("int4")
+        SwarmConfig(wire="int4")

@@ -18,7 +18,6 @@ import typer
 from corolla.chat.sampling import SamplingSettings
 from corolla.cli.common import (
     CacheDirOption,
-    ClientOptions,
     DtypeOption,
     PeersOption,
     RevisionOption,
@@ -38,6 +37,7 @@ from corolla.cli.members import (
 from corolla.cli.partner import Partner, Prepared, find_partner, prepare
 from corolla.cli.saved_swarm import LOCAL, going_on, read_saved, to_saved
 from corolla.cli.terminal import console
+from corolla.config import SwarmConfig
 from corolla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def chat(
     quantization: Annotated[
         str, typer.Option(help="Of the embedding and the head, here: none, bfloat16 or int8.")
     ] = "none",
-    client: Annotated[dict[str, Any], Fields(ClientOptions)],
+    client: Annotated[dict[str, Any], Fields(SwarmConfig)],
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
@@ -96,7 +96,7 @@ def chat(
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be auto, delimiter or template.")
-    options = ClientOptions(
+    options = SwarmConfig(
         **client, quantization=quantization, trust=trusted_servers(trust), peers=tuple(peers or ())
     )
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
@@ -154,8 +154,8 @@ def as_saved(partner: Partner, saved: SavedChat) -> Partner:
 
 
 def chosen_swarm(
-    given: ClientOptions, partner: Partner, saved: SavedChat | None, typed: Callable[[str], bool]
-) -> ClientOptions:
+    given: SwarmConfig, partner: Partner, saved: SavedChat | None, typed: Callable[[str], bool]
+) -> SwarmConfig:
     """The swarm to talk through: the one given, else that of the chat or of the bundle. Raises `UsageError`."""
     from corolla.chat.repl import notice
 
@@ -175,7 +175,7 @@ def kept(
     system: str | None,
     path: Path | None,
     saved: SavedChat | None,
-    options: ClientOptions,
+    options: SwarmConfig,
 ) -> Transcript:
     """The transcript that the chat is written to. Raises `TranscriptError`."""
     from corolla.chat.transcript import Transcript
@@ -188,7 +188,7 @@ def kept(
 @contextlib.contextmanager
 def opened(
     prepared: Prepared,
-    options: ClientOptions,
+    options: SwarmConfig,
     *,
     system: str | None = None,
     journal: Transcript | None = None,

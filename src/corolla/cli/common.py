@@ -12,14 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from corolla.cli.terminal import explain_in
-from corolla.errors import CorollaError, UsageError
+from corolla.errors import CorollaError
 from corolla.text import well_formed
 
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
@@ -65,47 +64,7 @@ def clean_text(value: str | None) -> str | None:
 DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
-WIRES = ("compute", "float16", "int8")
-CLIENT_QUANTIZATIONS = ("none", "bfloat16", "int8")
 LOOP_FILES = 16  # more than a new event loop opens
-
-
-@dataclass(frozen=True)
-class ClientOptions:
-    """Where the swarm is, and how this client uses it. Raises `UsageError`."""
-
-    wire: Annotated[str, "How activations travel: compute (exact), float16 or int8 (for slow lines)."] = (
-        "compute"
-    )
-    mixed: Annotated[
-        bool, "--mixed", "Use servers of different dtype or quantization together; less exact."
-    ] = False
-    audit: Annotated[
-        float,
-        "Share of requests, such as 0.05, that are computed again elsewhere; who lies is not used any more.",
-    ] = 0.0
-    patience: Annotated[float, "Seconds to wait, without any progress, for servers that are gone."] = 600.0
-    local_blocks: Annotated[int, "Run so many of the first blocks on this machine; no server sees those."] = 0
-    quantization: str = "none"
-    identity: Path | None = None
-    trust: tuple[str, ...] | None = None
-    peers: tuple[str, ...] = ()  # none: on the user's own machine
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.patience < float("inf"):
-            raise UsageError(f"--patience is {self.patience:g}; give seconds, such as 600.")
-        if not 0 <= self.audit <= 1:
-            raise UsageError(f"--audit is {self.audit}; give a share from 0 to 1, such as 0.05.")
-        for name, known in (("wire", WIRES), ("quantization", CLIENT_QUANTIZATIONS)):
-            if getattr(self, name) not in known:
-                raise UsageError(
-                    f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
-                )
-
-    def arguments(self) -> dict[str, Any]:
-        """As `from_pretrained` takes them."""
-        values = asdict(self)
-        return {"initial_peers": list(values.pop("peers")), **values}
 
 
 @contextlib.contextmanager

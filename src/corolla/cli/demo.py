@@ -85,12 +85,12 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
 def _chat(out: Path, peers: Sequence[str]) -> None:
     from corolla.chat.sampling import SamplingSettings
     from corolla.cli.chat import opened
-    from corolla.cli.common import ClientOptions
     from corolla.cli.partner import find_partner, prepare
+    from corolla.config import SwarmConfig
 
     partner = find_partner(str(out))
     sampling = SamplingSettings.from_dict({**partner.sampling, **SAMPLING})
-    with opened(prepare(partner, sampling), ClientOptions(peers=tuple(peers))) as repl:
+    with opened(prepare(partner, sampling), SwarmConfig(peers=tuple(peers))) as repl:
         if sys.stdin.isatty():
             _show("Type something; /help lists the commands, /quit ends.")
             repl.run()

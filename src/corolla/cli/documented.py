@@ -35,8 +35,8 @@ The command line goes before the environment, and that before the file. A chat t
 peers, the trusted servers and the identity that it began with, unless others are typed; a bundle names the swarm
 that it was trained in, which is asked last. `--peers local` starts a swarm on this machine whatever is set.
 
-Converted models and compiled kernels lie in `~/.cache/corolla` (`COROLLA_CACHE`, `XDG_CACHE_HOME`), the identity,
-chats and what audits have found in `~/.local/share/corolla` (`COROLLA_DATA`, `XDG_DATA_HOME`).
+Converted models and compiled kernels lie in `~/.cache/corolla` (`COROLLA_CACHE`, `XDG_CACHE_HOME`), the identity
+and chats in `~/.local/share/corolla` (`COROLLA_DATA`, `XDG_DATA_HOME`).
 """
 
 

@@ -11,11 +11,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from corolla.cli.common import ClientOptions
+from corolla.config import SwarmConfig
 from corolla.errors import UsageError
 
 LOCAL = "local"  # for --peers: a swarm on this machine, whatever else is set
-SAVED = [field.name for field in fields(ClientOptions) if field.name != "patience"]
+SAVED = [field.name for field in fields(SwarmConfig) if field.name != "patience"]
 
 
 def is_local(peers: Sequence[str] | None) -> bool:
@@ -23,26 +23,26 @@ def is_local(peers: Sequence[str] | None) -> bool:
     return list(peers or ()) in ([], [LOCAL])
 
 
-def to_saved(client: ClientOptions) -> dict[str, Any]:
+def to_saved(client: SwarmConfig) -> dict[str, Any]:
     """What is to be kept, as JSON values; `read_saved` reads it."""
     saved = {name: getattr(client, name) for name in SAVED}
     identity = None if client.identity is None else str(client.identity.absolute())
     return saved | {"peers": () if is_local(client.peers) else client.peers, "identity": identity}
 
 
-def read_saved(content: Mapping[str, Any], place: Path) -> ClientOptions:
+def read_saved(content: Mapping[str, Any], place: Path) -> SwarmConfig:
     """What was kept at `place`. Raises `UsageError`."""
     import msgspec
 
     try:
-        return msgspec.convert(content, ClientOptions, dec_hook=lambda kind, value: kind(value))
+        return msgspec.convert(content, SwarmConfig, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         raise UsageError(
             f"{place} does not say where its swarm is in a form that this version reads."
         ) from error
 
 
-def going_on(saved: ClientOptions, given: ClientOptions, typed: Callable[[str], bool]) -> ClientOptions:
+def going_on(saved: SwarmConfig, given: SwarmConfig, typed: Callable[[str], bool]) -> SwarmConfig:
     """The options of a chat that goes on: as they were, but for what was `typed`."""
     kept = {name: getattr(saved, name) for name in SAVED if not typed(name)}
     if saved.identity is None or typed("invite"):

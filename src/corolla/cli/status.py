@@ -23,25 +23,18 @@ def status(
     identity: MemberOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """Show which servers hold which blocks, which blocks nobody serves, and whom your audits found wrong."""
+    """Show which servers hold which blocks, and which blocks nobody serves."""
     if not peers:
         raise UsageError(
             "Give --peers, the address that `corolla bootstrap` or `corolla serve` printed (or COROLLA_PEERS)."
         )
-    from msgspec import to_builtins
-
-    from corolla.client.audits.audit_report import AuditReport
-
     records = asyncio.run(fetch(peers, client_identity(identity)))
-    audits = AuditReport().read()
     if as_json:
-        say(json.dumps(as_plain(records) | {"audits": [to_builtins(one) for one in audits]}, indent=2))
+        say(json.dumps(as_plain(records), indent=2))
         return
-    from corolla.cli.swarm_map import audit_table, swarm_map
+    from corolla.cli.swarm_map import swarm_map
 
     console.print(swarm_map(records))
-    if audits:
-        console.print(audit_table(audits))
 
 
 async def fetch(peers: list[str], identity: Path | None = None) -> list[ServerRecord]:

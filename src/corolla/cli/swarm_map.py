@@ -5,7 +5,6 @@ Invariant: what is drawn is what the directory's records say, nothing is guessed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -13,7 +12,6 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from corolla.client.audits.audit_report import Reported
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import ranges, uncovered
 from corolla.text import one_line
@@ -107,17 +105,3 @@ def _marked(spans: Sequence[tuple[int, int]], blocks: int, width: int, inside: s
 def _ruler(blocks: int, width: int) -> str:
     last = str(blocks - 1)
     return "0" + last.rjust(width - 1) if width > len(last) else last
-
-
-def audit_table(audits: Sequence[Reported]) -> RenderableType:
-    """What this user's audits have found, the newest last."""
-    table = Table(title="Found by your audits", title_justify="left", box=None, header_style="dim")
-    for name in ("peer", "what", "model", "blocks", "off by", "times", "last"):
-        table.add_column(name, overflow="fold")
-    for one in audits:
-        verdict = f"wrong {', '.join(one.what)}" if one.lied else f"disagrees with {one.other}"
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.last))
-        off = f"{one.worst:.3g} tolerances"
-        cells = (one.peer_id, verdict, one.model, f"{one.start}:{one.end}", off, str(one.count), when)
-        table.add_row(*(Text(one_line(cell)) for cell in cells), style="bold red" if one.lied else "yellow")
-    return table

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corolla.cli.common import (
-    ClientOptions,
     DtypeOption,
     PeersOption,
     RevisionOption,
@@ -34,6 +33,7 @@ from corolla.cli.members import (
 )
 from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
+from corolla.config import SwarmConfig
 from corolla.data.render import RenderSettings
 from corolla.errors import CorollaError, UsageError
 from corolla.tuning.settings import TuneSettings
@@ -67,7 +67,7 @@ class TuneJob:
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     dtype: str = "auto"
-    client: ClientOptions = field(default_factory=ClientOptions)
+    client: SwarmConfig = field(default_factory=SwarmConfig)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -82,7 +82,7 @@ class TuneJob:
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
         names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
-        swarm = to_saved(ClientOptions(peers=self.client.peers, trust=self.client.trust))
+        swarm = to_saved(SwarmConfig(peers=self.client.peers, trust=self.client.trust))
         return {name: getattr(self, name) for name in names} | {"swarm": swarm}
 
 
@@ -112,7 +112,7 @@ def tune(
     revision: RevisionOption = None,
     token: TokenOption = None,
     dtype: DtypeOption = "auto",
-    client: Annotated[dict[str, Any], Fields(ClientOptions)],
+    client: Annotated[dict[str, Any], Fields(SwarmConfig)],
     identity: MemberOption = None,
     invite: InviteOption = None,
     trust: TrustOption = None,
@@ -122,7 +122,7 @@ def tune(
     from corolla.cli.local_swarm import joined
     from corolla.tuning.checkpoints import RunFolder
 
-    options = ClientOptions(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
+    options = SwarmConfig(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
     to_do = TuneJob(**job, model=model, revision=revision, token=token, dtype=dtype, client=options)
     rendering = RenderSettings(
         style="delimiter" if style == "auto" and delimiter is not None else style,

@@ -6,19 +6,16 @@ loop starts when the first model is loaded and ends with `close()`, which nothin
 
 from __future__ import annotations
 
-import random
 import threading
-from collections.abc import Collection, Coroutine, Sequence
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from corolla.client.audits.auditor import Auditor, check_share
-from corolla.client.audits.second_opinion import Own
-from corolla.client.retry import DEFAULT_PATIENCE, Retry
+from corolla.client.audits.audit import Observer
+from corolla.client.retry import Retry
 from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.client.view import SwarmView
+from corolla.config import SwarmConfig
 from corolla.swarm.node import EventLoopThread, Node
-from corolla.wire.compression import WireFormat
 
 T = TypeVar("T")
 
@@ -30,81 +27,63 @@ class SwarmConnection:
         self,
         loop: EventLoopThread,
         node: Node,
+        config: SwarmConfig | None = None,
         *,
         model: str,
         model_name: str,
         num_blocks: int,
-        patience: float = DEFAULT_PATIENCE,
-        wire: WireFormat = "compute",
-        mixed: bool = False,
-        trust: Collection[str] | None = None,
+        observe: Callable[[SwarmView], Observer] | None = None,
         owns_loop: bool = True,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it, `wire` how activations travel."""
+        """`model` is the checkpoint's identity, `model_name` what people call it.
+
+        `observe` makes what is told of every answer, if anything.
+        """
+        self.config = config or SwarmConfig()
         self._loop = loop
         self._node = node
         self._owns_loop = owns_loop
         self.view = SwarmView(
             node.transport,
             node.directory,
+            self.config,
             model=model,
             model_name=model_name,
             num_blocks=num_blocks,
-            wire=wire,
-            mixed=mixed,
             introductions=node.introductions,
-            trust=trust,
         )
-        self.retry = Retry(self.view, patience=patience)
+        self.retry = Retry(self.view, patience=self.config.patience)
         self.prefixes = PrefixIndex()
+        self.audits = None if observe is None else observe(self.view)
 
     @classmethod
     def connect(
         cls,
-        initial_peers: Sequence[str],
+        config: SwarmConfig,
         *,
         model: str,
         model_name: str,
         num_blocks: int,
-        patience: float = DEFAULT_PATIENCE,
-        wire: WireFormat = "compute",
-        mixed: bool = False,
-        identity: Path | None = None,
-        trust: Collection[str] | None = None,
+        observe: Callable[[SwarmView], Observer] | None = None,
     ) -> SwarmConnection:
-        """Join through `initial_peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`.
-
-        `identity` is a file with this client's key, `trust` the peer ids of the only servers to be used.
-        """
+        """Join through `config.peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`."""
         loop = EventLoopThread()
         try:
-            node = loop.run(Node.create(initial_peers=initial_peers, identity=identity, client_only=True))
+            node = loop.run(
+                Node.create(initial_peers=config.peers, identity=config.identity, client_only=True)
+            )
         except BaseException:
             loop.close()
             raise
         return cls(
             loop,
             node,
+            config,
             model=model,
             model_name=model_name,
             num_blocks=num_blocks,
-            patience=patience,
-            wire=wire,
-            mixed=mixed,
-            trust=trust,
+            observe=observe,
         )
-
-    def start_audits(
-        self, share: float, own: Own | None, *, routed: bool = False, draw: random.Random | None = None
-    ) -> Auditor | None:
-        """Have `share` of all answers checked from now on; `own` computes what no second server can.
-
-        `routed` says that tokens choose experts. Nothing is started for a share of 0. Raises `UsageError`.
-        """
-        if not check_share(share):
-            return None
-        self.view.audits = auditor = Auditor(self.view, share, own=own, routed=routed, draw=draw)
-        return auditor
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for `work` on the loop. Ctrl-C cancels it."""
@@ -144,7 +123,8 @@ class SwarmConnection:
             self._loop.run_soon(self._close())
 
     async def _close(self) -> None:
-        await self.view.audits.close()
+        if self.audits is not None:
+            await self.audits.close()
         await self.view.close()
         if self._owns_loop:
             await self._node.close()

@@ -15,9 +15,9 @@ from torch import Tensor
 from corolla.client.sessions.history import History
 from corolla.errors import UsageError
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.quantization import use_kernels
-from corolla.models.shell import BlocksCall
 from corolla.models.span import Span, load_span
 
 
@@ -100,16 +100,6 @@ class LocalSession:
         """Give the memory back."""
         self._cache = SpanCache(self._start)
         self.entered = History()
-
-
-def check_local(count: int, num_blocks: int) -> int:
-    """`count` of the first blocks to run here. Raises `UsageError` unless some are left for the swarm."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < num_blocks:
-        raise UsageError(
-            f"local_blocks is {count!r}; this model has {num_blocks} blocks, of which 0 to {num_blocks - 1} "
-            "may run on this machine."
-        )
-    return count
 
 
 def load_local(checkpoint: Checkpoint, count: int, dtype: torch.dtype) -> LocalBlocks | None:

@@ -7,7 +7,7 @@ back to the device that they came from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,19 +19,19 @@ from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
-from corolla.models.cache import RemoteCache
-from corolla.models.shell import BlocksCall
-
-MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message of a session carries at most
+from corolla.models.cache import BlocksCall, PutOff, on_cpu
 
 
 class RemoteBlocks:
     """Blocks [start, end) of a model in the swarm; `blocks[i:j]` is a part of them, `blocks[i:j](hidden)` runs it."""
 
-    def __init__(self, connection: SwarmConnection, start: int, end: int) -> None:
+    def __init__(
+        self, connection: SwarmConnection, start: int, end: int, local: LocalBlocks | None = None
+    ) -> None:
+        """`local` are the first ones, where this client runs them itself."""
         self.connection = connection
         self.start, self.end = start, end
-        self.local: LocalBlocks | None = None  # the first ones, where this client runs them itself
+        self.local = local
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -45,9 +45,7 @@ class RemoteBlocks:
             raise UsageError(
                 f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
             )
-        part = RemoteBlocks(self.connection, self.start + start, self.start + stop)
-        part.local = self.local
-        return part
+        return RemoteBlocks(self.connection, self.start + start, self.start + stop, self.local)
 
     @property
     def remote_start(self) -> int:
@@ -66,12 +64,20 @@ class RemoteBlocks:
 
     def open_chain(self, deep: Tensor | None) -> SessionChain:
         """A session over these blocks, with nothing in it yet."""
-        chain = SessionChain(
-            self.connection.view, self.connection.retry, start=self.remote_start, end=self.end, deep=deep
-        )
+        front = None
         if self.local is not None and self.start < self.remote_start:
-            chain.front = LocalSession(self.local, self.start, self.remote_start)
-        return chain
+            front = LocalSession(self.local, self.start, self.remote_start)
+        swarm = self.connection
+        return SessionChain(
+            swarm.view,
+            swarm.retry,
+            swarm.audits,
+            swarm.run,
+            start=self.remote_start,
+            end=self.end,
+            deep=deep,
+            front=front,
+        )
 
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
@@ -103,39 +109,11 @@ class RemoteBlocks:
     @torch.no_grad()
     def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         assert call.cache is not None
-        self._catch_up(call.cache, call.start)
-        chain = call.cache.session
-        assert isinstance(chain, SessionChain)
-        if chain.front is not None:
-            hidden = chain.front.step(hidden, call)
-        if call.start == 0:
-            chain.begins_with(call.prompt, hidden)
-        positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
-        step = _step_in_chunks(chain, _to_wire(hidden), call.start, _to_cpu(call.mask), _to_cpu(positions))
-        return self.connection.run(step).to(hidden.device)
-
-    def _catch_up(self, cache: RemoteCache, start: int) -> None:
-        """Give the servers a pass of this session that they have not been given yet."""
-        earlier, cache.put_off = cache.put_off, None
-        if earlier is None or start == 0:
-            return
-        try:
-            self._step(earlier.hidden, replace(earlier.call, cache=cache))
-        except BaseException:
-            cache.put_off = earlier
-            raise
-
-
-@dataclass(frozen=True)
-class PutOff:
-    """A session's first pass, computed without its caches: what entered the blocks, and with what."""
-
-    hidden: Tensor
-    call: BlocksCall
-
-    def select_rows(self, rows: Tensor) -> PutOff:
-        """The same pass for the rows that int64 [R'] names."""
-        return PutOff(self.hidden[rows.to(self.hidden.device)], self.call.select_rows(rows))
+        session, earlier = call.cache.session, call.cache.put_off
+        if earlier is not None and call.start:
+            session.step(earlier.hidden, earlier.call)
+        call.cache.put_off = None
+        return session.step(hidden, call)
 
 
 class _NoGradients(torch.autograd.Function):
@@ -153,24 +131,6 @@ class _NoGradients(torch.autograd.Function):
         )
 
 
-async def _step_in_chunks(
-    chain: SessionChain, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
-) -> Tensor:
-    """A step, in pieces where it is too large for one message."""
-    width = max(1, MESSAGE_BYTES // (hidden[:, :1].numel() * hidden.element_size()))
-    outputs = []
-    for first in range(0, hidden.shape[1], width):
-        last = min(first + width, hidden.shape[1])
-        output = await chain.step(
-            hidden[:, first:last],
-            start=start + first,
-            mask=None if mask is None else mask[:, : start + last],
-            positions=None if positions is None else positions[:, first:last],
-        )
-        outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
 class _RemoteForward(torch.autograd.Function):
     """Autograd's view of a `TrainingPass`."""
 
@@ -186,9 +146,15 @@ class _RemoteForward(torch.autograd.Function):
     ) -> Tensor:
         connection = blocks.connection
         training = TrainingPass(
-            connection.view, connection.retry, start=blocks.remote_start, end=blocks.end, deep=deep, lend=lend
+            connection.view,
+            connection.retry,
+            connection.audits,
+            start=blocks.remote_start,
+            end=blocks.end,
+            deep=deep,
+            lend=lend,
         )
-        output = connection.run(training.forward(_to_wire(hidden), _to_cpu(mask), _to_cpu(positions)))
+        output = connection.run(training.forward(on_cpu(hidden), on_cpu(mask), on_cpu(positions)))
         ctx.training, ctx.connection, ctx.deep = training, connection, deep
         return output.to(hidden.device)
 
@@ -199,17 +165,9 @@ class _RemoteForward(torch.autograd.Function):
                 "Gradients of gradients do not go through the swarm: leave out create_graph=True, and what needs it "
                 "(gradient penalties)."
             )
-        work = ctx.training.backward(_to_wire(grad))  # type: ignore[attr-defined]
+        work = ctx.training.backward(on_cpu(grad))  # type: ignore[attr-defined]
         grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]
         deep: Tensor | None = ctx.deep  # type: ignore[attr-defined]
         if deep is not None and grad_deep is not None:
             grad_deep = grad_deep.to(deep.device, deep.dtype)
         return grad_hidden.to(grad.device), grad_deep, None, None, None, None
-
-
-def _to_wire(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _to_cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().cpu()

@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEFAULT_PATIENCE = 600.0  # seconds without any progress after which a call gives up
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 UNSAID_SECONDS = 1.0  # a wait that is over sooner is nobody's business
@@ -86,7 +85,8 @@ class _Notice:
 class Retry:
     """Runs attempts against the swarm with patience."""
 
-    def __init__(self, view: SwarmView, *, patience: float = DEFAULT_PATIENCE) -> None:
+    def __init__(self, view: SwarmView, *, patience: float) -> None:
+        """`patience`: seconds without any progress after which a call gives up."""
         self._view = view
         self._patience = patience
         self._notice = _Notice()
@@ -138,7 +138,7 @@ class Retry:
     def _pause(self, call: _Call, error: CorollaError) -> float:
         if isinstance(error, SwarmUnavailable):
             # No longer than until a server may be asked again, since it may be the only one.
-            back = self._view.next_return()
+            back = self._view.health.next_return()
             pause = backoff(call.waits)
             return pause if not back else max(0.01, min(pause, back * random.uniform(1.0, 1.1)))
         if error_names_nobody(error):

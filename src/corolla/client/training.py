@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from corolla.client.audits.audit import Observer
 from corolla.client.retry import Retry
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
@@ -110,12 +111,21 @@ class TrainingPass:
     """One batch's way through blocks [start, end) and back. Runs on the event loop."""
 
     def __init__(
-        self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None, lend: bool
+        self,
+        view: SwarmView,
+        retry: Retry,
+        audits: Observer | None,
+        *,
+        start: int,
+        end: int,
+        deep: Tensor | None,
+        lend: bool,
     ) -> None:
         """`deep` holds the deep prompts of all the model's blocks, fp32 [blocks, P, H]; `lend` says that a
         backward will follow."""
         self._view = view
         self._retry = retry
+        self._audits = audits
         self._start, self._end = start, end
         self._deep = None if deep is None else deep.detach().float().cpu()
         self._lend = lend
@@ -126,8 +136,7 @@ class TrainingPass:
 
         Outputs of padding are zero.
         """
-        self._view.verdicts.tell()
-        SPINNING.pause()
+        self._begin()
         rows, tokens = int(hidden.shape[0]), int(hidden.shape[1])
         ids = None if positions is None else positions.expand(rows, -1)
         self._micro_batches = list(micro_batches(rows, tokens, mask, ids))
@@ -142,8 +151,7 @@ class TrainingPass:
 
         As `forward`, raises `LyingServer` when an audit has condemned a peer meanwhile.
         """
-        self._view.verdicts.tell()
-        SPINNING.pause()
+        self._begin()
 
         async def one(micro: MicroBatch) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
             return await self._backward(micro, micro.packed(grad))
@@ -155,6 +163,11 @@ class TrainingPass:
                 for hop, piece in pieces:
                     deep_grad[hop.start : hop.end] += piece
         return self._unpacked([grad_hidden for grad_hidden, _ in results], grad), deep_grad
+
+    def _begin(self) -> None:
+        if self._audits is not None:
+            self._view.verdicts.tell()
+        SPINNING.pause()
 
     def _unpacked(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The micro-batches' results [1, N, H] in their places of a batch [R, T, H]."""
@@ -178,7 +191,8 @@ class TrainingPass:
                 tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
                 reply = await self._exchange(hop, message, tensors)
                 output = checked(reply, "hidden", value, hop.peer_id)
-                self._view.audits.forward(hop, tensors, output)
+                if self._audits is not None:
+                    self._audits.forward(hop, tensors, output)
                 micro.stages.append(Stage(hop, value, lease))
                 value, block = output, hop.end
             return value
@@ -223,7 +237,8 @@ class TrainingPass:
         if self._deep is not None:
             piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop.peer_id)
         value = checked(reply, "grad", stage.inputs, hop.peer_id)
-        self._view.audits.backward(hop, tensors, {"grad": value, "prompts": piece})
+        if self._audits is not None:
+            self._audits.backward(hop, tensors, {"grad": value, "prompts": piece})
         return value, piece
 
     async def _redeem(self, stage: Stage, grad: Tensor) -> Packet | None:
@@ -259,7 +274,8 @@ class TrainingPass:
         return detour.stages
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
-        channel = await self._view.channel(hop.peer_id)
+        channels = self._view.channels
+        channel = await channels.take(hop.peer_id)
         began = self._view.now()
         try:
             reply = await request(channel, Packet(message, tensors))
@@ -267,16 +283,15 @@ class TrainingPass:
             if meaning(refusal).stream_lost:
                 await channel.close()
             else:  # as if nothing had been asked
-                self._view.release(channel)
+                channels.give(channel)
             raise
         except BaseException:
             await channel.close()
             raise
-        self._view.release(channel)
-        self._view.succeeded(hop.peer_id)
+        channels.give(channel)
         sent = next(iter(tensors.values()))
         nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
-        self._view.took(hop, int(sent.shape[1]), nbytes, self._view.now() - began)
+        self._view.answered(hop, int(sent.shape[1]), nbytes, self._view.now() - began)
         return reply
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +18,60 @@ from transformers import Cache
 
 from corolla.errors import SessionLimit, UsageError
 
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+
+
+@dataclass(frozen=True)
+class BlocksCall:
+    """What one pass through the blocks needs besides hidden states [R, T, H]."""
+
+    mask: Tensor | None  # bool [R, S], S tokens so far; None when all are real
+    positions: Tensor | None  # int64 [R, T]; None when they are start, start+1, …
+    deep: Tensor | None  # fp32 [blocks, P, H]
+    cache: RemoteCache | None
+    start: int  # position of the first of the T tokens, prompt included
+    prompt: Tensor | None = None  # fp32 [P, H], what the first of the T tokens are, where they are a prompt
+
+    def select_rows(self, rows: Tensor) -> BlocksCall:
+        """The same for the rows that int64 [R'] names, wherever it says something of rows."""
+        mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
+        positions = self.positions
+        if positions is not None and positions.shape[0] > 1:
+            positions = positions[rows.to(positions.device)]
+        return replace(self, mask=mask, positions=positions)
+
+
+@dataclass(frozen=True)
+class PutOff:
+    """A session's first pass, computed without its caches: what entered the blocks, and with what.
+
+    The session is given it when it is continued.
+    """
+
+    hidden: Tensor
+    call: BlocksCall
+
+    def select_rows(self, rows: Tensor) -> PutOff:
+        """The same pass for the rows that int64 [R'] names."""
+        return PutOff(self.hidden[rows.to(self.hidden.device)], self.call.select_rows(rows))
+
 
 class BlocksSession(Protocol):
-    """What the cache needs of the session behind it (`client/sessions/chain.py`)."""
+    """What stands behind a cache (`client/sessions/chain.py`): the keys and values, wherever they are."""
+
+    def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """The blocks' outputs for `hidden` [R, T, H] from position `call.start` on, forgetting what stood there."""
 
     def reorder(self, rows: Tensor) -> None:
         """The next step continues with these rows of the cached ones, int64 [R]."""
 
     def reserve(self, tokens: int) -> None:
         """The coming steps may reach this many tokens a row, prompts included."""
+
+
+def on_cpu(tensor: OptionalTensor) -> OptionalTensor:
+    """Detached, and where sessions take it: None stays None."""
+    return None if tensor is None else tensor.detach().cpu().contiguous()
 
 
 # What transformers calls the argument that is a cache; before 5.24 the former, since then the latter.
@@ -85,9 +131,7 @@ class RemoteCache(_OneGrowingLayer):
         self.owner = owner
         self.lazy = lazy
         self.closed = False
-        self.put_off: Any = (
-            None  # a pass of this cache that no server has been given yet (`client/remote_blocks.py`)
-        )
+        self.put_off: PutOff | None = None
         # Of the `generate` call that goes on with this cache: how many tokens it was given in all, 0 without one; how
         # many of them it was given both as ids and as embeddings.
         self.whole = self.counted_twice = 0

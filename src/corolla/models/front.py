@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError
+from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.layer_form import returns_tuple
 from corolla.models.families import Structure, structure
 from corolla.models.prompts import SoftPrompt
-from corolla.models.shell import BaseModelHooks, BlocksCall, BlocksLayer, replace_blocks
+from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 
 
 def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch.dtype) -> list[Tensor]:

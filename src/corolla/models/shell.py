@@ -27,7 +27,7 @@ from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import Edge, edge_of
-from corolla.models.cache import Caches, PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.cache import BlocksCall, Caches, PromptedView, RemoteCache, cache_argument, take_cache
 from corolla.models.prompts import SoftPrompt, place_prompt
 
 ATTENTION_NAME = "corolla_remote"
@@ -44,26 +44,6 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> Tensor:
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_attention_here)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)
-
-
-@dataclass(frozen=True)
-class BlocksCall:
-    """What one pass through the blocks needs besides hidden states [R, T, H]."""
-
-    mask: Tensor | None  # bool [R, S], S tokens so far; None when all are real
-    positions: Tensor | None  # int64 [R, T]; None when they are start, start+1, …
-    deep: Tensor | None  # fp32 [blocks, P, H]
-    cache: RemoteCache | None
-    start: int  # position of the first of the T tokens, prompt included
-    prompt: Tensor | None = None  # fp32 [P, H], what the first of the T tokens are, where they are a prompt
-
-    def select_rows(self, rows: Tensor) -> BlocksCall:
-        """The same for the rows that int64 [R'] names, wherever it says something of rows."""
-        mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
-        positions = self.positions
-        if positions is not None and positions.shape[0] > 1:
-            positions = positions[rows.to(positions.device)]
-        return replace(self, mask=mask, positions=positions)
 
 
 RunBlocks = Callable[[Tensor, BlocksCall], Tensor]

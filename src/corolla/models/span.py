@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
-
 
 _passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
 

@@ -1,6 +1,7 @@
 """What a server is, beside the streams that it answers: its blocks, engine, budgets and counters.
 
-Invariant: there is one of each, shared by all streams; a request is counted from its arrival to its answer.
+There is one of each, shared by all streams. What is asked of a request before anything is computed stands here too.
+Every refusal is typed and names the field that was wrong.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from corolla.errors import UsageError
+from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.span import Span
-from corolla.server.diary import Diary
-from corolla.server.limits import PeerLimits
+from corolla.server.peers import Diary, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind, run_pass
 from corolla.server.scheduler.threads import FreeCpus, ThreadChooser
 from corolla.server.sessions.bundles import Bundle, Entering, prefill
@@ -27,7 +28,7 @@ from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.store import SessionStore
 from corolla.server.training.leases import Leases
 from corolla.version import __version__
-from corolla.wire.messages import ServerStatus
+from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
@@ -104,6 +105,24 @@ class BlockServer:
             work = partial(prefill, self.span, self.pool, prompt)
             self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
 
+    def part(self, message: OpenSession | Forward | Backward) -> Span:
+        """The part of the span that the message is for. Raises `RequestRefused`."""
+        start, end = self.span.start, self.span.end
+        if message.model != self.model:
+            raise RequestRefused("This server serves another model.", code="wrong_model", field="model")
+        if not start <= message.start < message.end <= end:
+            raise RequestRefused(
+                f"Blocks {message.start}:{message.end} are not all served here; this server has {start}:{end}.",
+                code="wrong_blocks",
+                field="end" if start <= message.start < end else "start",
+            )
+        return self.span.view(message.start, message.end)
+
+    def check_staying(self) -> None:
+        """That the server takes new work. Raises `RequestRefused`."""
+        if self.draining:
+            raise RequestRefused("This server is going away; use another.", code="draining")
+
     def between_blocks(self) -> None:
         """In the middle of training: others' decode steps, and a look at who else needs the CPUs."""
         self.engine.run_pending_decodes()
@@ -169,3 +188,66 @@ def _return_freed_memory() -> None:
     on the machine can use it; takes milliseconds. Only glibc can be asked to."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def malformed(field: str, why: str) -> RequestRefused:
+    """What is wrong with a message's field or tensor, to be raised."""
+    return RequestRefused(why, code="malformed", field=field)
+
+
+def check_hidden(hidden: Tensor, span: Span) -> None:
+    """Hidden states as wide as the span's. Raises `RequestRefused`."""
+    if hidden.shape[2] != span.hidden_size:
+        raise malformed("hidden", f"Hidden states are {span.hidden_size} wide here, not {hidden.shape[2]}.")
+
+
+def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
+    """Deep prompts [blocks, P, H] for exactly the span's blocks, or none. Raises `RequestRefused`.
+
+    P may be bounded: a session keeps its prompts, so their room must be bounded by that of its tokens.
+    """
+    if prompts is None:
+        return
+    if prompts.shape[0] != span.end - span.start or prompts.shape[2] != span.hidden_size:
+        raise malformed(
+            "prompts",
+            f"Deep prompts for these blocks are {span.end - span.start} by tokens by {span.hidden_size}.",
+        )
+    if at_most is not None and prompts.shape[1] > at_most:
+        raise malformed(
+            "prompts",
+            f"Deep prompts for {prompts.shape[1]} tokens are more than the {at_most} that the session holds.",
+        )
+
+
+def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int) -> None:
+    """That `rows` of `tokens` new tokens, of `total` so far, can be computed in `limit` bytes at once.
+
+    Raises `RequestRefused` (too_large). Without it, one client's single long request would end the process:
+    memory that the kernel takes back is no exception that could be answered.
+    """
+    needed = working_bytes(span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients)
+    if needed > limit:
+        raise RequestRefused(
+            f"Computing {rows} x {tokens} tokens here would take about {needed / 2**30:.1f} GiB of "
+            f"{limit / 2**30:.1f}: send fewer rows or shorter sequences.",
+            code="too_large",
+            field="hidden",
+        )
+
+
+def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool) -> int:
+    """About what a computation takes beyond weights and cache; an estimate on the high side.
+
+    Gradients keep every block's activations; otherwise one block's at a time are there. Attention code that
+    writes its weights out takes rows x heads x tokens x total of them, fused code only a mask.
+    """
+    config, size = span.config, span.dtype.itemsize
+    blocks = span.end - span.start if with_gradients else 1
+    inner = getattr(config, "intermediate_size", None) or 4 * span.hidden_size
+    activations = rows * tokens * (8 * span.hidden_size + 3 * int(inner)) * size
+    if getattr(config, "_attn_implementation", "eager") == "eager":
+        # The products, and their softmax, which is computed in float32 at least.
+        attention = rows * int(config.num_attention_heads) * tokens * total * (size + max(4, size))
+        return blocks * (activations + attention)
+    return blocks * activations + rows * tokens * total * size

@@ -12,19 +12,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.server.block_server import BlockServer
-from corolla.server.limits import InFlight
-from corolla.server.requests import Answered, Client, failure_from, failure_of
+from corolla.server.peers import InFlight
 from corolla.server.sessions.opening import OpenRequest
+from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest
 from corolla.server.sessions.steps import StepsRequest
 from corolla.server.training.requests import BackwardRequest, ForwardRequest
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
-from corolla.wire.failures import meaning
+from corolla.wire.failures import failure_from, failure_of, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import (
     Backward,
@@ -40,6 +40,17 @@ from corolla.wire.messages import (
 )
 
 log = logging.getLogger(__name__)
+
+
+class Answered(Protocol):
+    """A request that has been read."""
+
+    def check(self) -> None:
+        """Raises `RequestRefused`; nothing has changed then, and `run` must not be called."""
+
+    async def run(self) -> Packet:
+        """The answer. Raises `RequestRefused`. Cancelled, it leaves nothing behind."""
+
 
 # Made of (server, client, message, tensors). Raises `RequestRefused`.
 REQUESTS: dict[type[Message], Callable[[BlockServer, Client, Any, Any], Answered]] = {

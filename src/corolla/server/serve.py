@@ -35,7 +35,7 @@ from corolla.models.quantization import check_quantization, use_kernels
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.limits import Budgets, PeerLimits
+from corolla.server.peers import Budgets, PeerLimits
 from corolla.server.scheduler.engine import Kind
 from corolla.server.scheduler.threads import give_threads_to
 from corolla.server.sessions.bundles import Entering, before_span, read_bundles

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from corolla.config import WireFormat
 from corolla.errors import (
     PeerDisconnected,
     PeerSilent,
@@ -25,7 +26,7 @@ from corolla.errors import (
 )
 from corolla.swarm.transport.base import Buffer, Stream
 from corolla.text import one_line
-from corolla.wire.compression import WireFormat, compress, expand
+from corolla.wire.compression import compress, expand
 from corolla.wire.frames import (
     PREAMBLE_SIZE,
     Header,

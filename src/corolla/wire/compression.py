@@ -10,27 +10,16 @@ Blockwise 8-bit integers as in Dettmers et al. 2022 (arXiv:2110.02861), with a l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from corolla.errors import ProtocolError, UsageError
-
-WireFormat = Literal["compute", "float16", "int8"]  # "compute": as they are
+from corolla.config import WireFormat
+from corolla.errors import ProtocolError
 
 COMPRESSED = ("hidden", "grad")  # names of the tensors that are worth it
 INT8_BLOCK = 64  # values that share a scale
-
-
-def check_format(name: str) -> WireFormat:
-    """The format of that name. Raises `UsageError`."""
-    for known in get_args(WireFormat):
-        if name == known:
-            found: WireFormat = known
-            return found
-    raise UsageError(f"wire is {name!r}; it must be one of {', '.join(get_args(WireFormat))}.")
 
 
 def scales_of(name: str) -> str:
@@ -54,7 +43,8 @@ def expand(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], WireFormat
 
     Raises `ProtocolError` for scales that do not fit their tensor.
     """
-    found, form = dict(tensors), "compute"
+    found = dict(tensors)
+    form: WireFormat = "compute"
     for name in COMPRESSED:
         scales = found.pop(scales_of(name), None)
         if scales is None:
@@ -63,7 +53,7 @@ def expand(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], WireFormat
             continue
         form = "int8" if found[name].dtype == torch.int8 else "float16"
         found[name] = _restored(name, found[name], scales)
-    return found, check_format(form)
+    return found, form
 
 
 def _squeezed(values: Tensor, form: WireFormat) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from corolla.errors import RequestRefused
+from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
 from corolla.wire.messages import Failure, FailureCode
 
 
@@ -80,3 +80,23 @@ def remedy_of(error: BaseException | None) -> Remedy | None:
 def keeps_session(error: BaseException) -> bool:
     """Whether a step that ended with this error has left its session at the server as it was."""
     return isinstance(error, RequestRefused) and not meaning(error).session_lost
+
+
+def failure_from(refusal: RequestRefused) -> Failure:
+    """What a refused request is answered with."""
+    return Failure(
+        code=refusal.code,  # type: ignore[arg-type]
+        message=str(refusal)[:2048],
+        field=refusal.field,
+        retry_after=refusal.retry_after,
+    )
+
+
+def failure_of(error: ProtocolError) -> Failure:
+    """What bytes that cannot be taken are answered with."""
+    code: FailureCode = "version" if error.field == "version" else "malformed"
+    if isinstance(error, OutOfOrder):
+        code = "out_of_order"
+    # A field's name may come from the peer, at any length.
+    field = None if error.field is None else error.field[:128]
+    return Failure(code=code, message=str(error)[:2048], field=field)

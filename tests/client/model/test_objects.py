@@ -24,11 +24,9 @@ from corolla.client.model.arguments import own_arguments
 from corolla.client.model.causal_lm import (
     AutoDistributedModelForCausalLM,
     distributed_class,
-    load_distributed,
 )
-from corolla.errors import UsageError
-from corolla.models.shell import with_attention
-from corolla.models.shell import ATTENTION_NAME
+from corolla.errors import MissingBlocks, UsageError
+from corolla.models.shell import ATTENTION_NAME, with_attention
 
 PairOf = Callable[..., Pair]
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
@@ -341,6 +339,7 @@ def test_new_tables_are_used(pair_of: PairOf, resized: int) -> None:
             "load_in_8bit": False,
             "local_files_only": True,
         },
+        {"dtype": torch.float64, "max_retries": None, "use_server_to_server": True, "request_timeout": 180},
     ],
     ids=str,
 )
@@ -379,6 +378,8 @@ def test_a_model_says_what_others_can_load(pair_of: PairOf, tmp_path: Path) -> N
         ({"tp_plan": "auto"}, "tp_plan.*on this machine"),
         ({"initial_peer": ["a"]}, "no argument initial_peer: did you mean initial_peers"),
         ({"tuning_mod": "ptune"}, "no argument tuning_mod: did you mean tuning_mode"),
+        ({"max_retries": 3}, "max_retries=3: patience says"),
+        ({"active_adapter": "someone/lora"}, r"active_adapter.*PeftModel\.from_pretrained"),
         ({"zzz": 1}, "no argument zzz: it takes .*initial_peers"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
@@ -394,6 +395,38 @@ def test_what_cannot_be_had_is_one_sentence(
         with pytest.raises(UsageError, match=sentence) as caught:
             load(folder, **{"initial_peers": ["nowhere"], **arguments})
         assert str(caught.value).endswith((".", "?"))
+        assert isinstance(caught.value, TypeError) == ("no argument" in sentence)
+
+
+def test_from_pretrained_can_be_completed() -> None:
+    """Its names, its defaults and what they mean; nothing that only Corolla itself gives."""
+    auto, family = AutoDistributedModelForCausalLM, distributed_class("LlamaForCausalLM")
+    signature = inspect.signature(auto.from_pretrained)
+    assert inspect.signature(family.from_pretrained) == signature
+    assert {"initial_peers", "tuning_mode", "allowed_servers", "blocked_servers"} < set(signature.parameters)
+    assert not {"connection", "only", "trust"} & set(signature.parameters)
+    for load in (auto.from_pretrained, family.from_pretrained):
+        assert load.__name__ == "from_pretrained"
+        documented = inspect.getdoc(load) or ""
+        for name in set(signature.parameters) - {"torch_dtype"}:
+            assert name in documented
+        with pytest.raises(TypeError, match=r"from_pretrained\(\) takes 1 positional"):
+            load("smollm2", ["address"])
+
+
+def test_older_names_are_taken_with_a_warning(pair_of: PairOf) -> None:
+    swarm = pair_of("llama").swarm
+    peers = list(swarm.servers)
+    with pytest.warns(FutureWarning, match="trust is called allowed_servers now"):
+        model = swarm.model(trust=peers)
+    assert model.blocks.connection.config.trust == tuple(peers)
+
+
+def test_servers_can_be_blocked(pair_of: PairOf) -> None:
+    swarm = pair_of("llama").swarm
+    blocked = next(iter(swarm.servers))
+    with pytest.raises(MissingBlocks, match=r"that you trust do not serve blocks .* 1 other"):
+        swarm.model(blocked_servers=[blocked])
 
 
 def test_every_argument_of_transformers_own_is_known(pair_of: PairOf) -> None:
@@ -404,7 +437,7 @@ def test_every_argument_of_transformers_own_is_known(pair_of: PairOf) -> None:
         one.name for one in inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
         if one.kind is one.KEYWORD_ONLY
     }  # fmt: skip
-    names -= set(own_arguments(load_distributed))
+    names -= set(own_arguments())
     known = 0
     for name in sorted(name for name in names if not name.startswith("_")):
         with pytest.raises(UsageError) as caught:

@@ -16,6 +16,7 @@ from tests.tiny_models import write_tiny
 
 from corolla.client.sessions import bundles as client_bundles
 from corolla.models.attention.pages import PAGE, PageTable, PagePool, pages_for
+from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
@@ -143,7 +144,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         for peer, span in zip(peers, chain._spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
-            sent = server.sessions.find(model.blocks.connection.view.transport.peer_id, span.name)
+            sent = server.sessions.find(model.blocks.connection.view.peer_id, span.name)
             assert sent is not None
             for block in range(span.hop.start, span.hop.end):
                 mine, theirs = (_columns(server.pool, block, row) for row in (bundle.row, sent.cached[0]))
@@ -165,8 +166,7 @@ def _prompt_alone(chats: Chats, model: Any) -> tuple[Any, torch.Tensor, torch.Te
 
     layer._run = listening
     say(model, random_ids(1, 4), 1)
-    step = chain.step(entered[0], start=0, mask=None, positions=None)
-    return chain, entered[0], chats.swarm.loop.run(step)
+    return chain, entered[0], chain.step(entered[0], BlocksCall(None, None, None, None, 0))
 
 
 def _columns(pool: PagePool, block: int, row: CachedSequence) -> torch.Tensor:
@@ -277,7 +277,7 @@ def test_parts_of_a_servers_blocks(tmp_path: Path, mode: str) -> None:
         local = chats.local(model)
         with model.inference_session() as session:
             found = say(model, ids, 6, session=session)
-            hops = [(span.hop.start, span.hop.end) for span in session._chain._spans]
+            hops = [(hop.start, hop.end) for hop in session.hops]
         assert hops[0][1] < 3 or hops[1][0] > 1
         assert torch.equal(found, local.greedy(ids, 6))
         assert set(chats.swarm.counted().values()) == {11}
@@ -383,7 +383,7 @@ def test_audits_see_the_whole(tmp_path: Path) -> None:
         chats.serve((0, 4), throughput=1)
         model, ids = chats.client(audit=1.0), random_ids(1, 6)
         say(model, ids, 1)
-        auditor = model.blocks.connection.view.audits
+        auditor = model.blocks.connection.audits
         chats.swarm.loop.run(auditor.settled())
         assert (auditor.counts.right, auditor.counts.wrong) == (1, 0)
         for bundle in chats.swarm.servers[liar].bundles.values():
@@ -425,12 +425,13 @@ def outputs_of_another_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_column_too_few(patch: pytest.MonkeyPatch) -> None:
-    behind = client_bundles.Begun.behind
+    prompt = client_bundles.PrefilledPrompt
+    left = prompt.left_to_send
 
     def early(self: Any, step: Any, tensors: Any) -> Any:
-        return behind(client_bundles.Begun(self.outputs[:, 1:]), step, tensors)
+        return left(prompt(self.outputs[:, 1:]), step, tensors)
 
-    patch.setattr(client_bundles.Begun, "behind", early)
+    patch.setattr(prompt, "left_to_send", early)
 
 
 def deep_prompts_not_in_the_name(patch: pytest.MonkeyPatch) -> None:
@@ -441,11 +442,11 @@ def deep_prompts_not_in_the_name(patch: pytest.MonkeyPatch) -> None:
 
 CAUGHT_BY: dict[Plant, set[str]] = {
     no_mistake: set(),
-    shared_page_written: {"company"},
-    deep_prompts_forgotten_by_the_server: {"alone", "company"},
-    blocks_before_the_span_left_out: {"alone", "company"},
+    shared_page_written: {"beside_others"},
+    deep_prompts_forgotten_by_the_server: {"by_itself", "beside_others"},
+    blocks_before_the_span_left_out: {"by_itself", "beside_others"},
     outputs_of_another_block: {"failover"},
-    one_column_too_few: {"alone", "company"},
+    one_column_too_few: {"by_itself", "beside_others"},
     deep_prompts_not_in_the_name: {"trained"},
 }
 
@@ -456,11 +457,11 @@ class Checks:
 
     chats: Chats
 
-    def alone(self) -> bool:
+    def by_itself(self) -> bool:
         model, ids = self.chats.client(), random_ids(1, 6)
         return torch.equal(say(model, ids, 8), self.chats.local(model).greedy(ids, 8))
 
-    def company(self) -> bool:
+    def beside_others(self) -> bool:
         model, other, ids = self.chats.client(), self.chats.client(), random_ids(1, 6)
         with model.inference_session() as mine, other.inference_session() as theirs:
             found = say(model, ids, 2, session=mine)
@@ -477,7 +478,7 @@ class Checks:
         model, ids = self.chats.client(), random_ids(1, 6)
         with model.inference_session() as session:
             found = say(model, ids, 3, session=session)
-            self.chats.swarm.kill(session._chain._spans[-1].hop.peer_id)
+            self.chats.swarm.kill(session.hops[-1].peer_id)
             found = torch.cat([found, say(model, None, 8, session=session)], 1)
         return torch.equal(found, self.chats.local(model).greedy(ids, 11))
 
@@ -489,7 +490,7 @@ def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         chats.serve((0, 2), (2, 4), throughput=1000)
         chats.serve((2, 4), bundles=[], throughput=1)
         checks = Checks(chats)
-        names = ("alone", "company", "trained", "failover")
+        names = ("by_itself", "beside_others", "trained", "failover")
         failed = {name for name in names if not _passes(getattr(checks, name))}
     if plant is no_mistake:
         assert not failed

@@ -58,3 +58,30 @@ def test_given_positions_are_kept_through_a_cut_and_a_reorder() -> None:
     inputs = history.inputs()
     assert inputs is not None
     assert inputs[1].tolist() == [[0, 1], [0, 0], [0, 1]]
+
+
+def test_what_its_server_has_not_been_told_yet() -> None:
+    history = History()
+    history.append(torch.zeros(2, 5, 1), None)
+    assert (history.held, history.order, history.epoch, history.rows) == (5, None, 0, 2)
+    history.truncate(3)
+    history.append(torch.zeros(2, 1, 1), None)
+    assert (history.held, history.length, history.epoch) == (4, 4, 1)
+    history.select_rows(torch.tensor([1, 0, 1]))
+    history.select_rows(torch.tensor([2, 1]))
+    assert (history.held, history.rows) == (4, 2)
+    assert history.order is not None
+    assert history.order.tolist() == [1, 0]
+    twin = history.copy(2)
+    assert twin.order is history.order
+    assert (twin.length, twin.held, twin.epoch) == (2, 0, 0)
+    history.append(torch.zeros(2, 1, 1), None)
+    assert (history.order, history.epoch) == (None, 2)
+
+
+def test_what_its_server_held_before_the_first_step_is_taken_back_or_gone_on_with() -> None:
+    for known, epoch in ((3, 0), (0, 1)):
+        history = History()
+        history.held = 3
+        history.append(torch.zeros(1, 5, 1), None, known=known)
+        assert (history.held, history.length, history.epoch) == (5, 5, epoch)

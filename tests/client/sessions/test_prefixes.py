@@ -120,7 +120,7 @@ def test_a_fork_outlives_a_server(tmp_path: Path) -> None:
         said = twins.say(session, begun, 5)[:, -5:]
         fork = session.fork()
         session.position = 20
-        swarm.kill(session._chain._spans[1].hop.peer_id)
+        swarm.kill(session.hops[1].peer_id)
         past = torch.cat([begun, said], 1)
         found = twins.say(fork, one, 6)
         assert torch.equal(found[:, -6:], twins.greedy(torch.cat([past, one], 1), 6)[:, -6:])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.tiny_models import tiny_config, tiny_model, write_tiny
-from transformers import AutoModelForCausalLM
 
 from corolla.errors import CheckpointError, UnknownModel, UnsupportedFamily
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint

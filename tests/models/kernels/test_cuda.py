@@ -28,7 +28,8 @@ def test_no_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or find_spec("bitsandbytes") is None, reason="no CUDA device, or no bitsandbytes"
+    not torch.cuda.is_available() or find_spec("bitsandbytes") is None,
+    reason="no CUDA device, or no bitsandbytes",
 )
 @pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.03), ("nf4", 0.2)])
 @pytest.mark.parametrize("bias", [True, False])

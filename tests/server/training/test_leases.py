@@ -11,7 +11,7 @@ from tests.server.world import BLOCKS, END, HIDDEN, START, Clock, World, backwar
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.requests import working_bytes
+from corolla.server.block_server import working_bytes
 from corolla.server.training.leases import LEASE_SECONDS, Lease, Leases, Saved
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
@@ -146,7 +146,7 @@ async def test_without_a_graph_the_inputs_are_asked_for_and_the_stream_is_good(w
     """Never made; taken before; made by somebody else; too large; run out; of other blocks."""
     channel, stranger = await world.connect(), await another_peer(world)
     clock = Clock()
-    world.server.leases._clock = clock
+    world.server.leases = Leases(2**30, clock)
 
     async def refused(channel: Channel, lease: str, **changes: Any) -> bool:
         message = backward(prompt_gradient=True, lease=lease, **changes)

@@ -12,6 +12,7 @@ import pytest
 from tests.swarm.access.test_membership import peer, someone
 
 from corolla.client.view import SwarmView
+from corolla.config import SwarmConfig
 from corolla.errors import MissingBlocks, NotAdmitted, PeerDisconnected, ProtocolError, RequestRefused
 from corolla.swarm.access import admission
 from corolla.swarm.access.admission import (
@@ -239,11 +240,11 @@ async def view_of(
     return SwarmView(
         client,
         MemoryDirectory(board),
+        SwarmConfig.of(trust=trust),
         model="m",
         model_name="smol",
         num_blocks=4,
         introductions=Introductions(client, certificates),
-        trust=trust,
     )
 
 
@@ -251,14 +252,14 @@ async def ping_through(view: SwarmView) -> str:
     """As the retry loop does it: another attempt after each refusal."""
     while True:
         (hop,) = await view.route(0, 4)
-        channel = await view.channel(hop.peer_id)
+        channel = await view.channels.take(hop.peer_id)
         try:
             await request(channel, Packet(Ping()))
         except RequestRefused as error:
             await channel.close()
             await view.failed(error)
             continue
-        view.succeeded(hop.peer_id)
+        view.answered(hop, 1, 1, 0.001)
         await channel.close()
         return hop.peer_id
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -57,10 +57,7 @@ def swarms(draw: st.DrawFn) -> list[ServerRecord]:
 
 def cost(route: list[Hop], records: list[ServerRecord]) -> float:
     by_peer = {record.peer_id: record for record in records}
-    return sum(
-        HOP_SECONDS + (h.end - h.start) * block_seconds(by_peer[h.peer_id])
-        for h in route
-    )
+    return sum(HOP_SECONDS + (h.end - h.start) * block_seconds(by_peer[h.peer_id]) for h in route)
 
 
 def all_routes(records: list[ServerRecord], start: int, end: int) -> Iterator[list[Hop]]:
@@ -79,14 +76,10 @@ def all_routes(records: list[ServerRecord], start: int, end: int) -> Iterator[li
     st.integers(1, BLOCKS),
     st.sets(st.sampled_from(["p0", "p1", "p2"])),
 )
-def test_no_chain_is_cheaper(
-    records: list[ServerRecord], start: int, length: int, avoid: set[str]
-) -> None:
+def test_no_chain_is_cheaper(records: list[ServerRecord], start: int, length: int, avoid: set[str]) -> None:
     end = min(BLOCKS, start + length)
     eligible = [r for r in records if r.state == "serving" and r.peer_id not in avoid]
-    expected = min(
-        (cost(route, records) for route in all_routes(eligible, start, end)), default=None
-    )
+    expected = min((cost(route, records) for route in all_routes(eligible, start, end)), default=None)
     if expected is None:
         with pytest.raises(MissingBlocks):
             find_route(records, start, end, avoid=avoid)

@@ -1,8 +1,8 @@
 """Has a share of the servers' answers computed again by others, in the background, and acts on the result.
 
-Invariant: nobody is condemned by one other peer's word: a third, or the client's own checkpoint, decides.
-What waits is bounded, answers that come when too many wait are not audited and counted; the work whose
-answers are audited never waits for it.
+Invariant: nobody is condemned by the word of others, however many: only by what this client computed itself. Where
+it cannot, a disagreement stays unclear, and others are preferred to both sides for a while. What waits is bounded,
+answers that come when too many wait are counted and not audited; audited work never waits for its audit.
 """
 
 from __future__ import annotations
@@ -16,25 +16,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from corolla.client.audits.audit import (
-    Answer,
-    Deviation,
-    What,
-    deviation,
-    in_words,
-    step_answer,
-    tolerance_of,
-)
-from corolla.client.audits.audit_report import AuditReport
-from corolla.client.audits.second_opinion import Opinion, Own, SecondOpinions
-from corolla.client.audits.verdicts import Finding
+from corolla.client.audits.audit import Answer, Finding, deviation, step_answer, tolerance_of
+from corolla.client.audits.second_opinion import Opinion, ask_others
 from corolla.client.sessions.history import History
 from corolla.client.training import micro_batches
 from corolla.client.view import SwarmView
-from corolla.errors import CheckpointError, UsageError
+from corolla.errors import CheckpointError
 from corolla.swarm.directory.routing import Hop
 
 log = logging.getLogger(__name__)
@@ -44,13 +35,14 @@ MOST_WAITING = 16
 EXACT = ("float32", "float64")
 
 
-def check_share(share: float) -> float:
-    """`share`, of all requests to audit. Raises `UsageError` outside of 0 to 1."""
-    if not 0 <= share <= 1:
-        raise UsageError(
-            f"The share of requests to audit is {share}; give a number from 0 to 1, such as 0.05."
-        )
-    return share
+class Own(Protocol):
+    """The client's own way to compute an answer (`own_blocks.OwnBlocks`)."""
+
+    def kind_for(self, kind: str | None) -> str: ...
+
+    def fits(self, start: int, end: int) -> bool: ...
+
+    def answer(self, answer: Answer, kind: str) -> dict[str, Tensor]: ...
 
 
 @dataclass
@@ -60,10 +52,10 @@ class Counts:
     seen: int = 0
     drawn: int = 0
     dropped: int = 0  # too many waited
-    unanswered: int = 0  # nobody else could be asked
+    unanswered: int = 0  # nobody could be asked
     right: int = 0
     wrong: int = 0
-    unclear: int = 0
+    unclear: int = 0  # two disagree, and nobody can decide
     worst: dict[str, float] = field(default_factory=dict)  # of those that were right, in tolerances
 
 
@@ -87,9 +79,8 @@ class Auditor:
         self._view = view
         self._share = share
         self._routed = routed
-        self._report = AuditReport()
         self._draw = draw or random.SystemRandom()
-        self._ask = SecondOpinions(view, own, self._draw)
+        self._own = own
         self._waiting: deque[Callable[[], Answer | None]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._right: dict[str, float] = {}  # when a peer was last found right
@@ -154,102 +145,73 @@ class Auditor:
                 log.exception("An audit failed")
 
     async def _check(self, answer: Answer) -> None:
-        kind = self._view.numerics_of(answer.hop.peer_id)
+        kind = self._view.numerics_of(answer.hop.peer_id) or ""
         if self._routed and kind not in EXACT:
             self._say_once("routed", "Audits of a mixture of experts need servers that compute in float32.")
             self.counts.unanswered += 1
             return
-        second = await self._ask.by_others(answer, {answer.hop.peer_id}) or await self._ask.by_self(answer)
-        if second is None:
+        claim = Opinion(answer.claimed, (kind,), (answer.hop,))
+        other = await ask_others(self._view, answer, self._draw)
+        off = None if other is None else self._apart(answer, claim, other)
+        if off is not None and off <= 1:
+            self._note_right(answer, off)
+            return
+        own = await self._by_self(answer)
+        if own is not None:
+            self._decide(answer, [claim] if other is None else [claim, other], own)
+        elif other is not None and off is not None:
+            self._leave_unclear(answer, other, off)
+        else:
             self._cannot(answer)
-            return
-        off, tolerance = self._compare(answer, answer.claimed, second)
-        if off.within(tolerance):
-            self.counts.right += 1
-            self._right[answer.hop.peer_id] = time.time()
-            worst = self.counts.worst
-            worst[answer.what] = max(worst.get(answer.what, 0.0), off.times(tolerance))
-            return
-        await self._judge(answer, second, off.times(tolerance))
 
-    async def _judge(self, answer: Answer, second: Opinion, times: float) -> None:
-        """Two disagree: who is wrong?"""
-        if second.own:
-            self._condemn(answer.hop, answer.what, times, "this client's own checkpoint")
-            return
-        peers = {answer.hop.peer_id, *(hop.peer_id for hop in second.hops)}
-        third = await self._ask.by_others(answer, peers)
-        if third is not None and self._decided(answer, second, third):
-            return
-        third = await self._ask.by_self(answer)
-        if third is not None and self._decided(answer, second, third):
-            return
-        self.counts.unclear += 1
-        self._disagree(answer, second, times)
+    async def _by_self(self, answer: Answer) -> Opinion | None:
+        """The client's own computation; None where the blocks do not fit here. Raises `CheckpointError`."""
+        own, hop = self._own, answer.hop
+        if own is None or not await asyncio.to_thread(own.fits, hop.start, hop.end):
+            return None
+        kind = own.kind_for(self._view.numerics_of(hop.peer_id))
+        return Opinion(await asyncio.to_thread(own.answer, answer, kind), (kind,))
 
-    def _decided(self, answer: Answer, second: Opinion, third: Opinion) -> bool:
-        first_off, first_tolerance = self._compare(answer, answer.claimed, third)
-        off, tolerance = self._compare(answer, second.values, third, second.kinds)
-        first_right, second_right = first_off.within(first_tolerance), off.within(tolerance)
-        if first_right == second_right and not (third.own and not first_right):
-            return False
-        others = "this client's own checkpoint" if third.own else in_words(third.hops)
-        if not first_right:
-            also = f"{in_words(second.hops)} and {others}" if second_right else others
-            self._condemn(answer.hop, answer.what, first_off.times(first_tolerance), also)
-        if not second_right:
-            self._blame(second, answer.what, off.times(tolerance), others)
-        return True
-
-    def _blame(self, opinion: Opinion, what: What, times: float, others: str) -> None:
-        """The peer behind a wrong opinion; where there are several, each one's part is audited by itself."""
-        if len(opinion.legs) == 1:
-            self._condemn(opinion.legs[0].hop, what, times, others)
-            return
-        for leg in opinion.legs:
-            self._waiting.append(partial(_same, leg))
-
-    def _compare(
-        self,
-        answer: Answer,
-        values: dict[str, Tensor],
-        reference: Opinion,
-        kinds: tuple[str, ...] | None = None,
-    ) -> tuple[Deviation, Deviation]:
-        """How far apart they are, and may be; `kinds` where `values` are not the answer's own."""
-        if kinds is None:
-            kinds = (self._view.numerics_of(answer.hop.peer_id) or "",)
-        every = (*kinds, *reference.kinds)
-        tolerance = tolerance_of(every, gradient=answer.backward, wire=self._view.wire)
-        return deviation(answer, values, reference.values), tolerance
+    def _apart(self, answer: Answer, one: Opinion, other: Opinion) -> float:
+        """How far they are apart, in what honest ones may be: more than 1 is a disagreement."""
+        tolerance = tolerance_of((*one.kinds, *other.kinds), gradient=answer.backward, wire=self._view.wire)
+        return deviation(answer, one.values, other.values).times(tolerance)
 
     # --- acting -----------------------------------------------------------------------------------------
 
-    def _condemn(self, hop: Hop, what: What, times: float, other: str) -> None:
-        finding = Finding(
-            hop.peer_id,
-            what,
-            hop.start,
-            hop.end,
-            times,
-            lied=True,
-            other=other,
-            when=time.time(),
-            right_before=self._right.get(hop.peer_id),
-        )
+    def _note_right(self, answer: Answer, off: float) -> None:
+        self.counts.right += 1
+        self._right[answer.hop.peer_id] = time.time()
+        self.counts.worst[answer.what] = max(self.counts.worst.get(answer.what, 0.0), off)
+
+    def _decide(self, answer: Answer, said: list[Opinion], own: Opinion) -> None:
+        """Whoever says otherwise than the client itself lies; of several together, any one may."""
+        for opinion in said:
+            off = self._apart(answer, opinion, own)
+            if off <= 1:
+                if opinion is said[0]:
+                    self._note_right(answer, off)
+            elif len(opinion.hops) == 1:
+                self._condemn(opinion.hops[0], answer, off)
+            else:
+                self._view.health.doubt(hop.peer_id for hop in opinion.hops)
+
+    def _condemn(self, hop: Hop, answer: Answer, off: float) -> None:
+        finding = Finding(hop, answer.what, off, self._right.get(hop.peer_id))
         self.counts.wrong += 1
         log.warning("Audit: %s", finding.sentence())
         self._view.verdicts.condemn(finding)
-        self._report.add(finding, self._view.model_name)
 
-    def _disagree(self, answer: Answer, second: Opinion, times: float) -> None:
-        hop = answer.hop
-        other = in_words(second.hops)
-        finding = Finding(
-            hop.peer_id, answer.what, hop.start, hop.end, times, lied=False, other=other, when=time.time()
+    def _leave_unclear(self, answer: Answer, other: Opinion, off: float) -> None:
+        self.counts.unclear += 1
+        peers = [answer.hop.peer_id, *(hop.peer_id for hop in other.hops)]
+        self._view.health.doubt(peers)
+        names = f"{peers[0]} and {' and '.join(peers[1:])}"
+        self._say_once(
+            names,
+            f"Audit: {names} disagree about a {answer.what} of blocks {answer.hop.start}:{answer.hop.end} ({off:.1f} "
+            "times the tolerance), and this machine has no room to compute it: others are preferred for a while.",
         )
-        self._say_once(f"{hop.peer_id} {other}", f"Audit: {finding.sentence()}")
-        self._report.add(finding, self._view.model_name)
 
     def _cannot(self, answer: Answer) -> None:
         self.counts.unanswered += 1
@@ -264,7 +226,3 @@ class Auditor:
         if key not in self._said:
             self._said.add(key)
             log.warning("%s", sentence)
-
-
-def _same(answer: Answer) -> Answer:
-    return answer

@@ -1,19 +1,24 @@
-"""What people write after `from_pretrained`, in transformers' words, for a model whose blocks are elsewhere.
+"""What people write after `from_pretrained`, in transformers' and Petals' words.
 
-Invariant: every argument of transformers' own `from_pretrained` either means the same here, or asks for what is
-done anyway, or is refused in one sentence that says what to do; so is a name that nobody knows.
+Invariant: every argument of transformers' own `from_pretrained`, and of Petals' client, either means the same here, or
+asks for what is done anyway, or is refused in one sentence that says what to do; so is a name that nobody knows.
+What was asked for is checked before anything is downloaded.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from corolla.errors import UsageError
+from corolla.config import SwarmConfig
+from corolla.errors import UnexpectedArgument, UsageError
 from corolla.models.numerics import DTYPES
 
 _OWN_CONFIG = (
@@ -26,6 +31,7 @@ _QUANTIZED = (
 )
 _ADAPTER = "load the adapter afterwards, with PeftModel.from_pretrained(model, …)"
 _NOT_HERE = "it is for models whose blocks are on this machine"
+_PAUSES = "servers say when they are busy, and show signs of life while they work"
 # By name: the values that ask for nothing special, and why others are refused.
 _THEIRS: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((None, False), "Corolla never runs the Python code of a model's repository"),
@@ -64,30 +70,168 @@ _THEIRS: dict[str, tuple[tuple[Any, ...], str]] = {
     "allow_all_kernels": ((None, False), _NOT_HERE),
     "key_mapping": ((None,), _NOT_HERE),
     "disable_mmap": ((None, False, True), _NOT_HERE),
+    # Petals'
+    "max_retries": ((None,), "patience says for how many seconds the client tries again"),
+    "min_backoff": ((None, 1), _PAUSES),
+    "max_backoff": ((None, 60), _PAUSES),
+    "ban_timeout": ((None, 15), _PAUSES),
+    "connect_timeout": ((None, 5), _PAUSES),
+    "request_timeout": ((None, 180), _PAUSES),
+    "ping_timeout": ((None, 2), _PAUSES),
+    "max_pinged": ((None, 3), _PAUSES),
+    "update_period": ((None, 60), _PAUSES),
+    "daemon_startup_timeout": ((None, 60), _PAUSES),
+    "dht_prefix": ((None,), "servers are found by the identity of the checkpoint's weights"),
+    "active_adapter": ((None,), _ADAPTER),
+    "show_route": ((None, False, "inference"), "corolla status shows who serves what"),
+    "use_server_to_server": ((None, True, False), _PAUSES),
 }
-_INNER = frozenset({"connection", "only"})
 _IGNORED = frozenset({"low_cpu_mem_usage", "torchscript", "tqdm_class"})  # whatever they say, it is so
 _DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")  # all of them one device here
 
 
-def check_others(others: dict[str, Any], own: Sequence[str]) -> None:
-    """Raises `UsageError` for arguments that are none of Corolla's `own`, unless they ask for nothing special."""
+TUNING_MODES = (None, "ptune", "deep_ptune")
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A model that was asked for: see `from_pretrained`. Raises `UsageError` for a prompt that cannot be made."""
+
+    name: str
+    swarm: SwarmConfig
+    tuning_mode: str | None
+    pre_seq_len: int
+    prompt_init: str
+    prompt_text: str | None
+    seed: int
+    prompts: Path | None
+    dtype: str | torch.dtype
+    device: torch.device | None
+    revision: str | None
+    token: str | None
+    cache_dir: str | Path | None
+
+    def __post_init__(self) -> None:
+        mode, length, init = self.tuning_mode, self.pre_seq_len, self.prompt_init
+        if mode not in TUNING_MODES:
+            raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
+        if mode is not None and length < 1:
+            raise UsageError(
+                f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
+            )
+        if init not in ("vocab", "text", "random"):
+            raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
+        if mode is not None and self.prompts is not None:
+            raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    initial_peers: str | Collection[str] = (),
+    tuning_mode: str | None = None,
+    pre_seq_len: int = 16,
+    prompt_init: str = "vocab",
+    prompt_text: str | None = None,
+    seed: int = 0,
+    prompts: str | Path | None = None,
+    dtype: str | torch.dtype | None = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    quantization: str | None = None,
+    local_blocks: int | None = None,
+    patience: float | None = None,
+    wire: str | None = None,
+    mixed: bool | None = None,
+    identity: str | Path | None = None,
+    allowed_servers: Collection[str] | None = None,
+    blocked_servers: Collection[str] | None = None,
+    audit: float | None = None,
+    **others: Any,
+) -> LoadRequest:
+    """A causal language model whose blocks run in the swarm. None stands for an argument's default.
+
+    Args:
+        name: A hub name, a local folder, a .gguf file, or `smollm2`.
+        initial_peers: The addresses to join through, which `corolla bootstrap` and `corolla serve` print.
+        tuning_mode: None, "ptune" (a prompt before the input) or "deep_ptune" (and one before each block).
+        pre_seq_len: How many prompt tokens.
+        prompt_init: What a new prompt starts as: "vocab", "text" (with `prompt_text`) or "random", under `seed`.
+        prompts: The folder of a saved prompt: a bundle, what a trainer wrote, or one of peft's prompt tuning.
+        dtype: "auto" or a torch dtype, of the client's part; `torch_dtype` is its older name.
+        device_map: One device for the client's part.
+        revision, token, cache_dir: As in transformers.
+        quantization: Of the client's embedding and head: "none", "bfloat16" or "int8".
+        local_blocks: How many of the first blocks this machine runs itself. 0.
+        patience: Seconds to wait, without any progress, for servers that are gone. 600.
+        wire: How activations travel: "compute" (as they are), "float16" or "int8" (inexact, for slow lines).
+        mixed: Whether servers of different dtype or quantization may work together, which is less exact.
+        identity: The file of the peer id that guarded servers know this client by.
+        allowed_servers, blocked_servers: Peer ids: use only these, or none of these.
+        audit: The share of requests, such as 0.05, that are computed again: a server that this machine finds wrong is
+            not used any more, and what it had a part in ends with a `LyingServer`. 0.
+        others: Other arguments of transformers' and of Petals', where they ask for nothing special.
+
+    Raises:
+        UnexpectedArgument: A name that it does not have; also a `TypeError`.
+        UsageError, UnknownModel, UnsupportedFamily, CheckpointError, BundleError: What was asked for cannot be had.
+        NotAdmitted, SwarmUnavailable, MissingBlocks: The swarm lets nobody in, is not there, or lacks blocks.
+    """
+    if Path(name).exists():
+        others.pop("local_files_only", None)
+    if "trust" in others:
+        warnings.warn("from_pretrained's trust is called allowed_servers now", FutureWarning, stacklevel=3)
+        allowed_servers = others.pop("trust")
+    _check_others(others)
+    return LoadRequest(
+        name=str(name),
+        swarm=SwarmConfig.of(
+            initial_peers,
+            quantization=quantization,
+            local_blocks=local_blocks,
+            patience=patience,
+            wire=wire,
+            mixed=mixed,
+            identity=identity,
+            trust=allowed_servers,
+            blocked=blocked_servers,
+            audit=audit,
+        ),
+        tuning_mode=tuning_mode,
+        pre_seq_len=pre_seq_len,
+        prompt_init=prompt_init,
+        prompt_text=prompt_text,
+        seed=seed,
+        prompts=None if prompts is None else Path(prompts),
+        dtype=client_dtype(dtype, torch_dtype),
+        device=client_device(device_map),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+    )
+
+
+def own_arguments() -> list[str]:
+    """The names that `from_pretrained` takes by keyword."""
+    parameters = inspect.signature(from_pretrained).parameters.values()
+    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+
+
+def _check_others(others: dict[str, Any]) -> None:
+    """Raises `UsageError` for arguments that are none of Corolla's own, unless they ask for nothing special."""
     for name, value in others.items():
         if name in _IGNORED:
             continue
         if name not in _THEIRS:
-            near = difflib.get_close_matches(name, own, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(own))}."
-            raise UsageError(f"from_pretrained has no argument {name}: {hint}")
+            near = difflib.get_close_matches(name, own_arguments(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(own_arguments()))}."
+            raise UnexpectedArgument(f"from_pretrained has no argument {name}: {hint}")
         harmless, reason = _THEIRS[name]
         if not any(value is one or (isinstance(one, str) and value == one) for one in harmless):
             raise UsageError(f"Leave out from_pretrained's argument {name}={value!r:.60}: {reason}.")
-
-
-def own_arguments(function: Callable[..., Any]) -> list[str]:
-    """The names that `function` takes by keyword, but for what only Corolla itself gives."""
-    parameters = inspect.signature(function).parameters.values()
-    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in _INNER]
 
 
 def client_dtype(dtype: Any, torch_dtype: Any) -> str | torch.dtype:

@@ -8,29 +8,26 @@ checkpoint without blocks from being written as if it were whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache as memoize
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, ParamSpec, Self, cast
 
-import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from corolla.client.audits.auditor import check_share
-from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.connection import SwarmConnection
-from corolla.client.local_blocks import check_local, load_local
-from corolla.client.model import saving
+from corolla.client.local_blocks import load_local
+from corolla.client.model import arguments, saving
 from corolla.client.model.adapters import AdapterCheck
-from corolla.client.model.arguments import check_others, client_device, client_dtype, own_arguments
+from corolla.client.model.arguments import LoadRequest
 from corolla.client.model.heads import kept_head, using_head
-from corolla.client.model.loading import check_tuning, connect, initial_prompt, load_shell
+from corolla.client.model.loading import client_dtype_for, connect, first_prompt, load_shell
 from corolla.client.model.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
 from corolla.client.model.startcheck import check_generation
 from corolla.client.model.watched import Noted
@@ -41,14 +38,15 @@ from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.checks.flat_check import reads_flat_rows
 from corolla.models.checks.layer_form import returns_tuple
-from corolla.models.prompts import SoftPrompt
 from corolla.models.guard import watch_losses
+from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 
 @memoize
@@ -76,7 +74,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self.prompts: SoftPrompt | None = None
             self._noted = Noted()
             self._revision: str | None = None
-            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers)
+            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers, connection.local)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
             layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
@@ -247,12 +245,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
         ) -> None:
             self.close()
 
-        @classmethod
-        def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-            """See `AutoDistributedModelForCausalLM.from_pretrained`; the checkpoint must be of this family."""
-            if "connection" in kwargs:  # the inner call, from `load_shell`
-                return super().from_pretrained(name, *args, **kwargs)
-            return load_distributed(name, *args, only=architecture, **kwargs)
+        from_pretrained = staticmethod(_loader(arguments.from_pretrained, architecture))
 
     # transformers looks conversions of weights up by the class's name, and refuses them to classes that are
     # not its own; so the class carries the family's name and module.
@@ -262,71 +255,45 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
 
 
 def load_distributed(
-    name: str | Path,
-    *,
-    initial_peers: list[str] | tuple[str, ...] | str = (),
-    tuning_mode: str | None = None,
-    pre_seq_len: int = 16,
-    prompt_init: str = "vocab",
-    prompt_text: str | None = None,
-    prompts: str | Path | None = None,
-    dtype: str | torch.dtype | None = "auto",
-    torch_dtype: str | torch.dtype | None = None,
-    device_map: Any = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    seed: int = 0,
-    patience: float | None = None,
-    quantization: str = "none",
-    wire: str = "compute",
-    mixed: bool = False,
-    identity: str | Path | None = None,
-    trust: Collection[str] | None = None,
-    audit: float = 0.0,
-    local_blocks: int = 0,
-    connection: SwarmConnection | None = None,
-    only: str | None = None,
-    **others: Any,
-) -> PreTrainedModel:
-    """See `AutoDistributedModelForCausalLM.from_pretrained`."""
-    if Path(name).exists():
-        others.pop("local_files_only", None)
-    check_others(others, own_arguments(load_distributed))
-    device = client_device(device_map)
-    wanted = client_dtype(dtype, torch_dtype)
-    check_tuning(tuning_mode, pre_seq_len, prompt_init, prompts)
-    check_share(audit)
-    checkpoint = open_checkpoint(str(name), revision=revision, token=token, cache_dir=cache_dir)
+    request: LoadRequest, *, only: str | None = None, connection: SwarmConnection | None = None
+) -> Any:
+    """The model that was asked for, over a connection of its own unless one is given.
+
+    Raises as `from_pretrained`; `only` is the architecture that it must have.
+    """
+    config = request.swarm
+    checkpoint = open_checkpoint(
+        request.name, revision=request.revision, token=request.token, cache_dir=request.cache_dir
+    )
     if only is not None and checkpoint.architecture != only:
         raise UsageError(
-            f"{name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
+            f"{request.name} is a {checkpoint.architecture}, not a {only}: use Distributed{checkpoint.architecture} "
             "or AutoDistributedModelForCausalLM."
         )
     part = distributed_class(checkpoint.architecture)
     check_generation(checkpoint.config, part)
-    connection = connection or connect(checkpoint, initial_peers, patience, wire, mixed, identity, trust)
+    dtype = client_dtype_for(checkpoint, request.dtype)
+    count = config.check_local(checkpoint.num_blocks)
+    connection = connection or connect(checkpoint, config, dtype)
     try:
-        connection.check_complete(check_local(local_blocks, checkpoint.num_blocks))
-        saved = None if prompts is None else Path(prompts)
-        model = load_shell(part, checkpoint, connection, wanted, quantization, device, saved)
-        model.blocks.local = load_local(checkpoint, local_blocks, model.dtype)
-        own = OwnBlocks(checkpoint, model.dtype)
-        connection.start_audits(audit, own, routed=families.has_experts(checkpoint.config))
-        if saved is not None:
-            width = int(model.get_input_embeddings().weight.shape[1])
-            prompt = load_prompt(
-                saved, model_name=checkpoint.name, identity=checkpoint.identity, peft_width=width
-            )
-            model.prompts = prompt.to(model.device)
-        elif tuning_mode is not None:
-            model.prompts = initial_prompt(
-                model, checkpoint, tuning_mode, pre_seq_len, prompt_init, prompt_text, seed
-            )
+        connection.check_complete(count)
+        shared = SharedConnection(connection, load_local(checkpoint, count, dtype))
+        model = load_shell(
+            part, checkpoint, shared, dtype, config.quantization, request.device, request.prompts
+        )
+        model.prompts = first_prompt(model, checkpoint, request)
     except BaseException:
         connection.close()
         raise
     return model
+
+
+def _loader(asked: Callable[P, LoadRequest], only: str | None = None) -> Callable[P, Any]:
+    @wraps(asked)  # readers, editors and type checkers see its arguments
+    def load(*args: P.args, **options: P.kwargs) -> Any:
+        return load_distributed(asked(*args, **options), only=only)
+
+    return load
 
 
 class AutoDistributedModelForCausalLM:
@@ -335,26 +302,4 @@ class AutoDistributedModelForCausalLM:
     def __init__(self) -> None:
         raise UsageError("Use AutoDistributedModelForCausalLM.from_pretrained(name, initial_peers=[…]).")
 
-    @staticmethod
-    def from_pretrained(name: str | Path, **kwargs: Any) -> Any:
-        """A causal language model whose blocks run in the swarm.
-
-        `name` is a hub name, a local folder, a .gguf file or `smollm2`; `initial_peers` the addresses to
-        join through; `tuning_mode` None, "ptune" or "deep_ptune" with `pre_seq_len` prompt tokens, started
-        by `prompt_init` ("vocab", "text" with `prompt_text`, or "random") under `seed`; `prompts` the folder of a
-        saved prompt instead: a bundle's, a trainer's, or one that peft's prompt tuning wrote; `dtype` "auto" or a
-        torch dtype for the client's part (`torch_dtype` is its older name), `device_map` one device for it;
-        `revision`, `token`, `cache_dir` as in transformers; `patience` the seconds to wait for servers that are
-        gone; `quantization` of the client's embedding and head: "none", "bfloat16" or "int8"; `wire` how
-        activations travel: "compute" (as they are), "float16" or "int8" (both inexact, for slow lines); `mixed`
-        whether servers of different dtype or quantization may work together, which is less exact; `identity` the
-        file of the peer id that guarded servers know this client by; `trust` the peer ids of the only servers to
-        be used; `audit` the share of requests, such as 0.05, that others compute again: a server found wrong is
-        not used any more, and what it had a part in ends with a `LyingServer`; `local_blocks` how many of the
-        first blocks this machine runs itself. Other arguments of transformers' own are taken where they ask for
-        nothing special, and else refused.
-
-        Raises `UsageError`, `UnknownModel`, `UnsupportedFamily`, `CheckpointError`, `MissingBlocks`, `BundleError`,
-        `NotAdmitted`.
-        """
-        return load_distributed(name, **kwargs)
+    from_pretrained = staticmethod(_loader(arguments.from_pretrained))

@@ -23,8 +23,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.client.model.losses import DeferredLogits, causal_lm_loss, wanted_deferred
 from corolla.client.model.watched import State, same_parameters, state_of, watch
+from corolla.config import ClientQuantization
 from corolla.errors import UsageError
-from corolla.models.kernels.client import ClientQuantization, HalfLinear, multiply_half, quantize_client
+from corolla.models.kernels.client import HalfLinear, multiply_half, quantize_client
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing from company
 MOST_ROWS = 256  # of one product

@@ -1,13 +1,12 @@
-"""What a distributed model is made from: a checked order, a connection, generation settings, a first prompt.
+"""What a distributed model is made from: a connection, generation settings, a first prompt.
 
-Invariant: what the user asked for is checked before anything is downloaded, and all of it before anything is
-computed.
+Invariant: what the user asked for is checked before anything is computed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +14,58 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from corolla.client.audits.auditor import Auditor
+from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.connection import SwarmConnection
 from corolla.client.model import saving
+from corolla.client.model.arguments import LoadRequest
 from corolla.client.model.heads import share_head, use_head_kernel
 from corolla.client.model.objects import SharedConnection
-from corolla.client.retry import DEFAULT_PATIENCE
+from corolla.client.view import SwarmView
+from corolla.config import SwarmConfig
 from corolla.errors import CheckpointError, UsageError
 from corolla.models import families
 from corolla.models import prompts as prompt_math
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts, load_tokenizer
+from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.guard import switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import SoftPrompt
 from corolla.text import well_formed
-from corolla.wire.compression import check_format
 
 log = logging.getLogger(__name__)
 
-TUNING_MODES = (None, "ptune", "deep_ptune")
+
+def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch.dtype:
+    """The dtype of the client's part, where "auto" asks the checkpoint and the machine."""
+    return wanted if isinstance(wanted, torch.dtype) else choose_dtype(wanted, checkpoint.dtype, "cpu")
 
 
-def check_tuning(mode: str | None, length: int, init: str, prompts: str | Path | None) -> None:
-    """Raises `UsageError` for a prompt that cannot be made."""
-    if mode not in TUNING_MODES:
-        raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
-    if mode is not None and length < 1:
-        raise UsageError(
-            f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
-        )
-    if init not in ("vocab", "text", "random"):
-        raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
-    if mode is not None and prompts is not None:
-        raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
-
-
-def connect(
-    checkpoint: Checkpoint,
-    initial_peers: list[str] | tuple[str, ...] | str,
-    patience: float | None,
-    wire: str,
-    mixed: bool,
-    identity: str | Path | None,
-    trust: Collection[str] | None,
-) -> SwarmConnection:
+def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> SwarmConnection:
     """Join the swarm. Raises `UsageError`, `NotAdmitted` or `SwarmUnavailable`."""
-    peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
-    if not peers:
+    if not config.peers:
         raise UsageError(
             "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
         )
     return SwarmConnection.connect(
-        peers,
+        config,
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
-        patience=DEFAULT_PATIENCE if patience is None else patience,
-        wire=check_format(wire),
-        mixed=mixed,
-        identity=None if identity is None else Path(identity),
-        trust=trust,
+        observe=auditing(checkpoint, config.audit, dtype),
     )
+
+
+def auditing(
+    checkpoint: Checkpoint, share: float, dtype: torch.dtype
+) -> Callable[[SwarmView], Auditor] | None:
+    """What has `share` of all answers checked; the client, in `dtype`, computes what no second server can."""
+    if not share:
+        return None
+    own, routed = OwnBlocks(checkpoint, dtype), families.has_experts(checkpoint.config)
+    return lambda view: Auditor(view, share, own=own, routed=routed)
 
 
 def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> GenerationConfig:
@@ -86,36 +75,44 @@ def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> Gene
     return config
 
 
-def initial_prompt(
-    model: Any, checkpoint: Checkpoint, mode: str, length: int, init: str, text: str | None, seed: int
-) -> SoftPrompt:
-    """A prompt to start training from: a text's embeddings, sampled vocabulary, or noise of their scale."""
-    embedding = model.get_input_embeddings()
-    if init == "random":
-        weight: Tensor = embedding.weight
-        vectors = prompt_math.random_vectors(
-            length, weight.shape[1], std=float(weight.float().std()), seed=seed
+def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> SoftPrompt | None:
+    """The saved prompt that was asked for, or one to start training from. Raises `BundleError`, `UsageError`."""
+    if request.prompts is not None:
+        width = int(model.get_input_embeddings().weight.shape[1])
+        saved = load_prompt(
+            request.prompts, model_name=checkpoint.name, identity=checkpoint.identity, peft_width=width
         )
-    elif init == "text":
-        if not text:
-            raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
-        tokenizer = load_tokenizer(checkpoint)
-        ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
-        check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
-        vectors = prompt_math.initial_vectors(embedding, length, token_ids=ids)
-    else:
-        vectors = prompt_math.initial_vectors(
+        return saved.to(model.device)
+    if request.tuning_mode is None:
+        return None
+    blocks = checkpoint.num_blocks if request.tuning_mode == "deep_ptune" else 0
+    vectors = _first_vectors(model.get_input_embeddings(), checkpoint, request)
+    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
+
+
+def _first_vectors(embedding: Any, checkpoint: Checkpoint, request: LoadRequest) -> Tensor:
+    """A text's embeddings, sampled vocabulary, or noise of their scale; [P, H]."""
+    length, text, seed = request.pre_seq_len, request.prompt_text, request.seed
+    if request.prompt_init == "random":
+        weight: Tensor = embedding.weight
+        return prompt_math.random_vectors(length, weight.shape[1], std=float(weight.float().std()), seed=seed)
+    if request.prompt_init == "vocab":
+        return prompt_math.initial_vectors(
             embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
         )
-    blocks = checkpoint.num_blocks if mode == "deep_ptune" else 0
-    return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
+    if not text:
+        raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
+    check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
+    return prompt_math.initial_vectors(embedding, length, token_ids=ids)
 
 
 def load_shell(
     part: Any,
     checkpoint: Checkpoint,
-    connection: SwarmConnection,
-    dtype: str | torch.dtype,
+    shared: SharedConnection,
+    dtype: torch.dtype,
     quantization: str = "none",
     device: torch.device | None = None,
     saved: Path | None = None,
@@ -127,10 +124,8 @@ def load_shell(
     Raises `CheckpointError` when one of their tensors is missing.
     """
     pattern = families.block_key_pattern(checkpoint.config)
-    if not isinstance(dtype, torch.dtype):
-        dtype = choose_dtype(dtype, checkpoint.dtype, "cpu")
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
-    model, info = load_parts(part, checkpoint, state, dtype, connection=SharedConnection(connection))
+    model, info = load_parts(part, checkpoint, state, dtype, connection=shared)
     if info["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."

@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from corolla.client.connection import SwarmConnection
+from corolla.client.local_blocks import LocalBlocks
 from corolla.errors import UsageError
 from corolla.models import families
 
 
 class SharedConnection:
-    """A connection and the models that use it."""
+    """A connection and the models that use it, with the blocks that this client runs itself."""
 
-    def __init__(self, connection: SwarmConnection) -> None:
+    def __init__(self, connection: SwarmConnection, local: LocalBlocks | None = None) -> None:
         self.connection = connection
+        self.local = local
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()
         # Models hold this object, so it goes when they have gone.
         weakref.finalize(self, connection.close)
@@ -47,7 +49,6 @@ def copied(model: Any, memo: dict[int, Any]) -> Any:
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config, memo), connection=model._shared_connection)
     memo[id(model)] = made
-    made.blocks.local = model.blocks.local
     path = families.blocks_prefix(model.config).split(".")
     _copy_around(model, made, path, memo)
     made.generation_config = copy.deepcopy(model.generation_config, memo)

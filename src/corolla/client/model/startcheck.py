@@ -127,11 +127,10 @@ def _client_of(checkpoint: Any, distributed: Any) -> Any:
     pattern = block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=torch.float32)
     connection: Any = _NoSwarm()
-    model, _ = load_parts(
-        distributed, checkpoint, state, torch.float32, connection=SharedConnection(connection)
-    )
+    local = LocalBlocks(load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32))
+    shared = SharedConnection(connection, local)
+    model, _ = load_parts(distributed, checkpoint, state, torch.float32, connection=shared)
     model.requires_grad_(False).eval()
-    model.blocks.local = LocalBlocks(load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32))
     return model
 
 
@@ -141,7 +140,7 @@ class _NoSwarm:
     def __init__(self) -> None:
         self.prefixes = PrefixIndex()
         self.view = SimpleNamespace(wire="compute")
-        self.retry = None
+        self.retry = self.audits = None
         self.is_open = True
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

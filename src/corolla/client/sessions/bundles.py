@@ -36,7 +36,7 @@ class Bundle:
         name = Prefilled(digest=digest(vectors, deep, hidden.dtype), deep=deep is not None)
         return Bundle(name, int(vectors.shape[0]), int(hidden.shape[2]), hidden.dtype)
 
-    def begun(self, reply: Packet, peer_id: str) -> Begun | None:
+    def prefilled(self, reply: Packet, peer_id: str) -> PrefilledPrompt | None:
         """What a server's answer to an opening holds of the prompt, if anything. Raises `ProtocolError`."""
         if not isinstance(reply.message, Opened) or not reply.message.position:
             return None
@@ -48,26 +48,30 @@ class Bundle:
                 field="position",
                 peer_id=peer_id,
             )
-        return Begun(outputs.to(self.dtype))
+        return PrefilledPrompt(outputs.to(self.dtype))
 
 
 @dataclass(frozen=True)
-class Begun:
+class PrefilledPrompt:
     """A prompt's columns that a session's server holds before the first step; `outputs` are [1, P, H]."""
 
     outputs: Tensor
 
-    def covered(self, step: Step, hidden: Tensor) -> bool:
+    @property
+    def columns(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.outputs.shape[1])
+
+    def begins(self, step: Step, hidden: Tensor) -> bool:
         """Whether a session's step begins with these columns, and goes on behind them."""
-        return step.position == 0 and hidden.shape[1] > self.outputs.shape[1]
+        return step.position == 0 and hidden.shape[1] > self.columns
 
-    def behind(self, step: Step, tensors: dict[str, Tensor]) -> tuple[Step, dict[str, Tensor]]:
+    def left_to_send(self, step: Step, tensors: dict[str, Tensor]) -> tuple[Step, dict[str, Tensor]]:
         """What is left of such a step to send."""
-        columns = int(self.outputs.shape[1])
-        cut = {name: tensors[name][:, columns:] for name in ("hidden", "positions") if name in tensors}
-        return msgspec.structs.replace(step, position=columns), tensors | cut
+        cut = {name: tensors[name][:, self.columns :] for name in ("hidden", "positions") if name in tensors}
+        return msgspec.structs.replace(step, position=self.columns), tensors | cut
 
-    def whole(self, output: Tensor) -> Tensor:
+    def with_outputs(self, output: Tensor) -> Tensor:
         """The whole step's outputs [R, P + T, H], given those of what was sent."""
         return torch.cat([self.outputs.expand(output.shape[0], -1, -1), output], dim=1)
 
@@ -78,7 +82,7 @@ async def ask_to_open(
     tensors: dict[str, Tensor],
     bundle: Bundle | None,
     lacking: dict[str, str],
-) -> tuple[Packet, Begun | None]:
+) -> tuple[Packet, PrefilledPrompt | None]:
     """The answer to an opening that names `bundle`, and what the server has of that.
 
     Deep prompts are sent only to a server that has not got them; which ones those are stands in `lacking`, peers
@@ -95,4 +99,4 @@ async def ask_to_open(
             raise
         lacking[peer] = bundle.name.digest
         return await request(channel, Packet(message, tensors)), None
-    return reply, bundle.begun(reply, peer) if message.origin is None else None
+    return reply, bundle.prefilled(reply, peer) if message.origin is None else None

@@ -7,9 +7,13 @@ the other servers keep their caches.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.bundles import Bundle
@@ -17,44 +21,88 @@ from corolla.client.sessions.history import History
 from corolla.client.sessions.span_session import SpanSession
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
+from corolla.models.cache import BlocksCall, on_cpu
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.messages import Origin, Step
 
 REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
+MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message carries at most
+
+Run = Callable[[Coroutine[Any, Any, Tensor]], Tensor]
 
 
 class SessionChain:
-    """A session over blocks [start, end). All methods but `reorder` and `reserve` run on the event loop."""
+    """A session over blocks [start, end), a `models.cache.BlocksSession`.
 
-    def __init__(self, view: SwarmView, retry: Retry, *, start: int, end: int, deep: Tensor | None) -> None:
+    `step`, `reorder` and `reserve` are for the thread that calls the model, all else runs on the event loop.
+    """
+
+    def __init__(
+        self,
+        view: SwarmView,
+        retry: Retry,
+        audits: Observer | None,
+        run: Run,
+        *,
+        start: int,
+        end: int,
+        deep: Tensor | None,
+        front: LocalSession | None = None,
+    ) -> None:
+        """`run` waits for work on the event loop. `deep` are the deep prompts of all the model's blocks [N, P, H];
+        `front` is what this client runs itself, before these blocks."""
         self._view = view
         self._retry = retry
+        self._audits = audits
+        self._run = run
+        self._front = front
         self._start, self._end = start, end
         self._deep = None if deep is None else deep.detach().float().cpu().clone()
         self._bundle: Bundle | None = None  # the prompt that the session begins with
-        self.front: LocalSession | None = None  # what this client runs itself, before these blocks
         self._spans: list[SpanSession] = []
-        self._rows = 0
-        self._order: Tensor | None = None
-        self._reserved = 0
-        self._authors: dict[
-            str, int
-        ] = {}  # peers that computed something of this session, from which block on
+        self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
+        self._reserved = 0  # tokens a row that the present call may reach
+        self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
         self.version = 0  # steps that took something back or reordered it
+
+    @property
+    def hops(self) -> list[Hop]:
+        """Whose caches hold the session, in the order of the blocks."""
+        return [span.hop for span in self._spans]
+
+    @property
+    def _rows(self) -> int:
+        """Sequences that the next step continues; 0 where there are none yet."""
+        if self._order is not None:
+            return len(self._order)
+        return self._spans[0].history.rows if self._spans else 0
 
     def reorder(self, rows: Tensor) -> None:
         """See `models.cache.BlocksSession`."""
-        if self.front is not None:
-            self.front.reorder(rows)
-        if self._start == self._end:
-            return
-        self._order = rows if self._order is None else self._order[rows]
+        if self._front is not None:
+            self._front.reorder(rows)
+        if self._start < self._end:
+            self._order = rows if self._order is None else self._order[rows]
 
     def reserve(self, tokens: int) -> None:
         """See `models.cache.BlocksSession`."""
         self._reserved = max(self._reserved, tokens)
 
-    def begins_with(self, prompt: Tensor | None, hidden: Tensor) -> None:
+    @torch.no_grad()
+    def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """See `models.cache.BlocksSession`. Raises `SwarmUnavailable` when patience ends, `LyingServer` when what is
+        cached came from a peer that was found lying; the next step is all right."""
+        if self._front is not None:
+            hidden = self._front.step(hidden, call)
+        if self._start == self._end:  # nothing is left to the swarm
+            return hidden
+        if call.start == 0:
+            self._begin_with(call.prompt, hidden)
+        positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
+        steps = self._in_chunks(on_cpu(hidden), call.start, on_cpu(call.mask), on_cpu(positions))
+        return self._run(steps).to(hidden.device)
+
+    def _begin_with(self, prompt: Tensor | None, hidden: Tensor) -> None:
         """The next step is `hidden` [R, T, H] from position 0 on, whose first tokens are this prompt, if any.
 
         Servers that have computed it by themselves will not be sent it: where that gives what sending gives, so
@@ -64,26 +112,33 @@ class SessionChain:
         if prompt is not None and self._start == 0 and self._view.wire == "compute":
             self._bundle = Bundle.of(prompt, self._deep, hidden)
 
-    async def step(
-        self, hidden: Tensor, *, start: int, mask: Tensor | None, positions: Tensor | None
+    async def _in_chunks(
+        self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
     ) -> Tensor:
-        """Run `hidden` [R, T, H] on from position `start`, forgetting what stood there.
+        """A step, in pieces where it is too large for one message."""
+        width = max(1, MESSAGE_BYTES // (hidden[:, :1].numel() * hidden.element_size()))
+        outputs = []
+        for first in range(0, hidden.shape[1], width):
+            last = min(first + width, hidden.shape[1])
+            whole_mask = None if mask is None else mask[:, : start + last]
+            ids = None if positions is None else positions[:, first:last]
+            outputs.append(
+                await self._take_step(_Progress(hidden[:, first:last], start + first, whole_mask, ids))
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-        `mask` is bool [R, start+T], `positions` int64 [R, T]. Raises `SwarmUnavailable` when patience ends,
-        `LyingServer` when what is cached came from a peer that was found lying; the next step is all right.
-        """
-        if self._start == self._end:  # nothing is left to the swarm: what `front` has computed is all
-            return hidden
+    async def _take_step(self, progress: _Progress) -> Tensor:
         await self._disown_liars()
-        rows, known = int(hidden.shape[0]), self._rows if self._order is None else len(self._order)
-        order = self._take_order(rows)
+        start, rows = progress.start, int(progress.value.shape[0])
+        if start == 0 and self._rows not in (0, rows):  # nothing of what is cached is needed
+            await self._forget()
+        known, order = self._rows, self._take_order(rows)
         self.version += order is not None or any(span.history.length > start for span in self._spans)
         for span in self._spans:
-            span.rearrange(start, order)
-        if order is not None:
-            self._rows = len(order)
-        self.reserve(start + int(hidden.shape[1]))
-        progress = _Progress(hidden, start, mask, positions)
+            if order is not None:
+                span.history.select_rows(order)
+            span.history.truncate(start)
+        self.reserve(start + int(progress.value.shape[1]))
         try:
             await self._retry.run(
                 lambda: self._advance(progress), what="a generation step", done=lambda: progress.reached
@@ -93,13 +148,18 @@ class SessionChain:
             if known not in (0, rows):  # its caller knows the rows that were to become more
                 self.reorder(torch.arange(0, rows, rows // known))
             raise
-        self._rows = rows
         return progress.value
+
+    async def _forget(self) -> None:
+        """Give all caches up."""
+        spans, self._spans, self._order = self._spans, [], None
+        for span in spans:
+            await span.drop()
 
     def _take_order(self, rows: int) -> Tensor | None:
         """The reorder to send with this step; one cached row may become many (beams, samples)."""
-        order, self._order = self._order, None
-        cached = self._rows if order is None else len(order)
+        cached, order = self._rows, self._order
+        self._order = None
         if cached in (0, rows):
             return order
         if rows % cached:
@@ -117,13 +177,13 @@ class SessionChain:
             if self._is_lost(self._spans[progress.done]):
                 await self._mend(progress)
             span, began = self._spans[progress.done], self._view.now()
-            output = await span.step(progress.value, self._message(progress.start), progress.extra)
-            self._view.succeeded(span.hop.peer_id)
+            message = self._message(progress.start)
+            output = await span.step(progress.value, message, progress.mask, progress.positions)
             tokens = int(output.shape[0] * output.shape[1])
-            self._view.took(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
+            self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
             self._note_author(span.hop)
-            span.history.append(progress.value, progress.positions)
-            self._view.audits.step(span.hop, span.history, progress.mask, self._deep, output)
+            if self._audits is not None:
+                self._audits.step(span.hop, span.history, progress.mask, self._deep, output)
             progress.value = output
             progress.advance()
             if self._view.should_leave(span.hop):
@@ -134,7 +194,7 @@ class SessionChain:
 
         While there is no other, the cache of a busy server stays, and the step waits for it.
         """
-        return span.channel is None or self._view.is_busy(span.hop.peer_id)
+        return span.channel is None or self._view.health.is_busy(span.hop.peer_id)
 
     def _message(self, position: int) -> Step:
         return Step(position=position, reserve=self._reserved)
@@ -168,11 +228,10 @@ class SessionChain:
             stop = min(start + width, hidden.shape[1])
             value, ids = hidden[:, start:stop], positions[:, start:stop]
             for span in spans:
-                extra = {"positions": ids} | ({} if mask is None else {"mask": mask[:, :stop]})
-                output = await span.step(value, self._message(start), extra)
+                value = await span.step(
+                    value, self._message(start), None if mask is None else mask[:, :stop], ids
+                )
                 self._note_author(span.hop)
-                span.history.append(value, ids)
-                value = output
             progress.replayed_up_to(stop)
 
     def _note_author(self, hop: Hop) -> None:
@@ -184,14 +243,16 @@ class SessionChain:
         What the first of them was sent came from honest ones, so the next step rebuilds the caches from
         there, at others.
         """
+        if self._audits is None or not self._spans:
+            return
         finding = self._view.verdicts.against(self._authors)
-        if finding is None or not self._spans:
+        if finding is None:
             return
         start = min(block for peer, block in self._authors.items() if peer in self._view.verdicts.condemned)
         first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)
         for span in self._spans[first:]:
             await span.drop()
-        hop = Hop(finding.peer_id, self._spans[first].hop.start, self._end)
+        hop = Hop(finding.hop.peer_id, self._spans[first].hop.start, self._end)
         self._spans[first:] = [SpanSession(hop, self._spans[first].history)]
         self._authors = {peer: block for peer, block in self._authors.items() if block < hop.start}
         self.version += 1
@@ -206,15 +267,13 @@ class SessionChain:
         """
         if self._spans or other.version != version or not other.can_give(tokens, self._deep):
             return False
-        self._rows, self._order, self._bundle = other._rows, other._order, other._bundle
+        self._order, self._bundle = other._order, other._bundle
         self.reserve(tokens)
         # All at one moment: while servers are asked, the other may go on or take something back.
         self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
         self._authors = dict(other._authors)
-        if self.front is not None and other.front is not None:
-            self.front.begin_as(other.front, tokens)
-        for span, source in zip(self._spans, other._spans, strict=True):
-            span.order = source.order
+        if self._front is not None and other._front is not None:
+            self._front.begin_as(other._front, tokens)
         origins = [source.origin(tokens) for source in other._spans]
         for span, origin in zip(self._spans, origins, strict=True):
             if origin is not None:
@@ -249,7 +308,7 @@ class SessionChain:
 
     def entered(self, tokens: int) -> Tensor | None:
         """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""
-        first = self.front.entered if self.front is not None else None
+        first = self._front.entered if self._front is not None else None
         if first is None and self._spans:
             first = self._spans[0].history
         known = None if first is None else first.copy(tokens).inputs()
@@ -262,7 +321,7 @@ class SessionChain:
     @property
     def is_open(self) -> bool:
         """Whether servers, or this client's own blocks, may hold something of the session."""
-        return bool(self._spans) or self.front is not None
+        return bool(self._spans) or self._front is not None
 
     async def close(self, *, keep: bool = False) -> None:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
@@ -272,8 +331,8 @@ class SessionChain:
         spans = list(self._spans)
         if not keep:
             self._spans = []
-            if self.front is not None:
-                self.front.clear()
+            if self._front is not None:
+                self._front.clear()
         for span in spans:
             await span.close(self._view, keep=keep)
 
@@ -297,9 +356,3 @@ class _Progress:
     def replayed_up_to(self, tokens: int) -> None:
         """The replacement of the next span holds so many tokens a row."""
         self.reached = max(self.reached, (self.done, tokens))
-
-    @property
-    def extra(self) -> dict[str, Tensor]:
-        """The step's optional tensors, but for an order of rows, which each span keeps for itself."""
-        tensors = {"mask": self.mask, "positions": self.positions}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,7 +1,8 @@
 """What a server has been given in one session, kept so that any replacement can be given the same.
 
-Invariant: `inputs()` equals what the span's cache was computed from: rolled-back tokens are gone and rows
-stand in the order of the latest reorder. Reordering costs nothing until a replay needs the tensors.
+Invariant: `inputs()` equals what the span's cache was computed from, or will be once its server has heard of the next
+step: rolled-back tokens are gone and rows stand in the order of the latest reorder. Reordering costs nothing until
+a replay needs the tensors.
 """
 
 from __future__ import annotations
@@ -42,11 +43,17 @@ class _Segment:
 
 
 class History:
-    """The inputs of one span's session, in order."""
+    """The inputs of one span's session, in order, and how far its server is behind them."""
 
     def __init__(self) -> None:
         self._segments: list[_Segment] = []
         self.length = 0  # tokens a row
+        self.rows = 0  # sequences; 0 before the first step
+        self.held = 0  # tokens a row that the server holds; more than `length` until it hears of a rollback
+        self.order: Tensor | None = (
+            None  # how the server is to reorder its rows, int64 [R], with the next step
+        )
+        self.epoch = 0  # steps that took something back or reordered it, as the server counts them
 
     @property
     def nbytes(self) -> int:
@@ -54,16 +61,29 @@ class History:
         return sum(segment.hidden.nbytes for segment in self._segments)
 
     def copy(self, length: int) -> History:
-        """Another history of the first `length` tokens; tensors are shared, they never change."""
+        """Another history of the first `length` tokens; tensors are shared, they never change.
+
+        The order is still to be told to whoever begins with what this one's server holds.
+        """
         twin = History()
-        twin._segments, twin.length = list(self._segments), self.length
+        twin._segments, twin.length, twin.rows, twin.order = (
+            list(self._segments),
+            self.length,
+            self.rows,
+            self.order,
+        )
         twin.truncate(length)
         return twin
 
-    def append(self, hidden: Tensor, positions: Tensor | None) -> None:
-        """Add a step's inputs [R, T, H]; `positions` None means that they follow on from `length`."""
+    def append(self, hidden: Tensor, positions: Tensor | None, known: int = 0) -> None:
+        """A step has been taken, its inputs are [R, T, H]; `positions` None means that they follow on from `length`.
+
+        The server held the first `known` of its tokens already.
+        """
+        self.epoch += self.held > 0 and (self.length + known < self.held or self.order is not None)
         self._segments.append(_Segment(hidden, positions))
         self.length += int(hidden.shape[1])
+        self.rows, self.held, self.order = int(hidden.shape[0]), self.length, None
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -78,6 +98,8 @@ class History:
     def select_rows(self, rows: Tensor) -> None:
         """Rows now continue the former rows that int64 [R] names."""
         self._segments = [segment.select(rows) for segment in self._segments]
+        self.order = rows if self.order is None else self.order[rows]
+        self.rows = len(rows)
 
     def inputs(self) -> tuple[Tensor, Tensor] | None:
         """Inputs [R, length, H] and position ids [R, length]; None when there are none."""

@@ -10,15 +10,12 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from corolla.client.sessions.chain import SessionChain
-
-if TYPE_CHECKING:
-    from corolla.client.sessions.session import InferenceSession
 
 LEAST_TOKENS = 64  # a shorter beginning is computed faster than it is asked for
 KEPT = 8
@@ -44,15 +41,22 @@ class Beginning:
         return int(differs[0]) if len(differs) else length
 
 
+class Session(Protocol):
+    """What the index asks of a session."""
+
+    def beginning(self) -> Beginning | None:
+        """What others may begin with, if anything."""
+
+
 class PrefixIndex:
     """The sessions of one connection, open and lately closed. For any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: weakref.WeakSet[InferenceSession] = weakref.WeakSet()
+        self._open: weakref.WeakSet[Session] = weakref.WeakSet()
         self._kept: list[Beginning] = []
 
-    def opened(self, session: InferenceSession) -> None:
+    def opened(self, session: Session) -> None:
         """A session of this client has begun."""
         with self._lock:
             self._open.add(session)

@@ -26,6 +26,7 @@ from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache
 from corolla.models.prompts import SoftPrompt
+from corolla.swarm.directory.routing import Hop
 
 ActiveSession = ContextVar["InferenceSession | None"]
 SAME = 1e-5  # of the largest value: what may differ where the same tokens enter the blocks in another batch
@@ -78,7 +79,7 @@ class InferenceSession:
             prompt_length=0 if prompt is None else prompt.length,
             max_length=max_length,
             owner=blocks,
-            fork=partial(_forked, self._new),
+            fork=partial(_forked, self._new, self._chain),
             lazy=lazy,
         )
         self._active = active
@@ -118,6 +119,11 @@ class InferenceSession:
         self.cache.truncate(min(position, self.cache.length))
         self._output_ids = None if tokens is None or position == 0 else tokens[:, :position]
         self._output_mask = None if mask is None or position == 0 else mask[:, :position]
+
+    @property
+    def hops(self) -> list[Hop]:
+        """The servers that hold the session's caches, in the order of their blocks."""
+        return self._chain.hops
 
     def _mask(self) -> Tensor | None:
         """The padding mask of `output_ids`; None while all tokens are real."""
@@ -208,7 +214,7 @@ class InferenceSession:
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
-        twin = _go_on_from(self.cache, self._new)
+        twin = _go_on_from(self.cache, self._new, self._chain)
         twin._output_ids, twin._output_mask = self._output_ids, self._output_mask
         return twin
 
@@ -277,11 +283,11 @@ class InferenceSession:
             self._connection.prefixes.keep(beginning)
 
 
-def _go_on_from(cache: RemoteCache, new: Callable[[], InferenceSession]) -> InferenceSession:
-    """A new session that holds what a cache does."""
+def _go_on_from(
+    cache: RemoteCache, new: Callable[[], InferenceSession], chain: SessionChain
+) -> InferenceSession:
+    """A new session that holds what a cache over `chain` does."""
     twin = new()
-    chain = cache.session
-    assert isinstance(chain, SessionChain)
     if cache.put_off is not None:
         twin.cache.take_over(cache)
     elif cache.length:
@@ -291,8 +297,8 @@ def _go_on_from(cache: RemoteCache, new: Callable[[], InferenceSession]) -> Infe
     return twin
 
 
-def _forked(new: Callable[[], InferenceSession], cache: RemoteCache) -> RemoteCache:
-    return _go_on_from(cache, new).cache
+def _forked(new: Callable[[], InferenceSession], chain: SessionChain, cache: RemoteCache) -> RemoteCache:
+    return _go_on_from(cache, new, chain).cache
 
 
 def _close_soon(connection: SwarmConnection, chain: SessionChain) -> None:

@@ -10,9 +10,9 @@ import secrets
 
 from torch import Tensor
 
-from corolla.client.sessions.bundles import Begun, Bundle, ask_to_open
-from corolla.client.sessions.company import Company
+from corolla.client.sessions.bundles import Bundle, PrefilledPrompt, ask_to_open
 from corolla.client.sessions.history import History
+from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.swarm.channel import Channel, checked, request
@@ -31,26 +31,16 @@ class SpanSession:
         self.channel: Channel | None = None
         self.kept = False  # closed, but the server may have kept it
         self.name = secrets.token_hex(16)  # by which the server knows this part of the session
-        self._epoch = 0  # steps that took something back or reordered it, as the server counts them
-        self._cached = 0  # tokens a row that the server holds
-        self._company: Company | None = None  # this client's sessions at the same server
-        self._reserved = 0  # as it was sent last
+        self._batcher: StepBatcher | None = None  # of this client's sessions at the same server
         self._batchable = True  # whether the server takes steps of this session among others'
-        self.order: Tensor | None = None  # how its cached rows are to be reordered with the next step
-        self._begun: Begun | None = None  # a bundle's columns, which the server holds before the first step
-
-    def rearrange(self, length: int, order: Tensor | None) -> None:
-        """Go on from the first `length` tokens of the rows that int64 `order` names, from the next step on."""
-        if order is not None:
-            self.history.select_rows(order)
-            self.order = order if self.order is None else self.order[order]
-        self.history.truncate(length)
+        self._reserved = 0  # tokens a row that the server was asked to have room for
+        self._prefilled: PrefilledPrompt | None = None  # what the server holds before the first step
 
     def origin(self, tokens: int) -> Origin | None:
         """How the server may be told to begin another session with the first `tokens` of this one."""
-        if (self.channel is None and not self.kept) or tokens > self._cached:
+        if (self.channel is None and not self.kept) or tokens > self.history.held:
             return None
-        return Origin(name=self.name, tokens=tokens, epoch=self._epoch)
+        return Origin(name=self.name, tokens=tokens, epoch=self.history.epoch)
 
     async def open(
         self,
@@ -63,7 +53,7 @@ class SpanSession:
         bundle: Bundle | None = None,
     ) -> bool:
         """Reserve a cache; whether it holds what `origin` says. Raises `RemoteError`."""
-        channel = await view.channel(self.hop.peer_id)
+        channel = await view.channels.take(self.hop.peer_id)
         message = OpenSession(
             model=view.model,
             start=self.hop.start,
@@ -75,46 +65,48 @@ class SpanSession:
         )
         tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
         try:
-            reply, self._begun = await ask_to_open(channel, message, tensors, bundle, view.lacking)
+            reply, self._prefilled = await ask_to_open(channel, message, tensors, bundle, view.lacking)
         except BaseException:
             await channel.close()
             raise
         self.channel = channel
-        self._company = view.company(self.hop.peer_id)
-        self._company.enter(self.name)
-        self._epoch = self._reserved = 0
-        self._cached = reply.message.position if isinstance(reply.message, Opened) else 0
-        return origin is not None and self._cached == origin.tokens
+        self._batcher = view.channels.batcher(self.hop.peer_id)
+        self._batcher.enter(self.name)
+        self.history.held = reply.message.position if isinstance(reply.message, Opened) else 0
+        return origin is not None and self.history.held == origin.tokens
 
-    async def step(self, hidden: Tensor, step: Step, extra: dict[str, Tensor]) -> Tensor:
-        """Outputs [R, T, H] of this span.
+    async def step(self, hidden: Tensor, step: Step, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Outputs [R, T, H] of this span for `hidden` [R, T, H] from the history's end on, which is noted there.
 
-        After an error the server's cache is given up, unless the refusal says that it is as it was before the step.
+        `mask` is bool [R, position + T], `positions` int64 [R, T]. After an error the server's cache is given up,
+        unless the refusal says that it is as it was before the step.
         """
-        assert self.channel is not None
-        begun, end = self._begun, step.position + int(hidden.shape[1])
-        tensors = {"hidden": hidden} | extra | ({} if self.order is None else {"rows": self.order})
-        if begun is not None and begun.covered(step, hidden):
-            step, tensors = begun.behind(step, tensors)
+        optional = {"mask": mask, "positions": positions, "rows": self.history.order}
+        tensors = {"hidden": hidden} | {name: one for name, one in optional.items() if one is not None}
+        prefilled = self._prefilled
+        if prefilled is not None and not prefilled.begins(step, hidden):
+            prefilled = None
+        if prefilled is not None:
+            step, tensors = prefilled.left_to_send(step, tensors)
         try:
             output = await self._ask(step, tensors)
         except BaseException as error:
             if not keeps_session(error):
                 await self.drop()
             raise
-        self._epoch += self._cached > 0 and (step.position < self._cached or self.order is not None)
-        self._cached, self._begun, self.order = end, None, None
-        return output if begun is None or tensors["hidden"] is hidden else begun.whole(output)
+        self._prefilled = None
+        self.history.append(hidden, positions, known=0 if prefilled is None else prefilled.columns)
+        return output if prefilled is None else prefilled.with_outputs(output)
 
     async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
         hidden = tensors["hidden"]
-        company = self._company_for(step, tensors)
-        if company is not None:
+        batcher = self._batcher_for(step, tensors)
+        if batcher is not None:
             part = Part(
                 name=self.name, position=step.position, rows=int(hidden.shape[0]), reserve=step.reserve
             )
             try:
-                return await company.step(part, hidden)
+                return await batcher.step(part, hidden)
             except RequestRefused as refusal:
                 if meaning(refusal).remedy is not Remedy.SEND_MORE:
                     raise
@@ -124,13 +116,13 @@ class SpanSession:
         self._reserved = step.reserve
         return checked(reply, "hidden", hidden, self.hop.peer_id)
 
-    def _company_for(self, step: Step, tensors: dict[str, Tensor]) -> Company | None:
+    def _batcher_for(self, step: Step, tensors: dict[str, Tensor]) -> StepBatcher | None:
         """Where the step may travel with those of other sessions: one token a row, and nothing special."""
-        company = self._company
-        if company is None or len(company.members) < 2 or not self._batchable:
+        batcher = self._batcher
+        if batcher is None or len(batcher.members) < 2 or not self._batchable:
             return None
         plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1
-        return company if plain and step.reserve <= self._reserved else None
+        return batcher if plain and step.reserve <= self._reserved else None
 
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""
@@ -141,8 +133,8 @@ class SpanSession:
     def _leave(self) -> Channel | None:
         """The stream, which the session no longer uses."""
         channel, self.channel = self.channel, None
-        if self._company is not None:
-            self._company.leave(self.name)
+        if self._batcher is not None:
+            self._batcher.leave(self.name)
         return channel
 
     async def close(self, view: SwarmView, *, keep: bool = False) -> None:
@@ -152,7 +144,7 @@ class SpanSession:
             return
         try:
             await request(channel, Packet(CloseSession(keep=keep), {}))
-            view.release(channel)
+            view.channels.give(channel)
             self.kept = keep
         except RemoteError:
             await channel.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UnsupportedFamily
 from corolla.json_files import read_object
@@ -111,7 +111,9 @@ def load_parts(
     Raises `CheckpointError` when they do not fit the config.
     """
     try:
-        model, info = part.from_pretrained(
+        # The one of transformers: on a client's class, its own name loads from a swarm.
+        model, info = PreTrainedModel.from_pretrained.__func__(
+            part,
             None,
             config=copy.deepcopy(checkpoint.config),
             state_dict=state,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from corolla.models.attention.span_cache import crop_cache, select_rows
-from corolla.models.cache import RemoteCache, cache_argument
+from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.cache import BlocksCall, RemoteCache, cache_argument
 from corolla.models.checks.layer_form import returns_tuple
 from corolla.models.checks.miniature import EDGE, close
 from corolla.models.families import blocks_prefix
-from corolla.models.shell import BaseModelHooks, BlocksCall, BlocksLayer, RunBlocks, replace_blocks
+from corolla.models.shell import BaseModelHooks, BlocksLayer, RunBlocks, replace_blocks
 from corolla.models.span import Span
 
 PADDED = 3
@@ -46,13 +46,14 @@ class LocalSession:
     def reserve(self, tokens: int) -> None:
         """See `BlocksSession`; there is room."""
 
-    def rearrange(self, length: int) -> None:
-        """Forget what stands from position `length` on, and continue the rows that were asked for."""
+    def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """See `BlocksSession`."""
         for cache in self.caches:
-            crop_cache(cache, length)
+            crop_cache(cache, call.start)
             if self._order is not None and cache.get_seq_length():
                 select_rows(cache, self._order)
         self._order = None
+        return _run(self.spans, hidden, call, self.caches)
 
 
 class LocalBlocks:
@@ -67,17 +68,18 @@ class LocalBlocks:
 
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """Hidden states [R, T, H] behind the last block."""
-        session = None if call.cache is None else call.cache.session
-        assert session is None or isinstance(session, LocalSession)
-        if session is not None:
-            session.rearrange(call.start)
-        for at, span in enumerate(self._spans):
-            cache = None if session is None else session.caches[at]
-            prompts = None if call.deep is None else call.deep[span.start : span.end]
-            hidden = span.forward(
-                hidden, mask=call.mask, positions=call.positions, cache=cache, prompts=prompts
-            )
-        return hidden
+        if call.cache is not None:
+            return call.cache.session.step(hidden, call)
+        return _run(self._spans, hidden, call, [None] * len(self._spans))
+
+
+def _run(
+    spans: Sequence[Span], hidden: Tensor, call: BlocksCall, caches: Sequence[SpanCache | None]
+) -> Tensor:
+    for span, cache in zip(spans, caches, strict=True):
+        prompts = None if call.deep is None else call.deep[span.start : span.end]
+        hidden = span.forward(hidden, mask=call.mask, positions=call.positions, cache=cache, prompts=prompts)
+    return hidden
 
 
 def make_shell(whole: PreTrainedModel, run: RunBlocks) -> PreTrainedModel:

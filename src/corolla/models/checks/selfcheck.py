@@ -31,8 +31,7 @@ from corolla.models.checks.clientcheck import MakeShell, client_difference, make
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.packcheck import can_pack
 from corolla.models.families import blocks_prefix, structure
-from corolla.models.span import first_of
-from corolla.models.span import Span, load_span
+from corolla.models.span import Span, first_of, load_span
 
 log = logging.getLogger(__name__)
 

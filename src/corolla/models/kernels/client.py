@@ -7,19 +7,19 @@ checkpoint that was published in bfloat16 loses nothing by it.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import exact_linear
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.packed import FrozenLinear, is_packable, multiply
 
-ClientQuantization = Literal["none", "int8", "bfloat16"]
 CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for SmolLM2
 
 

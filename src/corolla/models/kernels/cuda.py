@@ -29,7 +29,9 @@ def cuda_linear(quantization: str) -> Callable[[Tensor, Tensor | None], nn.Modul
     try:
         library: Any = importlib.import_module("bitsandbytes").nn
     except ImportError as error:
-        raise UsageError("Quantized weights on CUDA need bitsandbytes; run pip install bitsandbytes.") from error
+        raise UsageError(
+            "Quantized weights on CUDA need bitsandbytes; run pip install bitsandbytes."
+        ) from error
     kind, options = _LAYERS[quantization]
 
     def make(weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -22,9 +22,8 @@ from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.front import entering
 from corolla.models.layered import CachedSequence, new_sequence
-from corolla.models.prompts import SoftPrompt, digest
+from corolla.models.prompts import DeepRows, SoftPrompt, digest
 from corolla.models.quantization import use_kernels
-from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
 from corolla.wire.messages import Prefilled
 

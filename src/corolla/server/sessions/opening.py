@@ -11,11 +11,10 @@ from functools import cached_property
 from torch import Tensor
 
 from corolla.models.span import Span
-from corolla.server.block_server import BlockServer
-from corolla.server.requests import Client, check_prompts, check_staying, served_part
+from corolla.server.block_server import BlockServer, check_prompts
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions.bundles import Bundle, find
-from corolla.server.sessions.session import Session
+from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Opened, OpenSession, Origin
 
@@ -34,7 +33,7 @@ class OpenRequest:
     @cached_property
     def span(self) -> Span:
         """The blocks that it is for. Raises `RequestRefused`."""
-        return served_part(self._server, self._message)
+        return self._server.part(self._message)
 
     @cached_property
     def bundle(self) -> Bundle | None:
@@ -42,9 +41,9 @@ class OpenRequest:
         return find(self._server.bundles, self._message.bundle)
 
     def check(self) -> None:
-        """See `requests.Answered`."""
+        """See `handlers.Answered`."""
         span = self.span
-        check_staying(self._server)
+        self._server.check_staying()
         most = self._server.pool.layout.cached_of(self._message.max_tokens)
         if self.bundle is None:  # whose prompts are its own
             check_prompts(self._prompts, span, at_most=most)

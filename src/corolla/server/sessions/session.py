@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 
 Post = Callable[[Callable[[], None]], None]
+
+
+@dataclass
+class Client:
+    """Who asks, on one stream."""
+
+    peer: str
+    session: Session | None = None  # that is open on the stream
 
 
 class Session:

@@ -18,11 +18,10 @@ from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.layered import LayeredTables
 from corolla.models.prompts import DeepRows
-from corolla.server.block_server import BlockServer
-from corolla.server.requests import Client, check_hidden, check_memory
+from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
 from corolla.server.scheduler.engine import Kind, Request
 from corolla.server.scheduler.policy import PASS_TOKENS
-from corolla.server.sessions.session import Session
+from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
 
@@ -34,7 +33,7 @@ def ready(session: Session | None) -> Session:
     if session is None or session.evicted:
         raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
     if session.step is not None:
-        raise RequestRefused("The session has not answered the step before.", code="malformed", field="name")
+        raise malformed("name", "The session has not answered the step before.")
     return session
 
 
@@ -92,7 +91,7 @@ class StepRequest(Request):
         )
 
     def check(self) -> None:
-        """See `requests.Answered`."""
+        """See `handlers.Answered`."""
         check_hidden(self._hidden, self.session.span)
         self._check_fits()
         check_memory(
@@ -108,22 +107,16 @@ class StepRequest(Request):
         """Everything that depends on the session's state. Raises `RequestRefused`."""
         session, position, order, mask = self.session, self._position, self._order, self._mask
         if position > session.length:
-            raise RequestRefused(
-                f"The session holds {session.length} tokens; a step cannot begin at {position}.",
-                code="malformed",
-                field="position",
+            raise malformed(
+                "position", f"The session holds {session.length} tokens; a step cannot begin at {position}."
             )
         if order is not None and (int(order.min()) < 0 or int(order.max()) >= session.rows):
-            raise RequestRefused(
-                f"The session holds rows 0 to {session.rows - 1}.", code="malformed", field="rows"
-            )
+            raise malformed("rows", f"The session holds rows 0 to {session.rows - 1}.")
         expected = session.rows if order is None else int(order.shape[0])
         if session.length and self.rows != expected:
-            raise RequestRefused(f"The session has {expected} rows.", code="malformed", field="hidden")
+            raise malformed("hidden", f"The session has {expected} rows.")
         if mask is not None and int(mask.shape[1]) != position + self.count:
-            raise RequestRefused(
-                f"The mask must cover all {position + self.count} tokens.", code="malformed", field="mask"
-            )
+            raise malformed("mask", f"The mask must cover all {position + self.count} tokens.")
         if not session.same_past(mask, position, order):
             raise RequestRefused(
                 "The mask says of earlier tokens what it did not say when they were computed; replay the session.",

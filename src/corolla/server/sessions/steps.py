@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.block_server import BlockServer
-from corolla.server.requests import Client, failure_from
+from corolla.server.block_server import BlockServer, malformed
+from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest, ready
-from corolla.wire.failures import meaning
+from corolla.wire.failures import failure_from, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Outputs, Part, Steps
 
@@ -41,9 +41,9 @@ class StepsRequest:
         self._hidden = torch.split(tensors["hidden"], [part.rows for part in message.parts])
 
     def check(self) -> None:
-        """See `requests.Answered`; each part is checked when it begins."""
+        """See `handlers.Answered`; each part is checked when it begins."""
         if len({part.name for part in self._parts}) < len(self._parts):
-            raise RequestRefused("A session takes one step at a time.", code="malformed", field="parts")
+            raise malformed("parts", "A session takes one step at a time.")
 
     async def run(self) -> Packet:
         """The outputs of all parts that could be computed, and why the others could not."""

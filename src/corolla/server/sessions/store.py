@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from corolla.server.limits import PeerLimits
+from corolla.server.peers import PeerLimits
 from corolla.server.scheduler.engine import Engine
 from corolla.server.sessions.session import Session
 

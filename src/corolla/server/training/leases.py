@@ -7,13 +7,15 @@ Used from the compute thread only, but for `close`.
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from cachetools import TTLCache
 from torch import Tensor
 
 LEASE_SECONDS = 60.0
@@ -30,7 +32,6 @@ class Lease:
     prompts: Tensor | None
     nbytes: int
     tokens: int
-    until: float = 0.0
 
 
 class Leases:
@@ -43,14 +44,16 @@ class Leases:
     def __init__(self, budget: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`budget` in bytes of saved activations."""
         self.budget = budget
-        self.held = 0
-        self._by_peer: Counter[str] = Counter()  # bytes
         self._bytes_a_token = 0.0
-        self._clock = clock
-        self._kept: OrderedDict[tuple[str, str], Lease] = OrderedDict()
+        self._kept: TTLCache[tuple[str, str], Lease] = TTLCache(math.inf, LEASE_SECONDS, timer=clock)
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all leases."""
+        return sum(lease.nbytes for lease in self._kept.values())
 
     def may_fit(self, tokens: int) -> bool:
         """Whether the graph of so many tokens is worth making, by what the last one took."""
@@ -58,41 +61,29 @@ class Leases:
 
     def keep(self, peer: str, key: str, lease: Lease) -> None:
         """Keep it, at the expense of others; one that is larger than the budget is let go."""
-        self.expire()
         self._bytes_a_token = lease.nbytes / lease.tokens
-        self._drop((peer, key))
+        self._kept.pop((peer, key), None)
         if lease.nbytes > self.budget:
             return
-        lease.until = self._clock() + LEASE_SECONDS
         self._kept[peer, key] = lease
-        self._count(peer, lease.nbytes)
         while self.held > self.budget or len(self._kept) > MOST_LEASES:
-            most = max(self._by_peer, key=self._by_peer.__getitem__)
-            self._drop(next(name for name in self._kept if name[0] == most))
+            self._drop_one()
+
+    def _drop_one(self) -> None:
+        by_peer: Counter[str] = Counter()  # bytes
+        for (peer, _), lease in self._kept.items():
+            by_peer[peer] += lease.nbytes
+        most = max(by_peer, key=by_peer.__getitem__)
+        del self._kept[next(name for name in self._kept if name[0] == most)]
 
     def take(self, peer: str, key: str) -> Lease | None:
         """The peer's lease, which is kept no longer; None when there is none."""
-        self.expire()
-        lease = self._kept.get((peer, key))
-        self._drop((peer, key))
+        lease: Lease | None = self._kept.pop((peer, key), None)
         return lease
 
     def expire(self) -> None:
         """Let go of what is too old."""
-        now = self._clock()
-        for name in [name for name, lease in self._kept.items() if lease.until <= now]:
-            self._drop(name)
-
-    def _drop(self, name: tuple[str, str]) -> None:
-        lease = self._kept.pop(name, None)
-        if lease is not None:
-            self._count(name[0], -lease.nbytes)
-
-    def _count(self, peer: str, more: int) -> None:
-        self.held += more
-        self._by_peer[peer] += more
-        if not self._by_peer[peer]:
-            del self._by_peer[peer]
+        self._kept.expire()
 
 
 class Saved:

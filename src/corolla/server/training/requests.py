@@ -20,16 +20,16 @@ from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.kernels.helpers import SPINNING
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span
-from corolla.server.block_server import BlockServer
-from corolla.server.requests import (
-    Client,
+from corolla.server.block_server import (
+    BlockServer,
     check_hidden,
     check_memory,
     check_prompts,
-    check_staying,
-    served_part,
+    malformed,
+    working_bytes,
 )
 from corolla.server.scheduler.engine import Kind, Request
+from corolla.server.sessions.session import Client
 from corolla.server.training.leases import Lease, Saved
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output
@@ -50,12 +50,17 @@ class TrainingRequest(Request):
     @cached_property
     def span(self) -> Span:
         """The blocks that it is for. Raises `RequestRefused`."""
-        return served_part(self._server, self._message)
+        return self._server.part(self._message)
 
     @cached_property
     def sequences(self) -> Sequences:
         """Its sequences. Raises `RequestRefused`."""
         return Sequences(self.span, self._tensors, between=self._server.between_blocks)
+
+    def check_memory(self, *, with_gradients: bool) -> None:
+        """That the sequences can be computed here. Raises `RequestRefused`."""
+        sizes, limit = self.sequences.sizes, self._server.working_bytes
+        check_memory(self.span, **sizes, with_gradients=with_gradients, limit=limit)
 
     async def computed(self) -> Any:
         """What `result` gives."""
@@ -68,9 +73,9 @@ class ForwardRequest(TrainingRequest):
     """A `Forward`, whose graph is kept for its backward where there is room."""
 
     def check(self) -> None:
-        """See `requests.Answered`."""
-        check_staying(self._server)
-        self.sequences.check_memory(self._server.working_bytes, with_gradients=False)
+        """See `handlers.Answered`."""
+        self._server.check_staying()
+        self.check_memory(with_gradients=False)
 
     async def run(self) -> Packet:
         """The outputs."""
@@ -80,20 +85,18 @@ class ForwardRequest(TrainingRequest):
 
     def result(self) -> Tensor:
         """The outputs [1, T, H], on the compute thread."""
-        leases, work = self._server.leases, self.sequences
-        with self._server.cpus.used():
-            if self._lease is None or not leases.may_fit(work.tokens) or not self._graph_fits():
+        server, work = self._server, self.sequences
+        with server.cpus.used():
+            if self._lease is None or not self._may_keep():
                 return work.forward()
             output, lease = work.forward_kept()
-            leases.keep(self.peer, self._lease, lease)
+            server.leases.keep(self.peer, self._lease, lease)
             return output
 
-    def _graph_fits(self) -> bool:
-        try:
-            self.sequences.check_memory(self._server.working_bytes, with_gradients=True)
-        except RequestRefused:
-            return False
-        return True
+    def _may_keep(self) -> bool:
+        """Whether there is room for the graph, in memory and among the leases."""
+        needed = working_bytes(self.span, **self.sequences.sizes, with_gradients=True)
+        return needed <= self._server.working_bytes and self._server.leases.may_fit(self.sequences.tokens)
 
 
 class BackwardRequest(TrainingRequest):
@@ -110,15 +113,13 @@ class BackwardRequest(TrainingRequest):
         self._prompt_gradient = message.prompt_gradient
 
     def check(self) -> None:
-        """See `requests.Answered`."""
-        served_part(self._server, self._message)
+        """See `handlers.Answered`."""
+        self._server.part(self._message)
         if self._lease is not None:
             return
         if "hidden" not in self._tensors or "lengths" not in self._tensors:
-            raise RequestRefused(
-                "A backward without a lease needs its inputs.", code="malformed", field="hidden"
-            )
-        self.sequences.check_memory(self._server.working_bytes, with_gradients=True)
+            raise malformed("hidden", "A backward without a lease needs its inputs.")
+        self.check_memory(with_gradients=True)
 
     async def run(self) -> Packet:
         """The gradients of the inputs and, where wanted, of the deep prompts."""
@@ -139,10 +140,8 @@ class BackwardRequest(TrainingRequest):
         if lease is None or lease.blocks != (self.span.start, self.span.end):
             raise RequestRefused("The forward's graph is gone; send its inputs.", code="no_lease")
         if self._grad.shape != lease.output.shape:
-            raise RequestRefused(
-                f"The gradient must be {list(lease.output.shape)}, as the forward's output was.",
-                code="malformed",
-                field="grad",
+            raise malformed(
+                "grad", f"The gradient must be {list(lease.output.shape)}, as the forward's output was."
             )
         self._server.counters.redeemed += lease.tokens
         return lease
@@ -163,14 +162,13 @@ class Sequences:
         self._tensors = tensors
         self._between = between
 
-    def check_memory(self, limit: int, *, with_gradients: bool) -> None:
-        """That they can be computed in `limit` bytes. Raises `RequestRefused`."""
-        longest, count = max(self.lengths), len(self.lengths)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What their computation's memory depends on, as `block_server.working_bytes` takes it."""
+        longest = max(self.lengths)
         if self._span.packable:
-            sizes = {"rows": 1, "tokens": self.tokens, "total": longest}
-        else:
-            sizes = {"rows": count, "tokens": longest, "total": longest}
-        check_memory(self._span, **sizes, with_gradients=with_gradients, limit=limit)
+            return {"rows": 1, "tokens": self.tokens, "total": longest}
+        return {"rows": len(self.lengths), "tokens": longest, "total": longest}
 
     def forward(self) -> Tensor:
         """Outputs [1, T, H] on the CPU, in the dtype of the inputs."""
@@ -270,9 +268,7 @@ def _checked_lengths(tensors: dict[str, Tensor]) -> list[int]:
     # Compared as Python numbers, which do not overflow.
     found: list[int] = lengths.tolist()
     if hidden.shape[0] != 1 or min(found) < 1 or sum(found) != total:
-        raise RequestRefused(
-            f"The lengths must be at least 1 and add up to the {total} packed tokens of one row.",
-            code="malformed",
-            field="lengths",
+        raise malformed(
+            "lengths", f"The lengths must be at least 1 and add up to the {total} packed tokens of one row."
         )
     return found

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from corolla.server.diary import Diary
+from corolla.server.peers import Diary
 
 
 class Clock:

@@ -36,7 +36,7 @@ class _Step:
     done: asyncio.Future[Tensor]
 
 
-class Company:
+class StepBatcher:
     """The sessions that one client has at one server. Used on the event loop only."""
 
     def __init__(self, take: Callable[[], Awaitable[Channel]], give: Callable[[Channel], None]) -> None:

@@ -1,4 +1,4 @@
-"""What one peer, and all peers together, may take of a server; and who is kept out for a while.
+"""What one peer, and all peers together, may take of a server; who is kept out for a while; and who did what.
 
 Invariant: no account is ever above its total, and everything that a stream took is given back when the stream
 ends, however it ends. Room in the attention cache and kept graphs have budgets of their own (`kv_cache.py`,
@@ -8,13 +8,21 @@ ends, however it ends. Room in the attention cache and kept graphs have budgets 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import resource
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachetools import TTLCache
 
 from corolla.errors import RequestRefused
+from corolla.text import one_line
+
+log = logging.getLogger(__name__)
 
 MIB = 2**20
 SMALL_REQUEST = 128 * 1024  # bytes
@@ -139,8 +147,13 @@ class PeerLimits:
         self.in_flight = self._account("bytes in flight", self.budgets.bytes_in_flight, 1.0)
         self._clock = clock
         self._open: dict[str, set[Callable[[], object]]] = {}  # how to end each stream of a peer
-        self._malformed: dict[str, deque[float]] = {}  # when; the newest few
-        self._out_until: dict[str, float] = {}
+        # When a peer sent what nobody can read, the newest few; and until when peers are kept out.
+        self._malformed: TTLCache[str, deque[float]] = self._remembered(self.budgets.malformed_window)
+        self._out_until: TTLCache[str, float] = self._remembered(self.budgets.kept_out)
+
+    def _remembered(self, seconds: float) -> TTLCache[str, Any]:
+        """Peers may be many, and come but once: what is too old to matter is forgotten."""
+        return TTLCache(math.inf, seconds, timer=self._clock)
 
     def _account(self, name: str, total: int, retry_after: float) -> Account:
         return Account(name, total, self.budgets.of_one(total), retry_after)
@@ -163,10 +176,10 @@ class PeerLimits:
 
     def malformed(self, peer: str) -> None:
         """The peer sent something that nobody can read; one that does so again and again loses all its streams."""
-        self._forget()
         now = self._clock()
-        times = self._malformed.setdefault(peer, deque(maxlen=self.budgets.malformed))
+        times = self._malformed.get(peer) or deque(maxlen=self.budgets.malformed)
         times.append(now)
+        self._malformed[peer] = times
         if len(times) == times.maxlen and now - times[0] <= self.budgets.malformed_window:
             self._out_until[peer] = now + self.budgets.kept_out
             del self._malformed[peer]
@@ -181,13 +194,64 @@ class PeerLimits:
                 code="busy",
                 retry_after=left,
             )
-        self._out_until.pop(peer, None)
 
-    def _forget(self) -> None:
-        """Let go of what is too old to matter: peers may be many, and come but once."""
-        now = self._clock()
-        oldest = now - self.budgets.malformed_window
-        for peer in [peer for peer, times in self._malformed.items() if times[-1] < oldest]:
-            del self._malformed[peer]
-        for peer in [peer for peer, until in self._out_until.items() if until <= now]:
-            del self._out_until[peer]
+
+@dataclass
+class _Visit:
+    """What a peer has done since it was last told: by what it was for, tokens and seconds with the waiting."""
+
+    streams: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def told(self) -> str:
+        """In words; it is forgotten. Empty when it was nothing."""
+        tokens, seconds = self.tokens, self.seconds
+        self.tokens, self.seconds = Counter(), defaultdict(float)
+        return ", ".join(
+            f"{count:,} tokens of {what} ({count / max(seconds[what], 1e-9):,.0f} tokens/s)"
+            for what, count in sorted(tokens.items())
+        )
+
+
+class Diary:
+    """Who uses a server, for what and how fast: lines for its log (`corolla --verbose serve`)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._visits: dict[str, _Visit] = {}  # of the peers that are there now
+
+    @contextlib.contextmanager
+    def stream(self, peer: str) -> Iterator[None]:
+        """A stream of a peer; its first tells that it came, its last that it has left."""
+        visit = self._visits.setdefault(peer, _Visit())
+        visit.streams += 1
+        if visit.streams == 1:
+            log.info("Peer %s came", _short(peer))
+        try:
+            yield
+        finally:
+            visit.streams -= 1
+            if not visit.streams:
+                del self._visits[peer]
+                log.info("Peer %s left; %s", _short(peer), visit.told() or "nothing more was done")
+
+    @contextlib.contextmanager
+    def work(self, peer: str, what: str, tokens: int) -> Iterator[None]:
+        """Work that is done while the block lasts, unless it raises."""
+        started = self._clock()
+        yield
+        visit = self._visits.get(peer)
+        if visit is not None:
+            visit.tokens[what] += tokens
+            visit.seconds[what] += self._clock() - started
+
+    def tell(self) -> None:
+        """Log what those have done who are still here."""
+        for peer, visit in self._visits.items():
+            if told := visit.told():
+                log.info("Peer %s: %s", _short(peer), told)
+
+
+def _short(peer: str) -> str:
+    return f"…{one_line(peer[-8:])}"

@@ -13,8 +13,8 @@ from tests.client.conftest import Pair, random_ids
 from tests.reference import Prompted
 from torch import Tensor
 
-from corolla.client.sessions import company as company_module
-from corolla.client.sessions.company import Company
+from corolla.client.sessions import step_batcher
+from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.errors import PeerSilent, ProtocolError, RequestRefused
 from corolla.swarm.channel import Channel
 from corolla.wire.frames import Packet
@@ -109,7 +109,7 @@ def test_a_session_alone_sends_its_steps_by_themselves(pair_of: PairOf, sent: li
     assert set(sent) == {1}
 
 
-def test_a_family_that_takes_no_company(pair_of: PairOf, sent: list[int]) -> None:
+def test_a_family_that_takes_no_batches(pair_of: PairOf, sent: list[int]) -> None:
     """It is asked once a session and span, and never again."""
     pair = pair_of("falcon")
     model, prompts = pair.model(), prompts_of()
@@ -146,7 +146,7 @@ def test_a_server_lost_in_the_middle_of_all_replies(pair_of: PairOf, how: str) -
 def test_an_answer_of_another_shape_is_no_answer(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = pair_of("llama")
     model, prompts, wrong = pair.model(), prompts_of(), iter(range(2))
-    own = company_module.request
+    own = step_batcher.request
 
     async def odd(channel: Channel, packet: Packet) -> Packet:
         answer = await own(channel, packet)
@@ -154,7 +154,7 @@ def test_an_answer_of_another_shape_is_no_answer(pair_of: PairOf, monkeypatch: p
             return answer
         return Packet(answer.message, {"hidden": answer.tensors["hidden"][..., :-1]})
 
-    monkeypatch.setattr(company_module, "request", odd)
+    monkeypatch.setattr(step_batcher, "request", odd)
     assert_equal(replies(model, prompts), local_replies(pair, model, prompts))
     assert next(wrong, None) is None
 
@@ -169,9 +169,9 @@ class Line:
         self.sent: list[list[str]] = []
         self.free = asyncio.Event()
         self.free.set()
-        self.company = Company(self._take, lambda _channel: None)
-        monkeypatch.setattr(company_module, "request", self._request)
-        monkeypatch.setattr(company_module, "UNDER_WAY", 1)
+        self.batcher = StepBatcher(self._take, lambda _channel: None)
+        monkeypatch.setattr(step_batcher, "request", self._request)
+        monkeypatch.setattr(step_batcher, "UNDER_WAY", 1)
 
     async def _take(self) -> Any:
         class Channel:
@@ -188,10 +188,10 @@ class Line:
         return Packet(Outputs(), {"hidden": packet.tensors["hidden"] + 1})
 
     def step(self, name: str, hidden: Tensor | None = None) -> asyncio.Task[Tensor]:
-        self.company.enter(name)
+        self.batcher.enter(name)
         value = torch.zeros(1, 1, 4) if hidden is None else hidden
         part = Part(name=name, position=0, rows=len(value))
-        return asyncio.create_task(self.company.step(part, value))
+        return asyncio.create_task(self.batcher.step(part, value))
 
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
@@ -235,7 +235,7 @@ async def test_a_step_that_was_given_up_is_not_sent_and_nobody_misses_it(
 async def test_no_more_than_so_many_go_together_and_only_those_of_one_form(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    line, count = Line(monkeypatch), company_module.TOGETHER + 3
+    line, count = Line(monkeypatch), step_batcher.TOGETHER + 3
     odd = line.step("odd" * 6, torch.zeros(1, 1, 4, dtype=torch.float64))
     steps = [
         line.step(f"{index:016}", torch.full((1 + index % 2, 1, 4), float(index))) for index in range(count)
@@ -243,12 +243,12 @@ async def test_no_more_than_so_many_go_together_and_only_those_of_one_form(
     for index, one in enumerate(steps):
         assert torch.equal(await one, torch.full((1 + index % 2, 1, 4), index + 1.0))
     assert (await odd).dtype == torch.float64
-    assert sorted(len(names) for names in line.sent) == [1, 3, company_module.TOGETHER]
+    assert sorted(len(names) for names in line.sent) == [1, 3, step_batcher.TOGETHER]
 
 
 async def test_as_many_messages_are_under_way_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(monkeypatch)
-    monkeypatch.setattr(company_module, "UNDER_WAY", 2)
+    monkeypatch.setattr(step_batcher, "UNDER_WAY", 2)
     line.free.clear()
     steps = []
     for name in (A, B, C):
@@ -264,7 +264,7 @@ async def test_as_many_messages_are_under_way_as_may_be(monkeypatch: pytest.Monk
 async def test_a_step_waits_for_those_that_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that come at the same pace, one a little later each time."""
     line = Line(monkeypatch)
-    monkeypatch.setattr(company_module, "GATHER_SECONDS", 5.0)
+    monkeypatch.setattr(step_batcher, "GATHER_SECONDS", 5.0)
     for _ in range(3):
         steps = [line.step(A)]
         await asyncio.sleep(0.01)
@@ -276,11 +276,11 @@ async def test_a_step_waits_for_those_that_are_due(monkeypatch: pytest.MonkeyPat
 
 async def test_nobody_waits_for_a_session_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(monkeypatch)
-    monkeypatch.setattr(company_module, "GATHER_SECONDS", 3600.0)
-    monkeypatch.setattr(company_module, "GATHER_SHARE", 1e9)
+    monkeypatch.setattr(step_batcher, "GATHER_SECONDS", 3600.0)
+    monkeypatch.setattr(step_batcher, "GATHER_SHARE", 1e9)
     for _ in range(2):
         await asyncio.gather(line.step(A), line.step(B))
-    line.company.leave(B)
+    line.batcher.leave(B)
     async with asyncio.timeout(20):
         await line.step(A)
     assert line.sent[-1] == [A]
@@ -291,10 +291,10 @@ async def test_an_error_is_everybodys_and_the_next_message_goes(monkeypatch: pyt
     own = line._request
 
     async def failing(_channel: Any, packet: Packet) -> Packet:
-        monkeypatch.setattr(company_module, "request", own)
+        monkeypatch.setattr(step_batcher, "request", own)
         raise ProtocolError("no", peer_id="peer")
 
-    monkeypatch.setattr(company_module, "request", failing)
+    monkeypatch.setattr(step_batcher, "request", failing)
     results = await asyncio.gather(line.step(A), line.step(B), return_exceptions=True)
     assert [type(one) for one in results] == [ProtocolError, ProtocolError]
     assert torch.equal(await line.step(A), torch.ones(1, 1, 4))
@@ -308,10 +308,10 @@ async def test_those_that_wait_hear_of_a_lost_server_too(monkeypatch: pytest.Mon
 
     async def failing(channel: Any, packet: Packet) -> Packet:
         await own(channel, packet)
-        monkeypatch.setattr(company_module, "request", own)
+        monkeypatch.setattr(step_batcher, "request", own)
         raise PeerSilent("no") if lost else RequestRefused("later", code="busy")
 
-    monkeypatch.setattr(company_module, "request", failing)
+    monkeypatch.setattr(step_batcher, "request", failing)
     first = line.step(A)
     while not line.sent:
         await asyncio.sleep(0)
@@ -329,6 +329,6 @@ async def test_closing_gives_up_what_is_under_way(monkeypatch: pytest.MonkeyPatc
     going = line.step(A)
     while not line.sent:
         await asyncio.sleep(0)
-    line.company.close()
+    line.batcher.close()
     with pytest.raises(asyncio.CancelledError):
         await going
