@@ -2,7 +2,7 @@
 
 Invariant: each table of a sequence holds the sequence's tokens from `begins` on, with all that any later token may see
 unless the sequence goes back by more than the layout's margin; `reaches` tells whether it can. What lies behind
-that is given back, whole pages at a time. A table is a `PageTable` of what is left: it counts from there.
+that is given back, whole pages at a time. A table is a `BlockTable` of what is left: it counts from there.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from corolla.models.attention.pages import PAGE, PageTable, PagePool, shared_pages
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool, shared_pages
 
 
-class LayeredTables:
+class LayeredBlockTable:
     """The pages of one sequence, `length` tokens long, in the tables of its pool's layout."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.tables = [PageTable(pool) for _ in pool.layout.windows]
+        self.tables = [BlockTable(pool) for _ in pool.layout.windows]
         self.begins = [0] * len(self.tables)  # each table's first token, on a page's border
         self.length = 0
 
-    def with_rooms(self, room: int) -> Iterator[tuple[PageTable, int]]:
+    def with_rooms(self, room: int) -> Iterator[tuple[BlockTable, int]]:
         """Each table, and the room to give to its `grow` where the sequence may reach `room` tokens."""
         for table, begin, window in zip(self.tables, self.begins, self.pool.layout.windows, strict=True):
             own = room - begin
@@ -59,9 +59,9 @@ class LayeredTables:
             table.truncate(length - begin)
         self.length = min(self.length, length)
 
-    def fork(self) -> LayeredTables:
+    def fork(self) -> LayeredBlockTable:
         """Another sequence with the same tokens, on the same pages."""
-        twin = LayeredTables(self.pool)
+        twin = LayeredBlockTable(self.pool)
         twin.tables = [table.fork() for table in self.tables]
         twin.begins = list(self.begins)
         twin.length = self.length
@@ -75,20 +75,20 @@ class LayeredTables:
         self.length = 0
 
 
-CachedSequence: TypeAlias = PageTable | LayeredTables
+AnyBlockTable: TypeAlias = BlockTable | LayeredBlockTable
 
 
-def new_sequence(pool: PagePool) -> CachedSequence:
-    """An empty sequence, as the pool's layout has them."""
-    return PageTable(pool) if pool.layout.plain else LayeredTables(pool)
+def new_block_table(pool: PagePool) -> AnyBlockTable:
+    """Of an empty sequence, as the pool's layout has them."""
+    return BlockTable(pool) if pool.layout.plain else LayeredBlockTable(pool)
 
 
-def common_pages(sequences: Sequence[CachedSequence], length: int) -> list[int]:
+def common_pages(sequences: Sequence[AnyBlockTable], length: int) -> list[int]:
     """For each table: before which page, within the first `length` tokens, all sequences list the same ones."""
-    plain = [sequence for sequence in sequences if isinstance(sequence, PageTable)]
+    plain = [sequence for sequence in sequences if isinstance(sequence, BlockTable)]
     if plain:
         return [shared_pages(plain, length)]
-    layered = [sequence for sequence in sequences if isinstance(sequence, LayeredTables)]
+    layered = [sequence for sequence in sequences if isinstance(sequence, LayeredBlockTable)]
     found = []
     for index, begin in enumerate(layered[0].begins):
         tables = [sequence.tables[index] for sequence in layered]

@@ -20,9 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
-from corolla.models.attention.pages import PAGE, PageTable, PagePool, pages_for
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool, pages_for
 from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
-from corolla.models.layered import LayeredTables, CachedSequence
+from corolla.models.layered import LayeredBlockTable, AnyBlockTable
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
@@ -37,7 +37,7 @@ class Segment:
 
     begin: int
     count: int
-    sequence: CachedSequence | None = None
+    sequence: AnyBlockTable | None = None
     room: int = 0  # tokens that the sequence may reach in the present call
     past: int = 0
     prepared: bool = False
@@ -57,7 +57,7 @@ class Segment:
         if self.sequence is None:
             return
         self.past, self.prepared = self.sequence.length, True
-        if isinstance(self.sequence, LayeredTables):
+        if isinstance(self.sequence, LayeredBlockTable):
             self._prepare_parts(self.sequence)
             return
         self.slots = self.sequence.grow(self.count, self.room)
@@ -65,7 +65,7 @@ class Segment:
         if self._first is None:
             self._pages = torch.tensor(self.sequence.pages[: pages_for(self.sequence.length)])
 
-    def _prepare_parts(self, tables: LayeredTables) -> None:
+    def _prepare_parts(self, tables: LayeredBlockTable) -> None:
         self.parts = [
             Segment(self.begin, self.count, table, room) for table, room in tables.with_rooms(self.room)
         ]
@@ -95,7 +95,7 @@ class Segment:
         return self._masks[window]
 
 
-def segments_of(lengths: Sequence[int], sequences: Sequence[CachedSequence] | None = None) -> list[Segment]:
+def segments_of(lengths: Sequence[int], sequences: Sequence[AnyBlockTable] | None = None) -> list[Segment]:
     """Segments of these lengths, one behind the other."""
     segments, begin = [], 0
     for index, length in enumerate(lengths):
@@ -118,7 +118,7 @@ class _Table:
     def rows(self) -> OneTokenRows:
         """The sequences of `ones`."""
         if self._rows is None:
-            self._rows = OneTokenRows([one.sequence for one in self.ones if isinstance(one.sequence, PageTable)])
+            self._rows = OneTokenRows([one.sequence for one in self.ones if isinstance(one.sequence, BlockTable)])
         return self._rows
 
 

@@ -1,6 +1,6 @@
 """Keys and values of many sequences in pages of one store.
 
-Invariant: a page's reference count is the number of page tables that list it, 0 for a free one; a sequence writes
+Invariant: a page's reference count is the number of block tables that list it, 0 for a free one; a sequence writes
 only into pages that nobody else lists (others are copied first: copy-on-write). What a sequence has cached is never
 changed by another. One thread at a time uses a pool: the compute thread.
 
@@ -160,7 +160,7 @@ class PagePool:
         self._refcounts[list(pages)] -= 1
 
     def shared(self, page: int) -> bool:
-        """Whether more than one page table lists the page."""
+        """Whether more than one block table lists the page."""
         return bool(self._refcounts[page] > 1)
 
     def copy(self, source: int, target: int) -> None:
@@ -191,7 +191,7 @@ class PagePool:
             )
 
 
-class PageTable:
+class BlockTable:
     """Where the tokens of one sequence lie, `length` of them, in order."""
 
     def __init__(self, pool: PagePool) -> None:
@@ -244,9 +244,9 @@ class PageTable:
         del self.pages[:count]
         self.length -= count * PAGE
 
-    def fork(self) -> PageTable:
+    def fork(self) -> BlockTable:
         """Another sequence with the same tokens, on the same pages."""
-        twin = PageTable(self.pool)
+        twin = BlockTable(self.pool)
         twin.pages = self.pages[: pages_for(self.length)]
         twin.length = self.length
         self.pool.retain(twin.pages)
@@ -267,7 +267,7 @@ class PageTable:
         )
 
 
-def shared_pages(sequences: Sequence[PageTable], length: int) -> int:
+def shared_pages(sequences: Sequence[BlockTable], length: int) -> int:
     """How many whole pages, of those within the first `length` tokens, all sequences have in common."""
     limit = min([length // PAGE, *(len(sequence.pages) for sequence in sequences)])
     first = sequences[0].pages
