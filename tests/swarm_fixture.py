@@ -94,7 +94,7 @@ class MemorySwarm:
         budget = CacheBudget(max(1, self.cache_tokens // PAGE) * layout.tables, tables=layout.tables)
         server = BlockServer(span, budget, model=self.checkpoint.identity, layout=layout)
         server.engine.start()
-        await server.hold(prompts)
+        await server.prefill_bundles(prompts)
         await transport.serve(PROTOCOL_NAME, partial(handle, server))
         record = ServerRecord(
             peer_id=transport.peer_id,

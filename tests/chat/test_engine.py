@@ -15,11 +15,12 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import tiny_config, write_tiny
 from transformers import GenerationConfig
 
-from corolla.chat.engine import UNLIMITED_CONTEXT, ChatEngine, check_context, context_limit
+from corolla.chat.engine import ChatEngine, check_context
 from corolla.chat.sampling import SamplingSettings
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.sources import load_conversations
 from corolla.errors import MissingBlocks, SessionLimit, SwarmUnavailable, UsageError
+from corolla.models.limits import UNLIMITED_CONTEXT, context_limit
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
 Chat = Callable[..., ChatEngine]

@@ -85,7 +85,7 @@ MUTANTS: dict[str, tuple[Any, str, Any, str, Column]] = {
     "a beginning with other embeddings": (
         session, "_same", lambda *_: True, "the same long prompt after the embeddings were changed", "none",
     ),
-    "a pass that was put off is forgotten": (
+    "a deferred pass is forgotten": (
         remote_blocks.RemoteBlocks, "_catch_up", nothing, "passing the answer's cache on, without gradients", "none",
     ),
     "sequences of a row see each other": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ def test_padding_is_on_the_right_masked_and_without_loss() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     # 9 is a label where somebody said it, though it is also the padding.
     assert batch["labels"].tolist() == [[NO_LOSS, 1, NO_LOSS, NO_LOSS], [NO_LOSS, 9, 10, 11]]
+    assert batch.pop("logits_to_keep").tolist() == [[True, False, False, False], [True, True, True, False]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
@@ -37,8 +37,3 @@ def test_every_example_comes_back_out(lengths: list[int]) -> None:
         assert batch["input_ids"][row][mask].tolist() == wanted.input_ids
         assert batch["labels"][row][mask].tolist() == wanted.labels
         assert (batch["labels"][row][~mask] == NO_LOSS).all()
-
-
-@pytest.mark.parametrize("length", [3, 6])
-def test_a_fixed_width(length: int) -> None:
-    assert Collator(PAD, pad_to=6)([example(length)])["input_ids"].shape == (1, 6)

@@ -12,6 +12,7 @@ from tests.data.tokenizers_made import INST, STRICT, with_bos
 
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
+from corolla.data.reply_reader import ReplyReader
 from corolla.errors import BundleError, UsageError
 
 DELIMITER = "\n-----\n"
@@ -201,28 +202,38 @@ def test_a_chat_feeds_the_tokens_that_training_saw(
             if kind == "reply"
         ]
         assert spoken
-        assert renderer.reply_text([*spoken, *renderer.stop_ids]).strip() == reply
+        assert read(renderer, [*spoken, *renderer.stop_ids]).strip() == reply
         own.append(spoken)
         assert trained.input_ids == renderer.ids(turns, own) == [*fed, *spoken, *renderer.closing_ids]
         assert renderer.closing_ids[: len(renderer.stop_ids)] == renderer.stop_ids
 
 
+def read(renderer: Renderer, ids: list[int]) -> str:
+    reader = ReplyReader.of(renderer, renderer.end_ids)
+    for token in ids:
+        if not reader.ended:
+            reader.push(token)
+    if not reader.ended:
+        reader.finish()
+    return reader.text
+
+
 def test_a_reply_ends_at_its_delimiter_in_whatever_tokens(smol: Any) -> None:
     renderer = Renderer(smol, RenderSettings())
     ids = smol("All well.", add_special_tokens=False).input_ids
-    assert renderer.reply_text(ids) == "All well."
-    assert renderer.reply_text([*ids, *renderer.stop_ids, *ids]) == "All well."
+    assert read(renderer, ids) == "All well."
+    assert read(renderer, [*ids, *renderer.stop_ids, *ids]) == "All well."
     apart = [token for piece in ("\n", "--", "---", "\n") for token in smol(piece).input_ids]
     assert apart != renderer.stop_ids
-    assert renderer.reply_text([*ids, *apart]) == "All well."
+    assert read(renderer, [*ids, *apart]) == "All well."
     assert (renderer.stop_text, smol.decode(renderer.stop_ids)) == (DELIMITER, DELIMITER)
-    assert renderer.reply_text([]) == ""
+    assert read(renderer, []) == ""
 
 
 def test_a_delimiter_of_only_a_template_is_plain_text_there(smol: Any) -> None:
     renderer = Renderer(smol, RenderSettings(style="template"))
     ids = smol(f"one{DELIMITER}two", add_special_tokens=False).input_ids
-    assert renderer.reply_text([*ids, *renderer.stop_ids]) == f"one{DELIMITER}two"
+    assert read(renderer, [*ids, *renderer.stop_ids]) == f"one{DELIMITER}two"
 
 
 # --- settings ---------------------------------------------------------------------------------------------

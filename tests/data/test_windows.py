@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.kinds_of_tokenizers import FAST, KINDS, TEMPLATES, tokenizer_of
 
-from corolla.data.collisions import delimiter_note
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.cuts import ids_of
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
+from corolla.data.styles import delimiter_note
 from corolla.errors import DataError
 
 WORDS = st.text("abc de.", min_size=1, max_size=9).map(str.strip).filter(bool)

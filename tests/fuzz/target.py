@@ -16,7 +16,6 @@ from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions.bundles import Entering
 from corolla.server.training.leases import Leases
 from corolla.swarm.channel import Channel, request
-from corolla.wire.compression import expand
 from corolla.wire.failures import meaning
 from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble
 from corolla.wire.messages import (
@@ -30,6 +29,7 @@ from corolla.wire.messages import (
     Step,
 )
 from corolla.wire.session import Conversation, following
+from corolla.wire.tensors import expand
 from tests.fuzz.frames import BUNDLE, strangers
 from tests.server.world import HIDDEN, Clock, RawClient, World, assert_same, noise, opening
 
@@ -64,7 +64,9 @@ class Target:
     async def start(self) -> None:
         await self.world.start()
         if self.world.span.packable:  # a bundle, in which nobody may change anything
-            await self.world.server.hold([Entering(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)])
+            await self.world.server.prefill_bundles(
+                [Entering(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)]
+            )
         self._bundles = await self._kept()
         self._peer = self.world.network.transport("honest")
         await self.honest_step()

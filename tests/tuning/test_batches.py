@@ -12,7 +12,7 @@ from corolla.data.collate import Collator
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import Example
 from corolla.errors import DataError
-from corolla.tuning.batches import BatchMaker, prepare
+from corolla.tuning.batches import prepare
 from corolla.tuning.evaluate import flat_targets
 
 
@@ -54,7 +54,7 @@ def test_a_kept_position_is_the_one_before_its_label_and_padding_is_never_kept()
         Example([5, 6, 7, 8], [5, -100, 7, 8], ["reply"] * 4, "a"),  # the first label is never predicted
         Example([9, 10], [-100, 10], ["context", "reply"], "b"),
     ]
-    batch = BatchMaker(Collator(0))(examples)
+    batch = Collator()(examples)
     expected = torch.tensor([[False, True, True, False], [True, False, False, False]])
     assert torch.equal(batch["logits_to_keep"], expected)
     assert flat_targets(batch["labels"]).tolist() == [7, 8, 10]

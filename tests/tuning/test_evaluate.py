@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_a_batch_of_another_size_gives_the_same_losses(tiny_folder: Path, tokeni
     model = local_model(tiny_folder)
     results = [evaluate(model, prepared.held_out, prepared.batches, batch_size=size) for size in (1, 5)]
     assert results[0].reply_loss == pytest.approx(results[1].reply_loss, abs=1e-5)
-    assert Evaluation.from_dict(results[0].to_dict()) == results[0]
+    assert Evaluation.from_dict(json.loads(json.dumps(results[0].sums))) == results[0]
 
 
 def made_up(losses: list[float]) -> Evaluation:

@@ -205,7 +205,6 @@ def test_a_run_is_not_continued_with_other_settings_or_data(
 
 def run_folder(path: Path) -> RunFolder:
     folder = RunFolder(path / "out")
-    folder.path.mkdir()
     folder.begin({"seed": 0}, resume=False, overwrite=False)
     return folder
 

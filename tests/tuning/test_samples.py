@@ -18,7 +18,7 @@ from corolla.chat.sampling import SamplingSettings
 from corolla.data.conversation import Conversation, Turn
 from corolla.tuning.batches import prepare
 from corolla.tuning.bundle import ModelInfo, load_bundle
-from corolla.tuning.samples import COUNT, REPLY_TOKENS, Sample, Samples, one_line, sample_replies
+from corolla.tuning.samples import COUNT, REPLY_TOKENS, Sample, Samples, sample_replies
 from corolla.tuning.tune import TuneResult, tune
 
 
@@ -58,9 +58,10 @@ def test_the_sentence_counts_and_says_what_to_try() -> None:
     assert "what a person would call replies" in lines[-1]
 
 
-def test_a_reply_cannot_steer_the_terminal() -> None:
-    assert one_line("a\n\x1b[31mb\u202ec\ttea") == "a [31mb c tea"
-    assert one_line("x" * 200) == "x" * 119 + "…"
+def test_a_reply_is_one_line_and_cannot_steer_the_terminal() -> None:
+    _, said, reply = Samples((sample("a\n\x1b[31mb\u202ec\ttea", said="x" * 200),)).lines()
+    assert said == "  You: " + "x" * 119 + "…"
+    assert reply == "  Bot: a [31mbc tea"
 
 
 @pytest.fixture(scope="module")

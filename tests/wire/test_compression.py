@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from corolla.config import SwarmConfig, WireFormat
 from corolla.errors import ProtocolError, UsageError
-from corolla.wire.compression import compress, expand
 from corolla.wire.frames import Packet, decode, encode
 from corolla.wire.messages import ClientMessage, Step
+from corolla.wire.tensors import compress, expand
 
 FORMS: list[tuple[WireFormat, float]] = [("float16", 5e-4), ("int8", 0.5 / 127 + 1e-6)]
 

@@ -17,15 +17,14 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from corolla.chat.generation import Generation
-from corolla.chat.reader import ReplyReader
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import Transcript
 from corolla.chat.window import Exchange, Window, newest_that_fit
 from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.render import Renderer
+from corolla.data.reply_reader import ReplyReader
 from corolla.errors import SessionLimit, UsageError
 from corolla.files import write_json
-from corolla.models.limits import UNLIMITED_CONTEXT, context_limit  # noqa: F401  (for its callers)
 
 
 def check_context(sampling: SamplingSettings, max_context: int) -> None:
@@ -99,12 +98,7 @@ class ChatEngine:
             self._session = self._model.inference_session(max_length=self._max_context)
         self._align_session(prompt)
         new = torch.tensor([prompt[self._session.position :]], device=self._model.device)
-        reader = ReplyReader(
-            self._renderer.tokenizer,
-            stop_ids=self._renderer.stop_ids,
-            end_ids=self._end_ids,
-            stop_text=self._renderer.stop_text,
-        )
+        reader = ReplyReader.of(self._renderer, self._end_ids)
         processors = LogitsProcessorList()
         if self._beginnings is not None:
             processors.append(self._beginnings.processor(len(prompt), self._sampling.max_new_tokens))

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from corolla.cli.common import quiet_libraries
-from corolla.cli.terminal import console
+from corolla.cli.terminal import console, say_plainly
 from corolla.errors import UsageError
 
 MODEL = "smollm2"
@@ -49,7 +49,7 @@ def demo(
         _show_map(swarm.peers)
         _heading(2, "Human conversations to learn from (marked: what the model learns to say)")
         _train(out, steps, swarm.peers)
-        _show(f"So far: {time.monotonic() - started:.0f} s.")
+        say_plainly(f"So far: {time.monotonic() - started:.0f} s.")
         _heading(5, "A chat with the tuned model, over the same swarm")
         _chat(out, swarm.peers)
 
@@ -78,8 +78,8 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
     _heading(3, f"Training {job.prompt_tokens} prompt vectors; the model itself stays as it is")
     result = train_and_report(job, settings, prepared, peers, overwrite=True)
     _heading(4, "What came of it")
-    _show(f"The bundle, ready to chat with or to share:  {out}/")
-    _show(f"The loss curve:                              {result.curve}")
+    say_plainly(f"The bundle, ready to chat with or to share:  {out}/")
+    say_plainly(f"The loss curve:                              {result.curve}")
 
 
 def _chat(out: Path, peers: Sequence[str]) -> None:
@@ -92,17 +92,13 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
     sampling = SamplingSettings.from_dict({**partner.sampling, **SAMPLING})
     with opened(prepare(partner, sampling), SwarmConfig(peers=tuple(peers))) as repl:
         if sys.stdin.isatty():
-            _show("Type something; /help lists the commands, /quit ends.")
+            say_plainly("Type something; /help lists the commands, /quit ends.")
             repl.run()
         else:
             repl.run(SCRIPT)
-    _show(f"Chat again whenever you like:\n  corolla chat {out}")
+    say_plainly(f"Chat again whenever you like:\n  corolla chat {out}")
 
 
 def _heading(number: int, text: str) -> None:
     console.print()
     console.rule(f"[bold]{number}[/]  {text}", align="left", style="dim")
-
-
-def _show(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -7,8 +7,8 @@ loop starts when the first model is loaded and ends with `close()`, which nothin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from corolla.client.audits.audit import Observer
 from corolla.client.retry import Retry
@@ -41,6 +41,8 @@ class SwarmConnection:
         """
         self.config = config or SwarmConfig()
         self._loop = loop
+        self.run = loop.run  # waits for work on the loop; Ctrl-C cancels it
+        self.run_soon = loop.run_soon  # does not wait; for finalizers, which may run on any thread
         self._node = node
         self._owns_loop = owns_loop
         self.view = SwarmView(
@@ -84,14 +86,6 @@ class SwarmConnection:
             num_blocks=num_blocks,
             observe=observe,
         )
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for `work` on the loop. Ctrl-C cancels it."""
-        return self._loop.run(work)
-
-    def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Start `work` on the loop without waiting; for finalizers, which may run on any thread."""
-        self._loop.run_soon(work)
 
     @property
     def is_open(self) -> bool:

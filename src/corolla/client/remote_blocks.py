@@ -19,7 +19,7 @@ from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
-from corolla.models.cache import BlocksCall, PutOff, on_cpu
+from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
 
 
 class RemoteBlocks:
@@ -88,7 +88,7 @@ class RemoteBlocks:
             return self._run_whole(hidden, call, wanted)
         if call.start == 0 and (wanted or call.cache.lazy):
             output = self._run_whole(hidden, call, wanted)
-            call.cache.put_off = PutOff(hidden.detach(), replace(call, cache=None))
+            call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None))
             return output
         output = self._step(hidden, call)
         if not wanted:
@@ -109,11 +109,14 @@ class RemoteBlocks:
     @torch.no_grad()
     def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         assert call.cache is not None
-        session, earlier = call.cache.session, call.cache.put_off
-        if earlier is not None and call.start:
-            session.step(earlier.hidden, earlier.call)
-        call.cache.put_off = None
-        return session.step(hidden, call)
+        self._catch_up(call.cache, call.start)
+        call.cache.deferred = None
+        return call.cache.session.step(hidden, call)
+
+    def _catch_up(self, cache: RemoteCache, start: int) -> None:
+        """Give the session a pass that was deferred, unless this step takes it back."""
+        if cache.deferred is not None and start:
+            cache.session.step(cache.deferred.hidden, cache.deferred.call)
 
 
 class _NoGradients(torch.autograd.Function):

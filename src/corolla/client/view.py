@@ -64,6 +64,7 @@ class Records:
     ) -> None:
         """`moved` hears of a peer that has come back with other blocks."""
         self.known: list[ServerRecord] = []
+        self.kinds: dict[str, str] = {}  # in what arithmetic each peer says that it computes
         self.untrusted = 0  # servers of the model that the user has left out
         self._directory = directory
         self._model = model
@@ -115,7 +116,7 @@ class Records:
         for record in records:
             if before.get(record.peer_id, (record.start, record.end)) != (record.start, record.end):
                 self._moved(record.peer_id)
-        self.known = records
+        self.known, self.kinds = records, {one.peer_id: one.numerics for one in records}
 
     def _is_allowed(self, peer: str) -> bool:
         return (self._allowed is None or peer in self._allowed) and peer not in self._blocked
@@ -195,7 +196,7 @@ class SwarmView:
         self.records = Records(directory, model, config, self.now, self.health.forgive)
         self.channels = Channels(transport, self.wire)
         self.verdicts = Verdicts()
-        self.lacking: dict[str, str] = {}  # see `bundles.ask_to_open`
+        self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
         self._mixed = config.mixed
         self._numerics: str | None = None  # the arithmetic that was begun with
         self._introductions = introductions or Introductions(transport)
@@ -264,7 +265,7 @@ class SwarmView:
         if self._mixed:
             return find_route(records, start, end, avoid=avoid)
         for kind in numerics_of(records) if self._numerics is None else [self._numerics]:
-            own = [record for record in records if record.numerics == kind]
+            own = [record for record in records if self.records.kinds[record.peer_id] == kind]
             try:
                 route = find_route(own, start, end, avoid=avoid)
             except MissingBlocks:
@@ -289,8 +290,7 @@ class SwarmView:
 
     def numerics_of(self, peer: str) -> str | None:
         """In what arithmetic the peer says that it computes; None for one that is not in the directory."""
-        record = self.records.of(peer)
-        return None if record is None else record.numerics
+        return self.records.kinds.get(peer)
 
     async def failed(self, error: RemoteError) -> None:
         """Draw the consequences for the peer that `error` names."""

@@ -1,20 +1,24 @@
-"""Rows from files and from the hub, whatever is in them.
+"""Rows from files and from the hub, whatever is in them, packed and encoded as they may be.
 
-Invariant: only a source that gives no rows raises; what is wrong with one row is for that row to say.
+Invariant: only a source that gives no rows raises; what is wrong with one row is for that row to say. So a byte
+that is no text costs the row that it is in: it becomes a lone surrogate, which no row may hold (`text_fault`).
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import json
+import lzma
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corolla.data.json_rows import json_rows
-from corolla.data.raw_text import PACKED_NAMES, is_packed, read_text
-from corolla.data.rows import Found, listed
-from corolla.data.tables import table_rows
+from corolla.data.rows import Found, json_rows, listed, table_rows
 from corolla.errors import DataError
 
 READ_AS = {
@@ -25,6 +29,16 @@ READ_AS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+GZIP, ZSTD, BZIP2, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00"
+PACKED = (GZIP, ZSTD, BZIP2, XZ)
+PACKED_NAMES = (".gz", ".zst", ".bz2", ".xz")
+# What is often saved under the name of data, and what to say of it.
+NO_DATA = (
+    (b"PK\x03\x04", "is a zip archive: unpack it first"),
+    (b"version https://git-lfs", "is a Git LFS pointer and not the data itself: fetch it with git lfs pull"),
+    (b"PAR1", "is a parquet file: its name should end in .parquet"),
+)
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_file_name(source: str) -> bool:
@@ -45,11 +59,11 @@ def read_file(source: str, split: str | None) -> Found:
         raise DataError(f"{path} has no splits, so there is no {split} in it.")
     match kind:
         case "json":
-            found = json_rows(path, read_text(path), split)
+            found = json_rows(path, _read_text(path), split)
         case "csv":
-            found = table_rows(path, read_text(path), ",;\t")
+            found = table_rows(path, _read_text(path), ",;\t")
         case "tsv":
-            found = table_rows(path, read_text(path), "\t")
+            found = table_rows(path, _read_text(path), "\t")
         case _:
             found = listed(_read_parquet(path))
     if not found.rows:
@@ -98,7 +112,7 @@ def _check_file(path: Path, kind: str | None) -> None:
 def _read_parquet(path: Path) -> list[Any]:
     if path.stat().st_size == 0:
         return []
-    if is_packed(path):
+    if _is_packed(path):
         raise DataError(
             f"{path} is compressed as a whole: unpack it first, parquet needs no other compression."
         )
@@ -124,3 +138,80 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+# --- the text in a file ------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    """All of a file's text. Raises `DataError` for a file that cannot be read or holds none."""
+    content = _unpacked(path, _read(path))
+    for beginning, what in NO_DATA:
+        if content.startswith(beginning):
+            raise DataError(f"{path} {what}.")
+    encoding = json.detect_encoding(content)  # by the byte order mark, else by where zeros stand
+    try:
+        text = content.decode(
+            encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
+        )
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is neither UTF-8 text nor {encoding}: {error.reason}.") from error
+    text = text.removeprefix("\ufeff")
+    if text[:200].lstrip().lower().startswith(("<!doctype", "<html", "<?xml")):
+        raise DataError(f"{path} is a web page and not data: download the data itself.")
+    return text
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a file is compressed, by its first bytes."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(6).startswith(PACKED)
+    except OSError as error:
+        raise _not_read(path, error) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _not_read(path, error) from error
+
+
+def _not_read(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}.")
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    try:
+        if content.startswith(GZIP):
+            return gzip.decompress(content)
+        if content.startswith(BZIP2):
+            return bz2.decompress(content)
+        if content.startswith(XZ):
+            return lzma.decompress(content)
+        if content.startswith(ZSTD):
+            return _unzstd(path, content)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is compressed, but broken or cut off: {error}.") from error
+    return content
+
+
+def _unzstd(path: Path, content: bytes) -> bytes:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"Reading {path} needs a package: pip install 'corolla[tune]'") from error
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd") as stream:
+        unpacked: Any = stream.read()
+    return bytes(unpacked)
+
+
+def text_fault(text: str) -> str | None:
+    """What is wrong with a text that no tokenizer takes; None where nothing is."""
+    found = SURROGATE.search(text)
+    if found is None:
+        return None
+    if "\udc80" <= found.group() <= "\udcff":
+        return "a byte that is not UTF-8"
+    return "half a character (a lone surrogate)"

@@ -159,17 +159,6 @@ class Renderer:
         """Single tokens that end a reply, too."""
         return self.style.ends
 
-    def reply_text(self, ids: Sequence[int]) -> str:
-        """The text of a reply's tokens, up to what closes it."""
-        kept = list(ids)
-        stop = self.stop_ids
-        for start in range(len(kept) - len(stop) + 1):
-            if kept[start : start + len(stop)] == stop:
-                kept = kept[:start]
-                break
-        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return text.partition(self.stop_text)[0] if self.stop_text else text
-
 
 def _chosen_style(tokenizer: Any, settings: RenderSettings) -> tuple[Style, str]:
     """The style, and what it is in words; "auto" is a template that a chat could follow, else the delimiter."""

@@ -90,17 +90,17 @@ def _sharegpt(row: Row, _persona: bool) -> Conversation:
 # --- single exchanges -------------------------------------------------------------------------------------
 
 
-def _exchange(said: str, replied: Sequence[str]) -> Callable[[Row, bool], Conversation]:
+def _exchange(name: str, said: str, *replied: str) -> Schema:
     """What is in the column `said`, and the reply in the first of the columns `replied`."""
 
     def convert(row: Row, _persona: bool) -> Conversation:
         answer = next((name for name in replied if row.get(name) is not None), replied[0])
         if row.get("label") is False or row.get("label") in ("false", "False"):
             raise BadRow("its label is false: a reply that is not to be learnt")
-        asked = _asked(row, said)
-        return _whole(row, [*asked, *side_of(row.get(answer), "assistant", answer)])
+        return _whole(row, [*_asked(row, said), *side_of(row.get(answer), "assistant", answer)])
 
-    return convert
+    shape = f'{{"{said}": "…", "{replied[0]}": "…"}}'
+    return Schema(name, shape, lambda row: said in row and any(name in row for name in replied), convert)
 
 
 def _asked(row: Row, said: str) -> list[Turn]:
@@ -241,30 +241,15 @@ SCHEMAS: tuple[Schema, ...] = (
         _with("chosen"),
         _preference,
     ),
-    Schema(
-        "prompt and response",
-        '{"prompt": "…", "response": "…"}',
-        _with("prompt", "response"),
-        _exchange("prompt", ("response",)),
-    ),
-    Schema(
-        "prompt and completion",
-        '{"prompt": "…", "completion": "…"}',
-        _with("prompt", "completion"),
-        _exchange("prompt", ("completion",)),
-    ),
+    _exchange("prompt and response", "prompt", "response"),
+    _exchange("prompt and completion", "prompt", "completion"),
     Schema(
         "Alpaca",
         '{"instruction": "…", "input": "…", "output": "…"}',
         lambda row: "instruction" in row and ("output" in row or "response" in row),
         _alpaca,
     ),
-    Schema(
-        "question and answer",
-        '{"question": "…", "answer": "…"}',
-        lambda row: "question" in row and ("answer" in row or "response" in row),
-        _exchange("question", ("answer", "response")),
-    ),
+    _exchange("question and answer", "question", "answer", "response"),
 )
 
 

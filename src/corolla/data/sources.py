@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.data.conversation import Conversation
-from corolla.data.raw_text import text_fault
-from corolla.data.readers import is_file_name, read_file, read_hub
+from corolla.data.readers import is_file_name, read_file, read_hub, text_fault
 from corolla.data.rows import TOO_DEEP, Found, Unreadable
 from corolla.data.schemas import PERSONA_SCHEMAS, SCHEMAS, Schema, chitchat_conversation, schema_of
 from corolla.data.turns import BadRow

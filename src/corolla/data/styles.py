@@ -7,13 +7,15 @@ turns. With a template these are the template's own, those of `apply_chat_templa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from corolla.data.conversation import Turn
+from corolla.data.conversation import Conversation, Turn
 from corolla.data.cuts import all_ids, ids_inside, ids_of
 from corolla.errors import DataError, UsageError
+
+SIGNS = "-=#~*+_"  # for delimiters like the default
 
 
 @dataclass(frozen=True)
@@ -140,3 +142,37 @@ def _adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer begins a text with its BOS token by itself."""
     ids = tokenizer("a").input_ids
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def delimiter_note(conversations: Sequence[Conversation], delimiter: str) -> str | None:
+    """A sentence on the texts that contain `delimiter`, with one that none contains; None where none does.
+
+    A reply ends where the delimiter begins: a model that learns to say it inside of one is cut off there.
+    """
+    texts = [turn.text for conversation in conversations for turn in conversation.turns]
+    found = sum(delimiter in text for text in texts)
+    if not found:
+        return None
+    replies = sum(
+        turn.role == "assistant" and delimiter in turn.text
+        for conversation in conversations
+        for turn in conversation.turns
+    )
+    other = next(one for one in _others() if not any(one in text for text in texts))
+    return (
+        f"{found:,} of {len(texts):,} texts contain the delimiter, {replies:,} of them replies, which a chat would "
+        f"end there: give one that none contains, such as --delimiter '{_typed(other)}'."
+    )
+
+
+def _others() -> Iterator[str]:
+    """Delimiters like the default, longer and longer."""
+    count = 5
+    while True:
+        yield from (f"\n{sign * count}\n" for sign in SIGNS)
+        count += 1
+
+
+def _typed(delimiter: str) -> str:
+    """As it is typed on a command line."""
+    return delimiter.replace("\n", "\\n").replace("\t", "\\t")

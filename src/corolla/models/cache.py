@@ -42,7 +42,7 @@ class BlocksCall:
 
 
 @dataclass(frozen=True)
-class PutOff:
+class DeferredPass:
     """A session's first pass, computed without its caches: what entered the blocks, and with what.
 
     The session is given it when it is continued.
@@ -51,9 +51,9 @@ class PutOff:
     hidden: Tensor
     call: BlocksCall
 
-    def select_rows(self, rows: Tensor) -> PutOff:
+    def select_rows(self, rows: Tensor) -> DeferredPass:
         """The same pass for the rows that int64 [R'] names."""
-        return PutOff(self.hidden[rows.to(self.hidden.device)], self.call.select_rows(rows))
+        return DeferredPass(self.hidden[rows.to(self.hidden.device)], self.call.select_rows(rows))
 
 
 class BlocksSession(Protocol):
@@ -131,7 +131,7 @@ class RemoteCache(_OneGrowingLayer):
         self.owner = owner
         self.lazy = lazy
         self.closed = False
-        self.put_off: PutOff | None = None
+        self.deferred: DeferredPass | None = None
         # Of the `generate` call that goes on with this cache: how many tokens it was given in all, 0 without one; how
         # many of them it was given both as ids and as embeddings.
         self.whole = self.counted_twice = 0
@@ -214,8 +214,8 @@ class RemoteCache(_OneGrowingLayer):
         rows = rows.detach().to("cpu", torch.int64)
         self.ids = self.ids[rows]
         self.mask = None if self.mask is None else self.mask[rows]
-        if self.put_off is not None:
-            self.put_off = self.put_off.select_rows(rows)
+        if self.deferred is not None:
+            self.deferred = self.deferred.select_rows(rows)
         else:
             self.session.reorder(rows)
 
@@ -280,7 +280,7 @@ class RemoteCache(_OneGrowingLayer):
     def take_over(self, other: RemoteCache) -> None:
         """Hold what `other` does; its session has become a copy of the other's."""
         self.length, self.ids, self.mask = other.length, other.ids, other.mask
-        self.put_off, self.foreign = other.put_off, other.foreign
+        self.deferred, self.foreign = other.deferred, other.foreign
 
     def align(self, ids: Tensor) -> None:
         """Make the cache a true beginning of `ids` [R, n], short of at least one token.

@@ -91,7 +91,7 @@ class BlockServer:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def hold(self, prompts: Sequence[Entering]) -> None:
+    async def prefill_bundles(self, prompts: Sequence[Entering]) -> None:
         """Compute prompts once for all clients, and keep them for good. Raises `UsageError` if there is no room."""
         needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
         if needed >= self.budget.capacity:

@@ -95,7 +95,7 @@ async def _serve_span(
     server = _make_server(config, span, checkpoint)
     server.engine.start()
     try:
-        await server.hold(prompts)
+        await server.prefill_bundles(prompts)
         await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
         await give_threads_to(server.engine)
         throughput = await server.engine.submit(Kind.TRAINING, lambda: measure(span))

@@ -26,7 +26,6 @@ from corolla.errors import (
 )
 from corolla.swarm.transport.base import Buffer, Stream
 from corolla.text import one_line
-from corolla.wire.compression import compress, expand
 from corolla.wire.frames import (
     PREAMBLE_SIZE,
     Header,
@@ -46,6 +45,7 @@ from corolla.wire.messages import (
     ServerMessage,
 )
 from corolla.wire.session import Conversation
+from corolla.wire.tensors import compress, expand
 
 T = TypeVar("T")
 

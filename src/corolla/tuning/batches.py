@@ -1,8 +1,7 @@
 """From conversations to the batches that training and evaluation run on.
 
 Invariant: held-out conversations are never trained on, and the same settings give the same examples in the
-same order. Logits are computed only where there is a label: `logits_to_keep` marks these positions, and the
-first token of a row, which nothing predicts, never carries one.
+same order.
 """
 
 from __future__ import annotations
@@ -13,40 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from corolla.data.collate import Collator
-from corolla.data.collisions import delimiter_note
 from corolla.data.conversation import Conversation
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
 from corolla.data.split import split_conversations, subsample
+from corolla.data.styles import delimiter_note
 from corolla.errors import DataError
 from corolla.tuning.settings import TuneSettings
 
 TRIED = 32  # conversations: some begin with more than is shown
 MOST_HELD_OUT = 32  # conversations, unless the user says otherwise
-
-
-class BatchMaker:
-    """A data collator: examples to `input_ids`, `attention_mask`, `labels` and `logits_to_keep`, each [R, T]."""
-
-    def __init__(self, collator: Collator) -> None:
-        self._collator = collator
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        batch = self._collator(examples)
-        labels = batch["labels"].clone()
-        labels[:, 0] = NO_LOSS
-        # Position t predicts token t+1; a bool mask, so that rows may keep different numbers of positions.
-        keep = torch.zeros_like(labels, dtype=torch.bool)
-        keep[:, :-1] = labels[:, 1:] != NO_LOSS
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "labels": labels,
-            "logits_to_keep": keep,
-        }
 
 
 @dataclass(frozen=True)
@@ -55,7 +30,7 @@ class Prepared:
 
     train: list[Example]
     held_out: list[Example]
-    batches: BatchMaker
+    batches: Collator
     renderer: Renderer
     notes: tuple[str, ...] = ()  # what a person should know of the rendering
     talks: tuple[Conversation, ...] = ()  # of the held-out conversations some, to be tried in a chat
@@ -86,7 +61,7 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
     return Prepared(
         train=_draw(renderer, train, _needed(settings), settings.seed, "training", refused),
         held_out=_draw(renderer, held_out, settings.held_out_samples, settings.seed, "evaluation", refused),
-        batches=BatchMaker(Collator(0)),  # masked; the padding token may have no row in the embedding
+        batches=Collator(),  # masked; the padding token may have no row in the embedding
         renderer=renderer,
         notes=tuple(_notes(renderer.settings, conversations, refused)),
         talks=tuple(subsample(held_out, len(held_out), settings.seed)[:TRIED]),

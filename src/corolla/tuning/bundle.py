@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +72,9 @@ class Bundle:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `bundle.json`."""
-        return {
-            "format": FORMAT_VERSION,
-            "corolla": __version__,
-            "model": {
-                "name": self.model.name,
-                "revision": self.model.revision,
-                "identity": self.model.identity,
-            },
-            "mode": self.mode,
-            "prompt_tokens": self.prompt_tokens,
-            "rendering": self.rendering.to_dict(),
-            "stop": self.stop,
-            "sampling": self.sampling,
-            "training": self.training,
-            "metrics": self.metrics,
-        }
+        content = asdict(self)
+        del content["folder"]
+        return {"format": FORMAT_VERSION, "corolla": __version__, **content}
 
 
 def save_bundle(

@@ -80,6 +80,7 @@ class RunFolder:
                 self.before()  # a damaged one is better known now than after the last step
             return last
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 self._clear()
             write_json(self.path / RUN_FILE, decisive)
@@ -167,7 +168,7 @@ class RunFolder:
 
     def note_before(self, evaluation: Evaluation) -> None:
         """Keep the evaluation from before the first step."""
-        write_json(self.path / BEFORE_FILE, evaluation.to_dict())
+        write_json(self.path / BEFORE_FILE, evaluation.sums)
 
     def before(self) -> Evaluation | None:
         """The evaluation from before the first step, if it was reached."""

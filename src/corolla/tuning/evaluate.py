@@ -8,16 +8,17 @@ same examples can be compared pair by pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from corolla.client.model.losses import lazy_logits, token_losses
+from corolla.data.collate import Collator
 from corolla.data.render import NO_LOSS, Example
-from corolla.tuning.batches import BatchMaker
 
 RESAMPLES = 4000
 KINDS = ("reply", "marker")
@@ -61,19 +62,10 @@ class Evaluation:
         }
         return {name: value for name, value in figures.items() if not math.isnan(value)}
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; `from_dict` reads them back."""
-        return {kind: {name: list(pair) for name, pair in pairs.items()} for kind, pairs in self.sums.items()}
-
     @staticmethod
-    def from_dict(content: dict[str, Any]) -> Evaluation:
-        """The inverse of `to_dict`."""
-        return Evaluation(
-            {
-                kind: {name: (float(total), int(count)) for name, (total, count) in content[kind].items()}
-                for kind in KINDS
-            }
-        )
+    def from_dict(sums: Mapping[str, Any]) -> Evaluation:
+        """From `sums` as JSON has them. Raises `msgspec.ValidationError`."""
+        return Evaluation(msgspec.convert(sums, dict[str, dict[str, tuple[float, int]]]))
 
     def _mean(self, kind: str) -> float:
         count = sum(pair[1] for pair in self.sums[kind].values())
@@ -89,9 +81,9 @@ class Difference:
     high: float | None
 
 
-def evaluate(model: Any, examples: Sequence[Example], batches: BatchMaker, batch_size: int) -> Evaluation:
+def evaluate(model: Any, examples: Sequence[Example], batches: Collator, batch_size: int) -> Evaluation:
     """Losses of `model` on `examples`, which are batched by length; the model's mode is left as it was."""
-    collected: dict[str, dict[str, list[tuple[float, int]]]] = {kind: {} for kind in KINDS}
+    collected: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     was_training = model.training
     model.eval()
     try:
@@ -104,7 +96,7 @@ def evaluate(model: Any, examples: Sequence[Example], batches: BatchMaker, batch
         model.train(was_training)
     return Evaluation(
         {
-            kind: {name: _total(pairs) for name, pairs in sorted(by_name.items())}
+            kind: {name: (math.fsum(each), len(each)) for name, each in sorted(by_name.items())}
             for kind, by_name in collected.items()
         }
     )
@@ -126,27 +118,15 @@ def flat_targets(labels: Tensor) -> Tensor:
     return shifted[shifted != NO_LOSS]
 
 
-def _collect(
-    collected: dict[str, dict[str, list[tuple[float, int]]]], batch: Sequence[Example], losses: Tensor
-) -> None:
-    position = 0
+def _collect(collected: dict[str, dict[str, list[float]]], batch: Sequence[Example], losses: Tensor) -> None:
+    values = iter(losses.tolist())
     for example in batch:
-        kinds = [
-            kind
-            for kind, label in zip(example.kinds[1:], example.labels[1:], strict=True)
-            if label != NO_LOSS
-        ]
-        own = losses[position : position + len(kinds)].double()
-        position += len(kinds)
-        for wanted in KINDS:
-            chosen = torch.tensor([kind == wanted for kind in kinds], dtype=torch.bool)
-            pair = (float(own[chosen].sum()), int(chosen.sum()))
-            collected[wanted].setdefault(example.conversation, []).append(pair)
-
-
-def _total(pairs: Iterable[tuple[float, int]]) -> tuple[float, int]:
-    totals, counts = zip(*pairs, strict=True)
-    return math.fsum(totals), sum(counts)
+        for by_name in collected.values():
+            by_name.setdefault(example.conversation, [])
+        for kind, label in zip(example.kinds[1:], example.labels[1:], strict=True):
+            loss = None if label == NO_LOSS else next(values)
+            if loss is not None and kind in collected:
+                collected[kind][example.conversation].append(loss)
 
 
 def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Difference:

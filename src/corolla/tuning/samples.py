@@ -18,11 +18,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import Renderer
+from corolla.data.reply_reader import ReplyReader
 from corolla.errors import CorollaError
+from corolla.text import one_line
 
 COUNT = 4  # conversations
 REPLY_TOKENS = 32
 LONGEST_PROMPT = 96  # tokens; the opening of a conversation is enough to see
+LINE = 120  # characters that are shown of what somebody says
 SECONDS = 20.0  # for all replies together
 MOSTLY = 0.6  # a share of a reply's tokens that are all the same
 
@@ -70,11 +73,10 @@ class Samples:
 
     def lines(self) -> list[str]:
         """For people to read."""
-        said = [
-            line
-            for one in self.exchanges
-            for line in (f"  You: {one_line(one.said)}", f"  Bot: {one_line(one.reply) or '(nothing)'}")
-        ]
+        said = []
+        for one in self.exchanges:
+            said.append(f"  You: {one_line(one.said, characters=LINE)}")
+            said.append(f"  Bot: {one_line(one.reply, characters=LINE) or '(nothing)'}")
         problem = self.degenerate()
         return ["Replies to held-out conversations:", *said, *([] if problem is None else [problem])]
 
@@ -138,10 +140,12 @@ def _replies(
         mask[row, longest - len(ids) :] = 1
     ends = reply_ends(model, renderer)
     beginnings = Beginnings.of(renderer, ends)
-    first, ended = _FirstChoice(beginnings, longest), _Ended(renderer, ends, longest)
+    first = _FirstChoice(beginnings, longest)
+    readers = [ReplyReader.of(renderer, ends) for _ in prompts]
+    read = _ReadReplies(readers, longest)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        found = model.generate(
+        model.generate(
             rows.to(model.device),
             attention_mask=mask.to(model.device),
             do_sample=bool(sampling),
@@ -152,12 +156,15 @@ def _replies(
             eos_token_id=None,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([first, beginnings.processor(longest, REPLY_TOKENS)]),
-            stopping_criteria=StoppingCriteriaList([ended]),
+            stopping_criteria=StoppingCriteriaList([read]),
         )
+    for reader in readers:
+        if not reader.ended:
+            reader.finish()
     return tuple(
-        Sample(said, *ended.cut(row), held_back)
-        for (said, _), row, held_back in zip(
-            prompts, found[:, longest:].tolist(), first.would_end, strict=True
+        Sample(said, reader.text.strip(), tuple(tokens), held_back)
+        for (said, _), reader, tokens, held_back in zip(
+            prompts, readers, read.tokens, first.would_end, strict=True
         )
     )
 
@@ -176,34 +183,25 @@ class _FirstChoice(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class _Ended(StoppingCriteria):  # type: ignore[misc]
-    """Ends once each row has said what ends a reply."""
+class _ReadReplies(StoppingCriteria):  # type: ignore[misc]
+    """Reads each row's reply; ends once all have ended."""
 
-    def __init__(self, renderer: Renderer, end_ids: frozenset[int], prompt_tokens: int) -> None:
-        self._renderer = renderer
-        self._end_ids = end_ids
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, readers: Sequence[ReplyReader], prompt_tokens: int) -> None:
+        self._readers = readers
+        self._read = prompt_tokens
+        self.tokens: list[list[int]] = [[] for _ in readers]  # with those that ended the reply
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
-        done = all(self._end(row) is not None for row in input_ids[:, self._prompt_tokens :].tolist())
+        for reader, tokens, new in zip(
+            self._readers, self.tokens, input_ids[:, self._read :].tolist(), strict=True
+        ):
+            for token in new:
+                if not reader.ended:
+                    tokens.append(token)
+                    reader.push(token)
+        self._read = input_ids.shape[1]
+        done = all(reader.ended for reader in self._readers)
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)
-
-    def cut(self, row: list[int]) -> tuple[str, tuple[int, ...]]:
-        """A row's reply: its text, and its tokens with what ended it."""
-        end = self._end(row)
-        tokens = row if end is None else row[:end]
-        text = self._renderer.reply_text([token for token in tokens if token not in self._end_ids])
-        return text.strip(), tuple(tokens)
-
-    def _end(self, row: list[int]) -> int | None:
-        stop, text = self._renderer.stop_ids, self._renderer.stop_text
-        for count in range(1, len(row) + 1):
-            tokens = row[:count]
-            if tokens[-1] in self._end_ids or tokens[-len(stop) :] == stop:
-                return count
-            if text and text in self._renderer.tokenizer.decode(tokens, skip_special_tokens=True):
-                return count
-        return None
 
 
 def _repeats(tokens: Sequence[int]) -> bool:
@@ -222,9 +220,3 @@ def _repeats(tokens: Sequence[int]) -> bool:
 
 def _words(text: str) -> list[str]:
     return "".join(one if one.isalnum() else " " for one in text.lower()).split()
-
-
-def one_line(text: str, most: int = 120) -> str:
-    """`text` as a terminal can show it on a line: neither breaks nor controls."""
-    line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
-    return line if len(line) <= most else line[: most - 1] + "…"

@@ -152,7 +152,7 @@ def test_what_was_taken_back_meanwhile_is_not_taken_over(tmp_path: Path) -> None
         twins = Twins(tmp_path, swarm, None)
         session, other = twins.model.inference_session(), twins.model.inference_session()
         twins.say(session, random_ids(1, 80), 2)
-        seen = session.beginning()
+        seen = session.prefix()
         session.position = 10
         twins.say(session, random_ids(1, 90, seed=3), 2)
         assert not swarm.loop.run(other._chain.begin_as(seen.chain, 80, seen.version))

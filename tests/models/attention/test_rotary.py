@@ -13,12 +13,12 @@ from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corolla.chat.engine import context_limit
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.rotary import Edge, edge_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.limits import context_limit
 from corolla.models.span import Span, load_span
 
 EDGE = 16

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from corolla.server.scheduler.threads import (
-    CROWD,
+    LARGE_BATCH,
     MOST_TOKENS,
     Contest,
     FreeCpus,
@@ -158,10 +158,10 @@ def test_passes_that_failed_are_no_evidence() -> None:
 @pytest.mark.parametrize(
     ("parts", "others", "used"),
     [
-        ([1] * CROWD, 2, 1),
-        ([1] * CROWD, 1, 2),  # a CPU is free
-        ([1] * (CROWD - 1), 2, 2),  # no crowd
-        ([1] * CROWD + [16], 2, 2),  # a piece of a prompt among them
+        ([1] * LARGE_BATCH, 2, 1),
+        ([1] * LARGE_BATCH, 1, 2),  # a CPU is free
+        ([1] * (LARGE_BATCH - 1), 2, 2),  # no crowd
+        ([1] * LARGE_BATCH + [16], 2, 2),  # a piece of a prompt among them
     ],
 )
 def test_a_crowd_on_a_full_machine_gets_half_of_it(parts: list[int], others: int, used: int) -> None:
@@ -187,10 +187,10 @@ def test_helpers_that_wait_awake_are_no_others() -> None:
 
     run = ThreadChooser(2, clock, lambda: 2, 2).choosing(run_pass)
     run([(None, 1)])  # with two threads
-    run([(None, 1)] * CROWD)  # right after: one of the two that run is the helper
+    run([(None, 1)] * LARGE_BATCH)  # right after: one of the two that run is the helper
     clock.now += 1
-    run([(None, 1)] * CROWD)
-    run([(None, 1)] * CROWD)  # the last pass had no helper
+    run([(None, 1)] * LARGE_BATCH)
+    run([(None, 1)] * LARGE_BATCH)  # the last pass had no helper
     assert found == [2, 2, 1, 1]
 
 

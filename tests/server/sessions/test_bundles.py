@@ -36,7 +36,7 @@ NAME, DEEP = "0" * 64, "1" * 64
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     world = World(request.param)
     await world.start()
-    await world.server.hold([entering(NAME), entering(DEEP, deep=deep_prompts())])
+    await world.server.prefill_bundles([entering(NAME), entering(DEEP, deep=deep_prompts())])
     yield world
     await world.close()
 
@@ -145,7 +145,7 @@ async def test_its_pages_are_out_of_the_budget(world: World) -> None:
     await request(channel, Packet(step, {"hidden": noise(1, room - LENGTH, HIDDEN)}))
     assert world.server.pool.free == 0
     with pytest.raises(UsageError, match="--cache-tokens"):
-        await world.server.hold([entering("3" * 64, length=room)])
+        await world.server.prefill_bundles([entering("3" * 64, length=room)])
     assert set(world.server.bundles) == {NAME, DEEP}
 
 

@@ -68,7 +68,7 @@ class GenerateCall:
                 return self._in_session(session, inputs)
             if self._kwargs.get("use_cache") is False:
                 return self._plain(inputs, *self._args, **self._kwargs)
-            return self._alone(inputs)
+            return self._without_session(inputs)
 
     def _with_cache(self, cache: Any, inputs: Tensor | None) -> Any:
         """With a cache that an earlier call has returned; `inputs` are all tokens, as for a local model."""
@@ -81,7 +81,7 @@ class GenerateCall:
         finally:
             cache.end_call()
 
-    def _alone(self, inputs: Tensor | None) -> Any:
+    def _without_session(self, inputs: Tensor | None) -> Any:
         session = self._model.new_session(ContextVar("unused"), max_length=None)
         try:
             result = self._in_session(session, inputs)

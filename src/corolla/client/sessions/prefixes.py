@@ -1,4 +1,4 @@
-"""Conversations that a new one may begin with, so that a beginning they share is computed once.
+"""Conversations that a new one may begin with, so that a prefix they share is computed once.
 
 Invariant: a session begins only with tokens that are its own, under the same prompts, from one that this
 client itself has had; what was kept of closed sessions stays within `KEPT` sessions and `KEPT_BYTES`.
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from corolla.client.sessions.chain import SessionChain
 
-LEAST_TOKENS = 64  # a shorter beginning is computed faster than it is asked for
+LEAST_TOKENS = 64  # a shorter prefix is computed faster than it is asked for
 KEPT = 8
 KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Beginning:
+class Prefix:
     """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H].
 
     `version` is the chain's, read before the tokens: another thread may take some back meanwhile.
@@ -44,7 +44,7 @@ class Beginning:
 class Session(Protocol):
     """What the index asks of a session."""
 
-    def beginning(self) -> Beginning | None:
+    def prefix(self) -> Prefix | None:
         """What others may begin with, if anything."""
 
 
@@ -54,25 +54,25 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._kept: list[Beginning] = []
+        self._kept: list[Prefix] = []
 
     def opened(self, session: Session) -> None:
         """A session of this client has begun."""
         with self._lock:
             self._open.add(session)
 
-    def keep(self, beginning: Beginning) -> None:
+    def keep(self, prefix: Prefix) -> None:
         """Remember a session that is being closed, at the expense of older ones."""
         with self._lock:
-            kept = [*self._kept, beginning][-KEPT:]
+            kept = [*self._kept, prefix][-KEPT:]
             while kept and sum(one.chain.history_bytes() for one in kept) > KEPT_BYTES:
                 kept.pop(0)
             self._kept = kept
 
-    def find(self, ids: Tensor, prompt: Tensor | None) -> tuple[Beginning, int] | None:
+    def find(self, ids: Tensor, prompt: Tensor | None) -> tuple[Prefix, int] | None:
         """The session that shares most first tokens with int64 [n], at most n - 1, and how many."""
-        best: tuple[Beginning, int] | None = None
-        for one in self._beginnings():
+        best: tuple[Prefix, int] | None = None
+        for one in self._prefixes():
             if not _same(one.prompt, prompt):
                 continue
             common = min(one.common(ids), len(ids) - 1)
@@ -80,14 +80,14 @@ class PrefixIndex:
                 best = (one, common)
         return best
 
-    def _beginnings(self) -> Iterator[Beginning]:
+    def _prefixes(self) -> Iterator[Prefix]:
         with self._lock:
             kept, sessions = self._kept, list(self._open)
         yield from reversed(kept)
         for session in sessions:
-            beginning = session.beginning()
-            if beginning is not None:
-                yield beginning
+            prefix = session.prefix()
+            if prefix is not None:
+                yield prefix
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

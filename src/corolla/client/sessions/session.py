@@ -1,6 +1,6 @@
 """An inference session as its user sees it: tokens so far, a position, a limit.
 
-Invariant: `tokens` is the whole conversation, what the servers' caches hold is a beginning of it, and a
+Invariant: `tokens` is the whole conversation, what the servers' caches hold is a prefix of it, and a
 `generate` call runs just the rest. `max_length` counts the user's tokens; prompts come on top.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from corolla.client.connection import SwarmConnection
 from corolla.client.remote_blocks import RemoteBlocks
 from corolla.client.sessions.chain import SessionChain
-from corolla.client.sessions.prefixes import LEAST_TOKENS, Beginning
+from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
 from corolla.client.sessions.row_ends import RowEnds
 from corolla.errors import UsageError
 from corolla.models import guard
@@ -92,7 +92,8 @@ class InferenceSession:
         # on the cache, since that is what a caller of `model(..., use_cache=True)` keeps.
         self._connection = blocks.connection
         self._finalizer = weakref.finalize(self.cache, _close_soon, self._connection, self._chain)
-        self._connection.prefixes.opened(self)
+        if not lazy:  # of others only the cache is kept
+            self._connection.prefixes.opened(self)
 
     # --- tokens so far -----------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class InferenceSession:
         """The whole conversation with `inputs` [R, T], or `embeddings` [R, T, H], behind it.
 
         `mask` may cover the new tokens or the whole; `share` allows to begin with what another session of this
-        client holds. Afterwards the caches hold a true beginning of it. Raises
+        client holds. Afterwards the caches hold a true prefix of it. Raises
         `UsageError` for what cannot be told to continue it.
         """
         guard.check_cache(self.cache, self.cache.owner)
@@ -159,7 +160,7 @@ class InferenceSession:
         new = inputs if embeddings is None else torch.full(embeddings.shape[:2], -1)
         ids = _appended(past, new)
         if share and past is None and ids is not None and (mask is None or bool(mask.all())):
-            self._begin_with_known(ids)
+            self._share_known_prefix(ids)
         if past is None or ids is None:
             return Turn(ids, None, mask, 0, ids)
         self.cache.align(ids)
@@ -188,29 +189,29 @@ class InferenceSession:
         returned = int((past >= 0).all(0).sum())
         return Turn(ids, torch.cat([cached_part, *parts], 1), mask, returned, columns)
 
-    def _begin_with_known(self, ids: Tensor) -> None:
+    def _share_known_prefix(self, ids: Tensor) -> None:
         """Where another session of this client has begun with the same tokens, take them over from it."""
         if ids.shape[0] != 1:
             return
         found = self._connection.prefixes.find(ids[0].detach().cpu(), self._prompt_input)
         if found is None:
             return
-        beginning, tokens = found
+        prefix, tokens = found
         columns = self.cache.prompt_length + tokens
-        # The same tokens are not the same beginning where the embeddings have been changed since.
-        before = beginning.chain.entered(columns)
+        # The same tokens are not the same prefix where the embeddings have been changed since.
+        before = prefix.chain.entered(columns)
         if before is None or not _same(before, self._entering(ids[:, :tokens])):
             return
-        begin = self._chain.begin_as(beginning.chain, columns, beginning.version)
+        begin = self._chain.begin_as(prefix.chain, columns, prefix.version)
         if self._connection.run(begin):
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
-    def beginning(self) -> Beginning | None:
+    def prefix(self) -> Prefix | None:
         """What others may begin with: the tokens of a single row without padding that the servers have seen."""
         version, ids = self._chain.version, self.cache.ids
         if ids is None or ids.shape[0] != 1 or self.cache.mask is not None or bool((ids < 0).any()):
             return None
-        return Beginning(ids[0], self._chain, self._prompt_input, version)
+        return Prefix(ids[0], self._chain, self._prompt_input, version)
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
@@ -276,11 +277,11 @@ class InferenceSession:
         self.cache.closed = True
         if self._finalizer.detach() is None or not self._connection.is_open:
             return
-        beginning = self.beginning()
-        keep = beginning is not None and len(beginning.ids) >= LEAST_TOKENS
+        prefix = self.prefix()
+        keep = prefix is not None and len(prefix.ids) >= LEAST_TOKENS
         self._connection.run(self._chain.close(keep=keep))
-        if keep and beginning is not None:
-            self._connection.prefixes.keep(beginning)
+        if keep and prefix is not None:
+            self._connection.prefixes.keep(prefix)
 
 
 def _go_on_from(
@@ -288,7 +289,7 @@ def _go_on_from(
 ) -> InferenceSession:
     """A new session that holds what a cache over `chain` does."""
     twin = new()
-    if cache.put_off is not None:
+    if cache.deferred is not None:
         twin.cache.take_over(cache)
     elif cache.length:
         begin = twin._chain.begin_as(chain, cache.prompt_length + cache.length, chain.version)

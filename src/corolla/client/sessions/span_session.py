@@ -65,7 +65,9 @@ class SpanSession:
         )
         tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
         try:
-            reply, self._prefilled = await ask_to_open(channel, message, tensors, bundle, view.lacking)
+            reply, self._prefilled = await ask_to_open(
+                channel, message, tensors, bundle, view.lacking_bundles
+            )
         except BaseException:
             await channel.close()
             raise

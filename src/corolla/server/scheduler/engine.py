@@ -108,9 +108,8 @@ class Engine:
         self.run_pass = run_pass
         self._when_quiet = when_quiet
         self._clock = clock
-        self._quiet_since = (
-            clock()
-        )  # the end of the last request that was computed alone, or the last tidying up
+        # When the last request that was computed alone had ended, or `when_quiet` was called last.
+        self._quiet_since = clock()
         self._times = PassTimes()
         self._shares = Shares()
         self._preempted = 0.0  # seconds that the request at hand stood still for decode steps
@@ -216,7 +215,7 @@ class Engine:
     def _decodes_due(self) -> bool:
         """Whether there are decode steps, and others about to be sent, by the intervals of their sessions.
 
-        Those that are at another server meanwhile, as half of a crowd is, come too late to be waited for.
+        Those that are at another server meanwhile, as half of many are, come too late to be waited for.
         """
         now = self._clock()
         ready = {id(one.session) for one in self._ready if one.kind is Kind.DECODE and one.group is not None}

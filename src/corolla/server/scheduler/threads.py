@@ -5,7 +5,7 @@ What is not the best known way is tried seldom enough to cost about a hundredth 
 
 Training gets one for each CPU that nobody else uses.
 
-A generation pass gets all, or one alone. Of few rows, it is hundreds of short products. To share one out, sleeping
+A decode pass gets all, or one alone. Of few rows, it is hundreds of short products. To share one out, sleeping
 threads have to be woken, which on a virtual machine, or beside other busy processes, takes longer than it saves; on
 an idle machine it pays. Neither can be read from the hardware, and both change while a server runs, so the passes
 themselves tell.
@@ -27,7 +27,7 @@ import torch
 from corolla.models.kernels.native import library
 from corolla.server.scheduler.engine import Engine, Kind, Pass, RunPass
 
-CROWD = 8  # sessions whose steps share a pass
+LARGE_BATCH = 8  # decode steps in one pass
 AWAKE_SECONDS = 0.001  # after a pass its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
 COST = 0.01  # the share of time that trials may cost
@@ -85,8 +85,8 @@ class Contest:
 class ThreadChooser:
     """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …).
 
-    Generation of a crowd, beside others that use every CPU, gets half of them without a contest: there a pass with all
-    may well be the quicker one, but for what it takes from the client and the other servers of these sessions.
+    A large batch of decode steps, beside others that use every CPU, gets half of them without a contest: there a pass
+    with all may well be the quicker one, but for what it takes from the client and other servers of these sessions.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ThreadChooser:
             tokens = sum(count for _, count in parts)
             if self._ways[0] == 1 or not 0 < tokens <= MOST_TOKENS:
                 return run_pass(parts)
-            if tokens == len(parts) >= CROWD and self._is_full():
+            if tokens == len(parts) >= LARGE_BATCH and self._is_full():
                 return self._with(self._ways[0] // 2, partial(run_pass, parts))
             return self._timed(self._contests[tokens.bit_length()], partial(run_pass, parts))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, Layout, PagePool
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
-from corolla.models.layered import LayeredRow, Row, common_pages, new_row
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable, common_pages, new_block_table
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
@@ -66,7 +66,7 @@ class Session:
         self.step: Request | None = None  # that is being taken
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
-        self.cached: list[Row] = []  # of a family that can be packed
+        self.block_tables: list[AnyBlockTable] = []  # of a family that can be packed
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -114,10 +114,10 @@ class Session:
         """
         layout = self.pool.layout
         common = [0] * layout.tables
-        if rows > 1 and self.cached and position:
+        if rows > 1 and self.block_tables and position:
             chosen = self._chosen(order)
             kept = min(self.real_tokens(row, position) for row in set(chosen))
-            common = common_pages([self.cached[row] for row in chosen], kept)
+            common = common_pages([self.block_tables[row] for row in chosen], kept)
         return max(self.pages, layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common))
 
     def _chosen(self, order: Tensor | None) -> list[int]:
@@ -145,8 +145,10 @@ class Session:
         far behind it is given back."""
         if not position or self.pool.layout.plain:
             return True
-        chosen = [(self.cached[row], self.real_tokens(row, position)) for row in set(self._chosen(order))]
-        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredRow))
+        chosen = [
+            (self.block_tables[row], self.real_tokens(row, position)) for row in set(self._chosen(order))
+        ]
+        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredBlockTable))
 
     def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
         """Whether another session over `span` with these prompts may begin as `origin` says."""
@@ -164,17 +166,17 @@ class Session:
         if not other.can_give(origin, self.span, self.prompts):
             return False
         tokens = origin.tokens
-        for index, row in enumerate(other.cached):
+        for index, row in enumerate(other.block_tables):
             twin = row.fork()
             twin.truncate(other.real_tokens(index, tokens))
-            self.cached.append(twin)
+            self.block_tables.append(twin)
         self.rows, self.length = other.rows, tokens
         self.mask = None if other.mask is None else other.mask[:, :tokens]
         return True
 
-    def begin_with(self, row: Row, rows: int) -> None:
+    def begin_with(self, row: AnyBlockTable, rows: int) -> None:
         """Hold in each of `rows` rows what `row` does, on its pages."""
-        self.cached = [row.fork() for _ in range(rows)]
+        self.block_tables = [row.fork() for _ in range(rows)]
         self.rows, self.length = rows, row.length
 
     def rearrange(self, rows: int, position: int, order: Tensor | None) -> None:
@@ -189,15 +191,15 @@ class Session:
         self.mask = None if self.mask is None or not position else self.mask[:, :position]
 
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
-        before = self.cached
+        before = self.block_tables
         if position == 0 or not before:
-            self.cached = [new_row(self.pool) for _ in range(rows)]
+            self.block_tables = [new_block_table(self.pool) for _ in range(rows)]
         elif order is not None:
-            self.cached = []
+            self.block_tables = []
             for source in order.tolist():
                 row = before[source].fork()
                 row.truncate(self.real_tokens(source, position))
-                self.cached.append(row)
+                self.block_tables.append(row)
         else:
             for index, row in enumerate(before):
                 row.truncate(self.real_tokens(index, position))
@@ -232,9 +234,9 @@ class Session:
         self.close()
 
     def _free(self) -> None:
-        for row in self.cached:
+        for row in self.block_tables:
             row.free()
-        self.cached = []
+        self.block_tables = []
         self.plain = self.span.new_cache()
         self.prompts = self.mask = None  # an evicted session's stream may stay open for long
         self.length = self.rows = 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Self
 
 from corolla.data.cuts import ids_inside
+from corolla.data.render import Renderer
 
 # A token may be some bytes of a character only, which tokenizers decode as U+FFFD. And whitespace waits for
 # what follows it: before a delimiter, some tokenizers put a space that is not the reply's.
@@ -34,6 +35,13 @@ class ReplyReader:
         self.ids: list[int] = []
         self.text = ""
         self.ended = False
+
+    @classmethod
+    def of(cls, renderer: Renderer, end_ids: Collection[int]) -> Self:
+        """For a reply as `renderer` ends it, or any of `end_ids`."""
+        return cls(
+            renderer.tokenizer, stop_ids=renderer.stop_ids, end_ids=end_ids, stop_text=renderer.stop_text
+        )
 
     def push(self, token: int) -> str:
         """Take the next token; gives the text to show. Not to be called once the reply has `ended`."""
