@@ -27,7 +27,7 @@ from corolla.client import training
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.sessions.span_session import SpanSession
 from corolla.models.attention.packing import PackedBatch
-from corolla.models.attention.pages import CachedRow, pages_for
+from corolla.models.attention.pages import BlockTable, pages_for
 from corolla.models.span import Span
 from corolla.server.sessions.session import Session
 from corolla.server.sessions.step import StepRequest
@@ -86,7 +86,7 @@ def stranger_seen(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_page_written(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedRow, "_own", lambda _self, _index: None)
+    patch.setattr(BlockTable, "_own", lambda _self, _index: None)
 
 
 def stale_lease(patch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from corolla.models.attention.packing import Segment
-from corolla.models.attention.pages import PAGE, CachedRow, Layout, PagePool, pages_for
-from corolla.models.layered import LayeredRow, common_pages, new_row
+from corolla.models.attention.pages import PAGE, BlockTable, Layout, PagePool, pages_for
+from corolla.models.layered import LayeredBlockTable, common_pages, new_block_table
 
 PAGES = 60
 WINDOWS = (None, 20, 5)
@@ -27,7 +27,7 @@ def new_pool(pages: int = PAGES, layout: Layout = LAYOUT) -> PagePool:
     return PagePool(pages, dtype=torch.float64, device=torch.device("cpu"), layout=layout)
 
 
-def pass_of(rows: list[LayeredRow], tokens: Tokens, room: int = 0) -> int:
+def pass_of(rows: list[LayeredBlockTable], tokens: Tokens, room: int = 0) -> int:
     """Have each row cache the tokens, as one pass does; gives the pages in use in its middle.
 
     A token's keys are its number, each block's its own, and its values their negatives.
@@ -51,7 +51,7 @@ def pass_of(rows: list[LayeredRow], tokens: Tokens, room: int = 0) -> int:
     return used
 
 
-def read(row: LayeredRow, block: int) -> Tokens:
+def read(row: LayeredBlockTable, block: int) -> Tokens:
     """What the row's table of that block holds."""
     number, place = row.pool.layout.places[block]
     table, seen = row.tables[number], []
@@ -65,7 +65,7 @@ def read(row: LayeredRow, block: int) -> Tokens:
 class Twin:
     """A row, what it should hold, and before which token each table may have let go."""
 
-    row: LayeredRow
+    row: LayeredBlockTable
     tokens: Tokens
     gone: list[int] = field(default_factory=lambda: [0] * len(WINDOWS))
     longest: int = 0
@@ -109,8 +109,8 @@ class LayeredMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rows) < 4)
     @rule()
     def open(self) -> None:
-        row = new_row(self.pool)
-        assert isinstance(row, LayeredRow)
+        row = new_block_table(self.pool)
+        assert isinstance(row, LayeredBlockTable)
         self.rows.append(Twin(row, []))
 
     @precondition(lambda self: self.rows)
@@ -202,7 +202,7 @@ class LayeredMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_is_held_by_the_tables_that_list_it(self) -> None:
         listed = [page for one in self.rows for table in one.row.tables for page in table.pages]
-        assert self.pool._holders.tolist() == [listed.count(page) for page in range(PAGES)]
+        assert self.pool._refcounts.tolist() == [listed.count(page) for page in range(PAGES)]
 
     @invariant()
     def a_table_with_a_window_is_short(self) -> None:
@@ -221,7 +221,7 @@ def test_a_row_can_always_go_back_by_the_margin() -> None:
     """Whatever its length; and to where it cannot go back, some block would miss a token."""
     for window in (1, 2, 16, 17, 31):
         pool = new_pool(layout=Layout((window,), {0: (0, 0)}, MARGIN))
-        row = LayeredRow(pool)
+        row = LayeredBlockTable(pool)
         for length in range(1, 120):
             pass_of([row], [length])
             reached = [back for back in range(1, length) if row.reaches(length - back)]
@@ -241,7 +241,7 @@ def test_a_row_can_always_go_back_by_the_margin() -> None:
 def test_no_more_pages_are_taken_than_are_reckoned(rows: int, begun: int, new: int, together: bool) -> None:
     """Rows that fork from one go on by `new` tokens, in passes of at most `AT_ONCE` tokens in all."""
     pool = new_pool(pages=400)
-    first = LayeredRow(pool)
+    first = LayeredBlockTable(pool)
     for start in range(0, begun, AT_ONCE):
         pass_of([first], list(range(start, min(begun, start + AT_ONCE))))
     own = [first.fork() for _ in range(rows)]
@@ -279,8 +279,8 @@ def layout_pages(window: int, new: int) -> int:
 
 def test_a_plain_layout_has_plain_rows() -> None:
     pool = PagePool(4, dtype=torch.float64, device=torch.device("cpu"))
-    row = new_row(pool)
-    assert isinstance(row, CachedRow)
+    row = new_block_table(pool)
+    assert isinstance(row, BlockTable)
     assert pool.layout.place(7, 5) == (0, 7)
     row.grow(20)
     assert common_pages([row, row.fork()], 20) == [1]

@@ -1,8 +1,8 @@
-"""Rows of a span some of whose blocks see only a window of tokens.
+"""Sequences of a span some of whose blocks see only a window of tokens.
 
-Invariant: each table of a row holds the row's tokens from `begins` on, with all that any later token may see
-unless the row goes back by more than the layout's margin; `reaches` tells whether it can. What lies behind
-that is given back, whole pages at a time. A table is a `CachedRow` of what is left: it counts from there.
+Invariant: each table of a sequence holds the sequence's tokens from `begins` on, with all that any later token may see
+unless the sequence goes back by more than the layout's margin; `reaches` tells whether it can. What lies behind
+that is given back, whole pages at a time. A table is a `BlockTable` of what is left: it counts from there.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from corolla.models.attention.pages import PAGE, CachedRow, PagePool, shared_pages
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool, shared_pages
 
 
-class LayeredRow:
+class LayeredBlockTable:
     """The pages of one sequence, `length` tokens long, in the tables of its pool's layout."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.tables = [CachedRow(pool) for _ in pool.layout.windows]
+        self.tables = [BlockTable(pool) for _ in pool.layout.windows]
         self.begins = [0] * len(self.tables)  # each table's first token, on a page's border
         self.length = 0
 
-    def with_rooms(self, room: int) -> Iterator[tuple[CachedRow, int]]:
-        """Each table, and the room to give to its `grow` where the row may reach `room` tokens."""
+    def with_rooms(self, room: int) -> Iterator[tuple[BlockTable, int]]:
+        """Each table, and the room to give to its `grow` where the sequence may reach `room` tokens."""
         for table, begin, window in zip(self.tables, self.begins, self.pool.layout.windows, strict=True):
             own = room - begin
             if window is not None:
@@ -41,7 +41,7 @@ class LayeredRow:
                     self.begins[index] += count * PAGE
 
     def reaches(self, length: int) -> bool:
-        """Whether the row can go on from its first `length` tokens."""
+        """Whether the sequence can go on from its first `length` tokens."""
         if not 0 < length < self.length:
             return True
         return all(
@@ -59,9 +59,9 @@ class LayeredRow:
             table.truncate(length - begin)
         self.length = min(self.length, length)
 
-    def fork(self) -> LayeredRow:
-        """Another row with the same tokens, on the same pages."""
-        twin = LayeredRow(self.pool)
+    def fork(self) -> LayeredBlockTable:
+        """Another sequence with the same tokens, on the same pages."""
+        twin = LayeredBlockTable(self.pool)
         twin.tables = [table.fork() for table in self.tables]
         twin.begins = list(self.begins)
         twin.length = self.length
@@ -75,23 +75,23 @@ class LayeredRow:
         self.length = 0
 
 
-Row: TypeAlias = CachedRow | LayeredRow
+AnyBlockTable: TypeAlias = BlockTable | LayeredBlockTable
 
 
-def new_row(pool: PagePool) -> Row:
-    """An empty row, as the pool's layout has them."""
-    return CachedRow(pool) if pool.layout.plain else LayeredRow(pool)
+def new_block_table(pool: PagePool) -> AnyBlockTable:
+    """Of an empty sequence, as the pool's layout has them."""
+    return BlockTable(pool) if pool.layout.plain else LayeredBlockTable(pool)
 
 
-def common_pages(rows: Sequence[Row], length: int) -> list[int]:
-    """For each table: before which page, within the first `length` tokens, all rows list the same ones."""
-    plain = [row for row in rows if isinstance(row, CachedRow)]
+def common_pages(sequences: Sequence[AnyBlockTable], length: int) -> list[int]:
+    """For each table: before which page, within the first `length` tokens, all sequences list the same ones."""
+    plain = [sequence for sequence in sequences if isinstance(sequence, BlockTable)]
     if plain:
         return [shared_pages(plain, length)]
-    layered = [row for row in rows if isinstance(row, LayeredRow)]
+    layered = [sequence for sequence in sequences if isinstance(sequence, LayeredBlockTable)]
     found = []
     for index, begin in enumerate(layered[0].begins):
-        tables = [row.tables[index] for row in layered]
-        alike = all(row.begins[index] == begin for row in layered)
+        tables = [sequence.tables[index] for sequence in layered]
+        alike = all(sequence.begins[index] == begin for sequence in layered)
         found.append(begin // PAGE + shared_pages(tables, length - begin) if alike and length > begin else 0)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from corolla.errors import UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PAGE, CachedRow, PagePool
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.prompts import DeepRows
@@ -62,7 +62,7 @@ def deep_rows(prompts: list[Tensor | None], places: list[tuple[int, int, int]]) 
 
 
 def packed_pass(
-    span: Span, pool: PagePool, rows: list[CachedRow], parts: list[Tensor], prompts: list[Tensor | None]
+    span: Span, pool: PagePool, rows: list[BlockTable], parts: list[Tensor], prompts: list[Tensor | None]
 ) -> list[Tensor]:
     """The next tokens [T, H] of each row, in one pass; their outputs."""
     starts, lengths = [row.length for row in rows], [len(part) for part in parts]
@@ -83,7 +83,7 @@ def in_steps(
     span: Span, pool: PagePool, sequences: list[Tensor], cuts: list[list[int]], prompts: list[Tensor | None]
 ) -> list[Tensor]:
     """All sequences, each cut where `cuts` says; the k-th pieces of all go through together."""
-    rows = [CachedRow(pool) for _ in sequences]
+    rows = [BlockTable(pool) for _ in sequences]
     outputs: list[list[Tensor]] = [[] for _ in sequences]
     pieces = [list(torch.tensor_split(one, cut)) for one, cut in zip(sequences, cuts, strict=True)]
     for turn in range(max(map(len, pieces))):
@@ -171,9 +171,9 @@ def test_gradients_equal_each_sequence_alone(family: str) -> None:
 def fragmented_pool(span: Span) -> PagePool:
     """Every other page is taken, and full of what nobody may see."""
     pool = new_pool(span, pages=40)
-    keeper = CachedRow(pool)
+    keeper = BlockTable(pool)
     keeper.pages = list(range(40))
-    pool.hold(keeper.pages)
+    pool.retain(keeper.pages)
     wild = torch.full((40 * PAGE, span.hidden_size), float("nan"))
     keeper.pages, own = [], keeper.pages
     pool.release(own)
@@ -191,7 +191,7 @@ def test_pages_apart_give_the_same(family: str) -> None:
     sequences = sequences_of(span)
     together = in_steps(span, new_pool(span), sequences, CUTS, prompts)
     pool = fragmented_pool(span)
-    probe = CachedRow(pool)
+    probe = BlockTable(pool)
     probe.grow(PAGE + 1)
     assert probe.stretch() is None
     probe.free()
@@ -233,7 +233,7 @@ def test_a_pass_inside_a_training_pass(family: str) -> None:
     sequences, prompts = sequences_of(span), prompts_of(span)
     hidden = noise(12, span.hidden_size, seed=7)
     grad, deep = noise(12, span.hidden_size, seed=8), noise(END - START, PROMPT, span.hidden_size, seed=6)
-    row, steps, stepped = CachedRow(pool), list(torch.split(sequences[3], 4)), []
+    row, steps, stepped = BlockTable(pool), list(torch.split(sequences[3], 4)), []
 
     def between() -> None:
         if steps:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from corolla.models.attention.pages import PAGE, CachedRow, PagePool, pages_for, shared_pages
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool, pages_for, shared_pages
 
 PAGES = 12
 BLOCKS = (3, 4)  # as a span's blocks are counted
@@ -21,7 +21,7 @@ Tokens = list[int]
 class Row:
     """A row and what it should hold."""
 
-    cached: CachedRow
+    cached: BlockTable
     tokens: Tokens
 
 
@@ -39,7 +39,7 @@ def write(pool: PagePool, slots: torch.Tensor, tokens: Tokens) -> None:
         store[1].index_copy_(0, slots, -numbers - block / 8)
 
 
-def read(row: CachedRow) -> Tokens:
+def read(row: BlockTable) -> Tokens:
     """What stands in the row's pages, which must be the same in all blocks."""
     seen = []
     for block in BLOCKS:
@@ -73,7 +73,7 @@ class PagesMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rows) < 6)
     @rule()
     def open(self) -> None:
-        self.rows.append(Row(CachedRow(self.pool), []))
+        self.rows.append(Row(BlockTable(self.pool), []))
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), count=st.integers(1, 2 * PAGE + 3), room=st.integers(0, 5 * PAGE))
@@ -149,7 +149,7 @@ class PagesMachine(RuleBasedStateMachine):
             assert read(row.cached) == row.tokens
 
     def _counts(self) -> list[int]:
-        return self.pool._holders.tolist()
+        return self.pool._refcounts.tolist()
 
     @invariant()
     def every_page_is_held_by_the_rows_that_list_it(self) -> None:
@@ -190,7 +190,7 @@ TestPages.settings = settings(max_examples=100, stateful_step_count=40)
 
 def test_pages_that_follow_each_other_are_preferred() -> None:
     pool = new_pool()
-    first, second = CachedRow(pool), CachedRow(pool)
+    first, second = BlockTable(pool), BlockTable(pool)
     first.grow(PAGE)
     second.grow(1, room=3 * PAGE)
     assert len(second.pages) == 3  # all that the call may need, so that they lie together
@@ -198,14 +198,14 @@ def test_pages_that_follow_each_other_are_preferred() -> None:
     assert first.stretch() is None  # the page behind its own was taken
     assert second.stretch() is not None
     second.free()
-    third = CachedRow(pool)
+    third = BlockTable(pool)
     third.grow(6 * PAGE)
     assert third.stretch() is not None
 
 
 def test_a_full_pool_says_so_and_gives_nothing_away() -> None:
     pool = new_pool(pages=3)
-    row = CachedRow(pool)
+    row = BlockTable(pool)
     row.grow(2 * PAGE)
     with pytest.raises(MemoryError, match="2 pages were asked for and 1 are free"):
         row.grow(PAGE + 1)
@@ -217,7 +217,7 @@ def test_a_full_pool_says_so_and_gives_nothing_away() -> None:
 def test_the_last_page_of_two_is_copied_once() -> None:
     """The first to write takes a copy; the other then holds the page alone and writes in place."""
     pool = new_pool(pages=3)
-    one = CachedRow(pool)
+    one = BlockTable(pool)
     write(pool, one.grow(PAGE + 2), list(range(PAGE + 2)))
     other = one.fork()
     write(pool, one.grow(1), [100])

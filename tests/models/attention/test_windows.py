@@ -21,7 +21,7 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import has_experts
 from corolla.models.kernels.decode import Rules
-from corolla.models.layered import LayeredRow, Row, new_row
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable, new_block_table
 from corolla.models.span import Span, load_span
 
 WINDOW = 6  # of the tiny models
@@ -65,12 +65,12 @@ class Rows:
     def __init__(self, span: Span, layout: Layout, *, pages: int = 200) -> None:
         self.span = span
         self.pool = PagePool(pages, dtype=span.dtype, device=span.device, layout=layout)
-        self.rows: list[Row] = []
+        self.rows: list[AnyBlockTable] = []
         self.gathered = 0  # times that the pages of a table did not follow each other
         self.given: list[Tensor] = []
 
     def open(self, count: int = 1) -> None:
-        self.rows += [new_row(self.pool) for _ in range(count)]
+        self.rows += [new_block_table(self.pool) for _ in range(count)]
         self.given += [noise(self.span, 0)] * count
 
     def step(self, counts: dict[int, int], seed: int) -> float:
@@ -91,7 +91,7 @@ class Rows:
         furthest = 0.0
         for row, found in zip(parts, torch.split(output, lengths), strict=True):
             cached = self.rows[row]
-            if isinstance(cached, LayeredRow):
+            if isinstance(cached, LayeredBlockTable):
                 cached.trim()
             self.given[row] = torch.cat([self.given[row], parts[row]])
             wanted = alone(self.span, self.given[row])[-len(found) :]
@@ -291,19 +291,19 @@ def one_token_too_few_kept(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_page_freed_too_early(patch: pytest.MonkeyPatch) -> None:
-    trim = LayeredRow.trim
+    trim = LayeredBlockTable.trim
 
-    def eager(self: LayeredRow) -> None:
+    def eager(self: LayeredBlockTable) -> None:
         self.length += PAGE
         trim(self)
         self.length -= PAGE
 
-    patch.setattr(LayeredRow, "trim", eager)
+    patch.setattr(LayeredBlockTable, "trim", eager)
 
 
 def a_rollback_too_far_allowed(patch: pytest.MonkeyPatch) -> None:
-    reaches = LayeredRow.reaches
-    patch.setattr(LayeredRow, "reaches", lambda self, length: reaches(self, length + 1))
+    reaches = LayeredBlockTable.reaches
+    patch.setattr(LayeredBlockTable, "reaches", lambda self, length: reaches(self, length + 1))
 
 
 def window_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -340,14 +340,14 @@ def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:
 
 def room_of_a_fork_shared(patch: pytest.MonkeyPatch) -> None:
     """A fork forgets where its tables begin."""
-    fork = LayeredRow.fork
+    fork = LayeredBlockTable.fork
 
-    def forgetful(self: LayeredRow) -> LayeredRow:
+    def forgetful(self: LayeredBlockTable) -> LayeredBlockTable:
         twin = fork(self)
         twin.begins = [0] * len(twin.begins)
         return twin
 
-    patch.setattr(LayeredRow, "fork", forgetful)
+    patch.setattr(LayeredBlockTable, "fork", forgetful)
 
 
 CAUGHT_BY: dict[Plant, set[str]] = {

@@ -57,7 +57,7 @@ def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: R
 
 
 def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
-    alone = dataclasses.replace(one, row=None, past=0)
+    alone = dataclasses.replace(one, sequence=None, past=0)
     keys, values = keys[:, :, one.past :], values[:, :, one.past :]
     return attend_one(query, keys, values, alone, rules)
 

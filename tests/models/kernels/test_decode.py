@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention.packing import PackedBatch, attend_one, segments_of
-from corolla.models.attention.pages import PAGE, CachedRow, PagePool
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool
 from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
 from corolla.models.kernels.native import library
 
@@ -32,9 +32,9 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def cached_rows(pool: PagePool, kv_heads: int = KV_HEADS, dim: int = DIM) -> list[CachedRow]:
+def cached_rows(pool: PagePool, kv_heads: int = KV_HEADS, dim: int = DIM) -> list[BlockTable]:
     """Rows one token short of `LENGTHS`, taken in turns, so that their pages do not follow each other."""
-    rows = [CachedRow(pool) for _ in LENGTHS]
+    rows = [BlockTable(pool) for _ in LENGTHS]
     store = pool.store(0, noise(1, kv_heads, 1, dim, seed=0), noise(1, kv_heads, 1, dim, seed=0))
     for turn in range(max(LENGTHS)):
         for row, length in zip(rows, LENGTHS, strict=True):

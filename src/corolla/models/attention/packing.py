@@ -20,9 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
-from corolla.models.attention.pages import PAGE, CachedRow, PagePool, pages_for
+from corolla.models.attention.pages import PAGE, BlockTable, PagePool, pages_for
 from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
-from corolla.models.layered import LayeredRow, Row
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
@@ -30,20 +30,20 @@ PACKED = "corolla_packed"
 
 @dataclass
 class Segment:
-    """`count` new tokens of one sequence, from packed token `begin` on; `row` holds what came before.
+    """`count` new tokens of one sequence, from packed token `begin` on; `sequence` holds what came before.
 
-    A row in several tables is read as one segment a table (`parts`), whose `past` is what that table holds.
+    A sequence in several tables is read as one segment a table (`parts`), whose `past` is what that table holds.
     """
 
     begin: int
     count: int
-    row: Row | None = None
-    room: int = 0  # tokens that the row may reach in the present call
+    sequence: AnyBlockTable | None = None
+    room: int = 0  # tokens that the sequence may reach in the present call
     past: int = 0
     prepared: bool = False
     parts: list[Segment] = field(default_factory=list)
     slots: Tensor | None = None
-    _pages: Tensor | None = None  # where the row's pages do not follow each other
+    _pages: Tensor | None = None  # where its pages do not follow each other
     _first: int | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -54,27 +54,27 @@ class Segment:
 
     def prepare(self) -> None:
         """Take slots for the new tokens; once, before the first block."""
-        if self.row is None:
+        if self.sequence is None:
             return
-        self.past, self.prepared = self.row.length, True
-        if isinstance(self.row, LayeredRow):
-            self._prepare_parts(self.row)
+        self.past, self.prepared = self.sequence.length, True
+        if isinstance(self.sequence, LayeredBlockTable):
+            self._prepare_parts(self.sequence)
             return
-        self.slots = self.row.grow(self.count, self.room)
-        self._first = self.row.stretch()
+        self.slots = self.sequence.grow(self.count, self.room)
+        self._first = self.sequence.stretch()
         if self._first is None:
-            self._pages = torch.tensor(self.row.pages[: pages_for(self.row.length)])
+            self._pages = torch.tensor(self.sequence.pages[: pages_for(self.sequence.length)])
 
-    def _prepare_parts(self, row: LayeredRow) -> None:
+    def _prepare_parts(self, tables: LayeredBlockTable) -> None:
         self.parts = [
-            Segment(self.begin, self.count, table, room) for table, room in row.with_rooms(self.room)
+            Segment(self.begin, self.count, table, room) for table, room in tables.with_rooms(self.room)
         ]
         for part in self.parts:
             part.prepare()
-        row.length = self.past + self.count
+        tables.length = self.past + self.count
 
     def cached(self, turned: Tensor) -> Tensor:
-        """All tokens of the row, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
+        """All tokens of the sequence, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
         total = self.past + self.count
         if self._first is not None:
             return turned.narrow(2, self._first * PAGE, total)
@@ -95,11 +95,11 @@ class Segment:
         return self._masks[window]
 
 
-def segments_of(lengths: Sequence[int], rows: Sequence[Row] | None = None) -> list[Segment]:
+def segments_of(lengths: Sequence[int], sequences: Sequence[AnyBlockTable] | None = None) -> list[Segment]:
     """Segments of these lengths, one behind the other."""
     segments, begin = [], 0
     for index, length in enumerate(lengths):
-        segments.append(Segment(begin, length, None if rows is None else rows[index]))
+        segments.append(Segment(begin, length, None if sequences is None else sequences[index]))
         begin += length
     return segments
 
@@ -116,9 +116,11 @@ class _Table:
         self._rows: OneTokenRows | None = None
 
     def rows(self) -> OneTokenRows:
-        """The rows of `ones`."""
+        """The sequences of `ones`."""
         if self._rows is None:
-            self._rows = OneTokenRows([one.row for one in self.ones if isinstance(one.row, CachedRow)])
+            self._rows = OneTokenRows(
+                [one.sequence for one in self.ones if isinstance(one.sequence, BlockTable)]
+            )
         return self._rows
 
 
@@ -126,7 +128,7 @@ class PackedBatch:
     """The segments of one pass, in the order of their tokens."""
 
     def __init__(self, segments: Sequence[Segment], pool: PagePool | None = None) -> None:
-        """`pool` is where the segments' rows are cached; without one, nothing is."""
+        """`pool` is where the sequences are cached; without one, nothing is."""
         self.segments = list(segments)
         self.pool = pool
         for segment in self.segments:
@@ -178,7 +180,7 @@ def _attend_new(one: Segment, query: Tensor, key: Tensor, value: Tensor, rules: 
 
 
 def _attend_cached(one: Segment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
-    """A segment over what its row has cached, its new tokens included."""
+    """A segment over what its sequence has cached, its new tokens included."""
     keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
     return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
 

@@ -1,10 +1,10 @@
 """Keys and values of many sequences in pages of one store.
 
-Invariant: a page is free, or every row that lists it counts as one of its holders; a row writes only into
-pages that it alone holds (a page that others hold too is copied first). What a row has cached is never
+Invariant: a page's reference count is the number of block tables that list it, 0 for a free one; a sequence writes
+only into pages that nobody else lists (others are copied first: copy-on-write). What a sequence has cached is never
 changed by another. One thread at a time uses a pool: the compute thread.
 
-Pages as in Kwon et al. 2023 (arXiv:2309.06180). A page holds `PAGE` tokens of one row for all blocks of a
+Pages as in Kwon et al. 2023 (arXiv:2309.06180). A page holds `PAGE` tokens of one sequence for all blocks of a
 span, so one table serves every block; where some blocks see a window only, for those of one of several tables
 (`Layout`). Pages that follow each other are read in place, others are gathered.
 """
@@ -19,20 +19,20 @@ import torch
 from torch import Tensor
 
 PAGE = 16  # tokens
-MARGIN = 256  # tokens that a row can go back by although it keeps only a window
+MARGIN = 256  # tokens that a sequence can go back by although it keeps only a window
 
 
 def pages_for(tokens: int) -> int:
-    """Pages that hold so many tokens of one row."""
+    """Pages that hold so many tokens of one sequence."""
     return -(-tokens // PAGE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which blocks of a span share a page. A row has a table of pages for each set of blocks that do.
+    """Which blocks of a span share a page. A sequence has a table of pages for each set of blocks that do.
 
     Blocks of one table see equally far back. All tables take their pages from one pool, so none has room that
-    another lacks. What a table with a window keeps is what its next tokens may see when the row first goes back
+    another lacks. What a table with a window keeps is what its next tokens may see when the sequence first goes back
     by up to `margin` tokens.
     """
 
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def tables(self) -> int:
-        """Tables of a row, each with pages of its own."""
+        """Tables of a sequence, each with pages of its own."""
         return len(self.windows)
 
     @property
@@ -69,11 +69,11 @@ class Layout:
         return table, place
 
     def kept(self, window: int) -> int:
-        """Tokens at a row's end that a table with this window keeps, at least."""
+        """Tokens at a sequence's end that a table with this window keeps, at least."""
         return window - 1 + self.margin
 
     def cached_of(self, tokens: int) -> int:
-        """Of a row of so many tokens, at least so many are cached, on the average of its tables."""
+        """Of a sequence of so many tokens, at least so many are cached, on the average of its tables."""
         each = [tokens if window is None else min(tokens, self.kept(window)) for window in self.windows]
         return sum(each) // self.tables
 
@@ -81,19 +81,19 @@ class Layout:
         """Pages that such a table takes at most between two passes, the next token's included."""
         return pages_for(self.kept(window) + PAGE)
 
-    def most_pages(self, rows: int, tokens: int, new: int, at_once: int, common: Sequence[int]) -> int:
-        """Distinct pages that `rows` rows take at most on their way to `tokens` tokens each.
+    def most_pages(self, sequences: int, tokens: int, new: int, at_once: int, common: Sequence[int]) -> int:
+        """Distinct pages that `sequences` sequences take at most on their way to `tokens` tokens each.
 
-        `new` tokens a row are still to come, all rows together `at_once` in one pass. `common` says of each
-        table before which page, counted from a row's beginning, all rows list the same ones.
+        `new` tokens a sequence are still to come, all sequences together `at_once` in one pass. `common` says of each
+        table before which page, counted from a sequence's beginning, all sequences list the same ones.
         """
         total, whole = 0, pages_for(tokens)
         for window, shared in zip(self.windows, common, strict=True):
-            most = shared + rows * (whole - shared)
+            most = shared + sequences * (whole - shared)
             if window is not None:
                 stays = max(0, shared - max(0, tokens - self.kept(window)) // PAGE)
-                passing = rows + pages_for(min(at_once, rows * new)) if new > 1 else 0
-                most = min(most, stays + rows * (self.pages_at_rest(window) - stays) + passing)
+                passing = sequences + pages_for(min(at_once, sequences * new)) if new > 1 else 0
+                most = min(most, stays + sequences * (self.pages_at_rest(window) - stays) + passing)
             total += most
         return total
 
@@ -104,22 +104,22 @@ class PagePool:
     def __init__(
         self, pages: int, *, dtype: torch.dtype, device: torch.device, layout: Layout | None = None
     ) -> None:
-        """`layout` is for a span whose blocks do not share all pages; `models/layered.py` makes its rows."""
+        """`layout` is for a span whose blocks do not share all pages; `models/layered.py` makes its sequences."""
         self.pages = pages
         self.layout = layout or Layout()
         self._dtype = dtype
         self._device = device
-        self._holders = np.zeros(pages, dtype=np.int32)
+        self._refcounts = np.zeros(pages, dtype=np.int32)
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # by place in a page
         self._search_from = 0
 
     @property
     def free(self) -> int:
-        """Pages that no row holds."""
-        return int(self.pages - np.count_nonzero(self._holders))
+        """Pages that no sequence lists."""
+        return int(self.pages - np.count_nonzero(self._refcounts))
 
     def take(self, count: int, *, after: int | None = None) -> list[int]:
-        """`count` pages with one holder each: those behind `after` if they are free, else one stretch, else any.
+        """`count` pages with one reference each: those behind `after` if they are free, else one stretch, else any.
 
         Raises `MemoryError` when fewer are free; whoever reserves before taking never sees it.
         """
@@ -129,39 +129,39 @@ class PagePool:
         if first is not None:
             chosen = list(range(first, first + count))
         else:
-            chosen = np.flatnonzero(self._holders == 0)[:count].tolist()
+            chosen = np.flatnonzero(self._refcounts == 0)[:count].tolist()
             if len(chosen) < count:
                 raise MemoryError(f"{count} pages were asked for and {len(chosen)} are free.")
-        self._holders[chosen] = 1
+        self._refcounts[chosen] = 1
         self._search_from = chosen[-1] + 1 if chosen else self._search_from
         return chosen
 
     def _stretch_after(self, after: int | None, count: int) -> int | None:
         if after is None or after + 1 + count > self.pages:
             return None
-        return None if self._holders[after + 1 : after + 1 + count].any() else after + 1
+        return None if self._refcounts[after + 1 : after + 1 + count].any() else after + 1
 
     def _stretch(self, count: int) -> int | None:
         """The first page of `count` free ones in a row; the search goes on where the last one ended."""
         for begin in (self._search_from, 0):
-            taken = np.flatnonzero(self._holders[begin:] != 0) + begin
+            taken = np.flatnonzero(self._refcounts[begin:] != 0) + begin
             edges = np.concatenate(([begin - 1], taken, [self.pages]))
             fits = np.flatnonzero(np.diff(edges) > count)
             if len(fits):
                 return int(edges[fits[0]]) + 1
         return None
 
-    def hold(self, pages: Sequence[int]) -> None:
-        """One more holder for each page."""
-        self._holders[list(pages)] += 1
+    def retain(self, pages: Sequence[int]) -> None:
+        """One more reference to each page."""
+        self._refcounts[list(pages)] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder less for each page."""
-        self._holders[list(pages)] -= 1
+        """One reference less to each page."""
+        self._refcounts[list(pages)] -= 1
 
     def shared(self, page: int) -> bool:
-        """Whether others hold the page too."""
-        return bool(self._holders[page] > 1)
+        """Whether more than one block table lists the page."""
+        return bool(self._refcounts[page] > 1)
 
     def copy(self, source: int, target: int) -> None:
         """Give page `target` the content of `source`, in all its blocks."""
@@ -191,8 +191,8 @@ class PagePool:
             )
 
 
-class CachedRow:
-    """The pages of one sequence, `length` tokens long."""
+class BlockTable:
+    """Where the tokens of one sequence lie, `length` of them, in order."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
@@ -206,7 +206,7 @@ class CachedRow:
         """
         end = self.length + count
         if self.length % PAGE:
-            self._own(self.length // PAGE)
+            self._copy_on_write(self.length // PAGE)
         if len(self.pages) < pages_for(end):
             missing = pages_for(max(end, room)) - len(self.pages)
             self.pages += self.pool.take(missing, after=self.pages[-1] if self.pages else None)
@@ -214,8 +214,8 @@ class CachedRow:
         self.length = end
         return slots
 
-    def _own(self, index: int) -> None:
-        """Make sure that nobody else holds the page at `index`, since it will be written."""
+    def _copy_on_write(self, index: int) -> None:
+        """Make sure that nobody else lists the page at `index`, since it will be written."""
         page = self.pages[index]
         if self.pool.shared(page):
             (own,) = self.pool.take(1)
@@ -244,12 +244,12 @@ class CachedRow:
         del self.pages[:count]
         self.length -= count * PAGE
 
-    def fork(self) -> CachedRow:
-        """Another row with the same tokens, on the same pages."""
-        twin = CachedRow(self.pool)
+    def fork(self) -> BlockTable:
+        """Another sequence with the same tokens, on the same pages."""
+        twin = BlockTable(self.pool)
         twin.pages = self.pages[: pages_for(self.length)]
         twin.length = self.length
-        self.pool.hold(twin.pages)
+        self.pool.retain(twin.pages)
         return twin
 
     def free(self) -> None:
@@ -259,7 +259,7 @@ class CachedRow:
         self.length = 0
 
     def stretch(self) -> int | None:
-        """The first page, if the row's tokens lie on pages that follow each other."""
+        """The first page, if the sequence's tokens lie on pages that follow each other."""
         used = self.pages[: pages_for(self.length)]
         first = used[0]
         return (
@@ -267,11 +267,11 @@ class CachedRow:
         )
 
 
-def shared_pages(rows: Sequence[CachedRow], length: int) -> int:
-    """How many whole pages, of those within the first `length` tokens, all rows have in common."""
-    limit = min([length // PAGE, *(len(row.pages) for row in rows)])
-    first = rows[0].pages
+def shared_pages(sequences: Sequence[BlockTable], length: int) -> int:
+    """How many whole pages, of those within the first `length` tokens, all sequences have in common."""
+    limit = min([length // PAGE, *(len(sequence.pages) for sequence in sequences)])
+    first = sequences[0].pages
     for index in range(limit):
-        if any(row.pages[index] != first[index] for row in rows[1:]):
+        if any(sequence.pages[index] != first[index] for sequence in sequences[1:]):
             return index
     return limit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import CachedRow, PagePool
+from corolla.models.attention.pages import BlockTable, PagePool
 from corolla.models.checks.miniature import EDGE, close
 from corolla.models.span import Span
 
@@ -43,7 +43,7 @@ def _alone(spans: list[Span], hidden: Tensor) -> Tensor:
 def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
     """All but the last four tokens of each at once, then two together, then one, then the other."""
     pools = [PagePool(8, dtype=torch.float32, device=torch.device("cpu")) for _ in spans]
-    rows = [[CachedRow(pool) for _ in hidden] for pool in pools]
+    rows = [[BlockTable(pool) for _ in hidden] for pool in pools]
     outputs: list[list[Tensor]] = [[] for _ in hidden]
     with torch.inference_mode():
         expected = [_alone(spans, one) for one in hidden]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.models.attention.pages import PAGE, CachedRow, pages_for
+from corolla.models.attention.pages import PAGE, BlockTable, pages_for
 from corolla.models.kernels.native import library, pointer
 
 LANES = 16  # heads are a multiple of this wide
@@ -34,7 +34,7 @@ class Rules:
 class OneTokenRows:
     """Rows that have been given one token each, as the kernel reads them; prepared once for all blocks of a pass."""
 
-    def __init__(self, rows: Sequence[CachedRow]) -> None:
+    def __init__(self, rows: Sequence[BlockTable]) -> None:
         """`rows` already count their new token."""
         used = [pages_for(row.length) for row in rows]
         self._most = max(used)

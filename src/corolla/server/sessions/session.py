@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, Layout, PagePool
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
-from corolla.models.layered import LayeredRow, Row, common_pages, new_row
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable, common_pages, new_block_table
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
@@ -66,7 +66,7 @@ class Session:
         self.step: Request | None = None  # that is being taken
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
-        self.block_tables: list[Row] = []  # of a family that can be packed
+        self.block_tables: list[AnyBlockTable] = []  # of a family that can be packed
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -148,7 +148,7 @@ class Session:
         chosen = [
             (self.block_tables[row], self.real_tokens(row, position)) for row in set(self._chosen(order))
         ]
-        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredRow))
+        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredBlockTable))
 
     def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
         """Whether another session over `span` with these prompts may begin as `origin` says."""
@@ -174,7 +174,7 @@ class Session:
         self.mask = None if other.mask is None else other.mask[:, :tokens]
         return True
 
-    def begin_with(self, row: Row, rows: int) -> None:
+    def begin_with(self, row: AnyBlockTable, rows: int) -> None:
         """Hold in each of `rows` rows what `row` does, on its pages."""
         self.block_tables = [row.fork() for _ in range(rows)]
         self.rows, self.length = rows, row.length
@@ -193,7 +193,7 @@ class Session:
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.block_tables
         if position == 0 or not before:
-            self.block_tables = [new_row(self.pool) for _ in range(rows)]
+            self.block_tables = [new_block_table(self.pool) for _ in range(rows)]
         elif order is not None:
             self.block_tables = []
             for source in order.tolist():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
-from corolla.models.layered import LayeredRow
+from corolla.models.layered import LayeredBlockTable
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
 from corolla.server.scheduler.engine import Kind, Request
@@ -228,16 +228,16 @@ class StepRequest(Request):
     def undo(self) -> None:
         """Take back what a pass that failed has cached."""
         for one in self.segments:
-            if one.prepared and one.row is not None:
-                one.row.truncate(one.past)
+            if one.prepared and one.sequence is not None:
+                one.sequence.truncate(one.past)
 
     def store(self, output: Tensor) -> None:
         """The pass's outputs [n, H] for the tokens loaded last."""
         self._outputs[self._at : self._at + len(output)] = output
         self._at += len(output)
         for one in self.segments:
-            if isinstance(one.row, LayeredRow):
-                one.row.trim()
+            if isinstance(one.sequence, LayeredBlockTable):
+                one.sequence.trim()
 
     def run_plain(self, tokens: int) -> None:
         """The next columns, of about so many tokens, for a family that cannot be packed."""
