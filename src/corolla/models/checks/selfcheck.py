@@ -1,9 +1,9 @@
 """Proof, before a family is served, that its blocks can be split: a miniature is, and compared.
 
 Invariant: a family that passes gave, in this process and with these libraries, the whole model's hidden
-states bit for bit from chained spans, its cached steps and gradients within rounding. A naive split is *silently*
-wrong for several families, so nothing is served on trust. A client proves its own half by itself
-(`client/model/startcheck.py`), with its own libraries.
+states bit for bit from chained spans, its cached steps and gradients within rounding, and with a client's shell
+around the spans its logits. A naive split is *silently* wrong for several families, so nothing is served on
+trust. A client proves all of its own half by itself (`client/model/startcheck.py`), with its own libraries.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import BlockTable, PagePool
-from corolla.models.cache import cache_argument
+from corolla.models.cache import BlocksCall, cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.source import LocalFolder
+from corolla.models.checks.forms import returns_tuple
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.families import blocks_prefix, structure
+from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, first_of, load_span
 
 log = logging.getLogger(__name__)
@@ -147,6 +149,9 @@ def _first_difference(whole: PreTrainedModel, spans: list[Span]) -> str | None:
             return "without the padding that it was given"
         if not _same_cached_steps(copy.deepcopy(whole), spans, ids, left_padded):
             return "in cached steps"
+        for mask in (None, left_padded[:, :CACHED]):
+            if not _same_at_a_client(whole, spans, ids[:, :CACHED], mask):
+                return "at a client"
     same = _same_gradients(copy.deepcopy(whole), spans, ids, left_padded)
     return None if same else "in gradients"
 
@@ -196,6 +201,26 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
             if not close(hidden[real], seen.left[-1][real]):
                 return False
     return True
+
+
+def _same_at_a_client(
+    whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None
+) -> bool:
+    """The logits of a client's shell around the spans."""
+
+    def run(hidden: Tensor, call: BlocksCall) -> Tensor:
+        return _chain(spans, hidden, mask=call.mask, positions=call.positions)
+
+    shell = copy.deepcopy(whole)
+    layer = BlocksLayer(run, returns_tuple=returns_tuple(whole.config))
+    holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
+    BaseModelHooks(holder, prompts=lambda: None, caches=None)
+    wanted, found = (
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for model in (copy.deepcopy(whole), shell)
+    )
+    real = slice(None) if mask is None else mask.bool()
+    return close(found[real], wanted[real])
 
 
 def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> bool:
