@@ -85,3 +85,12 @@ def test_what_is_not_used_is_not_loaded(line: str) -> None:
     program = f"{line}; import sys; print({{'torch', 'transformers', 'hivemind'}} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "path", [one for one in DOCUMENTS if one.suffix == ".md"], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in target or (path.parent / target).exists(), target

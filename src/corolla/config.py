@@ -140,22 +140,27 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What `corolla serve` runs."""
+    """What `corolla serve` runs; a field with a help text is an option of it."""
 
     model: str
     node: NodeConfig
     blocks: tuple[int, int] | None = None  # [start, end); None for all
-    device: str = "cpu"
-    threads: int | None = None  # None for a fair share of the cores
-    dtype: str = "auto"
-    quantization: str = "none"  # a name in QUANTIZATIONS
+    device: Annotated[str, "cpu, cuda, cuda:1, …"] = "cpu"
+    threads: Annotated[int | None, "CPU threads to use at most (default: all cores)."] = None
+    dtype: Annotated[str, "auto, float32, bfloat16, float16 or float64."] = "auto"
+    quantization: Annotated[str, "How weights are kept: none, int8, or nf4 (CUDA only)."] = "none"
+    cache_tokens: Annotated[
+        int | None, "Tokens of attention cache (default: what half of the free memory holds)."
+    ] = None
+    lease_bytes: Annotated[
+        int | None,
+        "Memory for graphs that training clients will come back for (default: an eighth of what is free).",
+    ] = None
+    peer_share: Annotated[float, "What one peer can take of everything here when others want it too."] = 0.5
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
-    cache_tokens: int | None = None  # None for what half of the free memory holds
-    lease_bytes: int | None = None  # of graphs kept for training; None for an eighth of the free memory
     bundles: tuple[Path, ...] = ()  # whose prompts are computed once for all clients
-    peer_share: float = 0.5  # of everything that a server has, what one peer can take for certain
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:

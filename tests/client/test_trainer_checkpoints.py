@@ -16,7 +16,7 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from corolla.client.model.losses import DeferredLogits
+from corolla.client.model.losses import LazyLogits
 from corolla.errors import BundleError, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
@@ -210,7 +210,7 @@ def test_a_resized_model_keeps_its_ways(pair_of: PairOf) -> None:
     resized(model)
     assert [name for name, one in model.named_parameters() if one.requires_grad] == ["prompts.input"]
     ids = torch.tensor([[3, 4, 263]])
-    assert type(model(ids, labels=ids).logits) is DeferredLogits
+    assert type(model(ids, labels=ids).logits) is LazyLogits
 
 
 def test_what_was_only_moved_or_converted_is_not_written(pair_of: PairOf, tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ class Target:
     async def start(self) -> None:
         await self.world.start()
         if self.world.span.packable:  # a bundle, in which nobody may change anything
-            await self.world.server.prefill_bundles([Entering(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)])
+            await self.world.server.prefill_bundles(
+                [Entering(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)]
+            )
         self._bundles = await self._kept()
         self._peer = self.world.network.transport("honest")
         await self.honest_step()

@@ -17,8 +17,6 @@ from typing import Annotated, Any
 
 import typer
 
-from corolla.cli.terminal import explain_in
-from corolla.errors import CorollaError
 from corolla.text import well_formed
 
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
@@ -31,23 +29,11 @@ PeersOption = Annotated[
 OwnPeersOption = Annotated[
     list[str] | None, typer.Option("--peers", help="Address to join through; may be repeated.")
 ]
-ListenOption = Annotated[
-    list[str] | None,
-    typer.Option("--listen", help="HOST:PORT or multiaddress to listen on (default: this machine only)."),
-]
-AnnounceOption = Annotated[
-    list[str] | None, typer.Option("--announce", help="Address that others reach this machine at.")
-]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 TokenOption = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the hub.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the client's part: auto, float32, bfloat16 …")]
+DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 CacheDirOption = Annotated[Path | None, typer.Option(help="Folder for downloaded and converted files.")]
-IdentityOption = Annotated[
-    Path | None, typer.Option("--identity", help="File that keeps the peer id; made when it is not there.")
-]
-ReadyFileOption = Annotated[
-    Path | None, typer.Option("--ready-file", help="JSON file that is there while the process is ready.")
-]
 
 
 def typed(context: typer.Context | None, name: str) -> bool:
@@ -59,9 +45,6 @@ def typed(context: typer.Context | None, name: str) -> bool:
 def clean_text(value: str | None) -> str | None:
     """For options that are text for a model: bytes that are no text would be refused by its tokenizer."""
     return None if value is None else well_formed(value)
-
-
-DieWithParentOption = Annotated[bool, typer.Option("--die-with-parent", hidden=True)]
 
 
 LOOP_FILES = 16  # more than a new event loop opens
@@ -174,12 +157,6 @@ class _Parent:
 
 
 _parent = _Parent()
-
-
-def explain(error: CorollaError) -> int:
-    """Print an error's sentence; gives the exit code."""
-    explain_in(str(error))
-    return error.exit_code
 
 
 def quiet_libraries() -> None:

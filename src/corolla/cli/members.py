@@ -6,30 +6,16 @@ Invariant: the files of a client's membership lie in the user's data folder, in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from corolla.config import GuardConfig
+from corolla.config import GuardConfig, NodeConfig
 from corolla.errors import UsageError
 from corolla.places import data_root
 
-GuardedOption = Annotated[
-    bool,
-    typer.Option("--guarded", help="Let only members in: whom --allow lists, and who has a certificate."),
-]
-AllowOption = Annotated[
-    Path | None,
-    typer.Option("--allow", help="File of peer ids that may come in, one a line; implies --guarded."),
-]
-TrustIssuerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--trust-issuer",
-        help="Peer whose certificates count, besides this one's own; may be repeated; implies --guarded.",
-    ),
-]
 InviteOption = Annotated[
     str | None, typer.Option("--invite", help="Invitation to redeem first, as by corolla join.")
 ]
@@ -44,19 +30,48 @@ MemberOption = Annotated[
 ]
 
 
-def guard_config(guarded: bool, allow: Path | None, issuers: Sequence[str] | None) -> GuardConfig | None:
-    """Whom to let in; None for everybody. Raises `UsageError` for what is no peer id or no such file."""
-    from corolla.swarm.access.membership import peer_file
-    from corolla.swarm.transport.identity import is_peer_id
+@dataclass(frozen=True)
+class NodeOptions:
+    """How a peer that others join through takes part in the network."""
 
-    for issuer in issuers or ():
-        if not is_peer_id(issuer):
-            raise UsageError(f"--trust-issuer is {issuer!r}, which is not a peer id.")
-    if allow is not None:
-        peer_file(allow)
-    if not (guarded or allow or issuers):
-        return None
-    return GuardConfig(allow, tuple(issuers or ()))
+    listen: Annotated[
+        list[str] | None, "HOST:PORT or multiaddress to listen on (default: this machine only)."
+    ] = None
+    announce: Annotated[list[str] | None, "Address that others reach this machine at."] = None
+    identity: Annotated[Path | None, "File that keeps the peer id; made when it is not there."] = None
+    guarded: Annotated[
+        bool, "--guarded", "Let only members in: whom --allow lists, and who has a certificate."
+    ] = False
+    allow: Annotated[Path | None, "File of peer ids that may come in, one a line; implies --guarded."] = None
+    trust_issuer: Annotated[
+        list[str] | None,
+        "Peer whose certificates count, besides this one's own; may be repeated; implies --guarded.",
+    ] = None
+    ready_file: Annotated[Path | None, "JSON file that is there while the process is ready."] = None
+
+    def config(self, peers: Sequence[str] | None) -> NodeConfig:
+        """Checked. Raises `UsageError`, also for what is no peer id or no such file."""
+        return NodeConfig(
+            tuple(peers or ()),
+            tuple(self.listen or ()),
+            tuple(self.announce or ()),
+            self.identity,
+            self.ready_file,
+            self._guard(),
+        )
+
+    def _guard(self) -> GuardConfig | None:
+        """Whom to let in; None for everybody."""
+        from corolla.swarm.access.membership import peer_file
+        from corolla.swarm.transport.identity import is_peer_id
+
+        issuers = tuple(self.trust_issuer or ())
+        for issuer in issuers:
+            if not is_peer_id(issuer):
+                raise UsageError(f"--trust-issuer is {issuer!r}, which is not a peer id.")
+        if self.allow is not None:
+            peer_file(self.allow)
+        return GuardConfig(self.allow, issuers) if self.guarded or self.allow or issuers else None
 
 
 def own_identity() -> Path:

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from corolla.client.model.losses import deferred_logits, token_losses
+from corolla.client.model.losses import lazy_logits, token_losses
 from corolla.data.collate import Collator
 from corolla.data.render import NO_LOSS, Example
 
@@ -107,7 +107,7 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss of every token that carries one, row after row, at least float32 [n]."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
-    with deferred_logits():
+    with lazy_logits():
         logits = model(**batch, use_cache=False).logits
     return token_losses(logits, flat_targets(labels)).cpu()
 

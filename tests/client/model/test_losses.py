@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.client.model import losses
 from corolla.client.model.heads import SharedHead, share_head
-from corolla.client.model.losses import DeferredLogits, deferred_logits, summed_cross_entropy, token_losses
+from corolla.client.model.losses import LazyLogits, lazy_logits, summed_cross_entropy, token_losses
 
 PairOf = Callable[..., Pair]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -213,11 +213,11 @@ USES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-def test_deferred_logits_can_be_used_like_others(use: Callable[[Tensor], Any]) -> None:
+def test_lazy_logits_can_be_used_like_others(use: Callable[[Tensor], Any]) -> None:
     plain, fused = both("llama", torch.float32)
     vectors, _ = embedded(plain)
     found, expected = (model(inputs_embeds=vectors, use_cache=False).logits for model in (fused, plain))
-    assert isinstance(found, DeferredLogits)
+    assert isinstance(found, LazyLogits)
     about = ("shape", "dtype", "device", "ndim", "requires_grad")
     assert [getattr(found, name) for name in about] == [getattr(expected, name) for name in about]
     mine, theirs = use(found), use(expected)
@@ -248,7 +248,7 @@ def test_losses_of_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         logits = plain(inputs_embeds=vectors, logits_to_keep=keep, use_cache=False).logits
         expected = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="none")
         rows = computed(monkeypatch)
-        with deferred_logits():
+        with lazy_logits():
             mine = fused(inputs_embeds=vectors, logits_to_keep=keep, use_cache=False).logits
         found = token_losses(mine, targets)
         assert sum(rows) == 18

@@ -147,7 +147,9 @@ def test_a_server_holds_what_a_client_would_have_made(
             sent = server.sessions.find(model.blocks.connection.view.peer_id, span.name)
             assert sent is not None
             for block in range(span.hop.start, span.hop.end):
-                mine, theirs = (_columns(server.pool, block, row) for row in (bundle.row, sent.block_tables[0]))
+                mine, theirs = (
+                    _columns(server.pool, block, row) for row in (bundle.row, sent.block_tables[0])
+                )
                 assert torch.equal(mine, theirs), f"block {block} at {peer}"
         assert torch.equal(bundle.outputs[-1], outputs)
 

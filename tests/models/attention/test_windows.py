@@ -21,7 +21,7 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import has_experts
 from corolla.models.kernels.decode import Rules
-from corolla.models.layered import LayeredBlockTable, AnyBlockTable, new_block_table
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable, new_block_table
 from corolla.models.span import Span, load_span
 
 WINDOW = 6  # of the tiny models

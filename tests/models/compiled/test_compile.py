@@ -24,7 +24,7 @@ from corolla.models.compiled.layout import LaidOut
 from corolla.models.kernels import int8
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
-from corolla.models.layered import LayeredBlockTable, AnyBlockTable, new_block_table
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable, new_block_table
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
 

@@ -3,7 +3,7 @@
 Invariant: a `SharedHead` is the family's `nn.Linear` to all who look at it (weight, bias, keys of the state
 dict, tied weights), and gives its logits. Two things differ, both unseen: rows that several threads bring at
 the same time are multiplied together, since a product of many rows costs little more than that of one (the
-weights are read once); and in training logits are deferred (`client/model/losses.py`).
+weights are read once); and in training logits are lazy (`client/model/losses.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from corolla.client.model.losses import DeferredLogits, causal_lm_loss, wanted_deferred
+from corolla.client.model.losses import LazyLogits, causal_lm_loss, wants_lazy
 from corolla.client.model.watched import State, same_parameters, state_of, watch
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels.client import HalfLinear, multiply_half, quantize_client
 
-FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing from company
+FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 MOST_ROWS = 256  # of one product
 
 Product = Callable[[Tensor], Tensor]
@@ -139,16 +139,16 @@ class SharedHead(nn.Linear):
         return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """As `nn.Linear`; deferred where a loss is likely to follow."""
+        """As `nn.Linear`; lazily where a loss is likely to follow."""
         if not self.frozen:
             return self._product(hidden)
-        if wanted_deferred(hidden):
+        if wants_lazy(hidden):
             later = _Later(self)
             kernel = self._current()
             exact = not self._halved if kernel is None else kernel.exact
             bias: Tensor | None = self.bias
             plain = exact and bias is None and not _autocasting(hidden)
-            return DeferredLogits(hidden, later, self.out_features, weight=later.weight if plain else None)
+            return LazyLogits(hidden, later, self.out_features, weight=later.weight if plain else None)
         if not self._may_share(hidden):
             return self._product(hidden)
         rows = hidden.reshape(-1, self.in_features)

@@ -28,7 +28,7 @@ CHUNK_ROWS = 128
 IGNORED = -100  # the label of a position that carries no loss
 
 Product = Callable[[Tensor], Tensor]
-_deferring: ContextVar[bool] = ContextVar("corolla_deferring", default=False)
+_lazily: ContextVar[bool] = ContextVar("corolla_lazy_logits", default=False)
 
 # What can be said of logits without having them.
 _KNOWN: frozenset[Any] = frozenset(
@@ -63,7 +63,7 @@ _ELEMENTWISE: frozenset[Any] = frozenset(
 )
 
 
-class DeferredLogits(Tensor):
+class LazyLogits(Tensor):
     """Logits [..., V] that are computed when somebody looks at them, from hidden states [..., H].
 
     For all other code a tensor like any other: the first operation on it, but for those that treat each
@@ -86,7 +86,7 @@ class DeferredLogits(Tensor):
         *,
         weight: Callable[[], Tensor] | None = None,
         dtype: torch.dtype | None = None,
-    ) -> DeferredLogits:
+    ) -> LazyLogits:
         """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable.
 
         `weight` gives [V, H] where the product is nothing but the one with it.
@@ -97,7 +97,7 @@ class DeferredLogits(Tensor):
         made.hidden, made._product, made._steps, made._whole = hidden, product, (), None
         made._weight = weight
         made._with_grad = torch.is_grad_enabled()
-        result: DeferredLogits = made
+        result: LazyLogits = made
         return result
 
     def of(self, hidden: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class DeferredLogits(Tensor):
                 self._whole = self.of(self.hidden)
         return self._whole
 
-    def _then(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> DeferredLogits:
+    def _then(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> LazyLogits:
         dtype = torch.float32 if function is Tensor.float else self.dtype
-        later = DeferredLogits(self.hidden, self._product, self.shape[-1], dtype=dtype)
+        later = LazyLogits(self.hidden, self._product, self.shape[-1], dtype=dtype)
         later._steps = (*self._steps, (function, arguments))
         later._with_grad = self._with_grad
         return later
@@ -154,22 +154,22 @@ class DeferredLogits(Tensor):
 
 
 def _real(value: Any) -> Any:
-    return value.whole() if isinstance(value, DeferredLogits) else value
+    return value.whole() if isinstance(value, LazyLogits) else value
 
 
 @contextlib.contextmanager
-def deferred_logits() -> Iterator[None]:
-    """Within the block a distributed model's logits are deferred without gradients, too."""
-    token = _deferring.set(True)
+def lazy_logits() -> Iterator[None]:
+    """Within the block a distributed model's logits are lazy without gradients, too."""
+    token = _lazily.set(True)
     try:
         yield
     finally:
-        _deferring.reset(token)
+        _lazily.reset(token)
 
 
-def wanted_deferred(hidden: Tensor) -> bool:
-    """Whether the logits of these hidden states should be deferred: a loss is likely to follow."""
-    return _deferring.get() or (torch.is_grad_enabled() and hidden.requires_grad)
+def wants_lazy(hidden: Tensor) -> bool:
+    """Whether the logits of these hidden states should be lazy: a loss is likely to follow."""
+    return _lazily.get() or (torch.is_grad_enabled() and hidden.requires_grad)
 
 
 def causal_lm_loss(
@@ -187,8 +187,8 @@ def causal_lm_loss(
     """
     targets = None if labels is None else F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels if shift_labels is not None else targets
-    deferred = isinstance(logits, DeferredLogits)
-    if not deferred or targets is None or targets.numel() != logits.shape[:-1].numel():
+    lazy = isinstance(logits, LazyLogits)
+    if not lazy or targets is None or targets.numel() != logits.shape[:-1].numel():
         loss: Tensor = ForCausalLMLoss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
@@ -203,9 +203,9 @@ def causal_lm_loss(
 def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Sum of the cross-entropies of logits [..., V] with `targets` int64 [n], those to ignore left out.
 
-    A scalar, float32 or float64. In chunks where the logits are deferred.
+    A scalar, float32 or float64. In chunks where the logits are lazy.
     """
-    if not isinstance(logits, DeferredLogits):
+    if not isinstance(logits, LazyLogits):
         rows = _wide(logits.reshape(-1, logits.shape[-1]))
         return F.cross_entropy(rows, targets, reduction="sum", ignore_index=ignore_index)
     hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
@@ -220,9 +220,9 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IG
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy of each row of logits [..., V] with `targets` int64 [n]; float32 or float64 [n].
 
-    Not differentiable. In chunks where the logits are deferred.
+    Not differentiable. In chunks where the logits are lazy.
     """
-    if not isinstance(logits, DeferredLogits):
+    if not isinstance(logits, LazyLogits):
         rows = _wide(logits.reshape(-1, logits.shape[-1]))
         return F.cross_entropy(rows, targets, reduction="none")
     hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
@@ -239,7 +239,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Hidden states [n, H] and targets [n] to the summed loss; the gradient is ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits: DeferredLogits) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits: LazyLogits) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         weight = logits.weight
         chunk = _any_head(logits.of) if weight is None else _plain_head(weight, len(hidden))
@@ -269,10 +269,10 @@ def _any_head(logits_of: Product) -> _Chunk:
             leaf = hidden.detach().requires_grad_(gradient is not None)
             logits = logits_of(leaf)
         wide = _wide(logits.detach())
-        chances = torch.softmax(wide, dim=-1)
-        loss = _summed(wide, chances, targets)
+        probabilities = torch.softmax(wide, dim=-1)
+        loss = _summed(wide, probabilities, targets)
         if gradient is not None:
-            errors = _errors(chances, targets).to(logits.dtype)
+            errors = _errors(probabilities, targets).to(logits.dtype)
             gradient.copy_(torch.autograd.grad(logits, leaf, errors)[0])
         return loss
 
@@ -283,11 +283,11 @@ def _plain_head(weight: Tensor, rows: int) -> _Chunk:
     """By hand, and by oneDNN where it can: on other makers' CPUs torch's own product takes twice as long."""
     quick = is_packable(weight.device, weight.dtype)
     # Used for all chunks: fresh memory of this size costs as much as what is done in it.
-    chances = weight.new_empty(min(rows, CHUNK_ROWS), len(weight))
+    probabilities = weight.new_empty(min(rows, CHUNK_ROWS), len(weight))
 
     def chunk(hidden: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
         logits = multiply(hidden, weight, None) if quick else hidden @ weight.T
-        some = torch.softmax(logits, dim=-1, out=chances[: len(hidden)])
+        some = torch.softmax(logits, dim=-1, out=probabilities[: len(hidden)])
         loss = _summed(logits, some, targets)
         if gradient is not None:
             errors = _errors(some, targets)
@@ -297,19 +297,19 @@ def _plain_head(weight: Tensor, rows: int) -> _Chunk:
     return chunk
 
 
-def _summed(logits: Tensor, chances: Tensor, targets: Tensor) -> Tensor:
+def _summed(logits: Tensor, probabilities: Tensor, targets: Tensor) -> Tensor:
     """The summed loss: each row's logarithm of its sum of exponentials, less the target's logit.
 
     The former is read off the likeliest word, since torch's exponentials by themselves take as long as the product.
     """
-    sums = logits.amax(-1) - chances.amax(-1).log()
+    sums = logits.amax(-1) - probabilities.amax(-1).log()
     return (sums - logits.gather(1, targets[:, None])[:, 0]).sum()
 
 
-def _errors(chances: Tensor, targets: Tensor) -> Tensor:
+def _errors(probabilities: Tensor, targets: Tensor) -> Tensor:
     """The loss's gradient for the logits, in the place of the probabilities [n, V]."""
-    chances[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return chances
+    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return probabilities
 
 
 def _wide(logits: Tensor) -> Tensor:

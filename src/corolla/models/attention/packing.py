@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corolla.errors import UsageError
 from corolla.models.attention.pages import PAGE, BlockTable, PagePool, pages_for
 from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
-from corolla.models.layered import LayeredBlockTable, AnyBlockTable
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
@@ -118,7 +118,9 @@ class _Table:
     def rows(self) -> OneTokenRows:
         """The sequences of `ones`."""
         if self._rows is None:
-            self._rows = OneTokenRows([one.sequence for one in self.ones if isinstance(one.sequence, BlockTable)])
+            self._rows = OneTokenRows(
+                [one.sequence for one in self.ones if isinstance(one.sequence, BlockTable)]
+            )
         return self._rows
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, Layout, PagePool
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
-from corolla.models.layered import LayeredBlockTable, AnyBlockTable, common_pages, new_block_table
+from corolla.models.layered import AnyBlockTable, LayeredBlockTable, common_pages, new_block_table
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
