@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.chat.reference import VOCABULARY, byte_tokenizer
+from tests.cli.conftest import Refused
 from tests.e2e.processes import COROLLA, environment, processes
 from tests.tiny_models import write_tiny
 from tests.tuning.tiny_setup import conversations
-
-from corolla.cli.main import main
 
 DEEP = "[" * 100_000 + "]" * 100_000
 CODE = """
 from pathlib import Path
 Path(__file__).with_name("RAN").write_text("")
 """
-Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +43,6 @@ def talks(tmp_path: Path) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Run a command that has to end with a sentence; gives it. On stdin everything is agreed to."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> str:
-        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-        monkeypatch.setattr(sys, "argv", ["corolla", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 2
-        said = capsys.readouterr().err.strip()
-        assert said.startswith("error: ")
-        assert "\n" not in said
-        assert "Traceback" not in said
-        return said
-
-    return run
 
 
 @pytest.mark.parametrize("command", ["chat", "tune", "serve"])

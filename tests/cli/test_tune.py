@@ -7,16 +7,15 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.cli.conftest import Refused
 from tests.e2e.processes import COROLLA, corolla, environment
 from tests.tuning.tiny_setup import conversations, write_model
 
 from corolla.cli.local_swarm import local_swarm
-from corolla.cli.main import main
 from corolla.tuning.bundle import load_bundle
 
 OPTIONS = [
@@ -57,19 +56,6 @@ def peers(tiny: Path) -> Iterator[list[str]]:
         yield ["--peers", swarm.peers[0]]
 
 
-def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that these arguments end in; the exit code is 2."""
-    monkeypatch.setattr(sys, "argv", ["corolla", "tune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("error: ")
-    assert "\n" not in said
-    assert said[-1] != "\\"
-    return said
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -93,33 +79,27 @@ def test_a_mistake_is_one_sentence(
     words: str,
     tiny: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert words in mistake([str(tiny), *arguments], monkeypatch, capsys)
+    assert words in refused("tune", str(tiny), *arguments)
 
 
 def test_a_model_or_data_that_cannot_be_used_is_one_sentence(
     tiny: Path,
     talks: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bundle").mkdir()
     data = ["--data", str(talks)]
-    assert "config.json" in mistake(["folder", *data, "--out", "new"], monkeypatch, capsys)
-    assert "empty" in mistake([str(tiny), "--data", "empty.jsonl", "--out", "new"], monkeypatch, capsys)
-    assert "--overwrite" in mistake([str(tiny), *data], monkeypatch, capsys)
-    assert "--held-out" in mistake(
-        [str(tiny), *data, "--out", "new", "--held-out", "24"], monkeypatch, capsys
-    )
+    assert "config.json" in refused("tune", "folder", *data, "--out", "new")
+    assert "empty" in refused("tune", str(tiny), "--data", "empty.jsonl", "--out", "new")
+    assert "--overwrite" in refused("tune", str(tiny), *data)
+    assert "--held-out" in refused("tune", str(tiny), *data, "--out", "new", "--held-out", "24")
     wrong = [str(tiny), *data, "--out", "new", "--held-out", "5", "--peers", "nonsense"]
-    assert "nonsense" in mistake(wrong, monkeypatch, capsys)
+    assert "nonsense" in refused("tune", *wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "empty.jsonl", "folder"]
 
 

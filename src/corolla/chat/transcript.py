@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -242,7 +241,7 @@ def read_chat(path: Path) -> SavedChat:
         happened = _parsed(line)
         try:
             kept = _apply(happened, exchanges)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, msgspec.ValidationError) as error:
             raise TranscriptError(
                 f"Line {number} of {path} is damaged: give another --transcript."
             ) from error
@@ -275,15 +274,8 @@ def _apply(happened: dict[str, Any] | None, exchanges: list[Exchange]) -> int:
     if happened.get("undo"):
         exchanges.pop()
     else:
-        exchanges.append(_exchange(happened["said"], happened["reply"], happened["reply_ids"]))
+        exchanges.append(msgspec.convert(happened, Exchange))
     kept = happened["kept"]
     if not isinstance(kept, int) or not 0 <= kept <= len(exchanges):
         raise ValueError
     return kept
-
-
-def _exchange(said: object, reply: object, ids: Sequence[object]) -> Exchange:
-    tokens = [token for token in ids if isinstance(token, int) and token >= 0]
-    if not isinstance(said, str) or not isinstance(reply, str) or len(tokens) != len(ids):
-        raise TypeError
-    return Exchange(said, reply, tuple(tokens))

@@ -9,6 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from corolla.data.conversation import Turn
 from corolla.data.render import Renderer
@@ -20,7 +23,7 @@ class Exchange:
 
     said: str
     reply: str
-    reply_ids: tuple[int, ...]
+    reply_ids: tuple[Annotated[int, Meta(ge=0)], ...]
 
 
 class Window:

@@ -17,8 +17,6 @@ from typing import Annotated, Any
 
 import typer
 
-from corolla.cli.terminal import explain_in
-from corolla.errors import CorollaError
 from corolla.text import well_formed
 
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
@@ -159,12 +157,6 @@ class _Parent:
 
 
 _parent = _Parent()
-
-
-def explain(error: CorollaError) -> int:
-    """Print an error's sentence; gives the exit code."""
-    explain_in(str(error))
-    return error.exit_code
 
 
 def quiet_libraries() -> None:

@@ -15,7 +15,6 @@ import typer
 
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
-from corolla.cli.common import explain
 from corolla.cli.defaults import read_defaults
 from corolla.cli.demo import demo
 from corolla.cli.invite import invite
@@ -90,7 +89,8 @@ def main() -> None:
         if sentence is not None and not _is_said(error):
             explain_in(sentence)
             sys.exit(1)
-        sys.exit(explain(error))
+        explain_in(str(error))
+        sys.exit(error.exit_code)
     except BrokenPipeError:  # whoever read what we print has had enough
         forget_output()
         sys.exit(1)

@@ -56,7 +56,7 @@ class Beginnings:
 
     def ends(self, tokens: Tensor) -> Tensor:
         """Which of these tokens, int64 [...], would end a reply that they begin; bool [...]."""
-        return _of_width(self._ending, int(tokens.max()) + 1, missing=False).to(tokens.device)[tokens]
+        return _of_width(self._ending, int(tokens.max()) + 1).to(tokens.device)[tokens]
 
     def processor(self, prompt_tokens: int, max_new_tokens: int) -> LogitsProcessor:
         """For a `generate` call whose rows have `prompt_tokens` in front, padding included."""
@@ -71,11 +71,7 @@ class Beginnings:
         if bool(begun.all()):
             return None
         silent = more and replies.shape[1] < SILENT_TOKENS
-        blocked = (
-            _of_width(self._ending, width, missing=False)
-            if silent
-            else ~_of_width(self._readable, width, missing=False)
-        )
+        blocked = _of_width(self._ending, width) if silent else ~_of_width(self._readable, width)
         return blocked & ~begun[:, None]
 
     def _has_begun(self, reply: list[int]) -> bool:
@@ -129,8 +125,8 @@ def _is_piece(text: str, delimiter: str) -> bool:
     return own in core and not any(character.isalnum() for character in own)
 
 
-def _of_width(table: Tensor, width: int, *, missing: bool) -> Tensor:
+def _of_width(table: Tensor, width: int) -> Tensor:
     """A table [V] for models whose head has more rows than the tokenizer has tokens, or fewer."""
     if len(table) >= width:
         return table[:width]
-    return torch.cat([table, table.new_full((width - len(table),), missing)])
+    return torch.cat([table, table.new_zeros(width - len(table))])

@@ -75,9 +75,8 @@ class TuneSettings:
         check_reporter(self.report_to)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON values; `from_dict` reads them back."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {**values, "rendering": self.rendering.to_dict()}
+        """All settings as JSON values."""
+        return dataclasses.asdict(self)
 
     def decisive(self) -> dict[str, Any]:
         """Those settings that the losses of a run depend on."""

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corolla.client.model.losses import summed_cross_entropy
-from corolla.errors import NonFiniteLoss, UsageError
+from corolla.errors import NonFiniteLoss
 from corolla.models.checkpoints.prompt_files import load_prompt, save_prompt
-from corolla.models.prompts import SoftPrompt
 from corolla.tuning.batches import Prepared
 from corolla.tuning.bundle import ModelInfo
 from corolla.tuning.checkpoints import RunFolder
@@ -42,10 +41,6 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         about: ModelInfo,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        if model.prompts is None:
-            raise UsageError(
-                "The model has no prompt to train: load it with tuning_mode='ptune' or 'deep_ptune'."
-            )
         model.requires_grad_(False)
         model.prompts.requires_grad_(True)
         optimizer = torch.optim.AdamW(
@@ -110,12 +105,7 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         saved = load_prompt(
             Path(resume_from_checkpoint), model_name=self._about.name, identity=self._about.identity
         )
-        copy_prompt(saved, self.model.prompts)
-
-
-def copy_prompt(source: SoftPrompt, target: SoftPrompt) -> None:
-    """Give `target` the values of `source`, in place, so that an optimizer keeps hold of it."""
-    target.load_state_dict(source.state_dict())
+        self.model.prompts.load_state_dict(saved.state_dict())  # in place: the optimizer keeps hold of it
 
 
 def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -161,7 +161,7 @@ def _train(
     progress = ProgressReport(console, partial(step_seconds, settings, prepared.train, prepared.held_out))
     interrupt = StopOnInterrupt(_printer(console))
     trainer = PromptTrainer(model, settings, prepared, folder, about, [progress, interrupt, *callbacks])
-    _drop_default_printer(trainer)
+    trainer.remove_callback(PrinterCallback)  # it prints every log line as a dictionary
     trainer.args.eval_on_start = checkpoint is None
     try:
         with interrupt:
@@ -192,11 +192,6 @@ def _what_is_trained(
 def _as_chosen(settings: TuneSettings, prepared: Prepared) -> TuneSettings:
     """The settings with the style that was chosen for this tokenizer."""
     return replace(settings, rendering=prepared.renderer.settings)
-
-
-def _drop_default_printer(trainer: PromptTrainer) -> None:
-    """The Trainer prints every log line as a dictionary unless it is told not to."""
-    trainer.remove_callback(PrinterCallback)
 
 
 def _before_and_after(trainer: PromptTrainer, folder: RunFolder) -> tuple[Evaluation, Evaluation]:

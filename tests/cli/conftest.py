@@ -1,0 +1,35 @@
+"""Commands that are refused, within this process."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from corolla.cli.main import main
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """Run a command that has to end with a sentence; gives it. On stdin everything is agreed to."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+        monkeypatch.setattr(sys, "argv", ["corolla", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("error: ")
+        assert "\n" not in said
+        assert "Traceback" not in said
+        assert said[-1] != "\\"
+        return said
+
+    return run
