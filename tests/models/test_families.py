@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from corolla.errors import UnsupportedFamily
-from corolla.models.checks.layer_form import returns_tuple
+from corolla.models.checks.forms import returns_tuple
 from corolla.models.families import (
     block_key_pattern,
     blocks_prefix,

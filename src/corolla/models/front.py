@@ -17,7 +17,7 @@ from corolla.errors import CheckpointError
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.layer_form import returns_tuple
+from corolla.models.checks.forms import returns_tuple
 from corolla.models.families import Structure, structure
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks

@@ -146,7 +146,7 @@ class BaseModelHooks:
         caches: Caches | None,
         reads_flat_rows: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Without `caches` no call has one; `reads_flat_rows` says what `models/checks/flat_check.py` finds."""
+        """Without `caches` no call has one; `reads_flat_rows` says what `models/checks/forms.py` finds."""
         self._prompts = prompts
         self._reads_flat_rows = reads_flat_rows
         self._caches = caches

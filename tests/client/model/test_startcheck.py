@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
 
-from corolla.client.model import startcheck
+from transformers import AutoConfig
+
+from corolla.client import local_blocks
+from corolla.client.model import causal_lm, startcheck
 from corolla.client.model.causal_lm import distributed_class
 from corolla.client.model.startcheck import TESTED, check_generation
 from corolla.errors import UnsupportedFamily
@@ -61,6 +65,47 @@ def test_a_release_that_raises_is_refused() -> None:
 
     with pytest.raises(UnsupportedFamily, match="TypeError: unexpected keyword argument"):
         check_generation(tiny_config("llama"), broken("llama", generate=generate))
+
+
+@pytest.mark.parametrize(("wrong", "tuples"), [("llama", True), ("gpt_neo", False)])
+def test_a_client_that_misreads_its_blocks_is_refused(
+    wrong: str, tuples: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt_neo's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
+    monkeypatch.setattr(causal_lm, "returns_tuple", lambda _config: tuples)
+    right = "gpt_neo" if tuples else "llama"
+    for family in (right, wrong):
+        config = AutoConfig.for_model(family)
+        kind = distributed_class(structure(config).causal_lm.__name__)
+        with pytest.raises(UnsupportedFamily) if family == wrong else nullcontext():
+            check_generation(config, kind)
+
+
+@pytest.mark.parametrize(
+    ("place", "difference"),
+    [
+        ((local_blocks, "crop_cache"), "session's second turn|rollback"),
+        ((local_blocks, "select_rows"), "with its rows exchanged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_what_a_client_forgets_is_noticed(
+    place: tuple[Any, str], difference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*place, lambda *_args: None)
+    with pytest.raises(UnsupportedFamily, match=difference):
+        check_generation(tiny_config("llama"), class_of("llama"))
+
+
+def test_gradients_that_do_not_come_through_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Any, *args: Any) -> Any:
+        output = own(self, *args)
+        return output + (output - output.detach())  # the same numbers, twice the gradient
+
+    own = local_blocks.LocalBlocks.run
+    monkeypatch.setattr(local_blocks.LocalBlocks, "run", run)
+    with pytest.raises(UnsupportedFamily, match="in gradients"):
+        check_generation(tiny_config("llama"), class_of("llama"))
 
 
 def test_what_is_tested_is_what_the_package_asks_for() -> None:

@@ -17,10 +17,9 @@ from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
 from corolla.models.attention.packing import Segment, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks import clientcheck, selfcheck
-from corolla.models.checks.clientcheck import LocalSession
+from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import LAYERS, miniature, random_model
-from corolla.models.checks.selfcheck import check_client, check_family
+from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import blocks_prefix
 from corolla.models.kernels.apply import supported
 from corolla.models.kernels.decode import Rules
@@ -119,39 +118,6 @@ def test_blocks_without_parameters_have_a_device_and_a_dtype(quantization: str, 
     for one in (span, span.view(0, 1)):
         assert (one.device.type, one.dtype, one.model.dtype) == ("cpu", torch.float32, torch.float32)
         assert one.forward(torch.ones(1, 3, span.hidden_size)).isfinite().all()
-
-
-@pytest.mark.parametrize("mistake", ["tuple", "tensor"])
-def test_a_client_that_misreads_its_blocks_is_refused(mistake: str) -> None:
-    """gptj's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
-
-    def make(whole: PreTrainedModel, run: RunBlocks) -> PreTrainedModel:
-        shell = copy.deepcopy(whole)
-        layer = BlocksLayer(run, returns_tuple=mistake == "tuple")
-        holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
-        BaseModelHooks(holder, prompts=lambda: None, caches=None)
-        return shell
-
-    wrong, right = ("llama", "gpt_neo") if mistake == "tuple" else ("gpt_neo", "llama")
-    check_client(AutoConfig.for_model(right), make)
-    with pytest.raises(UnsupportedFamily, match=f"Models of type {wrong} cannot be served"):
-        check_client(AutoConfig.for_model(wrong), make)
-
-
-@pytest.mark.parametrize(
-    ("place", "difference"),
-    [
-        ((LocalSession, "rearrange"), "after a rollback"),
-        ((clientcheck, "select_rows"), "with its rows exchanged"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[1],
-)
-def test_what_a_client_forgets_is_noticed(
-    place: tuple[Any, str], difference: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(*place, lambda *_args: None)
-    with pytest.raises(UnsupportedFamily, match=f"something else than whole .at a client, {difference}"):
-        check_client(AutoConfig.for_model("llama"))
 
 
 VARIANTS = {

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
 from corolla.client.audits.audit import Answer, Finding, deviation, step_answer, tolerance_of
+from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.audits.second_opinion import Opinion, ask_others
 from corolla.client.sessions.history import History
 from corolla.client.training import micro_batches
@@ -33,16 +33,6 @@ log = logging.getLogger(__name__)
 MOST_WAITING = 16
 # Coarse rounding sends a token to other experts now and then, and its whole output changes: no lie.
 EXACT = ("float32", "float64")
-
-
-class Own(Protocol):
-    """The client's own way to compute an answer (`own_blocks.OwnBlocks`)."""
-
-    def kind_for(self, kind: str | None) -> str: ...
-
-    def fits(self, start: int, end: int) -> bool: ...
-
-    def answer(self, answer: Answer, kind: str) -> dict[str, Tensor]: ...
 
 
 @dataclass
@@ -67,11 +57,11 @@ class Auditor:
         view: SwarmView,
         share: float,
         *,
-        own: Own | None = None,
+        own: OwnBlocks | None = None,
         routed: bool = False,
         draw: random.Random | None = None,
     ) -> None:
-        """`share` in (0, 1] of all answers; `routed` says that tokens choose experts.
+        """`share` in (0, 1] of all answers; `own` decides; `routed` says that tokens choose experts.
 
         `draw` is for tests: what nobody can predict otherwise.
         """

@@ -32,6 +32,17 @@ _QUANTIZED = (
 _ADAPTER = "load the adapter afterwards, with PeftModel.from_pretrained(model, …)"
 _NOT_HERE = "it is for models whose blocks are on this machine"
 _PAUSES = "servers say when they are busy, and show signs of life while they work"
+_PETALS_TIMES = {
+    "min_backoff": 1,
+    "max_backoff": 60,
+    "ban_timeout": 15,
+    "connect_timeout": 5,
+    "request_timeout": 180,
+    "ping_timeout": 2,
+    "max_pinged": 3,
+    "update_period": 60,
+    "daemon_startup_timeout": 60,
+}
 # By name: the values that ask for nothing special, and why others are refused.
 _THEIRS: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((None, False), "Corolla never runs the Python code of a model's repository"),
@@ -56,31 +67,19 @@ _THEIRS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_mismatched_sizes": ((None, False), "a checkpoint whose sizes do not fit is refused"),
     "adapter_kwargs": ((None,), _ADAPTER),
     "adapter_name": ((None, "default"), _ADAPTER),
-    "max_memory": ((None,), _NOT_HERE),
-    "offload_folder": ((None,), _NOT_HERE),
-    "offload_state_dict": ((None, False), _NOT_HERE),
-    "offload_buffers": ((None, False), _NOT_HERE),
-    "tp_plan": ((None,), _NOT_HERE),
-    "tp_size": ((None,), _NOT_HERE),
-    "device_mesh": ((None,), _NOT_HERE),
-    "distributed_config": ((None,), _NOT_HERE),
-    "fusion_config": ((None,), _NOT_HERE),
-    "use_kernels": ((None, False), _NOT_HERE),
-    "kernel_config": ((None,), _NOT_HERE),
-    "allow_all_kernels": ((None, False), _NOT_HERE),
-    "key_mapping": ((None,), _NOT_HERE),
+    **dict.fromkeys(
+        ("max_memory", "offload_folder", "tp_plan", "tp_size", "device_mesh", "distributed_config"),
+        ((None,), _NOT_HERE),
+    ),
+    **dict.fromkeys(("fusion_config", "kernel_config", "key_mapping"), ((None,), _NOT_HERE)),
+    **dict.fromkeys(
+        ("offload_state_dict", "offload_buffers", "use_kernels", "allow_all_kernels"),
+        ((None, False), _NOT_HERE),
+    ),
     "disable_mmap": ((None, False, True), _NOT_HERE),
     # Petals'
     "max_retries": ((None,), "patience says for how many seconds the client tries again"),
-    "min_backoff": ((None, 1), _PAUSES),
-    "max_backoff": ((None, 60), _PAUSES),
-    "ban_timeout": ((None, 15), _PAUSES),
-    "connect_timeout": ((None, 5), _PAUSES),
-    "request_timeout": ((None, 180), _PAUSES),
-    "ping_timeout": ((None, 2), _PAUSES),
-    "max_pinged": ((None, 3), _PAUSES),
-    "update_period": ((None, 60), _PAUSES),
-    "daemon_startup_timeout": ((None, 60), _PAUSES),
+    **{name: ((None, default), _PAUSES) for name, default in _PETALS_TIMES.items()},
     "dht_prefix": ((None,), "servers are found by the identity of the checkpoint's weights"),
     "active_adapter": ((None,), _ADAPTER),
     "show_route": ((None, False, "inference"), "corolla status shows who serves what"),

@@ -1,8 +1,8 @@
-"""Proof, before a client uses a family, that this release of transformers generates with it what it should.
+"""Proof, before a client uses a family, that this release of transformers does with it what it should.
 
 Invariant: a family that passes gave, in this process and with these libraries, through the very class, hooks,
-sessions and `generate` that a client uses, the tokens of the whole miniature: alone, in a padded batch, in a
-session's second turn and by speculation. Releases of transformers change what stands between `generate` and a
+sessions and `generate` that a client uses, the logits of the whole miniature: in a padded batch, in a
+session's second turn, by speculation, after a rollback, with rows exchanged; and its gradients. Releases of transformers change what stands between `generate` and a
 model's forward; what cannot be verified is refused, since such a change shows as wrong words and nothing else.
 """
 
@@ -21,6 +21,7 @@ from corolla.client.local_blocks import LocalBlocks
 from corolla.client.model.objects import SharedConnection
 from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.errors import UnsupportedFamily
+from corolla.models.cache import cache_argument, take_cache
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
@@ -86,7 +87,37 @@ def _first_difference(whole: Any, model: Any) -> str | None:
         second, whole, both, torch.ones_like(both)
     ):  # a mask would be guessed from tokens it has said
         return "in a session's second turn"
-    return None
+    return _different_cache(whole, model, ids, mask) or _different_gradients(whole, model, ids, mask)
+
+
+@torch.no_grad()
+def _different_cache(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str | None:
+    """The last token again after a rollback, and with the rows of the batch exchanged, as beam search does."""
+    wanted = whole(input_ids=ids, attention_mask=mask).logits[:, -1:]
+    cache = take_cache(dict(model(input_ids=ids, attention_mask=mask, use_cache=True)))
+
+    def last(ids: Tensor, mask: Tensor) -> Tensor:
+        cache.crop(TOKENS - 1)
+        arguments: dict[str, Any] = {cache_argument(model.forward): cache, "attention_mask": mask}
+        logits: Tensor = model(input_ids=ids[:, -1:], **arguments).logits
+        return logits
+
+    if not close(last(ids, mask), wanted):
+        return "after a rollback"
+    cache.crop(TOKENS - 1)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return None if close(last(ids.flip(0), mask.flip(0)), wanted.flip(0)) else "with its rows exchanged"
+
+
+def _different_gradients(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str | None:
+    weight = mask.unsqueeze(-1) * torch.randn(*ids.shape, whole.config.vocab_size)
+    gradients: list[Tensor] = []
+    for one in (whole, model):
+        embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = one(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False).logits
+        gradients += torch.autograd.grad((logits * weight).sum(), [embeddings])
+    real = mask.bool()
+    return None if close(gradients[1][real], gradients[0][real]) else "in gradients"
 
 
 def _greedy() -> dict[str, Any]:
