@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from corolla.client.health import LONGEST_REST
-from corolla.client.view import REFRESH_SECONDS, SLOW_READ_SECONDS, SwarmView
+from corolla.client.view import LONGEST_REST, REFRESH_SECONDS, SLOW_READ_SECONDS, SwarmView
 from corolla.errors import MissingBlocks, PeerDisconnected, RequestRefused
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.transport.memory import MemoryNetwork

@@ -7,6 +7,7 @@ back to the device that they came from.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +89,8 @@ class RemoteBlocks:
             return self._run_whole(hidden, call, wanted)
         if call.start == 0 and (wanted or call.cache.lazy):
             output = self._run_whole(hidden, call, wanted)
-            call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None))
+            deep = None if call.deep is None else call.deep.detach().clone()  # training goes on with it
+            call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None, deep=deep))
             return output
         output = self._step(hidden, call)
         if not wanted:
@@ -117,6 +119,42 @@ class RemoteBlocks:
         """Give the session a pass that was deferred, unless this step takes it back."""
         if cache.deferred is not None and start:
             cache.session.step(cache.deferred.hidden, cache.deferred.call)
+
+
+class LaterSession:
+    """A `models.cache.BlocksSession` for a cache that most calls never continue: opened with its first step.
+
+    A cache that is dropped must not hold the servers' memory, so the session ends with this object.
+    """
+
+    def __init__(self, blocks: RemoteBlocks) -> None:
+        self._blocks = blocks
+        self._reserved = 0
+        self.chain: SessionChain | None = None
+
+    def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """See `BlocksSession`."""
+        if self.chain is None:
+            self.chain = self._blocks.open_chain(call.deep)
+            weakref.finalize(self, close_soon, self._blocks.connection, self.chain)
+        self.chain.reserve(self._reserved)
+        self._reserved = 0
+        return self.chain.step(hidden, call)
+
+    def reorder(self, rows: Tensor) -> None:
+        """See `BlocksSession`; before the first step there are no rows."""
+        if self.chain is not None:
+            self.chain.reorder(rows)
+
+    def reserve(self, tokens: int) -> None:
+        """See `BlocksSession`."""
+        self._reserved = max(self._reserved, tokens)
+
+
+def close_soon(connection: SwarmConnection, chain: SessionChain) -> None:
+    """For finalizers, which may run on any thread."""
+    if connection.is_open and chain.is_open:
+        connection.run_soon(chain.close())
 
 
 class _NoGradients(torch.autograd.Function):

@@ -22,7 +22,7 @@ from corolla.client.retry import Retry
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.models.kernels.helpers import SPINNING
-from corolla.swarm.channel import checked, request
+from corolla.swarm.channel import checked
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.failures import Remedy, meaning
 from corolla.wire.frames import Packet
@@ -274,21 +274,8 @@ class TrainingPass:
         return detour.stages
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
-        channels = self._view.channels
-        channel = await channels.take(hop.peer_id)
         began = self._view.now()
-        try:
-            reply = await request(channel, Packet(message, tensors))
-        except RequestRefused as refusal:
-            if meaning(refusal).stream_lost:
-                await channel.close()
-            else:  # as if nothing had been asked
-                channels.give(channel)
-            raise
-        except BaseException:
-            await channel.close()
-            raise
-        channels.give(channel)
+        reply = await self._view.channels.ask(hop.peer_id, Packet(message, tensors))
         sent = next(iter(tensors.values()))
         nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
         self._view.answered(hop, int(sent.shape[1]), nbytes, self._view.now() - began)

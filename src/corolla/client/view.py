@@ -3,7 +3,7 @@
 Invariant: a route is computed from records no older than `REFRESH_SECONDS`, or the newest that could be had
 at once. Peers that failed lately are used only where nobody else can be, and then after a rest that grows
 with each failure; a busy one is left alone as long as it asked for; a server that was found slow counts as
-slow as it was found. A stream in the pool has no request open on it.
+slow as it was found. A peer that answers is forgiven its failures, but not that it disagreed with another.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from corolla.client.audits.audit import Verdicts
-from corolla.client.health import Clock, Health
 from corolla.client.sessions.step_batcher import StepBatcher
-from corolla.config import SwarmConfig, WireFormat
+from corolla.config import SwarmConfig
 from corolla.errors import (
     CorollaError,
     MissingBlocks,
@@ -29,7 +28,7 @@ from corolla.errors import (
 )
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
-from corolla.swarm.channel import Channel
+from corolla.swarm.channel import ChannelPool
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.routing import (
     HOP_SECONDS,
@@ -49,6 +48,78 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 10.0
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
 SLOW_READ_SECONDS = 0.5  # a directory that takes longer is not waited for where older records will do
+FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
+LONGEST_AVOIDANCE = 60.0
+FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
+LONGEST_REST = 5.0
+DOUBT_SECONDS = 600.0  # for which others are preferred to servers that disagree
+BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
+
+Clock = Callable[[], float]  # seconds
+
+
+class Health:
+    """Which peers are to be avoided or left alone, and until when."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._failures: dict[str, int] = defaultdict(int)  # in a row
+        self._avoid_until: dict[str, float] = {}
+        self._rest_until: dict[str, float] = {}
+        self._busy_until: dict[str, float] = {}
+        self._doubted_until: dict[str, float] = {}
+
+    def failed(self, peer: str, after: float | None) -> None:
+        """Prefer others for a while, longer each time in a row; for `after` seconds where the peer said so.
+
+        At first it may be asked again at once, should there be nobody else: it may be back already.
+        """
+        now, times = self._clock(), min(self._failures[peer], 10)  # before this one
+        self._failures[peer] += 1
+        self._avoid_until[peer] = now + min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2**times)
+        self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
+        if after is not None:
+            self.leave_alone(peer, after)
+
+    def leave_alone(self, peer: str, seconds: float) -> None:
+        """Do not ask the peer at all for so long."""
+        self._avoid_until[peer] = self._rest_until[peer] = self._clock() + seconds
+
+    def busy(self, peer: str, after: float | None) -> None:
+        """The same, without any blame, of one that is only busy."""
+        self._busy_until[peer] = self._clock() + (BUSY_SECONDS if after is None else after)
+
+    def doubt(self, peers: Iterable[str]) -> None:
+        """Prefer others to these for a while: an audit could not tell which of them is right."""
+        self._doubted_until.update(dict.fromkeys(peers, self._clock() + DOUBT_SECONDS))
+
+    def doubted(self) -> set[str]:
+        """Peers that disagreed with others not long ago."""
+        return self._still(self._doubted_until)
+
+    def forgive(self, peer: str) -> None:
+        """Forget the peer's earlier failures."""
+        for book in (self._failures, self._avoid_until, self._rest_until):
+            book.pop(peer, None)
+
+    def is_busy(self, peer: str) -> bool:
+        """Whether the peer asked to be left alone until later than now."""
+        return self._busy_until.get(peer, 0.0) > self._clock()
+
+    def now(self) -> tuple[set[str], set[str], set[str]]:
+        """Peers that others are preferred to, those that are not to be asked, and of these the busy ones."""
+        avoided, resting, busy = map(self._still, (self._avoid_until, self._rest_until, self._busy_until))
+        return avoided, resting | busy, busy
+
+    def next_return(self) -> float:
+        """Seconds until the first peer that is left alone may be asked again; 0 when there is none."""
+        now = self._clock()
+        moments = (*self._rest_until.values(), *self._busy_until.values())
+        return min((until - now for until in moments if until > now), default=0.0)
+
+    def _still(self, until: dict[str, float]) -> set[str]:
+        now = self._clock()
+        return {peer for peer, end in until.items() if end > now}
 
 
 class Records:
@@ -132,44 +203,6 @@ class Records:
             self._reading.cancel()
 
 
-class Channels:
-    """Streams to peers that lie ready, and what travels together on them."""
-
-    def __init__(self, transport: Transport, wire: WireFormat) -> None:
-        self._transport = transport
-        self._wire = wire
-        self._idle: dict[str, list[Channel]] = defaultdict(list)
-        self._batchers: dict[str, StepBatcher] = {}
-
-    async def take(self, peer: str) -> Channel:
-        """A stream to the peer with no request open on it. Raises `PeerUnreachable`."""
-        if self._idle[peer]:
-            return self._idle[peer].pop()
-        return Channel(await self._transport.open(peer, PROTOCOL_NAME), side="client", form=self._wire)
-
-    def give(self, channel: Channel) -> None:
-        """Give a stream back after a complete exchange."""
-        self._idle[channel.peer_id].append(channel)
-
-    def batcher(self, peer: str) -> StepBatcher:
-        """Where steps of this client's sessions at the peer come together."""
-        if peer not in self._batchers:
-            self._batchers[peer] = StepBatcher(partial(self.take, peer), self.give)
-        return self._batchers[peer]
-
-    async def drop(self, peer: str) -> None:
-        """Close the streams to the peer that lie ready."""
-        for channel in self._idle.pop(peer, []):
-            await channel.close()
-
-    async def close(self) -> None:
-        """Close all of them, and what comes together on them."""
-        for batcher in self._batchers.values():
-            batcher.close()
-        for peer in list(self._idle):
-            await self.drop(peer)
-
-
 class SwarmView:
     """Used from the client's event loop only."""
 
@@ -194,7 +227,8 @@ class SwarmView:
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
         self.records = Records(directory, model, config, self.now, self.health.forgive)
-        self.channels = Channels(transport, self.wire)
+        self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire)
+        self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
         self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
         self._mixed = config.mixed
@@ -335,7 +369,15 @@ class SwarmView:
         except MissingBlocks:
             return False
 
+    def batcher(self, peer: str) -> StepBatcher:
+        """Where steps of this client's sessions at the peer come together."""
+        if peer not in self._batchers:
+            self._batchers[peer] = StepBatcher(peer, partial(self.channels.ask, peer))
+        return self._batchers[peer]
+
     async def close(self) -> None:
         """End what goes on by itself, and the pooled streams."""
         self.records.close()
+        for batcher in self._batchers.values():
+            batcher.close()
         await self.channels.close()

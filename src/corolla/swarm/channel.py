@@ -1,4 +1,4 @@
-"""A stream that carries packets: framing, legal order and silence, in one place.
+"""Streams that carry packets: framing, legal order and silence, in one place; and those that lie ready.
 
 Invariant: what `receive` returns is well-formed and legal at this moment, and what `send` has begun is
 never cut in the middle without the channel being unusable from then on. No wait for a peer that owes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -24,8 +25,9 @@ from corolla.errors import (
     RequestRefused,
     UsageError,
 )
-from corolla.swarm.transport.base import Buffer, Stream
+from corolla.swarm.transport.base import Buffer, Stream, Transport
 from corolla.text import one_line
+from corolla.wire.failures import meaning
 from corolla.wire.frames import (
     PREAMBLE_SIZE,
     Header,
@@ -284,3 +286,47 @@ def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
                 group, room = [], PIECE
     if group:
         yield group
+
+
+class ChannelPool:
+    """Streams to peers that lie ready, with no request open on them. Used on one event loop."""
+
+    def __init__(self, transport: Transport, protocol: str, form: WireFormat) -> None:
+        self._transport = transport
+        self._protocol = protocol
+        self._form = form
+        self._idle: dict[str, list[Channel]] = defaultdict(list)
+
+    async def take(self, peer: str) -> Channel:
+        """A stream to the peer. Raises `PeerUnreachable`."""
+        if self._idle[peer]:
+            return self._idle[peer].pop()
+        return Channel(await self._transport.open(peer, self._protocol), side="client", form=self._form)
+
+    def give(self, channel: Channel) -> None:
+        """Give a stream back after a complete exchange."""
+        self._idle[channel.peer_id].append(channel)
+
+    async def ask(self, peer: str, packet: Packet) -> Packet:
+        """The answer to one request, see `request`; the stream lies ready again where it can still be trusted."""
+        channel = await self.take(peer)
+        try:
+            answer = await request(channel, packet)
+        except BaseException as error:
+            if isinstance(error, RequestRefused) and not meaning(error).stream_lost:
+                self.give(channel)
+            else:
+                await channel.close()
+            raise
+        self.give(channel)
+        return answer
+
+    async def drop(self, peer: str) -> None:
+        """Close the streams to the peer."""
+        for channel in self._idle.pop(peer, []):
+            await channel.close()
+
+    async def close(self) -> None:
+        """Close all of them."""
+        for peer in list(self._idle):
+            await self.drop(peer)

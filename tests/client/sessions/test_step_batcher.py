@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor
 from corolla.client.sessions import step_batcher
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.errors import PeerSilent, ProtocolError, RequestRefused
-from corolla.swarm.channel import Channel
+from corolla.swarm.channel import Channel, ChannelPool
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Step, Steps
 
@@ -146,15 +146,17 @@ def test_a_server_lost_in_the_middle_of_all_replies(pair_of: PairOf, how: str) -
 def test_an_answer_of_another_shape_is_no_answer(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = pair_of("llama")
     model, prompts, wrong = pair.model(), prompts_of(), iter(range(2))
-    own = step_batcher.request
+    own = ChannelPool.ask
 
-    async def odd(channel: Channel, packet: Packet) -> Packet:
-        answer = await own(channel, packet)
+    async def odd(self: ChannelPool, peer: str, packet: Packet) -> Packet:
+        answer = await own(self, peer, packet)
+        if not isinstance(packet.message, Steps):
+            return answer
         if next(wrong, None) is None:
             return answer
         return Packet(answer.message, {"hidden": answer.tensors["hidden"][..., :-1]})
 
-    monkeypatch.setattr(step_batcher, "request", odd)
+    monkeypatch.setattr(ChannelPool, "ask", odd)
     assert_equal(replies(model, prompts), local_replies(pair, model, prompts))
     assert next(wrong, None) is None
 
@@ -169,19 +171,11 @@ class Line:
         self.sent: list[list[str]] = []
         self.free = asyncio.Event()
         self.free.set()
-        self.batcher = StepBatcher(self._take, lambda _channel: None)
-        monkeypatch.setattr(step_batcher, "request", self._request)
+        self.batcher = StepBatcher("peer", lambda packet: self.ask(packet))
+        self.ask: Callable[[Packet], Awaitable[Packet]] = self.answer
         monkeypatch.setattr(step_batcher, "UNDER_WAY", 1)
 
-    async def _take(self) -> Any:
-        class Channel:
-            peer_id = "peer"
-
-            async def close(self) -> None: ...
-
-        return Channel()
-
-    async def _request(self, _channel: Any, packet: Packet) -> Packet:
+    async def answer(self, packet: Packet) -> Packet:
         assert isinstance(packet.message, Steps)
         self.sent.append([part.name for part in packet.message.parts])
         await self.free.wait()
@@ -288,13 +282,12 @@ async def test_nobody_waits_for_a_session_that_has_left(monkeypatch: pytest.Monk
 
 async def test_an_error_is_everybodys_and_the_next_message_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(monkeypatch)
-    own = line._request
 
-    async def failing(_channel: Any, packet: Packet) -> Packet:
-        monkeypatch.setattr(step_batcher, "request", own)
+    async def failing(_packet: Packet) -> Packet:
+        line.ask = line.answer
         raise ProtocolError("no", peer_id="peer")
 
-    monkeypatch.setattr(step_batcher, "request", failing)
+    line.ask = failing
     results = await asyncio.gather(line.step(A), line.step(B), return_exceptions=True)
     assert [type(one) for one in results] == [ProtocolError, ProtocolError]
     assert torch.equal(await line.step(A), torch.ones(1, 1, 4))
@@ -304,14 +297,13 @@ async def test_an_error_is_everybodys_and_the_next_message_goes(monkeypatch: pyt
 async def test_those_that_wait_hear_of_a_lost_server_too(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
     line = Line(monkeypatch)
     line.free.clear()
-    own = line._request
 
-    async def failing(channel: Any, packet: Packet) -> Packet:
-        await own(channel, packet)
-        monkeypatch.setattr(step_batcher, "request", own)
+    async def failing(packet: Packet) -> Packet:
+        await line.answer(packet)
+        line.ask = line.answer
         raise PeerSilent("no") if lost else RequestRefused("later", code="busy")
 
-    monkeypatch.setattr(step_batcher, "request", failing)
+    line.ask = failing
     first = line.step(A)
     while not line.sent:
         await asyncio.sleep(0)

@@ -16,11 +16,11 @@ from torch import Tensor
 from corolla.client.audits.audit import Answer
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, RemoteError, SwarmUnavailable
-from corolla.swarm.channel import checked, request
+from corolla.swarm.channel import checked
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop, find_route
 from corolla.wire.frames import Packet
-from corolla.wire.messages import Backward, Forward, Message
+from corolla.wire.messages import Backward, Forward
 
 log = logging.getLogger(__name__)
 
@@ -84,30 +84,20 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
         if answer.backward and hop is hops[-1]:
             break  # nobody needs its output
         message = Forward(model=view.model, start=hop.start, end=hop.end)
-        value = checked(await _exchange(view, hop, message, inputs), "hidden", value, hop.peer_id)
+        reply = await view.channels.ask(hop.peer_id, Packet(message, inputs))
+        value = checked(reply, "hidden", value, hop.peer_id)
     if not answer.backward:
         return Opinion({"hidden": value}, kinds, tuple(hops))
     grad, pieces = answer.inputs["grad"], []
     wanted = "prompts" in answer.claimed
     for hop, inputs in zip(reversed(hops), reversed(asked), strict=True):
         order = Backward(model=view.model, start=hop.start, end=hop.end, prompt_gradient=wanted)
-        reply = await _exchange(view, hop, order, inputs | {"grad": grad})
+        reply = await view.channels.ask(hop.peer_id, Packet(order, inputs | {"grad": grad}))
         grad = checked(reply, "grad", grad, hop.peer_id)
         if wanted:
             pieces.append(checked(reply, "prompts", inputs["prompts"], hop.peer_id))
     values = {"grad": grad} | ({"prompts": torch.cat(pieces[::-1])} if wanted else {})
     return Opinion(values, kinds, tuple(hops))
-
-
-async def _exchange(view: SwarmView, hop: Hop, message: Message, inputs: dict[str, Tensor]) -> Packet:
-    channel = await view.channels.take(hop.peer_id)
-    try:
-        reply = await request(channel, Packet(message, inputs))
-    except BaseException:
-        await channel.close()
-        raise
-    view.channels.give(channel)
-    return reply
 
 
 def _part(answer: Answer, hop: Hop) -> dict[str, Tensor]:

@@ -10,13 +10,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
+from corolla.client.remote_blocks import LaterSession
 from corolla.client.sessions.row_ends import RowEnds
-from corolla.client.sessions.session import InferenceSession, sequences_of
+from corolla.client.sessions.session import InferenceSession, go_on_from, sequences_of
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache, take_cache
@@ -181,5 +183,17 @@ class SessionCaches:
     def fresh(self, *, lazy: bool) -> RemoteCache:
         """See `models.shell.Caches`."""
         model: Any = self._model()
-        cache: RemoteCache = model.new_session(model._active_session, max_length=None, lazy=lazy).cache
-        return cache
+        session = LaterSession(model.blocks)
+        return RemoteCache(
+            session,
+            prompt_length=0 if model.prompts is None else model.prompts.length,
+            max_length=None,
+            owner=model.blocks,
+            fork=partial(_forked, model, session),
+            lazy=lazy,
+        )
+
+
+def _forked(model: Any, session: LaterSession, cache: RemoteCache) -> RemoteCache:
+    new = partial(model.new_session, ContextVar("unused"), max_length=None)
+    return go_on_from(cache, new, session.chain).cache

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.client.connection import SwarmConnection
-from corolla.client.remote_blocks import RemoteBlocks
+from corolla.client.remote_blocks import RemoteBlocks, close_soon
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
 from corolla.client.sessions.row_ends import RowEnds
@@ -58,12 +57,11 @@ class InferenceSession:
         max_length: int | None,
         embed: Callable[[Tensor], Tensor],
         entering: Callable[[Tensor], Tensor],
-        lazy: bool = False,
     ) -> None:
         """`max_length` None means: as far as each call says that it needs.
 
         `embed` gives the embeddings [R, T, E] of token ids [R, T], `entering` what they are when they enter the
-        first block, the prompt in front. `lazy` is explained at `RemoteCache`.
+        first block, the prompt in front.
         """
         if max_length is not None and max_length < 1:
             raise UsageError("A session needs a max_length of at least 1.")
@@ -80,7 +78,6 @@ class InferenceSession:
             max_length=max_length,
             owner=blocks,
             fork=partial(_forked, self._new, self._chain),
-            lazy=lazy,
         )
         self._active = active
         self._tokens: list[Token[InferenceSession | None]] = []
@@ -89,11 +86,10 @@ class InferenceSession:
             None  # 0 for padding in `_output_ids`; None while all tokens are real
         )
         # A session that is dropped without `close()` must not hold the servers' memory. The finalizer hangs
-        # on the cache, since that is what a caller of `model(..., use_cache=True)` keeps.
+        # on the cache, since that is what a caller of `generate` is given.
         self._connection = blocks.connection
-        self._finalizer = weakref.finalize(self.cache, _close_soon, self._connection, self._chain)
-        if not lazy:  # of others only the cache is kept
-            self._connection.prefixes.opened(self)
+        self._finalizer = weakref.finalize(self.cache, close_soon, self._connection, self._chain)
+        self._connection.prefixes.opened(self)
 
     # --- tokens so far -----------------------------------------------------------------------------------
 
@@ -215,7 +211,7 @@ class InferenceSession:
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
-        twin = _go_on_from(self.cache, self._new, self._chain)
+        twin = go_on_from(self.cache, self._new, self._chain)
         twin._output_ids, twin._output_mask = self._output_ids, self._output_mask
         return twin
 
@@ -284,14 +280,14 @@ class InferenceSession:
             self._connection.prefixes.keep(prefix)
 
 
-def _go_on_from(
-    cache: RemoteCache, new: Callable[[], InferenceSession], chain: SessionChain
+def go_on_from(
+    cache: RemoteCache, new: Callable[[], InferenceSession], chain: SessionChain | None
 ) -> InferenceSession:
-    """A new session that holds what a cache over `chain` does."""
+    """A new session that holds what a cache over `chain` does, which may not have been opened yet."""
     twin = new()
     if cache.deferred is not None:
         twin.cache.take_over(cache)
-    elif cache.length:
+    elif cache.length and chain is not None:
         begin = twin._chain.begin_as(chain, cache.prompt_length + cache.length, chain.version)
         if twin._connection.run(begin):
             twin.cache.take_over(cache)
@@ -299,12 +295,7 @@ def _go_on_from(
 
 
 def _forked(new: Callable[[], InferenceSession], chain: SessionChain, cache: RemoteCache) -> RemoteCache:
-    return _go_on_from(cache, new, chain).cache
-
-
-def _close_soon(connection: SwarmConnection, chain: SessionChain) -> None:
-    if connection.is_open and chain.is_open:
-        connection.run_soon(chain.close())
+    return go_on_from(cache, new, chain).cache
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

@@ -72,7 +72,7 @@ class SpanSession:
             await channel.close()
             raise
         self.channel = channel
-        self._batcher = view.channels.batcher(self.hop.peer_id)
+        self._batcher = view.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
         self.history.held = reply.message.position if isinstance(reply.message, Opened) else 0
         return origin is not None and self.history.held == origin.tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.errors import CorollaError, RequestRefused
 from corolla.swarm.arrivals import ArrivalTracker
-from corolla.swarm.channel import Channel, checked, refused, request
+from corolla.swarm.channel import checked, refused
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Steps
 
@@ -39,10 +39,10 @@ class _Step:
 class StepBatcher:
     """The sessions that one client has at one server. Used on the event loop only."""
 
-    def __init__(self, take: Callable[[], Awaitable[Channel]], give: Callable[[Channel], None]) -> None:
-        """`take` gives a stream to the server with no request open on it, and `give` takes it back."""
+    def __init__(self, peer: str, ask: Callable[[Packet], Awaitable[Packet]]) -> None:
+        """`ask` sends the server `peer` a request and gives its answer."""
         self.members: set[str] = set()  # sessions with a cache there, by their names
-        self._take, self._give = take, give
+        self._peer, self._ask = peer, ask
         self._waiting: list[_Step] = []
         self._under_way: set[asyncio.Task[None]] = set()
         self._sending: asyncio.Handle | None = None
@@ -108,8 +108,11 @@ class StepBatcher:
         self._send_soon()
 
     async def _exchange(self, steps: list[_Step]) -> None:
+        message = Steps(parts=tuple(one.part for one in steps))
+        hidden = torch.cat([one.hidden for one in steps])
         try:
-            answer, peer = await self._ask(steps)
+            answer = await self._ask(Packet(message, {"hidden": hidden}))
+            checked(answer, "hidden", hidden, self._peer)
         except CorollaError as error:
             # A server that is gone or hangs is no better for those that wait; they would only notice later.
             lost = [] if isinstance(error, RequestRefused) else self._take_all()
@@ -121,21 +124,7 @@ class StepBatcher:
                 one.done.cancel()
             raise
         else:
-            _hand_out(steps, answer, peer)
-
-    async def _ask(self, steps: list[_Step]) -> tuple[Packet, str]:
-        """The answer, and whose it is."""
-        channel = await self._take()
-        message = Steps(parts=tuple(one.part for one in steps))
-        hidden = torch.cat([one.hidden for one in steps])
-        try:
-            answer = await request(channel, Packet(message, {"hidden": hidden}))
-            checked(answer, "hidden", hidden, channel.peer_id)
-        except BaseException:
-            await channel.close()
-            raise
-        self._give(channel)
-        return answer, channel.peer_id
+            _hand_out(steps, answer, self._peer)
 
 
 def _alike(steps: list[_Step]) -> tuple[list[_Step], list[_Step]]:

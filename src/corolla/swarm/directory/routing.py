@@ -69,9 +69,9 @@ def find_route(
 ) -> list[Hop]:
     """The cheapest chain of servers for blocks [start, end).
 
-    A hop costs `HOP_SECONDS`, plus its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties go to fewer hops,
-    then to the peer ids that sort first. Raises `MissingBlocks` when some block has no eligible server;
-    `ValueError` for an empty range.
+    A hop costs `HOP_SECONDS`, plus its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties
+    go to fewer hops, then to the peer ids that sort first. Raises `MissingBlocks` when some block has no eligible
+    server, `ValueError` for an empty range.
     """
     if not 0 <= start < end:
         raise ValueError(f"Blocks {start}:{end} are not a range.")
