@@ -17,13 +17,14 @@ from torch import Tensor
 from corolla.client.connection import SwarmConnection
 from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
-from corolla.client.retry import DEFAULT_PATIENCE
+from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from tests.faults import Hit, Injector, describe
 from tests.schedules.plan import Schedule, plan
 from tests.schedules.workloads import Workload, expected, in_the_swarm, prompt_of, same
 from tests.schedules.world import DTYPE, SimulatedSwarm, checkpoint_of
 
+DEFAULT_PATIENCE = SwarmConfig().patience
 SLACK = 90.0  # seconds by which a client may know later than we that a block has no server
 
 

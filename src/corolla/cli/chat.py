@@ -115,7 +115,11 @@ def chat(
     options = replace(options, identity=client_identity(identity, invite))
     options = chosen_swarm(options, whom, saved, partial(typed, context))
     with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(kept(prepared, system, transcript, saved, options)) if save else None
+        journal = (
+            stack.enter_context(opened_transcript(prepared, system, transcript, saved, options))
+            if save
+            else None
+        )
         addresses = stack.enter_context(joined(options.peers, whom.model, whom.revision, cache_dir))
         options = replace(options, peers=tuple(addresses))
         repl = stack.enter_context(opened(prepared, options, system=system, journal=journal, saved=saved))
@@ -170,7 +174,7 @@ def chosen_swarm(
     return replace(given, peers=found.peers, trust=found.trust if given.trust is None else given.trust)
 
 
-def kept(
+def opened_transcript(
     prepared: Prepared,
     system: str | None,
     path: Path | None,

@@ -74,7 +74,8 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        command(**{name: group.taken(given) for name, group in groups.items()}, **given)
+        arguments = {name: group.taken(given) for name, group in groups.items()}
+        command(**arguments, **given)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

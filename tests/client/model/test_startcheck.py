@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
-
 from transformers import AutoConfig
 
 from corolla.client import local_blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
 from torch import Tensor
-from transformers import AutoConfig, OlmoForCausalLM, PreTrainedModel
+from transformers import AutoConfig, OlmoForCausalLM
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
@@ -20,11 +19,9 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.families import blocks_prefix
 from corolla.models.kernels.apply import supported
 from corolla.models.kernels.decode import Rules
 from corolla.models.quantization import use_kernels
-from corolla.models.shell import BaseModelHooks, BlocksLayer, RunBlocks, replace_blocks
 from corolla.models.span import load_span
 
 

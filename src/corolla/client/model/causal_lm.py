@@ -38,8 +38,7 @@ from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.forms import reads_flat_rows
-from corolla.models.checks.forms import returns_tuple
+from corolla.models.checks.forms import reads_flat_rows, returns_tuple
 from corolla.models.guard import watch_losses
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters

@@ -203,9 +203,7 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
     return True
 
 
-def _same_at_a_client(
-    whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None
-) -> bool:
+def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
     """The logits of a client's shell around the spans."""
 
     def run(hidden: Tensor, call: BlocksCall) -> Tensor:
