@@ -76,6 +76,8 @@ def marks(one: Way, column: Column, family: str) -> list[Any]:
 
 # Padding between a prompt and a text, where windows count it: see `test_windows_over_padding`.
 GAPS = ("with padding on the left", "a batch with padding on the left")
+# bloom has no position ids: what is given as such changes nothing, locally either.
+POSITIONS = "the same by position ids"
 CELLS = [
     pytest.param(
         one,
@@ -87,7 +89,9 @@ CELLS = [
     for one in WAYS
     for column in COLUMNS
     for family in FAMILIES
-    if one.sentence(column) != "" and not (family == "gemma3_text" and one.name in GAPS and column != "none")
+    if one.sentence(column) != ""
+    and not (family == "gemma3_text" and one.name in GAPS and column != "none")
+    and not (family == "bloom" and one.name == POSITIONS and column == "none")
 ]
 
 
