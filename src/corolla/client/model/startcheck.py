@@ -1,9 +1,10 @@
 """Proof, before a client uses a family, that this release of transformers does with it what it should.
 
 Invariant: a family that passes gave, in this process and with these libraries, through the very class, hooks,
-sessions and `generate` that a client uses, the logits of the whole miniature: in a padded batch, in a
-session's second turn, by speculation, after a rollback, with rows exchanged; and its gradients. Releases of transformers change what stands between `generate` and a
-model's forward; what cannot be verified is refused, since such a change shows as wrong words and nothing else.
+sessions and `generate` that a client uses, the logits of the whole miniature: in a padded batch, in a session's
+second turn, by speculation, after a rollback, with rows exchanged; and its gradients. Releases of transformers change
+what stands between `generate` and a model's forward; what cannot be verified is refused, since such a change shows as
+wrong words and nothing else.
 """
 
 from __future__ import annotations
