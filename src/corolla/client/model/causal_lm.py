@@ -8,11 +8,12 @@ checkpoint without blocks from being written as if it were whole.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache as memoize
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Self, cast
@@ -24,16 +25,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.client.connection import SwarmConnection
 from corolla.client.local_blocks import load_local
 from corolla.client.model import arguments, saving
-from corolla.client.model.adapters import AdapterCheck
 from corolla.client.model.arguments import LoadRequest
 from corolla.client.model.heads import kept_head, using_head
 from corolla.client.model.loading import client_dtype_for, connect, first_prompt, load_shell
-from corolla.client.model.objects import SharedConnection, copied, eagerly, refuse_pickle, refuse_shallow_copy
+from corolla.client.model.objects import (
+    AdapterCheck,
+    SharedConnection,
+    copied,
+    eagerly,
+    refuse_pickle,
+    refuse_shallow_copy,
+)
 from corolla.client.model.startcheck import check_generation
 from corolla.client.model.watched import Noted
-from corolla.client.remote_blocks import RemoteBlocks
-from corolla.client.sessions.generating import GenerateCall, SessionCaches, prepare_room, watched
-from corolla.client.sessions.session import ActiveSession, InferenceSession
+from corolla.client.remote_blocks import LaterSession, RemoteBlocks
+from corolla.client.sessions.generating import GenerateCall, prepare_room, watched
+from corolla.client.sessions.session import ActiveSession, InferenceSession, go_on_from
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
@@ -46,6 +53,37 @@ from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, wh
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+
+
+class SessionCaches:
+    """A model's sessions, as calls that name no cache find them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self.owner: object = model.blocks
+
+    def active(self) -> RemoteCache | None:
+        """See `models.shell.Caches`."""
+        model = self._model()
+        return None if model is None or model.active_session is None else model.active_session.cache
+
+    def fresh(self, *, lazy: bool) -> RemoteCache:
+        """See `models.shell.Caches`."""
+        model: Any = self._model()
+        session = LaterSession(model.blocks)
+        return RemoteCache(
+            session,
+            prompt_length=0 if model.prompts is None else model.prompts.length,
+            max_length=None,
+            owner=model.blocks,
+            fork=partial(_forked, model, session),
+            lazy=lazy,
+        )
+
+
+def _forked(model: Any, session: LaterSession, cache: RemoteCache) -> RemoteCache:
+    new = partial(model.new_session, ContextVar("unused"), max_length=None)
+    return go_on_from(cache, new, session.chain).cache
 
 
 @memoize

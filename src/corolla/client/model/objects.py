@@ -1,12 +1,13 @@
-"""What Python and torch do to objects, for a model that holds on to a swarm: copies, pickles, compilers.
+"""What Python and libraries do to a model that holds on to a swarm: copies, pickles, compilers, adapters.
 
 Invariant: copies of a model have weights, prompt and sessions of their own over one connection, which is closed
-when the last of them is closed or dropped.
+when the last of them is closed or dropped. An adapter that is meant for blocks is refused, not left out.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -100,3 +101,56 @@ def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             "A distributed model calls a swarm, so it cannot be exported: export the whole local model instead."
         )
     return function(*args, **kwargs)
+
+
+class AdapterCheck:
+    """Looks at each adapter that peft puts into a model once, when the model is called with it for the first time.
+
+    peft looks for the modules that it is to change among those that are there, and is content with some of them; a
+    distributed model has no blocks, so what an adapter wants there is looked up in the whole model's structure.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Any] = {}
+
+    def __call__(self, model: Any) -> None:
+        """Raises `UsageError` when an adapter is to change something in the blocks."""
+        adapters = vars(model).get("peft_config") or {}
+        for name, adapter in adapters.items():
+            if self._seen.get(name) is adapter:
+                continue
+            wanted = _wanted_in_blocks(model.config, adapter)
+            if wanted is not None:
+                raise UsageError(
+                    f"The adapter {name} is to change {wanted}, which is part of the blocks and stays on the servers: "
+                    "choose target_modules outside of the blocks, such as head and embeddings, or tune a prompt."
+                )
+            self._seen[name] = adapter
+
+
+def _wanted_in_blocks(config: Any, adapter: Any) -> str | None:
+    """The first module or parameter of a block that the adapter is meant for; None without one."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = getattr(adapter, "target_modules", None)
+    parameters = getattr(adapter, "target_parameters", None) or ()
+    saved = getattr(adapter, "modules_to_save", None) or ()
+    if not (targets or parameters or saved):
+        return None
+    place = families.structure(config)
+    with torch.device("meta"):
+        whole = place.causal_lm(copy.deepcopy(config))
+    inside = re.compile(rf"{re.escape(place.prefix)}\.\d+\.")
+    for key, _ in whole.named_modules():
+        if inside.match(key) and (
+            (targets and check_target_module_exists(adapter, key)) or _ends_as(key, saved)
+        ):
+            return str(key)
+    for key, _ in whole.named_parameters():
+        if inside.match(key) and _ends_as(key, parameters):
+            return str(key)
+    return None
+
+
+def _ends_as(key: str, names: Any) -> bool:
+    return any(key == name or key.endswith(f".{name}") for name in names)

@@ -6,19 +6,16 @@ of it; what the call said becomes part of the session and is returned without wh
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
-from corolla.client.remote_blocks import LaterSession
 from corolla.client.sessions.row_ends import RowEnds
-from corolla.client.sessions.session import InferenceSession, go_on_from, sequences_of
+from corolla.client.sessions.session import InferenceSession, sequences_of
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache, take_cache
@@ -166,34 +163,3 @@ def prepare_room(
     else:
         del model_kwargs[model.cache_name]
     return max_cache_length
-
-
-class SessionCaches:
-    """A model's sessions, as calls that name no cache find them."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-        self.owner: object = model.blocks
-
-    def active(self) -> RemoteCache | None:
-        """See `models.shell.Caches`."""
-        model = self._model()
-        return None if model is None or model.active_session is None else model.active_session.cache
-
-    def fresh(self, *, lazy: bool) -> RemoteCache:
-        """See `models.shell.Caches`."""
-        model: Any = self._model()
-        session = LaterSession(model.blocks)
-        return RemoteCache(
-            session,
-            prompt_length=0 if model.prompts is None else model.prompts.length,
-            max_length=None,
-            owner=model.blocks,
-            fork=partial(_forked, model, session),
-            lazy=lazy,
-        )
-
-
-def _forked(model: Any, session: LaterSession, cache: RemoteCache) -> RemoteCache:
-    new = partial(model.new_session, ContextVar("unused"), max_length=None)
-    return go_on_from(cache, new, session.chain).cache
