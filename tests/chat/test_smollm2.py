@@ -39,7 +39,12 @@ def swarm() -> Iterator[MemorySwarm]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "style"), [(None, "delimiter"), ("ptune", "delimiter"), ("deep_ptune", "template")]
+    ("mode", "style"),
+    [
+        pytest.param(None, "delimiter", marks=pytest.mark.nightly),
+        pytest.param("ptune", "delimiter", marks=pytest.mark.nightly),
+        ("deep_ptune", "template"),
+    ],
 )
 def test_six_turns_equal_recomputing_the_text(swarm: MemorySwarm, mode: str | None, style: str) -> None:
     tokenizer = load_tokenizer("smollm2")

@@ -119,6 +119,7 @@ def test_a_bundle_is_talked_with_as_it_was_trained(model: Path, bundle: Path, ad
     assert dialogue == expected_chat(model, bundle, RenderSettings(delimiter=" ~ "), 7, ["one", "two"])
 
 
+@pytest.mark.nightly
 def test_servers_compute_a_bundle_once_for_everybody(model: Path, bundle: Path, tmp_path: Path) -> None:
     """Two chats, which are two peers: both are as ever, and neither has the prompt's tokens computed."""
     rendering = RenderSettings(delimiter=" ~ ")
@@ -337,6 +338,7 @@ def test_flags_go_before_what_the_bundle_says(bundle: Path) -> None:
     assert prepare(partner, SamplingSettings()).max_context == 512 - 3
 
 
+@pytest.mark.nightly
 def test_a_prompt_saved_without_a_bundle_will_do(model: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(model))
     prompt = SoftPrompt(torch.zeros(2, 32), deep_blocks=4)

@@ -117,6 +117,7 @@ def test_words_that_are_no_text(model: Path, talks: Path, refused: Refused) -> N
     assert "nonsense" in refused("chat", model, "--system", odd, "--peers", "nonsense")
 
 
+@pytest.mark.nightly
 def test_a_chat_with_bytes_that_are_no_text(model: Path, tmp_path: Path) -> None:
     """They come from stdin, and the terminal knows ASCII only; a model of random weights says anything."""
     with processes(tmp_path) as started:

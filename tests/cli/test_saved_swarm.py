@@ -106,6 +106,7 @@ def test_continue_needs_no_peers(
     assert "Going on with" in again.stdout
 
 
+@pytest.mark.nightly
 def test_a_bundle_needs_none_either(model: Path, address: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(model))
     described = Bundle(

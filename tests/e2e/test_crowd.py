@@ -47,6 +47,7 @@ def real_prompts(tokenizer: Any) -> list[Tensor]:
     return prompts
 
 
+@pytest.mark.nightly
 def test_tokens_are_the_same_alone_and_in_a_crowd(model: Any) -> None:
     """Equal, or one of two that the local model cannot tell apart either (such cases are shown)."""
     source = open_checkpoint("smollm2").tokenizer_source

@@ -82,6 +82,7 @@ def limited(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", bound + code, *arguments]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_model_larger_than_any_process_trains_and_generates(tmp_path: Path) -> None:
     folder = tmp_path / "large"

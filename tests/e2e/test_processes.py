@@ -59,7 +59,7 @@ def compare_a_step_and_some_tokens(model: Any, local: Prompted) -> None:
     local.assert_greedy(found, 6)
 
 
-@pytest.mark.parametrize("family", ["bloom", "mixtral"])
+@pytest.mark.parametrize("family", ["bloom", pytest.param("mixtral", marks=pytest.mark.nightly)])
 def test_families_over_real_processes(started: Processes, tmp_path: Path, family: str) -> None:
     folder = write_tiny(family, tmp_path / "model")
     address, _ = started.swarm(folder, ["0:2", "2:4"])

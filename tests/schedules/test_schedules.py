@@ -20,7 +20,7 @@ from tests.schedules.run import Outcome, run
 Note = Callable[[str, Any], None]
 
 CHUNKS = 8
-SECONDS = 18.0  # of each chunk
+SECONDS = 10.0  # of each chunk
 LEAST = 5  # schedules that count, of each chunk, however slow the machine
 NIGHTLY_CHUNKS = 20
 NIGHTLY_SCHEDULES = 100  # that count, of each chunk

@@ -26,6 +26,7 @@ print(checkpoint.identity, checkpoint.num_blocks, checkpoint.tokenizer_source)
 """
 
 
+@pytest.mark.nightly
 def test_two_processes_convert_the_embedded_model_at_once(tmp_path: Path) -> None:
     environment = {**os.environ, "COROLLA_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [

@@ -131,7 +131,7 @@ def use(name: str, endpoint: str, cache: Path) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.nightly), 5])
 def test_only_what_is_needed_is_fetched_and_a_local_copy_is_the_same_model(
     tmp_path: Path, shards: int
 ) -> None:

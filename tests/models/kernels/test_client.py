@@ -115,5 +115,5 @@ def test_a_familys_own_embedding_stays() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(UsageError, match="use one of none, int8, bfloat16"):
+    with pytest.raises(UsageError, match="use one of none, bfloat16, int8"):
         quantize_client(frozen_model(), "int3")  # type: ignore[arg-type]
