@@ -405,7 +405,7 @@ def no_mistake(_patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_page_written(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockTable, "_own", lambda _self, _index: None)
+    patch.setattr(BlockTable, "_copy_on_write", lambda _self, _index: None)
 
 
 def deep_prompts_forgotten_by_the_server(patch: pytest.MonkeyPatch) -> None:
