@@ -27,6 +27,7 @@ from tests.tiny_models import write_tiny
 
 from corolla.client.audits.auditor import Auditor
 from corolla.client.audits.own_blocks import OwnBlocks
+from corolla.config import SwarmConfig
 from corolla.swarm.directory.routing import Hop
 
 Note = Callable[[str, Any], None]
@@ -49,7 +50,8 @@ def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[...,
     for seed in range(24):
         own, draw = OwnBlocks(swarm.checkpoint, swarm.dtype), random.Random(seed)
         connection = swarm.connect(
-            patience=2.0, observe=lambda view, own=own, draw=draw: Auditor(view, 0.05, own=own, draw=draw)
+            SwarmConfig(patience=2.0),
+            observe=lambda view, own=own, draw=draw: Auditor(view, 0.05, own=own, draw=draw),
         )
         auditor = connection.audits
 

@@ -26,7 +26,7 @@ from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.transport.identity import Identity
 from corolla.wire.messages import PROTOCOL_NAME
 
-NOW = time.time()
+NOW = time.time() + 3600  # hivemind looks at the real clock, and the tests may be long in coming
 
 
 @cache
