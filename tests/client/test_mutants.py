@@ -72,21 +72,21 @@ def padding_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def stranger_seen(patch: pytest.MonkeyPatch) -> None:
-    """A row reads another row's first page for its own."""
+    """A sequence reads another's first page for its own."""
     make = PackedBatch.__init__
 
     def mixed(self: PackedBatch, segments: Any, pool: Any = None) -> None:
         make(self, segments, pool)
         for one, other in pairwise(self.segments):
-            if one.row is not None and other.row is not None:
-                pages = [other.row.pages[0], *one.row.pages[1 : pages_for(one.row.length)]]
+            if one.sequence is not None and other.sequence is not None:
+                pages = [other.sequence.pages[0], *one.sequence.pages[1 : pages_for(one.sequence.length)]]
                 one._first, one._pages = None, torch.tensor(pages)
 
     patch.setattr(PackedBatch, "__init__", mixed)
 
 
 def shared_page_written(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockTable, "_own", lambda _self, _index: None)
+    patch.setattr(BlockTable, "_copy_on_write", lambda _self, _index: None)
 
 
 def stale_lease(patch: pytest.MonkeyPatch) -> None:
