@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock
 
@@ -22,6 +22,28 @@ from corolla.errors import CheckpointError, UsageError
 
 OWNER_ONLY = 0o600
 _RANDOM = "[a-z0-9_]{8}"  # what `tempfile` puts behind a prefix
+
+
+_scratch: set[Path] = set()  # of this process, at this moment
+
+
+@contextlib.contextmanager
+def scratch_folder(name: str = "corolla-") -> Iterator[Path]:
+    """An empty folder that is gone after the block, and when `exit_at_once` ends the process within it."""
+    with tempfile.TemporaryDirectory(prefix=name) as folder:
+        path = Path(folder)
+        _scratch.add(path)
+        try:
+            yield path
+        finally:
+            _scratch.discard(path)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process as `os._exit` does, whatever its threads do, and leave no scratch folder behind."""
+    for path in list(_scratch):
+        shutil.rmtree(path, ignore_errors=True)
+    os._exit(code)
 
 
 def write_json(path: Path, content: Any) -> None:

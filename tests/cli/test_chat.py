@@ -148,6 +148,7 @@ async def computed(model: Path, address: str) -> list[int]:
     return found
 
 
+@pytest.mark.nightly
 def test_without_peers_a_swarm_runs_here_meanwhile(model: Path) -> None:
     found = corolla("chat", str(model), "--temperature", "0", "--max-new-tokens", "5", text="one\n/quit\n")
     assert found.returncode == 0, found.stderr

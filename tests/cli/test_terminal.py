@@ -15,8 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from corolla.cli.common import explain
-from corolla.cli.terminal import TerminalConsole, error_console, set_up_logging
+from corolla.cli.terminal import TerminalConsole, error_console, explain_in, set_up_logging
 from corolla.errors import RemoteError, UsageError
 
 EVIL = "a\x1b[2J\x1b]52;c;eA==\x07b\r\x9b1mc\u202ed\ud800"
@@ -71,7 +70,7 @@ def test_logs(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors() -> None:
     for error in (RemoteError(f"[red]{EVIL}\\[/red]"), UsageError("\\[x] [/]")):
         with error_console.capture() as output:
-            assert explain(error) == error.exit_code
+            explain_in(str(error))
         assert output.get() == f"error: {str(error).replace(EVIL, HARMLESS)}\n"
 
 

@@ -103,6 +103,7 @@ def test_a_model_or_data_that_cannot_be_used_is_one_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "empty.jsonl", "folder"]
 
 
+@pytest.mark.nightly
 def test_a_run_without_peers_starts_its_own_swarm_and_ends_in_a_bundle(
     tiny: Path, talks: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def run(folder: Path, note: Note, *, seconds: float, kill_every: float, slope_se
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.nightly
 def test_a_crowd_notices_nothing_when_servers_are_killed(tmp_path: Path, record_property: Note) -> None:
     seen = run(tmp_path, record_property, seconds=60, kill_every=LEAST_PAUSE, slope_seconds=30)
     assert seen.kills >= 2

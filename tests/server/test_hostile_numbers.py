@@ -28,7 +28,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import ProtocolError
-from corolla.server.block_server import failure_of
+from corolla.wire.failures import failure_of
 from corolla.wire.frames import Limits, Packet, encode, parse_header
 from corolla.wire.messages import PROTOCOL_VERSION, ClientMessage, CloseSession, Failure, Opened, Output, Step
 from corolla.wire.tensors import MAX_DIMENSION

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from corolla.files import exit_at_once
 from corolla.text import well_formed
 
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
@@ -57,9 +58,9 @@ def ended_by_signals(*, die_with_parent: bool = False) -> Iterator[None]:
     A library whose import is interrupted is left half made and fails in ways of its own, which would be all
     that the user saw; and there is nothing yet to put in order.
     """
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    before = signal.signal(signal.SIGINT, lambda *_: exit_at_once(130))
     # This one stays until `run_until_stopped` has its own: there is no moment without one.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: exit_at_once(0))
     if die_with_parent:
         _parent.watch()
     try:
@@ -124,7 +125,7 @@ class _Parent:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._has_ended = False
-        self._ended: Callable[[], object] = lambda: os._exit(0)  # nothing is there yet to put in order
+        self._ended: Callable[[], object] = lambda: exit_at_once(0)  # nothing is there yet to put in order
 
     def watch(self) -> None:
         """Begin to watch, once."""
@@ -149,7 +150,7 @@ class _Parent:
             self._call()
         time.sleep(ORPHAN_SECONDS)
         if os.getppid() != parent:  # nobody is left who would end us, and the swarm may be gone with it
-            os._exit(1)
+            exit_at_once(1)
 
     def _call(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from corolla.cli.members import InviteOption, NodeOptions, redeem_invitation
 from corolla.cli.terminal import say
 from corolla.config import ServerConfig, parse_blocks
 from corolla.errors import UsageError
+from corolla.files import exit_at_once
 
 
 @with_fields
@@ -69,4 +69,4 @@ def serve(
         quiet_libraries()
     run_until_stopped(lambda stop: run(config, stop, say), die_with_parent=die_with_parent)
     if still_loading():
-        os._exit(0)
+        exit_at_once(0)

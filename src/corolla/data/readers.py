@@ -12,7 +12,6 @@ import json
 import lzma
 import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from corolla.data.rows import Found, json_rows, listed, table_rows
 from corolla.errors import DataError
+from corolla.files import scratch_folder
 
 READ_AS = {
     ".json": "json",
@@ -117,7 +117,7 @@ def _read_parquet(path: Path) -> list[Any]:
             f"{path} is compressed as a whole: unpack it first, parquet needs no other compression."
         )
     # A folder of its own, so that no copy of the user's data stays behind.
-    with tempfile.TemporaryDirectory(prefix="corolla-data-") as scratch:
+    with scratch_folder("corolla-data-") as scratch:
         try:
             return list(_datasets().Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True))
         except Exception as error:  # pyarrow and datasets raise what they like for a broken file

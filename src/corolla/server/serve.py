@@ -209,7 +209,7 @@ LOADING = "corolla-load"
 def still_loading() -> bool:
     """Whether a stopped `serve` has left its reading thread behind.
 
-    It cannot be interrupted, and the interpreter must not be torn down under it: end with `os._exit`.
+    It cannot be interrupted, and the interpreter must not be torn down under it: end with `files.exit_at_once`.
     """
     return any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
 

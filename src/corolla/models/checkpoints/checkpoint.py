@@ -7,7 +7,6 @@ read in full is an error that names the file. Nothing is unpickled: weights are 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import CheckpointError
-from corolla.files import made_once
+from corolla.files import made_once, scratch_folder
 from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
 from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.identity import Sample, model_identity, sample_plan
@@ -206,7 +205,7 @@ def _load_config(name: str, path: Path, found: dict[str, Any], plain: dict[str, 
         )
     if plain == found:
         return load_config(name, path, plain)
-    with tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+    with scratch_folder() as folder:
         rewritten = Path(folder) / CONFIG_FILE
         rewritten.write_text(json.dumps(plain))
         return load_config(name, rewritten, plain)

@@ -7,7 +7,6 @@ without the repository's own code is refused in one sentence, and so is whatever
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UnsupportedFamily
+from corolla.files import scratch_folder
 from corolla.json_files import read_object
 from corolla.models.checkpoints.source import Source
 from corolla.text import one_line
@@ -138,7 +138,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    with tempfile.TemporaryDirectory(prefix="corolla-") as alone:
+    with scratch_folder() as alone:
         Path(alone, path.name).symlink_to(path.resolve())
 
         def load() -> tuple[Any, Any]:

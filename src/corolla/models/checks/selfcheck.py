@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from corolla.errors import UnsupportedFamily
+from corolla.files import scratch_folder
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import BlockTable, PagePool
 from corolla.models.cache import BlocksCall, cache_argument
@@ -64,7 +64,7 @@ def check_family(config: PretrainedConfig) -> bool:
 def split_miniature(config: PretrainedConfig) -> Iterator[tuple[PreTrainedModel, list[Span]]]:
     """A random miniature of this config, always the same, and the spans of which it consists."""
     small = miniature(config)
-    with undisturbed(), tempfile.TemporaryDirectory(prefix="corolla-") as folder:
+    with undisturbed(), scratch_folder() as folder:
         whole = random_model(structure(config).causal_lm, small)
         whole.save_pretrained(folder)
         yield whole, _spans(Path(folder), small.num_hidden_layers)
