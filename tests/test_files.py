@@ -1,3 +1,12 @@
+"""Folders of a process that ends in the middle of its work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
 def test_a_process_that_ends_at_once_leaves_no_scratch_folder() -> None:
     code = (
         "from corolla.files import exit_at_once, scratch_folder\n"
