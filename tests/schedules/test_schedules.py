@@ -31,11 +31,10 @@ FIRST_OF_A_CHUNK = 100_000
 def test_schedules_end_as_if_nothing_had_failed(chunk: int, root: Path, record_property: Note) -> None:
     outcome, began = Outcome(), time.perf_counter()
     seed = chunk * FIRST_OF_A_CHUNK
-    while time.perf_counter() - began < SECONDS:
+    while time.perf_counter() - began < SECONDS or outcome.counted < LEAST:
         outcome.add(run(seed, root))
         seed += 1
     record_property("schedules", outcome.as_dict() | {"seconds": time.perf_counter() - began})
-    assert outcome.counted >= LEAST
 
 
 @pytest.mark.nightly
