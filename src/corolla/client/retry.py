@@ -144,9 +144,8 @@ class Retry:
         if error_names_nobody(error):
             return backoff(call.failures)
         if remedy_of(error) is Remedy.REPLAY and call.evictions > 1:
-            return backoff(
-                call.evictions
-            )  # a server that is so short of room must not be replayed in a circle
+            # A server that is so short of room must not be replayed in a circle.
+            return backoff(call.evictions)
         return 0.0
 
 

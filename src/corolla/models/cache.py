@@ -137,9 +137,8 @@ class RemoteCache(_OneGrowingLayer):
         self.whole = self.counted_twice = 0
         self._by_ids = False
         self.announced: int | None = None  # tokens that its next forward should bring
-        self.foreign = (
-            False  # something else than the user's tokens was put in front of them (peft's prompts)
-        )
+        # Something else than the user's tokens was put in front of them (peft's prompts).
+        self.foreign = False
         self._fork = fork
         self.length = 0
         # Both [R, length], of what the servers have seen: token ids (-1 where only embeddings are known) and

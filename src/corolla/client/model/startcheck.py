@@ -22,7 +22,7 @@ from corolla.client.local_blocks import LocalBlocks
 from corolla.client.model.objects import SharedConnection
 from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.errors import UnsupportedFamily
-from corolla.models.cache import cache_argument, take_cache
+from corolla.models.cache import take_cache
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
@@ -99,7 +99,7 @@ def _different_cache(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str |
 
     def last(ids: Tensor, mask: Tensor) -> Tensor:
         cache.crop(TOKENS - 1)
-        arguments: dict[str, Any] = {cache_argument(model.forward): cache, "attention_mask": mask}
+        arguments: dict[str, Any] = {model.cache_name: cache, "attention_mask": mask}
         logits: Tensor = model(input_ids=ids[:, -1:], **arguments).logits
         return logits
 

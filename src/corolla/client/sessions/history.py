@@ -50,9 +50,8 @@ class History:
         self.length = 0  # tokens a row
         self.rows = 0  # sequences; 0 before the first step
         self.held = 0  # tokens a row that the server holds; more than `length` until it hears of a rollback
-        self.order: Tensor | None = (
-            None  # how the server is to reorder its rows, int64 [R], with the next step
-        )
+        # How the server is to reorder its rows, int64 [R], with the next step.
+        self.order: Tensor | None = None
         self.epoch = 0  # steps that took something back or reordered it, as the server counts them
 
     @property
@@ -66,12 +65,8 @@ class History:
         The order is still to be told to whoever begins with what this one's server holds.
         """
         twin = History()
-        twin._segments, twin.length, twin.rows, twin.order = (
-            list(self._segments),
-            self.length,
-            self.rows,
-            self.order,
-        )
+        twin._segments, twin.length = list(self._segments), self.length
+        twin.rows, twin.order = self.rows, self.order
         twin.truncate(length)
         return twin
 

@@ -82,9 +82,8 @@ class InferenceSession:
         self._active = active
         self._tokens: list[Token[InferenceSession | None]] = []
         self._output_ids: Tensor | None = None
-        self._output_mask: Tensor | None = (
-            None  # 0 for padding in `_output_ids`; None while all tokens are real
-        )
+        # 0 for padding in `_output_ids`; None while all tokens are real.
+        self._output_mask: Tensor | None = None
         # A session that is dropped without `close()` must not hold the servers' memory. The finalizer hangs
         # on the cache, since that is what a caller of `generate` is given.
         self._connection = blocks.connection

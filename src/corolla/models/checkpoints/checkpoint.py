@@ -206,6 +206,6 @@ def _load_config(name: str, path: Path, found: dict[str, Any], plain: dict[str, 
     if plain == found:
         return load_config(name, path, plain)
     with scratch_folder() as folder:
-        rewritten = Path(folder) / CONFIG_FILE
+        rewritten = folder / CONFIG_FILE
         rewritten.write_text(json.dumps(plain))
         return load_config(name, rewritten, plain)

@@ -67,7 +67,7 @@ def split_miniature(config: PretrainedConfig) -> Iterator[tuple[PreTrainedModel,
     with undisturbed(), scratch_folder() as folder:
         whole = random_model(structure(config).causal_lm, small)
         whole.save_pretrained(folder)
-        yield whole, _spans(Path(folder), small.num_hidden_layers)
+        yield whole, _spans(folder, small.num_hidden_layers)
 
 
 @contextmanager
