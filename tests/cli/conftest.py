@@ -1,4 +1,4 @@
-"""Commands that are refused, within this process."""
+"""Commands that are refused, within this process, and a model to be talked with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.chat.reference import VOCABULARY, byte_tokenizer
+from tests.tiny_models import write_tiny
 
 from corolla.cli.main import main
 
 Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer that has a chat template."""
+    folder = write_tiny("llama", tmp_path_factory.mktemp("chat") / "model", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -44,14 +44,6 @@ SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a tokenizer that has a chat template."""
-    folder = write_tiny("llama", tmp_path_factory.mktemp("chat") / "model", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def address(model: Path) -> Iterator[str]:
     with processes(model.parent) as started:
         yield started.swarm(model, ["0:2", "2:4"])[0]

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.chat.reference import VOCABULARY, byte_tokenizer
 from tests.e2e.processes import corolla, processes
-from tests.tiny_models import write_tiny
 
 from corolla.cli.chat import chosen_swarm
 from corolla.cli.partner import Partner
@@ -77,13 +75,6 @@ def test_a_bundles_swarm_is_asked_last() -> None:
     assert client == SwarmConfig(trust=("t",), peers=("x",))
     given = SwarmConfig(trust=("u",), peers=("environed",))
     assert chosen_swarm(given, partner, None, nothing) == given
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_tiny("llama", tmp_path_factory.mktemp("kept") / "model", vocab_size=VOCABULARY)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
