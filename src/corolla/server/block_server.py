@@ -20,13 +20,12 @@ from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.span import Span
-from corolla.server.peers import Diary, PeerLimits
+from corolla.server.peers import Diary, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind, run_pass
-from corolla.server.scheduler.threads import FreeCpus, ThreadChooser
+from corolla.server.scheduler.policy import FreeCpus, ThreadChooser
 from corolla.server.sessions.bundles import Bundle, Entering, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.store import SessionStore
-from corolla.server.training.leases import Leases
 from corolla.version import __version__
 from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.policy import PASS_TOKENS, PassTimes, Shares
+from corolla.server.scheduler.policy import PASS_TOKENS, Pass, PassTimes, RunPass, Shares
 
 T = TypeVar("T")
 
@@ -81,10 +81,6 @@ class Call(Request):
     def result(self) -> Any:
         """What `run` gives."""
         return self._run()
-
-
-Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
-RunPass = Callable[[Pass], list[BaseException | None]]
 
 
 def run_pass(parts: Pass) -> list[BaseException | None]:

@@ -7,7 +7,8 @@ Model code runs in `result`, on the compute thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +29,9 @@ from corolla.server.block_server import (
     malformed,
     working_bytes,
 )
+from corolla.server.peers import Lease
 from corolla.server.scheduler.engine import Kind, Request
 from corolla.server.sessions.session import Client
-from corolla.server.training.leases import Lease, Saved
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output
 
@@ -247,6 +248,38 @@ class Sequences:
         mask = None if bool(real.all()) and positions is None else real
         output = self._span.forward(rows, mask=mask, positions=positions, prompts=prompts)
         return output[real].unsqueeze(0)
+
+
+class Saved:
+    """Counts the bytes that autograd keeps for a backward."""
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        """`weights` are there anyway, so neither they nor views of them count."""
+        self._weights = {one.untyped_storage().data_ptr() for one in weights if one.layout is torch.strided}
+        self._storages: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct tensors' memory, without weights."""
+        return sum(self._storages.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Everything that is saved inside is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _same):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()  # which views and slices share
+            if storage.data_ptr() not in self._weights:
+                self._storages[storage.data_ptr()] = storage.nbytes()
+        # Detached: a node that held its own output with its history would hold itself, and be freed never.
+        return tensor.detach()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def backward_of(lease: Lease, grad: Tensor, prompt_gradient: bool) -> dict[str, Tensor]:
