@@ -24,39 +24,106 @@ T = TypeVar("T")
 Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
 RunPass = Callable[[Pass], list[BaseException | None]]  # the error of each request, or None
 
+
+def run_pass(parts: Pass) -> list[BaseException | None]:
+    """One pass, as its requests are computed."""
+    errors: list[BaseException | None] = parts[0][0].run_pass(parts)
+    return errors
+
+
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
 SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
 LEAST_PREFILL_TOKENS = 16
+SECONDS_A_TOKEN = 0.002  # until it is known
+LEAST_TIMED = 64  # tokens; what fewer take says little
+# What is computed alone goes on for so long before it gives way again, and pieces of prompts that come in between
+# take about as long.
+PIECE_SECONDS = 0.1
+KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
+MOST_REMEMBERED = 10_000  # peers
 SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take to be worth one of its own
 GENERATING_SECONDS = 1.0  # how long after a decode step its client is taken to be in the middle of a reply
+
+
+class History:
+    """For whom a server has computed, and how long: a stranger has to use it up, while others use it too.
+
+    A server has one second of computing a second, so however many identities a stranger makes, few of them are known.
+    Written on the compute thread, read anywhere.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}  # whoever was computed for last is last
+
+    def computed(self, peer: str, seconds: float) -> None:
+        """The peer was given so much."""
+        self._seconds[peer] = self._seconds.pop(peer, 0.0) + seconds
+        if len(self._seconds) > MOST_REMEMBERED:
+            del self._seconds[next(iter(self._seconds))]
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def known(self, peer: str) -> bool:
+        """Whether the peer has a history."""
+        return self._seconds.get(peer, 0.0) >= KNOWN_SECONDS
+
+    def weights(self, peers: Collection[str]) -> Callable[[str], float]:
+        """What each of these counts for where they share something: all new ones together no more than all known."""
+        known = sum(self.known(peer) for peer in peers)
+        new = min(1.0, known / max(1, len(peers) - known)) if known else 1.0
+        return lambda peer: 1.0 if self.known(peer) else new
+
+
+class Speed:
+    """How long work takes that is computed alone. `work` is in tokens that go through all of the server's blocks."""
+
+    def __init__(self) -> None:
+        self._lately: deque[float] = deque([SECONDS_A_TOKEN], maxlen=16)  # seconds a token
+        self._best = SECONDS_A_TOKEN
+
+    def took(self, work: float, seconds: float) -> None:
+        """So much work took so long."""
+        if work >= LEAST_TIMED:
+            self._lately.append(seconds / work)
+            self._best = min(self._lately)
+
+    def seconds_of(self, work: float) -> float:
+        """How long so much takes, as quickly as it went lately: it was not slower for a reason that has passed."""
+        return work * self._best
 
 
 class Shares:
     """Seconds of computing that each peer was given: whoever had least of it comes first.
 
-    Invariant: between two peers that both always have work, the difference in what they were given stays below
-    one request each, however much they ask for. A peer that had nothing to do gathers no credit: it begins where
+    Invariant: between two peers with a history that both always have work, the difference in what they were given
+    stays below one request each, however much they ask for. A peer that had nothing to do gathers no credit: it begins where
     the least served of the busy ones stands.
 
-    Virtual time as in Sheng et al. 2024 (arXiv:2401.00588), counted in seconds of computing.
+    Virtual time as in Sheng et al. 2024 (arXiv:2401.00588), counted in seconds of computing. A second of one of many
+    new peers counts for more: together they get no more than those with a history.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, history: History | None = None) -> None:
+        self._history = history or History()
         self._given: dict[str, float] = {}
         self._floor = 0.0  # what the least served of the busy peers has had
+        self._weigh = self._history.weights(())
 
-    def given(self, peer: str) -> float:
-        """The peer's place in the order: smaller is sooner."""
-        return max(self._floor, self._given.get(peer, 0.0))
+    def after(self, peer: str, seconds: float = 0.0) -> float:
+        """The peer's place in the order, once it was given so much more: smaller is sooner."""
+        return max(self._floor, self._given.get(peer, 0.0)) + seconds / self._weigh(peer)
 
     def give(self, peer: str, seconds: float) -> None:
         """The peer was given so much."""
-        self._given[peer] = self.given(peer) + seconds
+        self._given[peer] = self.after(peer, seconds)
+        self._history.computed(peer, seconds)
 
     def settle(self, busy: Collection[str]) -> None:
         """Only `busy` peers have work now: what others may no longer claim is forgotten."""
         if busy:
-            self._floor = max(self._floor, min(self.given(peer) for peer in busy))
+            self._floor = max(self._floor, min(self.after(peer) for peer in busy))
+        self._weigh = self._history.weights(busy)
         for peer in [peer for peer, given in self._given.items() if given <= self._floor]:
             del self._given[peer]
 
@@ -68,18 +135,18 @@ class PassTimes:
     """What the last passes say about the next: what a prompt token costs, and who is in the middle of a reply."""
 
     def __init__(self) -> None:
-        self._seconds_a_token = 0.002
+        self._seconds_a_token = SECONDS_A_TOKEN
         self._seconds_a_decode = 0.0
         self.decodes = ArrivalTracker()  # when each session's last decode step was computed
 
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
         """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
         others = self.decodes.others_arrived(now - GENERATING_SECONDS, prefilling)
-        return self.shared_budget() if others else PASS_TOKENS
+        return self.tokens_in(SHARED_PASS_SECONDS) if others else PASS_TOKENS
 
-    def shared_budget(self) -> int:
-        """Prompt tokens that delay a decode step by about `SHARED_PASS_SECONDS`."""
-        return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
+    def tokens_in(self, seconds: float) -> int:
+        """Prompt tokens that take about so long."""
+        return max(LEAST_PREFILL_TOKENS, int(min(seconds / self._seconds_a_token, PASS_TOKENS)))
 
     def splits_decode(self, prompt_tokens: int) -> bool:
         """Whether decode steps are better computed before so many prompt tokens than with them.
@@ -155,7 +222,7 @@ class ThreadChooser:
     """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …).
 
     A pass of few rows is hundreds of short products. To share one out, sleeping threads have to be woken, which on a
-    virtual machine, or beside other busy processes, takes longer than it saves; on an idle machine it pays. Neither can
+    virtual machine, or beside other busy processes, takes longer than it saves; on an idle one it pays. Neither can
     be read from the hardware, and both change while a server runs, so the passes themselves tell.
 
     A large batch of decode steps, beside others that use every CPU, gets half of them without a contest: there a pass
