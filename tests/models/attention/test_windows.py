@@ -14,13 +14,12 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.models.attention import windows
-from corolla.models.attention.packing import PackedBatch, Segment, Stretch, segments_of
+from corolla.models.attention.packing import PackedBatch, Rules, Segment, Stretch, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import has_experts
-from corolla.models.kernels.decode import Rules
 from corolla.models.span import Span, load_span
 
 WINDOW = 6  # of the tiny models

@@ -14,14 +14,12 @@ from transformers import AutoConfig, OlmoForCausalLM
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
-from corolla.models.attention.packing import Segment, attend_one
+from corolla.models.attention.packing import Rules, Segment, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.kernels.apply import supported
-from corolla.models.kernels.decode import Rules
-from corolla.models.quantization import use_kernels
+from corolla.models.kernels.apply import supported, use_kernels
 from corolla.models.span import load_span
 
 

@@ -21,8 +21,8 @@ from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.front import entering
+from corolla.models.kernels.apply import use_kernels
 from corolla.models.prompts import DeepRows, SoftPrompt, digest
-from corolla.models.quantization import use_kernels
 from corolla.models.span import Span, load_span
 from corolla.wire.messages import Prefilled
 

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import PackedBatch, attend_one, segments_of
+from corolla.models.attention.packing import (
+    OneTokenRows,
+    PackedBatch,
+    Rules,
+    attend_one,
+    can_attend,
+    segments_of,
+)
 from corolla.models.attention.pages import PAGE, BlockTable, PagePool
-from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
 from corolla.models.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -97,7 +103,7 @@ def test_heads_of_every_number_and_width(shape: tuple[int, int, int]) -> None:
 
 
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corolla.models.kernels.decode.THREADED", 0)
+    monkeypatch.setattr("corolla.models.attention.packing.THREADED", 0)
     results = [attended(Rules(window=30), threads)[0] for threads in (1, 2, 3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
