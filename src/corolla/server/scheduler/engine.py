@@ -250,12 +250,13 @@ class Engine:
         self._ready = [request for request in self._ready if not request.done.cancelled()]
 
     def _next(self, now: float) -> Request:
-        """The most urgent of each class's fairest."""
-        fairest: dict[Kind, Request] = {}
+        """The most urgent of each class's fairest; those of one peer in order of arrival."""
+        firsts: dict[tuple[Kind, str], Request] = {}
         for request in self._ready:
-            other = fairest.get(request.kind)
-            if other is None or self._turn(request) < self._turn(other):
-                fairest[request.kind] = request
+            firsts.setdefault((request.kind, request.peer), request)
+        fairest: dict[Kind, Request] = {}
+        for request in sorted(firsts.values(), key=self._turn, reverse=True):
+            fairest[request.kind] = request
         return min(
             fairest.values(), key=lambda one: (one.kind - (now - one.arrived) // AGEING_SECONDS, one.arrived)
         )

@@ -97,8 +97,8 @@ class Shares:
     """Seconds of computing that each peer was given: whoever had least of it comes first.
 
     Invariant: between two peers with a history that both always have work, the difference in what they were given
-    stays below one request each, however much they ask for. A peer that had nothing to do gathers no credit: it begins where
-    the least served of the busy ones stands.
+    stays below one request each, however much they ask for. A peer that had nothing to do gathers no credit: it
+    begins where the least served of the busy ones stands.
 
     Virtual time as in Sheng et al. 2024 (arXiv:2401.00588), counted in seconds of computing. A second of one of many
     new peers counts for more: together they get no more than those with a history.
