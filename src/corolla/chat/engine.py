@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -20,9 +19,8 @@ from corolla.chat.generation import Generation
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import Transcript
 from corolla.chat.window import Exchange, Window, newest_that_fit
-from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.render import Renderer
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import Beginnings, ReplyReader, reply_ends
 from corolla.errors import SessionLimit, UsageError
 from corolla.files import write_json
 
@@ -239,9 +237,7 @@ class ChatEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import ReplyReader
 
 
 class Generation:

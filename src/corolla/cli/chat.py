@@ -232,7 +232,7 @@ def opened(
 
 def pace(model: Any, local_blocks: int, tokens: int) -> str:
     """How fast replies will come, from what the servers say that they can do."""
-    from corolla.tuning.plan import in_words
+    from corolla.tuning.progress import in_words
 
     connection = model.blocks.connection
     view = connection.view

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import Renderer
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import Beginnings, ReplyReader, reply_ends
 from corolla.errors import CorollaError
 from corolla.text import one_line
 
