@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from corolla.cli.common import quiet_libraries
 from corolla.cli.terminal import console, say_plainly
@@ -101,4 +102,4 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
 
 def _heading(number: int, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{number}[/]  {text}", align="left", style="dim")
+    console.rule(Text.assemble((str(number), "bold"), f"  {text}"), align="left", style="dim")

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import string
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
 
 from corolla.data.cuts import ids_inside
 from corolla.data.render import Renderer
@@ -85,6 +85,26 @@ class Beginnings:
             return True
         text = self._tokenizer.decode(reply, **_PLAIN) if reply else ""
         return _is_readable(text) and not _is_piece(text, self._stop_text)
+
+
+class TokensSeen(StoppingCriteria):  # type: ignore[misc]
+    """Tells `take(row, token)` of new tokens as soon as they are chosen; ends once it has said of all rows: over.
+
+    Speculation chooses several tokens at a time. Of a row that is over, `take` is told no more.
+    """
+
+    def __init__(self, take: Callable[[int, int], bool], prompt_tokens: int) -> None:
+        self._take = take
+        self._seen = prompt_tokens
+        self._over: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
+        for row, tokens in enumerate(input_ids[:, self._seen :].tolist()):
+            if row not in self._over and any(self._take(row, token) for token in tokens):
+                self._over.add(row)
+        self._seen = input_ids.shape[1]
+        rows = input_ids.shape[0]
+        return torch.full((rows,), len(self._over) == rows, device=input_ids.device)
 
 
 def reply_ends(model: Any, renderer: Renderer) -> frozenset[int]:

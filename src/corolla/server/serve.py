@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -44,12 +43,13 @@ from corolla.server.sessions.session import default_capacity
 from corolla.server.training.leases import Leases
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
+from corolla.text import get_logger
 from corolla.version import __version__
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 TTL_SECONDS = 60.0
 DRAIN_SECONDS = 30.0

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ def save_bundle(
             revision=bundle.model.revision,
         )
         write_atomically(temporary / CARD_FILE, _card(bundle, config).encode())
-        write_atomically(temporary / METRICS_FILE, _json_lines(history))
+        lines = "".join(json.dumps(line) + "\n" for line in history)
+        write_atomically(temporary / METRICS_FILE, lines.encode())
         draw_curve(history, temporary / CURVE_FILE, title=f"{bundle.model.name}, {bundle.mode}")
         write_json(temporary / BUNDLE_FILE, bundle.to_dict())
         temporary.chmod(0o755)
@@ -174,10 +175,6 @@ def clear_leftovers(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise BundleError(f"{out.parent} cannot be written: {error.strerror or error}.") from error
-
-
-def _json_lines(history: Iterable[dict[str, float]]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in history).encode()
 
 
 def load_bundle(folder: str | Path) -> Bundle:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import queue
 import threading
 import time
@@ -22,10 +21,11 @@ from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
 from corolla.server.scheduler.policy import PASS_TOKENS, PassTimes, Shares
+from corolla.text import get_logger
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 AGEING_SECONDS = 2.0
 GATHER_SECONDS = 0.008  # what a decode step waits at most for those of others to share its pass

@@ -13,15 +13,15 @@ cut or hold it, or make any of these faults at that moment: faults at the n-th m
 from __future__ import annotations
 
 import asyncio
-import logging
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from corolla.errors import PeerDisconnected, PeerUnreachable, RemoteError
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
+from corolla.text import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BUFFER_BYTES = 1024 * 1024  # where libp2p's backpressure sets in
 
