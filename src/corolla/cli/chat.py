@@ -106,7 +106,14 @@ def chat(
         whom = as_saved(whom, saved)
         system = saved.info.system
     prepared = prepare(
-        whom, chosen, style=style, max_length=max_length, token=token, dtype=dtype, cache_dir=cache_dir
+        whom,
+        chosen,
+        options,
+        style=style,
+        max_length=max_length,
+        token=token,
+        dtype=dtype,
+        cache_dir=cache_dir,
     )
     if saved is not None:
         saved.check_same(prepared.info(system))

@@ -91,7 +91,8 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
 
     partner = find_partner(str(out))
     sampling = SamplingSettings.from_dict({**partner.sampling, **SAMPLING})
-    with opened(prepare(partner, sampling), SwarmConfig(peers=tuple(peers))) as repl:
+    client = SwarmConfig(peers=tuple(peers))
+    with opened(prepare(partner, sampling, client), client) as repl:
         if sys.stdin.isatty():
             say_plainly("Type something; /help lists the commands, /quit ends.")
             repl.run()

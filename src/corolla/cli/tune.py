@@ -185,6 +185,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     from corolla.tuning.progress import planned_steps
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
+    job.client.check_local(checkpoint.num_blocks)
     check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
     conversations, report = load_conversations(
         job.data, speaker=job.speaker, persona=job.persona, split=job.split, token=job.token

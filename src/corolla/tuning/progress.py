@@ -44,7 +44,9 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         self._first_tokens = float(state.num_input_tokens_seen)
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[about]}", markup=False), console=self._console)
+            self._bar = Progress(
+                *columns, TextColumn("{task.fields[about]}", markup=False), console=self._console
+            )
             self._bar.start()
             self._task = self._bar.add_task("training", total=state.max_steps, about="first step …")
             self._bar.update(self._task, completed=state.global_step)
