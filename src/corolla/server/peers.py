@@ -8,7 +8,6 @@ ends, however it ends. Room in the attention cache and kept graphs have budgets 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import resource
 import time
@@ -21,9 +20,9 @@ from cachetools import TTLCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.text import one_line
+from corolla.text import get_logger, one_line
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MIB = 2**20
 SMALL_REQUEST = 128 * 1024  # bytes

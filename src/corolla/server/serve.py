@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -43,12 +42,13 @@ from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.session import default_capacity
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
+from corolla.text import get_logger
 from corolla.version import __version__
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 TTL_SECONDS = 60.0
 DRAIN_SECONDS = 30.0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import queue
 import threading
@@ -33,10 +32,11 @@ from corolla.server.scheduler.policy import (
     Speed,
     run_pass,
 )
+from corolla.text import get_logger
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 AGEING_SECONDS = 2.0
 GATHER_SECONDS = 0.008  # what a decode step waits at most for those of others to share its pass
