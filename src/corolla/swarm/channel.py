@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,11 @@ PIECE = 128 * 1024
 SERVER_SILENCE_SECONDS = 30.0
 
 
-# What a server says to a request of so many bytes before it takes memory for them; None: come in.
-Admit = Callable[[int], RequestRefused | None]
+# A message has to arrive at this pace at least, bytes a second.
+LEAST_PACE = 32 * 1024
+# What a server says to so many more bytes, of so many in all, of a request before it takes memory for them; None: come
+# in.
+Admit = Callable[[int, int], RequestRefused | None]
 
 
 @dataclass(frozen=True)
@@ -145,15 +149,10 @@ class Channel:
             self.receiving = False
 
     async def _body(self, header: Header) -> Packet:
-        refusal = None
-        if self._admit is not None and header.payload_size:
-            refusal = self._admit(max(header.payload_size, header.expanded_size))
-        if refusal is not None:
-            await self._read_payload(header.payload_size, into=None)
-            return TurnedAway(header.message, refusal=refusal)
-        # Grown as the bytes arrive: a peer that only announces a large payload takes no memory.
         payload = bytearray()
-        await self._read_payload(header.payload_size, into=payload)
+        refusal = await self._read_payload(header, payload)
+        if refusal is not None:
+            return TurnedAway(header.message, refusal=refusal)
         return self._expanded(parse_payload(header, payload))
 
     async def close(self) -> None:
@@ -204,12 +203,28 @@ class Channel:
             self._form = form
         return Packet(packet.message, tensors)
 
-    async def _read_payload(self, size: int, *, into: bytearray | None) -> None:
+    async def _read_payload(self, header: Header, into: bytearray) -> RequestRefused | None:
+        """All of its bytes, or why they were thrown away.
+
+        Each piece is admitted before it is read: a peer that only announces a large payload takes no memory.
+        """
+        size, refusal, now = header.payload_size, None, asyncio.get_running_loop().time
+        deadline = now() + self.silence + size / LEAST_PACE
+        whole = max(size, header.expanded_size)
+        in_memory = whole / max(size, 1)  # bytes, of each that arrives
         while size:
-            piece = await self._bounded(self.stream.read(min(PIECE, size)), self.silence)
-            size -= len(piece)
-            if into is not None:
+            if now() > deadline:
+                raise PeerSilent(f"Peer {self.peer_id} sends too slowly.", peer_id=self.peer_id)
+            count = min(PIECE, size)
+            if refusal is None and self._admit is not None:
+                refusal = self._admit(math.ceil(count * in_memory), whole)
+            piece = await self._bounded(self.stream.read(count), self.silence)
+            size -= count
+            if refusal is None:
                 into += piece
+            else:
+                into.clear()
+        return refusal
 
     async def _bounded(self, operation: Awaitable[T], seconds: float | None) -> T:
         try:
