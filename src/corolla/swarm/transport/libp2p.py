@@ -1,6 +1,6 @@
 """Streams between peers over libp2p, by hivemind's daemon `p2pd`. Importing this module takes seconds.
 
-Invariant: hivemind is known here, in `swarm/directory/directory_dht.py` and in `swarm/directory/dht_records.py` only.
+Invariant: hivemind is known here and in `swarm/directory/directory_dht.py` only.
 The daemon and the folder with its sockets belong to the transport and end with it; what daemon and library log
 reaches our own logger at debug level and nobody's terminal.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
+from hivemind.proto import dht_pb2, p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -34,7 +34,7 @@ from corolla.swarm.directory.addresses import check_ports_free, is_loopback, joi
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
 from corolla.swarm.transport.identity import Identity, prepare_identity
 from corolla.swarm.transport.runtime_dir import RuntimeDir
-from corolla.text import one_line
+from corolla.text import one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ DEFAULT_LISTEN = ("127.0.0.1:0",)
 OPEN_SECONDS = 10.0  # a dial into the void takes libp2p minutes
 CLOSE_SECONDS = 1.0  # how long closing waits for a peer to take what was already written
 READ_BUFFER = 512 * 1024
+MAX_NEAREST = 20  # peers that one answer of the DHT may name
 
 _IN_OWN_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -50,7 +51,7 @@ class _ToOurLogger(logging.Handler):
     """Passes hivemind's records on at debug level: none of them is a user's business."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logger.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
+        logger.debug("%s: %s", record.name, printable(record.getMessage()), exc_info=record.exc_info)
 
 
 def _tame_hivemind_logging() -> None:
@@ -126,13 +127,23 @@ def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]
 
         async def call_protobuf_handler(self, peer_id: Any, *args: Any) -> Any:
             try:
-                return await super().call_protobuf_handler(peer_id, *args)
+                return only_who_is_near(await super().call_protobuf_handler(peer_id, *args))
             except P2PHandlerError as error:
                 if not await calls.introduced(peer_id.to_base58(), error):
                     raise
-            return await super().call_protobuf_handler(peer_id, *args)
+            return only_who_is_near(await super().call_protobuf_handler(peer_id, *args))
 
     return Daemon
+
+
+def only_who_is_near(answer: Any) -> Any:
+    """A peer's answer to a call, as far as it is wanted: who is near a key. What it says is stored there would be
+    decoded by hivemind, whatever it is."""
+    if isinstance(answer, dht_pb2.FindResponse):
+        for result in answer.results:
+            result.type, result.value = dht_pb2.NOT_FOUND, b""
+            del result.nearest_node_ids[MAX_NEAREST:], result.nearest_peer_ids[MAX_NEAREST:]
+    return answer
 
 
 class Libp2pStream(Stream):
