@@ -18,7 +18,7 @@ from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL
 from corolla.swarm.node import Node
 from corolla.swarm.transport.base import Stream
-from corolla.swarm.transport.libp2p import MAX_NEAREST, Libp2pTransport, only_who_is_near
+from corolla.swarm.transport.libp2p import MAX_NEAREST, Libp2pTransport, SmallCall, only_who_is_near
 from corolla.wire.messages import PROTOCOL_NAME
 
 
@@ -213,3 +213,10 @@ def test_hivemind_gets_nothing_to_decode_that_a_peer_says_is_stored(found: int) 
     assert cleaned.results[0].type == dht_pb2.NOT_FOUND
     assert cleaned.results[0].value == b""
     assert len(cleaned.results[0].nearest_node_ids) == len(cleaned.results[0].nearest_peer_ids) == MAX_NEAREST
+
+
+def test_a_large_argument_of_a_call_is_not_parsed() -> None:
+    request = dht_pb2.FindRequest(keys=[b"k" * 20] * 64)
+    assert SmallCall(dht_pb2.FindRequest).FromString(request.SerializeToString()) == request
+    with pytest.raises(ValueError, match="too large"):
+        SmallCall(dht_pb2.FindRequest).FromString(b"\xff" * 2**20)  # would be no request either

@@ -29,6 +29,7 @@ from corolla.wire.messages import PROTOCOL_NAME
 logger = logging.getLogger(__name__)
 
 REJOIN_SECONDS = 2.0
+LOOKUP_SECONDS = 2.0  # after which those count as nearest that are known already
 KEEPERS = 5  # of each key, besides those that one joined through
 MAX_KEYS_ASKED = 64  # in one request
 
@@ -145,7 +146,7 @@ class DHTDirectory(KeptDirectory):
             for one in models
         ]
         try:
-            async with asyncio.timeout(REQUEST_SECONDS):
+            async with asyncio.timeout(LOOKUP_SECONDS):
                 near = await self._node.find_nearest_nodes(keys, k_nearest=KEEPERS)
         except TimeoutError:  # somebody on the way is mute
             table = self._node.protocol.routing_table

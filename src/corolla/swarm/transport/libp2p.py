@@ -42,6 +42,7 @@ DEFAULT_LISTEN = ("127.0.0.1:0",)
 OPEN_SECONDS = 10.0  # a dial into the void takes libp2p minutes
 CLOSE_SECONDS = 1.0  # how long closing waits for a peer to take what was already written
 READ_BUFFER = 512 * 1024
+MAX_CALL_BYTES = 8192  # of a call's argument: the DHT's name some keys
 MAX_NEAREST = 20  # peers that one answer of the DHT may name
 
 _IN_OWN_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
@@ -97,6 +98,19 @@ class Calls:
         return await self.introduce(peer)
 
 
+class SmallCall:
+    """Reads a call's argument as hivemind does, of the kind that is given, unless it is large."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def FromString(self, data: bytes) -> Any:
+        """The argument. Raises `ValueError`, before anything is parsed."""
+        if len(data) > MAX_CALL_BYTES:
+            raise ValueError("A call's argument is too large.")
+        return self._kind.FromString(data)
+
+
 def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]:
     """A `P2P` whose sockets lie in `runtime_dir`, whose daemon is left alone by Ctrl-C, with checked calls.
 
@@ -122,8 +136,8 @@ def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]
             command: list[str] = P2P._make_process_args(*args, **kwargs)
             return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
 
-        async def add_protobuf_handler(self, name: str, handler: Any, *args: Any, **kwargs: Any) -> None:
-            await super().add_protobuf_handler(name, calls.checked(handler), *args, **kwargs)
+        async def add_protobuf_handler(self, name: str, handler: Any, kind: Any, **kwargs: Any) -> None:
+            await super().add_protobuf_handler(name, calls.checked(handler), SmallCall(kind), **kwargs)
 
         async def call_protobuf_handler(self, peer_id: Any, *args: Any) -> Any:
             try:
