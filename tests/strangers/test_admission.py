@@ -7,13 +7,13 @@ import struct
 from pathlib import Path
 
 import pytest
-from tests.strangers.crowd import identities
 
 from corolla.swarm.access.admission import ADMISSION_PROTOCOL, MAX_STREAMS, Reception, present, redeem
 from corolla.swarm.access.invitations import check_certificate, sign_certificate, sign_invitation
 from corolla.swarm.access.membership import Issuer, Membership, PeerFile
 from corolla.swarm.transport.base import Stream
 from corolla.swarm.transport.memory import MemoryNetwork
+from tests.strangers.crowd import identities
 
 ISSUER, MEMBER, NEW = identities(3)
 BEGINNINGS = [b"", struct.pack(">I", 1000)[:2], struct.pack(">I", 1000) + b"\x82"]

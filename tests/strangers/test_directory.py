@@ -13,7 +13,6 @@ from collections.abc import Awaitable
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from tests.strangers.crowd import MODEL, Swarm, identities, identity_of, record_of, signed
 
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, Done, Put, Refused
@@ -22,6 +21,7 @@ from corolla.swarm.node import Node
 from corolla.swarm.short_messages import receive_short, send_short
 from corolla.swarm.transport.identity import Identity
 from corolla.swarm.transport.libp2p import Libp2pTransport
+from tests.strangers.crowd import MODEL, Swarm, identities, identity_of, record_of, signed
 
 SECONDS = (
     10.0  # for a new client's first look, and for a new server's announcement, beyond what they take alone
@@ -60,7 +60,7 @@ async def timed(work: Awaitable[object]) -> float:
 
 @pytest.mark.parametrize(
     ("servers", "name"),
-    [(510, WIDE), pytest.param(3_000, "SmolLM2-135M-Instruct", marks=pytest.mark.nightly)],
+    [(570, WIDE), pytest.param(3_000, "SmolLM2-135M-Instruct", marks=pytest.mark.nightly)],
     ids=["few with long names", "thousands"],
 )
 async def test_more_servers_than_one_message_holds(

@@ -9,7 +9,6 @@ often they try, a user reads one line when waiting begins and one when it is ove
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import Any, TypeVar
 
 from corolla.client.view import SwarmView
 from corolla.errors import CorollaError, RemoteError, RequestRefused, SwarmUnavailable
+from corolla.text import get_logger
 from corolla.wire.failures import Remedy, meaning, remedy_of
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 

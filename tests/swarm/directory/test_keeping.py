@@ -72,8 +72,8 @@ async def ask(swarm: Swarm, request: msgspec.Struct) -> object:
 
 async def test_a_peer_puts_its_own_record_only() -> None:
     async with Swarm(KEEPER) as swarm:
-        assert await ask(swarm, Put(signed(SERVER)[1])) == Refused("malformed")
-        assert await ask(swarm, Put(b"junk")) == Refused("malformed")
+        assert await ask(swarm, Put(signed(SERVER)[1])) == Refused("unfit")
+        assert await ask(swarm, Put(b"junk")) == Refused("unfit")
         assert await ask(swarm, List(None)) == Names(b"")
         with pytest.raises(ValueError, match="itself"):
             await swarm.directory(STRANGER).announce(record_of(SERVER), 60)

@@ -25,7 +25,7 @@ from corolla.client.model.losses import LazyLogits, causal_lm_loss, wants_lazy
 from corolla.client.model.watched import State, same_parameters, state_of, watch
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
-from corolla.models.kernels.client import HalfLinear, multiply_half, quantize_client
+from corolla.models.kernels.client import HalfLinear, quantize_client
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 MOST_ROWS = 256  # of one product
@@ -163,7 +163,8 @@ class SharedHead(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         if self.weight.requires_grad:
             return F.linear(hidden, self.weight.float(), self.bias)
-        return multiply_half(hidden, self.weight.detach(), self.bias)
+        logits: Tensor = HalfLinear(self.weight)(hidden)
+        return logits if self.bias is None else logits + self.bias
 
     @property
     def _halved(self) -> bool:

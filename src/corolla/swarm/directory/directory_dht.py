@@ -9,7 +9,6 @@ swarm's: the clock of the peer that everybody joined through, as far as one know
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,9 +23,10 @@ from corolla.swarm.directory.addresses import join_multiaddr, peer_of
 from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, REQUEST_SECONDS, Keeper, KeptDirectory
 from corolla.swarm.directory.records import Shelf, Verifier
 from corolla.swarm.transport.libp2p import Libp2pTransport
+from corolla.text import get_logger
 from corolla.wire.messages import PROTOCOL_NAME
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 REJOIN_SECONDS = 2.0
 LOOKUP_SECONDS = 2.0  # after which those count as nearest that are known already

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal, TypeVar
 
@@ -41,9 +40,9 @@ from corolla.swarm.directory.records import (
 from corolla.swarm.short_messages import Lobby, receive_short, send_short
 from corolla.swarm.transport.base import Stream, Transport
 from corolla.swarm.transport.identity import Identity
-from corolla.text import one_line
+from corolla.text import get_logger, one_line
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -98,7 +97,7 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
     """Not answered: to a stranger, a record that is not the sender's own or no good, or one for which there is no
     room."""
 
-    reason: Literal["not_allowed", "malformed", "full"]
+    reason: Literal["stranger", "unfit", "full"]
 
 
 _requests = msgspec.msgpack.Decoder(Put | List | Fetch)
@@ -126,7 +125,7 @@ class Keeper:
 
     async def _answer(self, request: Put | List | Fetch, peer: str) -> Done | Names | Records | Refused:
         if not self._allowed(peer):
-            return Refused("not_allowed")
+            return Refused("stranger")
         if isinstance(request, List):
             return Names(b"".join(self._shelf.names(request.model)))
         if isinstance(request, Fetch):
@@ -135,7 +134,7 @@ class Keeper:
             return Refused("full")
         (entry,) = await self._verifier.read([request.value])
         if entry is None or entry.record.peer_id != peer:
-            return Refused("malformed")
+            return Refused("unfit")
         return Done() if self._shelf.put(entry, request.value) else Refused("full")
 
 
@@ -278,7 +277,7 @@ class KeptDirectory(Directory):
             async with _in_time(stream.peer_id):
                 await send_short(stream, request)
                 answer = await receive_short(stream, _answers, _MAX_ANSWER)
-            stranger = isinstance(answer, Refused) and answer.reason == "not_allowed"
+            stranger = isinstance(answer, Refused) and answer.reason == "stranger"
             if (
                 attempt
                 or not stranger
