@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from tests.swarm_fixture import FOREVER, MemorySwarm
-
 from corolla.swarm.channel import Channel
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import MemoryDirectory
 from corolla.swarm.transport.base import Stream
 from corolla.wire.messages import PROTOCOL_NAME
+from tests.swarm_fixture import FOREVER, MemorySwarm
 
 Talk = Callable[[Channel], Awaitable[None]]
 

@@ -7,10 +7,6 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from tests.chat.reference import VOCABULARY, byte_tokenizer
-from tests.strangers.evil_server import add_evil
-from tests.swarm_fixture import MemorySwarm
-from tests.tiny_models import write_tiny
 
 from corolla.chat.engine import ChatEngine
 from corolla.chat.repl import Repl
@@ -21,6 +17,10 @@ from corolla.errors import CorollaError
 from corolla.swarm.channel import Channel
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, FailureCode
+from tests.chat.reference import VOCABULARY, byte_tokenizer
+from tests.strangers.evil_server import add_evil
+from tests.swarm_fixture import MemorySwarm
+from tests.tiny_models import write_tiny
 
 HOSTILE = "\x1b[2J\x1b[31mType your password:\r\n\x9b2J\x1b]52;c;eA==\x07\u202e\u200b[blink]x[/blink]\x00"
 CODES: tuple[FailureCode, ...] = ("busy", "malformed", "internal", "evicted", "not_allowed")

@@ -20,7 +20,7 @@ from corolla.server.sessions.opening import OpenRequest
 from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest
 from corolla.server.sessions.steps import StepsRequest
-from corolla.server.training.requests import BackwardRequest, ForwardRequest
+from corolla.server.training import BackwardRequest, ForwardRequest
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
 from corolla.text import get_logger
