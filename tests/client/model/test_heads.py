@@ -21,8 +21,9 @@ from tests.client.conftest import Pair, random_ids
 from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from corolla.client.model.heads import FEW_ROWS, MOST_ROWS, RowQueue, SharedHead, share_head, use_head_kernel
+from corolla.client.model.heads import FEW_ROWS, SharedHead, share_head, use_head_kernel
 from corolla.client.model.losses import summed_cross_entropy
+from corolla.client.model.row_queue import MOST_ROWS, RowQueue
 from corolla.errors import UsageError
 from corolla.models.kernels.int8 import has_int8
 
@@ -332,7 +333,7 @@ def test_rows_that_do_not_fit_are_nobody_elses_error(shape: tuple[int, ...]) -> 
         head(torch.ones(shape))
     with pytest.raises(RuntimeError):
         head(torch.ones(1, 4, dtype=torch.float64))
-    assert head._queue.waiting == 0
+    assert head.queue.waiting == 0
 
 
 def test_sessions_in_threads_say_what_they_say_alone(pair_of: PairOf) -> None:

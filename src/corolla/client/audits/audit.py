@@ -1,28 +1,23 @@
-"""What an audit asks, how two answers are compared, and who was found lying; no network here.
+"""What an audit asks, and how two answers are compared; no network here.
 
 Invariant: an `Answer` holds all that another needs to be asked the same thing as an ordinary request, so no
 server can tell an audit from other work; and what honest servers differ by is within `TOLERANCES`, which
-says nothing of how large a lie may be: what is larger than that is found. A peer that was condemned once is never
-routed to again by this client; a finding ends one piece of work with a `LyingServer`, and every session that the
-peer had a part in.
+says nothing of how large a lie may be: what is larger than that is found.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.history import History
+from corolla.client.health import What
+from corolla.client.sessions.span_session import History
 from corolla.config import WireFormat
-from corolla.errors import LyingServer
 from corolla.swarm.directory.routing import Hop
-
-What = Literal["forward", "backward", "step"]
 
 
 @dataclass(frozen=True)
@@ -199,62 +194,3 @@ def step_answer(
     claimed[0, newest] = output[row[newest], column[newest] - before]
     inputs = {"hidden": micro.packed(hidden)} | micro.extra(deep, hop.start, hop.end)
     return Answer(hop, "step", inputs, {"hidden": claimed}, newest)
-
-
-# --- Who was found lying --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A server whose answer is not what this client computed itself."""
-
-    hop: Hop
-    what: What
-    times: float  # how many times the tolerance it is off
-    right_before: float | None  # when it was last found right, seconds since 1970
-
-    def sentence(self) -> str:
-        """For the user."""
-        before = self.right_before
-        since = "never checked before" if before is None else f"last right at {_clock(before)}"
-        return (
-            f"{self.hop.peer_id} gave a wrong {self.what} for blocks {self.hop.start}:{self.hop.end} "
-            f"({self.times:.1f} times the tolerance; {since}) and is avoided from now on: "
-            "do again what it had a part in."
-        )
-
-
-def _clock(when: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(when))
-
-
-class Verdicts:
-    """The condemned peers of one client."""
-
-    def __init__(self) -> None:
-        self.condemned: dict[str, Finding] = {}
-        self._untold: list[Finding] = []
-
-    def condemn(self, finding: Finding) -> None:
-        """Never use the peer again."""
-        if finding.hop.peer_id not in self.condemned:
-            self.condemned[finding.hop.peer_id] = finding
-            self._untold.append(finding)
-
-    def against(self, peers: Iterable[str]) -> Finding | None:
-        """The finding against one of these, if there is one."""
-        return next((self.condemned[peer] for peer in peers if peer in self.condemned), None)
-
-    def in_words(self) -> str:
-        """For a sentence that says who is not used; empty when nobody was condemned."""
-        return f" or were found lying ({', '.join(self.condemned)})" if self.condemned else ""
-
-    def tell(self) -> None:
-        """For work that knows no session. Raises `LyingServer` for a finding that ended nothing yet."""
-        if self._untold:
-            raise self.error(self._untold[0])
-
-    def error(self, finding: Finding) -> LyingServer:
-        """The error that ends a piece of work; the finding counts as told."""
-        self._untold = [one for one in self._untold if one is not finding]
-        return LyingServer(finding.sentence(), peer_id=finding.hop.peer_id)

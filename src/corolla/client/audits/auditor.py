@@ -19,10 +19,11 @@ from functools import partial
 
 from torch import Tensor
 
-from corolla.client.audits.audit import Answer, Finding, deviation, step_answer, tolerance_of
+from corolla.client.audits.audit import Answer, deviation, step_answer, tolerance_of
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.audits.second_opinion import Opinion, ask_others
-from corolla.client.sessions.history import History
+from corolla.client.health import Finding
+from corolla.client.sessions.span_session import History
 from corolla.client.training import micro_batches
 from corolla.client.view import SwarmView
 from corolla.errors import CheckpointError

@@ -17,8 +17,7 @@ from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.bundles import Bundle
-from corolla.client.sessions.history import History
-from corolla.client.sessions.span_session import SpanSession
+from corolla.client.sessions.span_session import History, SpanSession
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
 from corolla.models.cache import BlocksCall, on_cpu

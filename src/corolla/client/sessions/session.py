@@ -20,7 +20,6 @@ from torch import Tensor
 from corolla.client.remote_blocks import RemoteBlocks, close_soon
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
-from corolla.client.sessions.row_ends import RowEnds
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache
@@ -235,15 +234,20 @@ class InferenceSession:
             whole[:, before:] = mask.to(whole.device)
         return whole
 
-    def keep(self, sequences: Tensor, turn: Turn, ends: RowEnds) -> Tensor:
-        """Note what a call has returned, [R, n]; gives back what came after the tokens of earlier calls."""
+    def keep(
+        self, sequences: Tensor, turn: Turn, mask_of: Callable[[Tensor, int, int], Tensor | None]
+    ) -> Tensor:
+        """Note what a call has returned, [R, n]; gives back what came after the tokens of earlier calls.
+
+        `mask_of` is `generating.RowEnds.mask_of`.
+        """
         given = 0 if turn.ids is None else int(turn.ids.shape[1])
         said = sequences[:, given:]
         columns = turn.columns if turn.columns is not None else sequences[:, :0]
         rows = sequences.shape[0] // max(1, columns.shape[0])
         columns = columns.to(sequences.device).repeat_interleave(rows, dim=0)
         self._output_ids = torch.cat([columns, said], 1) if given != columns.shape[1] else sequences
-        self._output_mask = ends.mask_of(sequences, given, int(columns.shape[1]))
+        self._output_mask = mask_of(sequences, given, int(columns.shape[1]))
         self.cache.align(self._output_ids)  # beams that were given up may be longer than what was returned
         return sequences[:, turn.returned :]
 
