@@ -48,15 +48,15 @@ class SessionChain:
         deep: Tensor | None,
         front: LocalSession | None = None,
     ) -> None:
-        """`run` waits for work on the event loop. `deep` are the deep prompts of all the model's blocks [N, P, H];
-        `front` is what this client runs itself, before these blocks."""
+        """`run` waits for work on the event loop. `deep` are the deep prompts of all the model's blocks [N, P, H],
+        None to take them from the first step; `front` is what this client runs itself, before these blocks."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._run = run
         self._front = front
         self._start, self._end = start, end
-        self._deep = None if deep is None else deep.detach().float().cpu().clone()
+        self._deep = _kept(deep)
         self._bundle: Bundle | None = None  # the prompt that the session begins with
         self._spans: list[SpanSession] = []
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
@@ -96,20 +96,22 @@ class SessionChain:
         if self._start == self._end:  # nothing is left to the swarm
             return hidden
         if call.start == 0:
-            self._begin_with(call.prompt, hidden)
+            self._begin_with(call, hidden)
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
         steps = self._in_chunks(on_cpu(hidden), call.start, on_cpu(call.mask), on_cpu(positions))
         return self._run(steps).to(hidden.device)
 
-    def _begin_with(self, prompt: Tensor | None, hidden: Tensor) -> None:
-        """The next step is `hidden` [R, T, H] from position 0 on, whose first tokens are this prompt, if any.
+    def _begin_with(self, call: BlocksCall, hidden: Tensor) -> None:
+        """The next step is `hidden` [R, T, H] from position 0 on.
 
-        Servers that have computed it by themselves will not be sent it: where that gives what sending gives, so
-        not if activations are rounded on the way, nor behind blocks that run here.
+        Servers that have computed its prompt by themselves will not be sent it: where that gives what sending
+        gives, so not if activations are rounded on the way, nor behind blocks that run here.
         """
+        if self._deep is None and not self._spans:
+            self._deep = _kept(call.deep)
         self._bundle = None
-        if prompt is not None and self._start == 0 and self._view.wire == "compute":
-            self._bundle = Bundle.of(prompt, self._deep, hidden)
+        if call.prompt is not None and self._start == 0 and self._view.wire == "compute":
+            self._bundle = Bundle.of(call.prompt, self._deep, hidden)
 
     async def _in_chunks(
         self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
@@ -320,7 +322,7 @@ class SessionChain:
     @property
     def is_open(self) -> bool:
         """Whether servers, or this client's own blocks, may hold something of the session."""
-        return bool(self._spans) or self._front is not None
+        return bool(self._spans) or (self._front is not None and self._front.entered.length > 0)
 
     async def close(self, *, keep: bool = False) -> None:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
@@ -334,6 +336,10 @@ class SessionChain:
                 self._front.clear()
         for span in spans:
             await span.close(self._view, keep=keep)
+
+
+def _kept(deep: Tensor | None) -> Tensor | None:
+    return None if deep is None else deep.detach().float().cpu().clone()
 
 
 class _Progress:
