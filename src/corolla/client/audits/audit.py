@@ -7,15 +7,15 @@ says nothing of how large a lie may be: what is larger than that is found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from corolla.client.health import What
-from corolla.client.sessions.span_session import History
 from corolla.config import WireFormat
 from corolla.swarm.directory.routing import Hop
 
@@ -44,16 +44,8 @@ class Answer:
 class Observer(Protocol):
     """What is told of every answer that a client gets; must be quick, and never raise."""
 
-    def forward(self, hop: Hop, inputs: dict[str, Tensor], output: Tensor) -> None:
-        """A span of whole sequences."""
-
-    def backward(self, hop: Hop, inputs: dict[str, Tensor], claimed: dict[str, Tensor | None]) -> None:
-        """The gradients of one."""
-
-    def step(
-        self, hop: Hop, history: History, mask: Tensor | None, deep: Tensor | None, output: Tensor
-    ) -> None:
-        """A session's step [R, T, H], which `history` holds already."""
+    def saw(self, make: Callable[[random.Random], Answer | None]) -> None:
+        """Where the answer is to be checked, `make` gives it, later than now."""
 
     async def close(self) -> None:
         """Nothing is asked afterwards."""
@@ -161,36 +153,3 @@ def _apart(claimed: Tensor, reference: Tensor, given: Tensor | None) -> Deviatio
     each = each.masked_fill(both, 0.0).nan_to_num(nan=torch.inf)
     kept = each.sort().values[: len(each) - len(each) // OUTLIERS]
     return Deviation(float(kept.square().mean().sqrt()), float(each.max()))
-
-
-# --- Making answers of what was seen --------------------------------------------------------------------
-
-
-def step_answer(
-    hop: Hop,
-    history: History,
-    mask: Tensor | None,
-    deep: Tensor | None,
-    output: Tensor,
-    cut: Any,
-    choose: Any,
-) -> Answer | None:
-    """A session's newest step [R, T, H] as the end of whole sequences; None when it had only padding.
-
-    `cut` makes micro-batches of them (`training.micro_batches`), of which `choose` takes one.
-    """
-    past = history.inputs()
-    if past is None:
-        return None
-    hidden, positions = past
-    rows, length = int(hidden.shape[0]), int(hidden.shape[1])
-    before = length - int(output.shape[1])
-    micro = choose(list(cut(rows, length, mask, positions)))
-    row, column = micro.places // length, micro.places % length
-    newest = column >= before
-    if not bool(newest.any()):
-        return None
-    claimed = torch.zeros(1, len(row), hidden.shape[-1], dtype=output.dtype)
-    claimed[0, newest] = output[row[newest], column[newest] - before]
-    inputs = {"hidden": micro.packed(hidden)} | micro.extra(deep, hop.start, hop.end)
-    return Answer(hop, "step", inputs, {"hidden": claimed}, newest)

@@ -27,7 +27,7 @@ from corolla.client.connection import SwarmConnection
 from corolla.client.local_blocks import load_local
 from corolla.client.model import arguments, saving
 from corolla.client.model.arguments import LoadRequest
-from corolla.client.model.heads import Noted, kept_head, using_head
+from corolla.client.model.heads import Noted, kept_head
 from corolla.client.model.loading import client_dtype_for, connect, first_prompt, load_shell
 from corolla.client.model.objects import (
     AdapterCheck,
@@ -178,9 +178,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             `inputs` [R, T] are then the new tokens (None: none), and only what came after the earlier
             calls' output is returned. Raises `SessionLimit` before anything is computed.
             """
-            call = GenerateCall(self, super().generate, args, kwargs)
-            with using_head(self):
-                return call.run(inputs, session)
+            return GenerateCall(self, super().generate, args, kwargs).run(inputs, session)
 
         @wraps(family.prepare_inputs_for_generation)  # `generate` reads what it takes off its signature
         def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

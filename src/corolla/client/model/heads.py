@@ -63,12 +63,6 @@ def kept_head(model: PreTrainedModel) -> Iterator[None]:
         model.set_output_embeddings(shared)
 
 
-def using_head(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """Within the block the caller is one of those whom the shared head may wait for."""
-    head = model.get_output_embeddings()
-    return head.queue.user() if isinstance(head, SharedHead) else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def lazy_logits() -> Iterator[None]:
     """Within the block a distributed model's logits are lazy without gradients, too."""

@@ -34,6 +34,7 @@ from corolla.models.guard import switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import SoftPrompt
+from corolla.swarm.node import EventLoopThread, Node
 from corolla.text import well_formed
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,20 @@ def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch
 
 
 def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> SwarmConnection:
-    """Join the swarm. Raises `UsageError`, `NotAdmitted` or `SwarmUnavailable`."""
+    """Join the swarm. Raises `UsageError` (also for a malformed address), `NotAdmitted` or `SwarmUnavailable`."""
     if not config.peers:
         raise UsageError(
             "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
         )
-    return SwarmConnection.connect(
+    loop = EventLoopThread()
+    try:
+        node = loop.run(Node.create(initial_peers=config.peers, identity=config.identity, client_only=True))
+    except BaseException:
+        loop.close()
+        raise
+    return SwarmConnection(
+        loop,
+        node,
         config,
         model=checkpoint.identity,
         model_name=checkpoint.name,

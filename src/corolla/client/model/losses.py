@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from corolla.models.guard import IGNORED
 from corolla.models.kernels.packed import is_packable, multiply
 
 # Of 50,000 words in float32 25 MB: the most that the C library keeps for the next chunk and need not ask for anew.
 CHUNK_ROWS = 128
-IGNORED = -100  # the label of a position that carries no loss
 
 Product = Callable[[Tensor], Tensor]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ class _Call:
         self.result: Tensor | None = None
         self.error: Exception | None = None
         self.woken = threading.Event()  # served, or to lead
-        self.complete = threading.Event()  # to a leader: nobody else will come soon
 
     @property
     def served(self) -> bool:
@@ -43,20 +41,6 @@ class RowQueue:
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []  # all that are not served, the leader among them
         self._leader: _Call | None = None
-        self._users = 0  # who will come again and again
-        self.gather = 0.0  # seconds that a leader waits at most until all users are there
-
-    @contextlib.contextmanager
-    def user(self) -> Iterator[None]:
-        """Whoever brings rows again and again, as generation does, does so within this block."""
-        with self._lock:
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                self._note_complete()
 
     def __deepcopy__(self, _memo: Any) -> RowQueue:
         return RowQueue()
@@ -76,7 +60,9 @@ class RowQueue:
         """
         call = _Call(rows)
         try:
-            self._enter(call)
+            with self._lock:
+                self._waiting.append(call)
+                self._leader = self._leader or call
             if self._leader is not call:
                 call.woken.wait()
             if not call.served:
@@ -88,20 +74,7 @@ class RowQueue:
         assert call.result is not None
         return call.result
 
-    def _enter(self, call: _Call) -> None:
-        with self._lock:
-            self._waiting.append(call)
-            if self._leader is None:
-                self._leader = call
-            self._note_complete()
-
-    def _note_complete(self) -> None:
-        if self._leader is not None and len(self._waiting) >= self._users:
-            self._leader.complete.set()
-
     def _lead(self, call: _Call, product: Product) -> None:
-        if self.gather > 0:
-            call.complete.wait(self.gather)
         with self._lock:
             batch = self._batch_of(call)
         try:
@@ -132,7 +105,6 @@ class RowQueue:
                 self._leader = self._waiting[0] if self._waiting else None
             if self._leader is not None:
                 self._leader.woken.set()
-            self._note_complete()
 
 
 def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:

@@ -8,6 +8,7 @@ the other servers keep their caches.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.bundles import Bundle
 from corolla.client.sessions.span_session import History, SpanSession
+from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
 from corolla.models.cache import BlocksCall, on_cpu
@@ -184,7 +186,8 @@ class SessionChain:
             self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
             self._note_author(span.hop)
             if self._audits is not None:
-                self._audits.step(span.hop, span.history, progress.mask, self._deep, output)
+                past = span.history.copy(span.history.length)  # the session goes on
+                self._audits.saw(partial(step_answer, span.hop, past, progress.mask, self._deep, output))
             progress.value = output
             progress.advance()
             if self._view.should_leave(span.hop):
