@@ -7,9 +7,10 @@ the other servers keep their caches.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from corolla.wire.messages import Origin, Step
 REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message carries at most
 
+T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, Tensor]], Tensor]
 
 
@@ -65,6 +67,9 @@ class SessionChain:
         self._reserved = 0  # tokens a row that the present call may reach
         self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
         self.version = 0  # steps that took something back or reordered it
+        self.stopped = False  # nothing is waited for; to be set on any thread, before `stop` runs
+        self._under_way: asyncio.Task[Any] | None = None
+        self._closing: list[asyncio.Task[None]] = []
 
     @property
     def hops(self) -> list[Hop]:
@@ -101,7 +106,23 @@ class SessionChain:
             self._begin_with(call, hidden)
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
         steps = self._in_chunks(on_cpu(hidden), call.start, on_cpu(call.mask), on_cpu(positions))
-        return self._run(steps).to(hidden.device)
+        return self._run(self.unless_stopped(steps)).to(hidden.device)
+
+    async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which ends with `CancelledError` as soon as the session is stopped."""
+        if self.stopped:
+            work.close()
+            raise asyncio.CancelledError
+        self._under_way = asyncio.current_task()
+        try:
+            return await work
+        finally:
+            self._under_way = None
+
+    async def stop(self) -> None:
+        """Give up what the session waits for; what is cached is as after any error."""
+        if self._under_way is not None:
+            self._under_way.cancel()
 
     def _begin_with(self, call: BlocksCall, hidden: Tensor) -> None:
         """The next step is `hidden` [R, T, H] from position 0 on.
@@ -327,18 +348,20 @@ class SessionChain:
         """Whether servers, or this client's own blocks, may hold something of the session."""
         return bool(self._spans) or (self._front is not None and self._front.entered.length > 0)
 
-    async def close(self, *, keep: bool = False) -> None:
+    async def close(self, *, keep: bool = False, seconds: float | None = None) -> None:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
 
-        Safe to call twice; a kept chain still knows what it held (`begin_as`).
+        Waits for their answers, for so many `seconds` at most. Safe to call twice; a kept chain still knows what it
+        held (`begin_as`).
         """
         spans = list(self._spans)
         if not keep:
             self._spans = []
             if self._front is not None:
                 self._front.clear()
-        for span in spans:
-            await span.close(self._view, keep=keep)
+        self._closing = [asyncio.ensure_future(span.close(self._view, keep=keep)) for span in spans]
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=seconds)
 
 
 def _kept(deep: Tensor | None) -> Tensor | None:

@@ -135,6 +135,7 @@ class InferenceSession:
         `UsageError` for what cannot be told to continue it.
         """
         guard.check_cache(self.cache, self.cache.owner)
+        self._chain.stopped = False
         if self.cache.foreign:
             raise UsageError(
                 "Another library has put a prompt in front of this session's tokens (peft does), so it cannot tell "
@@ -191,7 +192,7 @@ class InferenceSession:
         if before is None or not _same(before, self._entering(ids[:, :tokens])):
             return
         begin = self._chain.begin_as(prefix.chain, columns, prefix.version)
-        if self._connection.run(begin):
+        if self._connection.run(self._chain.unless_stopped(begin)):
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
     def prefix(self) -> Prefix | None:
@@ -265,14 +266,22 @@ class InferenceSession:
         self._active.reset(self._tokens.pop())
         self.close()
 
-    def close(self) -> None:
-        """Free the servers' caches; safe to call twice."""
+    def stop(self) -> None:
+        """From any thread: end the `generate` call that goes on in this session, whatever its servers do.
+
+        Its thread gets a `concurrent.futures.CancelledError`; the session goes on with the next call.
+        """
+        self._chain.stopped = True
+        self._connection.run_soon(self._chain.stop())
+
+    def close(self, *, seconds: float | None = None) -> None:
+        """Free the servers' caches; safe to call twice. Waits so long at most until they have said so."""
         self.cache.closed = True
         if self._finalizer.detach() is None or not self._connection.is_open:
             return
         prefix = self.prefix()
         keep = prefix is not None and len(prefix.ids) >= LEAST_TOKENS
-        self._connection.run(self._chain.close(keep=keep))
+        self._connection.run(self._chain.close(keep=keep, seconds=seconds))
         if keep and prefix is not None:
             self._connection.prefixes.keep(prefix)
 

@@ -6,6 +6,7 @@ and the history, which stays here, is what another server is given.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from corolla.swarm.channel import Channel, checked, request
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.failures import Remedy, keeps_session, meaning
 from corolla.wire.frames import Packet
-from corolla.wire.messages import CloseSession, Opened, OpenSession, Origin, Part, Step
+from corolla.wire.messages import SILENCE_SECONDS, CloseSession, Opened, OpenSession, Origin, Part, Step
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,9 @@ class SpanSession:
         if channel is None:
             return
         try:
-            await request(channel, Packet(CloseSession(keep=keep), {}))
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await request(channel, Packet(CloseSession(keep=keep), {}))
             view.channels.give(channel)
             self.kept = keep
-        except RemoteError:
+        except (RemoteError, TimeoutError):
             await channel.close()
