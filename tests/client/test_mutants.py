@@ -78,9 +78,10 @@ def stranger_seen(patch: pytest.MonkeyPatch) -> None:
     def mixed(self: PackedBatch, segments: Any, pool: Any = None) -> None:
         make(self, segments, pool)
         for one, other in pairwise(self.segments):
-            if one.sequence is not None and other.sequence is not None:
-                pages = [other.sequence.pages[0], *one.sequence.pages[1 : pages_for(one.sequence.length)]]
-                one._first, one._pages = None, torch.tensor(pages)
+            for own, theirs in zip(one.parts, other.parts, strict=True):
+                if own.table is not None and theirs.table is not None:
+                    pages = [theirs.table.pages[0], *own.table.pages[1 : pages_for(own.table.length)]]
+                    own._first, own._pages = None, torch.tensor(pages)
 
     patch.setattr(PackedBatch, "__init__", mixed)
 

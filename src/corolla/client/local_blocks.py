@@ -17,7 +17,7 @@ from corolla.errors import UsageError
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.quantization import use_kernels
+from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import Span, load_span
 
 

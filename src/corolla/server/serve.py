@@ -29,9 +29,9 @@ from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.numerics import choose_dtype, dtype_name
 from corolla.models.prompts import SoftPrompt
-from corolla.models.quantization import check_quantization, use_kernels
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle

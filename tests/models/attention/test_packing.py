@@ -13,7 +13,7 @@ from torch import Tensor
 
 from corolla.errors import UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PAGE, BlockTable, PagePool
+from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.prompts import DeepRows
@@ -83,7 +83,7 @@ def in_steps(
     span: Span, pool: PagePool, sequences: list[Tensor], cuts: list[list[int]], prompts: list[Tensor | None]
 ) -> list[Tensor]:
     """All sequences, each cut where `cuts` says; the k-th pieces of all go through together."""
-    rows = [BlockTable(pool) for _ in sequences]
+    rows = [CachedSequence(pool) for _ in sequences]
     outputs: list[list[Tensor]] = [[] for _ in sequences]
     pieces = [list(torch.tensor_split(one, cut)) for one, cut in zip(sequences, cuts, strict=True)]
     for turn in range(max(map(len, pieces))):
@@ -171,16 +171,13 @@ def test_gradients_equal_each_sequence_alone(family: str) -> None:
 def fragmented_pool(span: Span) -> PagePool:
     """Every other page is taken, and full of what nobody may see."""
     pool = new_pool(span, pages=40)
-    keeper = BlockTable(pool)
-    keeper.pages = list(range(40))
-    pool.retain(keeper.pages)
+    keeper = CachedSequence(pool)
     wild = torch.full((40 * PAGE, span.hidden_size), float("nan"))
-    keeper.pages, own = [], keeper.pages
-    pool.release(own)
     packed_pass(span, pool, [keeper], [wild], [None])
-    assert keeper.pages == list(range(40))
-    pool.release(keeper.pages[::2])
-    keeper.pages = keeper.pages[1::2]
+    (table,) = keeper.tables
+    assert table.pages == list(range(40))
+    pool.release(table.pages[::2])
+    table.pages = table.pages[1::2]
     return pool
 
 
@@ -233,7 +230,7 @@ def test_a_pass_inside_a_training_pass(family: str) -> None:
     sequences, prompts = sequences_of(span), prompts_of(span)
     hidden = noise(12, span.hidden_size, seed=7)
     grad, deep = noise(12, span.hidden_size, seed=8), noise(END - START, PROMPT, span.hidden_size, seed=6)
-    row, steps, stepped = BlockTable(pool), list(torch.split(sequences[3], 4)), []
+    row, steps, stepped = CachedSequence(pool), list(torch.split(sequences[3], 4)), []
 
     def between() -> None:
         if steps:

@@ -28,7 +28,7 @@ from corolla.client.model.losses import LazyLogits, causal_lm_loss
 from corolla.client.model.row_queue import Product, RowQueue
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
-from corolla.models.kernels.client import HalfLinear, multiply_half, quantize_client
+from corolla.models.kernels.client import HalfLinear, quantize_client
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 
@@ -254,7 +254,8 @@ class SharedHead(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         if self.weight.requires_grad:
             return F.linear(hidden, self.weight.float(), self.bias)
-        return multiply_half(hidden, self.weight.detach(), self.bias)
+        logits: Tensor = HalfLinear(self.weight)(hidden)
+        return logits if self.bias is None else logits + self.bias
 
     @property
     def _halved(self) -> bool:

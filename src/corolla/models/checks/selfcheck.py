@@ -24,7 +24,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from corolla.errors import UnsupportedFamily
 from corolla.files import scratch_folder
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import BlockTable, PagePool
+from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.cache import BlocksCall, cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
@@ -262,7 +262,7 @@ def _alone(spans: list[Span], hidden: Tensor) -> Tensor:
 def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
     """All but the last four tokens of each at once, then two together, then one, then the other."""
     pools = [PagePool(8, dtype=torch.float32, device=torch.device("cpu")) for _ in spans]
-    rows = [[BlockTable(pool) for _ in hidden] for pool in pools]
+    rows = [[CachedSequence(pool) for _ in hidden] for pool in pools]
     outputs: list[list[Tensor]] = [[] for _ in hidden]
     with torch.inference_mode():
         expected = [_alone(spans, one) for one in hidden]
