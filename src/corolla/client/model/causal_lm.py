@@ -37,9 +37,9 @@ from corolla.client.model.objects import (
     refuse_shallow_copy,
 )
 from corolla.client.model.startcheck import check_generation
-from corolla.client.remote_blocks import RemoteBlocks, close_soon
+from corolla.client.remote_blocks import LaterSession, RemoteBlocks
 from corolla.client.sessions.generating import GenerateCall, prepare_room, watched
-from corolla.client.sessions.session import ActiveSession, InferenceSession, cache_over
+from corolla.client.sessions.session import ActiveSession, InferenceSession, go_on_from
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
@@ -69,12 +69,16 @@ class SessionCaches:
     def fresh(self, *, lazy: bool) -> RemoteCache:
         """See `models.shell.Caches`."""
         model: Any = self._model()
-        chain = model.blocks.open_chain()
+        session = LaterSession(model.blocks)
         new = partial(model.new_session, ContextVar("unused"), max_length=None)
-        cache = cache_over(model.blocks, chain, new, model.prompts, max_length=None, lazy=lazy)
-        # A cache that is dropped must not hold the servers' memory.
-        weakref.finalize(cache, close_soon, model.blocks.connection, chain)
-        return cache
+        return RemoteCache(
+            session,
+            prompt_length=0 if model.prompts is None else model.prompts.length,
+            max_length=None,
+            owner=model.blocks,
+            fork=lambda cache: go_on_from(cache, new, session.chain).cache,
+            lazy=lazy,
+        )
 
 
 @memoize

@@ -71,7 +71,13 @@ class InferenceSession:
         self._embed, self._entering = embed, entering
         self._prompt_input = None if prompt is None else prompt.input.detach().clone()
         self._chain = blocks.open_chain(None if prompt is None else prompt.deep)
-        self.cache = cache_over(blocks, self._chain, self._new, prompt, max_length=max_length)
+        self.cache = RemoteCache(
+            self._chain,
+            prompt_length=0 if prompt is None else prompt.length,
+            max_length=max_length,
+            owner=blocks,
+            fork=partial(_forked, self._new, self._chain),
+        )
         self._active = active
         self._tokens: list[Token[InferenceSession | None]] = []
         self._output_ids: Tensor | None = None
@@ -300,21 +306,8 @@ def go_on_from(
     return twin
 
 
-def cache_over(
-    blocks: RemoteBlocks,
-    chain: SessionChain,
-    new: Callable[[], InferenceSession],
-    prompt: SoftPrompt | None,
-    **options: Any,
-) -> RemoteCache:
-    """A cache that stands for a chain over `blocks`; `new` makes sessions that go on from it. `options` as there."""
-    return RemoteCache(
-        chain,
-        prompt_length=0 if prompt is None else prompt.length,
-        owner=blocks,
-        fork=lambda cache: go_on_from(cache, new, chain).cache,
-        **options,
-    )
+def _forked(new: Callable[[], InferenceSession], chain: SessionChain, cache: RemoteCache) -> RemoteCache:
+    return go_on_from(cache, new, chain).cache
 
 
 def _same(before: Tensor, now: Tensor) -> bool:
