@@ -112,7 +112,7 @@ _HOMES = {
     "context_limit": "models.limits",
     "load_bundle": "tuning.bundle",
     "load_conversations": "data.sources",
-    "load_tokenizer": "client.model.tokenizer",
+    "load_tokenizer": "client.model.loading",
     "prepare": "tuning.batches",
     "tune": "tuning.tune",
 }
