@@ -29,9 +29,9 @@ from corolla.client.sessions.span_session import SpanSession
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import BlockTable, pages_for
 from corolla.models.span import Span
+from corolla.server.peers import Lease, Leases
 from corolla.server.sessions.session import Session
 from corolla.server.sessions.step import StepRequest
-from corolla.server.training.leases import Lease, Leases
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.reference import local_model, random_ids
-from tests.schedules.world import DTYPE, FOREVER, ServerPlan, SimulatedSwarm, checkpoint_of
 
 from corolla.client.connection import SwarmConnection
 from corolla.client.model.arguments import from_pretrained
@@ -20,6 +18,8 @@ from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, Alive, Failure
+from tests.reference import local_model, random_ids
+from tests.schedules.world import DTYPE, FOREVER, ServerPlan, SimulatedSwarm, checkpoint_of
 
 Talk = Callable[[Channel], Awaitable[None]]
 NEW = 5

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from corolla.errors import SwarmUnavailable
 from tests.reference import random_ids
 from tests.schedules.world import ServerPlan
 from tests.strangers.simulated import Strange, alive, check_reply
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
-
-from corolla.errors import SwarmUnavailable
 
 PATIENCE = 60.0
 HONEST = [ServerPlan("honest", 0, 4, 100.0)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from typing import Any, TypeVar
 
 from corolla.client.view import SwarmView
 from corolla.errors import CorollaError, RemoteError, RequestRefused, SwarmUnavailable
+from corolla.text import get_logger
 from corolla.wire.failures import Remedy, meaning, remedy_of
 from corolla.wire.messages import SILENCE_SECONDS
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 

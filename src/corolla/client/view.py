@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -36,11 +35,11 @@ from corolla.swarm.directory.routing import (
     numerics_of,
 )
 from corolla.swarm.transport.base import Transport
-from corolla.text import one_line
+from corolla.text import get_logger, one_line
 from corolla.wire.failures import Remedy, meaning, remedy_of
 from corolla.wire.messages import PROTOCOL_NAME
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 REFRESH_SECONDS = 10.0
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import time
 from collections import deque
@@ -23,8 +22,9 @@ from corolla.client.health import Finding
 from corolla.client.view import SwarmView
 from corolla.errors import CheckpointError
 from corolla.swarm.directory.routing import Hop
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_WAITING = 16
 # Coarse rounding sends a token to other experts now and then, and its whole output changes: no lie.

@@ -7,7 +7,6 @@ checkpoint without blocks from being written as if it were whole.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,8 +47,9 @@ from corolla.models.checks.forms import reads_flat_rows, returns_tuple
 from corolla.models.guard import watch_losses
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 

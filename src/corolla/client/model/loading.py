@@ -5,7 +5,6 @@ Invariant: what the user asked for is checked before anything is computed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import SoftPrompt
 from corolla.swarm.node import EventLoopThread, Node
-from corolla.text import well_formed
+from corolla.text import get_logger, well_formed
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch.dtype:

@@ -7,7 +7,6 @@ that it names and that presented it; a peer that nothing speaks for is a strange
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ from corolla.files import write_private
 from corolla.json_files import parse_object
 from corolla.swarm.access.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
 from corolla.swarm.transport.identity import Identity, is_peer_id
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_CERTIFIED = 100_000  # peers whose certificates are remembered
 INVITE_HINT = (
