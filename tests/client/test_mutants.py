@@ -122,7 +122,7 @@ def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def rollback_ignored_in_the_history(patch: pytest.MonkeyPatch) -> None:
-    from corolla.client.sessions.history import History
+    from corolla.client.sessions.span_session import History
 
     patch.setattr(History, "truncate", lambda _self, _length: None)
 
