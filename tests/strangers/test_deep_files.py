@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny_models import write_tiny
-from tests.tuning.tiny_setup import byte_tokenizer
 
 import corolla.json_files
 from corolla.chat.transcript import read_chat
@@ -25,6 +23,8 @@ from corolla.swarm.access.invitations import read_invitation
 from corolla.swarm.access.membership import read_certificates
 from corolla.tuning.bundle import load_bundle
 from corolla.tuning.checkpoints import RunFolder
+from tests.tiny_models import write_tiny
+from tests.tuning.tiny_setup import byte_tokenizer
 
 DEPTH = 200_000
 LISTS = "[" * DEPTH + "]" * DEPTH
