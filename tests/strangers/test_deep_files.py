@@ -27,9 +27,26 @@ from tests.tiny_models import write_tiny
 from tests.tuning.tiny_setup import byte_tokenizer
 
 DEPTH = 200_000
-LISTS = "[" * DEPTH + "]" * DEPTH
-OBJECTS = '{"a":' * DEPTH + "1" + "}" * DEPTH
-INSIDE = f'{{"format": 1, "model_type": "llama", "a": {LISTS}}}'
+AT_NIGHT = 10 * DEPTH
+
+
+def nested(form: str, depth: int) -> str:
+    lists = "[" * depth + "]" * depth
+    match form:
+        case "lists":
+            return lists
+        case "objects":
+            return '{"a":' * depth + "1" + "}" * depth
+        case _:
+            return f'{{"format": 1, "model_type": "llama", "a": {lists}}}'
+
+
+LISTS, OBJECTS = nested("lists", DEPTH), nested("objects", DEPTH)
+CONTENTS = [
+    pytest.param(form, depth, id=f"{form}-{depth}", marks=() if depth == DEPTH else pytest.mark.nightly)
+    for form in ("lists", "objects", "inside")
+    for depth in (DEPTH, AT_NIGHT)
+]
 PACKAGE = Path(corolla.json_files.__file__).parent
 
 
@@ -47,7 +64,7 @@ def all_of(model: Path) -> None:
     Renderer(tokenizer, RenderSettings(style="template"))
 
 
-@pytest.mark.parametrize("content", [LISTS, OBJECTS, INSIDE], ids=["lists", "objects", "inside"])
+@pytest.mark.parametrize(("form", "depth"), CONTENTS)
 @pytest.mark.parametrize(
     "name",
     [
@@ -60,8 +77,8 @@ def all_of(model: Path) -> None:
         "model.safetensors.index.json",
     ],
 )
-def test_a_model_of_others(model: Path, name: str, content: str) -> None:
-    (model / name).write_text(content)
+def test_a_model_of_others(model: Path, name: str, form: str, depth: int) -> None:
+    (model / name).write_text(nested(form, depth))
     with pytest.raises(CorollaError) as refused:
         all_of(model)
     assert "\n" not in str(refused.value)
@@ -127,7 +144,7 @@ def as_certificates(path: Path, _name: str, content: str) -> None:
     read_certificates(path)
 
 
-@pytest.mark.parametrize("content", [LISTS, OBJECTS, INSIDE], ids=["lists", "objects", "inside"])
+@pytest.mark.parametrize(("form", "depth"), CONTENTS)
 @pytest.mark.parametrize(
     ("read", "name", "error"),
     [
@@ -144,10 +161,15 @@ def as_certificates(path: Path, _name: str, content: str) -> None:
     ],
 )
 def test_other_files(
-    read: Callable[[Path, str, str], None], name: str, error: type[CorollaError], content: str, tmp_path: Path
+    read: Callable[[Path, str, str], None],
+    name: str,
+    error: type[CorollaError],
+    form: str,
+    depth: int,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(error) as refused:
-        read(tmp_path / "here", name, content)
+        read(tmp_path / "here", name, nested(form, depth))
     assert len(str(refused.value)) < 3000
 
 

@@ -48,11 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny("llama", tmp_path_factory.mktemp("llama"), vocab_size=VOCABULARY)
 
 
-@pytest.fixture
-def swarm(folder: Path) -> Iterator[MemorySwarm]:
+@pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.nightly)])
+def swarm(folder: Path, request: pytest.FixtureRequest) -> Iterator[MemorySwarm]:
     ASKED.clear()
     with MemorySwarm(folder, []) as made:
-        add_evil(made, alive)
+        for number in range(request.param):
+            add_evil(made, alive, f"evil-{number}")
         yield made
 
 
@@ -129,7 +130,9 @@ def test_ctrl_c_ends_a_reply_and_the_chat_goes_on(swarm: MemorySwarm, terminal: 
 
 
 async def killed(swarm: MemorySwarm) -> None:
-    swarm.network.kill("evil")
+    for number in range(10):
+        with contextlib.suppress(KeyError):
+            swarm.network.kill(f"evil-{number}")
 
 
 def test_ctrl_d_ends_a_reply_and_the_chat(swarm: MemorySwarm, terminal: int) -> None:
