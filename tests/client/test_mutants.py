@@ -299,7 +299,9 @@ def test_mutant(
     if plant is no_mistake:
         assert not failed
     assert set(CAUGHT_BY[plant]) <= failed
-    assert not _broken(caplog), "the mistake itself is out of date: it raises instead of computing something else"
+    assert not _broken(caplog), (
+        "the mistake itself is out of date: it raises instead of computing something else"
+    )
 
 
 def _broken(caplog: pytest.LogCaptureFixture) -> list[str]:
