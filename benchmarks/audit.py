@@ -30,14 +30,13 @@ from benchmarks.sizes import MODEL
 from corolla.cli.common import quiet_libraries
 from corolla.client.audits.audit import Answer, Deviation, deviation, tolerance_of
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PagePool, pages_for
+from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import Quantization, pack_linears
-from corolla.models.layered import new_sequence
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
-from corolla.server.training.requests import Sequences
+from corolla.server.training import Sequences
 from corolla.swarm.directory.routing import Hop
 
 FILE = RESULTS / "audits.jsonl"
@@ -70,7 +69,7 @@ class Honest:
         """The first part as a prefill, the rest token by token, as a session's steps are computed."""
         hidden = inputs["hidden"][0].to(self.span.dtype)
         pool = PagePool(pages_for(len(hidden)), dtype=self.span.dtype, device=self.span.device)
-        row, half, outputs, at = new_sequence(pool), len(hidden) // 2, [], 0
+        row, half, outputs, at = CachedSequence(pool), len(hidden) // 2, [], 0
         for part in (hidden[:half], *hidden[half:].split(1)):
             count = len(part)
             with torch.inference_mode():

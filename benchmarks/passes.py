@@ -18,11 +18,10 @@ from torch import Tensor
 from benchmarks.sizes import MODEL
 from corolla.cli.common import quiet_libraries
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PagePool, pages_for
+from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import pack_linears
-from corolla.models.layered import new_sequence
 from corolla.models.span import Span, load_span
 
 PAST, PASSES = 60, 60
@@ -31,7 +30,7 @@ PAST, PASSES = 60, 60
 def measure(span: Span, rows: int) -> tuple[float, float]:
     """Seconds of a pass by the family's code, and as one call."""
     pool = PagePool(rows * pages_for(PAST + 2 * PASSES), dtype=span.dtype, device=span.device)
-    cached = [new_sequence(pool) for _ in range(rows)]
+    cached = [CachedSequence(pool) for _ in range(rows)]
     past = torch.randn(rows * PAST, span.hidden_size)
     span.run_packed(
         past, PackedBatch(segments_of([PAST] * rows, cached), pool), positions=torch.arange(PAST).repeat(rows)

@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PAGE, Layout, PagePool, pages_for
+from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.layered import LayeredBlockTable, new_block_table
 from corolla.models.span import Span, load_span
 from corolla.server.sessions.session import bytes_per_token
 
@@ -73,15 +72,14 @@ def run(span: Span, layout: Layout, context: int) -> Kept:
     """A prompt of `context` tokens in pieces, then tokens one by one."""
     tokens, blocks = context + DECODED, span.end - span.start
     pool = PagePool(layout.tables * pages_for(tokens), dtype=span.dtype, device=span.device, layout=layout)
-    row, times = new_block_table(pool), []
+    row, times = CachedSequence(pool), []
 
     def step(hidden: Tensor) -> None:
         started, begin = time.perf_counter(), row.length
         with torch.inference_mode():
             batch = PackedBatch(segments_of([len(hidden)], [row]), pool)
             span.forward_packed(hidden, batch, positions=torch.arange(begin, begin + len(hidden)))
-        if isinstance(row, LayeredBlockTable):
-            row.trim()
+        row.trim()
         times.append(time.perf_counter() - started)
 
     for piece in torch.randn(context, span.hidden_size).split(PIECE):

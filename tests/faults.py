@@ -22,6 +22,7 @@ from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire import frames
 from corolla.wire.frames import PREAMBLE_SIZE, Packet
 from corolla.wire.messages import Closed, ServerMessage
+from tests.wire.whole import decode
 
 Bytes = bytes | bytearray
 
@@ -270,7 +271,7 @@ def _wrong_shape(_injector: Injector, fault: Fault, frame: Frame) -> bool:
     """A well-formed reply that is not the one that is due."""
     if frame.message not in ("Output", "Outputs", "Gradients"):
         return False
-    reply = frames.decode(frame.data, ServerMessage)
+    reply = decode(frame.data, ServerMessage)
     name = "grad" if frame.message == "Gradients" else "hidden"
     found = reply.tensors[name]
     draw = random.Random(fault.seed)
@@ -355,7 +356,7 @@ def _message_type(data: Bytes) -> str:
 
 def _is_legal(data: Bytes) -> bool:
     try:
-        frames.decode(data, ServerMessage)
+        decode(data, ServerMessage)
     except ProtocolError:
         return False
     except Exception:  # pragma: no cover - a decoder that fails otherwise is a finding of its own

@@ -22,7 +22,7 @@ from corolla.models.attention.pages import MARGIN, PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.quantization import use_kernels
+from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle

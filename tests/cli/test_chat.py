@@ -28,6 +28,7 @@ from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import read_chat
 from corolla.cli.main import app
 from corolla.cli.partner import find_partner, prepare
+from corolla.config import SwarmConfig
 from corolla.data.render import Renderer, RenderSettings
 from corolla.errors import BundleError, CheckpointError, CorollaError, UnknownModel, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -317,10 +318,12 @@ def test_partners_that_cannot_be_talked_with(model: Path, bundle: Path, tmp_path
 
 def test_flags_go_before_what_the_bundle_says(bundle: Path) -> None:
     partner = find_partner(str(bundle))
-    prepared = prepare(partner, SamplingSettings.from_dict(partner.sampling), style="template", max_length=99)
+    prepared = prepare(
+        partner, SamplingSettings.from_dict(partner.sampling), SwarmConfig(), style="template", max_length=99
+    )
     assert prepared.renderer.settings.style == "template"
     assert (prepared.max_context, prepared.sampling.max_new_tokens) == (99, 7)
-    assert prepare(partner, SamplingSettings()).max_context == 512 - 3
+    assert prepare(partner, SamplingSettings(), SwarmConfig()).max_context == 512 - 3
 
 
 @pytest.mark.nightly
@@ -332,4 +335,4 @@ def test_a_prompt_saved_without_a_bundle_will_do(model: Path, tmp_path: Path) ->
     )
     partner = find_partner(str(tmp_path))
     assert (partner.model, partner.prompts, partner.rendering) == (str(model), tmp_path, None)
-    assert prepare(partner, SamplingSettings()).renderer.settings.style == "template"
+    assert prepare(partner, SamplingSettings(), SwarmConfig()).renderer.settings.style == "template"

@@ -30,9 +30,9 @@ from corolla.client.sessions.span_session import SpanSession
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import BlockTable, pages_for
 from corolla.models.span import Span
+from corolla.server.peers import Lease, Leases
 from corolla.server.sessions.session import Session
 from corolla.server.sessions.step import StepRequest
-from corolla.server.training.leases import Lease, Leases
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -79,9 +79,10 @@ def stranger_seen(patch: pytest.MonkeyPatch) -> None:
     def mixed(self: PackedBatch, segments: Any, pool: Any = None) -> None:
         make(self, segments, pool)
         for one, other in pairwise(self.segments):
-            if one.sequence is not None and other.sequence is not None:
-                pages = [other.sequence.pages[0], *one.sequence.pages[1 : pages_for(one.sequence.length)]]
-                one._first, one._pages = None, torch.tensor(pages)
+            for own, theirs in zip(one.parts, other.parts, strict=True):
+                if own.table is not None and theirs.table is not None:
+                    pages = [theirs.table.pages[0], *own.table.pages[1 : pages_for(own.table.length)]]
+                    own._first, own._pages = None, torch.tensor(pages)
 
     patch.setattr(PackedBatch, "__init__", mixed)
 
@@ -122,7 +123,7 @@ def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def rollback_ignored_in_the_history(patch: pytest.MonkeyPatch) -> None:
-    from corolla.client.sessions.history import History
+    from corolla.client.sessions.span_session import History
 
     patch.setattr(History, "truncate", lambda _self, _length: None)
 

@@ -14,10 +14,9 @@ from tests.swarm.directory.test_directory import record
 from corolla.config import GuardConfig, NodeConfig
 from corolla.errors import NotAdmitted, PeerUnreachable, SwarmUnavailable, UsageError
 from corolla.swarm import node as node_module
-from corolla.swarm.access.admission import Introductions
+from corolla.swarm.access.admission import Introductions, join
 from corolla.swarm.access.invitations import LEEWAY, sign_certificate, sign_invitation
-from corolla.swarm.access.join import join
-from corolla.swarm.access.membership import Certificates, revoke
+from corolla.swarm.access.membership import keep_certificate, read_certificates, revoke
 from corolla.swarm.directory.dht_records import key_id, model_key, read_entry
 from corolla.swarm.directory.directory_dht import DHTDirectory
 from corolla.swarm.node import Node, SwarmClock
@@ -35,7 +34,7 @@ class Guarded:
     def certify(self, identity: Path) -> str:
         """Make an identity a member, on paper; gives its peer id."""
         member = prepare_identity(identity)
-        Certificates(identity).add(self.issuer.peer_id, sign_certificate(self.issuer, member.peer_id))
+        keep_certificate(identity, self.issuer.peer_id, sign_certificate(self.issuer, member.peer_id))
         return member.peer_id
 
 
@@ -65,7 +64,9 @@ async def test_a_member_reads_and_announces_until_it_is_revoked(guarded: Guarded
     """Its certificate is presented by the directory itself, where it is refused."""
     member_id = guarded.certify(tmp_path / "member")
     transport = await Libp2pTransport.create(initial_peers=guarded.addresses, identity=tmp_path / "member")
-    transport.calls.introduce = Introductions(transport, Certificates(tmp_path / "member").all()).introduce
+    transport.calls.introduce = Introductions(
+        transport, list(read_certificates(tmp_path / "member").values())
+    ).introduce
     directory = await DHTDirectory.create(transport, initial_peers=guarded.addresses)
     try:
         await directory.announce(record(member_id), 60)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.wire.whole import decode
 
 from corolla.config import SwarmConfig, WireFormat
 from corolla.errors import ProtocolError, UsageError
-from corolla.wire.frames import Packet, decode, encode
+from corolla.wire.frames import Packet, encode
 from corolla.wire.messages import ClientMessage, Step
 from corolla.wire.tensors import compress, expand
 

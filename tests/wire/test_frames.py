@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.wire.whole import decode
 
 from corolla.errors import ProtocolError, UsageError
 from corolla.wire.frames import (
+    LIMITS,
     PREAMBLE_SIZE,
     Limits,
     Packet,
-    decode,
     encode,
     parse_header,
     parse_payload,
@@ -206,9 +207,7 @@ def test_tensors_are_aligned() -> None:
 # --- what must not come out -------------------------------------------------------------------------------
 
 
-def refuse(
-    data: bytes | bytearray, field: str, allowed: Any = AnyMessage, limits: Limits | None = None
-) -> str:
+def refuse(data: bytes | bytearray, field: str, allowed: Any = AnyMessage, limits: Limits = LIMITS) -> str:
     with pytest.raises(ProtocolError) as error:
         decode(data, allowed, limits)
     assert error.value.field == field

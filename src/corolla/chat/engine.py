@@ -7,22 +7,21 @@ of a reply that was cut short, and nothing of one that the model ended in traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from queue import SimpleQueue
 from typing import Any, Self
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from corolla.chat.generation import Generation
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import Transcript
 from corolla.chat.window import Exchange, Window, newest_that_fit
-from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.render import Renderer
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import Beginnings, ReplyReader, TokensSeen, reply_ends
 from corolla.errors import SessionLimit, UsageError
 from corolla.files import write_json
 
@@ -34,6 +33,67 @@ def check_context(sampling: SamplingSettings, max_context: int) -> None:
             f"Replies of up to {sampling.max_new_tokens} tokens leave no room in a context of {max_context}: "
             "lower --max-new-tokens or raise --max-length."
         )
+
+
+class Generation:
+    """One `generate` call on a thread of its own, and its reply as an iterator of text.
+
+    Starts at once; `pieces` are to be read, or `stop` called. Ctrl-C reaches the main thread only, so the call always
+    runs to a proper end: a reply that is stopped ends with the token that is being computed, which is not taken.
+    """
+
+    def __init__(
+        self, generate: Callable[[StoppingCriteriaList], object], reader: ReplyReader, *, known: int
+    ) -> None:
+        """`generate(criteria)` is run with criteria that feed the reader and end when it has ended.
+
+        It goes on after `known` tokens.
+        """
+        self.reader = reader
+        self.error: BaseException | None = None
+        self.stopped = False  # by us, not by the model or the limit
+        self._generate = generate
+        self._known = known
+        self._pieces: SimpleQueue[str | None] = SimpleQueue()
+        self._stop = threading.Event()
+        # A daemon: a process that wants to end does not wait for a server that says nothing.
+        self._thread = threading.Thread(target=self._run, name="chat-reply", daemon=True)
+        self._thread.start()
+
+    def pieces(self) -> Iterator[str]:
+        """The reply's text as it comes. Raises what `generate` raised."""
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+        if self.error is not None:
+            raise self.error
+
+    def stop(self) -> None:
+        """Wait for the end, which comes with the next token; at once when it is over already."""
+        if self._thread.is_alive():
+            self._stop.set()
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._generate(StoppingCriteriaList([TokensSeen(self._take, self._known)]))
+            if not self.reader.ended:
+                self._show(self.reader.finish())
+        except BaseException as error:  # handed to whoever reads the pieces
+            self.error = error
+        finally:
+            self._pieces.put(None)
+
+    def _take(self, _row: int, token: int) -> bool:
+        """Read a token; whether the reply is over."""
+        if self._stop.is_set():  # whoever stopped it will not see this token
+            self.stopped = True
+            return True
+        self._show(self.reader.push(token))
+        return self.reader.ended
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self._pieces.put(piece)
 
 
 @dataclass(frozen=True)
@@ -239,9 +299,7 @@ class ChatEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
 

@@ -113,7 +113,8 @@ class Repl:
         self._console.out(text, end="", highlight=False)
 
     def _notice(self, text: str) -> None:
-        notice(self._console, text)
+        """Print what is not part of the conversation."""
+        self._console.print(for_terminal(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
     # --- commands ----------------------------------------------------------------------------------------
 
@@ -139,11 +140,6 @@ class Repl:
 
     def _help(self, _argument: str) -> None:
         self._notice(HELP)
-
-
-def notice(console: Console, text: str) -> None:
-    """Print what is not part of the conversation."""
-    console.print(for_terminal(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def read_lines(stream: TextIO) -> Iterator[str]:

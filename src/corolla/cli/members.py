@@ -62,7 +62,7 @@ class NodeOptions:
 
     def _guard(self) -> GuardConfig | None:
         """Whom to let in; None for everybody."""
-        from corolla.swarm.access.membership import peer_file
+        from corolla.swarm.access.membership import PeerFile
         from corolla.swarm.transport.identity import is_peer_id
 
         issuers = tuple(self.trust_issuer or ())
@@ -70,7 +70,7 @@ class NodeOptions:
             if not is_peer_id(issuer):
                 raise UsageError(f"--trust-issuer is {issuer!r}, which is not a peer id.")
         if self.allow is not None:
-            peer_file(self.allow)
+            PeerFile(self.allow)
         return GuardConfig(self.allow, issuers) if self.guarded or self.allow or issuers else None
 
 
@@ -93,7 +93,7 @@ def redeem_invitation(token: str, identity: Path | None) -> Path:
     """Redeem an invitation for an identity, made if it is not there; its file."""
     import asyncio
 
-    from corolla.swarm.access.join import join
+    from corolla.swarm.access.admission import join
 
     path = identity or make_folder(own_identity())
     asyncio.run(join(token, path))
@@ -111,6 +111,6 @@ def make_folder(path: Path) -> Path:
 
 def trusted_servers(path: Path | None) -> tuple[str, ...] | None:
     """The peers in a --trust file. Raises `UsageError`."""
-    from corolla.swarm.access.membership import peer_file
+    from corolla.swarm.access.membership import PeerFile
 
-    return None if path is None else tuple(sorted(peer_file(path).content))
+    return None if path is None else tuple(sorted(PeerFile(path).content))

@@ -16,7 +16,7 @@ def revoke(
     identity: Annotated[Path, typer.Option("--identity", help="The identity of the guarded peer.")],
 ) -> None:
     """Shut a peer out of the guarded peers that run with this identity, within seconds."""
-    from corolla.swarm.access.membership import revocations_path
+    from corolla.swarm.access.membership import beside
     from corolla.swarm.access.membership import revoke as run
     from corolla.swarm.transport.identity import Identity, is_peer_id
 
@@ -24,4 +24,4 @@ def revoke(
         raise UsageError(f"{peer_id!r} is not a peer id.")
     Identity.read(identity)
     new = run(identity, peer_id)
-    say(f"{peer_id} {'is' if new else 'was already'} revoked in {revocations_path(identity)}")
+    say(f"{peer_id} {'is' if new else 'was already'} revoked in {beside(identity, 'revoked')}")

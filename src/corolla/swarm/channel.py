@@ -29,6 +29,7 @@ from corolla.swarm.transport.base import Buffer, Stream, Transport
 from corolla.text import one_line
 from corolla.wire.failures import meaning
 from corolla.wire.frames import (
+    LIMITS,
     PREAMBLE_SIZE,
     Header,
     Limits,
@@ -75,7 +76,7 @@ class Channel:
         stream: Stream,
         *,
         side: Literal["client", "server"],
-        limits: Limits | None = None,
+        limits: Limits = LIMITS,
         silence: float | None = None,
         heartbeat: float = HEARTBEAT_SECONDS,
         form: WireFormat = "compute",
@@ -89,7 +90,7 @@ class Channel:
         self.peer_id = stream.peer_id
         self.conversation = Conversation()
         self._server = side == "server"
-        self._limits = limits or Limits()
+        self._limits = limits
         default = SERVER_SILENCE_SECONDS if self._server else SILENCE_SECONDS
         self.silence = default if silence is None else silence
         self._heartbeat = heartbeat

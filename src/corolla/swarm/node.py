@@ -17,11 +17,11 @@ from corolla.swarm.access.admission import ADMISSION_PROTOCOL, Gate, Introductio
 from corolla.swarm.access.invitations import LEEWAY
 from corolla.swarm.access.membership import (
     INVITE_HINT,
-    Certificates,
     Issuer,
     Membership,
-    peer_file,
-    revocations_path,
+    PeerFile,
+    beside,
+    read_certificates,
     write_addresses,
 )
 from corolla.swarm.directory.addresses import join_multiaddr, peer_of
@@ -89,9 +89,9 @@ class Node:
         from corolla.swarm.transport.libp2p import Libp2pTransport
 
         peers = [peer_of(join_multiaddr(address)) for address in initial_peers]
-        revoked = None if identity is None else peer_file(revocations_path(identity), optional=True)
-        allow = None if guard is None or guard.allow is None else peer_file(guard.allow)
-        certificates = [] if identity is None else Certificates(identity).all()
+        revoked = None if identity is None else PeerFile(beside(identity, "revoked"), optional=True)
+        allow = None if guard is None or guard.allow is None else PeerFile(guard.allow)
+        certificates = [] if identity is None else list(read_certificates(identity).values())
         transport = await Libp2pTransport.create(
             initial_peers=initial_peers,
             listen=listen,

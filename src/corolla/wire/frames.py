@@ -41,6 +41,9 @@ class Limits:
     max_payload_bytes: int = 256 * 1024 * 1024
 
 
+LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a preamble announces, in bytes; within the limits."""
@@ -82,14 +85,13 @@ class _RawHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _header_decoder = msgspec.msgpack.Decoder(_RawHeader)
 
 
-def encode(packet: Packet, limits: Limits | None = None) -> list[Buffer]:
+def encode(packet: Packet, limits: Limits = LIMITS) -> list[Buffer]:
     """The bytes of a frame, as buffers to be written one after the other.
 
     The tensors' buffers share memory with the tensors. Raises `ValueError` for a packet that breaks the
     rules of `messages.TENSORS` (a mistake of ours), `UsageError` for one that is larger than a peer would
     take.
     """
-    limits = limits or Limits()
     try:
         specs = codec.describe(packet.tensors)
         codec.check(packet.message, specs)
@@ -108,13 +110,12 @@ def encode(packet: Packet, limits: Limits | None = None) -> list[Buffer]:
     return [preamble + header, *codec.to_buffers(packet.tensors)]
 
 
-def parse_preamble(data: Buffer, limits: Limits | None = None) -> Sizes:
+def parse_preamble(data: Buffer, limits: Limits = LIMITS) -> Sizes:
     """The sizes of header and payload, from exactly `PREAMBLE_SIZE` bytes.
 
     Raises `ProtocolError` for what is not a preamble or announces more than `limits` allow, and, with
     `field="version"`, for another version: the peer may be answered with `Failure("version")`.
     """
-    limits = limits or Limits()
     magic, version, reserved, header, payload = _PREAMBLE.unpack(data)
     if magic != MAGIC:
         raise ProtocolError("The peer does not speak Corolla's protocol.", field="magic")
@@ -137,7 +138,7 @@ def parse_preamble(data: Buffer, limits: Limits | None = None) -> Sizes:
     return Sizes(header, payload)
 
 
-def parse_header(data: Buffer, payload_size: int, allowed: Any, limits: Limits | None = None) -> Header:
+def parse_header(data: Buffer, payload_size: int, allowed: Any, limits: Limits = LIMITS) -> Header:
     """Decode and check a header; `allowed` is the union of the message types that the peer may send.
 
     A payload must stay within `limits` in its expanded form too.
@@ -156,7 +157,7 @@ def parse_header(data: Buffer, payload_size: int, allowed: Any, limits: Limits |
             f"The payload has {payload_size} bytes, and its tensors take {expected}.", field="payload"
         )
     header = Header(message, raw.tensors, payload_size)
-    if header.expanded_size > (limits or Limits()).max_payload_bytes:
+    if header.expanded_size > limits.max_payload_bytes:
         raise ProtocolError(
             f"The tensors take {header.expanded_size} bytes when they are expanded, which is over the limit.",
             field="payload",
@@ -169,19 +170,6 @@ def parse_payload(header: Header, payload: bytearray) -> Packet:
     if len(payload) != header.payload_size:
         raise ValueError(f"The payload has {len(payload)} bytes instead of {header.payload_size}.")
     return Packet(header.message, codec.from_payload(header.tensors, payload))
-
-
-def decode(data: Buffer, allowed: Any, limits: Limits | None = None) -> Packet:
-    """A whole frame at once: for those who have one in memory. Raises as its three steps do."""
-    whole = bytearray(data)
-    if len(whole) < PREAMBLE_SIZE:
-        raise ProtocolError("The frame is shorter than its preamble.", field="frame")
-    sizes = parse_preamble(whole[:PREAMBLE_SIZE], limits)
-    if len(whole) != PREAMBLE_SIZE + sizes.header + sizes.payload:
-        raise ProtocolError("The frame is not as long as its preamble says.", field="frame")
-    body = PREAMBLE_SIZE + sizes.header
-    header = parse_header(whole[PREAMBLE_SIZE:body], sizes.payload, allowed, limits)
-    return parse_payload(header, whole[body:])
 
 
 @lru_cache(maxsize=16)

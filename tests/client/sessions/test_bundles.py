@@ -15,12 +15,11 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.client.sessions import bundles as client_bundles
-from corolla.models.attention.pages import PAGE, BlockTable, PagePool, pages_for
+from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
-from corolla.models.layered import AnyBlockTable
 from corolla.models.prompts import SoftPrompt
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions import bundles as server_bundles
@@ -171,10 +170,10 @@ def _prompt_alone(chats: Chats, model: Any) -> tuple[Any, torch.Tensor, torch.Te
     return chain, entered[0], chain.step(entered[0], BlocksCall(None, None, None, None, 0))
 
 
-def _columns(pool: PagePool, block: int, row: AnyBlockTable) -> torch.Tensor:
+def _columns(pool: PagePool, block: int, row: CachedSequence) -> torch.Tensor:
     """A bundle's keys and values of one block, as they lie in a row's pages."""
     table, place = (0, block) if pool.layout.plain else pool.layout.places[block]
-    pages = row.pages if isinstance(row, BlockTable) else row.tables[table].pages
+    pages = row.tables[table].pages
     sides = [
         torch.cat([side[page * PAGE : (page + 1) * PAGE] for page in pages])[:LENGTH]
         for side in pool._stores[place]

@@ -14,14 +14,12 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.models.attention import windows
-from corolla.models.attention.packing import PackedBatch, Segment, segments_of
-from corolla.models.attention.pages import PAGE, Layout, PagePool
+from corolla.models.attention.packing import PackedBatch, Rules, Segment, Stretch, segments_of
+from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import has_experts
-from corolla.models.kernels.decode import Rules
-from corolla.models.layered import AnyBlockTable, LayeredBlockTable, new_block_table
 from corolla.models.span import Span, load_span
 
 WINDOW = 6  # of the tiny models
@@ -65,12 +63,12 @@ class Rows:
     def __init__(self, span: Span, layout: Layout, *, pages: int = 200) -> None:
         self.span = span
         self.pool = PagePool(pages, dtype=span.dtype, device=span.device, layout=layout)
-        self.rows: list[AnyBlockTable] = []
+        self.rows: list[CachedSequence] = []
         self.gathered = 0  # times that the pages of a table did not follow each other
         self.given: list[Tensor] = []
 
     def open(self, count: int = 1) -> None:
-        self.rows += [new_block_table(self.pool) for _ in range(count)]
+        self.rows += [CachedSequence(self.pool) for _ in range(count)]
         self.given += [noise(self.span, 0)] * count
 
     def step(self, counts: dict[int, int], seed: int) -> float:
@@ -91,8 +89,7 @@ class Rows:
         furthest = 0.0
         for row, found in zip(parts, torch.split(output, lengths), strict=True):
             cached = self.rows[row]
-            if isinstance(cached, LayeredBlockTable):
-                cached.trim()
+            cached.trim()
             self.given[row] = torch.cat([self.given[row], parts[row]])
             wanted = alone(self.span, self.given[row])[-len(found) :]
             furthest = max(furthest, float((found - wanted).abs().max() / (1 + wanted.abs().max())))
@@ -291,19 +288,19 @@ def one_token_too_few_kept(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_page_freed_too_early(patch: pytest.MonkeyPatch) -> None:
-    trim = LayeredBlockTable.trim
+    trim = CachedSequence.trim
 
-    def eager(self: LayeredBlockTable) -> None:
+    def eager(self: CachedSequence) -> None:
         self.length += PAGE
         trim(self)
         self.length -= PAGE
 
-    patch.setattr(LayeredBlockTable, "trim", eager)
+    patch.setattr(CachedSequence, "trim", eager)
 
 
 def a_rollback_too_far_allowed(patch: pytest.MonkeyPatch) -> None:
-    reaches = LayeredBlockTable.reaches
-    patch.setattr(LayeredBlockTable, "reaches", lambda self, length: reaches(self, length + 1))
+    reaches = CachedSequence.reaches
+    patch.setattr(CachedSequence, "reaches", lambda self, length: reaches(self, length + 1))
 
 
 def window_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -318,12 +315,12 @@ def window_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
 
 def window_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Attention sees one token more than the family's own."""
-    visible = Segment.visible
+    visible = Stretch.visible
 
-    def wider(self: Segment, window: int | None, device: torch.device) -> Tensor:
+    def wider(self: Stretch, window: int | None, device: torch.device) -> Tensor:
         return visible(self, None if window is None else window + 1, device)
 
-    patch.setattr(Segment, "visible", wider)
+    patch.setattr(Stretch, "visible", wider)
 
 
 def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:
@@ -340,14 +337,14 @@ def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:
 
 def room_of_a_fork_shared(patch: pytest.MonkeyPatch) -> None:
     """A fork forgets where its tables begin."""
-    fork = LayeredBlockTable.fork
+    fork = CachedSequence.fork
 
-    def forgetful(self: LayeredBlockTable) -> LayeredBlockTable:
+    def forgetful(self: CachedSequence) -> CachedSequence:
         twin = fork(self)
         twin.begins = [0] * len(twin.begins)
         return twin
 
-    patch.setattr(LayeredBlockTable, "fork", forgetful)
+    patch.setattr(CachedSequence, "fork", forgetful)
 
 
 CAUGHT_BY: dict[Plant, set[str]] = {

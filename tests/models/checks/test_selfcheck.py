@@ -14,14 +14,12 @@ from transformers import AutoConfig, OlmoForCausalLM
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
-from corolla.models.attention.packing import Segment, attend_one
+from corolla.models.attention.packing import Rules, Stretch, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.kernels.apply import supported
-from corolla.models.kernels.decode import Rules
-from corolla.models.quantization import use_kernels
+from corolla.models.kernels.apply import supported, use_kernels
 from corolla.models.span import load_span
 
 
@@ -36,24 +34,24 @@ def test_every_family_passes(family: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def blind(one: Segment, window: int | None, device: torch.device) -> Tensor:
+def blind(one: Stretch, window: int | None, device: torch.device) -> Tensor:
     return torch.ones(one.count, one.past + one.count, dtype=torch.bool, device=device)
 
 
-def unslid(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+def unslid(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
     return attend_one(query, keys, values, one, dataclasses.replace(rules, window=None))
 
 
-def unscaled(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+def unscaled(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
     return attend_one(query, keys, values, one, dataclasses.replace(rules, scale=0.1))
 
 
-def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
+def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
     return attend_one(query, keys, values, one, dataclasses.replace(rules, sinks=None))
 
 
-def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: Rules) -> Tensor:
-    alone = dataclasses.replace(one, sequence=None, past=0)
+def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+    alone = dataclasses.replace(one, table=None, past=0)
     keys, values = keys[:, :, one.past :], values[:, :, one.past :]
     return attend_one(query, keys, values, alone, rules)
 
@@ -61,7 +59,7 @@ def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Segment, rules: 
 @pytest.mark.parametrize(
     ("family", "place", "mistake"),
     [
-        ("bloom", (Segment, "visible"), blind),
+        ("bloom", (Stretch, "visible"), blind),
         ("mistral", (packing, "attend_one"), unslid),
         ("granite", (packing, "attend_one"), unscaled),
         ("gpt_oss", (packing, "attend_one"), sinkless),

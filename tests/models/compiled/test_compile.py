@@ -15,7 +15,7 @@ from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
 
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PagePool
+from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.compiled import compile as compiling
@@ -24,7 +24,6 @@ from corolla.models.compiled.layout import LaidOut
 from corolla.models.kernels import int8
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
-from corolla.models.layered import AnyBlockTable, LayeredBlockTable, new_block_table
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
 
@@ -75,7 +74,7 @@ class Crowd:
         self.pool = PagePool(
             2000, dtype=torch.float32, device=span.device, layout=layout_of(span, margin=MARGIN)
         )
-        self.rows: list[AnyBlockTable] = [new_block_table(self.pool) for _ in lengths]
+        self.rows = [CachedSequence(self.pool) for _ in lengths]
         ids = torch.cat([torch.arange(length) for length in lengths])
         batch = PackedBatch(segments_of(lengths, self.rows), self.pool)
         span.run_packed(noise(len(ids), span.hidden_size), batch, positions=ids)
@@ -90,7 +89,7 @@ class Crowd:
         self.lengths = [one + 1 for one in self.lengths]
         return found, wanted
 
-    def _batch(self, rows: list[AnyBlockTable]) -> PackedBatch:
+    def _batch(self, rows: list[CachedSequence]) -> PackedBatch:
         return PackedBatch(segments_of([1] * len(rows), rows), self.pool)
 
 
@@ -230,7 +229,6 @@ def test_scratch_is_as_large_as_the_longest_table_needs(monkeypatch: pytest.Monk
     with torch.inference_mode():
         crowd = Crowd(span, [400])
         for row in (*crowd.rows, *crowd.twins):
-            assert isinstance(row, LayeredBlockTable)
             row.trim()
         assert error(*crowd.step(1)) < EXACT
     assert guards

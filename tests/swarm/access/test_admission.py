@@ -26,7 +26,7 @@ from corolla.swarm.access.admission import (
     redeem,
 )
 from corolla.swarm.access.invitations import sign_certificate, sign_invitation
-from corolla.swarm.access.membership import Issuer, Membership, peer_file, revocations_path, revoke
+from corolla.swarm.access.membership import Issuer, Membership, PeerFile, beside, revoke
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
@@ -48,7 +48,7 @@ class Guarded:
 
     def restart(self) -> None:
         """Forget who was let in; what is on disk stays."""
-        revoked = peer_file(revocations_path(self.identity), optional=True)
+        revoked = PeerFile(beside(self.identity, "revoked"), optional=True)
         issuers = {peer("issuer")}
         self.membership = Membership(peer("issuer"), issuers=issuers, revoked=revoked)
         self.gate = Gate(lambda who: self.membership.allowed(who))

@@ -22,12 +22,12 @@ from corolla.swarm.access.invitations import (
     sign_invitation,
 )
 from corolla.swarm.access.membership import (
-    Certificates,
     Issuer,
     Membership,
-    peer_file,
-    redeemed_path,
-    revocations_path,
+    PeerFile,
+    beside,
+    keep_certificate,
+    read_certificates,
     revoke,
 )
 from corolla.swarm.transport.identity import Identity, peer_id_of, prepare_identity
@@ -85,7 +85,7 @@ def test_an_identity_is_its_owner_s_alone(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_list_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "peers.txt"
     path.write_text(f"# friends\n\n{peer('a')}  # Ada\n")
-    membership = Membership("me", allow=peer_file(path))
+    membership = Membership("me", allow=PeerFile(path))
     assert membership.allowed("me")
     assert membership.allowed(peer("a"))
     assert not membership.allowed(peer("b"))
@@ -104,9 +104,9 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "peers.txt"
     path.write_text(f"{peer('a')}\n\n{peer('a')[:-3]}\n")
     with pytest.raises(UsageError, match=r"Line 3 of .*peers\.txt is not a peer id"):
-        peer_file(path)
+        PeerFile(path)
     with pytest.raises(UsageError, match="does not exist"):
-        peer_file(tmp_path / "missing")
+        PeerFile(tmp_path / "missing")
 
 
 # --- certificates ----------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
 
 def guarded(revoked: Path | None = None) -> Membership:
     return Membership(
-        "me", issuers={peer("issuer")}, revoked=None if revoked is None else peer_file(revoked, optional=True)
+        "me", issuers={peer("issuer")}, revoked=None if revoked is None else PeerFile(revoked, optional=True)
     )
 
 
@@ -188,13 +188,13 @@ def test_a_member_s_time_ends() -> None:
 def test_a_revoked_peer_is_out_whatever_speaks_for_it(tmp_path: Path) -> None:
     identity, allow = tmp_path / "identity", tmp_path / "peers.txt"
     allow.write_text(f"{peer('a')}\n")
-    revoked = peer_file(revocations_path(identity), optional=True)
-    membership = Membership("me", allow=peer_file(allow), issuers={peer("issuer")}, revoked=revoked)
+    revoked = PeerFile(beside(identity, "revoked"), optional=True)
+    membership = Membership("me", allow=PeerFile(allow), issuers={peer("issuer")}, revoked=revoked)
     certificate = sign_certificate(someone("issuer"), peer("a"))
     membership.admit(peer("a"), certificate)
     assert revoke(identity, peer("a"))
     assert not revoke(identity, peer("a")), "once is enough"
-    assert mode(revocations_path(identity)) == 0o600
+    assert mode(beside(identity, "revoked")) == 0o600
     assert not membership.allowed(peer("a"))
     with pytest.raises(NotAdmitted, match="revoked"):
         membership.admit(peer("a"), certificate)
@@ -207,7 +207,7 @@ def test_a_revoked_peer_is_out_whatever_speaks_for_it(tmp_path: Path) -> None:
 
 def issuer_in(folder: Path, name: str = "issuer") -> Issuer:
     path = folder / "identity"
-    return Issuer(someone(name), path, peer_file(revocations_path(path), optional=True))
+    return Issuer(someone(name), path, PeerFile(beside(path, "revoked"), optional=True))
 
 
 def invitation(**changes: object) -> str:
@@ -220,7 +220,7 @@ def test_an_invitation_is_redeemed_once(tmp_path: Path) -> None:
     assert (read.issuer, read.addresses) == (peer("issuer"), (address(),))
     certificate = issuer_in(tmp_path).redeem(token, peer("a"))
     check_certificate(certificate, peer("a"), {peer("issuer")})
-    assert mode(redeemed_path(tmp_path / "identity")) == 0o600
+    assert mode(beside(tmp_path / "identity", "redeemed")) == 0o600
     again = issuer_in(tmp_path)  # after a restart
     with pytest.raises(NotAdmitted, match="redeemed by another"):
         again.redeem(token, peer("b"))
@@ -260,13 +260,13 @@ def test_a_revoked_peer_gets_no_other_certificate(tmp_path: Path) -> None:
 
 
 def test_a_damaged_list_of_used_invitations_opens_nothing(tmp_path: Path) -> None:
-    redeemed_path(tmp_path / "identity").write_text('{"half": ')
+    beside(tmp_path / "identity", "redeemed").write_text('{"half": ')
     with pytest.raises(NotAdmitted, match="damaged"):
         issuer_in(tmp_path).redeem(invitation(), peer("a"))
 
 
 def test_used_invitations_are_forgotten_once_they_have_expired(tmp_path: Path) -> None:
-    issuer, path = issuer_in(tmp_path), redeemed_path(tmp_path / "identity")
+    issuer, path = issuer_in(tmp_path), beside(tmp_path / "identity", "redeemed")
     issuer.redeem(invitation(), peer("a"))
     kept = json.loads(path.read_text())
     nonce = next(iter(kept))
@@ -278,16 +278,16 @@ def test_used_invitations_are_forgotten_once_they_have_expired(tmp_path: Path) -
 
 def test_certificates_are_kept_privately(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    certificates = Certificates(tmp_path / "identity")
-    assert certificates.all() == []
-    certificates.add(peer("a"), "one")
-    certificates.add(peer("b"), "two")
-    certificates.add(peer("a"), "three")
-    assert sorted(Certificates(tmp_path / "identity").all()) == ["three", "two"]
+    identity = tmp_path / "identity"
+    assert read_certificates(identity) == {}
+    keep_certificate(identity, peer("a"), "one")
+    keep_certificate(identity, peer("b"), "two")
+    keep_certificate(identity, peer("a"), "three")
+    assert read_certificates(identity) == {peer("a"): "three", peer("b"): "two"}
     assert mode(tmp_path / "identity.certificates") == 0o600
     (tmp_path / "identity.certificates").write_text("[")
     with pytest.raises(UsageError, match="join again"):
-        certificates.all()
+        read_certificates(identity)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

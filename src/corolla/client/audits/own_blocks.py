@@ -14,9 +14,8 @@ from torch import Tensor
 from corolla.client.audits.audit import Answer
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.families import block_key_pattern
-from corolla.models.kernels.apply import supported
+from corolla.models.kernels.apply import supported, use_kernels
 from corolla.models.numerics import dtype_name
-from corolla.models.quantization import use_kernels
 from corolla.models.span import Span, load_span
 
 CPU = torch.device("cpu")

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corolla.models.attention.packing import current_batch
-from corolla.models.kernels.decode import Rules
+from corolla.models.attention.packing import Rules, current_batch
 
 
 class PackedBloomAttention(nn.Module):

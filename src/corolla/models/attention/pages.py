@@ -6,12 +6,13 @@ changed by another. One thread at a time uses a pool: the compute thread.
 
 Pages as in Kwon et al. 2023 (arXiv:2309.06180). A page holds `PAGE` tokens of one sequence for all blocks of a
 span, so one table serves every block; where some blocks see a window only, for those of one of several tables
-(`Layout`). Pages that follow each other are read in place, others are gathered.
+(`Layout`). Each of those holds the sequence's tokens from `begins` on, with all that any later token may see unless
+the sequence goes back by more than the layout's margin; what lies behind that is given back, whole pages at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,7 +105,7 @@ class PagePool:
     def __init__(
         self, pages: int, *, dtype: torch.dtype, device: torch.device, layout: Layout | None = None
     ) -> None:
-        """`layout` is for a span whose blocks do not share all pages; `models/layered.py` makes its sequences."""
+        """`layout` is for a span whose blocks do not share all pages."""
         self.pages = pages
         self.layout = layout or Layout()
         self._dtype = dtype
@@ -192,7 +193,7 @@ class PagePool:
 
 
 class BlockTable:
-    """Where the tokens of one sequence lie, `length` of them, in order."""
+    """Where tokens of one sequence that follow each other lie, `length` of them, for blocks that share pages."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
@@ -267,11 +268,83 @@ class BlockTable:
         )
 
 
-def shared_pages(sequences: Sequence[BlockTable], length: int) -> int:
-    """How many whole pages, of those within the first `length` tokens, all sequences have in common."""
-    limit = min([length // PAGE, *(len(sequence.pages) for sequence in sequences)])
-    first = sequences[0].pages
+class CachedSequence:
+    """One sequence, `length` tokens long: its pages, in the tables of its pool's layout."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.tables = [BlockTable(pool) for _ in pool.layout.windows]
+        self.begins = [0] * len(self.tables)  # each table's first token, on a page's border
+        self.length = 0
+
+    def with_rooms(self, room: int) -> Iterator[tuple[BlockTable, int]]:
+        """Each table, and the room to give to its `grow` where the sequence may reach `room` tokens."""
+        for table, begin, window in zip(self.tables, self.begins, self.pool.layout.windows, strict=True):
+            own = room - begin
+            if window is not None:
+                own = min(own, self.pool.layout.pages_at_rest(window) * PAGE)
+            yield table, own
+
+    def trim(self) -> None:
+        """Give back what nothing can see that comes after the present tokens, or after the margin's."""
+        layout = self.pool.layout
+        for index, window in enumerate(layout.windows):
+            if window is not None:
+                count = (self.length - layout.kept(window) - self.begins[index]) // PAGE
+                if count > 0:
+                    self.tables[index].drop(count)
+                    self.begins[index] += count * PAGE
+
+    def reaches(self, length: int) -> bool:
+        """Whether the sequence can go on from its first `length` tokens."""
+        if not 0 < length < self.length:
+            return True
+        return all(
+            window is None or begin <= max(0, length - window + 1)
+            for begin, window in zip(self.begins, self.pool.layout.windows, strict=True)
+        )
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens. Raises `ValueError` where `reaches` says no."""
+        if not self.reaches(length):
+            raise ValueError(f"What comes before token {length} of {self.length} was given back.")
+        if not length:
+            return self.free()
+        for table, begin in zip(self.tables, self.begins, strict=True):
+            table.truncate(length - begin)
+        self.length = min(self.length, length)
+
+    def fork(self) -> CachedSequence:
+        """Another sequence with the same tokens, on the same pages."""
+        twin = CachedSequence(self.pool)
+        twin.tables = [table.fork() for table in self.tables]
+        twin.begins = list(self.begins)
+        twin.length = self.length
+        return twin
+
+    def free(self) -> None:
+        """Give all pages back; safe to call twice."""
+        for table in self.tables:
+            table.free()
+        self.begins = [0] * len(self.tables)
+        self.length = 0
+
+
+def common_pages(sequences: Sequence[CachedSequence], length: int) -> list[int]:
+    """For each table: before which page, within the first `length` tokens, all sequences list the same ones."""
+    found = []
+    for index, begin in enumerate(sequences[0].begins):
+        tables = [sequence.tables[index] for sequence in sequences]
+        alike = all(sequence.begins[index] == begin for sequence in sequences)
+        found.append(begin // PAGE + shared_pages(tables, length - begin) if alike and length > begin else 0)
+    return found
+
+
+def shared_pages(tables: Sequence[BlockTable], length: int) -> int:
+    """How many whole pages, of those within the first `length` tokens, all tables list alike."""
+    limit = min([length // PAGE, *(len(table.pages) for table in tables)])
+    first = tables[0].pages
     for index in range(limit):
-        if any(sequence.pages[index] != first[index] for sequence in sequences[1:]):
+        if any(table.pages[index] != first[index] for table in tables[1:]):
             return index
     return limit

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import PackedBatch, Segment, segments_of
-from corolla.models.attention.pages import MARGIN, BlockTable, Layout, PagePool
-from corolla.models.kernels.decode import Rules
+from corolla.models.attention.packing import PackedBatch, Rules, Segment, segments_of
+from corolla.models.attention.pages import MARGIN, CachedSequence, Layout, PagePool
 from corolla.models.span import Span
 
 MOST_TABLES = 8  # about; each table costs every row some microseconds a pass
@@ -68,7 +67,7 @@ def layout_of(span: Span, margin: int = MARGIN) -> Layout:
 def _calls(span: Span) -> set[tuple[int, Call]]:
     """How each block calls attention for a sequence's first two tokens, and for its third."""
     pool = PagePool(1, dtype=span.dtype, device=span.device)
-    row = BlockTable(pool)
+    row = CachedSequence(pool)
     calls: set[tuple[int, Call]] = set()
     with torch.inference_mode():
         for start, count in ((0, 2), (2, 1)):

@@ -9,7 +9,6 @@ trust. A client proves all of its own half by itself (`client/model/startcheck.p
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from corolla.errors import UnsupportedFamily
 from corolla.files import scratch_folder
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import BlockTable, PagePool
+from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.cache import BlocksCall, cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
@@ -34,8 +33,9 @@ from corolla.models.checks.miniature import EDGE, close, miniature, random_model
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, first_of, load_span
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 # A sequence that is cached ends where rotary embeddings begin to change, one that is run whole goes beyond.
 ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3
@@ -262,7 +262,7 @@ def _alone(spans: list[Span], hidden: Tensor) -> Tensor:
 def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
     """All but the last four tokens of each at once, then two together, then one, then the other."""
     pools = [PagePool(8, dtype=torch.float32, device=torch.device("cpu")) for _ in spans]
-    rows = [[BlockTable(pool) for _ in hidden] for pool in pools]
+    rows = [[CachedSequence(pool) for _ in hidden] for pool in pools]
     outputs: list[list[Tensor]] = [[] for _ in hidden]
     with torch.inference_mode():
         expected = [_alone(spans, one) for one in hidden]

@@ -6,21 +6,20 @@ gives.
 
 from __future__ import annotations
 
-import logging
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PAGE, PagePool
+from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.compiled.program import Program
 from corolla.models.compiled.record import Recording, record
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.native import library
-from corolla.models.layered import AnyBlockTable, new_block_table
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_ROWS = 64  # of a compiled pass: with more, the small operators cost little beside the products
 RECORDED = (3, 5)  # rows; unlike each other, one, and the sizes of a model
@@ -83,7 +82,7 @@ def _inputs(span: PackedBlocks, tokens: int) -> tuple[Tensor, Tensor]:
 def _is_same(span: PackedBlocks, program: Program, rows: int) -> bool:
     """Whether `rows` rows, each with a past of its own, get the same next token's outputs in both ways."""
     pool = PagePool(2 * rows * (PAST // PAGE + 2), dtype=span.dtype, device=span.device)
-    cached: list[AnyBlockTable] = [new_block_table(pool) for _ in range(rows)]
+    cached = [CachedSequence(pool) for _ in range(rows)]
     hidden, _ = _inputs(span, rows * PAST)
     span.run_packed(
         hidden,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.models.attention.packing import OneTokenRows
 from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op, View
-from corolla.models.kernels.decode import OneTokenRows
 from corolla.models.kernels.native import library, pointer
 
 KINDS = (

@@ -1,21 +1,23 @@
-"""Puts faster layers where a model has plain frozen ones.
+"""Puts faster layers, or quantized ones, where a model has plain frozen ones.
 
 Invariant: only what is exactly a frozen `nn.Linear` with a weight of its own is replaced, one layer (or one
-group of siblings) at a time, so that memory never holds more than that twice; the rest is left as it was.
+group of siblings) at a time, so that memory never holds more than that twice; the rest is left as it was. A
+quantization that this machine cannot do is refused before anything is loaded, never replaced by another one.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 
+from corolla.config import QUANTIZATIONS
 from corolla.errors import UsageError
-from corolla.models.kernels.cuda import cuda_linear
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
 from corolla.models.kernels.narrow import NarrowLinear, narrow_form
@@ -26,6 +28,38 @@ Quantization = Literal["none", "int8"]
 # Siblings that the families' code calls with the same tensor, one after the other; one product instead of
 # three saves 60 of 150 µs (fp32) and 60 of 115 µs (int8) in a block of SmolLM2 with one row.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# A threshold would send outlier columns of a *batch* through float16, so a row would depend on the strangers beside
+# it; without one, every row has a scale of its own.
+_CUDA_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 0.0}),
+    "nf4": ("Linear4bit", {"quant_type": "nf4"}),
+}
+
+
+def check_quantization(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises `UsageError` unless weights can be kept that way here."""
+    if name not in QUANTIZATIONS:
+        raise UsageError(f"Unknown quantization {name!r}; use one of {', '.join(QUANTIZATIONS)}.")
+    if name == "none":
+        return
+    if name == "nf4" and device.type != "cuda":
+        raise UsageError("nf4 needs a CUDA device; use int8 or none on a CPU.")
+    if device.type == "cpu" and not supported(device, dtype, "int8"):
+        raise UsageError(
+            f"int8 on a CPU needs an x86 machine with AVX2 and float32 activations, not {dtype}; use "
+            "--dtype float32, or no quantization."
+        )
+
+
+def use_kernels(model: nn.Module, name: str, device: torch.device) -> None:
+    """Replace the frozen linear layers below `model` by what is fastest here, or by quantized ones."""
+    if device.type == "cuda":
+        if name != "none":
+            quantize_on_cuda(model, "nf4" if name == "nf4" else "int8")
+        return
+    dtype = next(model.parameters()).dtype
+    if supported(device, dtype):
+        pack_linears(model, quantization="int8" if name == "int8" else "none")
 
 
 def supported(device: torch.device | str, dtype: torch.dtype, quantization: Quantization = "none") -> bool:
@@ -60,10 +94,37 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
 
 
 def quantize_on_cuda(module: nn.Module, quantization: Literal["int8", "nf4"]) -> int:
-    """As `pack_linears`, for layers on a CUDA device in float16 or bfloat16. Raises `UsageError` as `cuda_linear`."""
-    make, names = cuda_linear(quantization), _replaceable(module, lambda weight: weight.device.type == "cuda")
+    """As `pack_linears`, by bitsandbytes on a CUDA device. No such device has run it yet: try it before use.
+
+    Raises `UsageError` where there is no CUDA device or no bitsandbytes.
+    """
+    make = _cuda_linear(quantization)
+    names = _replaceable(module, lambda weight: weight.device.type == "cuda")
     _replace(module, names, make)
     return len(names)
+
+
+def _cuda_linear(quantization: str) -> Callable[[Tensor, Tensor | None], nn.Module]:
+    """What makes a layer, on the weight's own device, of a weight [out, in] and a bias [out]."""
+    if not torch.cuda.is_available():
+        raise UsageError("This quantization needs a CUDA device and there is none; use --device cpu.")
+    try:
+        library: Any = importlib.import_module("bitsandbytes").nn
+    except ImportError as error:
+        raise UsageError(
+            "Quantized weights on CUDA need bitsandbytes; run pip install bitsandbytes."
+        ) from error
+    kind, options = _CUDA_LAYERS[quantization]
+
+    def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        outputs, inputs = weight.shape
+        more = options | ({"compute_dtype": weight.dtype} if quantization == "nf4" else {})
+        layer = getattr(library, kind)(inputs, outputs, bias is not None, **more)
+        layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+        made: nn.Module = layer.to(weight.device).requires_grad_(False)  # this is when it is quantized
+        return made
+
+    return make
 
 
 def _replaceable(module: nn.Module, here: Callable[[Tensor], bool]) -> set[str]:

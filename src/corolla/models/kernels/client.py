@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from corolla.config import ClientQuantization
@@ -115,40 +114,16 @@ class HalfLinear(FrozenLinear):
         """Nothing but the bias: the weight is counted where it lives."""
         return 0 if self.bias is None else self.bias.nbytes
 
-    def forward(self, input: Tensor) -> Tensor:
-        """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
-        self.check_input(input)
-        return multiply_half(input, self._weight[0], self.bias)
+    def multiply(self, value: Tensor) -> Tensor:
+        weight = self._weight[0]
+        result = value.new_empty(*value.shape[:-1], weight.shape[0])
+        for rows, part in zip(torch.split(weight, CHUNK), torch.split(result, CHUNK, dim=-1), strict=True):
+            part.copy_(multiply(value, rows.float(), None))
+        return result if self.bias is None else result.add_(self.bias)
 
-
-def multiply_half(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """value @ weight.T + bias, float32 [..., in] to [..., out], for a 16-bit `weight`; differentiable in `value`."""
-    if value.requires_grad and torch.is_grad_enabled():
-        product: Tensor = _HalfProduct.apply(value, weight, bias)  # type: ignore[no-untyped-call]
-        return product
-    return _multiply_chunks(value, weight, bias)
-
-
-class _HalfProduct(torch.autograd.Function):
-    """The product with its gradient for the input; the weight has none."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return _multiply_chunks(value, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        result = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1])
-        parts = zip(torch.split(ctx.weight, CHUNK), torch.split(gradient, CHUNK, dim=-1), strict=True)
-        for weight, part in parts:
-            result += multiply(part.contiguous(), weight.float().t(), None)
-        return result, None, None
-
-
-def _multiply_chunks(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result = value.new_empty(*value.shape[:-1], weight.shape[0])
-    for rows, part in zip(torch.split(weight, CHUNK), torch.split(result, CHUNK, dim=-1), strict=True):
-        part.copy_(multiply(value, rows.float(), None))
-    return result if bias is None else result.add_(bias)
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        weight = self._weight[0]
+        result = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
+        for rows, part in zip(torch.split(weight, CHUNK), torch.split(gradient, CHUNK, dim=-1), strict=True):
+            result += multiply(part.contiguous(), rows.float().t(), None)
+        return result

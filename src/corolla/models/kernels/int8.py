@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from corolla.errors import UsageError
 from corolla.models.kernels.native import FORMS, Layer, library, pointer
-from corolla.models.kernels.packed import FrozenLinear, multiply
+from corolla.models.kernels.packed import FrozenLinear
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
 TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
@@ -61,7 +60,7 @@ def _has_vnni() -> bool:
 
 
 class Int8Linear(FrozenLinear):
-    """A frozen linear layer on an x86 CPU; takes and gives float32, differentiable in its input."""
+    """A frozen linear layer on an x86 CPU; its gradient is that of the dequantized weight (straight through)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pieces: int | None = None) -> None:
         """Quantizes `weight` float32 [out, in], keeping no reference to it; `bias` float32 [out] is kept.
@@ -87,36 +86,13 @@ class Int8Linear(FrozenLinear):
         """Memory of weight and bias in bytes: one a weight; scale, zero point and sum for every channel."""
         return self.out_features * (self.in_features + 12 + (0 if self.bias is None else 4))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
-        self.check_input(input)
-        if input.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _Int8Product.apply(input, self)  # type: ignore[no-untyped-call]
-            return product
-        return self.multiply(input)
-
     def native(self) -> Layer | None:
         """What `run_program` is told, if it can compute this; it holds as long as this layer does."""
         return self.kept.native(self.bias) if isinstance(self.kept, _Vnni) else None
 
     def multiply(self, value: Tensor) -> Tensor:
-        """The product without a gradient."""
         product = self.kept.multiply(value.reshape(-1, value.shape[-1]), self.bias)
         return product.view(*value.shape[:-1], product.shape[-1])
-
-
-class _Int8Product(torch.autograd.Function):
-    """The product, whose gradient for the input is that of the dequantized weight (straight through)."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, layer: Int8Linear) -> Tensor:
-        ctx.layer = layer
-        return layer.multiply(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return multiply(gradient, ctx.layer.weight.t(), None), None
 
 
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from corolla.models.kernels.native import FORMS, Layer, library, pointer
 from corolla.models.kernels.packed import FrozenLinear, multiply
@@ -187,26 +186,19 @@ class NarrowLinear(FrozenLinear):
     @property
     def weight(self) -> Tensor:
         """The float32 weight [out, in]; made anew at each reading."""
-        return self._widened()
+        wide = torch.empty(self.out_features, self.in_features)
+        _kernels().narrow_widen(*self._described, pointer(wide), torch.get_num_threads())
+        return wide
 
     def weight_bytes(self) -> int:
         """Memory of weight and bias in bytes."""
         kept = sum(tensor.nbytes for tensor in self.narrow.tensors().values())
         return kept + (0 if self.bias is None else self.bias.nbytes)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
-        self.check_input(input)
-        if input.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _NarrowProduct.apply(input, self)  # type: ignore[no-untyped-call]
-            return product
-        return self.multiply(input)
-
     def multiply(self, value: Tensor) -> Tensor:
-        """The product without a gradient."""
         rows = value.numel() // self.in_features
         if rows > FEW_ROWS:
-            return multiply(value, self._widened(), self.bias)
+            return multiply(value, self.weight, self.bias)
         value = value.contiguous()
         result = value.new_empty(*value.shape[:-1], self.out_features)
         threads = torch.get_num_threads()
@@ -218,31 +210,8 @@ class NarrowLinear(FrozenLinear):
         form, values, steps, offsets, halves, shift, columns, rows = self._described
         return Layer(form, halves, shift, columns, rows, values, steps, offsets, pointer(self.bias))
 
-    def multiply_back(self, gradient: Tensor) -> Tensor:
-        """The gradient of the input [..., in], from that of the output."""
-        return multiply(gradient, self._widened().t(), None)
-
-    def _widened(self) -> Tensor:
-        wide = torch.empty(self.out_features, self.in_features)
-        _kernels().narrow_widen(*self._described, pointer(wide), torch.get_num_threads())
-        return wide
-
 
 def _kernels() -> Any:
     found = library()
     assert found is not None  # `narrow_form` asked
     return found
-
-
-class _NarrowProduct(torch.autograd.Function):
-    """The product with its gradient for the input; the weight has none."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, layer: NarrowLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.multiply(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.multiply_back(gradient), None

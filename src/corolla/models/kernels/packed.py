@@ -6,7 +6,6 @@ Reading `weight` makes a plain copy for the reader; nothing here keeps that copy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +49,22 @@ class FrozenLinear(nn.Module):
     def native(self) -> Layer | None:
         """What `run_program` is told of the layer; None where it cannot compute it."""
         return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [..., in] to [..., out], differentiable. Raises `UsageError` for another dtype or width."""
+        self.check_input(input)
+        if input.requires_grad and torch.is_grad_enabled():
+            product: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.multiply(input)
+
+    def multiply(self, value: Tensor) -> Tensor:
+        """The product without a gradient."""
+        raise NotImplementedError
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """The gradient of the input [..., in], from that of the output."""
+        return multiply(gradient, self.weight.t(), None)
 
     def extra_repr(self) -> str:
         return (
@@ -108,13 +123,22 @@ class PackedLinear(FrozenLinear):
         """Memory of weight and bias in bytes."""
         return sum(part.nbytes for part in self.parts) + (0 if self.bias is None else self.bias.nbytes)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """float32 [..., in] to [..., out]. Raises `UsageError` for another dtype or width."""
-        self.check_input(input)
-        if input.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _PackedProduct.apply(input, self.parts, self.bias)  # type: ignore[no-untyped-call]
-            return product
-        return multiply_parts(input, self.parts, self.bias)
+    def multiply(self, value: Tensor) -> Tensor:
+        if self._count == 1:
+            return multiply(value, self.parts[0], self.bias)
+        first, *others = value.tensor_split(self._count, dim=-1)
+        product = multiply(first.contiguous(), self.parts[0], self.bias)
+        for piece, part in zip(others, self.parts[1:], strict=True):
+            product = torch.ops.mkldnn._linear_pointwise.binary(
+                piece.contiguous(), product, part, None, "add"
+            )
+        return product
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        # oneDNN takes the transposed view of the unpacked weight as it is: with 512 rows this costs half of
+        # what `gradient @ weight` costs, unpacking included, and no second packed copy has to be kept.
+        pieces = [multiply(gradient, part.to_dense().t(), None) for part in self.parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 def multiply(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,29 +147,15 @@ def multiply(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def multiply_parts(value: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """The same for a weight in pieces along the sums, whose products are added up."""
-    if len(parts) == 1:
-        return multiply(value, parts[0], bias)
-    first, *others = value.tensor_split(len(parts), dim=-1)
-    product = multiply(first.contiguous(), parts[0], bias)
-    for piece, weight in zip(others, parts[1:], strict=True):
-        product = torch.ops.mkldnn._linear_pointwise.binary(piece.contiguous(), product, weight, None, "add")
-    return product
-
-
-class _PackedProduct(torch.autograd.Function):
-    """The product with its gradient for the input; the weight has none."""
+class _Product(torch.autograd.Function):
+    """A frozen layer's product with its gradient for the input; the weight has none."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        ctx.parts = parts
-        return multiply_parts(value, parts, bias)
+    def forward(ctx: Any, value: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # oneDNN takes the transposed view of the unpacked weight as it is: with 512 rows this costs half of
-        # what `gradient @ weight` costs, unpacking included, and no second packed copy has to be kept.
-        pieces = [multiply(gradient, part.to_dense().t(), None) for part in ctx.parts]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.multiply_back(gradient), None

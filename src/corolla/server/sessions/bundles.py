@@ -17,13 +17,12 @@ from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
-from corolla.models.attention.pages import PagePool
+from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.front import entering
-from corolla.models.layered import AnyBlockTable, new_block_table
+from corolla.models.kernels.apply import use_kernels
 from corolla.models.prompts import DeepRows, SoftPrompt, digest
-from corolla.models.quantization import use_kernels
 from corolla.models.span import Span, load_span
 from corolla.wire.messages import Prefilled
 
@@ -59,7 +58,7 @@ class Bundle:
     """What a server holds of a prompt: its columns' pages, and their outputs for clients."""
 
     start: int  # the server's first block
-    row: AnyBlockTable
+    row: CachedSequence
     outputs: list[Tensor]  # [1, P, H] behind each of the server's blocks
     deep: Tensor | None  # fp32 [blocks of the server, P, H]
 
@@ -133,7 +132,7 @@ def _client_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
 
 def prefill(span: Span, pool: PagePool, prompt: Entering) -> Bundle:
     """Run a prompt through the span's blocks, into pages of its own. On the compute thread."""
-    row = new_block_table(pool)
+    row = CachedSequence(pool)
     batch = PackedBatch([Segment(0, len(prompt.hidden), row)], pool)
     outputs = []
     for index in range(span.start, span.end):

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.models.attention.pages import PAGE, Layout, PagePool
+from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
-from corolla.models.layered import AnyBlockTable, LayeredBlockTable, common_pages, new_block_table
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
@@ -66,7 +65,7 @@ class Session:
         self.step: Request | None = None  # that is being taken
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
-        self.block_tables: list[AnyBlockTable] = []  # of a family that can be packed
+        self.block_tables: list[CachedSequence] = []  # of a family that can be packed
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -148,7 +147,7 @@ class Session:
         chosen = [
             (self.block_tables[row], self.real_tokens(row, position)) for row in set(self._chosen(order))
         ]
-        return all(row.reaches(kept) for row, kept in chosen if isinstance(row, LayeredBlockTable))
+        return all(row.reaches(kept) for row, kept in chosen)
 
     def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
         """Whether another session over `span` with these prompts may begin as `origin` says."""
@@ -174,7 +173,7 @@ class Session:
         self.mask = None if other.mask is None else other.mask[:, :tokens]
         return True
 
-    def begin_with(self, row: AnyBlockTable, rows: int) -> None:
+    def begin_with(self, row: CachedSequence, rows: int) -> None:
         """Hold in each of `rows` rows what `row` does, on its pages."""
         self.block_tables = [row.fork() for _ in range(rows)]
         self.rows, self.length = rows, row.length
@@ -193,7 +192,7 @@ class Session:
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.block_tables
         if position == 0 or not before:
-            self.block_tables = [new_block_table(self.pool) for _ in range(rows)]
+            self.block_tables = [CachedSequence(self.pool) for _ in range(rows)]
         elif order is not None:
             self.block_tables = []
             for source in order.tolist():

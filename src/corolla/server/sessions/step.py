@@ -16,7 +16,6 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
-from corolla.models.layered import LayeredBlockTable
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
 from corolla.server.scheduler.engine import Kind, Request
@@ -236,7 +235,7 @@ class StepRequest(Request):
         self._outputs[self._at : self._at + len(output)] = output
         self._at += len(output)
         for one in self.segments:
-            if isinstance(one.sequence, LayeredBlockTable):
+            if one.sequence is not None:
                 one.sequence.trim()
 
     def run_plain(self, tokens: int) -> None:

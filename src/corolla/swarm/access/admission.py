@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
 from cachetools import TTLCache
 
-from corolla.errors import NotAdmitted, PeerDisconnected, PeerSilent, ProtocolError, RemoteError
-from corolla.swarm.access.invitations import MAX_TOKEN_BYTES
-from corolla.swarm.access.membership import Issuer, Membership
+from corolla.errors import (
+    NotAdmitted,
+    PeerDisconnected,
+    PeerSilent,
+    ProtocolError,
+    RemoteError,
+    SwarmUnavailable,
+)
+from corolla.swarm.access.invitations import MAX_TOKEN_BYTES, check_certificate, read_invitation
+from corolla.swarm.access.membership import Issuer, Membership, keep_certificate, read_certificates
 from corolla.swarm.channel import PIECE, Channel
 from corolla.swarm.transport.base import Stream, StreamHandler, Transport
-from corolla.text import one_line
+from corolla.text import get_logger, one_line
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 ADMISSION_PROTOCOL = "corolla-admit/1"
 MAX_CERTIFICATES = 8
@@ -229,6 +236,36 @@ async def redeem(transport: Transport, issuer: str, token: str) -> str:
     if answer.certificate is None:
         raise ProtocolError(f"Peer {issuer} sent no certificate.", peer_id=issuer)
     return answer.certificate
+
+
+async def join(token: str, identity: Path) -> str:
+    """Become a member: redeem `token` for the identity in that file, which is made when it is not there.
+
+    Gives the issuer's id, once the certificate is on disk; asking again gives it again. Raises `UsageError` for
+    what is no invitation, `NotAdmitted` for one that is used, expired or forged, `SwarmUnavailable` when the
+    issuer does not answer.
+    """
+    from corolla.swarm.transport.libp2p import Libp2pTransport
+
+    invitation = read_invitation(token)
+    read_certificates(identity)  # a damaged file is said before the invitation is used
+    at_issuer = [address for address in invitation.addresses if address.endswith(f"/p2p/{invitation.issuer}")]
+    transport = await Libp2pTransport.create(
+        initial_peers=at_issuer or invitation.addresses, identity=identity, client_only=True
+    )
+    try:
+        certificate = await redeem(transport, invitation.issuer, token.strip())
+    except NotAdmitted as error:
+        raise NotAdmitted(f"The invitation was not accepted: {error}") from error
+    except RemoteError as error:
+        raise SwarmUnavailable(
+            f"The invitation's issuer, peer {invitation.issuer}, does not answer; try again when it is up."
+        ) from error
+    finally:
+        await transport.close()
+    check_certificate(certificate, transport.peer_id, {invitation.issuer})
+    keep_certificate(identity, invitation.issuer, certificate)
+    return invitation.issuer
 
 
 class Introductions:

@@ -63,9 +63,7 @@ def read_invitation(token: str) -> Invitation:
     """What an invitation says, unproved: for whom it was given to. Raises `UsageError`."""
     token = token.strip()
     try:
-        if len(token) > MAX_TOKEN_BYTES:
-            raise ValueError("too long")
-        claims = jwt.decode(token, options={"verify_signature": False})
+        claims = _unproved(token)
         invitation = _as_invitation(claims)
         if claims["aud"] != _INVITATION or not invitation.addresses:
             raise ValueError("not an invitation")
@@ -98,14 +96,14 @@ def sign_certificate(
 
 def check_certificate(certificate: str, peer_id: str, issuers: Collection[str]) -> float:
     """When the certificate of `peer_id` by one of these issuers expires. Raises `NotAdmitted`."""
-    issuer = issuer_of(certificate)
-    if issuer not in issuers:
-        raise NotAdmitted("The certificate is by an issuer that is not trusted here.")
     try:
-        stated = jwt.decode(certificate, options={"verify_signature": False})["key"]
-        key = load_public(base64.b64decode(stated, validate=True), issuer)
+        stated = _unproved(certificate)
+        issuer, public = str(stated["iss"]), base64.b64decode(stated["key"], validate=True)
     except _MALFORMED as error:
         raise NotAdmitted("The certificate is malformed.") from error
+    if issuer not in issuers:
+        raise NotAdmitted("The certificate is by an issuer that is not trusted here.")
+    key = load_public(public, issuer)
     if key is None:
         raise NotAdmitted("The certificate's key is not its issuer's.")
     claims = _checked(certificate, key, issuer, _CERTIFICATE)
@@ -114,14 +112,11 @@ def check_certificate(certificate: str, peer_id: str, issuers: Collection[str]) 
     return float(claims["exp"])
 
 
-def issuer_of(token: str) -> str:
-    """Whom a token or certificate says it is by. Raises `NotAdmitted`."""
-    try:
-        if len(token) > MAX_TOKEN_BYTES:
-            raise ValueError("too long")
-        return str(jwt.decode(token, options={"verify_signature": False})["iss"])
-    except _MALFORMED as error:
-        raise NotAdmitted("The certificate is malformed.") from error
+def _unproved(token: str) -> dict[str, Any]:
+    """What a token says, whoever signed it. Raises one of `_MALFORMED`."""
+    if len(token) > MAX_TOKEN_BYTES:
+        raise ValueError("too long")
+    return dict(jwt.decode(token, options={"verify_signature": False}))
 
 
 def _claims(identity: Identity, audience: str, seconds: float, now: float | None) -> dict[str, Any]:

@@ -7,12 +7,12 @@ that it names and that presented it; a peer that nothing speaks for is a strange
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Literal
 
+import msgspec
 from cachetools import TLRUCache
 from filelock import FileLock
 
@@ -21,10 +21,9 @@ from corolla.files import write_private
 from corolla.json_files import parse_object
 from corolla.swarm.access.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
 from corolla.swarm.transport.identity import Identity, is_peer_id
+from corolla.text import get_logger
 
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_CERTIFIED = 100_000  # peers whose certificates are remembered
 INVITE_HINT = (
@@ -33,73 +32,55 @@ INVITE_HINT = (
 )
 
 
-class WatchedFile(Generic[T]):
-    """The parsed content of a file, reread when the file changes.
+class PeerFile:
+    """A file of peer ids, one a line, reread when it changes; what follows a # is a comment.
 
-    A first reading that fails raises the parser's `UsageError`; a later one is logged and the content stays as
-    it was, so that a slip of an editor neither ends a server nor opens it. With `optional` a file that is not
-    there at first reads as empty.
+    A first reading that fails raises `UsageError`; a later one is logged and the content stays as it was, so
+    that a slip of an editor neither ends a server nor opens it. With `optional` a file that is not there at
+    first reads as empty.
     """
 
-    def __init__(self, path: Path, parse: Callable[[str, Path], T], *, optional: bool = False) -> None:
-        self.path = path
-        self._parse = parse
-        self._optional = optional
+    def __init__(self, path: Path, *, optional: bool = False) -> None:
+        self._path = path
         self._seen = self._stamp()
-        self._content = self._read()
+        self._content = frozenset[str]() if optional and not path.exists() else self._read()
 
     @property
-    def content(self) -> T:
-        """What the file says now."""
+    def content(self) -> frozenset[str]:
+        """Whom the file names now."""
         stamp = self._stamp()
         if stamp != self._seen:
             self._seen = stamp
             try:
                 self._content = self._read()
-                log.info("Read %s again", self.path)
+                log.info("Read %s again", self._path)
             except UsageError as error:
                 log.warning("%s What was read before stays in force.", error)
-            self._optional = False  # once it was there, its disappearance is a slip
         return self._content
 
     def _stamp(self) -> tuple[int, ...]:
         try:
-            found = self.path.stat()
+            found = self._path.stat()
         except OSError:
             return ()
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def _read(self) -> T:
+    def _read(self) -> frozenset[str]:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            return _parse_peers(self._path.read_text(encoding="utf-8"), self._path)
         except FileNotFoundError:
-            if not self._optional:
-                raise UsageError(f"The file {self.path} does not exist.") from None
-            text = ""
+            raise UsageError(f"The file {self._path} does not exist.") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise UsageError(f"The file {self.path} cannot be read: {reason}.") from error
-        return self._parse(text, self.path)
+            raise UsageError(f"The file {self._path} cannot be read: {reason}.") from error
 
 
-def parse_peers(text: str, path: Path) -> frozenset[str]:
-    """Peer ids, one a line; what follows a # is a comment. Raises `UsageError` with the line's number."""
-    peers = set()
-    for number, line in enumerate(text.splitlines(), start=1):
-        peer = line.partition("#")[0].strip()
+def _parse_peers(text: str, path: Path) -> frozenset[str]:
+    peers = [line.partition("#")[0].strip() for line in text.splitlines()]
+    for number, peer in enumerate(peers, start=1):
         if peer and not is_peer_id(peer):
             raise UsageError(f"Line {number} of {path} is not a peer id: {peer[:80]!r}.")
-        if peer:
-            peers.add(peer)
-    return frozenset(peers)
-
-
-PeerFile = WatchedFile[frozenset[str]]
-
-
-def peer_file(path: Path, *, optional: bool = False) -> PeerFile:
-    """A file of peer ids that is reread when it changes. Raises `UsageError`."""
-    return WatchedFile(path, parse_peers, optional=optional)
+    return frozenset(filter(None, peers))
 
 
 class Membership:
@@ -146,26 +127,22 @@ class Membership:
         self._certified[peer_id] = max(expires, self._certified.get(peer_id, 0.0))
 
 
-# --- what an issuer keeps beside its identity -----------------------------------------------------------
+# --- files beside an identity's -------------------------------------------------------------------------
 
 
-def revocations_path(identity: Path) -> Path:
-    """Where the peers stand whose certificates were revoked."""
-    return identity.with_name(identity.name + ".revoked")
-
-
-def redeemed_path(identity: Path) -> Path:
-    """Where the invitations stand that were redeemed."""
-    return identity.with_name(identity.name + ".redeemed")
+def beside(identity: Path, kind: Literal["revoked", "redeemed", "addresses", "certificates"]) -> Path:
+    """Where an identity keeps the peers whose certificates it revoked, the invitations that were redeemed with it,
+    the addresses that others can join it through, or the certificates that were issued for it."""
+    return identity.with_name(f"{identity.name}.{kind}")
 
 
 def revoke(identity: Path, peer_id: str) -> bool:
     """Write `peer_id` into the identity's revocation file; False when it stood there. Raises `UsageError`."""
-    path = revocations_path(identity)
+    path = beside(identity, "revoked")
     try:
         with FileLock(f"{path}.lock"):
             text = path.read_text(encoding="utf-8") if path.exists() else ""
-            if peer_id in parse_peers(text, path):
+            if peer_id in _parse_peers(text, path):
                 return False
             text += f"{'' if not text or text.endswith(chr(10)) else chr(10)}{peer_id}\n"
             write_private(path, text.encode())
@@ -174,25 +151,43 @@ def revoke(identity: Path, peer_id: str) -> bool:
     return True
 
 
-def addresses_path(identity: Path) -> Path:
-    """Where a running peer writes the addresses that others can join through."""
-    return identity.with_name(identity.name + ".addresses")
-
-
 def write_addresses(identity: Path, addresses: Sequence[str]) -> None:
     """Note where the peer of an identity can be reached, for its invitations; a file that fails is no matter."""
+    path = beside(identity, "addresses")
     try:
-        write_private(addresses_path(identity), "".join(f"{address}\n" for address in addresses).encode())
+        write_private(path, "".join(f"{address}\n" for address in addresses).encode())
     except OSError as error:
-        log.warning("%s cannot be written: %s", addresses_path(identity), error.strerror)
+        log.warning("%s cannot be written: %s", path, error.strerror)
 
 
 def read_addresses(identity: Path) -> list[str]:
     """What `write_addresses` wrote; nothing when the peer never ran."""
     try:
-        return addresses_path(identity).read_text(encoding="utf-8").split()
+        return beside(identity, "addresses").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
         return []
+
+
+def read_certificates(identity: Path) -> dict[str, str]:
+    """The identity's certificates, by issuer. Raises `UsageError` for a damaged file."""
+    path = beside(identity, "certificates")
+    try:
+        return {issuer: str(one) for issuer, one in parse_object(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"The file {path} cannot be read as certificates; delete it and join again."
+        ) from error
+
+
+def keep_certificate(identity: Path, issuer: str, certificate: str) -> None:
+    """Keep a certificate in place of the issuer's earlier one. Raises `UsageError`."""
+    path, kept = beside(identity, "certificates"), read_certificates(identity) | {issuer: certificate}
+    try:
+        write_private(path, json.dumps(kept, indent=1).encode())
+    except OSError as error:
+        raise UsageError(f"The file {path} cannot be written: {error.strerror}.") from error
 
 
 class Issuer:
@@ -201,7 +196,7 @@ class Issuer:
     def __init__(self, identity: Identity, path: Path, revoked: PeerFile) -> None:
         """`path` is the identity's file; `revoked` the peers that get no certificate any more."""
         self.identity = identity
-        self._path = redeemed_path(path)
+        self._path = beside(path, "redeemed")
         self._revoked = revoked
 
     def redeem(self, token: str, peer_id: str) -> str:
@@ -220,7 +215,7 @@ class Issuer:
                     raise NotAdmitted(
                         "This invitation was redeemed by another peer; ask for one of your own."
                     )
-                return str(certificate)
+                return certificate
             certificate = sign_certificate(self.identity, peer_id, seconds=invitation.certificate_seconds)
             redeemed[invitation.nonce] = (peer_id, invitation.expires, certificate)
             # An invitation that has expired is refused by its date, and need not be remembered.
@@ -232,50 +227,9 @@ class Issuer:
         if not self._path.exists():
             return {}
         try:
-            return {
-                nonce: (use[0], float(use[1]), use[2])
-                for nonce, use in parse_object(self._path.read_bytes()).items()
-            }
-        except (ValueError, AttributeError, TypeError, IndexError) as error:
+            return msgspec.convert(parse_object(self._path.read_bytes()), dict[str, tuple[str, float, str]])
+        except (ValueError, msgspec.ValidationError) as error:
             # Without it a used invitation could be used again: nothing is redeemed until somebody has looked.
             raise NotAdmitted(
                 "The issuer's list of redeemed invitations is damaged; tell its owner."
-            ) from error
-
-
-# --- what a member keeps beside its identity ------------------------------------------------------------
-
-
-def certificates_path(identity: Path) -> Path:
-    """Where the certificates stand that were issued for an identity."""
-    return identity.with_name(identity.name + ".certificates")
-
-
-class Certificates:
-    """The certificates of one identity, by issuer, on disk beside it."""
-
-    def __init__(self, identity: Path) -> None:
-        self._path = certificates_path(identity)
-
-    def all(self) -> list[str]:
-        """All of them; none when there is no file. Raises `UsageError` for a damaged one."""
-        return list(self._read().values())
-
-    def add(self, issuer: str, certificate: str) -> None:
-        """Keep a certificate in place of the issuer's earlier one. Raises `UsageError`."""
-        kept = self._read() | {issuer: certificate}
-        try:
-            write_private(self._path, json.dumps(kept, indent=1).encode())
-        except OSError as error:
-            raise UsageError(f"The file {self._path} cannot be written: {error.strerror}.") from error
-
-    def _read(self) -> dict[str, str]:
-        try:
-            found = parse_object(self._path.read_bytes())
-            return {str(issuer): str(certificate) for issuer, certificate in found.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError) as error:
-            raise UsageError(
-                f"The file {self._path} cannot be read as certificates; delete it and join again."
             ) from error

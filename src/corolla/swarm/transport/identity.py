@@ -8,7 +8,6 @@ comes with the key. Keys are RSA, as libp2p's daemon makes and reads them.
 from __future__ import annotations
 
 import hashlib
-import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,14 +26,16 @@ from cryptography.hazmat.primitives.serialization import (
 
 from corolla.errors import UsageError
 from corolla.files import write_private
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 KEY_BITS = 2048
 MAX_KEY_BYTES = 1024  # of a public key: RSA with up to 4096 bits and some room
 
 # libp2p wraps keys in protobuf: field 1, the kind (0: RSA); field 2, the key as DER with its length in front.
 _WRAPPED = b"\x08\x00\x12"
+_DER_SEQUENCE = b"\x30\x82"  # how a key of more than 255 bytes begins
 _MULTIHASH_SHA256 = b"\x12\x20"
 
 
@@ -54,12 +55,10 @@ class Identity:
     @classmethod
     def from_bytes(cls, data: bytes) -> Identity:
         """What an identity file holds. Raises `ValueError`."""
-        if not data.startswith(_WRAPPED):
-            raise ValueError("not a wrapped RSA key")
-        length, start = _read_varint(data, len(_WRAPPED))
-        if len(data) != start + length:
-            raise ValueError("truncated")
-        key = load_der_private_key(data[start:], password=None)
+        der = data[data.find(_DER_SEQUENCE) :]
+        if data != _wrap(der):
+            raise ValueError("not a wrapped RSA key, or truncated")
+        key = load_der_private_key(der, password=None)
         if not isinstance(key, rsa.RSAPrivateKey):
             raise ValueError("not an RSA key")
         return cls(key)
@@ -166,23 +165,8 @@ def is_signed_by(peer_id: str, public: bytes, data: bytes, signature: bytes) -> 
 
 
 def _wrap(der: bytes) -> bytes:
-    return _WRAPPED + _varint(len(der)) + der
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def _read_varint(data: bytes, start: int) -> tuple[int, int]:
-    """The number that begins at `start`, and where it ends."""
-    number = 0
-    for place in range(4):
-        byte = data[start + place] if start + place < len(data) else 0
-        number |= (byte & 0x7F) << 7 * place
-        if not byte & 0x80:
-            return number, start + place + 1
-    raise ValueError("a length that makes no sense")
+    length, varint = len(der), bytearray()
+    while length > 0x7F:
+        varint.append(length & 0x7F | 0x80)
+        length >>= 7
+    return _WRAPPED + bytes([*varint, length]) + der

@@ -13,15 +13,16 @@ cut or hold it, or make any of these faults at that moment: faults at the n-th m
 from __future__ import annotations
 
 import asyncio
-import logging
+import itertools
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from corolla.errors import PeerDisconnected, PeerUnreachable, RemoteError
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
+from corolla.text import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BUFFER_BYTES = 1024 * 1024  # where libp2p's backpressure sets in
 
@@ -40,7 +41,7 @@ class MemoryNetwork:
         self._cuts: set[frozenset[str]] = set()
         self._changed: set[asyncio.Event] = set()
         self._made = 0
-        self._pipes = 0
+        self._pipe_numbers = itertools.count(1)
         self.tap: Tap | None = None
 
     def transport(self, peer_id: str | None = None) -> MemoryTransport:
@@ -82,12 +83,13 @@ class MemoryNetwork:
 
     def dial(self, caller: str, callee: str, protocol: str) -> MemoryStream:
         """The caller's end of a new stream; the callee's handler is started on the other end."""
-        near, far = _stream_pair(self, caller, callee)
+        there, back = _Pipe(self, caller, callee), _Pipe(self, callee, caller)
+        near, far = MemoryStream(callee, back, there), MemoryStream(caller, there, back)
         if callee in self._killed:
             near.end()
             return near
         peer = self._peers.get(callee)
-        if peer is None or self.is_cut(caller, callee):
+        if peer is None or frozenset((caller, callee)) in self._cuts:
             raise PeerUnreachable(f"Peer {callee} cannot be reached.", peer_id=callee)
         if not peer.accept(protocol, far):
             raise PeerUnreachable(f"Peer {callee} does not speak {protocol}.", peer_id=callee)
@@ -98,21 +100,9 @@ class MemoryNetwork:
         if self._peers.get(transport.peer_id) is transport:
             del self._peers[transport.peer_id]
 
-    def next_pipe(self) -> int:
-        """A number for one direction of a stream."""
-        self._pipes += 1
-        return self._pipes
-
-    def is_stopped(self, peer_id: str) -> bool:
-        return peer_id in self._stopped
-
-    def is_cut(self, a: str, b: str) -> bool:
-        return frozenset((a, b)) in self._cuts
-
     async def until_running(self, peer_id: str) -> None:
         """Wait as a stopped process does."""
-        event = asyncio.Event()
-        await self.wait_until(lambda: not self.is_stopped(peer_id), event)
+        await self.wait_until(lambda: peer_id not in self._stopped, asyncio.Event())
 
     async def wait_until(self, condition: Callable[[], bool], event: asyncio.Event) -> None:
         """Wait for a condition, tested again when `event` is set or a fault is undone."""
@@ -134,8 +124,9 @@ class _Pipe:
 
     def __init__(self, network: MemoryNetwork, sender: str, receiver: str) -> None:
         self.network, self.sender, self.receiver = network, sender, receiver
-        self.number = network.next_pipe()
+        self.number = next(network._pipe_numbers)
         self.buffer = bytearray()
+        self._ends = frozenset((sender, receiver))
         self.ended = False
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
@@ -181,12 +172,10 @@ class _Pipe:
         self._writable.set()
 
     def _may_write(self) -> bool:
-        return not self.network.is_stopped(self.sender) and (self.ended or len(self.buffer) < BUFFER_BYTES)
+        return self.sender not in self.network._stopped and (self.ended or len(self.buffer) < BUFFER_BYTES)
 
     def _may_read(self, size: int) -> bool:
-        if self.network.is_stopped(self.receiver):
-            return False
-        if self.network.is_cut(self.sender, self.receiver):
+        if self.receiver in self.network._stopped or self._ends in self.network._cuts:
             return False
         return self.ended or len(self.buffer) >= size
 
@@ -213,11 +202,6 @@ class MemoryStream(Stream):
         """Both directions end; what the peer has not read yet of ours still reaches it."""
         self._outgoing.end()
         self._incoming.end(lose=True)
-
-
-def _stream_pair(network: MemoryNetwork, a: str, b: str) -> tuple[MemoryStream, MemoryStream]:
-    there, back = _Pipe(network, a, b), _Pipe(network, b, a)
-    return MemoryStream(b, back, there), MemoryStream(a, there, back)
 
 
 class MemoryTransport(Transport):

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from corolla.models.attention.packing import Segment
-from corolla.models.attention.pages import PAGE, BlockTable, Layout, PagePool, pages_for
-from corolla.models.layered import LayeredBlockTable, common_pages, new_block_table
+from corolla.models.attention.pages import (
+    PAGE,
+    CachedSequence,
+    Layout,
+    PagePool,
+    common_pages,
+    pages_for,
+)
 
 PAGES = 60
 WINDOWS = (None, 20, 5)
@@ -27,7 +33,7 @@ def new_pool(pages: int = PAGES, layout: Layout = LAYOUT) -> PagePool:
     return PagePool(pages, dtype=torch.float64, device=torch.device("cpu"), layout=layout)
 
 
-def pass_of(rows: list[LayeredBlockTable], tokens: Tokens, room: int = 0) -> int:
+def pass_of(rows: list[CachedSequence], tokens: Tokens, room: int = 0) -> int:
     """Have each row cache the tokens, as one pass does; gives the pages in use in its middle.
 
     A token's keys are its number, each block's its own, and its values their negatives.
@@ -51,7 +57,7 @@ def pass_of(rows: list[LayeredBlockTable], tokens: Tokens, room: int = 0) -> int
     return used
 
 
-def read(row: LayeredBlockTable, block: int) -> Tokens:
+def read(row: CachedSequence, block: int) -> Tokens:
     """What the row's table of that block holds."""
     number, place = row.pool.layout.places[block]
     table, seen = row.tables[number], []
@@ -65,7 +71,7 @@ def read(row: LayeredBlockTable, block: int) -> Tokens:
 class Twin:
     """A row, what it should hold, and before which token each table may have let go."""
 
-    row: LayeredBlockTable
+    row: CachedSequence
     tokens: Tokens
     gone: list[int] = field(default_factory=lambda: [0] * len(WINDOWS))
     longest: int = 0
@@ -109,8 +115,7 @@ class LayeredMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rows) < 4)
     @rule()
     def open(self) -> None:
-        row = new_block_table(self.pool)
-        assert isinstance(row, LayeredBlockTable)
+        row = CachedSequence(self.pool)
         self.rows.append(Twin(row, []))
 
     @precondition(lambda self: self.rows)
@@ -221,7 +226,7 @@ def test_a_row_can_always_go_back_by_the_margin() -> None:
     """Whatever its length; and to where it cannot go back, some block would miss a token."""
     for window in (1, 2, 16, 17, 31):
         pool = new_pool(layout=Layout((window,), {0: (0, 0)}, MARGIN))
-        row = LayeredBlockTable(pool)
+        row = CachedSequence(pool)
         for length in range(1, 120):
             pass_of([row], [length])
             reached = [back for back in range(1, length) if row.reaches(length - back)]
@@ -241,7 +246,7 @@ def test_a_row_can_always_go_back_by_the_margin() -> None:
 def test_no_more_pages_are_taken_than_are_reckoned(rows: int, begun: int, new: int, together: bool) -> None:
     """Rows that fork from one go on by `new` tokens, in passes of at most `AT_ONCE` tokens in all."""
     pool = new_pool(pages=400)
-    first = LayeredBlockTable(pool)
+    first = CachedSequence(pool)
     for start in range(0, begun, AT_ONCE):
         pass_of([first], list(range(start, min(begun, start + AT_ONCE))))
     own = [first.fork() for _ in range(rows)]
@@ -277,12 +282,12 @@ def layout_pages(window: int, new: int) -> int:
     return -(-(window - 1 + 256 + PAGE) // PAGE) + 1 + pages_for(new)
 
 
-def test_a_plain_layout_has_plain_rows() -> None:
+def test_a_plain_layout_has_one_table() -> None:
     pool = PagePool(4, dtype=torch.float64, device=torch.device("cpu"))
-    row = new_block_table(pool)
-    assert isinstance(row, BlockTable)
+    row = CachedSequence(pool)
     assert pool.layout.place(7, 5) == (0, 7)
-    row.grow(20)
+    (table,) = row.tables
+    table.grow(20)
     assert common_pages([row, row.fork()], 20) == [1]
 
 

@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import PackedBatch, attend_one, segments_of
-from corolla.models.attention.pages import PAGE, BlockTable, PagePool
-from corolla.models.kernels.decode import OneTokenRows, Rules, can_attend
+from corolla.models.attention.packing import (
+    OneTokenRows,
+    PackedBatch,
+    Rules,
+    Stretch,
+    attend_one,
+    can_attend,
+    segments_of,
+)
+from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -32,17 +39,23 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def cached_rows(pool: PagePool, kv_heads: int = KV_HEADS, dim: int = DIM) -> list[BlockTable]:
+def cached_rows(pool: PagePool, kv_heads: int = KV_HEADS, dim: int = DIM) -> list[CachedSequence]:
     """Rows one token short of `LENGTHS`, taken in turns, so that their pages do not follow each other."""
-    rows = [BlockTable(pool) for _ in LENGTHS]
+    rows = [CachedSequence(pool) for _ in LENGTHS]
     store = pool.store(0, noise(1, kv_heads, 1, dim, seed=0), noise(1, kv_heads, 1, dim, seed=0))
     for turn in range(max(LENGTHS)):
         for row, length in zip(rows, LENGTHS, strict=True):
             if row.length < length - 1:
-                slots = row.grow(1)
+                row.length += 1
+                slots = row.tables[0].grow(1)
                 for index, side in enumerate(store):
                     side[slots] = noise(1, kv_heads, dim, seed=1000 * turn + 10 * length + index)
     return rows
+
+
+def parts_of(batch: PackedBatch) -> list[Stretch]:
+    """Of rows that have one table each."""
+    return [part for segment in batch.segments for part in segment.parts]
 
 
 def attended(
@@ -66,7 +79,7 @@ def attended(
     cache = [side.transpose(0, 1).unsqueeze(0) for side in pool.store(0, key, value)]
     alone = [
         attend_one(query[:, :, one.begin : one.end], one.cached(cache[0]), one.cached(cache[1]), one, rules)
-        for one in batch.segments
+        for one in parts_of(batch)
     ]
     return together, torch.cat(alone, dim=2).transpose(1, 2)
 
@@ -97,7 +110,7 @@ def test_heads_of_every_number_and_width(shape: tuple[int, int, int]) -> None:
 
 
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corolla.models.kernels.decode.THREADED", 0)
+    monkeypatch.setattr("corolla.models.attention.packing.THREADED", 0)
     results = [attended(Rules(window=30), threads)[0] for threads in (1, 2, 3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -113,7 +126,7 @@ def test_sequences_with_more_tokens_beside_them() -> None:
     batch = PackedBatch(segments_of(lengths, rows), pool)
     mixed = batch.attend(0, query, key, value, rules)
     cache = [side.transpose(0, 1).unsqueeze(0) for side in pool.store(0, key, value)]
-    for one in batch.segments:
+    for one in parts_of(batch):
         wanted = attend_one(
             query[:, :, one.begin : one.end], one.cached(cache[0]), one.cached(cache[1]), one, rules
         )
@@ -141,11 +154,11 @@ def test_what_it_does_not_compute_is_left_to_torch(dtype: torch.dtype, width: in
 def test_a_row_that_does_not_look_at_its_pages_is_seen() -> None:
     """The comparison above can fail: other pages give another result."""
     pool = PagePool(64, dtype=torch.float32, device=torch.device("cpu"))
-    rows = cached_rows(pool)
+    tables = [row.tables[0] for row in cached_rows(pool)]
     store = pool.store(0, torch.zeros(1, KV_HEADS, 1, DIM), torch.zeros(1, KV_HEADS, 1, DIM))
-    query = noise(1, HEADS, len(rows), DIM, seed=1)
-    right = OneTokenRows(rows[1:]).attend(query[:, :, 1:], store, Rules(), None)
-    rows[4].pages.reverse()
-    wrong = OneTokenRows(rows[1:]).attend(query[:, :, 1:], store, Rules(), None)
+    query = noise(1, HEADS, len(tables), DIM, seed=1)
+    right = OneTokenRows(tables[1:]).attend(query[:, :, 1:], store, Rules(), None)
+    tables[4].pages.reverse()
+    wrong = OneTokenRows(tables[1:]).attend(query[:, :, 1:], store, Rules(), None)
     assert torch.equal(right[:, :3], wrong[:, :3])
     assert not torch.allclose(right[:, 3], wrong[:, 3], atol=1e-3)
