@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from corolla.chat.engine import ChatEngine
     from corolla.chat.sampling import SamplingSettings
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
-    from corolla.client.model.tokenizer import load_tokenizer
+    from corolla.client.model.loading import load_tokenizer
     from corolla.client.sessions.session import InferenceSession
     from corolla.data.render import Renderer, RenderSettings
     from corolla.data.replies import Beginnings
@@ -112,7 +112,7 @@ _HOMES = {
     "context_limit": "models.limits",
     "load_bundle": "tuning.bundle",
     "load_conversations": "data.sources",
-    "load_tokenizer": "client.model.tokenizer",
+    "load_tokenizer": "client.model.loading",
     "prepare": "tuning.batches",
     "tune": "tuning.tune",
 }

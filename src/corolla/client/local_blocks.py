@@ -12,7 +12,7 @@ import threading
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.history import History
+from corolla.client.sessions.span_session import History
 from corolla.errors import UsageError
 from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
 from corolla.models.cache import BlocksCall
