@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ class Span:
         self.packable = packable
         self._blocks = blocks
         self._cache_name = cache_argument(model.forward)
+        self._empty_cache = SpanCache(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
@@ -162,8 +164,20 @@ class Span:
         return Span(model, self._blocks, start, end, packable=self.packable)
 
     def new_cache(self) -> SpanCache:
-        """An empty attention cache for these blocks."""
-        return SpanCache(self.start)
+        """An empty cache for these blocks."""
+        return copy.deepcopy(self._empty_cache)
+
+    @cached_property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states."""
+        cache, sizes = self.new_cache(), []
+        probe = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            for _ in range(2):
+                self.forward(probe, cache=cache)
+                sizes.append(cache.nbytes)
+        token = sizes[1] - sizes[0]
+        return token, sizes[0] - token
 
     def forward(
         self,
@@ -192,7 +206,10 @@ class Span:
         )
         real = None if mask is None else mask.bool()[:, -hidden.shape[1] :].to(hidden.device)
         with padded(real):
-            return self._run(hidden, hooks, arguments)
+            output = self._run(hidden, hooks, arguments)
+        if cache is not None:
+            cache.record(hidden.shape[0], hidden.shape[1])
+        return output
 
     def forward_packed(
         self,
@@ -335,6 +352,7 @@ def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> 
         if name != blocks and any(True for _ in child.parameters()):
             setattr(model, name, _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing())
     setattr(model, blocks, nn.ModuleList(kept))
+    model.whole_config = model.config
     # Blocks keep the whole model's config, by which they know their own place; the model that runs them
     # counts its blocks from 0.
     model.config = slice_config(model.config, start, end)

@@ -29,7 +29,7 @@ from corolla.models.cache import BlocksCall, cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.source import LocalFolder
-from corolla.models.checks.forms import returns_tuple
+from corolla.models.checks.forms import values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
@@ -210,7 +210,7 @@ def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, ma
         return _chain(spans, hidden, mask=call.mask, positions=call.positions)
 
     shell = copy.deepcopy(whole)
-    layer = BlocksLayer(run, returns_tuple=returns_tuple(whole.config))
+    layer = BlocksLayer(run, returns=values_returned(whole.config))
     holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
     BaseModelHooks(holder, prompts=lambda: None, caches=None)
     wanted, found = (
