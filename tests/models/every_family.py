@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,15 @@ GIVEN: dict[str, dict[str, Any]] = {
 def tiny(family: str) -> PretrainedConfig:
     """By one rule, or the miniature that Corolla itself makes where a family does not allow such ratios."""
     config = AutoConfig.for_model(family, **GIVEN.get(family, {}))
-    try:
-        unequal = _unequal(config)
-        with torch.no_grad():
-            structure(unequal).causal_lm(unequal)(torch.tensor([[3, 4]]), use_cache=False)
-        return unequal
-    except UnsupportedFamily:
-        raise
-    except Exception:
-        return miniature(config)
+    for make in (_unequal, miniature):
+        try:
+            small = make(config)
+            with torch.no_grad():
+                structure(small).causal_lm(small)(torch.tensor([[3, 4]]), use_cache=False)
+            return small
+        except Exception:  # whatever the family's own code makes of such ratios
+            continue
+    return config
 
 
 def _unequal(config: PretrainedConfig) -> PretrainedConfig:
@@ -142,7 +142,7 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def verdict(family: str) -> tuple[str, str]:
-    """What becomes of a tiny model of the family: `exact`, `refused`, `wrong`, `traceback` or `hang`; and how or why."""
+    """What becomes of a tiny model: `exact`, `refused`, `wrong`, `traceback` or `hang`; and how or why."""
     try:
         with _limited(SECONDS), tempfile.TemporaryDirectory() as folder:
             packed = check_family(tiny(family))
@@ -190,7 +190,7 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
     local = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     last = int(local.config.num_hidden_layers)
     cuts = sorted({0, 1, min(3, last), last})
-    with MemorySwarm(folder, list(zip(cuts, cuts[1:], strict=False))) as swarm:
+    with MemorySwarm(folder, list(pairwise(cuts))) as swarm:
         model = swarm.model()
         for one in (model, local):
             one.generation_config.eos_token_id = None  # no reply ends early

@@ -79,7 +79,9 @@ class BlocksLayer(nn.Module):
         if self._edge is None and holder is not None:
             self._edge = (edge_of(holder),)
 
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+    def forward(
+        self, hidden_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> Tensor | tuple[Tensor | None, ...]:
         call = _call.get()
         if call is None:
             raise UsageError(
@@ -315,6 +317,7 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     holder: Any = model.get_submodule(path)
     setattr(holder, name, nn.ModuleList([layer]))
     layer.stand_in(holder)
+    holder._is_hf_initialized = True  # some families initialise their blocks with the model that runs them
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
 

@@ -47,9 +47,14 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         """Memory of everything that is kept."""
         return sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the blocks have keys and values only, and none of them is ever forgotten."""
+        return all(map(_keeps_everything, self.layers))
+
     def reaches(self, length: int) -> bool:
         """Whether the cache can go on from its first `length` tokens."""
-        return not 0 < length < self._length or all(map(_keeps_everything, self.layers))
+        return not 0 < length < self._length or self.keeps_everything
 
     def truncate(self, length: int) -> None:
         """Forget what stands at position `length`, which is not 0, and behind."""

@@ -20,7 +20,7 @@ _flat_rows: dict[type[PretrainedConfig], bool] = {}
 def values_returned(config: PretrainedConfig) -> int:
     """How many values the family's blocks return in a tuple, hidden states first; 0 where they return these alone.
 
-    Seen in a miniature at work, once a process and config. Raises `UnsupportedFamily` when there is no miniature to look at.
+    Seen in a miniature at work, once a process and config. Raises `UnsupportedFamily` when there is none to look at.
     """
     found = structure(config)
     try:

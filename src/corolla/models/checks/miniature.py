@@ -72,7 +72,11 @@ SMALL: dict[str, int] = {
     "chunk_size": 4,
 }
 # Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
-RECURRENT = (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("n_mamba_heads", "mamba_headdim"))
+RECURRENT = {
+    "mamba_n_heads": "mamba_d_head",
+    "mamba_num_heads": "mamba_head_dim",
+    "n_mamba_heads": "mamba_headdim",
+}
 # Of the kinds of rotary embeddings, those that change with the length of a sequence.
 BY_LENGTH = ("dynamic", "longrope")
 
@@ -135,8 +139,10 @@ def _heads_per_key(config: PretrainedConfig) -> int:
 
 
 def _fit_recurrent(config: PretrainedConfig, small: PretrainedConfig) -> None:
-    inner = SMALL["hidden_size"] * int(getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 1)
-    for heads, width in RECURRENT:
+    inner = SMALL["hidden_size"] * int(
+        getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 1
+    )
+    for heads, width in RECURRENT.items():
         if _is_size(config, heads):
             setattr(small, heads, inner // 16)
             setattr(small, width, 16)

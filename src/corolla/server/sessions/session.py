@@ -118,7 +118,9 @@ class Session:
             kept = min(self.real_tokens(row, position) for row in set(chosen))
             common = common_pages([self.block_tables[row] for row in chosen], kept)
         pages = layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common)
-        return max(self.pages, pages + rows * pages_for(self.span.cache_bytes[1] // bytes_per_token(self.span)))
+        return max(
+            self.pages, pages + rows * pages_for(self.span.cache_bytes[1] // bytes_per_token(self.span))
+        )
 
     def _chosen(self, order: Tensor | None) -> list[int]:
         """The cached rows that the next ones continue."""
