@@ -36,7 +36,7 @@ from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
-from corolla.server.training.requests import Sequences
+from corolla.server.training import Sequences
 from corolla.swarm.directory.routing import Hop
 
 FILE = RESULTS / "audits.jsonl"

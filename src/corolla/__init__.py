@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from corolla.chat.engine import ChatEngine
     from corolla.chat.sampling import SamplingSettings
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
-    from corolla.client.model.tokenizer import load_tokenizer
+    from corolla.client.model.loading import load_tokenizer
     from corolla.client.sessions.session import InferenceSession
-    from corolla.data.beginnings import Beginnings
     from corolla.data.render import Renderer, RenderSettings
+    from corolla.data.replies import Beginnings
     from corolla.data.sources import load_conversations
     from corolla.models.limits import context_limit
     from corolla.models.prompts import SoftPrompt
@@ -98,7 +98,7 @@ __all__ = [
 # Modules that are imported when one of their names is first used.
 _HOMES = {
     "AutoDistributedModelForCausalLM": "client.model.causal_lm",
-    "Beginnings": "data.beginnings",
+    "Beginnings": "data.replies",
     "Bundle": "tuning.bundle",
     "ChatEngine": "chat.engine",
     "InferenceSession": "client.sessions.session",
@@ -112,7 +112,7 @@ _HOMES = {
     "context_limit": "models.limits",
     "load_bundle": "tuning.bundle",
     "load_conversations": "data.sources",
-    "load_tokenizer": "client.model.tokenizer",
+    "load_tokenizer": "client.model.loading",
     "prepare": "tuning.batches",
     "tune": "tuning.tune",
 }

@@ -24,18 +24,26 @@
         └── MissingBlocks         nobody serves some `blocks`
 
 Invariant: the text of each is one sentence that a user can act on. The command line prints that sentence and exits
-with `exit_code`.
+with `exit_code`. Whatever a peer or a file has put into it, it steers no terminal, has an end, and is one line where a
+peer has a part in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from corolla.text import for_terminal, one_line
+
+MOST_OF_A_PEER = 2048  # characters
+
 
 class CorollaError(Exception):
     """Base of all errors that Corolla raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(for_terminal(message))
 
 
 # --- The caller's fault: a wrong argument, file or model ------------------------------------------------
@@ -94,7 +102,7 @@ class RemoteError(CorollaError):
     """A peer did not do what it should; `peer_id` says which."""
 
     def __init__(self, message: str, *, peer_id: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message, characters=MOST_OF_A_PEER))
         self.peer_id = peer_id
 
 

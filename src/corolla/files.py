@@ -102,13 +102,6 @@ def publish(temporary: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder; a kill in the middle leaves nothing under its name."""
-    hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    os.rename(path, hidden / path.name)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
 def leftovers(folder: Path, name: str) -> list[Path]:
     """What killed processes left in `folder` of the making, or the removal, of `name` by this module."""
     left = re.compile(rf"\.{re.escape(name)}\.{_RANDOM}")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.documented import commands_page
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from corolla.cli.documented import commands_page
 from corolla.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def shown(name: str) -> str:
 
 def test_the_page_is_as_the_commands_are() -> None:
     assert (ROOT / "docs" / "commands.md").read_text() == commands_page(), (
-        "write it anew with: python -m corolla.cli.documented > docs/commands.md"
+        "write it anew with: python -m tests.cli.documented > docs/commands.md"
     )
 
 

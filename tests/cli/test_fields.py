@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -66,3 +67,33 @@ def test_help_tells_what_is_not_a_default_of_the_command_itself() -> None:
     assert "How long." in said
     assert "Whether to speak (default: no)." in said
     assert "hidden" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["chat", "--wire", "zip"], "--wire is 'zip'; it must be one of compute, float16, int8."),
+        (["tune", "--wire", "zip"], "--wire is 'zip'; it must be one of compute, float16, int8."),
+        (["chat", "--patience", "-1"], "--patience is -1; give seconds, such as 600."),
+        (
+            ["chat", "--quantization", "zip"],
+            "--quantization is 'zip'; it must be one of none, bfloat16, int8.",
+        ),
+        (
+            ["chat", "smollm2", "--local-blocks", "30"],
+            "--local-blocks is 30; this model has 30 blocks, of which",
+        ),
+        (
+            ["tune", "smollm2", "--local-blocks", "-1"],
+            "--local-blocks is -1; this model has 30 blocks, of which",
+        ),
+        (
+            ["serve", "smollm2", "--quantization", "zip"],
+            "--quantization is 'zip'; it must be one of none, int8",
+        ),
+    ],
+)
+def test_who_types_an_option_reads_it_in_the_sentence(
+    arguments: list[str], expected: str, refused: Callable[..., str]
+) -> None:
+    assert refused(*arguments).startswith(f"error: {expected}")

@@ -15,7 +15,7 @@ from tests.client.ways.table import WAYS, Column, Way
 
 from corolla.client import remote_blocks
 from corolla.client.sessions import session
-from corolla.client.sessions.row_ends import RowEnds
+from corolla.client.sessions.generating import RowEnds
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache

@@ -17,7 +17,7 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.client.training import MICRO_BATCH_TOKENS, micro_batches
-from corolla.server.training.leases import Lease, Leases
+from corolla.server.peers import Lease, Leases
 
 EXACT = 1e-4
 SAME = 1e-6  # the same arithmetic, summed in the same order

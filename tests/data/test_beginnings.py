@@ -10,7 +10,7 @@ from tests.chat.tokenizers import merging_tokenizer, spacing_tokenizer
 from tests.tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
-from corolla.data.beginnings import SILENT_TOKENS, Beginnings
+from corolla.data.replies import SILENT_TOKENS, Beginnings
 from corolla.errors import UsageError
 
 DELIMITER = "\n-----\n"

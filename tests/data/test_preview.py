@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from corolla.cli.tune import preview
 from corolla.data.conversation import Conversation, Turn
-from corolla.data.preview import preview
 from corolla.data.render import Renderer, RenderSettings
 
 

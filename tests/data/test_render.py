@@ -12,7 +12,7 @@ from tests.data.tokenizers_made import INST, STRICT, with_bos
 
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import ReplyReader
 from corolla.errors import BundleError, UsageError
 
 DELIMITER = "\n-----\n"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.chat.tokenizers import merging_tokenizer, spacing_tokenizer
 
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import ReplyReader
 
 DELIMITER = "\n-----\n"
 END = 2

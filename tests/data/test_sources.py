@@ -255,7 +255,7 @@ def test_one_persons_chitchat() -> None:
 
 def test_importing_the_package_is_cheap() -> None:
     code = (
-        "import sys; import corolla.data.sources, corolla.data.render, corolla.data.split\n"
+        "import sys; import corolla.data.sources, corolla.data.render\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'pandas') if name in sys.modules])"
     )
     done = subprocess.run(

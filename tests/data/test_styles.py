@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tests.data.tokenizers_made import FORGETS, INST, LAST_DIFFERS, NO_END, STRICT, with_bos
 
 from corolla.data.conversation import Turn
-from corolla.data.styles import DelimiterStyle
-from corolla.data.template_style import TemplateStyle
+from corolla.data.styles import DelimiterStyle, TemplateStyle
 from corolla.errors import DataError, UsageError
 
 # Anything that people write, but no text that a tokenizer takes for a special token.

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from corolla.client.sessions.chain import SessionChain
-from corolla.client.sessions.history import History
-from corolla.client.sessions.span_session import SpanSession
+from corolla.client.sessions.span_session import History, SpanSession
 from corolla.client.training import MicroBatch, Stage, TrainingPass
 from tests.faults import Fault
 from tests.schedules.plan import Schedule

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.server.world import HIDDEN, noise, span_of
 
-from corolla.server.training.leases import Lease
-from corolla.server.training.requests import Sequences, backward_of
+from corolla.server.peers import Lease
+from corolla.server.training import Sequences, backward_of
 
 
 class Token:

@@ -27,9 +27,8 @@ from tests.server.world import (
 
 from corolla.config import NodeConfig, ServerConfig
 from corolla.errors import PeerDisconnected, RequestRefused, UsageError
-from corolla.server.peers import Account, Budgets, PeerLimits
+from corolla.server.peers import MOST_LEASES, Account, Budgets, Lease, Leases, PeerLimits
 from corolla.server.sessions.kv_cache import CacheBudget
-from corolla.server.training.leases import MOST_LEASES, Lease, Leases
 from corolla.wire.messages import (
     PROTOCOL_NAME,
     Closed,

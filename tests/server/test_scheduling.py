@@ -46,6 +46,13 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     await world.close()
 
 
+@pytest.fixture
+def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training gives way before each operator."""
+    monkeypatch.setattr("corolla.server.training.PIECE_SECONDS", 0.0)
+    monkeypatch.setattr("corolla.server.training.LEAST_SHARE", 0.0)
+
+
 class Passes:
     """Notes every packed pass of a world: which sessions' steps, how many tokens of each, of which kind."""
 
@@ -231,6 +238,7 @@ async def test_a_prompt_is_not_cut_while_nobody_generates(world: World) -> None:
     second.assert_right()
 
 
+@pytest.mark.usefixtures("every_operator")
 async def test_training_comes_after_generation_until_it_has_waited(world: World) -> None:
     """With a new generation step at every moment, a training job is computed once it has aged."""
     clock, (one, two) = Clock(), await clients_of(world, 2)
@@ -250,8 +258,8 @@ async def test_training_comes_after_generation_until_it_has_waited(world: World)
             assert len(passes.taken) < 60
             await client.step(1)
 
-    # In between two blocks of the training job's own pass nobody is let in here.
-    world.engine.run_pending_decodes = lambda: trained_at.append(len(passes.taken))  # type: ignore[method-assign]
+    # In the middle of the training job nobody is let in here.
+    world.engine.give_way = lambda: trained_at.append(len(passes.taken)) or 0.0  # type: ignore[method-assign]
     trained_at: list[int] = []
     training = asyncio.create_task(request(trained, Packet(forward(), packed(noise(2, 5, HIDDEN)))))
     await at_once(world, _result(training), generate(one), generate(two), begins_when=all_wait)
@@ -261,7 +269,8 @@ async def test_training_comes_after_generation_until_it_has_waited(world: World)
     two.assert_right()
 
 
-async def test_a_generation_step_is_let_in_between_two_blocks_of_training(world: World) -> None:
+@pytest.mark.usefixtures("every_operator")
+async def test_a_generation_step_is_let_in_between_two_pieces_of_training(world: World) -> None:
     """In the forward, in the backward of a kept graph, and in a backward that computes all anew."""
     one, two = [await Client(world, await world.connect(), seed, True).open() for seed in (3, 6)]
     trained = await world.connect()
@@ -303,28 +312,29 @@ class InTheMiddle:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._own = world.engine.run_pending_decodes
+        self._own = world.engine.give_way
 
     async def __aenter__(self) -> InTheMiddle:
         self._begun, self._free, self._finish = threading.Event(), threading.Event(), threading.Event()
         self._calls = 0
 
-        def slowed() -> None:
+        def slowed() -> float:
             self._calls += 1
             if self._calls == 1:
                 self._begun.set()
                 assert self._free.wait(20)
-            self._own()
+            away = self._own()
             if self._calls == 1:
                 assert self._finish.wait(20)
+            return away
 
-        self._world.engine.run_pending_decodes = slowed  # type: ignore[method-assign]
+        self._world.engine.give_way = slowed  # type: ignore[method-assign]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.go_on()
         self.finish()
-        self._world.engine.run_pending_decodes = self._own  # type: ignore[method-assign]
+        self._world.engine.give_way = self._own  # type: ignore[method-assign]
 
     async def begun(self) -> None:
         assert await asyncio.to_thread(self._begun.wait, 20)
@@ -336,6 +346,7 @@ class InTheMiddle:
         self._finish.set()
 
 
+@pytest.mark.usefixtures("every_operator")
 async def test_a_step_given_up_is_not_let_in(world: World) -> None:
     """Its session is freed already; computed all the same, it would hold pages that nobody frees."""
     staying, leaving = await clients_of(world, 2)

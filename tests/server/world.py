@@ -24,10 +24,9 @@ from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.peers import PeerLimits
+from corolla.server.peers import Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.sessions.kv_cache import CacheBudget
-from corolla.server.training.leases import Leases
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.base import Stream
 from corolla.swarm.transport.memory import MemoryNetwork

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from corolla.data.render import Example
-from corolla.tuning.plan import forecast, in_words, planned_steps, step_seconds
+from corolla.tuning.progress import forecast, in_words, planned_steps, step_seconds
 from corolla.tuning.settings import TuneSettings
 
 

@@ -36,7 +36,7 @@ from corolla.cli.members import (
 )
 from corolla.cli.partner import Partner, Prepared, find_partner, prepare
 from corolla.cli.saved_swarm import LOCAL, going_on, read_saved, to_saved
-from corolla.cli.terminal import console
+from corolla.cli.terminal import console, notice
 from corolla.config import SwarmConfig
 from corolla.errors import UsageError
 
@@ -91,7 +91,6 @@ def chat(
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
-    from corolla.chat.repl import notice
     from corolla.cli.local_swarm import joined
 
     if style is not None and style not in STYLES:
@@ -107,7 +106,14 @@ def chat(
         whom = as_saved(whom, saved)
         system = saved.info.system
     prepared = prepare(
-        whom, chosen, style=style, max_length=max_length, token=token, dtype=dtype, cache_dir=cache_dir
+        whom,
+        chosen,
+        options,
+        style=style,
+        max_length=max_length,
+        token=token,
+        dtype=dtype,
+        cache_dir=cache_dir,
     )
     if saved is not None:
         saved.check_same(prepared.info(system))
@@ -123,26 +129,25 @@ def chat(
         addresses = stack.enter_context(joined(options.peers, whom.model, whom.revision, cache_dir))
         options = replace(options, peers=tuple(addresses))
         repl = stack.enter_context(opened(prepared, options, system=system, journal=journal, saved=saved))
-        notice(console, f"Talking with {whom.about}. /help lists the commands.")
+        notice(f"Talking with {whom.about}. /help lists the commands.")
         if prepared.template_unusable:
-            notice(console, f"Turns are joined by {prepared.renderer.about_style}.")
+            notice(f"Turns are joined by {prepared.renderer.about_style}.")
         if journal is not None and console.is_terminal:
-            notice(console, f"The chat is kept in {journal.path}; --continue goes on with it.")
+            notice(f"The chat is kept in {journal.path}; --continue goes on with it.")
         repl.run()
 
 
 def saved_chat(path: Path | None, *, fixed: tuple[str | None, ...], save: bool) -> SavedChat:
     """The chat to go on with. Raises `TranscriptError`, or `UsageError` for what belongs to its beginning."""
-    from corolla.chat.repl import notice
     from corolla.chat.transcript import latest_chat, read_chat
 
     if fixed != (None, None) or not save:
         raise UsageError("--style, --system and --no-save belong to a chat's beginning, not to --continue.")
     saved = read_chat(path or latest_chat())
     count = len(saved.exchanges)
-    notice(console, f"Going on with {saved.path}: {count} exchange{'' if count == 1 else 's'}.")
+    notice(f"Going on with {saved.path}: {count} exchange{'' if count == 1 else 's'}.")
     if saved.cut_off:
-        notice(console, "Its last line was cut off and is left out.")
+        notice("Its last line was cut off and is left out.")
     return saved
 
 
@@ -161,16 +166,14 @@ def chosen_swarm(
     given: SwarmConfig, partner: Partner, saved: SavedChat | None, typed: Callable[[str], bool]
 ) -> SwarmConfig:
     """The swarm to talk through: the one given, else that of the chat or of the bundle. Raises `UsageError`."""
-    from corolla.chat.repl import notice
-
     if saved is not None and saved.info.swarm:
         return going_on(read_saved(saved.info.swarm, saved.path), given, typed)
     if given.peers or not partner.swarm or partner.prompts is None:
         return given
     found = read_saved(partner.swarm, partner.prompts)
     if found.peers:
-        notice(console, f"Joining the swarm that the bundle was trained in: {found.peers[0]}")
-        notice(console, f"(--peers {LOCAL} would run the model on this machine)")
+        notice(f"Joining the swarm that the bundle was trained in: {found.peers[0]}")
+        notice(f"(--peers {LOCAL} would run the model on this machine)")
     return replace(given, peers=found.peers, trust=found.trust if given.trust is None else given.trust)
 
 
@@ -200,7 +203,7 @@ def opened(
 ) -> Iterator[Repl]:
     """A chat over the swarm at `options.peers`."""
     from corolla.chat.engine import ChatEngine
-    from corolla.chat.repl import Repl, notice
+    from corolla.chat.repl import Repl
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
 
     partner = prepared.partner
@@ -219,20 +222,20 @@ def opened(
             sampling=prepared.sampling,
             max_context=prepared.max_context,
             system=system,
-            notify=lambda text: notice(console, text),
+            notify=notice,
             journal=journal,
         )
         with engine:
             if saved is not None:
                 engine.restore(saved.exchanges, saved.kept)
             if console.is_terminal:
-                notice(console, pace(model, options.local_blocks, prepared.sampling.max_new_tokens))
+                notice(pace(model, options.local_blocks, prepared.sampling.max_new_tokens))
             yield Repl(engine, console)
 
 
 def pace(model: Any, local_blocks: int, tokens: int) -> str:
     """How fast replies will come, from what the servers say that they can do."""
-    from corolla.tuning.plan import in_words
+    from corolla.tuning.progress import in_words
 
     connection = model.blocks.connection
     view = connection.view

@@ -99,23 +99,19 @@ async def _until_stopped(
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(work(stop))
-    ready_to_stop = _stopper(stop, task)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ready_to_stop)
-    if die_with_parent:
-        _parent.watch()
-        _parent.tell(lambda: loop.call_soon_threadsafe(ready_to_stop))
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
-
-def _stopper(stop: asyncio.Event, task: asyncio.Future[None]) -> Callable[[], None]:
-    def ask() -> None:
+    def ask_to_stop() -> None:
         if stop.is_set():
             task.cancel()
         stop.set()
 
-    return ask
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask_to_stop)
+    if die_with_parent:
+        _parent.watch()
+        _parent.tell(lambda: loop.call_soon_threadsafe(ask_to_stop))
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 class _Parent:

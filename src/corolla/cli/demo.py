@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from corolla.cli.common import quiet_libraries
 from corolla.cli.terminal import console, say_plainly
@@ -90,7 +91,8 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
 
     partner = find_partner(str(out))
     sampling = SamplingSettings.from_dict({**partner.sampling, **SAMPLING})
-    with opened(prepare(partner, sampling), SwarmConfig(peers=tuple(peers))) as repl:
+    client = SwarmConfig(peers=tuple(peers))
+    with opened(prepare(partner, sampling, client), client) as repl:
         if sys.stdin.isatty():
             say_plainly("Type something; /help lists the commands, /quit ends.")
             repl.run()
@@ -101,4 +103,4 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
 
 def _heading(number: int, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{number}[/]  {text}", align="left", style="dim")
+    console.rule(Text.assemble((str(number), "bold"), f"  {text}"), align="left", style="dim")

@@ -9,13 +9,15 @@ make the option `--lr`; the command is given arguments for the dataclass. Withou
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.models import ParameterInfo
+
+from corolla.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Fields:
         return {name: value for name, value in found.items() if not (self.only_given and value is None)}
 
 
+def _with_flag(sentence: str, parameters: Sequence[Parameter]) -> str:
+    """`wire is 'zip'; …`, as a dataclass says it to everybody, begins with what was typed: `--wire`."""
+    name, is_, rest = sentence.partition(" is ")
+    for parameter in parameters:
+        if parameter.name == name and is_:
+            declared = getattr(parameter.annotation.__metadata__[0], "param_decls", None) or ()
+            flag = next((word for word in declared if word.startswith("--")), "--" + name.replace("_", "-"))
+            return f"{flag}{is_}{rest}"
+    return sentence
+
+
 def _told(default: Any) -> str:
     """A default as the end of a help text."""
     if default is None:
@@ -75,7 +88,11 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         arguments = {name: group.taken(given) for name, group in groups.items()}
-        command(**arguments, **given)
+        try:
+            command(**arguments, **given)
+        except UsageError as error:
+            error.args = (_with_flag(str(error), parameters),)
+            raise
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ user's mistake ends here in one sentence.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -23,12 +22,20 @@ from corolla.cli.machine import allow_open_files, exhausted, unusable
 from corolla.cli.revoke import revoke
 from corolla.cli.serve import serve
 from corolla.cli.status import status
-from corolla.cli.terminal import explain_in, forget_output, say, set_up_logging, set_up_streams
+from corolla.cli.terminal import (
+    explain_in,
+    forget_output,
+    say,
+    set_up_logging,
+    set_up_streams,
+    show_traceback,
+)
 from corolla.cli.tune import tune
 from corolla.errors import CorollaError
+from corolla.text import get_logger
 from corolla.version import __version__
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SPIN_COUNT = "10000"  # turns of libgomp's waiting loop, about half a millisecond; none while training
 
@@ -97,9 +104,10 @@ def main() -> None:
     except Exception as error:
         sentence = exhausted(error) or unusable(error)
         if sentence is None:
-            raise
-        log.info("The error came from here:", exc_info=error)
-        explain_in(sentence)
+            show_traceback(error)
+        else:
+            log.info("The error came from here:", exc_info=error)
+            explain_in(sentence)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

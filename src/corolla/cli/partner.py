@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corolla.config import SwarmConfig
 from corolla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Prepared:
 def prepare(
     partner: Partner,
     sampling: SamplingSettings,
+    client: SwarmConfig,
     *,
     style: str | None = None,
     max_length: int | None = None,
@@ -111,6 +113,7 @@ def prepare(
     from corolla.models.limits import check_tokens, context_limit
 
     checkpoint = open_checkpoint(partner.model, revision=partner.revision, token=token, cache_dir=cache_dir)
+    client.check_local(checkpoint.num_blocks)
     prompt_tokens = 0
     if partner.prompts is not None:
         prompt = load_prompt(partner.prompts, model_name=checkpoint.name, identity=checkpoint.identity)

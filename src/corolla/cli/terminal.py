@@ -11,10 +11,11 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 import unicodedata
 from collections.abc import Iterable
 from io import TextIOWrapper
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
@@ -35,7 +36,10 @@ _PLAINER = {
 
 
 class TerminalConsole(Console):
-    """Rich's console, without what text that it is given would make a terminal do."""
+    """Rich's console, without what text that it is given would make a terminal do, and without markup in it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """As rich's own, cleaned; what rich itself does to the terminal (bars, styles) stays."""
@@ -57,13 +61,23 @@ def say(line: str) -> None:
 
 def say_plainly(line: str) -> None:
     """A line as it is, never folded."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def notice(text: str) -> None:
+    """What is not part of a conversation."""
+    console.print(for_terminal(text), style="dim", highlight=False, soft_wrap=True)
 
 
 def explain_in(sentence: str) -> None:
     """Print what is wrong."""
     words = Text.assemble(("error:", "bold red"), " ", for_terminal(sentence))
     error_console.print(words, soft_wrap=True)
+
+
+def show_traceback(error: BaseException) -> None:
+    """For an error that nobody has foreseen."""
+    error_console.out(for_terminal("".join(traceback.format_exception(error)).rstrip()), highlight=False)
 
 
 def set_up_logging(verbose: bool) -> None:

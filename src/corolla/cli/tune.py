@@ -10,10 +10,15 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from corolla.cli.common import (
     DtypeOption,
@@ -34,8 +39,9 @@ from corolla.cli.members import (
 from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
 from corolla.config import SwarmConfig
-from corolla.data.render import RenderSettings
+from corolla.data.render import NO_LOSS, Example, RenderSettings
 from corolla.errors import CorollaError, UsageError
+from corolla.text import printable
 from corolla.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
@@ -171,15 +177,15 @@ def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
 
 def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Prepared:
     """Read and render the conversations; shows the report and `shown` examples."""
-    from corolla.data.preview import preview
     from corolla.data.sources import load_conversations
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.models.checkpoints.pretrained import load_tokenizer
     from corolla.models.limits import check_length, check_tokens
     from corolla.tuning.batches import prepare
-    from corolla.tuning.plan import planned_steps
+    from corolla.tuning.progress import planned_steps
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
+    job.client.check_local(checkpoint.num_blocks)
     check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
     conversations, report = load_conversations(
         job.data, speaker=job.speaker, persona=job.persona, split=job.split, token=job.token
@@ -205,6 +211,23 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     say_plainly(f"Turns are joined by {prepared.renderer.about_style}")
     console.print(preview(prepared.train, tokenizer, shown))
     return prepared
+
+
+def preview(examples: Sequence[Example], tokenizer: Any, count: int = 3) -> RenderableType:
+    """The first `count` examples: ⟦…⟧, and colour where there is some, mark exactly the tokens that carry loss."""
+    return Group(*(_panel(example, tokenizer, number) for number, example in enumerate(examples[:count], 1)))
+
+
+def _panel(example: Example, tokenizer: Any, number: int) -> RenderableType:
+    text = Text()
+    tokens = zip(example.input_ids, example.labels, strict=True)
+    for learnt, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
+        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        piece = printable(piece.replace("\x1b", "␛"))
+        text.append(f"⟦{piece}⟧" if learnt else piece, style="bold green" if learnt else "dim")
+    learnt_count = sum(label != NO_LOSS for label in example.labels)
+    title = f"example {number}: {len(example.input_ids)} tokens, ⟦{learnt_count} carry loss⟧"
+    return Panel(text, title=title, title_align="left", border_style="dim")
 
 
 def train_and_report(
@@ -260,12 +283,8 @@ def train_and_report(
     return result
 
 
-def result_table(result: TuneResult) -> Any:
+def result_table(result: TuneResult) -> RenderableType:
     """Held-out losses before and after, with the interval of their difference."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     before, after, change = result.before, result.after, result.difference
     table = Table(title="Held-out conversations", title_justify="left", title_style="bold")
     for name in ("", "before", "after", "change"):

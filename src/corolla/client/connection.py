@@ -58,35 +58,6 @@ class SwarmConnection:
         self.prefixes = PrefixIndex()
         self.audits = None if observe is None else observe(self.view)
 
-    @classmethod
-    def connect(
-        cls,
-        config: SwarmConfig,
-        *,
-        model: str,
-        model_name: str,
-        num_blocks: int,
-        observe: Callable[[SwarmView], Observer] | None = None,
-    ) -> SwarmConnection:
-        """Join through `config.peers`. Raises `UsageError` for a malformed address, `SwarmUnavailable`."""
-        loop = EventLoopThread()
-        try:
-            node = loop.run(
-                Node.create(initial_peers=config.peers, identity=config.identity, client_only=True)
-            )
-        except BaseException:
-            loop.close()
-            raise
-        return cls(
-            loop,
-            node,
-            config,
-            model=model,
-            model_name=model_name,
-            num_blocks=num_blocks,
-            observe=observe,
-        )
-
     @property
     def is_open(self) -> bool:
         """False after `close()`."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.history import History
+from corolla.client.sessions.span_session import History
 from corolla.errors import UsageError
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import BlocksCall

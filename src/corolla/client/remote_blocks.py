@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class RemoteBlocks:
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         return self.run(hidden, BlocksCall(mask, positions, None, None, 0))
 
-    def open_chain(self, deep: Tensor | None) -> SessionChain:
-        """A session over these blocks, with nothing in it yet."""
+    def open_chain(self, deep: Tensor | None = None) -> SessionChain:
+        """A session over these blocks, with nothing in it yet; see `SessionChain`."""
         front = None
         if self.local is not None and self.start < self.remote_start:
             front = LocalSession(self.local, self.start, self.remote_start)
@@ -122,33 +123,32 @@ class RemoteBlocks:
 
 
 class LaterSession:
-    """A `models.cache.BlocksSession` for a cache that most calls never continue: opened with its first step.
+    """A `models.cache.BlocksSession` that is opened when its cache is continued, which most caches never are.
 
     A cache that is dropped must not hold the servers' memory, so the session ends with this object.
     """
 
     def __init__(self, blocks: RemoteBlocks) -> None:
         self._blocks = blocks
-        self._reserved = 0
-        self.chain: SessionChain | None = None
+
+    @cached_property
+    def chain(self) -> SessionChain:
+        """The session."""
+        chain = self._blocks.open_chain()
+        weakref.finalize(self, close_soon, self._blocks.connection, chain)
+        return chain
 
     def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """See `BlocksSession`."""
-        if self.chain is None:
-            self.chain = self._blocks.open_chain(call.deep)
-            weakref.finalize(self, close_soon, self._blocks.connection, self.chain)
-        self.chain.reserve(self._reserved)
-        self._reserved = 0
         return self.chain.step(hidden, call)
 
     def reorder(self, rows: Tensor) -> None:
-        """See `BlocksSession`; before the first step there are no rows."""
-        if self.chain is not None:
-            self.chain.reorder(rows)
+        """See `BlocksSession`."""
+        self.chain.reorder(rows)
 
     def reserve(self, tokens: int) -> None:
         """See `BlocksSession`."""
-        self._reserved = max(self._reserved, tokens)
+        self.chain.reserve(tokens)
 
 
 def close_soon(connection: SwarmConnection, chain: SessionChain) -> None:

@@ -9,17 +9,19 @@ often they try, a user reads one line when waiting begins and one when it is ove
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from corolla.client.view import SwarmView
 from corolla.errors import CorollaError, RemoteError, RequestRefused, SwarmUnavailable
+from corolla.text import get_logger
 from corolla.wire.failures import Remedy, meaning, remedy_of
+from corolla.wire.messages import SILENCE_SECONDS
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ class _Call:
     suspicions: int = 0  # of servers that failed, maybe because of the request
     evictions: int = 0
     blamed: str = ""  # the last fault of a peer, in words
+    watch: asyncio.TimerHandle = field(init=False)
 
     def look(self, reached: Any, now: float) -> None:
         """Begin to count anew where there is progress."""
@@ -105,7 +108,8 @@ class Retry:
         try:
             while True:
                 try:
-                    result = await attempt()
+                    async with self._patiently(call, done):
+                        result = await attempt()
                     well = True
                     return result
                 except (RemoteError, SwarmUnavailable) as error:
@@ -122,6 +126,32 @@ class Retry:
                     await self._wait(call, error, clock)
         finally:
             self._notice.over(call, clock(), well=well)
+
+    @contextlib.asynccontextmanager
+    async def _patiently(self, call: _Call, done: Callable[[], Any]) -> AsyncIterator[None]:
+        """Ends an attempt that comes no further for as long as patience goes, whatever its server says meanwhile."""
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._look(call, done, limit)
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise SwarmUnavailable("A server shows signs of life, but does not answer.") from None
+        finally:
+            call.watch.cancel()
+
+    def _look(self, call: _Call, done: Callable[[], Any], limit: asyncio.Timeout) -> None:
+        """Whether there is progress: now, and again when patience would end without any."""
+        loop = asyncio.get_running_loop()
+        call.look(done(), loop.time())
+        # What has begun has the time of one try; and errors that come at the last moment say more than this one.
+        until = call.since + max(self._patience, SILENCE_SECONDS) + FIRST_PAUSE
+        if loop.time() < until:
+            call.watch = loop.call_at(until, self._look, call, done, limit)
+        else:
+            limit.reschedule(loop.time())
 
     async def _wait(self, call: _Call, error: CorollaError, clock: Callable[[], float]) -> None:
         """Nothing where another server, if there is one, can take over at once.

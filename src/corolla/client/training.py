@@ -9,6 +9,7 @@ one behind the other.
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from corolla.client.audits.audit import Observer
+from corolla.client.audits.audit import Answer, Observer
 from corolla.client.retry import Retry
+from corolla.client.sessions.span_session import History
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.models.kernels.helpers import SPINNING
@@ -107,6 +109,32 @@ def _even(lengths: list[int], count: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
+def step_answer(
+    hop: Hop,
+    history: History,
+    mask: Tensor | None,
+    deep: Tensor | None,
+    output: Tensor,
+    draw: random.Random,
+) -> Answer | None:
+    """A session's newest step [R, T, H] as the end of some whole sequences; None when it had only padding."""
+    past = history.inputs()
+    if past is None:
+        return None
+    hidden, positions = past
+    rows, length = int(hidden.shape[0]), int(hidden.shape[1])
+    before = length - int(output.shape[1])
+    micro = draw.choice(list(micro_batches(rows, length, mask, positions)))
+    row, column = micro.places // length, micro.places % length
+    newest = column >= before
+    if not bool(newest.any()):
+        return None
+    claimed = torch.zeros(1, len(row), hidden.shape[-1], dtype=output.dtype)
+    claimed[0, newest] = output[row[newest], column[newest] - before]
+    inputs = {"hidden": micro.packed(hidden)} | micro.extra(deep, hop.start, hop.end)
+    return Answer(hop, "step", inputs, {"hidden": claimed}, newest)
+
+
 class TrainingPass:
     """One batch's way through blocks [start, end) and back. Runs on the event loop."""
 
@@ -169,6 +197,10 @@ class TrainingPass:
             self._view.verdicts.tell()
         SPINNING.pause()
 
+    def _show(self, answer: Answer) -> None:
+        if self._audits is not None:
+            self._audits.saw(lambda _draw: answer)
+
     def _unpacked(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The micro-batches' results [1, N, H] in their places of a batch [R, T, H]."""
         whole = like.new_zeros(like.shape[0] * like.shape[1], like.shape[2])
@@ -191,8 +223,7 @@ class TrainingPass:
                 tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
                 reply = await self._exchange(hop, message, tensors)
                 output = checked(reply, "hidden", value, hop.peer_id)
-                if self._audits is not None:
-                    self._audits.forward(hop, tensors, output)
+                self._show(Answer(hop, "forward", tensors, {"hidden": output}))
                 micro.stages.append(Stage(hop, value, lease))
                 value, block = output, hop.end
             return value
@@ -237,8 +268,8 @@ class TrainingPass:
         if self._deep is not None:
             piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop.peer_id)
         value = checked(reply, "grad", stage.inputs, hop.peer_id)
-        if self._audits is not None:
-            self._audits.backward(hop, tensors, {"grad": value, "prompts": piece})
+        claimed = {"grad": value} | ({} if piece is None else {"prompts": piece})
+        self._show(Answer(hop, "backward", tensors, claimed))
         return value, piece
 
     async def _redeem(self, stage: Stage, grad: Tensor) -> Packet | None:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from corolla.data.conversation import Conversation, Turn
-from corolla.data.styles import DelimiterStyle, Rendering, Style, is_reply
-from corolla.data.template_style import TemplateStyle
+from corolla.data.styles import DelimiterStyle, Rendering, Style, TemplateStyle, is_reply
 from corolla.errors import BundleError, DataError, UsageError
 
 NO_LOSS = -100

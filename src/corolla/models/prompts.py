@@ -167,37 +167,13 @@ class DeepRows:
         return DeepRows(torch.cat(tokens), torch.cat(vectors, dim=1)) if tokens else None
 
 
-class _PackedHook:
-    """Before a block of a packed pass: a pause, and that block's deep prompts."""
+def packed_hooks(deep: DeepRows) -> list[list[BlockHook]]:
+    """For `Passage`: what a packed pass with deep prompts does before each block."""
 
-    def __init__(
-        self, between: Callable[[], None] | None, tokens: Tensor | None, vectors: Tensor | None
-    ) -> None:
-        self.between = between
-        self.tokens = tokens
-        self.vectors = vectors
+    def adder(vectors: Tensor) -> BlockHook:
+        return lambda _block, args: (add_deep_packed(args[0], vectors, deep.tokens), *args[1:])
 
-    def __call__(self, _block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden: Tensor = arguments[0]
-        if self.between is not None:
-            self._pause(self.between, hidden)
-        if self.tokens is None or self.vectors is None:
-            return None
-        return (add_deep_packed(hidden, self.vectors, self.tokens), *arguments[1:])
-
-    def _pause(self, between: Callable[[], None], hidden: Tensor) -> None:
-        between()
-        if hidden.requires_grad and not hidden.is_leaf:
-            hidden.register_hook(lambda _grad: between())  # type: ignore[no-untyped-call]
-
-
-def packed_hooks(
-    blocks: nn.ModuleList, deep: DeepRows | None, between: Callable[[], None] | None
-) -> list[list[BlockHook]]:
-    """For `Passage`: what a packed pass does before each block."""
-    if deep is None:
-        return [[_PackedHook(between, None, None)] for _ in blocks]
-    return [[_PackedHook(between, deep.tokens, vectors)] for vectors in deep.vectors]
+    return [[adder(vectors)] for vectors in deep.vectors]
 
 
 def initial_vectors(

@@ -10,7 +10,7 @@ hook acts in its own pass and in no other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -247,18 +247,17 @@ class Span:
         *,
         positions: Tensor,
         deep: DeepRows | None = None,
-        between: Callable[[], None] | None = None,
     ) -> Tensor:
         """Hidden states [N, H] of the batch's packed tokens before block `start` to those after `end - 1`.
 
         `positions` int64 [N] are position ids. `deep` are deep prompts and the tokens that they are added to.
-        `between` is called before each block, in a backward pass too. For families that `selfcheck` found
-        to be packable. Differentiable in `hidden` and the prompts where nothing is cached.
+        For families that `selfcheck` found to be packable. Differentiable in `hidden` and the prompts where
+        nothing is cached.
         """
-        plain = deep is None and between is None and batch.one_each and not torch.is_grad_enabled()
+        plain = deep is None and batch.one_each and not torch.is_grad_enabled()
         if plain and len(hidden) <= MOST_ROWS and (program := self.compile()) is not None:
             return program.run(hidden, positions, batch)
-        return self.run_packed(hidden, batch, positions=positions, deep=deep, between=between)
+        return self.run_packed(hidden, batch, positions=positions, deep=deep)
 
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
@@ -273,11 +272,9 @@ class Span:
         *,
         positions: Tensor,
         deep: DeepRows | None = None,
-        between: Callable[[], None] | None = None,
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
-        plain = deep is None and between is None
-        hooks: list[list[BlockHook]] = [] if plain else packed_hooks(self.blocks, deep, between)
+        hooks: list[list[BlockHook]] = [] if deep is None else packed_hooks(deep)
         arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False}
         with self._attention(PACKED), packed(batch):
             return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)

@@ -20,13 +20,12 @@ from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.span import Span
-from corolla.server.peers import Diary, PeerLimits
-from corolla.server.scheduler.engine import Engine, Kind, run_pass
-from corolla.server.scheduler.threads import FreeCpus, ThreadChooser
+from corolla.server.peers import Diary, Leases, PeerLimits
+from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.policy import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.bundles import Bundle, Entering, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.store import SessionStore
-from corolla.server.training.leases import Leases
 from corolla.version import __version__
 from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 
@@ -123,10 +122,14 @@ class BlockServer:
         if self.draining:
             raise RequestRefused("This server is going away; use another.", code="draining")
 
-    def between_blocks(self) -> None:
-        """In the middle of training: others' decode steps, and a look at who else needs the CPUs."""
-        self.engine.run_pending_decodes()
+    def give_way(self) -> float:
+        """In the middle of training: what others ask comes in between, and a look at who else needs the CPUs.
+
+        The seconds that others were given.
+        """
+        away = self.engine.give_way()
         self.cpus.take()
+        return away
 
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when nobody trains."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,9 +20,10 @@ from corolla.server.sessions.opening import OpenRequest
 from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest
 from corolla.server.sessions.steps import StepsRequest
-from corolla.server.training.requests import BackwardRequest, ForwardRequest
+from corolla.server.training import BackwardRequest, ForwardRequest
 from corolla.swarm.channel import Channel, TurnedAway
 from corolla.swarm.transport.base import Stream
+from corolla.text import get_logger
 from corolla.wire.failures import failure_from, failure_of, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import (
@@ -39,7 +39,7 @@ from corolla.wire.messages import (
     Steps,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Answered(Protocol):

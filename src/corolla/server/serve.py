@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -30,26 +29,26 @@ from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import check_quantization, use_kernels
+from corolla.models.kernels.native import library
 from corolla.models.numerics import choose_dtype, dtype_name
 from corolla.models.prompts import SoftPrompt
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.peers import Budgets, PeerLimits
-from corolla.server.scheduler.engine import Kind
-from corolla.server.scheduler.threads import give_threads_to
+from corolla.server.peers import Budgets, Leases, PeerLimits
+from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.sessions.bundles import Entering, before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.session import default_capacity
-from corolla.server.training.leases import Leases
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
+from corolla.text import get_logger
 from corolla.version import __version__
 from corolla.wire.messages import PROTOCOL_NAME
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 TTL_SECONDS = 60.0
 DRAIN_SECONDS = 30.0
@@ -234,6 +233,19 @@ async def _unless(stop: asyncio.Event, work: Callable[[], T]) -> T | None:
     finally:
         ready.cancel()
         stopped.cancel()
+
+
+async def give_threads_to(engine: Engine) -> None:
+    """Let only the compute thread have others beside it, as many as torch has now.
+
+    Each thread that calls parallel code gets helpers of its own, and where there are more of them than CPUs,
+    libgomp lets none of them wait awake for its next piece of work: then a pass of short pieces gains nothing.
+    """
+    count, kernels = torch.get_num_threads(), library()
+    if kernels is not None:
+        kernels.end_team()
+    torch.set_num_threads(1)
+    await engine.submit(Kind.TRAINING, partial(torch.set_num_threads, count))
 
 
 def free_bytes(device: torch.device) -> int:

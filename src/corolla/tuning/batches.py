@@ -10,16 +10,16 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from corolla.data.collate import Collator
 from corolla.data.conversation import Conversation
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
-from corolla.data.split import split_conversations, subsample
 from corolla.data.styles import delimiter_note
 from corolla.errors import DataError
 from corolla.tuning.settings import TuneSettings
 
+T = TypeVar("T")
 TRIED = 32  # conversations: some begin with more than is shown
 MOST_HELD_OUT = 32  # conversations, unless the user says otherwise
 
@@ -130,3 +130,34 @@ def _draw(
 def _has_label(example: Example) -> bool:
     """The first token does not count: nothing predicts it."""
     return any(label != NO_LOSS for label in example.labels[1:])
+
+
+def split_conversations(
+    conversations: Sequence[Conversation], *, held_out: float | int, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations; `held_out` below 1 is a share, else a number of conversations.
+
+    Who is held out depends on the seed and the ids only, not on their order. Raises `DataError` when nothing would be
+    left to train on.
+    """
+    ids = sorted({conversation.id for conversation in conversations}, key=lambda name: _rank(name, seed))
+    count = max(1, round(held_out * len(ids)) if held_out < 1 else int(held_out))
+    if count >= len(ids):
+        raise DataError(
+            f"There are {len(ids)} conversations, too few to hold {count} out and train on the rest: "
+            "give more data or a smaller --held-out."
+        )
+    kept_out = set(ids[:count])
+    train = [conversation for conversation in conversations if conversation.id not in kept_out]
+    return train, [conversation for conversation in conversations if conversation.id in kept_out]
+
+
+def subsample(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """`count` items (or all there are) drawn without replacement, in random order."""
+    chosen = list(items)
+    random.Random(seed).shuffle(chosen)
+    return chosen[:count]
+
+
+def _rank(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.files import leftovers, publish, write_atomically, write_json
-from corolla.json_files import parse_object
+from corolla.json_files import load_object
 from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
@@ -36,7 +36,6 @@ from corolla.models.checkpoints.prompt_files import (
     save_prompt,
 )
 from corolla.models.prompts import SoftPrompt
-from corolla.tuning.curve import draw_curve
 from corolla.version import __version__
 
 BUNDLE_FILE = "bundle.json"
@@ -44,6 +43,7 @@ METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
+RAW, SMOOTH, HELD_OUT = "#9db8d9", "#1f5fa8", "#c8501e"  # colours of the curve
 SAMPLING = {"temperature": 0.6, "top_k": 100, "max_new_tokens": 64}
 
 
@@ -103,7 +103,8 @@ def save_bundle(
             revision=bundle.model.revision,
         )
         write_atomically(temporary / CARD_FILE, _card(bundle, config).encode())
-        write_atomically(temporary / METRICS_FILE, _json_lines(history))
+        lines = "".join(json.dumps(line) + "\n" for line in history)
+        write_atomically(temporary / METRICS_FILE, lines.encode())
         draw_curve(history, temporary / CURVE_FILE, title=f"{bundle.model.name}, {bundle.mode}")
         write_json(temporary / BUNDLE_FILE, bundle.to_dict())
         temporary.chmod(0o755)
@@ -176,10 +177,6 @@ def clear_leftovers(out: Path) -> None:
         raise BundleError(f"{out.parent} cannot be written: {error.strerror or error}.") from error
 
 
-def _json_lines(history: Iterable[dict[str, float]]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in history).encode()
-
-
 def load_bundle(folder: str | Path) -> Bundle:
     """Read and check a bundle's description. Raises `BundleError` with one sentence."""
     folder = Path(folder)
@@ -191,7 +188,7 @@ def load_bundle(folder: str | Path) -> Bundle:
             f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."
         )
     try:
-        content = parse_object(path.read_bytes())
+        content = load_object(path)
         version = content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} cannot be read; copy the bundle again.") from error
@@ -237,3 +234,66 @@ def _check_prompt(bundle: Bundle, folder: Path) -> None:
     for name in needed:
         if not (folder / name).is_file():
             raise BundleError(f"{folder} lacks {name}; copy the bundle again.")
+
+
+# --- the loss curve ----------------------------------------------------------------------------------------
+
+
+def draw_curve(history: Sequence[dict[str, float]], path: Path, *, title: str) -> None:
+    """Write a PNG of `history`, as in `save_bundle`; needs no display. Raises `OSError`."""
+    # matplotlib takes a second to import, and only this needs it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_training(axes, [(int(line["step"]), line["loss"]) for line in history if "loss" in line])
+    _draw_held_out(axes, [(int(line["step"]), line["eval_loss"]) for line in history if "eval_loss" in line])
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(f"Prompt tuning: {title}", loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.margins(y=0.12)  # room for the figures beside the points
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _draw_training(axes: Any, points: list[tuple[int, float]]) -> None:
+    if not points:
+        return
+    steps, losses = zip(*points, strict=True)
+    axes.plot(steps, losses, color=RAW, linewidth=1.0, alpha=0.8, label="training, each step")
+    axes.plot(
+        steps, smoothed(losses), color=SMOOTH, linewidth=2.0, label="training, smoothed (delimiters included)"
+    )
+
+
+def _draw_held_out(axes: Any, points: list[tuple[int, float]]) -> None:
+    if not points:
+        return
+    steps, losses = zip(*points, strict=True)
+    axes.plot(steps, losses, "o--", color=HELD_OUT, linewidth=1.2, label="held-out, replies only")
+    for step, loss in (points[0], points[-1])[: len(points)]:
+        axes.annotate(
+            f"{loss:.3f}",
+            (step, loss),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color=HELD_OUT,
+        )
+
+
+def smoothed(values: Sequence[float], weight: float = 0.85) -> list[float]:
+    """An exponential mean without the bias towards its beginning."""
+    total = norm = 0.0
+    result = []
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        result.append(total / norm)
+    return result

@@ -16,7 +16,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from corolla.client.model.losses import lazy_logits, token_losses
+from corolla.client.model.heads import lazy_logits
+from corolla.client.model.losses import token_losses
 from corolla.data.collate import Collator
 from corolla.data.render import NO_LOSS, Example
 

@@ -1,20 +1,25 @@
-"""How a run shows itself: a bar on a terminal, a few quiet lines elsewhere.
+"""How long a run will take, and how it shows itself: a bar on a terminal, a few quiet lines elsewhere.
 
-Invariant: it only looks; a run with and without it gives the same losses.
+Invariant: it only looks; a run with and without it gives the same losses. The steps are those that the Trainer will
+take; seconds are a guess from the first evaluation, which ran the same model over the same swarm.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
-from corolla.tuning.plan import forecast
+from corolla.data.render import Example
+from corolla.tuning.settings import TuneSettings
 
+BACKWARD = 2.0  # a training step takes a forward pass and about twice that for the way back
+LONG = 15 * 60.0  # seconds; for a longer run a shorter one is offered
 QUIET_LINES = 10  # about so many in a run
 WEIGHT = 0.8  # of the past in the loss that is shown
 
@@ -33,29 +38,22 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         self._first_tokens = 0.0
         self._loss: float | None = None
 
-    def on_train_begin(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any
-    ) -> None:
-        """Start the clock, and the bar if someone can watch it."""
+    def on_train_begin(self, _args: Any, state: TrainerState, _control: Any, **_kwargs: Any) -> None:
         self._started = time.monotonic()
         self._first_step = state.global_step
         self._first_tokens = float(state.num_input_tokens_seen)
         if self._console.is_terminal:
-            self._bar = _new_bar(self._console)
+            columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
+            self._bar = Progress(
+                *columns, TextColumn("{task.fields[about]}", markup=False), console=self._console
+            )
             self._bar.start()
             self._task = self._bar.add_task("training", total=state.max_steps, about="first step …")
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        _control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_kwargs: Any,
+        self, _args: Any, state: TrainerState, _control: Any, logs: dict[str, float], **_kwargs: Any
     ) -> None:
-        """Show a step, or the held-out loss."""
-        logs = logs or {}
         if "eval_loss" in logs:
             self._print(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
@@ -69,10 +67,7 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:
             self._show_step(state, logs["loss"])
 
-    def on_train_end(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: Any
-    ) -> None:
-        """Take the bar away."""
+    def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
@@ -94,20 +89,66 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
             self._print(f"step {state.global_step}/{state.max_steps}: {about}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
-
-
-def _new_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[about]}"),
-        console=console,
-    )
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# --- the forecast ------------------------------------------------------------------------------------------
+
+
+def planned_steps(settings: TuneSettings, examples: int) -> int:
+    """Optimizer steps of a whole run over so many training examples."""
+    if settings.steps is not None:
+        return settings.steps
+    batches = math.ceil(examples / settings.batch_size)
+    return math.ceil(settings.epochs * math.ceil(batches / settings.accumulate))
+
+
+def tokens_of(examples: Sequence[Example]) -> int:
+    """All their tokens together."""
+    return sum(len(example.input_ids) for example in examples)
+
+
+def step_seconds(
+    settings: TuneSettings, train: Sequence[Example], evaluated: Sequence[Example], seconds: float
+) -> float:
+    """About how long a step takes where evaluating `evaluated` took `seconds`."""
+    mean = tokens_of(train) / len(train)
+    tokens = mean * min(settings.batch_size * settings.accumulate, len(train))
+    return (1 + BACKWARD) * seconds * tokens / max(tokens_of(evaluated), 1)
+
+
+def forecast(steps: int, seconds_a_step: float) -> str:
+    """`2,066 steps will take about 5 h; --steps 200 would take about 30 min.`"""
+    whole = f"{steps:,} step{'' if steps == 1 else 's'} will take about {in_words(steps * seconds_a_step)}"
+    fewer = _fewer(steps, seconds_a_step)
+    if fewer is None:
+        return f"{whole}."
+    return f"{whole}; --steps {fewer} would take about {in_words(fewer * seconds_a_step)}."
+
+
+def _fewer(steps: int, seconds_a_step: float) -> int | None:
+    """A round number of steps that takes less than `LONG`; None where all do."""
+    if steps * seconds_a_step <= LONG:
+        return None
+    fit = max(10.0, LONG / seconds_a_step)
+    digits = 10 ** math.floor(math.log10(fit))
+    fewer = int(fit // digits * digits)
+    return fewer if fewer < steps else None
+
+
+def in_words(seconds: float) -> str:
+    """`40 s`, `12 min`, `5 h`, `1.5 h`, `3 days`: as exact as a guess deserves."""
+    if seconds < 100:
+        return f"{max(1, round(seconds)):d} s"
+    if seconds < 100 * 60:
+        return f"{round(seconds / 60):d} min"
+    if seconds < 48 * 3600:
+        hours = seconds / 3600
+        return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
+    return f"{seconds / 86400:.0f} days"

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from corolla.data.beginnings import Beginnings, reply_ends
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.render import Renderer
-from corolla.data.reply_reader import ReplyReader
+from corolla.data.replies import Beginnings, ReplyReader, TokensSeen, reply_ends
 from corolla.errors import CorollaError
 from corolla.text import one_line
 
@@ -142,7 +141,13 @@ def _replies(
     beginnings = Beginnings.of(renderer, ends)
     first = _FirstChoice(beginnings, longest)
     readers = [ReplyReader.of(renderer, ends) for _ in prompts]
-    read = _ReadReplies(readers, longest)
+    tokens: list[list[int]] = [[] for _ in prompts]  # with those that ended the reply
+
+    def take(row: int, token: int) -> bool:
+        tokens[row].append(token)
+        readers[row].push(token)
+        return readers[row].ended
+
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         model.generate(
@@ -156,16 +161,14 @@ def _replies(
             eos_token_id=None,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([first, beginnings.processor(longest, REPLY_TOKENS)]),
-            stopping_criteria=StoppingCriteriaList([read]),
+            stopping_criteria=StoppingCriteriaList([TokensSeen(take, longest)]),
         )
     for reader in readers:
         if not reader.ended:
             reader.finish()
     return tuple(
-        Sample(said, reader.text.strip(), tuple(tokens), held_back)
-        for (said, _), reader, tokens, held_back in zip(
-            prompts, readers, read.tokens, first.would_end, strict=True
-        )
+        Sample(said, reader.text.strip(), tuple(own), held_back)
+        for (said, _), reader, own, held_back in zip(prompts, readers, tokens, first.would_end, strict=True)
     )
 
 
@@ -181,27 +184,6 @@ class _FirstChoice(LogitsProcessor):  # type: ignore[misc]
         if input_ids.shape[1] == self._prompt_tokens:
             self.would_end = self._beginnings.ends(scores.argmax(dim=-1)).tolist()
         return scores
-
-
-class _ReadReplies(StoppingCriteria):  # type: ignore[misc]
-    """Reads each row's reply; ends once all have ended."""
-
-    def __init__(self, readers: Sequence[ReplyReader], prompt_tokens: int) -> None:
-        self._readers = readers
-        self._read = prompt_tokens
-        self.tokens: list[list[int]] = [[] for _ in readers]  # with those that ended the reply
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
-        for reader, tokens, new in zip(
-            self._readers, self.tokens, input_ids[:, self._read :].tolist(), strict=True
-        ):
-            for token in new:
-                if not reader.ended:
-                    tokens.append(token)
-                    reader.push(token)
-        self._read = input_ids.shape[1]
-        done = all(reader.ended for reader in self._readers)
-        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
 
 
 def _repeats(tokens: Sequence[int]) -> bool:

@@ -7,8 +7,11 @@ the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -121,13 +124,54 @@ def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
 class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     """Stops before the optimizer would write NaN into the prompt."""
 
-    def on_pre_optimizer_step(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Raises `NonFiniteLoss`."""
+    def on_pre_optimizer_step(self, _args: Any, state: TrainerState, _control: Any, **kwargs: Any) -> None:
         for parameter in kwargs["model"].prompts.parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 raise NonFiniteLoss(f"The gradient of step {state.global_step + 1} is not finite: {ADVICE}.")
+
+
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C inside the block: the step under way is finished and saved, a second one stops at once.
+
+    `announce` is told so in one line; the signal's earlier handler is back afterwards.
+    """
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.requested = False
+        self._announce = announce
+        self._earlier: Any = None
+        self._training = False
+        self._announcer: threading.Thread | None = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        # Python allows signal handlers on the main thread only; elsewhere the caller has its own way to stop.
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._earlier is not None:
+            signal.signal(signal.SIGINT, self._earlier)
+        if self._announcer is not None:
+            self._announcer.join()
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested or not self._training:
+            raise KeyboardInterrupt
+        self.requested = True
+        # On a thread: the signal may have come in the middle of a line that the main thread is writing.
+        line = "Stopping after this step; Ctrl-C again to stop at once without saving it."
+        self._announcer = threading.Thread(target=self._announce, args=(line,))
+        self._announcer.start()
+
+    def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        self._training = True  # only from here on is there something to finish and save
+
+    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_kwargs: Any) -> None:
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
 
 
 def training_arguments(settings: TuneSettings, folder: RunFolder, *, on_cpu: bool) -> TrainingArguments:

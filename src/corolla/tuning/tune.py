@@ -21,12 +21,10 @@ from corolla.tuning.batches import Prepared
 from corolla.tuning.bundle import CURVE_FILE, SAMPLING, Bundle, ModelInfo, clear_leftovers, save_bundle
 from corolla.tuning.checkpoints import RunFolder
 from corolla.tuning.evaluate import Difference, Evaluation, compare
-from corolla.tuning.plan import step_seconds
-from corolla.tuning.progress import ProgressReport
+from corolla.tuning.progress import ProgressReport, step_seconds
 from corolla.tuning.samples import Samples, sample_replies
 from corolla.tuning.settings import TuneSettings
-from corolla.tuning.stopping import StopOnInterrupt
-from corolla.tuning.trainer import PromptTrainer
+from corolla.tuning.trainer import PromptTrainer, StopOnInterrupt
 
 # As chats with the bundle choose, but for a reply's length.
 CHOICE = {name: value for name, value in SAMPLING.items() if name != "max_new_tokens"}

@@ -6,7 +6,6 @@ asked for.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
@@ -21,8 +20,9 @@ from tests.client.conftest import Pair, random_ids
 from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from corolla.client.model.heads import FEW_ROWS, MOST_ROWS, RowQueue, SharedHead, share_head, use_head_kernel
+from corolla.client.model.heads import FEW_ROWS, SharedHead, share_head, use_head_kernel
 from corolla.client.model.losses import summed_cross_entropy
+from corolla.client.model.row_queue import MOST_ROWS, RowQueue
 from corolla.errors import UsageError
 from corolla.models.kernels.int8 import has_int8
 
@@ -199,33 +199,6 @@ def test_ctrl_c_in_a_thread_that_waits_hurts_no_other(monkeypatch: pytest.Monkey
     crowd.end()
 
 
-def test_a_leader_gathers_all_users_and_no_more_than_are_there() -> None:
-    """With a patience far beyond this test's: it goes on because all are there, or because one has left."""
-    product = Product(0)
-    crowd = Crowd(product)
-    crowd.queue.gather = 10 * WAIT
-    alone = crowd.queue.run(rows_of(9), product)
-    assert alone.shape == (1, WORDS)
-    with crowd.queue.user(), contextlib.ExitStack() as third, crowd.queue.user():
-        third.enter_context(crowd.queue.user())
-        futures = [crowd.call(rows_of(0)), crowd.call(rows_of(1))]
-        assert product.sizes == [1]
-        futures.append(crowd.call(rows_of(2)))
-        for future in futures:
-            future.result(WAIT)
-        assert product.sizes == [1, 3]
-        futures = [crowd.call(rows_of(3)), crowd.call(rows_of(4))]
-        third.close()
-        for future in futures:
-            future.result(WAIT)
-    assert product.sizes == [1, 3, 2]
-    crowd.queue.gather = 1e-3
-    with crowd.queue.user(), crowd.queue.user():  # the other does not come
-        crowd.queue.run(rows_of(5), product)
-    assert product.sizes == [1, 3, 2, 1]
-    crowd.end()
-
-
 def test_gradients_and_inference_mode_stay_with_their_thread() -> None:
     """A leader in inference mode gives others tensors that they can go on with."""
     product = Product()
@@ -332,7 +305,7 @@ def test_rows_that_do_not_fit_are_nobody_elses_error(shape: tuple[int, ...]) -> 
         head(torch.ones(shape))
     with pytest.raises(RuntimeError):
         head(torch.ones(1, 4, dtype=torch.float64))
-    assert head._queue.waiting == 0
+    assert head.queue.waiting == 0
 
 
 def test_sessions_in_threads_say_what_they_say_alone(pair_of: PairOf) -> None:
@@ -364,24 +337,6 @@ def test_sessions_in_threads_say_what_they_say_alone(pair_of: PairOf) -> None:
     for index, expected in enumerate(alone):
         assert torch.equal(found[index], expected)
     assert sum(sizes) == 12 * len(prompts)
-    assert head.queue._users == 0
-
-
-def test_generation_is_a_user_of_the_head(pair_of: PairOf) -> None:
-    model = pair_of("llama").model()
-    head = model.get_output_embeddings()
-    users: list[int] = []
-
-    def product(rows: Tensor) -> Tensor:
-        users.append(head.queue._users)
-        return nn.functional.linear(rows, head.weight)
-
-    head.use_kernel(product)
-    model.generate(random_ids(1, 4), max_new_tokens=2, do_sample=False)
-    with model.inference_session(max_length=10) as session:
-        model.generate(random_ids(1, 4), max_new_tokens=2, do_sample=False, session=session)
-    assert users == [1, 1, 1, 1]
-    assert head.queue._users == 0
 
 
 # --- weights that are changed --------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from tests.tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor
 
 from corolla.client.model import losses
-from corolla.client.model.heads import SharedHead, share_head
-from corolla.client.model.losses import LazyLogits, lazy_logits, summed_cross_entropy, token_losses
+from corolla.client.model.heads import SharedHead, lazy_logits, share_head
+from corolla.client.model.losses import LazyLogits, summed_cross_entropy, token_losses
 
 PairOf = Callable[..., Pair]
 CHANGES: dict[str, dict[str, Any]] = {

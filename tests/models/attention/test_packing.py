@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from corolla.errors import UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
@@ -146,23 +148,14 @@ def test_gradients_equal_each_sequence_alone(family: str) -> None:
 
     hidden, shared = torch.cat(sequences).requires_grad_(), prompts.clone().requires_grad_()
     segments = segments_of(LENGTHS)
-    paused = 0
-
-    def between() -> None:
-        nonlocal paused
-        paused += 1
-
     output = span.forward_packed(
         hidden,
         PackedBatch(segments),
         positions=torch.cat([torch.arange(length) for length in LENGTHS]),
         deep=DeepRows.of([(one.begin, 0, one.count) for one in segments], [shared] * len(segments)),
-        between=between,
     )
-    assert paused == END - START
     assert_same(output.detach(), torch.cat(outputs).detach())
     found = torch.autograd.grad(output, [hidden, shared], torch.cat(grads))
-    assert paused >= 2 * (END - START) - 1  # the first block's input is a leaf
     for grad, expected in zip(torch.split(found[0], LENGTHS), wanted, strict=False):
         assert_same(grad, expected)
     assert_same(found[1], wanted[-1])
@@ -225,34 +218,58 @@ def test_a_wild_stranger_harms_nobody(family: str, value: float) -> None:
 
 @each_family
 def test_a_pass_inside_a_training_pass(family: str) -> None:
-    """Steps computed between two blocks, forward and backward: both give what they give alone."""
+    """Steps computed between any two operators, forward and backward: both give what they give alone."""
     span, pool = span_of(family), new_pool(span_of(family))
     sequences, prompts = sequences_of(span), prompts_of(span)
     hidden = noise(12, span.hidden_size, seed=7)
     grad, deep = noise(12, span.hidden_size, seed=8), noise(END - START, PROMPT, span.hidden_size, seed=6)
     row, steps, stepped = CachedSequence(pool), list(torch.split(sequences[3], 4)), []
 
-    def between() -> None:
-        if steps:
-            stepped.extend(packed_pass(span, pool, [row], [steps.pop(0)], [prompts[3]]))
+    class Between(TorchDispatchMode):
+        operators = 0
 
-    def train(between: object) -> tuple[Tensor, ...]:
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operators += 1
+            if steps and self.operators % 16 == 0:
+                stepped.extend(packed_pass(span, pool, [row], [steps.pop(0)], [prompts[3]]))
+            return func(*args, **(kwargs or {}))
+
+    def train() -> tuple[Tensor, ...]:
         leaf, own = hidden.clone().requires_grad_(), deep.clone().requires_grad_()
         output = span.forward_packed(
             leaf,
             PackedBatch(segments_of([12])),
             positions=torch.arange(12),
             deep=DeepRows.of([(0, 0, 12)], [own]),
-            between=between,  # type: ignore[arg-type]
         )
         return output.detach(), *torch.autograd.grad(output, [leaf, own], grad)
 
-    wanted = train(None)
-    found = train(between)
-    assert len(stepped) >= 2 * (END - START) - 1  # some within the backward
+    wanted = train()
+    with Between():
+        found = train()
+    assert not steps
     for one, other in zip(found, wanted, strict=True):
         assert_same(one, other)
-    assert_same(torch.cat(stepped), alone(span, sequences[3], prompts[3])[: 4 * len(stepped)])
+    assert_same(torch.cat(stepped), alone(span, sequences[3], prompts[3]))
+
+
+@each_family
+def test_a_long_sequence_in_pieces_equals_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention is computed some tokens at a time, forward and backward, behind a cached past too."""
+    span = span_of(family)
+    hidden, grad = noise(23, span.hidden_size, seed=7), noise(23, span.hidden_size, seed=8)
+
+    def computed() -> list[Tensor]:
+        leaf, pool = hidden.clone().requires_grad_(), new_pool(span)
+        output = span.forward_packed(leaf, PackedBatch(segments_of([23])), positions=torch.arange(23))
+        row = CachedSequence(pool)
+        steps = [packed_pass(span, pool, [row], [part], [None])[0] for part in hidden.split([9, 14])]
+        return [output.detach(), torch.autograd.grad(output, leaf, grad)[0], torch.cat(steps)]
+
+    whole = computed()
+    monkeypatch.setattr("corolla.models.attention.packing.QUERY_TOKENS", 5)
+    for one, other in zip(computed(), whole, strict=True):
+        assert_same(one, other)
 
 
 def test_blocks_of_a_packed_span_say_what_is_missing() -> None:

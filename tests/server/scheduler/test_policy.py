@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.server.world import Blocker
 
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.policy import Shares
+from corolla.server.scheduler.policy import KNOWN_SECONDS, MOST_REMEMBERED, History, Shares, Speed
 
 JOB_SECONDS = 0.002
 
@@ -68,15 +68,51 @@ async def test_who_comes_late_takes_no_more_than_turns(engine: Engine) -> None:
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=30, max_size=200), st.integers(2, 5))
 def test_busy_peers_are_never_more_than_a_job_apart(costs: list[float], peers: int) -> None:
-    shares = Shares()
     names = [f"peer-{number}" for number in range(peers)]
-    had = dict.fromkeys(names, 0.0)
+    had, history = dict.fromkeys(names, 0.0), History()
+    for name in names:  # the same of all
+        history.computed(name, KNOWN_SECONDS)
+    shares = Shares(history)
     for cost in costs:
         shares.settle(names)
-        chosen = min(names, key=shares.given)
+        chosen = min(names, key=shares.after)
         shares.give(chosen, cost)
         had[chosen] += cost
         assert max(had.values()) - min(had.values()) <= 1.0 + 1e-9
+
+
+@given(st.integers(1, 60), st.integers(1, 5))
+def test_new_peers_together_get_no_more_than_those_with_a_history(new: int, known: int) -> None:
+    """However many identities a stranger makes."""
+    history = History()
+    friends, strangers = [f"known-{one}" for one in range(known)], [f"new-{one}" for one in range(new)]
+    for peer in friends:
+        history.computed(peer, KNOWN_SECONDS)
+    shares, had = Shares(history), Counter[str]()
+    shares.settle([*friends, *strangers])
+    for _ in range(600):
+        chosen = min([*friends, *strangers], key=shares.after)
+        shares.give(chosen, 0.01)
+        had[str(chosen in friends)] += 1
+    assert had["True"] >= 600 * min(0.5, known / (known + new)) - known - new
+
+
+def test_a_history_is_bounded_and_made_of_time() -> None:
+    history = History()
+    for number in range(2 * MOST_REMEMBERED):
+        history.computed(f"passer-{number}", 0.01)
+        history.computed("steady", 0.01)
+    assert history.known("steady")
+    assert not history.known("passer-1")
+    assert len(history) == MOST_REMEMBERED
+
+
+def test_an_estimate_is_what_work_took_at_best() -> None:
+    speed = Speed()
+    for seconds in [9.0, 1.0] * 10:
+        speed.took(1000, seconds)
+        speed.took(1, seconds)  # says little
+    assert speed.seconds_of(5000) == 5.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.floats(0.001, 1.0)), min_size=50, max_size=300))
@@ -86,7 +122,7 @@ def test_peers_that_have_gone_are_forgotten(given_to: list[tuple[int, float]]) -
     for peer, seconds in given_to:
         shares.settle({f"passer-{peer}"})
         shares.give(f"passer-{peer}", seconds)
-    most = max(shares.given(f"passer-{peer}") for peer, _ in given_to)
-    shares.give("steady", most - shares.given("steady") + 1.0)
+    most = max(shares.after(f"passer-{peer}") for peer, _ in given_to)
+    shares.give("steady", most - shares.after("steady") + 1.0)
     shares.settle({"steady"})
     assert len(shares) == 0

@@ -1,28 +1,23 @@
-"""What an audit asks, how two answers are compared, and who was found lying; no network here.
+"""What an audit asks, and how two answers are compared; no network here.
 
 Invariant: an `Answer` holds all that another needs to be asked the same thing as an ordinary request, so no
 server can tell an audit from other work; and what honest servers differ by is within `TOLERANCES`, which
-says nothing of how large a lie may be: what is larger than that is found. A peer that was condemned once is never
-routed to again by this client; a finding ends one piece of work with a `LyingServer`, and every session that the
-peer had a part in.
+says nothing of how large a lie may be: what is larger than that is found.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.history import History
+from corolla.client.health import What
 from corolla.config import WireFormat
-from corolla.errors import LyingServer
 from corolla.swarm.directory.routing import Hop
-
-What = Literal["forward", "backward", "step"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +44,8 @@ class Answer:
 class Observer(Protocol):
     """What is told of every answer that a client gets; must be quick, and never raise."""
 
-    def forward(self, hop: Hop, inputs: dict[str, Tensor], output: Tensor) -> None:
-        """A span of whole sequences."""
-
-    def backward(self, hop: Hop, inputs: dict[str, Tensor], claimed: dict[str, Tensor | None]) -> None:
-        """The gradients of one."""
-
-    def step(
-        self, hop: Hop, history: History, mask: Tensor | None, deep: Tensor | None, output: Tensor
-    ) -> None:
-        """A session's step [R, T, H], which `history` holds already."""
+    def saw(self, make: Callable[[random.Random], Answer | None]) -> None:
+        """Where the answer is to be checked, `make` gives it, later than now."""
 
     async def close(self) -> None:
         """Nothing is asked afterwards."""
@@ -166,95 +153,3 @@ def _apart(claimed: Tensor, reference: Tensor, given: Tensor | None) -> Deviatio
     each = each.masked_fill(both, 0.0).nan_to_num(nan=torch.inf)
     kept = each.sort().values[: len(each) - len(each) // OUTLIERS]
     return Deviation(float(kept.square().mean().sqrt()), float(each.max()))
-
-
-# --- Making answers of what was seen --------------------------------------------------------------------
-
-
-def step_answer(
-    hop: Hop,
-    history: History,
-    mask: Tensor | None,
-    deep: Tensor | None,
-    output: Tensor,
-    cut: Any,
-    choose: Any,
-) -> Answer | None:
-    """A session's newest step [R, T, H] as the end of whole sequences; None when it had only padding.
-
-    `cut` makes micro-batches of them (`training.micro_batches`), of which `choose` takes one.
-    """
-    past = history.inputs()
-    if past is None:
-        return None
-    hidden, positions = past
-    rows, length = int(hidden.shape[0]), int(hidden.shape[1])
-    before = length - int(output.shape[1])
-    micro = choose(list(cut(rows, length, mask, positions)))
-    row, column = micro.places // length, micro.places % length
-    newest = column >= before
-    if not bool(newest.any()):
-        return None
-    claimed = torch.zeros(1, len(row), hidden.shape[-1], dtype=output.dtype)
-    claimed[0, newest] = output[row[newest], column[newest] - before]
-    inputs = {"hidden": micro.packed(hidden)} | micro.extra(deep, hop.start, hop.end)
-    return Answer(hop, "step", inputs, {"hidden": claimed}, newest)
-
-
-# --- Who was found lying --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A server whose answer is not what this client computed itself."""
-
-    hop: Hop
-    what: What
-    times: float  # how many times the tolerance it is off
-    right_before: float | None  # when it was last found right, seconds since 1970
-
-    def sentence(self) -> str:
-        """For the user."""
-        before = self.right_before
-        since = "never checked before" if before is None else f"last right at {_clock(before)}"
-        return (
-            f"{self.hop.peer_id} gave a wrong {self.what} for blocks {self.hop.start}:{self.hop.end} "
-            f"({self.times:.1f} times the tolerance; {since}) and is avoided from now on: "
-            "do again what it had a part in."
-        )
-
-
-def _clock(when: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(when))
-
-
-class Verdicts:
-    """The condemned peers of one client."""
-
-    def __init__(self) -> None:
-        self.condemned: dict[str, Finding] = {}
-        self._untold: list[Finding] = []
-
-    def condemn(self, finding: Finding) -> None:
-        """Never use the peer again."""
-        if finding.hop.peer_id not in self.condemned:
-            self.condemned[finding.hop.peer_id] = finding
-            self._untold.append(finding)
-
-    def against(self, peers: Iterable[str]) -> Finding | None:
-        """The finding against one of these, if there is one."""
-        return next((self.condemned[peer] for peer in peers if peer in self.condemned), None)
-
-    def in_words(self) -> str:
-        """For a sentence that says who is not used; empty when nobody was condemned."""
-        return f" or were found lying ({', '.join(self.condemned)})" if self.condemned else ""
-
-    def tell(self) -> None:
-        """For work that knows no session. Raises `LyingServer` for a finding that ended nothing yet."""
-        if self._untold:
-            raise self.error(self._untold[0])
-
-    def error(self, finding: Finding) -> LyingServer:
-        """The error that ends a piece of work; the finding counts as told."""
-        self._untold = [one for one in self._untold if one is not finding]
-        return LyingServer(finding.sentence(), peer_id=finding.hop.peer_id)

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
-from torch import Tensor
-
-from corolla.client.audits.audit import Answer, Finding, deviation, step_answer, tolerance_of
+from corolla.client.audits.audit import Answer, deviation, tolerance_of
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.audits.second_opinion import Opinion, ask_others
-from corolla.client.sessions.history import History
-from corolla.client.training import micro_batches
+from corolla.client.health import Finding
 from corolla.client.view import SwarmView
 from corolla.errors import CheckpointError
 from corolla.swarm.directory.routing import Hop
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_WAITING = 16
 # Coarse rounding sends a token to other experts now and then, and its whole output changes: no lie.
@@ -71,31 +67,13 @@ class Auditor:
         self._routed = routed
         self._draw = draw or random.SystemRandom()
         self._own = own
-        self._waiting: deque[Callable[[], Answer | None]] = deque()
+        self._waiting: deque[Callable[[random.Random], Answer | None]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._right: dict[str, float] = {}  # when a peer was last found right
         self._said: set[str] = set()
 
-    # --- seeing -----------------------------------------------------------------------------------------
-
-    def forward(self, hop: Hop, inputs: dict[str, Tensor], output: Tensor) -> None:
+    def saw(self, make: Callable[[random.Random], Answer | None]) -> None:
         """See `Observer`."""
-        self._offer(lambda: Answer(hop, "forward", inputs, {"hidden": output}))
-
-    def backward(self, hop: Hop, inputs: dict[str, Tensor], claimed: dict[str, Tensor | None]) -> None:
-        """See `Observer`."""
-        given = {name: tensor for name, tensor in claimed.items() if tensor is not None}
-        self._offer(lambda: Answer(hop, "backward", inputs, given))
-
-    def step(
-        self, hop: Hop, history: History, mask: Tensor | None, deep: Tensor | None, output: Tensor
-    ) -> None:
-        """See `Observer`."""
-        past = history.copy(history.length)  # the session goes on
-        choose = self._draw.choice
-        self._offer(partial(step_answer, hop, past, mask, deep, output, micro_batches, choose))
-
-    def _offer(self, make: Callable[[], Answer | None]) -> None:
         self.counts.seen += 1
         if self._draw.random() >= self._share:
             return
@@ -124,7 +102,7 @@ class Auditor:
 
     async def _work(self) -> None:
         while self._waiting:
-            answer = self._waiting.popleft()()
+            answer = self._waiting.popleft()(self._draw)
             if answer is None or answer.hop.peer_id in self._view.verdicts.condemned:
                 continue
             try:

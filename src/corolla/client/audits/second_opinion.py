@@ -6,7 +6,6 @@ about itself.
 
 from __future__ import annotations
 
-import logging
 import random
 from dataclasses import dataclass
 
@@ -19,10 +18,11 @@ from corolla.errors import MissingBlocks, RemoteError, SwarmUnavailable
 from corolla.swarm.channel import checked
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop, find_route
+from corolla.text import get_logger
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_TRIED = 3  # other servers that are asked in turn when one does not answer
 

@@ -7,7 +7,6 @@ checkpoint without blocks from being written as if it were whole.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Self, cast
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,18 +26,16 @@ from corolla.client.connection import SwarmConnection
 from corolla.client.local_blocks import load_local
 from corolla.client.model import arguments, saving
 from corolla.client.model.arguments import LoadRequest
-from corolla.client.model.heads import kept_head, using_head
+from corolla.client.model.heads import Noted, kept_head
 from corolla.client.model.loading import client_dtype_for, connect, first_prompt, load_shell
 from corolla.client.model.objects import (
     AdapterCheck,
     SharedConnection,
     copied,
-    eagerly,
     refuse_pickle,
     refuse_shallow_copy,
 )
 from corolla.client.model.startcheck import check_generation
-from corolla.client.model.watched import Noted
 from corolla.client.remote_blocks import LaterSession, RemoteBlocks
 from corolla.client.sessions.generating import GenerateCall, prepare_room, watched
 from corolla.client.sessions.session import ActiveSession, InferenceSession, go_on_from
@@ -49,8 +47,9 @@ from corolla.models.checks.forms import reads_flat_rows, values_returned
 from corolla.models.guard import watch_losses
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 
@@ -71,19 +70,15 @@ class SessionCaches:
         """See `models.shell.Caches`."""
         model: Any = self._model()
         session = LaterSession(model.blocks)
+        new = partial(model.new_session, ContextVar("unused"), max_length=None)
         return RemoteCache(
             session,
             prompt_length=0 if model.prompts is None else model.prompts.length,
             max_length=None,
             owner=model.blocks,
-            fork=partial(_forked, model, session),
+            fork=lambda cache: go_on_from(cache, new, session.chain).cache,
             lazy=lazy,
         )
-
-
-def _forked(model: Any, session: LaterSession, cache: RemoteCache) -> RemoteCache:
-    new = partial(model.new_session, ContextVar("unused"), max_length=None)
-    return go_on_from(cache, new, session.chain).cache
 
 
 @memoize
@@ -124,14 +119,15 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 reads_flat_rows=lambda: reads_flat_rows(config),
             )
             watch_losses(self, caches)
-            check = AdapterCheck()
-            self.register_forward_pre_hook(lambda model, _args: check(model))
+            self._check_adapters = AdapterCheck()
             self._shared_connection = connection
             connection.join(self)
 
         @wraps(family.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return eagerly(super().forward, *args, **kwargs)
+            if vars(self).get("peft_config"):
+                self._check_adapters(self)
+            return _eagerly(super().forward, *args, **kwargs)
 
         # --- blocks, prompts, sessions ------------------------------------------------------------------
 
@@ -186,9 +182,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             `inputs` [R, T] are then the new tokens (None: none), and only what came after the earlier
             calls' output is returned. Raises `SessionLimit` before anything is computed.
             """
-            call = GenerateCall(self, super().generate, args, kwargs)
-            with using_head(self):
-                return call.run(inputs, session)
+            return GenerateCall(self, super().generate, args, kwargs).run(inputs, session)
 
         @wraps(family.prepare_inputs_for_generation)  # `generate` reads what it takes off its signature
         def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -289,6 +283,19 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
     Distributed.__name__, Distributed.__module__ = architecture, family.__module__
     Distributed.__qualname__ = f"Distributed{architecture}"
     return Distributed
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` as it stands: what waits for a network cannot be compiled, nor gain by it.
+
+    Raises `UsageError` where it is to become a graph that stands for itself.
+    """
+    if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 has no such question
+        raise UsageError(
+            "A distributed model calls a swarm, so it cannot be exported: export the whole local model instead."
+        )
+    return function(*args, **kwargs)
 
 
 def load_distributed(

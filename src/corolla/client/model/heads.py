@@ -2,17 +2,20 @@
 
 Invariant: a `SharedHead` is the family's `nn.Linear` to all who look at it (weight, bias, keys of the state
 dict, tied weights), and gives its logits. Two things differ, both unseen: rows that several threads bring at
-the same time are multiplied together, since a product of many rows costs little more than that of one (the
-weights are read once); and in training logits are lazy (`client/model/losses.py`).
+the same time are multiplied together (`row_queue.py`); and in training logits are lazy (`losses.py`).
+Whatever is done to a watched parameter from Python shows in its `state_of`: an edit in place (torch counts those),
+other memory, dtype or shape, and a look at `.data`, through which it can be edited uncounted ever after.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, Self, cast, get_args
 
 import torch
@@ -21,16 +24,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from corolla.client.model.losses import LazyLogits, causal_lm_loss, wants_lazy
-from corolla.client.model.watched import State, same_parameters, state_of, watch
+from corolla.client.model.losses import LazyLogits, causal_lm_loss
+from corolla.client.model.row_queue import Product, RowQueue
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels.client import HalfLinear, quantize_client
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
-MOST_ROWS = 256  # of one product
 
-Product = Callable[[Tensor], Tensor]
+State = tuple[Any, ...]
+Tables = tuple[Tensor, Tensor | None]
+_lazily: ContextVar[bool] = ContextVar("corolla_lazy_logits", default=False)
 
 
 def share_head(model: PreTrainedModel) -> None:
@@ -59,10 +63,104 @@ def kept_head(model: PreTrainedModel) -> Iterator[None]:
         model.set_output_embeddings(shared)
 
 
-def using_head(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """Within the block the caller is one of those whom the shared head may wait for."""
-    head = model.get_output_embeddings()
-    return head.queue.user() if isinstance(head, SharedHead) else contextlib.nullcontext()
+@contextlib.contextmanager
+def lazy_logits() -> Iterator[None]:
+    """Within the block a distributed model's logits are lazy without gradients, too."""
+    token = _lazily.set(True)
+    try:
+        yield
+    finally:
+        _lazily.reset(token)
+
+
+def wants_lazy(hidden: Tensor) -> bool:
+    """Whether the logits of these hidden states should be lazy: a loss is likely to follow."""
+    return _lazily.get() or (torch.is_grad_enabled() and hidden.requires_grad)
+
+
+class WatchedParameter(nn.Parameter):
+    """See the module. Made by `watch`."""
+
+    _aliases: int  # how often somebody got hold of the numbers behind torch's back
+
+    @property
+    def data(self) -> Tensor:
+        """As `Tensor.data`."""
+        self._aliases += 1
+        found: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return found
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype:
+            self._aliases += 1
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        found: nn.Parameter = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def watch(parameter: nn.Parameter) -> bool:
+    """Have `parameter` watched from now on; it stays the same object to all who hold it.
+
+    False where that cannot be: it was made in inference mode, or is of another class of its own.
+    """
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = WatchedParameter
+        parameter._aliases = 0  # type: ignore[attr-defined]
+    return isinstance(parameter, WatchedParameter) and not parameter.is_inference()
+
+
+def state_of(parameter: Tensor | None) -> State | None:
+    """What is equal later only if the numbers of a watched parameter are still the same."""
+    if parameter is None:
+        return None
+    version = None if parameter.is_inference() else parameter._version
+    aliases = getattr(parameter, "_aliases", 0)
+    return version, aliases, parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
+
+
+class Seen:
+    """A head's weight and bias as they were at some moment."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables, self._states = tables, [*map(state_of, tables)]
+
+    def still(self, now: Tables) -> bool:
+        """Whether these are the same parameters, and no number of them can have changed."""
+        return all(map(is_, now, self._tables)) and [*map(state_of, now)] == self._states
+
+
+class Noted:
+    """Which parameters of a model are still as they were when they were noted."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], State]] = {}
+
+    def note(self, model: nn.Module, but: Collection[str] = ()) -> None:
+        """Take all parameters as they are now for unchanged, `but` for those of these names."""
+        self._known = {}
+        for name, one in model.named_parameters():
+            if name not in but and watch(one):
+                self._known[id(one)] = (weakref.ref(one), _edits(one))
+
+    def changed(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The others, by name; a table that is tied under one of its names."""
+        return {name: one for name, one in model.named_parameters() if not self._is_as_noted(one)}
+
+    def _is_as_noted(self, one: nn.Parameter) -> bool:
+        known, edits = self._known.get(id(one), (None, None))
+        return (known is not None and known() is one and edits == _edits(one)) or one.is_inference()
+
+
+def _edits(parameter: nn.Parameter) -> State:
+    return None if parameter.is_inference() else parameter._version, getattr(parameter, "_aliases", 0)
 
 
 @dataclass(frozen=True)
@@ -71,8 +169,7 @@ class _Kernel:
 
     product: Product
     exact: bool
-    tables: tuple[Tensor, Tensor | None]
-    states: tuple[State | None, ...]
+    seen: Seen
 
 
 class SharedHead(nn.Linear):
@@ -82,7 +179,7 @@ class SharedHead(nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._queue = RowQueue()
+        self.queue = RowQueue()  # where callers meet
         self._kernel: _Kernel | None = None
         self.widens = False
 
@@ -105,11 +202,10 @@ class SharedHead(nn.Linear):
         if kernel is None:
             return
         if all(watch(one) for one in self.parameters()):
-            tables = self._tables
-            self._kernel = _Kernel(kernel, exact, tables, tuple(map(state_of, tables)))
+            self._kernel = _Kernel(kernel, exact, Seen(self._tables))
 
     @property
-    def _tables(self) -> tuple[Tensor, Tensor | None]:
+    def _tables(self) -> Tables:
         return self.weight, self.bias
 
     @property
@@ -123,15 +219,10 @@ class SharedHead(nn.Linear):
         kernel = self._kernel
         if kernel is None or not self.frozen:
             return None
-        if same_parameters(self._tables, kernel.tables, kernel.states):
+        if kernel.seen.still(self._tables):
             return kernel
         self._kernel = None
         return None
-
-    @property
-    def queue(self) -> RowQueue:
-        """Where callers meet; `queue.gather` is how long the first waits for the others, 0 unless it is set."""
-        return self._queue
 
     @property
     def frozen(self) -> bool:
@@ -152,7 +243,7 @@ class SharedHead(nn.Linear):
         if not self._may_share(hidden):
             return self._product(hidden)
         rows = hidden.reshape(-1, self.in_features)
-        return self._queue.run(rows, self._product).reshape(*hidden.shape[:-1], self.out_features)
+        return self.queue.run(rows, self._product).reshape(*hidden.shape[:-1], self.out_features)
 
     def _product(self, hidden: Tensor) -> Tensor:
         kernel = self._current()
@@ -200,8 +291,7 @@ class _Later:
 
     def __init__(self, head: SharedHead) -> None:
         self._head = head
-        self._tables = head._tables
-        self._states = tuple(map(state_of, self._tables))
+        self._seen = Seen(head._tables)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self._check()
@@ -213,7 +303,7 @@ class _Later:
         return self._head.weight.detach()
 
     def _check(self) -> None:
-        if not same_parameters(self._head._tables, self._tables, self._states):
+        if not self._seen.still(self._head._tables):
             raise UsageError(
                 "The head was changed between the forward and the reading of its logits: read the logits, or "
                 "compute the loss, before you change its weight."
@@ -222,134 +312,6 @@ class _Later:
 
 def _autocasting(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
-
-
-class _Call:
-    """One caller's rows, and what becomes of them."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.result: Tensor | None = None
-        self.error: Exception | None = None
-        self.woken = threading.Event()  # served, or to lead
-        self.complete = threading.Event()  # to a leader: nobody else will come soon
-
-    @property
-    def served(self) -> bool:
-        return self.result is not None or self.error is not None
-
-
-class RowQueue:
-    """Joins what threads bring while a product is being computed into the next product.
-
-    Whoever comes when nobody is at work leads: takes its own rows and all that wait, multiplies, hands out the
-    results and lets the next one lead. So one caller alone waits for nothing. An interrupt in one thread (they
-    come at any point of the code) costs the others at most a second computation: calls leave the list when
-    they are served and not before, and every caller puts things in order when it leaves.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: list[_Call] = []  # all that are not served, the leader among them
-        self._leader: _Call | None = None
-        self._users = 0  # who will come again and again
-        self.gather = 0.0  # seconds that a leader waits at most until all users are there
-
-    @contextlib.contextmanager
-    def user(self) -> Iterator[None]:
-        """Whoever brings rows again and again, as generation does, does so within this block."""
-        with self._lock:
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                self._note_complete()
-
-    def __deepcopy__(self, _memo: Any) -> RowQueue:
-        return RowQueue()
-
-    def __reduce__(self) -> tuple[type[RowQueue], tuple[()]]:
-        return RowQueue, ()
-
-    @property
-    def waiting(self) -> int:
-        """Calls that are not served yet."""
-        return len(self._waiting)
-
-    def run(self, rows: Tensor, product: Product) -> Tensor:
-        """`product(rows)`, [n, H] to [n, V], in one with other threads' rows; n > 0, no gradient.
-
-        An error of the product is raised in all threads whose rows were in it.
-        """
-        call = _Call(rows)
-        try:
-            self._enter(call)
-            if self._leader is not call:
-                call.woken.wait()
-            if not call.served:
-                self._lead(call, product)
-        finally:
-            self._leave(call)
-        if call.error is not None:
-            raise call.error
-        assert call.result is not None
-        return call.result
-
-    def _enter(self, call: _Call) -> None:
-        with self._lock:
-            self._waiting.append(call)
-            if self._leader is None:
-                self._leader = call
-            self._note_complete()
-
-    def _note_complete(self) -> None:
-        if self._leader is not None and len(self._waiting) >= self._users:
-            self._leader.complete.set()
-
-    def _lead(self, call: _Call, product: Product) -> None:
-        if self.gather > 0:
-            call.complete.wait(self.gather)
-        with self._lock:
-            batch = self._batch_of(call)
-        try:
-            results = _multiply([member.rows for member in batch], product)
-        except Exception as error:
-            for member in batch:
-                member.error = error
-        else:
-            for member, result in zip(batch, results, strict=True):
-                member.result = result
-
-    def _batch_of(self, leader: _Call) -> list[_Call]:
-        """The leader and those that wait, first come first served, as many as fit."""
-        batch, count = [leader], len(leader.rows)
-        for call in self._waiting:
-            if call is not leader and count + len(call.rows) <= MOST_ROWS:
-                batch.append(call)
-                count += len(call.rows)
-        return batch
-
-    def _leave(self, call: _Call) -> None:
-        with self._lock:
-            for other in self._waiting:
-                if other.served:
-                    other.woken.set()
-            self._waiting = [other for other in self._waiting if other is not call and not other.served]
-            if self._leader is call:
-                self._leader = self._waiting[0] if self._waiting else None
-            if self._leader is not None:
-                self._leader.woken.set()
-            self._note_complete()
-
-
-def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:
-    # Neither the leader's inference mode nor its gradients may come to strangers with the results.
-    with torch.inference_mode(False), torch.no_grad():
-        if len(parts) == 1:
-            return [product(parts[0])]
-        return list(torch.split(product(torch.cat(parts)), [len(part) for part in parts]))
 
 
 def use_head_kernel(model: Any, quantization: str) -> None:

@@ -5,7 +5,6 @@ Invariant: what the user asked for is checked before anything is computed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,18 @@ from corolla.config import SwarmConfig
 from corolla.errors import CheckpointError, UsageError
 from corolla.models import families
 from corolla.models import prompts as prompt_math
-from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.checkpoints.pretrained import load_generation_config, load_parts, load_tokenizer
+from corolla.models.checkpoints import pretrained
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.guard import switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import SoftPrompt
-from corolla.text import well_formed
+from corolla.swarm.node import EventLoopThread, Node
+from corolla.text import get_logger, well_formed
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch.dtype:
@@ -44,12 +45,20 @@ def client_dtype_for(checkpoint: Checkpoint, wanted: str | torch.dtype) -> torch
 
 
 def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> SwarmConnection:
-    """Join the swarm. Raises `UsageError`, `NotAdmitted` or `SwarmUnavailable`."""
+    """Join the swarm. Raises `UsageError` (also for a malformed address), `NotAdmitted` or `SwarmUnavailable`."""
     if not config.peers:
         raise UsageError(
             "Give initial_peers: the address that `corolla bootstrap` or `corolla serve` printed."
         )
-    return SwarmConnection.connect(
+    loop = EventLoopThread()
+    try:
+        node = loop.run(Node.create(initial_peers=config.peers, identity=config.identity, client_only=True))
+    except BaseException:
+        loop.close()
+        raise
+    return SwarmConnection(
+        loop,
+        node,
         config,
         model=checkpoint.identity,
         model_name=checkpoint.name,
@@ -102,7 +111,7 @@ def _first_vectors(embedding: Any, checkpoint: Checkpoint, request: LoadRequest)
         )
     if not text:
         raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = pretrained.load_tokenizer(checkpoint)
     ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
     check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
     return prompt_math.initial_vectors(embedding, length, token_ids=ids)
@@ -147,3 +156,19 @@ def load_shell(
     use_head_kernel(model, quantization)
     model._noted.note(model, but=changed)
     return model
+
+
+def load_tokenizer(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Any:
+    """The tokenizer of whatever `from_pretrained` takes: a hub name, a local folder, a .gguf file or `smollm2`.
+
+    Raises `UnknownModel`, `UnsupportedFamily`, or `CheckpointError` where there is no tokenizer that can be read.
+    """
+    return pretrained.load_tokenizer(
+        open_checkpoint(str(name), revision=revision, token=token, cache_dir=cache_dir)
+    )

@@ -9,9 +9,7 @@ The head and the loss in one: Hsu et al. 2024 (Liger kernels, arXiv:2410.10989).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ from corolla.models.kernels.packed import is_packable, multiply
 CHUNK_ROWS = 128
 
 Product = Callable[[Tensor], Tensor]
-_lazily: ContextVar[bool] = ContextVar("corolla_lazy_logits", default=False)
 
 # What can be said of logits without having them.
 _KNOWN: frozenset[Any] = frozenset(
@@ -155,21 +152,6 @@ class LazyLogits(Tensor):
 
 def _real(value: Any) -> Any:
     return value.whole() if isinstance(value, LazyLogits) else value
-
-
-@contextlib.contextmanager
-def lazy_logits() -> Iterator[None]:
-    """Within the block a distributed model's logits are lazy without gradients, too."""
-    token = _lazily.set(True)
-    try:
-        yield
-    finally:
-        _lazily.reset(token)
-
-
-def wants_lazy(hidden: Tensor) -> bool:
-    """Whether the logits of these hidden states should be lazy: a loss is likely to follow."""
-    return _lazily.get() or (torch.is_grad_enabled() and hidden.requires_grad)
 
 
 def causal_lm_loss(

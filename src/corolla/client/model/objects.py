@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 import weakref
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -90,19 +89,6 @@ def refuse_pickle() -> NoReturn:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)` as it stands: what waits for a network cannot be compiled, nor gain by it.
-
-    Raises `UsageError` where it is to become a graph that stands for itself.
-    """
-    if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 has no such question
-        raise UsageError(
-            "A distributed model calls a swarm, so it cannot be exported: export the whole local model instead."
-        )
-    return function(*args, **kwargs)
-
-
 class AdapterCheck:
     """Looks at each adapter that peft puts into a model once, when the model is called with it for the first time.
 
@@ -115,7 +101,7 @@ class AdapterCheck:
 
     def __call__(self, model: Any) -> None:
         """Raises `UsageError` when an adapter is to change something in the blocks."""
-        adapters = vars(model).get("peft_config") or {}
+        adapters = vars(model)["peft_config"]
         for name, adapter in adapters.items():
             if self._seen.get(name) is adapter:
                 continue

@@ -7,8 +7,10 @@ the other servers keep their caches.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.bundles import Bundle
-from corolla.client.sessions.history import History
-from corolla.client.sessions.span_session import SpanSession
+from corolla.client.sessions.span_session import History, SpanSession
+from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
 from corolla.models.cache import BlocksCall, on_cpu
@@ -28,6 +30,7 @@ from corolla.wire.messages import Origin, Step
 REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message carries at most
 
+T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, Tensor]], Tensor]
 
 
@@ -49,21 +52,24 @@ class SessionChain:
         deep: Tensor | None,
         front: LocalSession | None = None,
     ) -> None:
-        """`run` waits for work on the event loop. `deep` are the deep prompts of all the model's blocks [N, P, H];
-        `front` is what this client runs itself, before these blocks."""
+        """`run` waits for work on the event loop. `deep` are the deep prompts of all the model's blocks [N, P, H],
+        None to take them from the first step; `front` is what this client runs itself, before these blocks."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._run = run
         self._front = front
         self._start, self._end = start, end
-        self._deep = None if deep is None else deep.detach().float().cpu().clone()
+        self._deep = _kept(deep)
         self._bundle: Bundle | None = None  # the prompt that the session begins with
         self._spans: list[SpanSession] = []
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
         self._reserved = 0  # tokens a row that the present call may reach
         self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
         self.version = 0  # steps that took something back or reordered it
+        self.stopped = False  # nothing is waited for; to be set on any thread, before `stop` runs
+        self._under_way: asyncio.Task[Any] | None = None
+        self._closing: list[asyncio.Task[None]] = []
 
     @property
     def hops(self) -> list[Hop]:
@@ -97,20 +103,38 @@ class SessionChain:
         if self._start == self._end:  # nothing is left to the swarm
             return hidden
         if call.start == 0:
-            self._begin_with(call.prompt, hidden)
+            self._begin_with(call, hidden)
         positions = None if call.positions is None else call.positions.expand(hidden.shape[0], -1)
         steps = self._in_chunks(on_cpu(hidden), call.start, on_cpu(call.mask), on_cpu(positions))
-        return self._run(steps).to(hidden.device)
+        return self._run(self.unless_stopped(steps)).to(hidden.device)
 
-    def _begin_with(self, prompt: Tensor | None, hidden: Tensor) -> None:
-        """The next step is `hidden` [R, T, H] from position 0 on, whose first tokens are this prompt, if any.
+    async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which ends with `CancelledError` as soon as the session is stopped."""
+        if self.stopped:
+            work.close()
+            raise asyncio.CancelledError
+        self._under_way = asyncio.current_task()
+        try:
+            return await work
+        finally:
+            self._under_way = None
 
-        Servers that have computed it by themselves will not be sent it: where that gives what sending gives, so
-        not if activations are rounded on the way, nor behind blocks that run here.
+    async def stop(self) -> None:
+        """Give up what the session waits for; what is cached is as after any error."""
+        if self._under_way is not None:
+            self._under_way.cancel()
+
+    def _begin_with(self, call: BlocksCall, hidden: Tensor) -> None:
+        """The next step is `hidden` [R, T, H] from position 0 on.
+
+        Servers that have computed its prompt by themselves will not be sent it: where that gives what sending
+        gives, so not if activations are rounded on the way, nor behind blocks that run here.
         """
+        if self._deep is None and not self._spans:
+            self._deep = _kept(call.deep)
         self._bundle = None
-        if prompt is not None and self._start == 0 and self._view.wire == "compute":
-            self._bundle = Bundle.of(prompt, self._deep, hidden)
+        if call.prompt is not None and self._start == 0 and self._view.wire == "compute":
+            self._bundle = Bundle.of(call.prompt, self._deep, hidden)
 
     async def _in_chunks(
         self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
@@ -183,7 +207,8 @@ class SessionChain:
             self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
             self._note_author(span.hop)
             if self._audits is not None:
-                self._audits.step(span.hop, span.history, progress.mask, self._deep, output)
+                past = span.history.copy(span.history.length)  # the session goes on
+                self._audits.saw(partial(step_answer, span.hop, past, progress.mask, self._deep, output))
             progress.value = output
             progress.advance()
             if self._view.should_leave(span.hop):
@@ -321,20 +346,26 @@ class SessionChain:
     @property
     def is_open(self) -> bool:
         """Whether servers, or this client's own blocks, may hold something of the session."""
-        return bool(self._spans) or self._front is not None
+        return bool(self._spans) or (self._front is not None and self._front.entered.length > 0)
 
-    async def close(self, *, keep: bool = False) -> None:
+    async def close(self, *, keep: bool = False, seconds: float | None = None) -> None:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
 
-        Safe to call twice; a kept chain still knows what it held (`begin_as`).
+        Waits for their answers, for so many `seconds` at most. Safe to call twice; a kept chain still knows what it
+        held (`begin_as`).
         """
         spans = list(self._spans)
         if not keep:
             self._spans = []
             if self._front is not None:
                 self._front.clear()
-        for span in spans:
-            await span.close(self._view, keep=keep)
+        self._closing = [asyncio.ensure_future(span.close(self._view, keep=keep)) for span in spans]
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=seconds)
+
+
+def _kept(deep: Tensor | None) -> Tensor | None:
+    return None if deep is None else deep.detach().float().cpu().clone()
 
 
 class _Progress:

@@ -20,7 +20,6 @@ from torch import Tensor
 from corolla.client.remote_blocks import RemoteBlocks, close_soon
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
-from corolla.client.sessions.row_ends import RowEnds
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache
@@ -142,6 +141,7 @@ class InferenceSession:
         `UsageError` for what cannot be told to continue it.
         """
         guard.check_cache(self.cache, self.cache.owner)
+        self._chain.stopped = False
         if self.cache.foreign:
             raise UsageError(
                 "Another library has put a prompt in front of this session's tokens (peft does), so it cannot tell "
@@ -198,7 +198,7 @@ class InferenceSession:
         if before is None or not _same(before, self._entering(ids[:, :tokens])):
             return
         begin = self._chain.begin_as(prefix.chain, columns, prefix.version)
-        if self._connection.run(begin):
+        if self._connection.run(self._chain.unless_stopped(begin)):
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
     def prefix(self) -> Prefix | None:
@@ -235,15 +235,20 @@ class InferenceSession:
             whole[:, before:] = mask.to(whole.device)
         return whole
 
-    def keep(self, sequences: Tensor, turn: Turn, ends: RowEnds) -> Tensor:
-        """Note what a call has returned, [R, n]; gives back what came after the tokens of earlier calls."""
+    def keep(
+        self, sequences: Tensor, turn: Turn, mask_of: Callable[[Tensor, int, int], Tensor | None]
+    ) -> Tensor:
+        """Note what a call has returned, [R, n]; gives back what came after the tokens of earlier calls.
+
+        `mask_of` is `generating.RowEnds.mask_of`.
+        """
         given = 0 if turn.ids is None else int(turn.ids.shape[1])
         said = sequences[:, given:]
         columns = turn.columns if turn.columns is not None else sequences[:, :0]
         rows = sequences.shape[0] // max(1, columns.shape[0])
         columns = columns.to(sequences.device).repeat_interleave(rows, dim=0)
         self._output_ids = torch.cat([columns, said], 1) if given != columns.shape[1] else sequences
-        self._output_mask = ends.mask_of(sequences, given, int(columns.shape[1]))
+        self._output_mask = mask_of(sequences, given, int(columns.shape[1]))
         self.cache.align(self._output_ids)  # beams that were given up may be longer than what was returned
         return sequences[:, turn.returned :]
 
@@ -267,26 +272,34 @@ class InferenceSession:
         self._active.reset(self._tokens.pop())
         self.close()
 
-    def close(self) -> None:
-        """Free the servers' caches; safe to call twice."""
+    def stop(self) -> None:
+        """From any thread: end the `generate` call that goes on in this session, whatever its servers do.
+
+        Its thread gets a `concurrent.futures.CancelledError`; the session goes on with the next call.
+        """
+        self._chain.stopped = True
+        self._connection.run_soon(self._chain.stop())
+
+    def close(self, *, seconds: float | None = None) -> None:
+        """Free the servers' caches; safe to call twice. Waits so long at most until they have said so."""
         self.cache.closed = True
         if self._finalizer.detach() is None or not self._connection.is_open:
             return
         prefix = self.prefix()
         keep = prefix is not None and len(prefix.ids) >= LEAST_TOKENS
-        self._connection.run(self._chain.close(keep=keep))
+        self._connection.run(self._chain.close(keep=keep, seconds=seconds))
         if keep and prefix is not None:
             self._connection.prefixes.keep(prefix)
 
 
 def go_on_from(
-    cache: RemoteCache, new: Callable[[], InferenceSession], chain: SessionChain | None
+    cache: RemoteCache, new: Callable[[], InferenceSession], chain: SessionChain
 ) -> InferenceSession:
     """A new session that holds what a cache over `chain` does, which may not have been opened yet."""
     twin = new()
     if cache.deferred is not None:
         twin.cache.take_over(cache)
-    elif cache.length and chain is not None:
+    elif cache.length:
         begin = twin._chain.begin_as(chain, cache.prompt_length + cache.length, chain.version)
         if twin._connection.run(begin):
             twin.cache.take_over(cache)

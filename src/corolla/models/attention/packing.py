@@ -25,6 +25,7 @@ from corolla.models.kernels.native import library, pointer
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
+QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 LANES = 16  # heads are a multiple of this wide where a kernel reads them
 THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking
@@ -219,6 +220,8 @@ def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], ru
 
 def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
     """One sequence's attention: `query` [1, heads, T, D] at the end of `keys` [1, kv_heads, S, D]."""
+    if one.count > QUERY_TOKENS:
+        return _attend_in_pieces(query, keys, values, one, rules)
     window, total = rules.window, int(keys.shape[2])
     if window is not None and total <= window:
         window = None
@@ -237,6 +240,18 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules:
     return scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=grouped
     )
+
+
+def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+    """A long sequence, some new tokens after the other: no operator takes long, and scores that are written out are
+    fewer at a time."""
+    parts = []
+    for begin in range(0, one.count, QUERY_TOKENS):
+        end = min(begin + QUERY_TOKENS, one.count)
+        seen = one.past + end
+        piece = Stretch(0, end - begin, past=one.past + begin)
+        parts.append(attend_one(query[:, :, begin:end], keys[:, :, :seen], values[:, :, :seen], piece, rules))
+    return torch.cat(parts, dim=2)
 
 
 def _attend_plainly(

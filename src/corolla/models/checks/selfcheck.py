@@ -9,7 +9,6 @@ trust. A client proves all of its own half by itself (`client/model/startcheck.p
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,8 +33,9 @@ from corolla.models.checks.miniature import EDGE, close, miniature, random_model
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, first_of, load_span
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 # A sequence that is cached ends where rotary embeddings begin to change, one that is run whole goes beyond.
 ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3

@@ -6,7 +6,6 @@ gives.
 
 from __future__ import annotations
 
-import logging
 from typing import Protocol
 
 import torch
@@ -18,8 +17,9 @@ from corolla.models.compiled.program import Program
 from corolla.models.compiled.record import Recording, record
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.native import library
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_ROWS = 64  # of a compiled pass: with more, the small operators cost little beside the products
 RECORDED = (3, 5)  # rows; unlike each other, one, and the sizes of a model

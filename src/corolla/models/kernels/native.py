@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -24,8 +23,9 @@ from torch import Tensor
 from corolla.errors import CorollaError
 from corolla.files import made_once
 from corolla.places import cache_root
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 NAME = "native.so"
 SOURCES = ("lanes.h", "native.h", "native.c", "native_attention.c", "native_int8.c", "native_program.c")

@@ -3,35 +3,47 @@
 Invariant: the event loop only enqueues and awaits; model code runs on the compute thread alone. An iteration takes
 the most urgent request: all decode steps that are ready, packed into one pass, then pieces of prompts up to a budget
 of tokens, or one request that is computed alone (training). Within a class the peer that was given least of the
-thread comes first. Whatever has waited `AGEING_SECONDS` moves up a class, so nobody starves. An error goes to
-whoever awaits it; the loop goes on.
+thread comes first. Whatever has waited `AGEING_SECONDS` moves up a class, so nobody starves. What is computed alone
+may take minutes; it gives way again and again (`give_way`) to decode steps, and to prompts of peers that were given
+no more than its own. An error goes to whoever awaits it; the loop goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from functools import partial
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.policy import PASS_TOKENS, PassTimes, Shares
+from corolla.server.scheduler.policy import (
+    PASS_TOKENS,
+    PIECE_SECONDS,
+    SHARED_PASS_SECONDS,
+    History,
+    PassTimes,
+    RunPass,
+    Shares,
+    Speed,
+    run_pass,
+)
+from corolla.text import get_logger
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 AGEING_SECONDS = 2.0
 GATHER_SECONDS = 0.008  # what a decode step waits at most for those of others to share its pass
 # Without a request that is computed alone (training), until the server tidies up; longer than most clients take
 # between a forward and its backward, which would have to ask the system for all of its memory again.
 QUIET_SECONDS = 2.0
+GOING_AWAY = "This server is going away; use another."
 
 
 class Kind(IntEnum):
@@ -48,18 +60,22 @@ class Request:
     passes = False  # computed in passes (`run_pass`) until no tokens are left; else alone, by `result`
     group: object = None  # requests of the same group share passes
 
-    def __init__(self, kind: Kind, peer: str, session: object = None) -> None:
-        """`peer` is for whom; `session` is whose step it is, if it is one."""
+    def __init__(
+        self, kind: Kind, peer: str, session: object = None, run: Callable[[], Any] | None = None
+    ) -> None:
+        """`peer` is for whom; `session` is whose step it is, if it is one; `run` is the function, if it is one."""
+        self._run = run
         self.kind = kind
         self.peer = peer
         self.session = session
+        self.work = 0.0  # of one that is computed alone: see `policy.Speed`
         self.arrived = 0.0  # by the engine's clock
         self.begun = False
         self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @property
     def tokens_left(self) -> int:
-        """Tokens that have still to go through the blocks, of a request that is computed in passes."""
+        """Tokens that have still to go through the blocks, in passes."""
         return 0
 
     def run_pass(self, parts: Sequence[tuple[Any, int]]) -> list[BaseException | None]:
@@ -68,29 +84,7 @@ class Request:
 
     def result(self) -> Any:
         """What `done` is to hold, on the compute thread."""
-        raise NotImplementedError
-
-
-class Call(Request):
-    """A computation that is one function."""
-
-    def __init__(self, kind: Kind, run: Callable[[], Any], peer: str) -> None:
-        super().__init__(kind, peer)
-        self._run = run
-
-    def result(self) -> Any:
-        """What `run` gives."""
-        return self._run()
-
-
-Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
-RunPass = Callable[[Pass], list[BaseException | None]]
-
-
-def run_pass(parts: Pass) -> list[BaseException | None]:
-    """One pass; the error of each request, or None."""
-    errors: list[BaseException | None] = parts[0][0].run_pass(parts)
-    return errors
+        return None if self._run is None else self._run()
 
 
 class Engine:
@@ -102,21 +96,24 @@ class Engine:
         *,
         run_pass: RunPass = run_pass,
         when_quiet: Callable[[], None] | None = None,
+        history: History | None = None,
     ) -> None:
         """`run_pass` computes a pass; `when_quiet` is called on the compute thread when nothing was computed alone for
-        `QUIET_SECONDS`, and again after as long."""
+        `QUIET_SECONDS`, and again after as long; `history` notes for whom was computed."""
         self.run_pass = run_pass
         self._when_quiet = when_quiet
         self._clock = clock
         # When the last request that was computed alone had ended, or `when_quiet` was called last.
         self._quiet_since = clock()
         self._times = PassTimes()
-        self._shares = Shares()
-        self._preempted = 0.0  # seconds that the request at hand stood still for decode steps
+        self._speed = Speed()
+        self._shares = Shares(history)
+        self._alone: Request | None = None  # that is being computed, unless it gives way
+        self._alone_since = 0.0  # when it was last given time
+        self._alone_seconds = 0.0  # that it was given before
         self._open: set[Request] = set()  # the loop's side: not yet answered
         self._inbox: queue.SimpleQueue[Sequence[Request] | Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: list[Request] = []  # the compute thread's side: to be computed
-        self._preempting = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._compute, name="corolla-compute", daemon=True)
         self._closed = False
@@ -132,22 +129,19 @@ class Engine:
         Raises `RequestRefused` (draining) once the engine is closed.
         """
         if self._closed:
-            raise RequestRefused("This server is going away; use another.", code="draining")
+            raise RequestRefused(GOING_AWAY, code="draining")
         now = self._clock()
         for request in requests:
             request.arrived = now
             self._open.add(request)
-            request.done.add_done_callback(partial(self._over, request))
+            request.done.add_done_callback(lambda _, one=request: self._open.discard(one))  # type: ignore[misc]
         self._inbox.put(requests)
-
-    def _over(self, request: Request, _done: asyncio.Future[Any]) -> None:
-        self._open.discard(request)
 
     async def submit(self, kind: Kind, run: Callable[[], T], *, peer: str = "") -> T:
         """The result of `run()`, or its error. Raises as `enqueue` does. The server's own work is for no peer."""
-        call = Call(kind, run, peer)
-        self.enqueue([call])
-        result: T = await call.done
+        request = Request(kind, peer, run=run)
+        self.enqueue([request])
+        result: T = await request.done
         return result
 
     def post(self, work: Callable[[], None]) -> None:
@@ -164,8 +158,12 @@ class Engine:
         """Requests that have not begun."""
         return sum(not request.begun for request in self._open)
 
+    def seconds_of(self, work: float) -> float:
+        """About how long so much `work` takes at least, by what was computed here lately."""
+        return self._speed.seconds_of(work)
+
     async def close(self) -> None:
-        """Stop after the pass at hand, whose awaiters get their results; waiting requests are cancelled."""
+        """Stop after the pass at hand, whose awaiters get their results, or where what is computed alone gives way."""
         self._closed = True
         for request in list(self._open):
             if not request.begun:
@@ -204,10 +202,7 @@ class Engine:
         A pass of many rows takes little longer than one of a single row, which is read from the same weights.
         """
         until = time.perf_counter() + GATHER_SECONDS
-        while self._decodes_due():
-            left = until - time.perf_counter()
-            if left <= 0:
-                break
+        while self._decodes_due() and (left := until - time.perf_counter()) > 0:
             if not self._receive(wait=True, seconds=left):
                 return False
         return True
@@ -234,7 +229,7 @@ class Engine:
                 else:
                     self._ready += item
                 item = self._inbox.get_nowait()
-            self._inbox.put(None)  # for `_compute`, if this was `run_pending_decodes`
+            self._inbox.put(None)  # for `_compute`, if this was `give_way`
             return False
         return True
 
@@ -255,32 +250,76 @@ class Engine:
         self._ready = [request for request in self._ready if not request.done.cancelled()]
 
     def _next(self, now: float) -> Request:
-        """The most urgent of each class's fairest."""
-        fairest: dict[Kind, Request] = {}
+        """The most urgent of each class's fairest; those of one peer in order of arrival."""
+        firsts: dict[tuple[Kind, str], Request] = {}
         for request in self._ready:
-            other = fairest.get(request.kind)
-            if other is None or self._turn(request) < self._turn(other):
-                fairest[request.kind] = request
+            firsts.setdefault((request.kind, request.peer), request)
+        fairest: dict[Kind, Request] = {}
+        for request in sorted(firsts.values(), key=self._turn, reverse=True):
+            fairest[request.kind] = request
         return min(
             fairest.values(), key=lambda one: (one.kind - (now - one.arrived) // AGEING_SECONDS, one.arrived)
         )
 
     def _turn(self, request: Request) -> tuple[float, float]:
-        """A request's place within its class."""
-        return (self._shares.given(request.peer), request.arrived)
+        """A request's place within its class: by what its peer will have had after it, so that short ones go first."""
+        return (self._shares.after(request.peer, self._speed.seconds_of(request.work)), request.arrived)
 
     def _run_alone(self, request: Request) -> None:
         self._ready.remove(request)
         request.begun = True
-        self._preempted, started = 0.0, time.perf_counter()
+        self._alone, self._alone_since, self._alone_seconds = request, time.perf_counter(), 0.0
         result, error = _outcome(request.result)
-        self._shares.give(request.peer, time.perf_counter() - started - self._preempted)
+        self._charge(request)
+        self._alone = None
+        if error is None:
+            self._speed.took(request.work, self._alone_seconds)
         self._settle([(request, result, error)])
         self._quiet_since = self._clock()
 
-    def _run_together(self, first: Request, now: float) -> None:
-        """One pass with `first` and what fits beside it; or two, so that nobody's next token waits for a prompt."""
-        taken = self._pack(first, now)
+    def _charge(self, alone: Request) -> None:
+        """Note the time that the request which is computed alone was given since the last call."""
+        now = time.perf_counter()
+        self._shares.give(alone.peer, now - self._alone_since)
+        self._alone_seconds += now - self._alone_since
+        self._alone_since = now
+
+    def give_way(self) -> float:
+        """Called again and again in the middle of what is computed alone: computes a pass of what comes before it.
+
+        The seconds that this took. Raises what ends the computation where nobody waits for it any more.
+        """
+        alone = self._alone
+        if alone is None:
+            return 0.0
+        if not self._receive(wait=False):
+            raise RequestRefused(GOING_AWAY, code="draining")
+        if alone.done.cancelled():
+            raise asyncio.CancelledError
+        self._charge(alone)
+        self._drop_cancelled()
+        first, began = self._comes_before(alone), time.perf_counter()
+        if first is not None:
+            self._alone = None
+            try:
+                self._run_together(first, self._clock(), PIECE_SECONDS)
+            finally:
+                self._alone, self._alone_since = alone, time.perf_counter()
+        return time.perf_counter() - began
+
+    def _comes_before(self, alone: Request) -> Request | None:
+        """A decode step, or else the prompt of the peer that was given least, if that is not more than `alone` was."""
+        steps = [one for one in self._ready if one.passes]
+        self._shares.settle({alone.peer, *(one.peer for one in steps)})
+        first = min(steps, key=lambda one: (one.kind, self._turn(one)), default=None)
+        if first is None or first.kind is Kind.DECODE:
+            return first
+        return first if self._shares.after(first.peer) <= self._shares.after(alone.peer) else None
+
+    def _run_together(self, first: Request, now: float, seconds: float = math.inf) -> None:
+        """A pass with `first` and what fits beside it, of prompts for so many seconds; or two, so that nobody's next
+        token waits for a prompt."""
+        taken = self._pack(first, now, seconds)
         decodes = [one for one in taken if one[0].kind is Kind.DECODE]
         prompts = [one for one in taken if one[0].kind is not Kind.DECODE]
         split = self._times.splits_decode(sum(count for _, count in prompts))
@@ -293,9 +332,11 @@ class Engine:
             request.begun = True
         started = time.perf_counter()
         errors = self.run_pass(taken)
-        self._passed(taken, time.perf_counter() - started)
+        seconds, tokens = time.perf_counter() - started, sum(count for _, count in taken)
+        self._times.passed(tokens, seconds)
         ended: list[tuple[Request, Any, BaseException | None]] = []
-        for (request, _), error in zip(taken, errors, strict=True):
+        for (request, count), error in zip(taken, errors, strict=True):
+            self._shares.give(request.peer, seconds * count / max(1, tokens))
             if request.kind is Kind.DECODE:
                 self._times.decodes.arrived(id(request.session), now)
             if error is not None:
@@ -306,21 +347,15 @@ class Engine:
             self._ready.remove(request)
         self._settle(ended)
 
-    def _passed(self, taken: list[tuple[Request, int]], seconds: float) -> None:
-        """Note what a pass has cost, and whom it was for."""
-        tokens = sum(count for _, count in taken)
-        self._times.passed(tokens, seconds)
-        for request, count in taken:
-            self._shares.give(request.peer, seconds * count / max(1, tokens))
-
-    def _pack(self, first: Request, now: float) -> list[tuple[Request, int]]:
+    def _pack(self, first: Request, now: float, seconds: float) -> list[tuple[Request, int]]:
         """`first` and what shares a pass with it, with the tokens that each gets in this pass."""
         group = [one for one in self._ready if one is first or (one.group is first.group is not None)]
         group.sort(key=lambda one: (one.kind, one is not first, self._turn(one)))
         prefilling = {id(one.session) for one in group if one.kind is not Kind.DECODE}
         for_prompts = self._times.prefill_budget(now, prefilling) if prefilling else 0
         if len(prefilling) < len(group):
-            for_prompts = min(for_prompts, self._times.shared_budget())
+            seconds = SHARED_PASS_SECONDS
+        for_prompts = min(for_prompts, self._times.tokens_in(seconds))
         budget, taken = PASS_TOKENS, []
         for one in group:
             room = budget if one.kind is Kind.DECODE else min(budget, for_prompts)
@@ -330,22 +365,6 @@ class Engine:
             budget -= count
             for_prompts -= 0 if one.kind is Kind.DECODE else count
         return taken
-
-    def run_pending_decodes(self) -> None:
-        """Called in the middle of a long computation: computes the decode steps that have arrived meanwhile."""
-        if self._preempting or not self._receive(wait=False):
-            return
-        self._drop_cancelled()
-        decodes = [one for one in self._ready if one.kind is Kind.DECODE and one.passes]
-        if not decodes:
-            return
-        self._preempting = True
-        started = time.perf_counter()
-        try:
-            self._run_together(decodes[0], self._clock())
-        finally:
-            self._preempting = False
-            self._preempted += time.perf_counter() - started
 
     def _settle(self, ended: list[tuple[Request, Any, BaseException | None]]) -> None:
         if ended and self._loop is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,12 @@ from corolla.errors import RequestRefused
 from corolla.server.block_server import BlockServer, malformed
 from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest, ready
+from corolla.text import get_logger
 from corolla.wire.failures import failure_from, meaning
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Outputs, Part, Steps
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 REASON_LENGTH = 100  # of why a part was refused: all of them share one header
 

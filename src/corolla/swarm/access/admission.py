@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import struct
 import time
 from collections import Counter
@@ -32,11 +31,11 @@ from corolla.swarm.access.invitations import MAX_TOKEN_BYTES, check_certificate,
 from corolla.swarm.access.membership import Issuer, Membership, keep_certificate, read_certificates
 from corolla.swarm.channel import PIECE, Channel
 from corolla.swarm.transport.base import Stream, StreamHandler, Transport
-from corolla.text import one_line
+from corolla.text import get_logger, one_line
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 ADMISSION_PROTOCOL = "corolla-admit/1"
 MAX_CERTIFICATES = 8

@@ -11,7 +11,6 @@ are the swarm's: the clock of the peer that everybody joined through, as far as 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,8 +34,9 @@ from corolla.swarm.directory.dht_records import (
 )
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.transport.libp2p import Libp2pTransport
+from corolla.text import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 REQUEST_SECONDS = 3.0  # after which a DHT peer that does not answer is passed over
 REJOIN_SECONDS = 2.0

@@ -8,7 +8,6 @@ comes with the key. Keys are RSA, as libp2p's daemon makes and reads them.
 from __future__ import annotations
 
 import hashlib
-import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,8 +26,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from corolla.errors import UsageError
 from corolla.files import write_private
+from corolla.text import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 KEY_BITS = 2048
 MAX_KEY_BYTES = 1024  # of a public key: RSA with up to 4096 bits and some room

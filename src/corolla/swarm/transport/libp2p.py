@@ -34,9 +34,9 @@ from corolla.swarm.directory.addresses import check_ports_free, is_loopback, joi
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
 from corolla.swarm.transport.identity import Identity, prepare_identity
 from corolla.swarm.transport.runtime_dir import RuntimeDir
-from corolla.text import one_line
+from corolla.text import get_logger, one_line
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DEFAULT_LISTEN = ("127.0.0.1:0",)
 OPEN_SECONDS = 10.0  # a dial into the void takes libp2p minutes

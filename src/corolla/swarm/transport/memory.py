@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from corolla.errors import PeerDisconnected, PeerUnreachable, RemoteError
 from corolla.swarm.transport.base import Buffer, Stream, StreamHandler, Transport
+from corolla.text import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BUFFER_BYTES = 1024 * 1024  # where libp2p's backpressure sets in
 

@@ -1,6 +1,6 @@
 """docs/commands.md: all commands and their options, from what the commands themselves say.
 
-    python -m corolla.cli.documented > docs/commands.md
+    python -m tests.cli.documented > docs/commands.md
 
 Invariant: nothing is said here that `--help` does not say; a test compares the page with the commands.
 """
@@ -17,7 +17,7 @@ from corolla.cli.terminal import say
 HEAD = """\
 # Commands
 
-Written by `python -m corolla.cli.documented`; `corolla COMMAND --help` says the same. `corolla --verbose COMMAND`
+Written by `python -m tests.cli.documented`; `corolla COMMAND --help` says the same. `corolla --verbose COMMAND`
 shows the log: a server's says who came, what for and how fast.
 
 Whatever you would type every time can stand in the environment or in a file. `COROLLA_PEERS` holds addresses with

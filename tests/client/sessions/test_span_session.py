@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corolla.client.sessions.history import History
+from corolla.client.sessions.span_session import History
 
 OPERATIONS = st.lists(
     st.one_of(

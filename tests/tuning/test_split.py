@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla.data.conversation import Conversation, Turn
-from corolla.data.split import split_conversations, subsample
 from corolla.errors import DataError
+from corolla.tuning.batches import split_conversations, subsample
 
 
 def conversation(name: str, text: str = "x") -> Conversation:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.server.block_server import working_bytes
-from corolla.server.training.leases import LEASE_SECONDS, Lease, Leases, Saved
+from corolla.server.peers import LEASE_SECONDS, Lease, Leases
+from corolla.server.training import Saved
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure

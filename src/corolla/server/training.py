@@ -7,13 +7,16 @@ Model code runs in `result`, on the compute thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
@@ -28,11 +31,36 @@ from corolla.server.block_server import (
     malformed,
     working_bytes,
 )
+from corolla.server.peers import Lease
 from corolla.server.scheduler.engine import Kind, Request
+from corolla.server.scheduler.policy import PIECE_SECONDS
 from corolla.server.sessions.session import Client
-from corolla.server.training.leases import Lease, Saved
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output
+
+MOST_SECONDS = 300.0  # of computing that one request may ask for
+LEAST_SHARE = 1.0
+BACKWARD = 2.0  # forwards that a backward takes, of a graph that is there
+
+
+class Pieces(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Cuts a computation inside, forward or backward, into pieces of bounded time: `between` is called from time to
+    time before an operator, and tells how many seconds it gave to others.
+
+    A piece takes `LEAST_SHARE` times as long at least, so that the computation goes on beside any number of others.
+    """
+
+    def __init__(self, between: Callable[[], float]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._between = between
+        self._due = time.perf_counter() + PIECE_SECONDS
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.perf_counter() >= self._due:
+            with torch.inference_mode(False):  # what others begin here, they may go on with elsewhere
+                away = self._between()
+            self._due = time.perf_counter() + max(PIECE_SECONDS, LEAST_SHARE * away)
+        return func(*args, **(kwargs or {}))
 
 
 class TrainingRequest(Request):
@@ -41,32 +69,51 @@ class TrainingRequest(Request):
     def __init__(
         self, server: BlockServer, client: Client, message: Forward | Backward, tensors: dict[str, Tensor]
     ) -> None:
+        """Raises `RequestRefused` for blocks that are not served here."""
         super().__init__(Kind.TRAINING, client.peer)
+        self.span = server.part(message)
         self._server = server
         self._lease = message.lease
-        self._message = message
         self._tensors = tensors
-
-    @cached_property
-    def span(self) -> Span:
-        """The blocks that it is for. Raises `RequestRefused`."""
-        return self._server.part(self._message)
 
     @cached_property
     def sequences(self) -> Sequences:
         """Its sequences. Raises `RequestRefused`."""
-        return Sequences(self.span, self._tensors, between=self._server.between_blocks)
+        return Sequences(self.span, self._tensors)
 
     def check_memory(self, *, with_gradients: bool) -> None:
         """That the sequences can be computed here. Raises `RequestRefused`."""
         sizes, limit = self.sequences.sizes, self._server.working_bytes
         check_memory(self.span, **sizes, with_gradients=with_gradients, limit=limit)
 
+    def check_time(self, tokens: float) -> None:
+        """That so many tokens can be computed here in a time that others can bear. Raises `RequestRefused`."""
+        self.work = (
+            tokens * (self.span.end - self.span.start) / (self._server.span.end - self._server.span.start)
+        )
+        seconds = self._server.engine.seconds_of(self.work)
+        if seconds > MOST_SECONDS:
+            raise RequestRefused(
+                f"Computing this would take about {seconds / 60:.0f} minutes of the {MOST_SECONDS / 60:.0f} that a "
+                "request may take here: send fewer rows or shorter sequences.",
+                code="too_large",
+                field="hidden",
+            )
+
     async def computed(self) -> Any:
-        """What `result` gives."""
+        """What `compute` gives."""
         SPINNING.pause()
         self._server.engine.enqueue([self])
         return await self.done
+
+    def result(self) -> Any:
+        """See `Request`."""
+        with self._server.cpus.used(), Pieces(self._server.give_way):
+            return self.compute()
+
+    def compute(self) -> Any:
+        """What `done` is to hold, on the compute thread."""
+        raise NotImplementedError
 
 
 class ForwardRequest(TrainingRequest):
@@ -76,6 +123,7 @@ class ForwardRequest(TrainingRequest):
         """See `handlers.Answered`."""
         self._server.check_staying()
         self.check_memory(with_gradients=False)
+        self.check_time(self.sequences.work)
 
     async def run(self) -> Packet:
         """The outputs."""
@@ -83,15 +131,13 @@ class ForwardRequest(TrainingRequest):
         self._server.counters.forward += self.sequences.tokens
         return Packet(Output(), {"hidden": output})
 
-    def result(self) -> Tensor:
-        """The outputs [1, T, H], on the compute thread."""
-        server, work = self._server, self.sequences
-        with server.cpus.used():
-            if self._lease is None or not self._may_keep():
-                return work.forward()
-            output, lease = work.forward_kept()
-            server.leases.keep(self.peer, self._lease, lease)
-            return output
+    def compute(self) -> Tensor:
+        """The outputs [1, T, H]."""
+        if self._lease is None or not self._may_keep():
+            return self.sequences.forward()
+        output, lease = self.sequences.forward_kept()
+        self._server.leases.keep(self.peer, self._lease, lease)
+        return output
 
     def _may_keep(self) -> bool:
         """Whether there is room for the graph, in memory and among the leases."""
@@ -114,12 +160,13 @@ class BackwardRequest(TrainingRequest):
 
     def check(self) -> None:
         """See `handlers.Answered`."""
-        self._server.part(self._message)
         if self._lease is not None:
+            self.check_time(BACKWARD * int(self._grad.shape[1]))
             return
         if "hidden" not in self._tensors or "lengths" not in self._tensors:
             raise malformed("hidden", "A backward without a lease needs its inputs.")
         self.check_memory(with_gradients=True)
+        self.check_time((1 + BACKWARD) * self.sequences.work)
 
     async def run(self) -> Packet:
         """The gradients of the inputs and, where wanted, of the deep prompts."""
@@ -127,13 +174,11 @@ class BackwardRequest(TrainingRequest):
         self._server.counters.backward += int(self._grad.shape[1])
         return Packet(Gradients(), grads)
 
-    def result(self) -> dict[str, Tensor]:
-        """The gradients, on the compute thread. Raises `RequestRefused` for a graph that is gone (no_lease)."""
-        with self._server.cpus.used():
-            if self._lease is None:
-                return self.sequences.backward(self._prompt_gradient, self._grad)
-            lease = self._redeemed(self._lease)
-            return backward_of(lease, self._grad, self._prompt_gradient)
+    def compute(self) -> dict[str, Tensor]:
+        """The gradients. Raises `RequestRefused` for a graph that is gone (no_lease)."""
+        if self._lease is None:
+            return self.sequences.backward(self._prompt_gradient, self._grad)
+        return backward_of(self._redeemed(self._lease), self._grad, self._prompt_gradient)
 
     def _redeemed(self, name: str) -> Lease:
         lease = self._server.leases.take(self.peer, name)
@@ -150,17 +195,14 @@ class BackwardRequest(TrainingRequest):
 class Sequences:
     """Packed sequences on their way through a span, without a server around it."""
 
-    def __init__(
-        self, span: Span, tensors: dict[str, Tensor], *, between: Callable[[], None] | None = None
-    ) -> None:
-        """`between` is called before each block. Raises `RequestRefused` for tensors that do not fit the span."""
+    def __init__(self, span: Span, tensors: dict[str, Tensor]) -> None:
+        """Raises `RequestRefused` for tensors that do not fit the span."""
         check_hidden(tensors["hidden"], span)
         check_prompts(tensors.get("prompts"), span)
         self.lengths = _checked_lengths(tensors)
         self.tokens = sum(self.lengths)
         self._span = span
         self._tensors = tensors
-        self._between = between
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -170,6 +212,12 @@ class Sequences:
             return {"rows": 1, "tokens": self.tokens, "total": longest}
         return {"rows": len(self.lengths), "tokens": longest, "total": longest}
 
+    @property
+    def work(self) -> float:
+        """What their forward takes, in tokens whose attention is over next to nothing."""
+        # In a block, a token takes some 24 H^2 operations for products with weights, and 2 H for each that it sees.
+        return self.tokens + sum(length**2 for length in self.lengths) / (12 * self._span.hidden_size)
+
     def forward(self) -> Tensor:
         """Outputs [1, T, H] on the CPU, in the dtype of the inputs."""
         with torch.inference_mode():
@@ -178,27 +226,18 @@ class Sequences:
 
     def forward_kept(self) -> tuple[Tensor, Lease]:
         """As `forward`, with the graph for a backward."""
-        hidden, prompts = self._moved(self._tensors["hidden"]), self._prompts(True)
+        hidden, prompts = self._moved(self._tensors["hidden"]).requires_grad_(), self._prompts(True)
         saved = Saved([*self._span.blocks.parameters(), *self._span.blocks.buffers()])
-        hidden.requires_grad_()
         with torch.enable_grad(), saved.counting():
             output = self._run(hidden, prompts)
         nbytes = saved.nbytes + output.nbytes + hidden.nbytes
-        return self._answer(output.detach()), self._lease(output, hidden, prompts, nbytes)
+        blocks = (self._span.start, self._span.end)
+        return self._answer(output.detach()), Lease(blocks, output, hidden, prompts, nbytes, self.tokens)
 
     def backward(self, prompt_gradient: bool, grad: Tensor) -> dict[str, Tensor]:
         """Gradients for the inputs and, where wanted, the deep prompts (float32), on the CPU."""
-        hidden, prompts = (
-            self._moved(self._tensors["hidden"]).requires_grad_(),
-            self._prompts(prompt_gradient),
-        )
-        with torch.enable_grad():
-            output = self._run(hidden, prompts)
-        return backward_of(self._lease(output, hidden, prompts, 0), grad, prompt_gradient)
-
-    def _lease(self, output: Tensor, hidden: Tensor, prompts: Tensor | None, nbytes: int) -> Lease:
-        blocks = (self._span.start, self._span.end)
-        return Lease(blocks, output, hidden, prompts, nbytes, self.tokens)
+        _, lease = self.forward_kept()
+        return backward_of(lease, grad, prompt_gradient)
 
     def _answer(self, output: Tensor) -> Tensor:
         return output.to("cpu", self._tensors["hidden"].dtype)
@@ -226,7 +265,6 @@ class Sequences:
             PackedBatch(segments),
             positions=self._positions(hidden.device),
             deep=deep,
-            between=self._between,
         )
         return output.unsqueeze(0)
 
@@ -247,6 +285,38 @@ class Sequences:
         mask = None if bool(real.all()) and positions is None else real
         output = self._span.forward(rows, mask=mask, positions=positions, prompts=prompts)
         return output[real].unsqueeze(0)
+
+
+class Saved:
+    """Counts the bytes that autograd keeps for a backward."""
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        """`weights` are there anyway, so neither they nor views of them count."""
+        self._weights = {one.untyped_storage().data_ptr() for one in weights if one.layout is torch.strided}
+        self._storages: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct tensors' memory, without weights."""
+        return sum(self._storages.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Everything that is saved inside is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _same):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()  # which views and slices share
+            if storage.data_ptr() not in self._weights:
+                self._storages[storage.data_ptr()] = storage.nbytes()
+        # Detached: a node that held its own output with its history would hold itself, and be freed never.
+        return tensor.detach()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def backward_of(lease: Lease, grad: Tensor, prompt_gradient: bool) -> dict[str, Tensor]:

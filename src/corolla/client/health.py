@@ -1,0 +1,148 @@
+"""Which servers this client avoids, and why: what failed, is busy, is doubted, or was found lying.
+
+Invariant: peers that failed lately are used only where nobody else can be, and then after a rest that grows with each
+failure; a busy one is left alone as long as it asked for. A peer that answers is forgiven its failures, but not
+that it disagreed with another; one that was condemned is never routed to again by this client, and a finding ends
+one piece of work with a `LyingServer`, and every session that the peer had a part in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from corolla.errors import LyingServer
+from corolla.swarm.directory.routing import Hop
+
+FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
+LONGEST_AVOIDANCE = 60.0
+FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
+LONGEST_REST = 5.0
+DOUBT_SECONDS = 600.0  # for which others are preferred to servers that disagree
+BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
+
+Clock = Callable[[], float]  # seconds
+What = Literal["forward", "backward", "step"]
+
+
+class Health:
+    """Which peers are to be avoided or left alone, and until when."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._failures: dict[str, int] = defaultdict(int)  # in a row
+        self._avoid_until: dict[str, float] = {}
+        self._rest_until: dict[str, float] = {}
+        self._busy_until: dict[str, float] = {}
+        self._doubted_until: dict[str, float] = {}
+
+    def failed(self, peer: str, after: float | None) -> None:
+        """Prefer others for a while, longer each time in a row; for `after` seconds where the peer said so.
+
+        At first it may be asked again at once, should there be nobody else: it may be back already.
+        """
+        now, times = self._clock(), min(self._failures[peer], 10)  # before this one
+        self._failures[peer] += 1
+        self._avoid_until[peer] = now + min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2**times)
+        self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
+        if after is not None:
+            self.leave_alone(peer, after)
+
+    def leave_alone(self, peer: str, seconds: float) -> None:
+        """Do not ask the peer at all for so long."""
+        self._avoid_until[peer] = self._rest_until[peer] = self._clock() + seconds
+
+    def busy(self, peer: str, after: float | None) -> None:
+        """The same, without any blame, of one that is only busy."""
+        self._busy_until[peer] = self._clock() + (BUSY_SECONDS if after is None else after)
+
+    def doubt(self, peers: Iterable[str]) -> None:
+        """Prefer others to these for a while: an audit could not tell which of them is right."""
+        self._doubted_until.update(dict.fromkeys(peers, self._clock() + DOUBT_SECONDS))
+
+    def doubted(self) -> set[str]:
+        """Peers that disagreed with others not long ago."""
+        return self._still(self._doubted_until)
+
+    def forgive(self, peer: str) -> None:
+        """Forget the peer's earlier failures."""
+        for book in (self._failures, self._avoid_until, self._rest_until):
+            book.pop(peer, None)
+
+    def is_busy(self, peer: str) -> bool:
+        """Whether the peer asked to be left alone until later than now."""
+        return self._busy_until.get(peer, 0.0) > self._clock()
+
+    def now(self) -> tuple[set[str], set[str], set[str]]:
+        """Peers that others are preferred to, those that are not to be asked, and of these the busy ones."""
+        avoided, resting, busy = map(self._still, (self._avoid_until, self._rest_until, self._busy_until))
+        return avoided, resting | busy, busy
+
+    def next_return(self) -> float:
+        """Seconds until the first peer that is left alone may be asked again; 0 when there is none."""
+        now = self._clock()
+        moments = (*self._rest_until.values(), *self._busy_until.values())
+        return min((until - now for until in moments if until > now), default=0.0)
+
+    def _still(self, until: dict[str, float]) -> set[str]:
+        now = self._clock()
+        return {peer for peer, end in until.items() if end > now}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A server whose answer is not what this client computed itself."""
+
+    hop: Hop
+    what: What
+    times: float  # how many times the tolerance it is off
+    right_before: float | None  # when it was last found right, seconds since 1970
+
+    def sentence(self) -> str:
+        """For the user."""
+        before = self.right_before
+        since = "never checked before" if before is None else f"last right at {_clock(before)}"
+        return (
+            f"{self.hop.peer_id} gave a wrong {self.what} for blocks {self.hop.start}:{self.hop.end} "
+            f"({self.times:.1f} times the tolerance; {since}) and is avoided from now on: "
+            "do again what it had a part in."
+        )
+
+
+def _clock(when: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(when))
+
+
+class Verdicts:
+    """The condemned peers of one client."""
+
+    def __init__(self) -> None:
+        self.condemned: dict[str, Finding] = {}
+        self._untold: list[Finding] = []
+
+    def condemn(self, finding: Finding) -> None:
+        """Never use the peer again."""
+        if finding.hop.peer_id not in self.condemned:
+            self.condemned[finding.hop.peer_id] = finding
+            self._untold.append(finding)
+
+    def against(self, peers: Iterable[str]) -> Finding | None:
+        """The finding against one of these, if there is one."""
+        return next((self.condemned[peer] for peer in peers if peer in self.condemned), None)
+
+    def in_words(self) -> str:
+        """For a sentence that says who is not used; empty when nobody was condemned."""
+        return f" or were found lying ({', '.join(self.condemned)})" if self.condemned else ""
+
+    def tell(self) -> None:
+        """For work that knows no session. Raises `LyingServer` for a finding that ended nothing yet."""
+        if self._untold:
+            raise self.error(self._untold[0])
+
+    def error(self, finding: Finding) -> LyingServer:
+        """The error that ends a piece of work; the finding counts as told."""
+        self._untold = [one for one in self._untold if one is not finding]
+        return LyingServer(finding.sentence(), peer_id=finding.hop.peer_id)

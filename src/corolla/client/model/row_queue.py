@@ -1,0 +1,115 @@
+"""One product for the rows of several threads, since one of many rows costs little more than one of a single row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_ROWS = 256  # of one product
+
+Product = Callable[[Tensor], Tensor]
+
+
+class _Call:
+    """One caller's rows, and what becomes of them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.result: Tensor | None = None
+        self.error: Exception | None = None
+        self.woken = threading.Event()  # served, or to lead
+
+    @property
+    def served(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class RowQueue:
+    """Joins what threads bring while a product is being computed into the next product.
+
+    Whoever comes when nobody is at work leads: takes its own rows and all that wait, multiplies, hands out the
+    results and lets the next one lead. So one caller alone waits for nothing. An interrupt in one thread (they
+    come at any point of the code) costs the others at most a second computation: calls leave the list when
+    they are served and not before, and every caller puts things in order when it leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[_Call] = []  # all that are not served, the leader among them
+        self._leader: _Call | None = None
+
+    def __deepcopy__(self, _memo: Any) -> RowQueue:
+        return RowQueue()
+
+    def __reduce__(self) -> tuple[type[RowQueue], tuple[()]]:
+        return RowQueue, ()
+
+    @property
+    def waiting(self) -> int:
+        """Calls that are not served yet."""
+        return len(self._waiting)
+
+    def run(self, rows: Tensor, product: Product) -> Tensor:
+        """`product(rows)`, [n, H] to [n, V], in one with other threads' rows; n > 0, no gradient.
+
+        An error of the product is raised in all threads whose rows were in it.
+        """
+        call = _Call(rows)
+        try:
+            with self._lock:
+                self._waiting.append(call)
+                self._leader = self._leader or call
+            if self._leader is not call:
+                call.woken.wait()
+            if not call.served:
+                self._lead(call, product)
+        finally:
+            self._leave(call)
+        if call.error is not None:
+            raise call.error
+        assert call.result is not None
+        return call.result
+
+    def _lead(self, call: _Call, product: Product) -> None:
+        with self._lock:
+            batch = self._batch_of(call)
+        try:
+            results = _multiply([member.rows for member in batch], product)
+        except Exception as error:
+            for member in batch:
+                member.error = error
+        else:
+            for member, result in zip(batch, results, strict=True):
+                member.result = result
+
+    def _batch_of(self, leader: _Call) -> list[_Call]:
+        """The leader and those that wait, first come first served, as many as fit."""
+        batch, count = [leader], len(leader.rows)
+        for call in self._waiting:
+            if call is not leader and count + len(call.rows) <= MOST_ROWS:
+                batch.append(call)
+                count += len(call.rows)
+        return batch
+
+    def _leave(self, call: _Call) -> None:
+        with self._lock:
+            for other in self._waiting:
+                if other.served:
+                    other.woken.set()
+            self._waiting = [other for other in self._waiting if other is not call and not other.served]
+            if self._leader is call:
+                self._leader = self._waiting[0] if self._waiting else None
+            if self._leader is not None:
+                self._leader.woken.set()
+
+
+def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:
+    # Neither the leader's inference mode nor its gradients may come to strangers with the results.
+    with torch.inference_mode(False), torch.no_grad():
+        if len(parts) == 1:
+            return [product(parts[0])]
+        return list(torch.split(product(torch.cat(parts)), [len(part) for part in parts]))
