@@ -39,18 +39,20 @@ class Hop:
 
 @dataclass(frozen=True, order=True)
 class _Path:
-    """The best known way through the blocks up to somewhere; compared by cost, hops, then peers."""
+    """The best known way through the blocks up to somewhere; compared by strangers, cost, hops, then peers."""
 
+    strangers: int  # hops at peers that have never answered
     cost: float
     hops: int
     peers: tuple[str, ...]
     entries: tuple[int, ...]  # where each peer's part begins
 
-    def enter(self, peer_id: str, block: int, cost: float) -> _Path:
-        return _Path(self.cost + cost, self.hops + 1, (*self.peers, peer_id), (*self.entries, block))
+    def enter(self, peer_id: str, block: int, cost: float, *, strange: bool) -> _Path:
+        peers, entries = (*self.peers, peer_id), (*self.entries, block)
+        return _Path(self.strangers + strange, self.cost + cost, self.hops + 1, peers, entries)
 
     def advance(self, cost: float) -> _Path:
-        return _Path(self.cost + cost, self.hops, self.peers, self.entries)
+        return _Path(self.strangers, self.cost + cost, self.hops, self.peers, self.entries)
 
 
 def block_seconds(record: ServerRecord) -> float:
@@ -66,8 +68,9 @@ def find_route(
     end: int,
     *,
     avoid: Collection[str] = (),
+    proven: Collection[str] | None = None,
 ) -> list[Hop]:
-    """The cheapest chain of servers for blocks [start, end).
+    """The cheapest chain of servers for blocks [start, end), of those with the fewest peers that are not `proven`.
 
     A hop costs `HOP_SECONDS`, plus its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties
     go to fewer hops, then to the peer ids that sort first. Raises `MissingBlocks` when some block has no eligible
@@ -75,15 +78,16 @@ def find_route(
     """
     if not 0 <= start < end:
         raise ValueError(f"Blocks {start}:{end} are not a range.")
-    usable = [r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end]
-    done = _Path(0.0, 0, (), ())
+    usable = _best_of_each_range(_eligible(records, avoid), proven)
+    done = _Path(0, 0.0, 0, (), ())
     inside: dict[int, _Path] = {}  # the best path whose last server is usable[i]
     for block in range(start, end):
         reached: dict[int, _Path] = {}
         for index, record in enumerate(usable):
             if not record.start <= block < record.end:
                 continue
-            entered = done.enter(record.peer_id, block, HOP_SECONDS)
+            strange = _strange(record, proven)
+            entered = done.enter(record.peer_id, block, HOP_SECONDS, strange=strange)
             stayed = inside.get(index)
             best = entered if stayed is None else min(stayed, entered)
             reached[index] = best.advance(block_seconds(record))
@@ -92,6 +96,49 @@ def find_route(
         inside, done = reached, min(reached.values())
     exits = (*done.entries[1:], end)
     return [Hop(*part) for part in zip(done.peers, done.entries, exits, strict=True)]
+
+
+def first_hops(
+    records: Sequence[ServerRecord],
+    start: int,
+    end: int,
+    *,
+    avoid: Collection[str] = (),
+    proven: Collection[str] | None = None,
+) -> list[Hop]:
+    """Whom to ask for block `start` of [start, end): the first hop of `find_route`, then everybody else who may be.
+
+    Those come in the order `proven` first, then by how far they reach, then by what they say they cost. Raises as
+    `find_route`.
+    """
+    best = find_route(records, start, end, avoid=avoid, proven=proven)[0]
+    others = [one for one in _eligible(records, avoid) if one.start <= start < one.end]
+    others.sort(key=lambda one: (_strange(one, proven), -min(one.end, end), block_seconds(one), one.peer_id))
+    return [best, *(Hop(r.peer_id, start, min(r.end, end)) for r in others if r.peer_id != best.peer_id)]
+
+
+def _eligible(records: Iterable[ServerRecord], avoid: Collection[str]) -> list[ServerRecord]:
+    return [r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end]
+
+
+def _strange(record: ServerRecord, proven: Collection[str] | None) -> bool:
+    return proven is not None and record.peer_id not in proven
+
+
+def _best_of_each_range(
+    records: Sequence[ServerRecord], proven: Collection[str] | None
+) -> list[ServerRecord]:
+    """No route needs two servers of the same blocks, so however many there are, few are looked at."""
+    best: dict[tuple[int, int], ServerRecord] = {}
+
+    def order(record: ServerRecord) -> tuple[bool, float, str]:
+        return _strange(record, proven), block_seconds(record), record.peer_id
+
+    for one in records:
+        before = best.get((one.start, one.end))
+        if before is None or order(one) < order(before):
+            best[one.start, one.end] = one
+    return list(best.values())
 
 
 def announced_seconds(record: ServerRecord, hop: Hop, tokens: int) -> float:
@@ -147,9 +194,18 @@ class Paces:
         ]
 
 
+# Kinds of arithmetic in which a server may compute, the more exact ones before those that say less of a number.
+KINDS = tuple(
+    dtype + quantization
+    for quantization in ("", "+int8", "+nf4")
+    for dtype in ("float32", "float64", "bfloat16", "float16")
+)
+
+
 def numerics_of(records: Iterable[ServerRecord]) -> list[str]:
-    """The kinds of arithmetic that are offered, those with most precision first: float32, …, float32+int8."""
-    return sorted({record.numerics for record in records}, key=lambda kind: ("+" in kind, kind))
+    """The kinds of arithmetic that are offered, in the order of `KINDS`."""
+    offered = {record.numerics for record in records}
+    return [kind for kind in KINDS if kind in offered]
 
 
 def uncovered(records: Iterable[ServerRecord], start: int, end: int) -> list[int]:
