@@ -21,7 +21,12 @@ from corolla.swarm.directory.routing import Hop
 T = TypeVar("T")
 
 STAGGER_SECONDS = 1.25  # somewhat more than from one sign of life of a server that works to the next
-MOST_AT_ONCE = 1024
+MOST_AT_ONCE = 4096
+
+
+def most_at_once() -> int:
+    """Peers that are asked at a time: each takes a stream, and so one of the files that a process may have open."""
+    return min(MOST_AT_ONCE, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 class Race(Generic[T]):
@@ -30,20 +35,21 @@ class Race(Generic[T]):
     def __init__(
         self,
         hops: Iterable[Hop],
-        work: Callable[[Hop], Awaitable[T]],
+        work: Callable[[Hop, bool], Awaitable[T]],
         *,
         heard: Callable[[str], float],
         fair: Callable[[Hop], float],
         failed: Callable[[RemoteError], Awaitable[None]],
     ) -> None:
-        """`heard` says when a peer showed a sign of life last, `fair` how many seconds one may work that does so.
+        """`work` is told whether others have been asked before, so that little should be sent before an answer comes.
+
+        `heard` says when a peer showed a sign of life last, `fair` how many seconds one may work that does so.
 
         `failed` is told of every failure but the one that `run` raises.
         """
         self._left = deque(hops)
         self._work, self._heard, self._fair, self._failed = work, heard, fair, failed
-        # Each takes a stream, and so a file of this process.
-        self._most = min(MOST_AT_ONCE, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._most = most_at_once()
         self._running: dict[asyncio.Future[T], tuple[Hop, float]] = {}  # and the moment when each was asked
         self._rounds, self._began = 0, 0.0  # how often more were asked, and when last
         self._error: RemoteError | None = None
@@ -90,7 +96,7 @@ class Race(Generic[T]):
         now = asyncio.get_running_loop().time()
         for _ in range(min(count, len(self._left), self._most - len(self._running))):
             hop = self._left.popleft()
-            self._running[asyncio.ensure_future(self._work(hop))] = hop, now
+            self._running[asyncio.ensure_future(self._work(hop, self._rounds > 0))] = hop, now
 
     def _patience(self) -> float | None:
         """Seconds until more should be asked; None where there are no more, or not at a time.

@@ -213,7 +213,9 @@ class TrainingPass:
         value, block = hidden, start
         kind: str | None = None  # the arithmetic of what has been computed so far
 
-        async def one_span(hop: Hop) -> tuple[Stage, Tensor]:
+        async def one_span(hop: Hop, careful: bool) -> tuple[Stage, Tensor]:
+            if careful and value.shape[1] > 1:
+                await self._ask_little(hop, value)
             lease = secrets.token_hex(16) if self._lend else None
             message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
             tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
@@ -238,6 +240,13 @@ class TrainingPass:
         output = await self._retry.run(attempt, what="a forward pass", done=lambda: block)
         self._view.begun(kind, start, end)
         return output
+
+    async def _ask_little(self, hop: Hop, value: Tensor) -> None:
+        """Have a single token computed, to see whether anybody is there for more."""
+        tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
+        tensors |= {} if self._deep is None else {"prompts": self._deep[hop.start : hop.end, :1]}
+        message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
+        checked(await self._exchange(hop, message, tensors), "hidden", tensors["hidden"], hop.peer_id)
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)

@@ -35,6 +35,7 @@ from corolla.swarm.directory.routing import (
     Hop,
     Paces,
     announced_seconds,
+    block_seconds,
     find_route,
     first_hops,
     numerics_of,
@@ -47,6 +48,8 @@ from corolla.wire.messages import PROTOCOL_NAME, SILENCE_SECONDS
 T = TypeVar("T")
 
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
+CURIOUS_SECONDS = 60.0  # after which a stranger that says it is so many times faster is tried
+MUCH_FASTER = 1.5
 # How long a stranger may show signs of life before others are given its work as well: so much of what it announced.
 FAIR_FACTOR = 4.0
 LEAST_FAIR_SECONDS = 8.0
@@ -78,7 +81,7 @@ class SwarmView:
         self.health = Health(self.now)
         self.records = Records(directory, model, config, self.now, self.health.forgive)
         self._heard: dict[str, float] = {}  # when each peer showed a sign of life last
-        self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self._hear)
+        self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self.heard)
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
         self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
@@ -87,6 +90,8 @@ class SwarmView:
         self._introductions = introductions or Introductions(transport)
         self._shut_out: dict[str, float] = {}  # peers that refuse this client -> when it was last presented
         self._paces = Paces()
+        self._curious_at = 0.0  # when a stranger may be tried though others have answered
+        self._disappointed = 0  # how often in a row that came to nothing
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.
@@ -166,8 +171,10 @@ class SwarmView:
     def _choose_among(
         self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None, avoid: set[str]
     ) -> list[list[Hop]]:
-        records = self._paces.seen(self.records.known, self.now())
-        how: dict[str, Any] = {"avoid": avoid, "proven": self.health.proven}
+        now = self.now()
+        records = self._paces.seen(self.records.known, now)
+        proven = {peer for peer in self.health.proven if not self._paces.is_slow(peer, now)}
+        how: dict[str, Any] = {"avoid": avoid, "proven": proven}
         if self._mixed:
             return [choose(records, start, end, **how)]
         begun = self.kind or kind
@@ -176,7 +183,7 @@ class SwarmView:
             with contextlib.suppress(MissingBlocks):
                 found.append(choose([r for r in records if r.numerics == one], start, end, **how))
         if found:
-            return sorted(found, key=lambda hops: hops[0].peer_id not in self.health.proven)
+            return sorted(found, key=lambda hops: hops[0].peer_id not in proven)
         find_route(records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
         offered = ", ".join(numerics_of(records))
         said = "no single one" if begun is None else f"no longer {begun}, begun with,"
@@ -190,7 +197,7 @@ class SwarmView:
         self,
         start: int,
         end: int,
-        work: Callable[[Hop], Awaitable[T]],
+        work: Callable[[Hop, bool], Awaitable[T]],
         *,
         tokens: int,
         kind: str | None = None,
@@ -199,7 +206,7 @@ class SwarmView:
 
         A peer that has answered before is asked alone; of strangers several may be, side by side. `tokens` (rows x
         tokens) says how much it is; `kind` in which arithmetic, where only some of the blocks have answered yet.
-        Raises as `route`, and what `work` raises.
+        Raises as `route`, and what `work` raises; for its second argument see `Race`.
         """
 
         def in_turns() -> list[Hop]:
@@ -207,8 +214,11 @@ class SwarmView:
             return [hop for hops in zip_longest(*kinds) for hop in hops if hop is not None]
 
         hops = await self._renewed(in_turns)
-        if hops[0].peer_id in self.health.proven:
-            return await work(hops[0])
+        newer = self._newcomer(hops)
+        if newer is not None:
+            hops = [newer, *(hop for hop in hops if hop is not newer)]
+        elif hops[0].peer_id in self.health.proven:
+            return await work(hops[0], False)
         race = Race(
             hops,
             work,
@@ -218,12 +228,30 @@ class SwarmView:
         )
         return (await race.run())[1]
 
+    def _newcomer(self, hops: list[Hop]) -> Hop | None:
+        """Of those who may be asked, one to be tried before the first, which has answered before.
+
+        Now and then one that announces to be much faster; the more seldom, the oftener it came to nothing.
+        """
+        now, first = self.now(), hops[0]
+        if first.peer_id not in self.health.proven or now < self._curious_at:
+            return None
+        believed = {one.peer_id: block_seconds(one) for one in self._paces.seen(self.records.known, now)}
+        strangers = (hop for hop in hops if hop.peer_id not in self.health.proven and hop.end == first.end)
+        best = min(strangers, key=lambda hop: believed[hop.peer_id], default=None)
+        if best is None or MUCH_FASTER * believed[best.peer_id] > believed[first.peer_id]:
+            return None
+        self._curious_at = now + CURIOUS_SECONDS * 2 ** min(self._disappointed, 6)
+        self._disappointed += 1  # until it answers
+        return best
+
     def _fair_seconds(self, hop: Hop, tokens: int) -> float:
         record = self.records.of(hop.peer_id)
         announced = 0.0 if record is None else announced_seconds(record, hop, tokens)
         return min(MOST_FAIR_SECONDS, max(LEAST_FAIR_SECONDS, FAIR_FACTOR * announced))
 
-    def _hear(self, peer: str) -> None:
+    def heard(self, peer: str) -> None:
+        """The peer has shown a sign of life while it works."""
         self._heard[peer] = self.now()
 
     def can_do_without(self, peer: str | None) -> bool:
@@ -312,6 +340,8 @@ class SwarmView:
     def answered(self, hop: Hop, tokens: int, nbytes: int, seconds: float) -> None:
         """The peer has answered: `tokens` is rows × tokens, `nbytes` what travelled. What was before is forgiven."""
         self._shut_out.pop(hop.peer_id, None)
+        if hop.peer_id not in self.health.proven:
+            self._curious_at, self._disappointed = self.now() + CURIOUS_SECONDS, 0
         self.health.answered(hop.peer_id)
         record = self.records.of(hop.peer_id)
         if record is not None:

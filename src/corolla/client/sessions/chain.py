@@ -243,7 +243,7 @@ class SessionChain:
         """
         lost = self._spans[progress.done]
 
-        async def replace(hop: Hop) -> tuple[SpanSession, History, Tensor]:
+        async def replace(hop: Hop, _careful: bool) -> tuple[SpanSession, History, Tensor]:
             span, rest = SpanSession(hop, History()), History()
             rows = int(progress.value.shape[0])
             try:

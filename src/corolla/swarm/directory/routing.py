@@ -2,12 +2,13 @@
 
 Invariant: the same records, in whatever order, give the same route; a route covers its range exactly, each
 hop lies within what its server announced, and no chain of eligible servers has a lower estimated cost.
-What a server announced of its speed is believed until it was found far from true several times in a row.
+What a server announced of its speed is believed as far as it does not contradict what it was found to be.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,11 @@ SLOW_SECONDS = 0.25
 SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
 SLOW_IN_A_ROW = 4
 SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
+
+BELIEF = 2.0  # what a server announces counts within so many times of what it was found to take
+FEW_TOKENS = 16  # of an exchange that says how long a token takes
+ENOUGH = 4  # of these: the first ones come while a server warms up
+NEWEST = 0.2  # weight of the newest of them in their average
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,9 @@ def is_too_slow(record: ServerRecord, hop: Hop, tokens: int, nbytes: int, second
 
 @dataclass
 class _Pace:
-    in_a_row: int = 0
+    average: float = 0.0  # seconds of a token in a block, of exchanges with few tokens; the newest count most
+    measured: int = 0  # such exchanges
+    in_a_row: int = 0  # exchanges that took far too long
     factor: float = 1.0  # how many times slower than announced, in the least slow of them
     until: float = float("-inf")  # seconds; counts as slow so long
 
@@ -163,16 +171,20 @@ class _Pace:
 class Paces:
     """How fast servers were found to be; moments and durations are passed in, in seconds."""
 
-    _of: dict[str, _Pace] = field(default_factory=dict)
+    _of: dict[str, _Pace] = field(default_factory=lambda: defaultdict(_Pace))
 
     def took(
         self, record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float, now: float
     ) -> None:
         """Note an exchange of `tokens` (rows × tokens) and `nbytes` with a server."""
+        pace = self._of[hop.peer_id]
+        if tokens <= FEW_TOKENS and seconds > 0:
+            one = seconds / (tokens * (hop.end - hop.start))
+            pace.measured += 1
+            pace.average += max(NEWEST, 1 / pace.measured) * (one - pace.average)
         if not is_too_slow(record, hop, tokens, nbytes, seconds):
-            self._of.pop(hop.peer_id, None)
+            pace.in_a_row, pace.until = 0, float("-inf")
             return
-        pace = self._of.setdefault(hop.peer_id, _Pace())
         factor = seconds / announced_seconds(record, hop, tokens)
         pace.factor = min(factor, pace.factor) if pace.in_a_row else factor
         pace.in_a_row += 1
@@ -181,17 +193,19 @@ class Paces:
 
     def is_slow(self, peer_id: str, now: float) -> bool:
         """Whether the peer was found slow lately."""
-        pace = self._of.get(peer_id)
-        return pace is not None and pace.until > now
+        return peer_id in self._of and self._of[peer_id].until > now
 
     def seen(self, records: Sequence[ServerRecord], now: float) -> list[ServerRecord]:
-        """The records, with the throughput of slow servers as it was found."""
-        return [
-            msgspec.structs.replace(record, throughput=record.throughput / self._of[record.peer_id].factor)
-            if self.is_slow(record.peer_id, now)
-            else record
-            for record in records
-        ]
+        """The records, with the throughput that is believed: within `BELIEF` of what was found."""
+        return [self._believed(one, now) if one.peer_id in self._of else one for one in records]
+
+    def _believed(self, record: ServerRecord, now: float) -> ServerRecord:
+        pace, seconds = self._of[record.peer_id], block_seconds(record)
+        if self.is_slow(record.peer_id, now):
+            seconds *= pace.factor
+        elif pace.measured >= ENOUGH:
+            seconds = min(max(seconds, pace.average / BELIEF), pace.average * BELIEF)
+        return msgspec.structs.replace(record, throughput=1.0 / (seconds * max(1, record.end - record.start)))
 
 
 # Kinds of arithmetic in which a server may compute, the more exact ones before those that say less of a number.
