@@ -304,6 +304,10 @@ class SwarmView:
         avoided |= resting | set(self.verdicts.condemned)
         return [one for one in self.records.known if one.state == "serving" and one.peer_id not in avoided]
 
+    def expected_kind(self, peer: str) -> str:
+        """In what arithmetic the peer was asked to compute, whatever its record says by now."""
+        return self.kind or self.numerics_of(peer) or ""
+
     def numerics_of(self, peer: str) -> str | None:
         """In what arithmetic the peer says that it computes; None for one that is not in the directory."""
         record = self.records.of(peer)
