@@ -9,7 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
-from corolla.wire.messages import FailureCode
+from corolla.client.health import LONGEST_WAIT
+from corolla.swarm.channel import Channel
+from corolla.swarm.transport.base import Stream
+from corolla.wire.messages import PROTOCOL_NAME, FailureCode
 from tests.schedules.world import ServerPlan
 from tests.strangers.simulated import Strange, Talk, alive, check_reply, mute, opens_only, refusing
 
@@ -108,3 +111,31 @@ def test_what_was_found_out_is_not_paid_for_twice(strange: Strange) -> None:
         check_reply(model, strange.checkpoint.name, seed)
     assert strange.swarm.loop.time() == began
     assert sum(strange.asked.values()) == asked
+
+
+class Turncoat:
+    """A server that does its work, until from some moment on it does something else."""
+
+    def __init__(self, strange: Strange, honest: str) -> None:
+        self.talk: Talk | None = None
+        serving = strange.swarm.network._peers[honest]._handlers
+        work = serving[PROTOCOL_NAME]
+
+        async def handle(stream: Stream) -> None:
+            await (work(stream) if self.talk is None else self.talk(Channel(stream, side="server")))
+
+        serving[PROTOCOL_NAME] = handle
+
+
+@pytest.mark.parametrize("strange", [[*HONEST, ServerPlan("other", 0, 4, 50.0)]], indirect=True, ids=["two"])
+@pytest.mark.parametrize("talk", [alive, mute, refusing("malformed"), refusing("evicted")])
+def test_a_server_that_turns(strange: Strange, talk: Talk) -> None:
+    """Which has answered before, so it is trusted further than a stranger, but not for ever."""
+    turncoat = Turncoat(strange, "honest")
+    model = strange.model()
+    check_reply(model, strange.checkpoint.name)
+    turncoat.talk = talk
+    strange.swarm.loop.run(model.blocks.connection.view.channels.drop("honest"))
+    began = strange.swarm.loop.time()
+    check_reply(model, strange.checkpoint.name, seed=1)
+    assert strange.swarm.loop.time() - began <= (LONGEST_WAIT + LATE if talk is alive else LATE)

@@ -65,13 +65,13 @@ class Crowd:
         if does == "honest":
             for _ in range(int(HONEST_SECONDS)):
                 await asyncio.sleep(1.0)
-                self.view.heard(hop.peer_id)
+                self.view.heard(hop.peer_id, 1.0)
             self.view.answered(hop, 1, 0, HONEST_SECONDS)
             return hop.peer_id
         if does == "alive":
             while True:
                 await asyncio.sleep(1.0)
-                self.view.heard(hop.peer_id)
+                self.view.heard(hop.peer_id, 1.0)
         await asyncio.sleep(SILENCE_SECONDS if does == "mute" else LATENCY.get(does, ROUND_TRIP))
         if does == "mute":
             raise PeerSilent("silent", peer_id=hop.peer_id)

@@ -27,6 +27,9 @@ STRANGERS_AVOIDANCE = 5 * SILENCE_SECONDS
 STRANGERS_LONGEST = 600.0
 FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
 LONGEST_REST = 5.0
+LONGEST_WAIT = (
+    60.0  # seconds for a peer that shows signs of life, where others are; doubles with each failure
+)
 DOUBT_SECONDS = 600.0  # for which others are preferred to servers that disagree
 BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
 SHORTEST_BUSY = 0.1
@@ -66,6 +69,10 @@ class Health:
         self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
         if after is not None:
             self.leave_alone(peer, after)
+
+    def longest_wait(self, peer: str) -> float:
+        """Seconds that the peer is waited for while it shows signs of life, though there are others."""
+        return LONGEST_WAIT * 2.0 ** min(self._failures[peer], 10)
 
     def excused(self, peer: str) -> bool:
         """Whether a refusal that blames nobody is believed once more."""

@@ -250,9 +250,16 @@ class SwarmView:
         announced = 0.0 if record is None else announced_seconds(record, hop, tokens)
         return min(MOST_FAIR_SECONDS, max(LEAST_FAIR_SECONDS, FAIR_FACTOR * announced))
 
-    def heard(self, peer: str) -> None:
-        """The peer has shown a sign of life while it works."""
+    def heard(self, peer: str, seconds: float) -> None:
+        """The peer has shown a sign of life, so many seconds after it was asked.
+
+        Raises `PeerSilent` when that is too long, longer each time, and others could do the work.
+        """
         self._heard[peer] = self.now()
+        if seconds > self.health.longest_wait(peer) and self.can_do_without(peer):
+            raise PeerSilent(
+                f"{peer} shows signs of life for {seconds:.0f} s, but does not answer.", peer_id=peer
+            )
 
     def can_do_without(self, peer: str | None) -> bool:
         """Whether others are there for all that the peer serves, none of whom has failed lately."""

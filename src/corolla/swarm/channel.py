@@ -61,6 +61,10 @@ SERVER_SILENCE_SECONDS = 30.0
 Admit = Callable[[int], RequestRefused | None]
 
 
+# What a client makes of a peer's sign of life so many seconds after it was asked; raises `PeerSilent` to give it up.
+Hear = Callable[[str, float], None]
+
+
 @dataclass(frozen=True)
 class TurnedAway(Packet):
     """A request whose tensors were not taken; the stream goes on once it is answered with the refusal."""
@@ -81,12 +85,12 @@ class Channel:
         heartbeat: float = HEARTBEAT_SECONDS,
         form: WireFormat = "compute",
         admit: Admit | None = None,
-        hear: Callable[[str], None] | None = None,
+        hear: Hear | None = None,
     ) -> None:
         """`form`: how a client's activations travel; a server answers in the form of the last request.
         `silence`: seconds that a piece may take in either direction, and a client waits for a sign of
         life; the default depends on the side. `heartbeat`: seconds between a server's signs of life.
-        `admit` is asked about every packet with tensors, `hear` is told the peer of every sign of life."""
+        `admit` is asked about every packet with tensors, `hear` is told of every sign of life."""
         self.stream = stream
         self.peer_id = stream.peer_id
         self.conversation = Conversation()
@@ -267,12 +271,14 @@ def checked(reply: Packet, name: str, like: Tensor, peer: str) -> Tensor:
 
 
 async def _answer(channel: Channel) -> Packet:
+    clock = asyncio.get_running_loop().time
+    began = clock()
     while True:
         packet = await channel.receive(timeout=channel.silence)
         if not isinstance(packet.message, Alive):
             return packet
         if channel.hear is not None:
-            channel.hear(channel.peer_id)
+            channel.hear(channel.peer_id, clock() - began)
 
 
 def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
@@ -297,9 +303,9 @@ class ChannelPool:
     """Streams to peers that lie ready, with no request open on them. Used on one event loop."""
 
     def __init__(
-        self, transport: Transport, protocol: str, form: WireFormat, hear: Callable[[str], None] | None = None
+        self, transport: Transport, protocol: str, form: WireFormat, hear: Hear | None = None
     ) -> None:
-        """`hear` is told the peer of every sign of life."""
+        """`hear` is told of every sign of life."""
         self._hear = hear
         self._transport = transport
         self._protocol = protocol
