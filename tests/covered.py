@@ -17,7 +17,7 @@ import pytest
 # the quarter of an hour of `make test`.
 SHARES = {
     "benchmarks": 30, "chat": 150, "cli": 200, "client": 250, "data": 30, "e2e": 380, "fuzz": 80, "models": 180,
-    "schedules": 200, "server": 100, "swarm": 120, "tuning": 120, "wire": 20,
+    "schedules": 200, "server": 100, "strangers": 150, "swarm": 120, "tuning": 120, "wire": 20,
 }  # fmt: skip
 Values = Sequence[dict[str, Any]]
 

@@ -43,14 +43,24 @@ def parse(raw: bytes | str) -> Any:
     return content
 
 
+def read_bytes(path: Path) -> bytes:
+    """All of a file that is not too large. Raises `JsonError`, `OSError`."""
+    with path.open("rb") as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise JsonError(f"is larger than {MOST_BYTES // 2**20} MiB")
+    return raw
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """The one JSON object in a file. Raises `JsonError`, `OSError`."""
+    return parse_object(read_bytes(path))
+
+
 def read_object(path: Path, kind: type[CorollaError], remedy: str) -> dict[str, Any]:
-    """The one JSON object in a file. Raises `kind`; `remedy` ends its sentence."""
+    """The same; raises `kind`, and `remedy` ends its sentence."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise JsonError(f"is larger than {MOST_BYTES // 2**20} MiB")
-        return parse_object(raw)
+        return load_object(path)
     except OSError as error:
         raise kind(f"{path} cannot be read ({error.strerror or error}); {remedy}.") from error
     except JsonError as error:

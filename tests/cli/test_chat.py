@@ -104,12 +104,18 @@ def test_a_model_is_talked_with_by_its_template(model: Path, address: str) -> No
     assert dialogue == expected_chat(model, None, RenderSettings(style="template"), 9, ["one", "two"])
 
 
-def test_a_bundle_is_talked_with_as_it_was_trained(model: Path, bundle: Path, address: str) -> None:
-    found = corolla("chat", str(bundle), "--peers", address, text="one\ntwo\n")
+def test_a_bundle_is_talked_with_as_it_was_trained(
+    model: Path, bundle: Path, address: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    found = corolla("chat", str(bundle), "--peers", address, "--transcript", str(path), text="one\ntwo\n")
     assert found.returncode == 0, found.stderr
     heading, _, dialogue = found.stdout.partition("\n")
     assert "tuned (ptune, 3 prompt tokens)" in heading
     assert dialogue == expected_chat(model, bundle, RenderSettings(delimiter=" ~ "), 7, ["one", "two"])
+    # A chat with another partner is not gone on with.
+    words = f"was with {bundle}.*not with {model}"
+    refused(model, UsageError, words, "--continue", "--transcript", str(path), "--peers", address)
 
 
 @pytest.mark.nightly
@@ -181,21 +187,6 @@ def test_a_killed_chat_goes_on_as_if_nothing_had_happened(
     last = everything[everything.index("You: three") :]
     assert found.stdout.split()[-len(last.split()) :] == last.split()  # (a tab is printed as spaces)
     assert [exchange.said for exchange in read_chat(path).exchanges] == [*said, "three"]
-
-
-def test_a_chat_with_another_partner_is_not_gone_on_with(model: Path, bundle: Path, address: str) -> None:
-    talk = corolla("chat", str(bundle), "--peers", address, text="one\n")
-    assert talk.returncode == 0, talk.stderr
-    found = corolla("chat", str(model), "--continue", "--peers", address, text="two\n")
-    assert found.returncode == 2
-    assert f"was with {bundle}" in found.stderr
-    assert f"not with {model}" in found.stderr
-
-
-def test_a_mistake_is_one_sentence(model: Path) -> None:
-    found = corolla("chat", str(model), "--top-p", "7")
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == "error: --top-p is 7.0; it must be above 0 and at most 1.\n"
 
 
 # --- at a terminal -----------------------------------------------------------------------------------------
@@ -288,6 +279,7 @@ def test_at_a_terminal_interrupts_and_mistakes_do_not_end_the_chat(
     [
         ("--style=poem", "--style is 'poem'"),
         ("--temperature=-1", "--temperature is -1.0"),
+        ("--top-p=7", "--top-p is 7.0; it must be above 0 and at most 1."),
         ("--top-k=-1", "--top-k is -1"),
         ("--max-new-tokens=0", "--max-new-tokens is 0"),
         ("--max-new-tokens=512", "leave no room in a context of 512"),

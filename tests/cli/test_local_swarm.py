@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from tests.tiny_models import write_tiny
 
-from corolla.cli.local_swarm import local_swarm
+from corolla.cli.local_swarm import LocalSwarm, local_swarm
 from corolla.errors import UnknownModel, UsageError
 
 
@@ -25,27 +27,40 @@ def left_behind() -> tuple[list[psutil.Process], list[Path]]:
     return psutil.Process().children(recursive=True), list(folders)
 
 
-def test_it_comes_up_and_goes(tiny: str) -> None:
-    said: list[str] = []
-    with local_swarm(tiny, servers=3, options=["--cache-tokens", "64"], say=said.append) as swarm:
+@contextlib.contextmanager
+def swarm_of_two(tiny: str, said: list[str]) -> Iterator[LocalSwarm]:
+    """Looks at a swarm that is up, then fails."""
+    with local_swarm(tiny, options=["--cache-tokens", "64"], say=said.append) as swarm:
+        yield swarm
         assert len(swarm.peers) == 1
-        assert [child.process.poll() for child in swarm.servers] == [None] * 3
+        assert [child.process.poll() for child in swarm.servers] == [None] * 2
         children, folders = left_behind()
-        assert len(children) == 8  # a bootstrap peer and three servers, a daemon each
+        assert len(children) == 6  # a bootstrap peer and two servers, a daemon each
         assert folders
         assert all(os.stat(folder).st_mode & 0o077 == 0 for folder in folders)
-    assert [child.process.returncode for child in swarm.servers] == [0, 0, 0]
+        raise ZeroDivisionError
+
+
+def test_it_comes_up_and_goes(tiny: str) -> None:
+    said: list[str] = []
+    found: list[LocalSwarm] = []
+    with pytest.raises(ZeroDivisionError), contextlib.ExitStack() as stack:  # an error inside ends it as well
+        found.append(stack.enter_context(swarm_of_two(tiny, said)))
+    (swarm,) = found
+    assert [child.process.returncode for child in swarm.servers] == [0, 0]
     assert left_behind() == ([], [])
     assert "bootstrap" in said[0]
     assert sorted(line.split(" is ready")[0] for line in said[1:]) == [
-        "The server of blocks 0:1",
-        "The server of blocks 1:2",
+        "The server of blocks 0:2",
         "The server of blocks 2:4",
     ]
 
 
 def test_a_server_that_does_not_start_ends_the_others_and_is_quoted(tiny: str) -> None:
-    with pytest.raises(UsageError, match="float7"), local_swarm(tiny, options=["--dtype", "float7"]):
+    with (
+        pytest.raises(UsageError, match="float7"),
+        local_swarm(tiny, servers=1, options=["--dtype", "float7"]),
+    ):
         pytest.fail("the swarm came up")
     assert left_behind() == ([], [])
 
@@ -55,9 +70,3 @@ def test_a_wrong_name_is_found_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel), local_swarm(str(tmp_path / "nothing"), say=said.append):
         pytest.fail("the swarm came up")
     assert not said
-
-
-def test_an_error_inside_ends_it(tiny: str) -> None:
-    with pytest.raises(ZeroDivisionError), local_swarm(tiny, servers=1):
-        raise ZeroDivisionError
-    assert left_behind() == ([], [])

@@ -132,7 +132,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_ends_the_run(
     out = tmp_path / "out"
     arguments = [str(tiny), *peers, "--data", str(talks), *OPTIONS, "--out", str(out)]
     # Enough steps for the signal to come in time; the last of two --steps counts.
-    arguments += ["--steps", "50", "--save-every", "1000"]
+    arguments += ["--steps", "16", "--save-every", "1000"]
     with subprocess.Popen(
         [*COROLLA, "tune", *arguments],
         env=environment() | {"PYTHONUNBUFFERED": "1"},
@@ -145,11 +145,11 @@ def test_ctrl_c_saves_and_prints_the_command_that_ends_the_run(
         said = ""
         for line in run.stdout:
             said += line
-            if line.startswith("step 5/50:"):
+            if line.startswith("step 2/16:"):
                 run.send_signal(signal.SIGINT)
         code = run.wait(timeout=60)
     assert code == 130, said
-    assert re.search(r"Stopped after step \d+ of 50\.", said), said
+    assert re.search(r"Stopped after step \d+ of 16\.", said), said
     assert "Traceback" not in said
     assert not out.exists()
     again = shlex.split(said.rsplit("corolla ", 1)[1])
@@ -157,5 +157,5 @@ def test_ctrl_c_saves_and_prints_the_command_that_ends_the_run(
     ended = corolla(*again)
     assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 51))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 17))
     assert not (tmp_path / "out.run").exists()

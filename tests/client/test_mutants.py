@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -142,7 +143,7 @@ def two_blocks_swapped(patch: pytest.MonkeyPatch) -> None:
 
     def swapped(self: Span, hidden: torch.Tensor, batch: PackedBatch, **extra: Any) -> torch.Tensor:
         blocks, own = self.blocks, list(self.blocks)
-        if len(own) > 1 and all(one.row is None for one in batch.segments):
+        if len(own) > 1 and all(one.sequence is None for one in batch.segments):
             blocks[0], blocks[1] = own[1], own[0]
         try:
             return forward(self, hidden, batch, **extra)
@@ -280,7 +281,9 @@ class Checks:
 
 
 @pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
-def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_tiny("llama", tmp_path)
     with MemorySwarm(folder, [(0, 2), (2, 4)]) as swarm:
         model = swarm.model(tuning_mode="deep_ptune", pre_seq_len=3)
@@ -297,6 +300,16 @@ def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     if plant is no_mistake:
         assert not failed
     assert set(CAUGHT_BY[plant]) <= failed
+    assert not _broken(caplog), (
+        "the mistake itself is out of date: it raises instead of computing something else"
+    )
+
+
+def _broken(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Errors that were logged as raised by this file's own lines."""
+    errors = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    ends = [traceback.extract_tb(error.__traceback__)[-1] for error in errors if error is not None]
+    return [str(end) for end in ends if end.filename == __file__]
 
 
 def _passes(check: Callable[[], bool]) -> bool:

@@ -102,15 +102,16 @@ class Processes:
         return process
 
     def swarm(self, model: Path | str, spans: Sequence[str], *extra: str) -> tuple[str, list[Process]]:
-        """A bootstrap peer and a server for each span, all ready; gives the join address and the servers."""
-        number = len(self.started)
-        first = self.start(f"bootstrap-{number}", "bootstrap").wait_ready()
-        serve = ("serve", str(model), "--peers", first.address, *extra)
-        servers = [
-            self.start(f"server-{number}-{index}", *serve, "--blocks", span)
-            for index, span in enumerate(spans)
-        ]
-        return first.address, [server.wait_ready() for server in servers]
+        """A server for each span, all ready; gives the join address, the first one's, and the servers."""
+        first = self.start(f"server-{len(self.started)}", "serve", str(model), *extra, "--blocks", spans[0])
+        address = first.wait_ready().address
+        return address, [first, *self.join(address, model, spans[1:], *extra)]
+
+    def join(self, address: str, model: Path | str, spans: Sequence[str], *extra: str) -> list[Process]:
+        """A server more for each span, all ready."""
+        serve = ("serve", str(model), *extra, "--peers", address, "--blocks")
+        servers = [self.start(f"server-{len(self.started)}", *serve, span) for span in spans]
+        return [server.wait_ready() for server in servers]
 
 
 @contextlib.contextmanager

@@ -72,6 +72,7 @@ def test_a_replica_takes_over(started: Processes, folder: Path) -> None:
         assert training.used(0) != leaving
 
 
+@pytest.mark.nightly
 def test_the_only_server_comes_back(started: Processes, folder: Path) -> None:
     """Killed with nobody else there; the client waits until the same peer is back, also with other blocks."""
     swarm = RealSwarm(started, folder)

@@ -46,9 +46,11 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemorySwarm]:
 
 @pytest.mark.parametrize("at_a_terminal", [True, False], ids=["terminal", "piped"])
 @pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.nightly)])
 def test_no_control_character_of_a_refusal_reaches_the_user(
     swarm: MemorySwarm,
     code: FailureCode,
+    times: int,
     at_a_terminal: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -56,9 +58,9 @@ def test_no_control_character_of_a_refusal_reaches_the_user(
     async def refuse(channel: Channel) -> None:
         while True:
             await channel.receive(timeout=None)
-            await channel.send(Packet(Failure(code=code, message=HOSTILE, field=HOSTILE)))
+            await channel.send(Packet(Failure(code=code, message=(HOSTILE * times)[:2048], field=HOSTILE)))
 
-    peer = add_evil(swarm, refuse, f"evil\x1b[2J-{code}-{at_a_terminal}")
+    peer = add_evil(swarm, refuse, f"evil\x1b[2J-{code}-{at_a_terminal}-{times}")
     stream = io.StringIO()
     console = TerminalConsole(file=stream, force_terminal=at_a_terminal, width=200)
     monkeypatch.setattr("corolla.cli.terminal.error_console", console)

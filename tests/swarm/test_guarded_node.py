@@ -6,9 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import pytest
-from hivemind.dht.routing import DHTID
 from tests.swarm.directory.test_directory import record
 
 from corolla.config import GuardConfig, NodeConfig
@@ -17,7 +15,6 @@ from corolla.swarm import node as node_module
 from corolla.swarm.access.admission import Introductions, join
 from corolla.swarm.access.invitations import LEEWAY, sign_certificate, sign_invitation
 from corolla.swarm.access.membership import keep_certificate, read_certificates, revoke
-from corolla.swarm.directory.dht_records import key_id, model_key, read_entry
 from corolla.swarm.directory.directory_dht import DHTDirectory
 from corolla.swarm.node import Node, SwarmClock
 from corolla.swarm.transport.identity import Identity, prepare_identity
@@ -76,10 +73,8 @@ async def test_a_member_reads_and_announces_until_it_is_revoked(guarded: Guarded
         revoke(guarded.path, member_id)
         later = record(member_id, free_cache_tokens=7)
         await directory.announce(later, 60)
-        kept = guarded.node.directory._node.protocol.storage  # type: ignore[attr-defined]
-        under_the_key = kept.get(DHTID(int.from_bytes(key_id(model_key("m")), "big"))).value
-        values = [msgspec.msgpack.decode(item.value) for _, item in under_the_key.items()]
-        assert {read_entry(value).record.free_cache_tokens for value in values} == {0}
+        found = {one.peer_id: one.free_cache_tokens for one in await guarded.node.directory.servers("m")}
+        assert found == {guarded.node.peer_id: 0, member_id: 0}, "it says nothing new any more"
     finally:
         await directory.close()
         await transport.close()

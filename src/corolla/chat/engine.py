@@ -1,17 +1,19 @@
 """A chat: turns in, replies out as they are generated, one session's caches behind them.
 
-Invariant: between turns, the session's tokens are a beginning of the window's, which are what training
+Invariant: when a turn begins, the session's tokens are made a beginning of the window's, which are what training
 renders for the same turns; a turn feeds what the session lacks and nothing else. The session lacks the end
-of a reply that was cut short, and nothing of one that the model ended in training's own tokens.
+of a reply that was cut short, and nothing of one that the model ended in training's own tokens. No wait for a server
+holds up whoever wants a reply to stop, or the chat to end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 import torch
@@ -24,6 +26,13 @@ from corolla.data.render import Renderer
 from corolla.data.replies import Beginnings, ReplyReader, TokensSeen, reply_ends
 from corolla.errors import SessionLimit, UsageError
 from corolla.files import write_json
+
+LOOK_SECONDS = 0.05  # between two looks whether somebody has had enough
+SOON = 0.02
+TOKEN_SECONDS = (
+    1.0  # that a stopped reply has for the token that is being computed, before the next one begins
+)
+ENDS_SECONDS = 0.15  # for servers to say that they have freed a cache, and for a call to end
 
 
 def check_context(sampling: SamplingSettings, max_context: int) -> None:
@@ -38,8 +47,8 @@ def check_context(sampling: SamplingSettings, max_context: int) -> None:
 class Generation:
     """One `generate` call on a thread of its own, and its reply as an iterator of text.
 
-    Starts at once; `pieces` are to be read, or `stop` called. Ctrl-C reaches the main thread only, so the call always
-    runs to a proper end: a reply that is stopped ends with the token that is being computed, which is not taken.
+    Starts at once; `pieces` are to be read, or `stop` called. Whoever stops it does not wait for it: no token is taken
+    from then on, and the call ends by itself with the next one, or when its session is told to end it.
     """
 
     def __init__(
@@ -55,53 +64,67 @@ class Generation:
         self._generate = generate
         self._known = known
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
-        self._stop = threading.Event()
+        self._lock = threading.Lock()  # who stops it reads the reader afterwards
+        self._over = False
         # A daemon: a process that wants to end does not wait for a server that says nothing.
         self._thread = threading.Thread(target=self._run, name="chat-reply", daemon=True)
         self._thread.start()
 
-    def pieces(self) -> Iterator[str]:
-        """The reply's text as it comes. Raises what `generate` raised."""
-        while (piece := self._pieces.get()) is not None:
-            yield piece
+    def pieces(self, enough: Callable[[], bool]) -> Iterator[str]:
+        """The reply's text as it comes, until `enough()`. Raises what `generate` raised."""
+        while not enough():
+            with contextlib.suppress(Empty):
+                piece = self._pieces.get(timeout=LOOK_SECONDS)
+                if piece is None:
+                    break
+                yield piece
         if self.error is not None:
             raise self.error
 
     def stop(self) -> None:
-        """Wait for the end, which comes with the next token; at once when it is over already."""
-        if self._thread.is_alive():
-            self._stop.set()
-            self._thread.join()
+        """Take no more tokens; at once, whatever a server does. Nothing where it is over already."""
+        with self._lock:
+            if not self._over:
+                self._over = self.stopped = True
+                self.reader.finish()
+
+    def end(self, tell: Callable[[], None], *, by_itself: float) -> bool:
+        """Have the call of a reply that is over end as well, if need be by telling it; whether it has.
+
+        `by_itself`: seconds for the token that is being computed, whose caches would be lost with it. A call that has
+        not begun yet does not hear what it is told.
+        """
+        self._thread.join(by_itself)
+        deadline = time.monotonic() + ENDS_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            tell()
+            self._thread.join(SOON)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
+        error = None
         try:
             self._generate(StoppingCriteriaList([TokensSeen(self._take, self._known)]))
-            if not self.reader.ended:
-                self._show(self.reader.finish())
-        except BaseException as error:  # handed to whoever reads the pieces
-            self.error = error
-        finally:
-            self._pieces.put(None)
+        except BaseException as raised:  # handed to whoever reads the pieces
+            error = raised
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self.error = error
+                if error is None and not self.reader.ended:
+                    self._show(self.reader.finish())
+        self._pieces.put(None)
 
     def _take(self, _row: int, token: int) -> bool:
         """Read a token; whether the reply is over."""
-        if self._stop.is_set():  # whoever stopped it will not see this token
-            self.stopped = True
-            return True
-        self._show(self.reader.push(token))
-        return self.reader.ended
+        with self._lock:
+            if not self._over:  # whoever stopped it will not see this token
+                self._show(self.reader.push(token))
+            return self._over or self.reader.ended
 
     def _show(self, piece: str) -> None:
         if piece:
             self._pieces.put(piece)
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A turn that is being generated."""
-
-    said: str
-    generation: Generation
 
 
 class ChatEngine:
@@ -136,7 +159,9 @@ class ChatEngine:
         self._exchanges: list[Exchange] = []
         self._window = Window(renderer, system)
         self._session: Any = None
-        self._turn: _Turn | None = None
+        self._said = ""  # in the turn that is being generated, or was last
+        self._generation: Generation | None = None
+        self._unsettled = False
         self._end_ids = reply_ends(model, renderer)
         self._beginnings = None if sampling.allow_empty else Beginnings.of(renderer, self._end_ids)
         if sampling.seed is not None:
@@ -144,16 +169,18 @@ class ChatEngine:
 
     # --- talking -----------------------------------------------------------------------------------------
 
-    def reply(self, said: str) -> Generator[str, None, None]:
+    def reply(self, said: str, *, enough: Callable[[], bool] = lambda: False) -> Generator[str, None, None]:
         """The reply to `said`, in pieces as they are generated.
 
-        Closing the generator, or Ctrl-C while it waits, stops the reply and keeps what was said of it; a turn
-        that raises is forgotten. Raises `SessionLimit` when `said` is too long, `SwarmUnavailable`.
+        Closing the generator, Ctrl-C while it waits, or `enough()`, which is asked several times a second, stops
+        the reply at once and keeps what was said of it; a turn that raises is forgotten. Raises `SessionLimit`
+        when `said` is too long, `SwarmUnavailable`.
         """
         self._settle()
         if not said.strip():
             raise UsageError("There is nothing to reply to; say something.")
         prompt = self._make_room(said)
+        self._leave_call(by_itself=TOKEN_SECONDS)
         if self._session is None:
             self._session = self._model.inference_session(max_length=self._max_context)
         self._align_session(prompt)
@@ -176,9 +203,10 @@ class ChatEngine:
                 **self._sampling.generate_arguments(),
             )
 
-        self._turn = _Turn(said, Generation(generate, reader, known=len(prompt)))
+        self._said, self._unsettled = said, True
+        self._generation = Generation(generate, reader, known=len(prompt))
         try:
-            yield from self._turn.generation.pieces()
+            yield from self._generation.pieces(enough)
         finally:
             self._settle()
 
@@ -208,22 +236,31 @@ class ChatEngine:
         return prompt
 
     def _settle(self) -> None:
-        """Bring a turn that has been begun to its end; interrupted itself, it is done by the next call."""
-        if self._turn is None:
+        """Bring a turn that has been begun to its end; its call may still be under way (`_leave_call`)."""
+        generation = self._generation
+        if generation is None or not self._unsettled:
             return
-        said, generation = self._turn.said, self._turn.generation
         generation.stop()
-        self._turn = None
-        reader = generation.reader
+        self._unsettled = False
+        reader, exchange = generation.reader, None
         if generation.error is None and not (generation.stopped and not reader.text):
-            exchange = Exchange(said, reader.text, tuple(reader.ids))
+            exchange = Exchange(self._said, reader.text, tuple(reader.ids))
             self._window.add(exchange)
             self._exchanges.append(exchange)
+        if not generation.stopped:
+            self._leave_call(by_itself=ENDS_SECONDS)
             self._align_session(self._window.ids)
-            if self._journal is not None:
-                self._journal.add(exchange, len(self._window))
-        else:
-            self._align_session(self._window.ids)
+        if exchange is not None and self._journal is not None:
+            self._journal.add(exchange, len(self._window))
+
+    def _leave_call(self, *, by_itself: float) -> None:
+        """Make sure that nothing goes on in the session: a stopped reply's call may wait for a server.
+
+        A session whose call does not end is left to it.
+        """
+        generation, self._generation = self._generation, None
+        if generation is not None and not generation.end(self._session.stop, by_itself=by_itself):
+            self._session = None
 
     def _align_session(self, ids: Sequence[int]) -> None:
         """Take from the session what is not in `ids`: an end token, the cut part of a reply, a turn."""
@@ -248,7 +285,6 @@ class ChatEngine:
         forgotten = self._exchanges.pop()
         if len(self._window):
             self._window.drop_newest()
-            self._align_session(self._window.ids)
         if self._journal is not None:
             self._journal.undo(len(self._window))
         return forgotten.said
@@ -287,9 +323,10 @@ class ChatEngine:
 
     def _begin(self, window: Window) -> None:
         self._window = window
+        self._leave_call(by_itself=0.0)
         session, self._session = self._session, None
         if session is not None:
-            session.close()
+            session.close(seconds=ENDS_SECONDS)
 
     def close(self) -> None:
         """Free the servers' caches; safe to call twice."""

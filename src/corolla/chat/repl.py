@@ -1,12 +1,17 @@
 """The chat at a terminal, or with lines from a pipe.
 
-Invariant: what is printed reads as a dialogue either way. Ctrl-C ends a reply, never the program and never
-the conversation; at a terminal, an error is told in a sentence and the chat goes on.
+Invariant: what is printed reads as a dialogue either way. At a terminal, Ctrl-C ends a reply, never the program and
+never the conversation, Ctrl-D ends both, and an error is told in a sentence and the chat goes on. None of them waits
+for a server.
 """
 
 from __future__ import annotations
 
+import fcntl
+import select
 import sys
+import termios
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -34,6 +39,9 @@ class Repl:
     def __init__(self, engine: ChatEngine, console: Console) -> None:
         self._engine = engine
         self._console = console
+        self._enough: Callable[[], bool] | None = (
+            None  # a reply ends with it; None: only with Ctrl-C, and the chat too
+        )
         self._commands: dict[str, Callable[[str], None]] = {
             "/undo": self._undo,
             "/reset": self._reset,
@@ -58,6 +66,7 @@ class Repl:
     def _at_terminal(self) -> None:
         import readline  # noqa: F401  (imported, it gives `input` a history and editing)
 
+        self._enough = _end_was_typed
         while True:
             try:
                 line = well_formed(input(YOU))
@@ -87,7 +96,7 @@ class Repl:
         return True
 
     def _reply(self, said: str) -> None:
-        pieces = self._engine.reply(said)
+        pieces = self._engine.reply(said, enough=self._enough or (lambda: False))
         begun = False
         try:
             for piece in pieces:
@@ -99,6 +108,8 @@ class Repl:
         except KeyboardInterrupt:
             pieces.close()
             self._notice(" (stopped)" if begun else "(stopped)")
+            if self._enough is None:
+                raise  # nobody is there who would go on
             return
         except CorollaError:
             if begun:  # its sentence is for a line of its own
@@ -140,6 +151,18 @@ class Repl:
 
     def _help(self, _argument: str) -> None:
         self._notice(HELP)
+
+
+def _end_was_typed() -> bool:
+    """Whether Ctrl-D waits at the terminal, with nothing before it."""
+    try:
+        if not select.select([sys.stdin], [], [], 0)[0]:
+            return False
+        waiting = array("i", [0])
+        fcntl.ioctl(sys.stdin, termios.FIONREAD, waiting)
+    except (OSError, ValueError):  # no terminal, such as a test's
+        return False
+    return waiting[0] == 0
 
 
 def read_lines(stream: TextIO) -> Iterator[str]:

@@ -26,7 +26,7 @@ import msgspec
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
 from corolla.files import write_atomically
-from corolla.json_files import JsonError, parse_object
+from corolla.json_files import JsonError, parse_object, read_bytes
 from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 from corolla.places import data_root
 from corolla.text import one_line
@@ -218,17 +218,19 @@ def latest_chat() -> Path:
         return path.stat().st_mtime
 
     for path in sorted(chats_folder().glob("*.jsonl"), key=changed, reverse=True):
-        if path.read_bytes().count(b"\n") > 1:  # something was said
-            return path
+        with path.open("rb") as file:
+            if file.readline() and file.readline().endswith(b"\n"):  # something was said
+                return path
     raise TranscriptError(f"There is no chat to go on with in {chats_folder()}; name one with --transcript.")
 
 
 def read_chat(path: Path) -> SavedChat:
     """Read a transcript. Raises `TranscriptError`; a last line that was cut off is left out."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TranscriptError(f"The chat in {path} cannot be read ({error.strerror or error}).") from error
+        content = read_bytes(path)
+    except (OSError, JsonError) as error:
+        reason = getattr(error, "strerror", None) or f"it {error}"
+        raise TranscriptError(f"The chat in {path} cannot be read ({reason}).") from error
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.splitlines(keepends=True)
     cut_off = len(whole) < len(content)

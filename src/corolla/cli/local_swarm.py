@@ -7,7 +7,6 @@ pipe that only we hold open.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from corolla.cli.saved_swarm import is_local
 from corolla.cli.terminal import console
 from corolla.errors import SwarmUnavailable, UsageError
+from corolla.json_files import load_object
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.swarm.transport.runtime_dir import RuntimeDir
 
@@ -59,8 +59,7 @@ class Child:
         Raises `UsageError` or `SwarmUnavailable` with the process's own last words when it has ended.
         """
         if self._ready.exists():
-            content: dict[str, Any] = json.loads(self._ready.read_text())
-            return content
+            return load_object(self._ready)
         if self.process.poll() is None:
             return None
         words = self._log.read_text(errors="replace").strip().splitlines()

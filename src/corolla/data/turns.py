@@ -5,13 +5,13 @@ Invariant: nothing is guessed; what is not clearly a text or a turn is a `BadRow
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from corolla.data.conversation import Role, Turn
+from corolla.json_files import JsonError, parse
 
 
 class BadRow(ValueError):
@@ -86,8 +86,8 @@ def as_list(value: Any) -> Sequence[Any] | None:
         if not value.lstrip().startswith("["):
             return None
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse(value)
+        except JsonError:
             return None
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return value
@@ -159,8 +159,8 @@ def _more(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _call(content: Any, what: str) -> dict[str, Any]:
     try:
-        called = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
+        called = parse(content)
+    except (AttributeError, JsonError):
         called = None
     if not isinstance(called, Mapping) or "name" not in called:
         raise BadRow(f"{what} is not a call of a function, written as JSON")

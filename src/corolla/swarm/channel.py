@@ -253,7 +253,7 @@ def refused(failure: Failure, peer: str) -> RequestRefused:
     return RequestRefused(
         one_line(failure.message, characters=2048),
         code=failure.code,
-        field=failure.field,
+        field=None if failure.field is None else one_line(failure.field),
         retry_after=failure.retry_after,
         peer_id=peer,
     )

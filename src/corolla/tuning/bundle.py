@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, CorollaError, UsageError
 from corolla.files import leftovers, publish, write_atomically, write_json
-from corolla.json_files import parse_object
+from corolla.json_files import load_object
 from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
@@ -188,7 +188,7 @@ def load_bundle(folder: str | Path) -> Bundle:
             f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."
         )
     try:
-        content = parse_object(path.read_bytes())
+        content = load_object(path)
         version = content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} cannot be read; copy the bundle again.") from error

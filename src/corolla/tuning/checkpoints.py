@@ -12,7 +12,6 @@ killed, leaves the earlier ones as they were. The two newest are kept.
 
 from __future__ import annotations
 
-import json
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from corolla.errors import BundleError, UsageError
 from corolla.files import publish, write_json
-from corolla.json_files import parse_object
+from corolla.json_files import load_object
 from corolla.tuning.bundle import BUNDLE_FILE
 from corolla.tuning.evaluate import Evaluation
 
@@ -115,7 +115,7 @@ class RunFolder:
     def _check_same(self, decisive: dict[str, Any]) -> None:
         noted = self._read(RUN_FILE)
         for name in sorted(noted.keys() | decisive.keys()):
-            if noted.get(name) == json.loads(json.dumps(decisive.get(name))):
+            if noted.get(name) == msgspec.to_builtins(decisive.get(name)):
                 continue
             if name == "data":
                 raise UsageError(
@@ -197,7 +197,7 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            return parse_object((self.path / name).read_bytes())
+            return load_object(self.path / name)
         except (OSError, ValueError) as error:
             raise BundleError(
                 f"{self.path / name} cannot be read, so the run cannot go on: start anew with --overwrite."
@@ -207,7 +207,7 @@ class RunFolder:
 def _check_whole(checkpoint: Path) -> None:
     """Raises `BundleError` where the disk has spoilt a file; what torch writes is a zip with checksums."""
     try:
-        parse_object((checkpoint / "trainer_state.json").read_bytes())
+        load_object(checkpoint / "trainer_state.json")
         spoilt = [path for path in checkpoint.glob("*.pt*") if zipfile.ZipFile(path).testzip() is not None]
     except (OSError, ValueError, zipfile.BadZipFile):
         spoilt = [checkpoint]

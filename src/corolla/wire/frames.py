@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from corolla.errors import ProtocolError, UsageError
+from corolla.text import one_line
 from corolla.wire import tensors as codec
 from corolla.wire.messages import PROTOCOL_VERSION, Message
 from corolla.wire.tensors import TensorSpec
@@ -149,7 +150,9 @@ def parse_header(data: Buffer, payload_size: int, allowed: Any, limits: Limits =
         raw = _header_decoder.decode(data)
         message: Message = _message_decoder(allowed).decode(raw.message)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"A message could not be read: {error}.", field=_field_of(error)) from error
+        # What the error says may come from the peer: the name of a field, for one.
+        text = one_line(error)
+        raise ProtocolError(f"A message could not be read: {text}.", field=_field_of(text)) from error
     codec.check(message, raw.tensors)
     expected = codec.payload_size(raw.tensors)
     if expected != payload_size:
@@ -177,8 +180,7 @@ def _message_decoder(allowed: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(allowed)
 
 
-def _field_of(error: Exception) -> str:
+def _field_of(text: str) -> str:
     """The name of the offending field, as far as msgspec tells it."""
-    text = str(error)
     named = re.search(r"(?:required|unknown) field `([^`]+)`", text) or re.search(r"`\$\.(\w+)", text)
     return named.group(1) if named else "message"

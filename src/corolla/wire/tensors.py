@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from corolla.config import WireFormat
 from corolla.errors import ProtocolError
+from corolla.text import one_line
 from corolla.wire.messages import TENSORS, Backward, Forward, Message, OpenSession, Steps
 
 if sys.byteorder != "little":
@@ -122,7 +123,8 @@ def _check_dtype(spec: TensorSpec) -> None:
     allowed = _ALLOWED_DTYPES[spec.name]
     if spec.dtype not in allowed:
         raise ProtocolError(
-            f"The tensor {spec.name!r} is {spec.dtype}; it may be {', '.join(allowed)}.", field=spec.name
+            f"The tensor {spec.name!r} is {one_line(spec.dtype)}; it may be {', '.join(allowed)}.",
+            field=spec.name,
         )
 
 

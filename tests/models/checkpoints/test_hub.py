@@ -35,13 +35,15 @@ from corolla.errors import CorollaError
 from corolla.errors import UnknownModel
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.span import load_span
-try:
-    checkpoint = open_checkpoint(sys.argv[1], cache_dir=sys.argv[2])
-    span = load_span(checkpoint, 1, 2, dtype=torch.float32)
-    total = sum(float(one.double().sum()) for one in span.blocks.parameters())
-    print(json.dumps({"identity": checkpoint.identity, "total": total}))
-except CorollaError as error:
-    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+def use(name):
+    try:
+        checkpoint = open_checkpoint(name, cache_dir=sys.argv[1])
+        span = load_span(checkpoint, 1, 2, dtype=torch.float32)
+        total = sum(float(one.double().sum()) for one in span.blocks.parameters())
+        return {"identity": checkpoint.identity, "total": total}
+    except CorollaError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+print(json.dumps([use(name) for name in sys.argv[2:]]))
 """
 
 
@@ -111,7 +113,8 @@ def serving(folder: Path) -> Iterator[Hub]:
         hub.server_close()
 
 
-def use(name: str, endpoint: str, cache: Path) -> dict[str, object]:
+def use(endpoint: str, cache: Path, *names: str) -> list[dict[str, object]]:
+    """What a process of its own finds under each name."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
@@ -119,7 +122,7 @@ def use(name: str, endpoint: str, cache: Path) -> dict[str, object]:
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", USE, name, str(cache)],
+        [sys.executable, "-c", USE, str(cache), *names],
         env=environment,
         capture_output=True,
         text=True,
@@ -127,8 +130,8 @@ def use(name: str, endpoint: str, cache: Path) -> dict[str, object]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    answers: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
 
 
 @pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.nightly), 5])
@@ -136,10 +139,9 @@ def test_only_what_is_needed_is_fetched_and_a_local_copy_is_the_same_model(
     tmp_path: Path, shards: int
 ) -> None:
     folder = write_tiny("llama", tmp_path / "model", shards=shards)
-    local = use(str(folder), "http://127.0.0.1:9", tmp_path / "unused")
     with serving(folder) as hub:
         endpoint = f"http://127.0.0.1:{hub.server_port}"
-        remote = use(f"{REPOSITORY}-petals", endpoint, tmp_path / "cache")
+        local, remote = use(endpoint, tmp_path / "cache", str(folder), f"{REPOSITORY}-petals")
     assert remote == local
     weights = {file for file in hub.whole if file.endswith(".safetensors")}
     if shards > 1:
@@ -147,7 +149,7 @@ def test_only_what_is_needed_is_fetched_and_a_local_copy_is_the_same_model(
         assert weights == {file for key, file in weight_map.items() if ".layers.1." in key}
         assert set(hub.parts) >= set(weight_map.values()) - weights  # sampled where they are
     # Without a network, what was fetched and noted is enough for the same work.
-    assert use(REPOSITORY, endpoint, tmp_path / "cache") == local
+    assert use(endpoint, tmp_path / "cache", REPOSITORY) == [local]
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
@@ -155,9 +157,8 @@ def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with serving(folder) as hub:
         endpoint = f"http://127.0.0.1:{hub.server_port}"
-        unknown = use("someone/else", endpoint, tmp_path / "cache")
-        pickled = use(REPOSITORY, endpoint, tmp_path / "cache")
-    offline = use("someone/else", endpoint, tmp_path / "cache")
+        unknown, pickled = use(endpoint, tmp_path / "cache", "someone/else", REPOSITORY)
+    (offline,) = use(endpoint, tmp_path / "cache", "someone/else")
     assert unknown["error"] == "UnknownModel"
     assert "There is no model someone/else" in str(unknown["text"])
     assert pickled["error"] == "CheckpointError"

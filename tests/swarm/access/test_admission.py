@@ -205,7 +205,7 @@ async def test_silent_streams_of_a_stranger_keep_nobody_else_out(guarded: Guarde
     certificate = sign_certificate(someone("issuer"), peer("a"))
     assert await present(guarded.client("a"), peer("issuer"), [certificate]) == 42.0
     with pytest.raises(PeerDisconnected):
-        await silent[-1].read(1)
+        await silent[0].read(1)
     for stream in silent:
         await stream.close()
 

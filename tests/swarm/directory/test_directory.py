@@ -9,10 +9,16 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.proto import dht_pb2
 
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
+from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL
 from corolla.swarm.node import Node
+from corolla.swarm.transport.base import Stream
+from corolla.swarm.transport.libp2p import MAX_NEAREST, Libp2pTransport, SmallCall, only_who_is_near
 from corolla.wire.messages import PROTOCOL_NAME
 
 
@@ -164,25 +170,21 @@ async def test_a_peer_announces_itself_only() -> None:
         await first.close()
 
 
-async def test_a_stranger_s_record_does_not_hide_the_good_ones() -> None:
-    """Another peer of the DHT, that has left its own checks out, stores what it likes."""
-    from corolla.swarm.directory.dht_records import RecordValidator
-
+async def test_a_stranger_s_records_do_not_hide_the_good_ones() -> None:
+    """Another peer of the DHT stores what it likes, where hivemind would take it and where a directory is kept."""
     first = await Node.create()
-    stranger = await Node.create(initial_peers=await first.join_addresses())
+    stranger = await Libp2pTransport.create(initial_peers=await first.join_addresses())
+    node = await DHTNode.create(p2p=stranger.p2p, initial_peers=await first.join_addresses())
     try:
         good = record(first.peer_id)
         await first.directory.announce(good, 60)
-        node = stranger.directory._node  # type: ignore[attr-defined]
-
-        class Anything(RecordValidator):
-            def validate(self, record: object) -> bool:
-                return True
-
-        node.protocol.record_validator = Anything()
-        place = f"{first.peer_id}/m"
-        for subkey, value in [("b/m", b"junk"), (None, b"junk"), (place, b"junk"), (place, b"x" * 100_000)]:
-            await node.store(f"{PROTOCOL_NAME}/model/m", value, time.time() + 800, subkey=subkey)
+        key = f"{PROTOCOL_NAME}/model/m"
+        assert not await node.store(key, b"junk", time.time() + 800, subkey="b/m", exclude_self=True)
+        assert len(first.directory._node.protocol.storage) == 0  # type: ignore[attr-defined]
+        node.protocol.storage.store(
+            DHTID.generate(key), b"junk", time.time() + 800
+        )  # so it says it has found it
+        await stranger.serve(DIRECTORY_PROTOCOL, junk)
         assert await first.directory.servers("m") == [good]
         client = await Node.create(initial_peers=await first.join_addresses(), client_only=True)
         try:
@@ -190,5 +192,31 @@ async def test_a_stranger_s_record_does_not_hide_the_good_ones() -> None:
         finally:
             await client.close()
     finally:
+        await node.shutdown()
         await stranger.close()
         await first.close()
+
+
+async def junk(stream: Stream) -> None:
+    """A peer that answers for the directory whatever comes to its mind."""
+    await stream.write([b"\xff" * 100])
+
+
+@pytest.mark.parametrize("found", [dht_pb2.FOUND_DICTIONARY, dht_pb2.FOUND_REGULAR])
+def test_hivemind_gets_nothing_to_decode_that_a_peer_says_is_stored(found: int) -> None:
+    """Values nest as deep as their sender likes, and hivemind would decode them in the loop that answers."""
+    many = [b"x" * 20] * 10_000
+    result = dht_pb2.FindResult(
+        type=found, value=b"\x91" * 10_000, nearest_node_ids=many, nearest_peer_ids=many
+    )
+    cleaned = only_who_is_near(dht_pb2.FindResponse(results=[result]))
+    assert cleaned.results[0].type == dht_pb2.NOT_FOUND
+    assert cleaned.results[0].value == b""
+    assert len(cleaned.results[0].nearest_node_ids) == len(cleaned.results[0].nearest_peer_ids) == MAX_NEAREST
+
+
+def test_a_large_argument_of_a_call_is_not_parsed() -> None:
+    request = dht_pb2.FindRequest(keys=[b"k" * 20] * 64)
+    assert SmallCall(dht_pb2.FindRequest).FromString(request.SerializeToString()) == request
+    with pytest.raises(ValueError, match="too large"):
+        SmallCall(dht_pb2.FindRequest).FromString(b"\xff" * 2**20)  # would be no request either

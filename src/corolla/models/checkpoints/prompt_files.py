@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, CheckpointError
 from corolla.files import write_atomically, write_json
-from corolla.json_files import parse_object
+from corolla.json_files import load_object
 from corolla.models.checkpoints.source import read_json
 from corolla.models.prompts import SoftPrompt
 
@@ -136,7 +136,7 @@ def read_prompt_info(folder: Path) -> dict[str, Any]:
     """The content of `prompt.json`. Raises `BundleError`."""
     path = folder / PROMPT_FILE
     try:
-        about: dict[str, Any] = parse_object(path.read_bytes())
+        about: dict[str, Any] = load_object(path)
         kinds = {
             "model": str,
             "identity": str,

@@ -1,20 +1,19 @@
 """How a peer comes in: the small protocol in which it presents itself, and the gate that it passes.
 
 Invariant: this protocol is the only thing that a guarded peer speaks with strangers. One request and one answer
-a stream, each of at most `MAX_BYTES`; streams of one peer and of all are few, and none lasts longer than
-`SECONDS`. A stream that the gate refuses is told so before anything of it is read.
+a stream, each of at most `MAX_BYTES`; no stream lasts longer than `SECONDS`, and of those whose request is awaited
+few are one peer's, few there are in all, and the newest are let in. A stream that the gate refuses is told so before
+anything of it is read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 from cachetools import TTLCache
@@ -30,6 +29,7 @@ from corolla.errors import (
 from corolla.swarm.access.invitations import MAX_TOKEN_BYTES, check_certificate, read_invitation
 from corolla.swarm.access.membership import Issuer, Membership, keep_certificate, read_certificates
 from corolla.swarm.channel import PIECE, Channel
+from corolla.swarm.short_messages import Lobby, receive_short, send_short
 from corolla.swarm.transport.base import Stream, StreamHandler, Transport
 from corolla.text import get_logger, one_line
 from corolla.wire.frames import Packet
@@ -47,10 +47,6 @@ SWEEP_SECONDS = 1.0
 REFUSAL_SECONDS = 2.0
 AGAIN_SECONDS = 30.0  # after which a peer that refused us is asked again
 MAX_REFUSED = 4096  # that are remembered
-
-T = TypeVar("T")
-
-_LENGTH = struct.Struct(">I")
 
 Token = Annotated[str, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
 
@@ -97,24 +93,17 @@ class Reception:
         self._membership = membership
         self._issuer = issuer
         self._clock = clock
-        self._open: Counter[str] = Counter()
+        self._lobby = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
 
     async def handle(self, stream: Stream) -> None:
         """Answer one stream."""
-        peer = stream.peer_id
-        if self._open[peer] >= MAX_STREAMS_OF_A_PEER or self._open.total() >= MAX_STREAMS:
-            return
-        self._open[peer] += 1
         try:
             async with asyncio.timeout(SECONDS):
-                request = await _receive(stream, _requests)
-                await _send(stream, await self._answer(request, peer))
+                async with self._lobby.waits(stream):
+                    request = await receive_short(stream, _requests, MAX_BYTES)
+                await send_short(stream, await self._answer(request, stream.peer_id))
         except TimeoutError:
-            log.debug("Peer %s took too long to present itself", peer)
-        finally:
-            self._open[peer] -= 1
-            if not self._open[peer]:
-                del self._open[peer]
+            log.debug("Peer %s took too long to present itself", stream.peer_id)
 
     async def _answer(self, request: Hello | Redeem, peer: str) -> Welcome | Refused:
         try:
@@ -302,8 +291,8 @@ async def _ask(transport: Transport, peer_id: str, message: Hello | Redeem) -> W
     stream = await transport.open(peer_id, ADMISSION_PROTOCOL)
     try:
         async with asyncio.timeout(SECONDS):
-            await _send(stream, message)
-            answer: Welcome | Refused = await _receive(stream, _answers)
+            await send_short(stream, message)
+            answer: Welcome | Refused = await receive_short(stream, _answers, MAX_BYTES)
     except TimeoutError:
         raise PeerSilent(f"Peer {peer_id} was silent for {SECONDS:g} seconds.", peer_id=peer_id) from None
     finally:
@@ -311,18 +300,3 @@ async def _ask(transport: Transport, peer_id: str, message: Hello | Redeem) -> W
     if isinstance(answer, Refused):
         raise NotAdmitted(one_line(answer.reason, characters=512))
     return answer
-
-
-async def _send(stream: Stream, message: msgspec.Struct) -> None:
-    data = msgspec.msgpack.encode(message)
-    await stream.write([_LENGTH.pack(len(data)), data])
-
-
-async def _receive(stream: Stream, decoder: msgspec.msgpack.Decoder[T]) -> T:
-    (size,) = _LENGTH.unpack(await stream.read(_LENGTH.size))
-    if size > MAX_BYTES:
-        raise ProtocolError(f"A message of {size} bytes is too long.", field="size", peer_id=stream.peer_id)
-    try:
-        return decoder.decode(await stream.read(size))
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"A message is malformed: {error}.", peer_id=stream.peer_id) from error

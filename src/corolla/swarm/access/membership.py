@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from corolla.errors import NotAdmitted, UsageError
 from corolla.files import write_private
-from corolla.json_files import parse_object
+from corolla.json_files import load_object
 from corolla.swarm.access.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
 from corolla.swarm.transport.identity import Identity, is_peer_id
 from corolla.text import get_logger
@@ -172,7 +172,7 @@ def read_certificates(identity: Path) -> dict[str, str]:
     """The identity's certificates, by issuer. Raises `UsageError` for a damaged file."""
     path = beside(identity, "certificates")
     try:
-        return {issuer: str(one) for issuer, one in parse_object(path.read_bytes()).items()}
+        return {issuer: str(one) for issuer, one in load_object(path).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -227,7 +227,7 @@ class Issuer:
         if not self._path.exists():
             return {}
         try:
-            return msgspec.convert(parse_object(self._path.read_bytes()), dict[str, tuple[str, float, str]])
+            return msgspec.convert(load_object(self._path), dict[str, tuple[str, float, str]])
         except (ValueError, msgspec.ValidationError) as error:
             # Without it a used invitation could be used again: nothing is redeemed until somebody has looked.
             raise NotAdmitted(

@@ -1,11 +1,9 @@
-"""The directory over hivemind's Kademlia DHT, on the peer's own libp2p daemon.
+"""The directory over libp2p: hivemind's Kademlia finds the peers that keep it.
 
-Invariant: what is read was signed by the server that it is about, is not expired and not taken back
-(`dht_records.py`). Reads go to the network, never to a cache.
-
-Each record stands under two keys, one for its model and one for the map of all models. A record that is
-taken back is replaced by one marked `withdrawn`, since the DHT forgets nothing before it expires. All times
-are the swarm's: the clock of the peer that everybody joined through, as far as one knows.
+Those are the few peers nearest to the key of a model, and to the key of the map of all models, and besides them those
+that this peer joined through, which its user has chosen: whoever places himself near a key hides nobody. hivemind
+stores nothing and is believed nothing but who is near; how records travel is `keeping.py`'s. All times are the
+swarm's: the clock of the peer that everybody joined through, as far as one knows.
 """
 
 from __future__ import annotations
@@ -16,47 +14,53 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
 from corolla.errors import SwarmUnavailable
 from corolla.swarm.directory.addresses import join_multiaddr, peer_of
-from corolla.swarm.directory.dht_records import (
-    MAP_KEY,
-    Entry,
-    Ledger,
-    RecordValidator,
-    model_key,
-    read_entry,
-    sign_entry,
-    stored_until,
-    subkey_of,
-)
-from corolla.swarm.directory.directory import Directory, ServerRecord
+from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, REQUEST_SECONDS, Keeper, KeptDirectory
+from corolla.swarm.directory.records import Shelf, Verifier
 from corolla.swarm.transport.libp2p import Libp2pTransport
 from corolla.text import get_logger
+from corolla.wire.messages import PROTOCOL_NAME
 
 logger = get_logger(__name__)
 
-REQUEST_SECONDS = 3.0  # after which a DHT peer that does not answer is passed over
 REJOIN_SECONDS = 2.0
+LOOKUP_SECONDS = 2.0  # after which those count as nearest that are known already
+KEEPERS = 5  # of each key, besides those that one joined through
+MAX_KEYS_ASKED = 64  # in one request
 
 
 def _everybody(_peer_id: str) -> bool:
     return True
 
 
-class DHTDirectory(Directory):
-    """One peer's access to the DHT. Made by `create`, before the transport is closed ended by `close`."""
+class DHTDirectory(KeptDirectory):
+    """One peer's access to the directory. Made by `create`, before the transport is closed ended by `close`."""
 
     def __init__(
-        self, node: Any, transport: Libp2pTransport, peers: Sequence[str], clock: Callable[[], float]
+        self,
+        node: Any,
+        transport: Libp2pTransport,
+        peers: Sequence[str],
+        verifier: Verifier,
+        own: Shelf | None,
+        allowed: Callable[[str], bool],
     ) -> None:
+        super().__init__(
+            transport,
+            transport.identity,
+            self._nearest,
+            verifier,
+            own=own,
+            introduce=transport.calls.introduce,
+        )
         self._node = node
-        self._identity = transport.identity
         self._peers = peers  # base58 ids of those we joined through
-        self._clock = clock
-        self._expirations: dict[str, float] = {}
+        self._allowed = allowed
         self._rejoined = time.monotonic()
 
     @classmethod
@@ -69,20 +73,19 @@ class DHTDirectory(Directory):
         allowed: Callable[[str], bool] = _everybody,
         clock: Callable[[], float] = time.time,
     ) -> DHTDirectory:
-        """Join the DHT through peers that the transport already knows.
+        """Join through peers that the transport already knows.
 
-        With `client_only` this peer stores nothing for others. Only peers for which `allowed` is true are
-        answered, and only their records kept. `clock` tells the swarm's time. Raises `SwarmUnavailable` when
-        none of the initial peers takes part in a DHT of ours, or can reach this one.
+        With `client_only` this peer keeps nothing for others. Only peers for which `allowed` is true are
+        answered and asked, and only their records kept. `clock` tells the swarm's time. Raises `SwarmUnavailable` when
+        none of the initial peers takes part in a directory of ours, or can reach this one.
         """
         addresses = [join_multiaddr(address) for address in initial_peers]
-        validator = RecordValidator(clock)
-        transport.calls.takes = Ledger(validator, allowed, clock).takes
+        transport.calls.takes = lambda peer, request: allowed(peer) and _is_harmless(request)
+        verifier, own = Verifier(clock), None if client_only else Shelf(clock)
         node = await DHTNode.create(
             p2p=transport.p2p,
             initial_peers=addresses or None,
             client_mode=client_only,
-            record_validator=validator,
             wait_timeout=REQUEST_SECONDS,
             cache_locally=False,
             cache_nearest=0,
@@ -92,11 +95,13 @@ class DHTDirectory(Directory):
             # Else clocks that differ by three seconds are refused; whether we joined is checked below.
             ensure_bootstrap_success=False,
         )
-        directory = cls(node, transport, [peer_of(address) for address in addresses], clock)
+        directory = cls(node, transport, [peer_of(address) for address in addresses], verifier, own, allowed)
         try:
             await directory._check_joined(initial_peers)
+            if own is not None:
+                await transport.serve(DIRECTORY_PROTOCOL, Keeper(own, verifier, allowed).handle)
         except BaseException:
-            await node.shutdown()
+            await directory.close()
             raise
         return directory
 
@@ -128,49 +133,27 @@ class DHTDirectory(Directory):
             logger.debug("No answer from %s: %s", peer, error)
             return None
 
-    async def announce(self, record: ServerRecord, ttl: float) -> None:
-        await self._store(record, withdrawn=False, ttl=ttl)
-
-    async def withdraw(self, record: ServerRecord) -> None:
-        # Kept as long as the longest-lived record that it may have to outlive somewhere.
-        await self._store(record, withdrawn=True, ttl=0.0)
-
-    async def servers(self, model: str) -> list[ServerRecord]:
-        return await self._read(model_key(model))
-
-    async def all_servers(self) -> list[ServerRecord]:
-        return await self._read(MAP_KEY)
-
     async def close(self) -> None:
+        await super().close()
         if self._node.is_alive:
             await self._node.shutdown()
 
-    async def _store(self, record: ServerRecord, *, withdrawn: bool, ttl: float) -> None:
-        if self._identity is None or record.peer_id != self._identity.peer_id:
-            raise ValueError("A peer announces itself only, and a client nothing.")
+    async def _nearest(self, models: Sequence[str | None]) -> list[str]:
+        """The other peers that keep the records of these models."""
         await self._rejoin()
-        subkey = subkey_of(record)
-        # The DHT keeps whichever expires later: each of our records must outlive the one that it replaces.
-        expires = max(self._clock() + ttl, self._expirations.get(subkey, 0.0) + 0.001)
-        self._expirations[subkey] = expires
-        value = sign_entry(Entry(record, withdrawn, expires), self._identity)
-        stored = await self._node.store_many(
-            keys=[model_key(record.model), MAP_KEY],
-            subkeys=[subkey, subkey],
-            values=[value, value],
-            expiration_time=stored_until(expires),
-        )
-        if not all(stored.values()):
-            logger.warning("Not everybody took this peer's announcement; it is repeated with the next one.")
-
-    async def _read(self, key: str) -> list[ServerRecord]:
-        await self._rejoin()
-        found = await self._node.get(key, latest=True)
-        if found is None or not isinstance(found.value, dict):
-            return []
-        now = self._clock()
-        entries = [read_entry(found.value[subkey].value) for subkey in sorted(found.value, key=str)]
-        return [entry.record for entry in entries if not entry.withdrawn and entry.expires > now]
+        keys = [
+            DHTID.generate(f"{PROTOCOL_NAME}/{'servers' if one is None else f'model/{one}'}")
+            for one in models
+        ]
+        try:
+            async with asyncio.timeout(LOOKUP_SECONDS):
+                near = await self._node.find_nearest_nodes(keys, k_nearest=KEEPERS)
+        except TimeoutError:  # somebody on the way is mute
+            table = self._node.protocol.routing_table
+            near = {key: dict(table.get_nearest_neighbors(key, KEEPERS)) for key in keys}
+        found = [peer.to_base58() for nodes in near.values() for peer in nodes.values()]
+        others = [peer for peer in dict.fromkeys([*self._peers, *found]) if peer != self._transport.peer_id]
+        return [peer for peer in others if self._allowed(peer)]
 
     async def _rejoin(self) -> None:
         """Greet those we joined through again, if we lost them: they may have come back after a restart."""
@@ -180,3 +163,10 @@ class DHTDirectory(Directory):
             return
         self._rejoined = time.monotonic()
         await asyncio.gather(*(self._node.protocol.call_ping(peer) for peer in lost))
+
+
+def _is_harmless(request: Any) -> bool:
+    """Whether a call of a peer is one that costs little: hivemind keeps no records here."""
+    if isinstance(request, dht_pb2.FindRequest):
+        return len(request.keys) <= MAX_KEYS_ASKED
+    return not isinstance(request, dht_pb2.StoreRequest)

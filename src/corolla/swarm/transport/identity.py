@@ -8,7 +8,6 @@ comes with the key. Keys are RSA, as libp2p's daemon makes and reads them.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from pathlib import Path
 
 import base58
@@ -31,7 +30,8 @@ from corolla.text import get_logger
 log = get_logger(__name__)
 
 KEY_BITS = 2048
-MAX_KEY_BYTES = 1024  # of a public key: RSA with up to 4096 bits and some room
+PUBLIC_EXPONENT = 65537
+MAX_KEY_BYTES = 550  # of a public key: RSA with 4096 bits
 
 # libp2p wraps keys in protobuf: field 1, the kind (0: RSA); field 2, the key as DER with its length in front.
 _WRAPPED = b"\x08\x00\x12"
@@ -50,7 +50,7 @@ class Identity:
     @classmethod
     def generate(cls) -> Identity:
         """A new one."""
-        return cls(rsa.generate_private_key(public_exponent=65537, key_size=KEY_BITS))
+        return cls(rsa.generate_private_key(public_exponent=PUBLIC_EXPONENT, key_size=KEY_BITS))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Identity:
@@ -74,13 +74,14 @@ class Identity:
             data = path.read_bytes()
         except OSError as error:
             raise UsageError(f"The identity file {path} cannot be used: {error.strerror}.") from error
-        _tighten(path)
         try:
-            return cls.from_bytes(data)
+            identity = cls.from_bytes(data)
         except (ValueError, TypeError) as error:
             raise UsageError(
                 f"The file {path} is not a peer's identity; give a path that does not exist yet to have one made."
             ) from error
+        _tighten(path)
+        return identity
 
     def sign(self, data: bytes) -> bytes:
         """A signature of `data`."""
@@ -146,16 +147,16 @@ def load_public(public: bytes, peer_id: str) -> rsa.RSAPublicKey | None:
         key = load_der_public_key(public)
     except Exception:  # several kinds of a parser's errors
         return None
+    # A check takes as long as the exponent is long; libp2p's keys have one exponent.
     if not isinstance(key, rsa.RSAPublicKey) or not KEY_BITS <= key.key_size <= 2 * KEY_BITS:
         return None
-    return key
+    return key if key.public_numbers().e == PUBLIC_EXPONENT else None
 
 
-@lru_cache(maxsize=4096)  # records are read again every few seconds
 def is_signed_by(peer_id: str, public: bytes, data: bytes, signature: bytes) -> bool:
     """Whether the peer `peer_id`, whose key is `public`, signed `data`."""
     key = load_public(public, peer_id)
-    if key is None:
+    if key is None or len(signature) != (key.key_size + 7) // 8:
         return False
     try:
         key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())

@@ -1,6 +1,6 @@
 """Streams between peers over libp2p, by hivemind's daemon `p2pd`. Importing this module takes seconds.
 
-Invariant: hivemind is known here, in `swarm/directory/directory_dht.py` and in `swarm/directory/dht_records.py` only.
+Invariant: hivemind is known here and in `swarm/directory/directory_dht.py` only.
 The daemon and the folder with its sockets belong to the transport and end with it; what daemon and library log
 reaches our own logger at debug level and nobody's terminal.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
+from hivemind.proto import dht_pb2, p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -42,6 +42,8 @@ DEFAULT_LISTEN = ("127.0.0.1:0",)
 OPEN_SECONDS = 10.0  # a dial into the void takes libp2p minutes
 CLOSE_SECONDS = 1.0  # how long closing waits for a peer to take what was already written
 READ_BUFFER = 512 * 1024
+MAX_CALL_BYTES = 8192  # of a call's argument: the DHT's name some keys
+MAX_NEAREST = 20  # peers that one answer of the DHT may name
 
 _IN_OWN_SESSION = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -96,6 +98,19 @@ class Calls:
         return await self.introduce(peer)
 
 
+class SmallCall:
+    """Reads a call's argument as hivemind does, of the kind that is given, unless it is large."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def FromString(self, data: bytes) -> Any:
+        """The argument. Raises `ValueError`, before anything is parsed."""
+        if len(data) > MAX_CALL_BYTES:
+            raise ValueError("A call's argument is too large.")
+        return self._kind.FromString(data)
+
+
 def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]:
     """A `P2P` whose sockets lie in `runtime_dir`, whose daemon is left alone by Ctrl-C, with checked calls.
 
@@ -121,18 +136,28 @@ def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]
             command: list[str] = P2P._make_process_args(*args, **kwargs)
             return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
 
-        async def add_protobuf_handler(self, name: str, handler: Any, *args: Any, **kwargs: Any) -> None:
-            await super().add_protobuf_handler(name, calls.checked(handler), *args, **kwargs)
+        async def add_protobuf_handler(self, name: str, handler: Any, kind: Any, **kwargs: Any) -> None:
+            await super().add_protobuf_handler(name, calls.checked(handler), SmallCall(kind), **kwargs)
 
         async def call_protobuf_handler(self, peer_id: Any, *args: Any) -> Any:
             try:
-                return await super().call_protobuf_handler(peer_id, *args)
+                return only_who_is_near(await super().call_protobuf_handler(peer_id, *args))
             except P2PHandlerError as error:
                 if not await calls.introduced(peer_id.to_base58(), error):
                     raise
-            return await super().call_protobuf_handler(peer_id, *args)
+            return only_who_is_near(await super().call_protobuf_handler(peer_id, *args))
 
     return Daemon
+
+
+def only_who_is_near(answer: Any) -> Any:
+    """A peer's answer to a call, as far as it is wanted: who is near a key. What it says is stored there would be
+    decoded by hivemind, whatever it is."""
+    if isinstance(answer, dht_pb2.FindResponse):
+        for result in answer.results:
+            result.type, result.value = dht_pb2.NOT_FOUND, b""
+            del result.nearest_node_ids[MAX_NEAREST:], result.nearest_peer_ids[MAX_NEAREST:]
+    return answer
 
 
 class Libp2pStream(Stream):
