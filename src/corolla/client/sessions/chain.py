@@ -220,7 +220,7 @@ class SessionChain:
 
     async def _step(self, span: SpanSession, progress: Progress) -> Tensor:
         began = self._view.now()
-        message = self._message(progress.start)
+        message = Step(position=progress.start, reserve=self._reserved)
         output = await span.step(progress.value, message, progress.mask, progress.positions)
         tokens = int(output.shape[0] * output.shape[1])
         self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
@@ -232,9 +232,6 @@ class SessionChain:
         While there is no other, the cache of a busy server stays, and the step waits for it.
         """
         return span.channel is None or self._view.health.is_busy(span.hop.peer_id)
-
-    def _message(self, position: int) -> Step:
-        return Step(position=position, reserve=self._reserved)
 
     async def _mend(self, progress: Progress) -> tuple[SpanSession, Tensor]:
         """Have the step taken by a server that is up in the place of the span at `progress.done`; and its outputs.
@@ -280,9 +277,9 @@ class SessionChain:
         for start in range(0, hidden.shape[1], width):
             stop = min(start + width, hidden.shape[1])
             ids = positions[:, start:stop]
-            value = await span.step(
-                hidden[:, start:stop], self._message(start), None if mask is None else mask[:, :stop], ids
-            )
+            message = Step(position=start, reserve=self._reserved)
+            covered = None if mask is None else mask[:, :stop]
+            value = await span.step(hidden[:, start:stop], message, covered, ids)
             rest.append(value, ids)
             progress.replayed_up_to(stop)
 
