@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
-from corolla.client.health import EXCUSE_SECONDS, LONGEST_REST, MOST_EXCUSES
+from corolla.client.health import EXCUSE_SECONDS, LONGEST_REST, MOST_EXCUSES, Finding
 from corolla.client.records import REFRESH_SECONDS, SLOW_READ_SECONDS
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, PeerDisconnected, RequestRefused
@@ -206,3 +207,16 @@ async def test_a_server_that_is_always_busy_is_left_alone_however_short_a_time_i
     world = World("a", "b")
     await world.view.failed(RequestRefused("full", code="busy", retry_after=0.0, peer_id="a"))
     assert await world.peer() == "b"
+
+
+async def test_a_kind_in_which_only_liars_have_answered_binds_nobody() -> None:
+    world = World("liar", "honest")
+    world.directory.records[1] = msgspec.structs.replace(world.directory.records[1], dtype="float64")
+    view = world.view
+    assert await world.peer() == "liar"
+    world.answers("liar")
+    view.begun("float32", 0, 2)
+    await world.fails("liar")
+    assert await world.peer() == "liar"  # what was begun in float32 goes on in it
+    view.verdicts.condemn(Finding(Hop("liar", 0, 2), "step", 9.0, None))
+    assert await world.peer() == "honest"

@@ -53,6 +53,7 @@ class Race(Generic[T]):
         self._running: dict[asyncio.Future[T], tuple[Hop, float]] = {}  # and the moment when each was asked
         self._rounds, self._began = 0, 0.0  # how often more were asked, and when last
         self._error: RemoteError | None = None
+        self._notes: list[asyncio.Future[None]] = []
 
     async def run(self) -> tuple[Hop, T]:
         """Who did it first, and the result. Raises the last failure when all have failed.
@@ -65,9 +66,11 @@ class Race(Generic[T]):
             while self._running:
                 found = await self._next()
                 if found is not None:
-                    await self._leave_behind()
+                    self._leave_behind()
+                    await asyncio.sleep(0)  # it is noted before anybody is chosen again
                     return found
             assert self._error is not None
+            await asyncio.gather(*self._notes)
             raise self._error
         finally:
             for task in self._running:
@@ -84,7 +87,9 @@ class Race(Generic[T]):
             try:
                 return hop, task.result()
             except RemoteError as error:
-                await self._note(error)
+                if self._error is not None:
+                    self._note(self._error)
+                self._error = error
         if self._running and done:
             self._ask(len(done))
         elif not self._running or self._patience() == 0.0:
@@ -116,19 +121,18 @@ class Race(Generic[T]):
             return began + STAGGER_SECONDS
         return min(heard + STAGGER_SECONDS, asked + self._fair(hop))
 
-    async def _note(self, error: RemoteError) -> None:
-        if self._error is not None:
-            await self._failed(self._error)
-        self._error = error
+    def _note(self, error: RemoteError) -> None:
+        # In the background: it may take a while to present oneself to a peer that lets only members in.
+        self._notes.append(asyncio.ensure_future(self._failed(error)))
 
-    async def _leave_behind(self) -> None:
+    def _leave_behind(self) -> None:
         """Somebody has done the work: what others have not done by now is noted."""
         now = asyncio.get_running_loop().time()
         if self._error is not None:
-            await self._failed(self._error)
+            self._note(self._error)
         for hop, asked in self._running.values():
             if self._until(hop, asked, asked) <= now:
-                await self._failed(PeerSilent(f"{hop.peer_id} was overtaken.", peer_id=hop.peer_id))
+                self._note(PeerSilent(f"{hop.peer_id} was overtaken.", peer_id=hop.peer_id))
 
 
 def _forget(task: asyncio.Future[Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -135,24 +135,22 @@ class SwarmView:
             )
         return missing
 
-    def _find(self, start: int, end: int, *, without: Collection[str] = ()) -> list[Hop]:
-        return self._choose(find_route, start, end, None, without)[0]
+    def _find(self, start: int, end: int) -> list[Hop]:
+        return self._choose(find_route, start, end, None)[0]
 
     def _choose(
-        self,
-        choose: Callable[..., list[Hop]],
-        start: int,
-        end: int,
-        kind: str | None,
-        without: Collection[str] = (),
+        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None
     ) -> list[list[Hop]]:
         """What `choose` makes of those who are best asked, for each kind of arithmetic that may be begun with.
 
         Peers that failed lately may be back already, and are used where there are no others.
         """
+        condemned = set(self.verdicts.condemned)
+        if condemned and self.kind not in map(self.numerics_of, self.health.proven - condemned):
+            self.kind = None  # nobody but liars has ever answered in it
         avoided, resting, busy = self.health.now()
         avoided |= self.health.doubted()
-        resting |= set(self.verdicts.condemned).union(without)
+        resting |= condemned
         with contextlib.suppress(MissingBlocks):
             return self._choose_among(choose, start, end, kind, avoided | resting)
         try:
@@ -335,10 +333,10 @@ class SwarmView:
             remedy is Remedy.REPLAY and self.health.excused(peer)
         ):
             return
-        await self.channels.drop(peer)
         if remedy is Remedy.NEWER_RECORD:
             self.records.outdated()
         self.health.failed(peer, after, SILENCE_SECONDS if isinstance(error, PeerSilent) else 0.0)
+        await self.channels.drop(peer)
 
     async def _present_to(self, peer: str) -> None:
         """Have this client let in by a peer that refused it; where that fails, leave the peer alone for a while."""
