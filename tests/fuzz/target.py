@@ -127,7 +127,7 @@ class Target:
         server = self.world.server
 
         def read() -> list[Tensor]:
-            slots = [one.row.pages[0] * PAGE for one in server.bundles.values()]
+            slots = [one.row.tables[0].pages[0] * PAGE for one in server.bundles.values()]
             stores = server.pool._stores.values()
             return [side[slot : slot + 3].clone() for slot in slots for store in stores for side in store]
 

@@ -8,11 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from corolla.swarm.access.admission import ADMISSION_PROTOCOL, MAX_STREAMS, Reception, present, redeem
+from corolla.errors import RequestRefused
+from corolla.swarm.access.admission import (
+    ADMISSION_PROTOCOL,
+    MAX_STREAMS,
+    Gate,
+    Reception,
+    present,
+    redeem,
+)
 from corolla.swarm.access.invitations import check_certificate, sign_certificate, sign_invitation
 from corolla.swarm.access.membership import Issuer, Membership, PeerFile
+from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.base import Stream
 from corolla.swarm.transport.memory import MemoryNetwork
+from corolla.wire.frames import Packet
+from corolla.wire.messages import PROTOCOL_NAME, Ping
 from tests.strangers.crowd import identities
 
 ISSUER, MEMBER, NEW = identities(3)
@@ -51,3 +62,26 @@ async def test_half_open_streams_of_many_identities(tmp_path: Path, strangers: i
         for transport in crowd:
             await transport.close()
         await server.close()
+
+
+async def test_strangers_at_the_gate_keep_nobody_from_hearing_that_it_should_present_itself() -> None:
+    """They ask for nothing and stay; a member that the server has forgotten is told so all the same."""
+    network = MemoryNetwork()
+    server = network.transport(ISSUER.peer_id)
+    await server.serve(PROTOCOL_NAME, Gate(lambda _peer: False).guarded(_never))
+    crowd = [network.transport(f"stranger-{number}") for number in range(2 * MAX_STREAMS)]
+    held = [await stranger.open(ISSUER.peer_id, PROTOCOL_NAME) for stranger in crowd for _ in range(2)]
+    channel = Channel(
+        await network.transport(MEMBER.peer_id).open(ISSUER.peer_id, PROTOCOL_NAME), side="client"
+    )
+    with pytest.raises(RequestRefused) as refused:
+        await request(channel, Packet(Ping()))
+    assert refused.value.code == "not_allowed"
+    for stream in [*held, channel]:
+        await stream.close()
+    for transport in [*crowd, server]:
+        await transport.close()
+
+
+async def _never(_stream: Stream) -> None:
+    raise AssertionError("a stranger came in")

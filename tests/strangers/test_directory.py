@@ -106,20 +106,20 @@ def server_identity(node: Node) -> Identity:
     return identity
 
 
-@pytest.mark.parametrize("strangers", [500, pytest.param(20_000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("strangers", [500, pytest.param(5_000, marks=pytest.mark.nightly)])
 async def test_a_crowd_of_identities_with_records_as_large_as_they_may_be(strangers: int) -> None:
     """The honest server was there first, comes in their middle, or last: it is found, and so is the next."""
     keeper, first, second, third = identities(4)
     async with Swarm(keeper) as swarm:
-        await swarm.directory(first).announce(record_of(first), 60)
+        await swarm.directory(first).announce(record_of(first), 600)
         shelf = swarm.shelves[keeper.peer_id]
         crowd = list(identities(strangers + 4))[4:]
         for one in crowd[: strangers // 2]:
             shelf.put(*signed(one, model_name=WIDE))
-        assert await timed(swarm.directory(second).announce(record_of(second), 60)) < SECONDS
+        assert await timed(swarm.directory(second).announce(record_of(second), 600)) < SECONDS
         for one in crowd[strangers // 2 :]:
             shelf.put(*signed(one, model_name=WIDE))
-        assert await timed(swarm.directory(third).announce(record_of(third), 60)) < SECONDS
+        assert await timed(swarm.directory(third).announce(record_of(third), 600)) < SECONDS
         client = swarm.directory()
         async with Gaps() as gaps:
             assert await timed(client.servers(MODEL)) < SECONDS

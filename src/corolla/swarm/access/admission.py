@@ -146,14 +146,15 @@ class Gate:
     def __init__(self, allowed: Callable[[str], bool]) -> None:
         self.allowed = allowed
         self._open: dict[Stream, None] = {}
-        self._turning_away = 0
+        self._turned_away = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
 
     def guarded(self, handler: StreamHandler) -> StreamHandler:
         """The same handler, for members only; a stranger is told `not_allowed`."""
 
         async def handle(stream: Stream) -> None:
             if not self.allowed(stream.peer_id):
-                await self._turn_away(stream)
+                async with self._turned_away.waits(stream):
+                    await refuse(stream)
                 return
             self._open[stream] = None
             try:
@@ -162,15 +163,6 @@ class Gate:
                 del self._open[stream]
 
         return handle
-
-    async def _turn_away(self, stream: Stream) -> None:
-        if self._turning_away >= MAX_STREAMS:
-            return  # a flood of strangers is not answered at all
-        self._turning_away += 1
-        try:
-            await refuse(stream)
-        finally:
-            self._turning_away -= 1
 
     async def sweep(self) -> None:
         """End the streams of peers that are members no more."""

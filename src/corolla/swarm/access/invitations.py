@@ -103,13 +103,12 @@ def check_certificate(certificate: str, peer_id: str, issuers: Collection[str]) 
         raise NotAdmitted("The certificate is malformed.") from error
     if issuer not in issuers:
         raise NotAdmitted("The certificate is by an issuer that is not trusted here.")
+    if stated.get("sub") != peer_id:
+        raise NotAdmitted("The certificate is another peer's.")
     key = load_public(public, issuer)
     if key is None:
         raise NotAdmitted("The certificate's key is not its issuer's.")
-    claims = _checked(certificate, key, issuer, _CERTIFICATE)
-    if claims.get("sub") != peer_id:
-        raise NotAdmitted("The certificate is another peer's.")
-    return float(claims["exp"])
+    return float(_checked(certificate, key, issuer, _CERTIFICATE)["exp"])
 
 
 def _unproved(token: str) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Literal, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from cachetools import TTLCache
 
 from corolla.errors import (
-    CorollaError,
     PeerSilent,
     ProtocolError,
     RemoteError,
@@ -112,14 +111,16 @@ class Keeper:
         self._shelf = shelf
         self._verifier = verifier
         self._allowed = allowed
-        self._lobby = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
+        self._members = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
+        self._strangers = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
 
     async def handle(self, stream: Stream) -> None:
         """Answer one stream."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(KEEPER_SECONDS):
                 while True:
-                    async with self._lobby.waits(stream):
+                    lobby = self._members if self._allowed(stream.peer_id) else self._strangers
+                    async with lobby.waits(stream):
                         request = await receive_short(stream, _requests, _MAX_REQUEST)
                     await send_short(stream, await self._answer(request, stream.peer_id))
 
@@ -136,6 +137,10 @@ class Keeper:
         if entry is None or entry.record.peer_id != peer:
             return Refused("unfit")
         return Done() if self._shelf.put(entry, request.value) else Refused("full")
+
+
+class _Declined(RemoteError):
+    """A peer answered, and does not do what it was asked for."""
 
 
 class KeptDirectory(Directory):
@@ -190,18 +195,12 @@ class KeptDirectory(Directory):
         if self._own is not None:
             self._own.put(entry, value)
         keepers = await self._keepers([record.model, None])
-        taken = await asyncio.gather(*(self._put_to(peer, value) for peer in keepers))
-        if keepers and not any(taken):
+        if keepers and not await self._ask_all(keepers, lambda peer: self._put_to(peer, value)):
             logger.warning("Nobody took this peer's announcement; it is repeated with the next one.")
 
-    async def _put_to(self, peer: str, value: bytes) -> bool:
-        try:
-            async with self._stream(peer) as stream:
-                await self._ask(stream, Put(value), Done)
-        except CorollaError as error:
-            logger.debug("Peer %s did not take the announcement: %s", peer, error)
-            return False
-        return True
+    async def _put_to(self, peer: str, value: bytes) -> None:
+        async with self._stream(peer) as stream:
+            await self._ask(stream, Put(value), Done)
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -210,9 +209,10 @@ class KeptDirectory(Directory):
         if self._own is not None:
             await self._read_own(self._own, model, reading)
         keepers = await self._keepers([model])
-        answered = await self._read_from(keepers, model, reading)
+        answered = await self._ask_all(keepers, lambda peer: self._read_one(peer, model, reading))
         if answered and reading.missing:  # another had promised them, and failed
-            await self._read_from(answered, model, reading)
+            reading.unclaim()
+            await self._ask_all(answered, lambda peer: self._read_one(peer, model, reading))
         self._read_before[model] = read = reading.offered_entries()
         self.cut_short = reading.missing
         if keepers and not answered and not read and self._own is None:
@@ -226,24 +226,6 @@ class KeptDirectory(Directory):
         for page in reading.pages(names):
             await self._note(reading, page, own.values(page))
         reading.offer(names)
-
-    async def _read_from(self, peers: Sequence[str], model: str | None, reading: _Reading) -> list[str]:
-        """Read what these keep; gives those that answered. Whoever failed lately is asked, and not waited for."""
-        reading.unclaim()
-        tasks = {peer: asyncio.create_task(self._read_one(peer, model, reading)) for peer in peers}
-        awaited = [task for peer, task in tasks.items() if peer not in self._failed] or tasks.values()
-        if tasks:
-            await asyncio.wait(awaited, timeout=READ_SECONDS)
-        for task in tasks.values():
-            task.cancel()
-        outcomes = await asyncio.gather(*tasks.values(), return_exceptions=True)
-        for peer, outcome in zip(tasks, outcomes, strict=True):
-            if outcome is None:
-                self._failed.pop(peer, None)
-            else:
-                logger.debug("Peer %s did not answer for the directory: %r", peer, outcome)
-                self._failed[peer] = True
-        return [peer for peer in tasks if peer not in self._failed]
 
     async def _read_one(self, peer: str, model: str | None, reading: _Reading) -> None:
         async with self._stream(peer) as stream:
@@ -262,6 +244,30 @@ class KeptDirectory(Directory):
             if entry is None or name[:PLACE_BYTES] not in places:
                 raise ProtocolError("It sent something else than the records that it was asked for.")
             reading.note(name, entry)
+
+    # --- asking ------------------------------------------------------------------------------------------
+
+    async def _ask_all(
+        self, peers: Sequence[str], ask: Callable[[str], Coroutine[Any, Any, None]]
+    ) -> list[str]:
+        """Ask all of these at a time; gives those that answered. Whoever failed lately is not waited for."""
+        tasks = {peer: asyncio.create_task(ask(peer)) for peer in peers}
+        awaited = {peer: task for peer, task in tasks.items() if peer not in self._failed} or tasks
+        try:
+            if tasks:
+                await asyncio.wait(awaited.values(), timeout=READ_SECONDS)
+        finally:
+            for task in tasks.values():
+                task.cancel()
+        outcomes = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for peer, outcome in zip(tasks, outcomes, strict=True):
+            if outcome is None:
+                self._failed.pop(peer, None)
+            elif peer in awaited or not isinstance(outcome, asyncio.CancelledError):
+                logger.debug("Peer %s did not answer for the directory: %r", peer, outcome)
+                if not isinstance(outcome, _Declined):
+                    self._failed[peer] = True
+        return [peer for peer, outcome in zip(tasks, outcomes, strict=True) if outcome is None]
 
     @contextlib.asynccontextmanager
     async def _stream(self, peer: str) -> AsyncIterator[Stream]:
@@ -287,8 +293,9 @@ class KeptDirectory(Directory):
                 break
         if isinstance(answer, kind):
             return answer
-        reason = answer.reason if isinstance(answer, Refused) else "with another kind of answer"
-        raise RemoteError(f"It refused a request: {reason}.", peer_id=stream.peer_id)
+        if isinstance(answer, Refused):
+            raise _Declined(f"It refused a request: {answer.reason}.", peer_id=stream.peer_id)
+        raise ProtocolError("It gave another kind of answer.", peer_id=stream.peer_id)
 
 
 class _Reading:
