@@ -14,9 +14,12 @@ from corolla.cli.common import PeersOption
 from corolla.cli.members import MemberOption, client_identity
 from corolla.cli.terminal import console, say
 from corolla.errors import UsageError
+from corolla.text import get_logger
 
 if TYPE_CHECKING:
     from corolla.swarm.directory.directory import ServerRecord
+
+log = get_logger(__name__)
 
 
 def status(
@@ -44,7 +47,10 @@ async def fetch(peers: list[str], identity: Path | None = None) -> list[ServerRe
 
     node = await Node.create(initial_peers=peers, identity=identity, client_only=True)
     try:
-        return await node.directory.all_servers()
+        found = await node.directory.all_servers()
+        if node.directory.cut_short:
+            log.warning("The directory was cut short: there are more servers than these; ask again.")
+        return found
     finally:
         await node.close()
 
