@@ -22,11 +22,10 @@ from corolla.cli.common import (
     PeersOption,
     RevisionOption,
     TokenOption,
-    clean_text,
     quiet_libraries,
     typed,
 )
-from corolla.cli.fields import Fields, with_fields
+from corolla.cli.fields import Fields, clean_text, with_fields
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
