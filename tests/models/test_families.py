@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from corolla.errors import UnsupportedFamily
-from corolla.models.checks.forms import returns_tuple
+from corolla.models.checks.forms import values_returned
 from corolla.models.families import (
     block_key_pattern,
     blocks_prefix,
@@ -53,7 +53,7 @@ def test_whether_layers_return_tuples(family: str) -> None:
     block = model.get_submodule(blocks_prefix(config))[0]
     block.register_forward_hook(lambda _block, _arguments, output: outputs.append(output))
     model(torch.tensor([[3, 4, 5]]))
-    assert isinstance(outputs[0], tuple) == returns_tuple(config)
+    assert isinstance(outputs[0], tuple) == bool(values_returned(config))
 
 
 def test_slicing_a_config_cuts_its_lists() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
-from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.families import blocks_prefix
@@ -201,13 +201,13 @@ def test_cached_steps_rollback_and_reorder(whole: PreTrainedModel, checkpoint: C
     for at in range(10, 15):  # past every window of the sliding layers
         step(at, at + 1)
     for cache in caches:  # rollback, over what a sliding window would have dropped
-        crop_cache(cache, 6)
+        cache.truncate(6)
         assert cache.get_seq_length() == 6
     step(6, 9)
     step(9, 10)
     rows = torch.tensor([2, 0, 0, 1])  # reordered and one of them repeated, as beam search does
     for cache in caches:
-        select_rows(cache, rows)
+        cache.reorder_cache(rows)
     got = cached_steps(whole, spans, caches, ids[rows, 10:12], mask[rows, :12], 10)
     assert_close(got, expected[rows, 10:12])
 

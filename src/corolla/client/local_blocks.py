@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from corolla.client.sessions.span_session import History
 from corolla.errors import UsageError
-from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.kernels.apply import use_kernels
@@ -33,6 +34,11 @@ class LocalBlocks:
         """The first block that is not here."""
         return self._span.end
 
+    def new_cache(self, start: int, end: int) -> SpanCache:
+        """An empty one for blocks [start, end)."""
+        with self._lock:
+            return self._span.view(start, end).new_cache()
+
     def run(self, hidden: Tensor, call: BlocksCall, start: int, end: int, cache: SpanCache | None) -> Tensor:
         """Blocks [start, end) on hidden states [R, T, H]; differentiable in them and the deep prompts."""
         rows = int(hidden.shape[0])
@@ -50,7 +56,7 @@ class LocalSession:
     def __init__(self, blocks: LocalBlocks, start: int, end: int) -> None:
         self._blocks = blocks
         self._start, self._end = start, end
-        self._cache: SpanCache = SpanCache(start)
+        self._cache = blocks.new_cache(start, end)
         self.entered = History()
         self._order: Tensor | None = None
         self._lock = threading.Lock()
@@ -63,20 +69,35 @@ class LocalSession:
     def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """Run [R, T, H] on from `call.start`, forgetting what stood there."""
         with self._lock:
-            crop_cache(self._cache, call.start)
             self.entered.truncate(call.start)
-            if call.start == 0:
-                self._cache = SpanCache(self._start)
+            self._go_back(call.start)
             self._arrange(int(hidden.shape[0]))
+            if self._cache.get_seq_length() < call.start:
+                self._replay(call)
             self.entered.append(hidden.detach(), call.positions)
             return self._blocks.run(hidden, call, self._start, self._end, self._cache)
+
+    def _go_back(self, tokens: int) -> None:
+        """Keep the first `tokens` of what is cached, or nothing where the blocks cannot go back."""
+        if tokens and self._cache.reaches(tokens):
+            self._cache.truncate(tokens)
+        else:
+            self._cache = self._blocks.new_cache(self._start, self._end)
+
+    def _replay(self, call: BlocksCall) -> None:
+        """Compute anew what came before `call`."""
+        inputs = self.entered.inputs()
+        assert inputs is not None
+        mask = None if call.mask is None else call.mask[:, : call.start]
+        past = replace(call, mask=mask, positions=inputs[1])
+        self._blocks.run(inputs[0], past, self._start, self._end, self._cache)
 
     def _arrange(self, rows: int) -> None:
         """Bring the cached rows into order; one may become many (beams, samples)."""
         order, self._order = self._order, None
-        if not self._cache.get_seq_length():
+        if not self.entered.length:
             return
-        cached = int(self._cache.layers[0].keys.shape[0]) if order is None else len(order)
+        cached = self.entered.rows if order is None else len(order)
         if cached != rows:
             if rows % cached:
                 raise UsageError(
@@ -85,7 +106,8 @@ class LocalSession:
             repeat = torch.arange(cached).repeat_interleave(rows // cached)
             order = repeat if order is None else order[repeat]
         if order is not None:
-            select_rows(self._cache, order)
+            if self._cache.get_seq_length():
+                self._cache.reorder_cache(order)
             self.entered.select_rows(order)
 
     def begin_as(self, other: LocalSession, tokens: int) -> None:
@@ -94,11 +116,11 @@ class LocalSession:
             self._cache = copy.deepcopy(other._cache)
             self.entered = other.entered.copy(tokens)
             self._order = None if other._order is None else other._order.clone()
-        crop_cache(self._cache, tokens)
+        self._go_back(tokens)
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._cache = SpanCache(self._start)
+        self._cache = self._blocks.new_cache(self._start, self._end)
         self.entered = History()
 
 

@@ -103,6 +103,9 @@ class _OneGrowingLayer(Cache):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(layers=[])
 
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self.get_seq_length())
+
     def activate_past_recording(self) -> None:
         """Whatever was seen can be taken back, always."""
 

@@ -83,12 +83,27 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
         if "layer" in name and isinstance(value, list) and len(value) == depth:
             setattr(sliced, name, value[start:end])
     sliced.num_hidden_layers = end - start
+    _fix_computed(config, sliced, start, end)
     # What a checkpoint asks to be given besides hidden states is the whole model's to give.
     for option in INNER_OUTPUTS:
         if getattr(sliced, option, None):
             setattr(sliced, option, False)
     sliced.return_dict = True
     return sliced
+
+
+def _fix_computed(config: PretrainedConfig, sliced: PretrainedConfig, start: int, end: int) -> None:
+    """The same of lists that a family's config computes from a block's place in the whole model."""
+    lists: dict[str, list[Any]] = {}
+    for kind in type(config).__mro__:
+        for name, member in vars(kind).items():
+            if "layer" in name and isinstance(member, property):
+                value = getattr(config, name)
+                if isinstance(value, list) and len(value) == config.num_hidden_layers:
+                    lists[name] = value[start:end]
+    if any(getattr(sliced, name) != value for name, value in lists.items()):
+        kind = type(config)
+        sliced.__class__ = type(kind.__name__, (kind,), {**lists, "__module__": kind.__module__})
 
 
 def _inspect(config: PretrainedConfig) -> Structure:
@@ -129,11 +144,6 @@ def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         )
     found = mapping[type(config)]
     causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-    if getattr(causal_class, "_is_stateful", False):
-        raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be split: their blocks keep a state besides attention's "
-            "cache, which cannot be set back to an earlier token."
-        )
     return causal_class
 
 

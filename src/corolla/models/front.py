@@ -11,16 +11,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from corolla.errors import CheckpointError
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.forms import returns_tuple
-from corolla.models.families import Structure, structure
+from corolla.models.checks.forms import values_returned
+from corolla.models.families import structure
+from corolla.models.parts import front_class
 from corolla.models.prompts import SoftPrompt
-from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
+from corolla.models.shell import BaseModelHooks, BlocksLayer
 
 
 def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch.dtype) -> list[Tensor]:
@@ -35,7 +36,7 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
         entered.append(hidden[0])
         return hidden
 
-    model = _load_front(checkpoint, BlocksLayer(run, returns_tuple=returns_tuple(checkpoint.config)), dtype)
+    model = _load_front(checkpoint, BlocksLayer(run, returns=values_returned(checkpoint.config)), dtype)
     BaseModelHooks(model, prompts=lambda: begun[-1], caches=None)
     for prompt in prompts:
         begun.append(prompt)
@@ -47,7 +48,7 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
 def _load_front(checkpoint: Checkpoint, blocks: BlocksLayer, dtype: torch.dtype) -> PreTrainedModel:
     """The model that runs the blocks, without them."""
     found = structure(checkpoint.config)
-    front = _front_class(found, blocks)
+    front = front_class(found, blocks)
     with torch.device("meta"):
         names = set(front(copy.deepcopy(checkpoint.config)).state_dict())
     inner = found.prefix.removeprefix(found.optional_prefix).removesuffix(found.blocks)
@@ -64,18 +65,3 @@ def _load_front(checkpoint: Checkpoint, blocks: BlocksLayer, dtype: torch.dtype)
         )
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
-
-
-def _front_class(found: Structure, blocks: BlocksLayer) -> type[PreTrainedModel]:
-    """The family's model class with `blocks` in the place of its blocks, as `span.py` makes a span's."""
-    holder = found.holder
-
-    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        holder.__init__(self, config)
-        embedding = self.get_input_embeddings()
-        for name, child in list(self.named_children()):
-            if child is embedding:
-                setattr(self, name, None)
-        replace_blocks(self, found.blocks, blocks)
-
-    return type(holder.__name__, (holder,), {"__init__": build, "__module__": holder.__module__})

@@ -54,10 +54,11 @@ _seen: ContextVar[list[Tensor] | None] = ContextVar("corolla_seen", default=None
 class BlocksLayer(nn.Module):
     """The one pseudo-layer; hands hidden states to `run` and gives the result in the family's form."""
 
-    def __init__(self, run: RunBlocks, *, returns_tuple: bool) -> None:
+    def __init__(self, run: RunBlocks, *, returns: int) -> None:
+        """`returns` is what `models/checks/forms.py: values_returned` says of the family."""
         super().__init__()
         self._run = run
-        self._returns_tuple = returns_tuple
+        self._returns = returns
         self._holder: weakref.ref[nn.Module] | None = None
         self._edge: tuple[Edge | None] | None = None  # None: not yet looked for
 
@@ -78,7 +79,9 @@ class BlocksLayer(nn.Module):
         if self._edge is None and holder is not None:
             self._edge = (edge_of(holder),)
 
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(
+        self, hidden_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> Tensor | tuple[Tensor | None, ...]:
         call = _call.get()
         if call is None:
             raise UsageError(
@@ -90,7 +93,7 @@ class BlocksLayer(nn.Module):
         if seen is not None:
             seen.append(hidden_states)
         output = self._run(hidden_states, call) if seen is None else hidden_states
-        return (output,) if self._returns_tuple else output
+        return (output, *[None] * (self._returns - 1)) if self._returns else output
 
     def _check_length(self, edge: Edge, hidden: Tensor, call: BlocksCall) -> None:
         rows, count = int(hidden.shape[0]), int(hidden.shape[1])
@@ -314,6 +317,7 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     holder: Any = model.get_submodule(path)
     setattr(holder, name, nn.ModuleList([layer]))
     layer.stand_in(holder)
+    holder._is_hf_initialized = True  # some families initialise their blocks with the model that runs them
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
+from corolla.models.parts import span_class
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
 
 _passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
@@ -105,6 +107,7 @@ class Span:
         self.packable = packable
         self._blocks = blocks
         self._cache_name = cache_argument(model.forward)
+        self._empty_cache = SpanCache(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
@@ -162,8 +165,37 @@ class Span:
         return Span(model, self._blocks, start, end, packable=self.packable)
 
     def new_cache(self) -> SpanCache:
-        """An empty attention cache for these blocks."""
-        return SpanCache(self.start)
+        """An empty cache for these blocks."""
+        return copy.deepcopy(self._empty_cache)
+
+    @cached_property
+    def _one_by_one(self) -> bool:
+        """Whether states are continued by one token at a time only, as some families' code does it."""
+        if self._empty_cache.keeps_everything:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, 5, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        cache = self.new_cache()
+        with torch.inference_mode():
+            whole = self.forward(hidden)
+            # The first pass is no continuation, and the second is the one in question.
+            self.forward(hidden[:, :2], cache=cache)
+            places = torch.arange(2, 5, device=self.device)[None]
+            arguments = {"use_cache": True, self._cache_name: cache, "position_ids": places}
+            found = self._run(hidden[:, 2:], [], arguments)
+        return not torch.allclose(found, whole[:, 2:], rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+
+    @cached_property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states."""
+        cache, sizes = self.new_cache(), []
+        probe = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            for _ in range(2):
+                self.forward(probe, cache=cache)
+                sizes.append(cache.nbytes)
+        token = sizes[1] - sizes[0]
+        return token, sizes[0] - token
 
     def forward(
         self,
@@ -182,6 +214,17 @@ class Span:
         Differentiable in `hidden` and `prompts`.
         """
         past = cache.get_seq_length() if cache is not None else 0
+        if cache is not None and past and hidden.shape[1] > 1 and self._one_by_one:
+            steps = []
+            for at in range(hidden.shape[1]):
+                seen = None if mask is None else mask[:, : past + at + 1]
+                place = None if positions is None else positions[:, at : at + 1]
+                one = hidden[:, at : at + 1]
+                steps.append(self.forward(one, mask=seen, positions=place, cache=cache, prompts=prompts))
+            return torch.cat(steps, dim=1)
+        if past and positions is None and (mask is None or not self._empty_cache.keeps_everything):
+            # Not every family's code counts what is cached; some others count the mask's ones.
+            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         arguments: dict[str, Any] = {"use_cache": cache is not None, self._cache_name: cache}
         if mask is not None:
             arguments["attention_mask"] = mask.to(torch.long)
@@ -192,7 +235,10 @@ class Span:
         )
         real = None if mask is None else mask.bool()[:, -hidden.shape[1] :].to(hidden.device)
         with padded(real):
-            return self._run(hidden, hooks, arguments)
+            output = self._run(hidden, hooks, arguments)
+        if cache is not None:
+            cache.record(hidden.shape[0], hidden.shape[1])
+        return output
 
     def forward_packed(
         self,
@@ -291,50 +337,6 @@ def load_span(
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
     model = _load_blocks(checkpoint, found, start, end, state, dtype)
     return Span(model.to(torch.device(device)), found.blocks, start, end, packable=packable)
-
-
-class _NoEmbedding(nn.Module):
-    """Stands in for an embedding, of positions mostly: adds nothing."""
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
-        return torch.zeros((), dtype=torch.long)
-
-
-class _Nothing(nn.Module):
-    """Stands in for another module with weights outside of the blocks: a norm, a projection."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first tensor that is no index, as it is."""
-        given = (*args, *kwargs.values())
-        return next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
-
-
-def span_class(found: Structure, start: int, end: int) -> type[PreTrainedModel]:
-    """The family's model class, built whole (on the meta device, by the loader) and then cut."""
-    holder = found.holder
-
-    def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        holder.__init__(self, config)
-        cut_to_blocks(self, found.blocks, start, end)
-
-    # The loader looks conversions of weights up by the class's name and refuses them to classes that are not
-    # transformers' own; so the class carries the family's name and module.
-    return type(holder.__name__, (holder,), {"__init__": build, "__module__": holder.__module__})
-
-
-def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> None:
-    """Keep blocks [start, end) of a family's model, and no other weights.
-
-    Modules without weights stay: they may make what the blocks are called with, such as rotary embeddings.
-    """
-    kept = getattr(model, blocks)[start:end]
-    for name, child in list(model.named_children()):
-        if name != blocks and any(True for _ in child.parameters()):
-            setattr(model, name, _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing())
-    setattr(model, blocks, nn.ModuleList(kept))
-    # Blocks keep the whole model's config, by which they know their own place; the model that runs them
-    # counts its blocks from 0.
-    model.config = slice_config(model.config, start, end)
 
 
 def _load_blocks(

@@ -17,6 +17,7 @@ from corolla.client.model import causal_lm, startcheck
 from corolla.client.model.causal_lm import distributed_class
 from corolla.client.model.startcheck import TESTED, check_generation
 from corolla.errors import UnsupportedFamily
+from corolla.models.attention.span_cache import SpanCache
 from corolla.models.families import structure
 
 
@@ -71,7 +72,7 @@ def test_a_client_that_misreads_its_blocks_is_refused(
     wrong: str, tuples: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gpt_neo's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
-    monkeypatch.setattr(causal_lm, "returns_tuple", lambda _config: tuples)
+    monkeypatch.setattr(causal_lm, "values_returned", lambda _config: int(tuples))
     right = "gpt_neo" if tuples else "llama"
     for family in (right, wrong):
         config = AutoConfig.for_model(family)
@@ -83,8 +84,8 @@ def test_a_client_that_misreads_its_blocks_is_refused(
 @pytest.mark.parametrize(
     ("place", "difference"),
     [
-        ((local_blocks, "crop_cache"), "session's second turn|rollback"),
-        ((local_blocks, "select_rows"), "with its rows exchanged"),
+        ((SpanCache, "truncate"), "session's second turn|rollback"),
+        ((SpanCache, "reorder_cache"), "with its rows exchanged"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],
 )

@@ -11,6 +11,7 @@ import torch
 from tests.tiny_models import FAMILIES, tiny_config
 from torch import Tensor
 from transformers import AutoConfig, OlmoForCausalLM
+from transformers.cache_utils import LinearAttentionLayer
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
@@ -88,10 +89,13 @@ def test_the_miniature_keeps_the_kinds_of_layers() -> None:
     assert miniature(AutoConfig.for_model("llama", num_key_value_heads=8)).num_key_value_heads == 1
 
 
-def test_families_whose_blocks_keep_another_state_are_refused() -> None:
-    with pytest.raises(UnsupportedFamily, match="keep a state besides attention's cache") as error:
-        check_family(AutoConfig.for_model("recurrent_gemma"))
-    assert "\n" not in str(error.value)
+def test_families_whose_blocks_keep_a_state_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("qwen3_next")
+    assert not check_family(config)
+    monkeypatch.setattr(selfcheck, "_passed", {})
+    monkeypatch.setattr(LinearAttentionLayer, "update_recurrent_state", lambda _self, states, *_more: states)
+    with pytest.raises(UnsupportedFamily, match="in cached steps"):
+        check_family(config)
 
 
 def test_families_that_cannot_be_split_at_all_are_refused() -> None:

@@ -106,7 +106,7 @@ async def test_nobody_writes_into_it(world: World) -> None:
     """Whatever sessions do in its columns, others find them as they were; and its pages stay."""
     held = await world.pages_held()
     pool, row = world.server.pool, world.server.bundles[NAME].row
-    before = await world.engine.submit(Kind.DECODE, lambda: _content(pool._stores, row.pages))
+    before = await world.engine.submit(Kind.DECODE, lambda: _content(pool._stores, row.tables[0].pages))
     for position in range(LENGTH + 1):
         channel = await world.connect()
         await request(channel, Packet(naming(NAME, rows=2)))
@@ -118,7 +118,7 @@ async def test_nobody_writes_into_it(world: World) -> None:
         await request(channel, Packet(Step(position=3), {"hidden": hidden, "rows": rows}))
         await channel.close()
     await world.all_streams_ended()
-    after = await world.engine.submit(Kind.DECODE, lambda: _content(pool._stores, row.pages))
+    after = await world.engine.submit(Kind.DECODE, lambda: _content(pool._stores, row.tables[0].pages))
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert len(before) == 2 * BLOCKS
     assert world.held == (0, 0, 0)

@@ -43,7 +43,7 @@ from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.forms import reads_flat_rows, returns_tuple
+from corolla.models.checks.forms import reads_flat_rows, values_returned
 from corolla.models.guard import watch_losses
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
@@ -109,7 +109,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers, connection.local)
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
-            layer = BlocksLayer(self._blocks.run, returns_tuple=returns_tuple(config))
+            layer = BlocksLayer(self._blocks.run, returns=values_returned(config))
             self.blocks_holder = (replace_blocks(self, families.blocks_prefix(config), layer),)
             caches = SessionCaches(self)
             BaseModelHooks(

@@ -80,7 +80,9 @@ def _first_difference(whole: Any, model: Any) -> str | None:
     row, more = ids[1:], ids[1:, :MORE]
     with model.inference_session() as session:
         first = model.generate(row, session=session, **_greedy())
-        second = model.generate(more, session=session, prompt_lookup_num_tokens=2, **_greedy())
+        # transformers does not speculate with models whose blocks keep a state.
+        ahead = {} if whole._is_stateful else {"prompt_lookup_num_tokens": 2}
+        second = model.generate(more, session=session, **ahead, **_greedy())
     if not _same(first, whole, row, torch.ones_like(row)):
         return "in a session"
     both = torch.cat([first.sequences, more], 1)

@@ -1,42 +1,90 @@
-"""The attention cache of one span.
+"""What a span's blocks keep of the sequences of one request: keys and values, and states of fixed size.
 
-Invariant: a cache keeps every position it was given, in every layer, sliding-window layers included (the
-window is applied by the mask). So any rollback is exact, at the price of memory for layers with a window.
+Invariant: keys and values of every position are kept, in every layer, sliding-window layers included (the window is
+applied by the mask), so they can be set back to any token. States (convolutions, recurrences) are those of the last
+token only: where there are some, a cache goes on from where it is or begins anew, and `reaches` says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
-    """Keys and values of blocks [first, …), addressed by the blocks' indices in the whole model."""
+    """Of blocks [start, end), addressed by the blocks' indices in the whole model."""
 
-    def __init__(self, first: int) -> None:
-        """Made without a config, so that all layers are plain growing ones."""
-        super().__init__()
-        self.first = first
+    def __init__(self, start: int, end: int, config: PretrainedConfig) -> None:
+        """`config` is the whole model's, by which the blocks are of different kinds."""
+        super().__init__(config=config)
+        self.layers: list[Any]
+        own = [_without_window(layer) for layer in self.layers[start:end]]
+        self.layers = [*(DynamicLayer() for _ in range(start)), *own]  # the former stay empty
+        self.rows = 0
+        self._length = 0
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append [R, heads, T, head_dim] to block `layer_idx` of the whole model; returns all so far."""
-        updated: tuple[Tensor, Tensor] = super().update(
-            key_states, value_states, layer_idx - self.first, *args, **kwargs
-        )
-        return updated
+    def record(self, rows: int, tokens: int) -> None:
+        """A pass over so many new tokens of so many rows is over."""
+        self.rows, self._length = rows, self._length + tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything that is kept."""
+        return sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the blocks have keys and values only, and none of them is ever forgotten."""
+        return all(map(_keeps_everything, self.layers))
+
+    def reaches(self, length: int) -> bool:
+        """Whether the cache can go on from its first `length` tokens."""
+        return not 0 < length < self._length or self.keeps_everything
+
+    def truncate(self, length: int) -> None:
+        """Forget what stands at position `length`, which is not 0, and behind."""
+        surplus = self._length - length
+        if surplus > 0:
+            self.crop(-surplus)
+            self._length = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
+        super().reorder_cache(beam_idx)
+        self.rows = len(beam_idx)
 
 
-def crop_cache(cache: SpanCache, length: int) -> None:
-    """Forget what stands at position `length` and behind; nothing happens when there is less."""
-    surplus = cache.get_seq_length() - length
-    if surplus > 0:
-        cache.crop(-surplus)
+def _without_window(layer: Any) -> Any:
+    """The same kind of layer, which forgets nothing."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicLayer()
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and isinstance(layer, DynamicSlidingWindowLayer):
+        return LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    return layer
 
 
-def select_rows(cache: SpanCache, rows: Tensor) -> None:
-    """Make row i continue what was row `rows[i]` (int64 [R'], R' may differ from the R cached so far)."""
-    cache.reorder_cache(rows)
+def _keeps_everything(layer: Any) -> bool:
+    return not isinstance(layer, LinearAttentionCacheLayerMixin | DynamicSlidingWindowLayer)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one)

@@ -13,38 +13,38 @@ from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.miniature import miniature, random_model, undisturbed
 from corolla.models.families import blocks_prefix, structure
 
-_tuples: dict[bytes, bool] = {}
+_returned: dict[bytes, int] = {}
 _flat_rows: dict[type[PretrainedConfig], bool] = {}
 
 
-def returns_tuple(config: PretrainedConfig) -> bool:
-    """Whether the family's blocks return a tuple (hidden states first), seen in a miniature at work.
+def values_returned(config: PretrainedConfig) -> int:
+    """How many values the family's blocks return in a tuple, hidden states first; 0 where they return these alone.
 
-    Once a process and config. Raises `UnsupportedFamily` when there is no miniature to look at.
+    Seen in a miniature at work, once a process and config. Raises `UnsupportedFamily` when there is none to look at.
     """
     found = structure(config)
     try:
         small = miniature(config)
         key = canonical_config(small.to_dict())
-        if key not in _tuples:
+        if key not in _returned:
             with undisturbed():
-                _tuples[key] = _look(found.causal_lm(small).eval(), blocks_prefix(config))
+                _returned[key] = _look(found.causal_lm(small).eval(), blocks_prefix(config))
     except Exception as error:  # whatever the family's own code makes of its miniature
         reason = " ".join(str(error).split())
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be used: a miniature of this one does not run "
             f"({type(error).__name__}: {reason:.120})."
         ) from error
-    return _tuples[key]
+    return _returned[key]
 
 
-def _look(model: nn.Module, blocks: str) -> bool:
+def _look(model: nn.Module, blocks: str) -> int:
     outputs: list[Any] = []
     block = model.get_submodule(blocks)[0]  # type: ignore[index]
     block.register_forward_hook(lambda _block, _arguments, output: outputs.append(output))
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4]]), use_cache=False)
-    return isinstance(outputs[0], tuple | list)
+    return len(outputs[0]) if isinstance(outputs[0], tuple | list) else 0
 
 
 def reads_flat_rows(config: PretrainedConfig) -> bool:

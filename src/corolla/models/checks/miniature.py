@@ -50,6 +50,32 @@ SMALL: dict[str, int] = {
     "kv_lora_rank": 32,
     "n_group": 1,
     "topk_group": 1,
+    "shared_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 48,
+    "router_hidden_size": 32,
+    "adapter_rank": 16,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 4,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "state_size": 16,
+    "n_groups": 2,
+    "time_step_rank": 8,
+    "mamba_chunk_size": 4,
+    "chunk_size": 4,
+}
+# Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
+RECURRENT = {
+    "mamba_n_heads": "mamba_d_head",
+    "mamba_num_heads": "mamba_head_dim",
+    "n_mamba_heads": "mamba_headdim",
 }
 # Of the kinds of rotary embeddings, those that change with the length of a sequence.
 BY_LENGTH = ("dynamic", "longrope")
@@ -77,9 +103,8 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     small = slice_config(config, first, first + min(LAYERS, config.num_hidden_layers))
     ratio = _heads_per_key(config)
     for name, size in SMALL.items():
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and not _is_computed(config, name):
-            setattr(small, name, size)
+        if _is_size(config, name):
+            setattr(small, name, min(size, getattr(config, name)) if name == "num_experts_per_tok" else size)
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
     for name in ("num_key_value_heads", "num_kv_heads"):
@@ -87,9 +112,15 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
             setattr(small, name, max(1, small.num_attention_heads // ratio))
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
     _fit_heads(config, small)
+    _fit_recurrent(config, small)
     _fit_rotary(config, small)
     small.dtype = torch.float32
     return small
+
+
+def _is_size(config: PretrainedConfig, name: str) -> bool:
+    value = getattr(config, name, None)
+    return isinstance(value, int) and not isinstance(value, bool) and not _is_computed(config, name)
 
 
 def _is_computed(config: PretrainedConfig, name: str) -> bool:
@@ -97,6 +128,8 @@ def _is_computed(config: PretrainedConfig, name: str) -> bool:
 
 
 def _heads_per_key(config: PretrainedConfig) -> int:
+    if not hasattr(config, "num_attention_heads"):
+        return 1
     keys = (
         getattr(config, "num_key_value_heads", None)
         or getattr(config, "num_kv_heads", None)
@@ -105,9 +138,23 @@ def _heads_per_key(config: PretrainedConfig) -> int:
     return max(1, int(config.num_attention_heads // keys))
 
 
+def _fit_recurrent(config: PretrainedConfig, small: PretrainedConfig) -> None:
+    inner = SMALL["hidden_size"] * int(
+        getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 1
+    )
+    for heads, width in RECURRENT.items():
+        if _is_size(config, heads):
+            setattr(small, heads, inner // 16)
+            setattr(small, width, 16)
+    if _is_size(config, "mamba_d_ssm"):
+        small.mamba_d_ssm = inner
+    if _is_size(config, "qk_head_dim"):
+        small.qk_head_dim = small.qk_nope_head_dim + small.qk_rope_head_dim
+
+
 def _most_varied_stretch(config: PretrainedConfig, length: int) -> int:
     """Where `length` layers start that change their kind most often, by `layer_types` if there are any."""
-    kinds = getattr(config, "layer_types", None)
+    kinds = vars(config).get("layer_types")  # those that are computed begin with the first layer
     if not kinds:
         return 0
 

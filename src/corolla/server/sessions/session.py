@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages
-from corolla.models.attention.span_cache import SpanCache, crop_cache, select_rows
+from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages, pages_for
+from corolla.models.attention.span_cache import SpanCache
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
@@ -117,7 +117,10 @@ class Session:
             chosen = self._chosen(order)
             kept = min(self.real_tokens(row, position) for row in set(chosen))
             common = common_pages([self.block_tables[row] for row in chosen], kept)
-        return max(self.pages, layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common))
+        pages = layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common)
+        return max(
+            self.pages, pages + rows * pages_for(self.span.cache_bytes[1] // bytes_per_token(self.span))
+        )
 
     def _chosen(self, order: Tensor | None) -> list[int]:
         """The cached rows that the next ones continue."""
@@ -141,8 +144,10 @@ class Session:
 
     def reaches(self, position: int, order: Tensor | None = None) -> bool:
         """Whether the cached rows in `order` can go on from column `position`: where blocks have a window, what lies
-        far behind it is given back."""
-        if not position or self.pool.layout.plain:
+        far behind it is given back; where they have a state, it is that of the last token."""
+        if not self.span.packable:
+            return self.plain.reaches(position)
+        if not position:
             return True
         chosen = [
             (self.block_tables[row], self.real_tokens(row, position)) for row in set(self._chosen(order))
@@ -208,11 +213,11 @@ class Session:
 
     def _rearrange_plain(self, position: int, order: Tensor | None) -> None:
         if order is not None and self.length:
-            select_rows(self.plain, order)
+            self.plain.reorder_cache(order)
         if position == 0:
             self.plain = self.span.new_cache()
         else:
-            crop_cache(self.plain, position)
+            self.plain.truncate(position)
 
     # --- its end ----------------------------------------------------------------------------------------
 
@@ -248,11 +253,10 @@ def default_capacity(span: Span, free_bytes: int, layout: Layout) -> int:
     return max(1, free_bytes // 2 // page_bytes)
 
 
+MOST_STATE_TOKENS = 256  # a sequence's states are never reckoned as more tokens than these
+
+
 def bytes_per_token(span: Span) -> int:
     """Memory that one token of one row takes in the caches of all blocks, measured on the span itself."""
-    cache = span.new_cache()
-    probe = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
-    with torch.inference_mode():
-        span.forward(probe, cache=cache)
-    total: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return max(1, total)
+    token, states = span.cache_bytes
+    return max(token, states // MOST_STATE_TOKENS, 1)

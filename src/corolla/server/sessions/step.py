@@ -124,7 +124,7 @@ class StepRequest(Request):
             )
         if not session.reaches(position, order):
             raise RequestRefused(
-                f"What blocks with a window need to go back to token {position} was given back; replay the session.",
+                f"What blocks need to go back to token {position} is not kept; replay the session.",
                 code="evicted",
                 field="position",
             )

@@ -1,0 +1,286 @@
+"""A tiny model of every family that transformers knows, by one rule, and what Corolla makes of it.
+
+    python -m tests.models.every_family [family …]
+
+tries them all, or those that are named, and writes docs/models.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tests.swarm_fixture import MemorySwarm
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from corolla.errors import UnsupportedFamily
+from corolla.models.checks.miniature import miniature, random_model
+from corolla.models.checks.selfcheck import check_family
+from corolla.models.families import structure
+
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+SECONDS = 240.0  # for one family
+LAYERS, TOKENS, PADDED = 5, 11, 3
+REPORT = Path(__file__).parents[2] / "docs" / "models.md"
+
+# Sizes whose ratios are no whole numbers where a family allows it; a window is shorter than what is tried.
+UNEQUAL: dict[str, int] = {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 80,
+    "ffn_dim": 80,
+    "ffn_hidden_size": 80,
+    "n_inner": 80,
+    "inner_hidden_size": 80,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+    "shared_intermediate_size": 56,
+    "moe_shared_expert_intermediate_size": 56,
+    "word_embed_proj_dim": 48,
+    "vocab_size": 96,
+    "num_local_experts": 5,
+    "num_experts": 5,
+    "n_routed_experts": 5,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "sliding_window": 6,
+    "attention_chunk_size": 6,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "index_n_heads": 16,
+    "index_head_dim": 24,
+    "index_topk": 5,
+    "linear_num_heads": 3,
+    "linear_head_dim": 12,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 12,
+    "mamba_d_ssm": 96,
+    "mamba_d_state": 14,
+    "ssm_state_size": 14,
+    "state_size": 14,
+    "n_groups": 2,
+    "time_step_rank": 6,
+    "mamba_chunk_size": 4,
+    "chunk_size": 4,
+    "rotary_dim": 4,
+}
+HYBRID = ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"]
+CONVOLVED = [kind.replace("linear_attention", "conv") for kind in HYBRID]
+# What a family's config does not have by itself, although every checkpoint of it does.
+GIVEN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"num_hidden_layers": 5, "layer_types": HYBRID},
+    "hunyuan_v1_dense": {"head_dim": 12},
+    "hunyuan_v1_moe": {"head_dim": 12},
+    "lfm2": {"num_hidden_layers": 5, "layer_types": CONVOLVED},
+    "lfm2_moe": {"num_hidden_layers": 5, "layer_types": CONVOLVED},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "ministral": {"head_dim": 12},
+    "nemotron": {"num_key_value_heads": 2},
+    "olmo": {"clip_qkv": 0.5},
+    "olmoe": {"clip_qkv": 0.5},
+}
+
+
+def tiny(family: str) -> PretrainedConfig:
+    """By one rule, or the miniature that Corolla itself makes where a family does not allow such ratios."""
+    config = AutoConfig.for_model(family, **GIVEN.get(family, {}))
+    for make in (_unequal, miniature):
+        try:
+            small = make(config)
+            with torch.no_grad():
+                structure(small).causal_lm(small)(torch.tensor([[3, 4]]), use_cache=False)
+            return small
+        except Exception:  # whatever the family's own code makes of such ratios
+            continue
+    return config
+
+
+def _unequal(config: PretrainedConfig) -> PretrainedConfig:
+    given = config.to_dict()
+    for name, size in UNEQUAL.items():
+        value = getattr(config, name, None)
+        known = config.attribute_map.get(name, name)
+        if isinstance(value, int) and not isinstance(value, bool) and known in given:
+            given[known] = min(size, value) if name == "num_experts_per_tok" else size
+    rotated = getattr(config, "qk_rope_head_dim", None)
+    if rotated is not None and getattr(config, "head_dim", None) == rotated and "head_dim" in given:
+        given["head_dim"] = UNEQUAL["qk_rope_head_dim"]
+    depth = config.num_hidden_layers
+    for name, value in given.items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:
+            kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
+            given[name] = list(islice(cycle(kinds), LAYERS))
+    given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS
+    given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
+    return type(config)(**given)
+
+
+def verdict(family: str) -> tuple[str, str]:
+    """What becomes of a tiny model: `exact`, `refused`, `wrong`, `traceback` or `hang`; and how or why."""
+    try:
+        with _limited(SECONDS), tempfile.TemporaryDirectory() as folder:
+            packed = check_family(tiny(family))
+            compare(tiny(family), Path(folder))
+            return "exact", "packed" if packed else "by request"
+    except UnsupportedFamily as error:
+        return "refused", str(error)
+    except _TooLong:
+        return "hang", f"no answer for {SECONDS:.0f} s"
+    except AssertionError as error:
+        return "wrong", str(error).strip().split("\n")[0]
+    except Exception as error:
+        return "traceback", f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+
+
+class _TooLong(BaseException):
+    """A family takes for ever."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    def ring(*_args: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- through a swarm, beside the local model --------------------------------------------------------------------
+
+
+def compare(config: PretrainedConfig, folder: Path) -> None:
+    """A random model of this config, cut in three uneven spans, with the local one. Raises `AssertionError`."""
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        whole: PreTrainedModel = random_model(structure(config).causal_lm, config)
+        ids = torch.randint(3, config.vocab_size, (2, TOKENS))
+    whole.save_pretrained(folder)
+    local = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    last = int(local.config.num_hidden_layers)
+    cuts = sorted({0, 1, min(3, last), last})
+    with MemorySwarm(folder, list(pairwise(cuts))) as swarm:
+        model = swarm.model()
+        for one in (model, local):
+            one.generation_config.eos_token_id = None  # no reply ends early
+        same_passes(model, local, ids)
+        same_replies(model, local, ids)
+
+
+def same_passes(model: Any, local: Any, ids: Tensor) -> None:
+    masks = torch.ones(3, *ids.shape, dtype=torch.long)
+    masks[1, 0, :PADDED] = 0
+    masks[2, 0, -PADDED:] = 0
+    for mask in masks:
+        with torch.no_grad():
+            found, wanted = (one(ids, attention_mask=mask, use_cache=False).logits for one in (model, local))
+        torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+    labels = ids.masked_fill(masks[2] == 0, -100)
+    gradients = []
+    for one in (model, local):
+        embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
+        loss = one(
+            inputs_embeds=embeddings.clone(), attention_mask=masks[2], labels=labels, use_cache=False
+        ).loss
+        gradients += torch.autograd.grad(loss, [embeddings])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def same_replies(model: Any, local: Any, ids: Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[0, :PADDED] = 0
+    for options in ({"num_beams": 1}, {"num_beams": 2}):
+        options |= {"max_new_tokens": 5, "do_sample": False}
+        found, wanted = (one.generate(ids, attention_mask=mask, **options) for one in (model, local))
+        assert torch.equal(found, wanted), "other tokens in a batch"
+    first, second = ids[1:, :5], ids[1:, 5:]
+    with model.inference_session(max_length=40) as session:
+        reply = model.generate(first, max_new_tokens=4, do_sample=False, session=session)
+        found = model.generate(second, max_new_tokens=4, do_sample=False, session=session)
+        whole = torch.cat([first, reply[:, -4:], second], 1)
+        wanted = _local_reply(local, whole)
+        assert torch.equal(found[:, -4:], wanted), "other tokens in a session's second turn"
+        session.position = 7
+        found = model.generate(second[:, :2], max_new_tokens=4, do_sample=False, session=session)
+    wanted = _local_reply(local, torch.cat([whole[:, :7], second[:, :2]], 1))
+    assert torch.equal(found[:, -4:], wanted), "other tokens after a rollback"
+
+
+def _local_reply(local: Any, ids: Tensor) -> Tensor:
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    reply: Tensor = local.generate(ids, **options)[:, -4:]
+    return reply
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+HEAD = """# Models
+
+What becomes of every family of causal models that transformers {release} knows, as `make nightly` found it with a
+tiny random model of each ({layers} layers in three uneven spans; head widths, experts and windows in unequal ratios):
+logits with padding on either side, gradients, a batch of greedy replies and of beams, a chat of two turns, and one
+that was set back. *Packed* families share a server's passes, others are computed request by request.
+
+| verdict | families |
+|---|---|
+{counts}
+
+| family | verdict | |
+|---|---|---|
+{rows}
+"""
+
+
+def report(verdicts: dict[str, tuple[str, str]]) -> str:
+    kinds = [how if kind == "exact" else kind for kind, how in verdicts.values()]
+    counts = [f"| {kind} | {kinds.count(kind)} |" for kind in sorted(set(kinds))]
+    rows = [f"| {family} | {kind} | {how} |" for family, (kind, how) in sorted(verdicts.items())]
+    return HEAD.format(
+        release=transformers.__version__, layers=LAYERS, counts="\n".join(counts), rows="\n".join(rows)
+    )
+
+
+def main(families: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    verdicts = {}
+    for family in families or FAMILIES:
+        verdicts[family] = verdict(family)
+        print(family, *verdicts[family], flush=True)
+    if not families:
+        REPORT.write_text(report(verdicts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,46 @@
+"""Every family of transformers is exact through a swarm, or refused in one sentence before it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.models.every_family import FAMILIES, compare, tiny, verdict
+
+from corolla.errors import UnsupportedFamily
+from corolla.models.checks.selfcheck import check_family
+
+# Blocks that return tuples, norms without weights, positions that are added before the blocks, alibi, heads whose
+# keys and values are of unlike widths, projections that are clipped in place; convolutions, recurrences that go on by
+# one token at a time only, blocks with both, a choice of tokens that is cached.
+EXACT = (
+    "gptj", "codegen", "olmo", "nanochat", "mpt", "gpt_neox_japanese", "biogpt", "deepseek_v3", "lfm2", "jamba",
+    "falcon_h1", "qwen3_next", "deepseek_v32"
+)  # fmt: skip
+REFUSED = {
+    "bert": "what runs their blocks is not a model",
+    "doge": "without the padding that it was given",
+    "dots3_note": "not causal language models",
+    "xlm": "not one list of layers",
+}
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_a_family_is_exact(family: str, tmp_path: Path) -> None:
+    compare(tiny(family), tmp_path)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_is_refused(family: str) -> None:
+    with pytest.raises(UnsupportedFamily, match=REFUSED[family]) as error:
+        check_family(tiny(family))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_all_are_exact_or_refused(family: str) -> None:
+    kind, how = verdict(family)
+    assert kind in ("exact", "refused"), how
+    assert "\n" not in how
