@@ -129,7 +129,7 @@ class Keeper:
         if not self._allowed(peer):
             return _TO_A_STRANGER
         if isinstance(request, List):
-            return Names(b"".join(self._shelf.names(request.model)))
+            return Names(self._shelf.names(request.model))
         if isinstance(request, Fetch):
             return Records(self._shelf.values(_split(request.names)))
         if self._verifier.waiting > MAX_WAITING or not self._shelf.may_put(peer):
@@ -223,7 +223,7 @@ class KeptDirectory(Directory):
         return reading.servers(model, self._verifier.clock())
 
     async def _read_own(self, own: Shelf, model: str | None, reading: _Reading) -> None:
-        names = own.names(model)
+        names = list(_split(own.names(model)))
         for page in reading.pages(names):
             await self._note(reading, page, own.values(page))
         reading.offer(names)
