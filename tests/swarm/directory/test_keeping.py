@@ -156,6 +156,20 @@ async def test_a_bad_keeper_hides_nothing(behaviour: object, monkeypatch: pytest
             assert await client.servers(MODEL) == [record_of(SERVER)]
 
 
+async def test_records_that_this_release_cannot_read_do_not_cost_the_others() -> None:
+    """A keeper of another release takes what this one does not, and a server chooses which."""
+    async with Swarm(KEEPER) as swarm:
+        await swarm.directory(SERVER).announce(record_of(SERVER), 60)
+        for one in CROWD[: PAGE + 5]:
+            entry, value = signed(one, dtype="float8")
+            swarm.shelves[KEEPER.peer_id].put(entry, value)
+        await swarm.directory(CROWD[-1]).announce(record_of(CROWD[-1]), 60)
+        client = swarm.directory()
+        for _ in range(2):
+            assert {one.peer_id for one in await client.servers(MODEL)} == {SERVER.peer_id, CROWD[-1].peer_id}
+            assert not client.cut_short
+
+
 async def test_a_reading_that_was_cut_short_says_so_and_the_next_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
