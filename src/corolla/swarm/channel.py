@@ -65,6 +65,10 @@ LEAST_PACE = 32 * 1024
 Admit = Callable[[int, int], RequestRefused | None]
 
 
+# What a client makes of a peer's sign of life so many seconds after it was asked; raises `PeerSilent` to give it up.
+Hear = Callable[[str, float], None]
+
+
 @dataclass(frozen=True)
 class TurnedAway(Packet):
     """A request whose tensors were not taken; the stream goes on once it is answered with the refusal."""
@@ -85,11 +89,12 @@ class Channel:
         heartbeat: float = HEARTBEAT_SECONDS,
         form: WireFormat = "compute",
         admit: Admit | None = None,
+        hear: Hear | None = None,
     ) -> None:
         """`form`: how a client's activations travel; a server answers in the form of the last request.
         `silence`: seconds that a piece may take in either direction, and a client waits for a sign of
         life; the default depends on the side. `heartbeat`: seconds between a server's signs of life.
-        `admit` is asked about every packet with tensors."""
+        `admit` is asked about every packet with tensors, `hear` is told of every sign of life."""
         self.stream = stream
         self.peer_id = stream.peer_id
         self.conversation = Conversation()
@@ -104,6 +109,7 @@ class Channel:
         self._receivable: Any = ClientMessage if self._server else ServerMessage
         self._sending = asyncio.Lock()
         self._usable = True
+        self.hear = hear
 
     async def send(self, packet: Packet) -> None:
         """Send one packet.
@@ -280,10 +286,14 @@ def checked(reply: Packet, name: str, like: Tensor, peer: str) -> Tensor:
 
 
 async def _answer(channel: Channel) -> Packet:
+    clock = asyncio.get_running_loop().time
+    began = clock()
     while True:
         packet = await channel.receive(timeout=channel.silence)
         if not isinstance(packet.message, Alive):
             return packet
+        if channel.hear is not None:
+            channel.hear(channel.peer_id, clock() - began)
 
 
 def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
@@ -307,7 +317,11 @@ def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
 class ChannelPool:
     """Streams to peers that lie ready, with no request open on them. Used on one event loop."""
 
-    def __init__(self, transport: Transport, protocol: str, form: WireFormat) -> None:
+    def __init__(
+        self, transport: Transport, protocol: str, form: WireFormat, hear: Hear | None = None
+    ) -> None:
+        """`hear` is told of every sign of life."""
+        self._hear = hear
         self._transport = transport
         self._protocol = protocol
         self._form = form
@@ -317,7 +331,8 @@ class ChannelPool:
         """A stream to the peer. Raises `PeerUnreachable`."""
         if self._idle[peer]:
             return self._idle[peer].pop()
-        return Channel(await self._transport.open(peer, self._protocol), side="client", form=self._form)
+        stream = await self._transport.open(peer, self._protocol)
+        return Channel(stream, side="client", form=self._form, hear=self._hear)
 
     def give(self, channel: Channel) -> None:
         """Give a stream back after a complete exchange."""
