@@ -22,10 +22,11 @@ import torch
 import transformers
 from tests.swarm_fixture import MemorySwarm
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corolla.errors import UnsupportedFamily
+from corolla.models.checkpoints.names import text_part
 from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import structure
@@ -107,9 +108,32 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
+# Of the part of a model that looks at images, which is never used.
+VISION: dict[str, int] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": UNEQUAL["hidden_size"],
+}
+
+
 def tiny(family: str) -> PretrainedConfig:
     """By one rule, or the miniature that Corolla itself makes where a family does not allow such ratios."""
     config = AutoConfig.for_model(family, **GIVEN.get(family, {}))
+    text = text_part(config)
+    if text is config:
+        return _small(config)
+    vision = config.vision_config.to_dict()
+    vision |= {name: size for name, size in VISION.items() if name in vision}
+    return type(config)(text_config=_small(text).to_dict(), vision_config=vision)
+
+
+def _small(config: PretrainedConfig) -> PretrainedConfig:
     for make in (_unequal, miniature):
         try:
             small = make(config)
@@ -145,8 +169,9 @@ def verdict(family: str) -> tuple[str, str]:
     """What becomes of a tiny model: `exact`, `refused`, `wrong`, `traceback` or `hang`; and how or why."""
     try:
         with _limited(SECONDS), tempfile.TemporaryDirectory() as folder:
-            packed = check_family(tiny(family))
-            compare(tiny(family), Path(folder))
+            config = tiny(family)
+            packed = check_family(text_part(config))
+            compare(config, Path(folder))
             return "exact", "packed" if packed else "by request"
     except UnsupportedFamily as error:
         return "refused", str(error)
@@ -184,11 +209,13 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        whole: PreTrainedModel = random_model(structure(config).causal_lm, config)
-        ids = torch.randint(3, config.vocab_size, (2, TOKENS))
+        text = text_part(config)
+        loader = AutoModelForCausalLM if text is config else AutoModelForImageTextToText
+        whole = random_model(loader.from_config, config)
+        ids = torch.randint(3, text.vocab_size, (2, TOKENS))
     whole.save_pretrained(folder)
-    local = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    last = int(local.config.num_hidden_layers)
+    local = loader.from_pretrained(folder).eval().requires_grad_(False)
+    last = int(text.num_hidden_layers)
     cuts = sorted({0, 1, min(3, last), last})
     with MemorySwarm(folder, list(pairwise(cuts))) as swarm:
         model = swarm.model()

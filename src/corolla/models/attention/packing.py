@@ -192,7 +192,8 @@ class PackedBatch:
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+    turned = [part.transpose(1, 2) for part in parts]
+    return turned[0].contiguous() if len(turned) == 1 else torch.cat(turned, dim=1)
 
 
 def _attend_new(one: Stretch, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:

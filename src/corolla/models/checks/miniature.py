@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,7 +199,7 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
     small.rope_parameters = parts if nested else parts[""]
 
 
-def random_model(causal_lm: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def random_model(causal_lm: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """With every parameter drawn anew, from the generator's present state."""
     model = causal_lm(config)
     with torch.no_grad():
