@@ -13,32 +13,24 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.errors import RequestRefused
-from corolla.server.peers import Account
+from corolla.server.peers import Account, Holder
 
 RETRY_AFTER = 0.4
 REFUSALS = 3
 
 
 class Crowded(Account):
-    """Taken by somebody else until it has refused often enough."""
+    """Full until it has refused often enough."""
 
     def __init__(self) -> None:
-        super().__init__("places", 1, 1, RETRY_AFTER)
+        super().__init__("places", 10**9, retry_after=RETRY_AFTER)
         self.refused_at: list[float] = []
-        self.take("somebody else")
 
-    def take(self, peer: str, amount: int = 1) -> None:
-        try:
-            super().take(peer, min(amount, 1))
-        except RequestRefused:
+    def take(self, holder: Holder, amount: int = 1, wanted: int = 1) -> None:
+        if len(self.refused_at) < REFUSALS:
             self.refused_at.append(time.monotonic())
-            if len(self.refused_at) == REFUSALS:
-                self.give("somebody else")
-                self.total = self.each = 100
-            raise
-
-    def give(self, peer: str, amount: int = 1) -> None:
-        super().give(peer, min(amount, 1))
+            raise RequestRefused("All places are taken.", code="busy", retry_after=RETRY_AFTER)
+        super().take(holder, amount, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny("llama", tmp_path_factory.mktemp("busy"))
 
 
-@pytest.mark.parametrize("account", ["streams", "sessions", "requests"])
-def test_a_busy_server_is_asked_again_when_it_said(folder: Path, account: str) -> None:
+@pytest.mark.parametrize("account", ["streams", "in_flight"])
+def test_a_busy_server_is_asked_again_when_it_said(
+    folder: Path, account: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corolla.server.peers.SMALL_REQUEST", 0)
     with MemorySwarm(folder, [(0, 4)]) as swarm:
         (server,) = swarm.servers.values()
         crowded = Crowded()

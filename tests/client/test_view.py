@@ -6,12 +6,17 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
-from corolla.client.view import LONGEST_REST, REFRESH_SECONDS, SLOW_READ_SECONDS, SwarmView
+from corolla.client.health import EXCUSE_SECONDS, LONGEST_REST, MOST_EXCUSES, Finding
+from corolla.client.records import REFRESH_SECONDS, SLOW_READ_SECONDS
+from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, PeerDisconnected, RequestRefused
 from corolla.swarm.directory.directory import Directory, ServerRecord
+from corolla.swarm.directory.routing import Hop
 from corolla.swarm.transport.memory import MemoryNetwork
+from corolla.wire.messages import SILENCE_SECONDS
 
 
 class Slow(Directory):
@@ -71,12 +76,32 @@ class World:
         (hop,) = await self.view.route(0, 2)
         return hop.peer_id
 
+    def answers(self, peer: str) -> None:
+        self.view.answered(Hop(peer, 0, 2), 1, 0, 0.0)
+
     async def fails(self, peer: str) -> None:
         await self.view.failed(PeerDisconnected("gone", peer_id=peer))
 
 
+async def test_a_directory_that_was_cut_short_proves_nothing() -> None:
+    """Who was not named this time is used as before, and of blocks that nobody is named for nothing is said."""
+    world = World("a", "b")
+    assert await world.peer() == "a"
+    world.directory.cut_short = True
+    world.directory.records = [record("b", 100.0)]
+    world.now += REFRESH_SECONDS + 1
+    assert {one.peer_id for one in await world.view.usable()} == {"a", "b"}
+    nobody = World()
+    nobody.directory.cut_short = True
+    with pytest.raises(MissingBlocks, match="cut short") as missing:
+        await nobody.peer()
+    assert "nobody" not in str(missing.value)
+
+
 async def test_another_server_is_preferred_for_a_while() -> None:
     world = World("a", "b")
+    world.answers("a")
+    world.answers("b")
     assert await world.peer() == "a"
     await world.fails("a")
     assert await world.peer() == "b"
@@ -154,3 +179,59 @@ async def test_without_any_record_the_directory_is_waited_for() -> None:
     assert not found.done()
     world.directory.may.set()
     assert await found == "a"
+
+
+async def test_who_has_never_answered_is_avoided_for_longer_than_a_try_takes() -> None:
+    world = World("a", "b")
+    await world.fails("a")
+    assert await world.peer() == "b"
+    avoided = 0.0
+    while await world.peer() == "b":
+        world.now += 1.0
+        avoided += 1.0
+    assert avoided > 2 * SILENCE_SECONDS
+    await world.fails("a")
+    world.now += avoided + 1.0
+    assert await world.peer() == "b"  # twice as long the second time
+
+
+async def test_who_has_answered_before_is_preferred_to_who_says_that_it_is_faster() -> None:
+    world = World("fast", "slow")
+    world.answers("slow")
+    assert await world.peer() == "slow"
+
+
+async def test_an_excuse_is_believed_a_few_times() -> None:
+    world = World("a", "b")
+    for peer in ("a", "b"):
+        world.answers(peer)
+    evicted = RequestRefused("gone", code="evicted", peer_id="a")
+    for _ in range(MOST_EXCUSES):
+        await world.view.failed(evicted)
+        assert await world.peer() == "a"
+        world.answers("a")  # which does not make up for it
+    await world.view.failed(evicted)
+    assert await world.peer() == "b"
+    world.now += EXCUSE_SECONDS
+    world.answers("a")
+    await world.view.failed(evicted)
+    assert await world.peer() == "a"
+
+
+async def test_a_server_that_is_always_busy_is_left_alone_however_short_a_time_it_names() -> None:
+    world = World("a", "b")
+    await world.view.failed(RequestRefused("full", code="busy", retry_after=0.0, peer_id="a"))
+    assert await world.peer() == "b"
+
+
+async def test_a_kind_in_which_only_liars_have_answered_binds_nobody() -> None:
+    world = World("liar", "honest")
+    world.directory.records[1] = msgspec.structs.replace(world.directory.records[1], dtype="float64")
+    view = world.view
+    assert await world.peer() == "liar"
+    world.answers("liar")
+    view.begun("float32", 0, 2)
+    await world.fails("liar")
+    assert await world.peer() == "liar"  # what was begun in float32 goes on in it
+    view.verdicts.condemn(Finding(Hop("liar", 0, 2), "step", 9.0, None))
+    assert await world.peer() == "honest"

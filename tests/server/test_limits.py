@@ -22,7 +22,6 @@ from tests.server.world import (
     opening,
     packed,
     until,
-    until_waiting,
 )
 
 from corolla.config import NodeConfig, ServerConfig
@@ -31,8 +30,6 @@ from corolla.server.peers import MOST_LEASES, Account, Budgets, Lease, Leases, P
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.wire.messages import (
     PROTOCOL_NAME,
-    Closed,
-    CloseSession,
     Failure,
     Opened,
     Output,
@@ -71,34 +68,50 @@ async def refusal(client: RawClient, *message: Any, **tensors: torch.Tensor) -> 
 
 def taken(world: World) -> list[int]:
     limits = world.server.limits
-    return [one.taken for one in (limits.streams, limits.sessions, limits.requests, limits.in_flight)]
+    return [one.taken for one in (limits.streams, limits.in_flight)]
 
 
 # --- the account -------------------------------------------------------------------------------------------
 
 
+class Holding:
+    """Something of some peer, in use a moment ago."""
+
+    def __init__(self, peer: str, used: float = 0.0, idle_after: float | None = 5.0) -> None:
+        self.peer, self.last_used, self.idle_after = peer, used, idle_after
+        self.pages, self.evicted = 0, False
+
+    def let_go(self) -> None:
+        self.evicted = True
+
+
 def test_an_account_never_goes_above_its_total_or_a_share() -> None:
-    account = Account("things", 10, 6, retry_after=3.0)
-    account.take("a", 6)
-    with pytest.raises(RequestRefused, match="6 of the 6 things") as own:
-        account.take("a")
+    account = Account("things", 10, share=0.6, retry_after=3.0)
+    one, other, late = [Holding(peer, idle_after=None) for peer in "abc"]
+    account.take(one, 6)
+    with pytest.raises(RequestRefused, match="6 of the 10 things") as own:
+        account.take(one)
     assert (own.value.code, own.value.retry_after) == ("busy", 3.0)
-    account.take("b", 4)
+    account.take(other, 4)
     with pytest.raises(RequestRefused, match="All 10 things"):
-        account.take("c")
-    account.give("a", 6)
-    account.take("c", 6)
+        account.take(late)
+    account.give(one, 6)
+    account.take(late, 6)
     assert (account.taken, account.of("a"), account.of("b"), account.of("c")) == (10, 0, 4, 6)
+    account.give(late, 100)
+    account.give(late)
+    assert account.taken == 4
 
 
 def test_nothing_is_refused_for_ever() -> None:
     """More than a share, or than all there is, for whoever has nothing, when nobody has anything."""
-    account = Account("bytes", 10, 5, retry_after=1.0)
-    account.take("a", 50)
-    for peer in ("a", "b"):
+    account = Account("bytes", 10)
+    large = Holding("a", idle_after=None)
+    account.take(large, 50)
+    for holder in (large, Holding("b")):
         with pytest.raises(RequestRefused):
-            account.take(peer)
-    account.give("a", 50)
+            account.take(holder)
+    account.give(large, 50)
     assert account.taken == 0
 
 
@@ -166,44 +179,16 @@ async def test_streams_of_one_peer_and_of_all() -> None:
     async with served(streams=4) as world:
         streams = [await raw(world, peer) for peer in ("a", "a", "b", "c")]
         for one in streams:
-            assert isinstance((await one.ask(Ping())).message, ServerStatus)
-        for peer in ("a", "d"):
-            refused = await refusal(await raw(world, peer), Ping())
-            assert (refused.code, refused.retry_after) == ("busy", 5.0)
-        await streams[0].stream.close()
-        await until(lambda: taken(world)[0] == 3)
-        assert isinstance((await (await raw(world, "d")).ask(Ping())).message, ServerStatus)
-
-
-async def test_sessions_of_one_peer() -> None:
-    async with served(sessions=4) as world:
-        first, second, third = [await raw(world, "a") for _ in range(3)]
-        for one in (first, second):
-            assert (await one.ask(opening())).message == Opened()
-        refused = await refusal(third, opening())
+            assert (await one.ask(opening(tokens=1))).message == Opened()
+        refused = await refusal(await raw(world, "a"), Ping())
         assert (refused.code, refused.retry_after) == ("busy", 5.0)
-        assert (await (await raw(world, "b")).ask(opening())).message == Opened()
-        assert (await first.ask(CloseSession())).message == Closed()
-        assert (await third.ask(opening())).message == Opened()  # on the stream that was refused
-        assert len(world.server.sessions) == 3
-
-
-async def test_waiting_requests_of_one_peer() -> None:
-    async with served(requests=4) as world:
-        asked = [await raw(world, "a") for _ in range(3)]
-        other = await raw(world, "b")
-        async with Blocker(world.engine):
-            for one in asked[:2]:
-                await one.send(forward(), **packed(noise(1, 4, HIDDEN)))
-            await until_waiting(world, 2)
-            refused = await refusal(asked[2], forward(), **packed(noise(1, 4, HIDDEN)))
-            assert (refused.code, refused.retry_after) == ("busy", 1.0)
-            assert isinstance((await asked[2].ask(Ping())).message, ServerStatus)
-            await other.send(forward(), **packed(noise(1, 4, HIDDEN)))
-            await until_waiting(world, 3)
-        for one in (*asked[:2], other):
-            assert (await one.answer()).message == Output()
-        assert (await asked[2].ask(forward(), **packed(noise(1, 4, HIDDEN)))).message == Output()
+        late = await raw(world, "d")
+        assert isinstance((await late.ask(Ping())).message, ServerStatus)
+        with pytest.raises(PeerDisconnected):  # of the peer that has two
+            await streams[0].next()
+        assert (await late.ask(opening(tokens=1))).message == Opened()
+        assert (await refusal(await raw(world, "e"), Ping())).code == "busy"  # all have one, in use
+        assert taken(world)[0] == 4
 
 
 async def test_bytes_in_flight_are_refused_before_memory_is_taken() -> None:
@@ -214,18 +199,18 @@ async def test_bytes_in_flight_are_refused_before_memory_is_taken() -> None:
         first, second, third = await raw(world, "a"), await raw(world, "a"), await raw(world, "b")
         data = frame(forward(), **large)
         await first.stream.write([data[:-1]])  # all but the last byte
-        await until(lambda: taken(world)[3] > 0)
-        before = taken(world)[3]
+        await until(lambda: taken(world)[1] > 0)
+        before = taken(world)[1]
         refused = await refusal(second, forward(), **large)
         assert (refused.code, refused.retry_after) == ("busy", 1.0)
         assert (await second.ask(forward(), **packed(noise(1, 4, HIDDEN)))).message == Output()
         assert (await third.ask(forward(), **large)).message == Output()
-        await until(lambda: taken(world)[3] == before)
+        await until(lambda: taken(world)[1] == before)
         await first.stream.write([data[-1:]])
         assert (await first.answer()).message == Output()
-        await until(lambda: taken(world)[3] == 0)
+        await until(lambda: taken(world)[1] == 0)
         assert (await second.ask(forward(), **large)).message == Output()
-        await until(lambda: taken(world)[3] == 0)
+        await until(lambda: taken(world)[1] == 0)
 
 
 async def test_a_busy_step_leaves_its_session_as_it_was() -> None:
@@ -234,24 +219,12 @@ async def test_a_busy_step_leaves_its_session_as_it_was() -> None:
         first, second = await raw(world, "a"), await raw(world, "b")
         assert (await second.ask(opening(tokens=LARGE + 1))).message == Opened()
         await first.stream.write([frame(forward(), **packed(large))[:-1]])
-        await until(lambda: taken(world)[3] > 0)
+        await until(lambda: taken(world)[1] >= 2 * large.nbytes)
         assert (await refusal(second, Step(position=0), hidden=large)).code == "busy"
         assert (await second.ask(Step(position=0), hidden=noise(1, 3, HIDDEN))).message == Output()
 
 
 # --- shares of the cache and of leases ---------------------------------------------------------------------
-
-
-class Holding:
-    """Pages of some peer, in use a moment ago."""
-
-    def __init__(self, peer: str, used: float = 0.0) -> None:
-        self.peer, self.last_used = peer, used
-        self.pages, self.evicted = 0, False
-        self.idle_after: float | None = 5.0
-
-    def let_go(self) -> None:
-        assert self.evicted
 
 
 async def test_one_peer_may_have_the_whole_cache_until_another_comes() -> None:
@@ -272,12 +245,20 @@ async def test_nobody_is_driven_out_of_their_share(monkeypatch: pytest.MonkeyPat
         await budget.reserve(one, 5, "max_tokens")
     other = Holding("b")
     await budget.reserve(other, 10, "max_tokens")
-    for wanted in (Holding("b"), Holding("c")):
-        with pytest.raises(RequestRefused) as refused:
-            await budget.reserve(wanted, 2, "max_tokens")
-        assert refused.value.code == "busy"
-        assert refused.value.retry_after is not None
+    with pytest.raises(RequestRefused) as refused:
+        await budget.reserve(Holding("b"), 2, "max_tokens")
+    assert refused.value.code == "busy"
+    assert refused.value.retry_after is not None
     assert not any(one.evicted for one in (*first, other))
+
+
+async def test_two_peers_with_half_each_keep_no_third_one_out() -> None:
+    budget = CacheBudget(20, clock=lambda: 1.0)
+    held = [Holding(peer, used) for peer, used in (("a", 0.1), ("a", 0.2), ("b", 0.3), ("b", 0.4))]
+    for one in held:
+        await budget.reserve(one, 5, "max_tokens")
+    await budget.reserve(Holding("c"), 7, "max_tokens")
+    assert [one.evicted for one in held] == [True, False, True, False]
 
 
 async def test_work_at_hand_is_not_evicted_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +331,7 @@ async def test_a_slow_writer_is_given_up(begin: int) -> None:
         with pytest.raises(PeerDisconnected):
             await drip(slow, data[begin:])
         await world.all_streams_ended()
-        assert (world.held, taken(world)) == ((0, 0, 0), [0, 0, 0, 0])
+        assert (world.held, taken(world)) == ((0, 0, 0), [0, 0])
         await assert_serves_exactly(world)
 
 
@@ -360,7 +341,7 @@ async def test_a_slow_reader_is_given_up() -> None:
         slow = await world.raw()
         await slow.send(forward(), **packed(noise(100, 50, HIDDEN)))  # 1.3 MB
         await world.all_streams_ended()
-        assert (world.held, taken(world)) == ((0, 0, 0), [0, 0, 0, 0])
+        assert (world.held, taken(world)) == ((0, 0, 0), [0, 0])
         await assert_serves_exactly(world)
 
 
@@ -400,7 +381,7 @@ async def test_a_request_that_takes_longer_than_silence_may_is_not_silence() -> 
 
 @pytest.mark.parametrize("end", ["closed", "vanished"])
 async def test_a_thousand_sessions_opened_and_abandoned(end: str) -> None:
-    async with served(capacity=3000, streams=4000, sessions=4000) as world:
+    async with served(capacity=3000, streams=4000) as world:
         crowd = world.network.transport("crowd")
         clients = [RawClient(await crowd.open("server", PROTOCOL_NAME)) for _ in range(1000)]
         for client in clients:
@@ -411,7 +392,7 @@ async def test_a_thousand_sessions_opened_and_abandoned(end: str) -> None:
         else:
             world.network.kill("crowd")
         await world.all_streams_ended()
-        assert (world.held, taken(world)) == ((0, 0, 0), [0, 0, 0, 0])
+        assert (world.held, taken(world)) == ((0, 0, 0), [0, 0])
         await assert_serves_exactly(world)
 
 

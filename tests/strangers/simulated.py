@@ -17,7 +17,7 @@ from corolla.swarm.channel import Channel
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.transport.base import Stream
 from corolla.wire.frames import Packet
-from corolla.wire.messages import PROTOCOL_NAME, Alive, Failure
+from corolla.wire.messages import PROTOCOL_NAME, Alive, Failure, Opened
 from tests.reference import local_model, random_ids
 from tests.schedules.world import DTYPE, FOREVER, ServerPlan, SimulatedSwarm, checkpoint_of
 
@@ -50,6 +50,13 @@ def refusing(code: str, retry_after: float | None = None) -> Talk:
     return talk
 
 
+async def opens_only(channel: Channel) -> None:
+    """Opens a session, and says nothing more."""
+    await channel.receive(timeout=None)
+    await channel.send(Packet(Opened()))
+    await asyncio.Event().wait()
+
+
 class Strange:
     """Honest servers of four blocks in float64, strangers beside them, and a client's model over both."""
 
@@ -57,6 +64,7 @@ class Strange:
         self.checkpoint = checkpoint_of("llama", root)
         self.swarm = SimulatedSwarm(self.checkpoint, plans)
         self._patience = patience
+        self._clients = 0
         self.asked: dict[str, int] = {}  # streams that each stranger was sent
 
     def add(self, peer: str, talk: Talk | None, **record: Any) -> None:
@@ -93,7 +101,8 @@ class Strange:
 
     def connect(self) -> SwarmConnection:
         """A new client, which knows nobody yet."""
-        return self.swarm.connect("client", self._patience)
+        self._clients += 1
+        return self.swarm.connect(f"client-{self._clients}", self._patience)
 
     def model(self) -> Any:
         """A model over a new client's connection."""
@@ -108,6 +117,13 @@ class Strange:
         began = self.swarm.loop.time()
         check_reply(self.model(), self.checkpoint.name)
         return self.swarm.loop.time() - began
+
+    def train(self) -> None:
+        """A new client's first training pass, which must be right."""
+        ids = random_ids(2, 8, 3)
+        loss = self.model()(ids, labels=ids).loss
+        local = local_model(self.checkpoint.name, DTYPE)
+        torch.testing.assert_close(loss, local(ids, labels=ids).loss)
 
     def close(self) -> None:
         """End everything."""

@@ -214,6 +214,14 @@ def refuse(data: bytes | bytearray, field: str, allowed: Any = AnyMessage, limit
     return str(error.value)
 
 
+def test_what_an_error_says_of_a_peer_s_bytes_steers_no_terminal() -> None:
+    header = msgspec.msgpack.encode({"tensors": [], "message": {"type": "Ping", "\x1b[2J\u202e": 1}})
+    with pytest.raises(ProtocolError) as error:
+        parse_header(header, 0, ClientMessage)
+    assert error.value.field == "[2J"
+    assert "\x1b" not in str(error.value)
+
+
 def test_a_wrong_preamble() -> None:
     good = frame(Packet(Ping()))
     refuse(b"HTTP" + good[4:], "magic")

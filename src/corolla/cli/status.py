@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,9 +14,12 @@ from corolla.cli.common import PeersOption
 from corolla.cli.members import MemberOption, client_identity
 from corolla.cli.terminal import console, say
 from corolla.errors import UsageError
+from corolla.text import get_logger
 
 if TYPE_CHECKING:
     from corolla.swarm.directory.directory import ServerRecord
+
+log = get_logger(__name__)
 
 
 def status(
@@ -43,7 +47,10 @@ async def fetch(peers: list[str], identity: Path | None = None) -> list[ServerRe
 
     node = await Node.create(initial_peers=peers, identity=identity, client_only=True)
     try:
-        return await node.directory.all_servers()
+        found = await node.directory.all_servers()
+        if node.directory.cut_short:
+            log.warning("The directory was cut short: there are more servers than these; ask again.")
+        return found
     finally:
         await node.close()
 
@@ -52,20 +59,17 @@ def as_plain(records: list[ServerRecord]) -> dict[str, Any]:
     """The map as JSON: servers, and for each model the ranges that nobody serves."""
     import msgspec
 
-    from corolla.cli.swarm_map import missing_blocks
+    from corolla.cli.swarm_map import by_model, missing_blocks
 
-    models: dict[str, list[ServerRecord]] = {}
-    for record in records:
-        models.setdefault(record.model, []).append(record)
     return {
         "servers": [msgspec.to_builtins(record) for record in records],
         "models": [
             {
                 "model": model,
-                "name": group[0].model_name,
+                "name": mode(record.model_name for record in group),
                 "blocks": group[0].num_blocks,
                 "missing": missing_blocks(group),
             }
-            for model, group in models.items()
+            for model, group in by_model(records).items()
         ],
     }

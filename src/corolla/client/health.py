@@ -1,28 +1,41 @@
 """Which servers this client avoids, and why: what failed, is busy, is doubted, or was found lying.
 
 Invariant: peers that failed lately are used only where nobody else can be, and then after a rest that grows with each
-failure; a busy one is left alone as long as it asked for. A peer that answers is forgiven its failures, but not
-that it disagreed with another; one that was condemned is never routed to again by this client, and a finding ends
-one piece of work with a `LyingServer`, and every session that the peer had a part in.
+failure; a busy one is left alone as long as it asked for. What a peer says for itself counts a few times and no more.
+A peer that answers is forgiven its failures, but not that it disagreed with another; one that was condemned is never
+routed to again by this client, and a finding ends one piece of work with a `LyingServer`, and every session that the
+peer had a part in.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from corolla.errors import LyingServer
 from corolla.swarm.directory.routing import Hop
+from corolla.wire.messages import SILENCE_SECONDS
 
 FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
 LONGEST_AVOIDANCE = 60.0
+# The same of a peer that has never answered this client: longer than a try takes, so that tries never go round in a
+# circle of peers of which no one answers.
+STRANGERS_AVOIDANCE = 5 * SILENCE_SECONDS
+STRANGERS_LONGEST = 600.0
 FIRST_REST = 0.1  # seconds for which a peer is left alone after failing twice in a row; doubles likewise
 LONGEST_REST = 5.0
+LONGEST_WAIT = (
+    60.0  # seconds for a peer that shows signs of life, where others are; doubles with each failure
+)
 DOUBT_SECONDS = 600.0  # for which others are preferred to servers that disagree
 BUSY_SECONDS = 2.0  # how long a busy server is left alone that does not say how long
+SHORTEST_BUSY = 0.1
+# A refusal that is nobody's fault (the session was given up, say) is believed so often in so many seconds.
+MOST_EXCUSES = 3
+EXCUSE_SECONDS = 60.0
 
 Clock = Callable[[], float]  # seconds
 What = Literal["forward", "backward", "step"]
@@ -33,23 +46,40 @@ class Health:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.proven: set[str] = set()  # peers that have ever answered this client
         self._failures: dict[str, int] = defaultdict(int)  # in a row
+        self._excuses: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_EXCUSES))
         self._avoid_until: dict[str, float] = {}
         self._rest_until: dict[str, float] = {}
         self._busy_until: dict[str, float] = {}
         self._doubted_until: dict[str, float] = {}
 
-    def failed(self, peer: str, after: float | None) -> None:
+    def failed(self, peer: str, after: float | None = None, took: float = 0.0) -> None:
         """Prefer others for a while, longer each time in a row; for `after` seconds where the peer said so.
 
-        At first it may be asked again at once, should there be nobody else: it may be back already.
+        It `took` so many seconds to fail. At first it may be asked again at once, should there be nobody else: it may
+        be back already.
         """
         now, times = self._clock(), min(self._failures[peer], 10)  # before this one
         self._failures[peer] += 1
-        self._avoid_until[peer] = now + min(LONGEST_AVOIDANCE, FIRST_AVOIDANCE * 2**times)
+        first, longest = FIRST_AVOIDANCE, LONGEST_AVOIDANCE
+        if peer not in self.proven:
+            first, longest = STRANGERS_AVOIDANCE, STRANGERS_LONGEST
+        self._avoid_until[peer] = now + min(longest, max(first, 2 * took) * 2**times)
         self._rest_until[peer] = now + (min(LONGEST_REST, FIRST_REST * 2 ** (times - 1)) if times else 0.0)
         if after is not None:
             self.leave_alone(peer, after)
+
+    def longest_wait(self, peer: str) -> float:
+        """Seconds that the peer is waited for while it shows signs of life, though there are others."""
+        return LONGEST_WAIT * 2.0 ** min(self._failures[peer], 10)
+
+    def excused(self, peer: str) -> bool:
+        """Whether a refusal that blames nobody is believed once more."""
+        excuses, now = self._excuses[peer], self._clock()
+        often = len(excuses) == MOST_EXCUSES and now - excuses[0] < EXCUSE_SECONDS
+        excuses.append(now)
+        return not often
 
     def leave_alone(self, peer: str, seconds: float) -> None:
         """Do not ask the peer at all for so long."""
@@ -57,7 +87,8 @@ class Health:
 
     def busy(self, peer: str, after: float | None) -> None:
         """The same, without any blame, of one that is only busy."""
-        self._busy_until[peer] = self._clock() + (BUSY_SECONDS if after is None else after)
+        seconds = BUSY_SECONDS if after is None else max(SHORTEST_BUSY, after)
+        self._busy_until[peer] = self._clock() + seconds
 
     def doubt(self, peers: Iterable[str]) -> None:
         """Prefer others to these for a while: an audit could not tell which of them is right."""
@@ -66,6 +97,11 @@ class Health:
     def doubted(self) -> set[str]:
         """Peers that disagreed with others not long ago."""
         return self._still(self._doubted_until)
+
+    def answered(self, peer: str) -> None:
+        """The peer has done what it was asked; what was before is forgiven, but not its excuses."""
+        self.proven.add(peer)
+        self.forgive(peer)
 
     def forgive(self, peer: str) -> None:
         """Forget the peer's earlier failures."""

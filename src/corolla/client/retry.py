@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from corolla.client.view import SwarmView
 from corolla.errors import CorollaError, RemoteError, RequestRefused, SwarmUnavailable
 from corolla.text import get_logger
-from corolla.wire.failures import Remedy, meaning, remedy_of
+from corolla.wire.failures import Remedy, keeps_session, meaning, remedy_of
 from corolla.wire.messages import SILENCE_SECONDS
 
 log = get_logger(__name__)
@@ -115,7 +115,7 @@ class Retry:
                 except (RemoteError, SwarmUnavailable) as error:
                     call.look(done(), clock())
                     call.note(error)
-                    if _is_final(error) or call.suspicions > MOST_SUSPICIONS:
+                    if self._is_final(call, error):
                         raise
                     waited = clock() - call.since
                     if waited >= self._patience:
@@ -165,6 +165,18 @@ class Retry:
         if pause:
             await asyncio.sleep(min(pause, left))
 
+    def _is_final(self, call: _Call, error: CorollaError) -> bool:
+        """Whether repeating cannot help. What one server says is not believed where others can be asked.
+
+        But that it is too large, which leaves a session as it is, from one that has answered before.
+        """
+        if not isinstance(error, RequestRefused):
+            return isinstance(error, _GaveUp)
+        if meaning(error).final and keeps_session(error) and error.peer_id in self._view.health.proven:
+            return True
+        suspect = meaning(error).final or call.suspicions > MOST_SUSPICIONS
+        return suspect and not self._view.can_do_without(error.peer_id)
+
     def _pause(self, call: _Call, error: CorollaError) -> float:
         if isinstance(error, SwarmUnavailable):
             # No longer than until a server may be asked again, since it may be the only one.
@@ -192,7 +204,3 @@ def error_names_nobody(error: CorollaError) -> bool:
 def _give_up_message(call: _Call, waited: float, error: CorollaError) -> str:
     blamed = f" The last fault of a server was: {call.blamed}" if call.blamed not in ("", str(error)) else ""
     return f"Gave up on {call.what} after {waited:.0f} s: {error}{blamed}"
-
-
-def _is_final(error: CorollaError) -> bool:
-    return isinstance(error, _GaveUp) or (isinstance(error, RequestRefused) and meaning(error).final)

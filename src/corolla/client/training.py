@@ -211,24 +211,42 @@ class TrainingPass:
     async def _forward(self, micro: MicroBatch, hidden: Tensor, start: int, end: int) -> Tensor:
         """Take a micro-batch through blocks [start, end), noting each span's input in `micro.stages`."""
         value, block = hidden, start
-        route: list[Hop] = []
+        kind: str | None = None  # the arithmetic of what has been computed so far
+
+        async def one_span(hop: Hop, careful: bool) -> tuple[Stage, Tensor]:
+            if careful and value.shape[1] > 1:
+                await self._ask_little(hop, value)
+            lease = secrets.token_hex(16) if self._lend else None
+            message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
+            tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
+            reply = await self._exchange(hop, message, tensors)
+            output = checked(reply, "hidden", value, hop.peer_id)
+            self._show(Answer(hop, "forward", tensors, {"hidden": output}))
+            return Stage(hop, value, lease), output
 
         async def attempt() -> Tensor:
-            nonlocal value, block, route
+            nonlocal value, block, kind
+            if block > start and self._view.begins_anew(kind, block, start, end):
+                value, block, kind = hidden, start, None
+                micro.stages.clear()
             while block < end:
-                route = route or await self._view.route(block, end)
-                hop, route = route[0], []
-                lease = secrets.token_hex(16) if self._lend else None
-                message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
-                tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
-                reply = await self._exchange(hop, message, tensors)
-                output = checked(reply, "hidden", value, hop.peer_id)
-                self._show(Answer(hop, "forward", tensors, {"hidden": output}))
-                micro.stages.append(Stage(hop, value, lease))
-                value, block = output, hop.end
+                stage, value = await self._view.first(
+                    block, end, one_span, tokens=len(micro.places), kind=kind
+                )
+                micro.stages.append(stage)
+                block, kind = stage.hop.end, self._view.numerics_of(stage.hop.peer_id)
             return value
 
-        return await self._retry.run(attempt, what="a forward pass", done=lambda: block)
+        output = await self._retry.run(attempt, what="a forward pass", done=lambda: block)
+        self._view.begun(kind, start, end)
+        return output
+
+    async def _ask_little(self, hop: Hop, value: Tensor) -> None:
+        """Have a single token computed, to see whether anybody is there for more."""
+        tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
+        tensors |= {} if self._deep is None else {"prompts": self._deep[hop.start : hop.end, :1]}
+        message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
+        checked(await self._exchange(hop, message, tensors), "hidden", tensors["hidden"], hop.peer_id)
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)
@@ -295,10 +313,10 @@ class TrainingPass:
         )
 
     async def _reroute(self, micro: MicroBatch, stage: Stage) -> list[Stage]:
-        """Stages that replace a lost one; where the new spans are shorter, their inputs are computed again."""
+        """Stages that replace a lost one; their inputs are computed again, also to see who answers at all."""
         start, end = stage.hop.start, stage.hop.end
         route = await self._view.route(start, end)
-        if len(route) == 1:
+        if len(route) == 1 and route[0].peer_id in self._view.health.proven:
             return [Stage(route[0], stage.inputs, None)]
         detour = MicroBatch(micro.places, micro.lengths, micro.positions)
         await self._forward(detour, stage.inputs, start, end)

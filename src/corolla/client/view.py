@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 from corolla.client.health import Clock, Health, Verdicts
+from corolla.client.race import Race
+from corolla.client.records import Records
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
 from corolla.errors import (
     CorollaError,
     MissingBlocks,
     NotAdmitted,
+    PeerSilent,
     RemoteError,
     RequestRefused,
-    SwarmUnavailable,
 )
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
@@ -31,100 +35,25 @@ from corolla.swarm.directory.routing import (
     Hop,
     Paces,
     announced_seconds,
+    block_seconds,
     find_route,
+    first_hops,
     numerics_of,
+    uncovered,
 )
 from corolla.swarm.transport.base import Transport
-from corolla.text import get_logger, one_line
-from corolla.wire.failures import Remedy, meaning, remedy_of
-from corolla.wire.messages import PROTOCOL_NAME
+from corolla.wire.failures import Remedy, remedy_of
+from corolla.wire.messages import PROTOCOL_NAME, SILENCE_SECONDS
 
-log = get_logger(__name__)
+T = TypeVar("T")
 
-REFRESH_SECONDS = 10.0
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
-SLOW_READ_SECONDS = 0.5  # a directory that takes longer is not waited for where older records will do
-
-
-class Records:
-    """Who serves the model, as the directory last said."""
-
-    def __init__(
-        self,
-        directory: Directory,
-        model: str,
-        config: SwarmConfig,
-        clock: Clock,
-        moved: Callable[[str], None],
-    ) -> None:
-        """`moved` hears of a peer that has come back with other blocks."""
-        self.known: list[ServerRecord] = []
-        self.kinds: dict[str, str] = {}  # in what arithmetic each peer says that it computes
-        self.untrusted = 0  # servers of the model that the user has left out
-        self._directory = directory
-        self._model = model
-        self._allowed = None if config.trust is None else frozenset(config.trust)
-        self._blocked = frozenset(config.blocked)
-        self._clock = clock
-        self._moved = moved
-        self._refreshed = float("-inf")
-        self._reading: asyncio.Task[None] | None = None
-
-    def of(self, peer: str) -> ServerRecord | None:
-        """The peer's record; None for one that is not in the directory."""
-        return next((one for one in self.known if one.peer_id == peer), None)
-
-    def outdated(self) -> None:
-        """A server is not what its record says; there is a newer one, or there will be."""
-        self._refreshed = float("-inf")
-
-    async def renew(self) -> None:
-        """Read the directory if that was long ago. A slow one is waited for only while no record at all is known."""
-        if self._clock() - self._refreshed <= REFRESH_SECONDS:
-            return
-        if self._reading is None:
-            self._reading = asyncio.create_task(self.refresh())
-            self._reading.add_done_callback(self._read)
-            await asyncio.wait({self._reading}, timeout=SLOW_READ_SECONDS)
-        if not self.known and self._reading is not None:
-            await asyncio.shield(self._reading)
-
-    async def refresh(self) -> None:
-        """Ask the directory again.
-
-        Where it does not answer, or knows nothing any more, the records at hand stay: the servers may well be
-        there while the directory is not.
-        """
-        try:
-            found = await self._directory.servers(self._model)
-        except SwarmUnavailable as error:
-            if not self.known:
-                raise
-            log.info("The directory does not answer: %s", error)
-            found = []
-        records = [record for record in found if self._is_allowed(record.peer_id)]
-        self.untrusted = len(found) - len(records)
-        self._refreshed = self._clock()
-        if not records and self.known:
-            return
-        before = {record.peer_id: (record.start, record.end) for record in self.known}
-        for record in records:
-            if before.get(record.peer_id, (record.start, record.end)) != (record.start, record.end):
-                self._moved(record.peer_id)
-        self.known, self.kinds = records, {one.peer_id: one.numerics for one in records}
-
-    def _is_allowed(self, peer: str) -> bool:
-        return (self._allowed is None or peer in self._allowed) and peer not in self._blocked
-
-    def _read(self, task: asyncio.Task[None]) -> None:
-        self._reading = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.info("The directory could not be read: %s", error)
-
-    def close(self) -> None:
-        """Read no more."""
-        if self._reading is not None:
-            self._reading.cancel()
+CURIOUS_SECONDS = 60.0  # after which a stranger that says it is so many times faster is tried
+MUCH_FASTER = 1.5
+# How long a stranger may show signs of life before others are given its work as well: so much of what it announced.
+FAIR_FACTOR = 4.0
+LEAST_FAIR_SECONDS = 8.0
+MOST_FAIR_SECONDS = 120.0
 
 
 class SwarmView:
@@ -151,28 +80,35 @@ class SwarmView:
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
         self.records = Records(directory, model, config, self.now, self.health.forgive)
-        self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire)
+        self._heard: dict[str, float] = {}  # when each peer showed a sign of life last
+        self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self.heard)
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
         self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
-        self._mixed = config.mixed
-        self._numerics: str | None = None  # the arithmetic that was begun with
+        self._mixed, self._local_blocks = config.mixed, config.local_blocks
+        self.kind: str | None = None  # the arithmetic in which all blocks have answered; None until then
         self._introductions = introductions or Introductions(transport)
         self._shut_out: dict[str, float] = {}  # peers that refuse this client -> when it was last presented
         self._paces = Paces()
+        self._curious_at = 0.0  # when a stranger may be tried though others have answered
+        self._disappointed = 0  # how often in a row that came to nothing
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.
 
         Raises `MissingBlocks` when some are served by nobody, or only by peers that have just failed again.
         """
+        return await self._renewed(lambda: self._find(start, end))
+
+    async def _renewed(self, find: Callable[[], list[Hop]]) -> list[Hop]:
+        """What `find` finds in records that are new enough."""
         await self.records.renew()
         try:
-            return self._find(start, end)
+            return find()
         except MissingBlocks:
             await self.records.refresh()
         try:
-            return self._find(start, end)
+            return find()
         except MissingBlocks as missing:
             raise self._explained(missing) from missing
 
@@ -197,16 +133,34 @@ class SwarmView:
                 f"{self.records.untrusted} others, which your list leaves out.",
                 blocks=missing.blocks,
             )
+        if self.records.cut_short:
+            return MissingBlocks(
+                f"The swarm's directory was cut short; as far as it was read, no server is up for blocks {blocks} of "
+                f"{self.model_name}: wait, or try again.",
+                blocks=missing.blocks,
+            )
         return missing
 
     def _find(self, start: int, end: int) -> list[Hop]:
+        return self._choose(find_route, start, end, None)[0]
+
+    def _choose(
+        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None
+    ) -> list[list[Hop]]:
+        """What `choose` makes of those who are best asked, for each kind of arithmetic that may be begun with.
+
+        Peers that failed lately may be back already, and are used where there are no others.
+        """
+        condemned = set(self.verdicts.condemned)
+        if condemned and self.kind not in map(self.numerics_of, self.health.proven - condemned):
+            self.kind = None  # nobody but liars has ever answered in it
         avoided, resting, busy = self.health.now()
         avoided |= self.health.doubted()
-        resting |= set(self.verdicts.condemned)
+        resting |= condemned
         with contextlib.suppress(MissingBlocks):
-            return self._find_in_one_kind(start, end, avoided | resting)
+            return self._choose_among(choose, start, end, kind, avoided | resting)
         try:
-            return self._find_in_one_kind(start, end, resting)  # a peer that failed may be back already
+            return self._choose_among(choose, start, end, kind, resting)
         except MissingBlocks as missing:
             if not resting:
                 raise
@@ -218,25 +172,140 @@ class SwarmView:
                 blocks=missing.blocks,
             ) from missing
 
-    def _find_in_one_kind(self, start: int, end: int, avoid: set[str]) -> list[Hop]:
-        records = self._paces.seen(self.records.known, self.now())
+    def _choose_among(
+        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None, avoid: set[str]
+    ) -> list[list[Hop]]:
+        now = self.now()
+        records = self._paces.seen(self.records.known, now)
+        proven = {peer for peer in self.health.proven if not self._paces.is_slow(peer, now)}
+        how: dict[str, Any] = {"avoid": avoid, "proven": proven}
         if self._mixed:
-            return find_route(records, start, end, avoid=avoid)
-        for kind in numerics_of(records) if self._numerics is None else [self._numerics]:
-            own = [record for record in records if self.records.kinds[record.peer_id] == kind]
-            try:
-                route = find_route(own, start, end, avoid=avoid)
-            except MissingBlocks:
-                continue
-            self._numerics = kind
-            return route
+            return [choose(records, start, end, **how)]
+        begun = self.kind or kind
+        found = []
+        for one in numerics_of(records) if begun is None else [begun]:
+            with contextlib.suppress(MissingBlocks):
+                found.append(choose([r for r in records if r.numerics == one], start, end, **how))
+        if found:
+            return sorted(found, key=lambda hops: hops[0].peer_id not in proven)
         find_route(records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
-        offered = ", ".join(map(one_line, numerics_of(records)))
-        begun = "no single one" if self._numerics is None else f"no longer {self._numerics}, begun with,"
+        offered = ", ".join(numerics_of(records))
+        said = "no single one" if begun is None else f"no longer {begun}, begun with,"
         raise MissingBlocks(
-            f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {begun} covers them all: "
+            f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {said} covers them all: "
             "wait or start such a server, or load the model with mixed=True, which is less exact.",
             blocks=list(range(start, end)),
+        )
+
+    async def first(
+        self,
+        start: int,
+        end: int,
+        work: Callable[[Hop, bool], Awaitable[T]],
+        *,
+        tokens: int,
+        kind: str | None = None,
+    ) -> T:
+        """The result of `work` for blocks from `start` on, as far towards `end` as the server that does it goes.
+
+        A peer that has answered before is asked alone; of strangers several may be, side by side. `tokens` (rows x
+        tokens) says how much it is; `kind` in which arithmetic, where only some of the blocks have answered yet.
+        Raises as `route`, and what `work` raises; for its second argument see `Race`.
+        """
+
+        def in_turns() -> list[Hop]:
+            kinds = self._choose(first_hops, start, end, kind)
+            return [hop for hops in zip_longest(*kinds) for hop in hops if hop is not None]
+
+        hops = await self._renewed(in_turns)
+        newer = self._newcomer(hops)
+        if newer is not None:
+            hops = [newer, *(hop for hop in hops if hop is not newer)]
+        elif hops[0].peer_id in self.health.proven:
+            return await work(hops[0], False)
+        race = Race(
+            hops,
+            work,
+            heard=lambda peer: self._heard.get(peer, float("-inf")),
+            fair=lambda hop: self._fair_seconds(hop, tokens),
+            failed=self.failed,
+        )
+        return (await race.run())[1]
+
+    def _newcomer(self, hops: list[Hop]) -> Hop | None:
+        """Of those who may be asked, one to be tried before the first, which has answered before.
+
+        Now and then one that announces to be much faster; the more seldom, the oftener it came to nothing.
+        """
+        now, first = self.now(), hops[0]
+        if first.peer_id not in self.health.proven or now < self._curious_at:
+            return None
+        believed = {one.peer_id: block_seconds(one) for one in self._paces.seen(self.records.known, now)}
+        strangers = (hop for hop in hops if hop.peer_id not in self.health.proven and hop.end == first.end)
+        best = min(strangers, key=lambda hop: believed[hop.peer_id], default=None)
+        if best is None or MUCH_FASTER * believed[best.peer_id] > believed[first.peer_id]:
+            return None
+        self._curious_at = now + CURIOUS_SECONDS * 2 ** min(self._disappointed, 6)
+        self._disappointed += 1  # until it answers
+        return best
+
+    def _fair_seconds(self, hop: Hop, tokens: int) -> float:
+        record = self.records.of(hop.peer_id)
+        announced = 0.0 if record is None else announced_seconds(record, hop, tokens)
+        return min(MOST_FAIR_SECONDS, max(LEAST_FAIR_SECONDS, FAIR_FACTOR * announced))
+
+    def heard(self, peer: str, seconds: float) -> None:
+        """The peer has shown a sign of life, so many seconds after it was asked.
+
+        Raises `PeerSilent` when that is too long, longer each time, and others could do the work.
+        """
+        self._heard[peer] = self.now()
+        if seconds > self.health.longest_wait(peer) and self.can_do_without(peer):
+            raise PeerSilent(
+                f"{peer} shows signs of life for {seconds:.0f} s, but does not answer.", peer_id=peer
+            )
+
+    def can_do_without(self, peer: str | None) -> bool:
+        """Whether others are there for all that the peer serves, none of whom has failed lately."""
+        record = None if peer is None else self.records.of(peer)
+        if record is None or peer is None:
+            return False
+        avoided, resting, _ = self.health.now()
+        avoid = avoided | resting | self.health.doubted() | set(self.verdicts.condemned) | {peer}
+        try:
+            self._choose_among(find_route, record.start, record.end, None, avoid)
+        except MissingBlocks:
+            return False
+        return True
+
+    def begins_anew(self, kind: str | None, block: int, start: int, end: int) -> bool:
+        """Whether what was begun in this kind of arithmetic, and is stuck at a block, is better begun in another.
+
+        That can only be before all blocks have answered in one kind. `start` and `end` are those of the whole.
+        """
+        if self.kind is not None or kind is None or self._mixed or self._is_offered(kind, block, end):
+            return False
+        return any(
+            self._is_offered(one, start, end) for one in numerics_of(self.records.known) if one != kind
+        )
+
+    def begun(self, kind: str | None, start: int, end: int) -> None:
+        """Blocks [start, end) have answered in this kind of arithmetic: all that follows is computed in it.
+
+        Where they are not all blocks, the others must at least be offered in it.
+        """
+        if self.kind is None and kind is not None and not self._mixed:
+            rest = ((self._local_blocks, start), (end, self.num_blocks))
+            if all(a >= b or self._is_offered(kind, a, b) for a, b in rest):
+                self.kind = kind
+
+    def _is_offered(self, kind: str, start: int, end: int) -> bool:
+        """Whether servers that have not failed lately cover blocks [start, end) in this kind of arithmetic."""
+        avoided, resting, _ = self.health.now()
+        return not uncovered(
+            (r for r in self.records.known if r.numerics == kind and r.peer_id not in avoided | resting),
+            start,
+            end,
         )
 
     async def usable(self) -> list[ServerRecord]:
@@ -246,9 +315,14 @@ class SwarmView:
         avoided |= resting | set(self.verdicts.condemned)
         return [one for one in self.records.known if one.state == "serving" and one.peer_id not in avoided]
 
+    def expected_kind(self, peer: str) -> str:
+        """In what arithmetic the peer was asked to compute, whatever its record says by now."""
+        return self.kind or self.numerics_of(peer) or ""
+
     def numerics_of(self, peer: str) -> str | None:
         """In what arithmetic the peer says that it computes; None for one that is not in the directory."""
-        return self.records.kinds.get(peer)
+        record = self.records.of(peer)
+        return None if record is None else record.numerics
 
     async def failed(self, error: RemoteError) -> None:
         """Draw the consequences for the peer that `error` names."""
@@ -261,12 +335,14 @@ class SwarmView:
         elif remedy is Remedy.BE_ADMITTED:
             await self.channels.drop(peer)
             await self._present_to(peer)
-        if isinstance(error, RequestRefused) and not meaning(error).blames_peer:
+        if remedy in (Remedy.WAIT, Remedy.BE_ADMITTED) or (
+            remedy is Remedy.REPLAY and self.health.excused(peer)
+        ):
             return
-        await self.channels.drop(peer)
         if remedy is Remedy.NEWER_RECORD:
             self.records.outdated()
-        self.health.failed(peer, after)
+        self.health.failed(peer, after, SILENCE_SECONDS if isinstance(error, PeerSilent) else 0.0)
+        await self.channels.drop(peer)
 
     async def _present_to(self, peer: str) -> None:
         """Have this client let in by a peer that refused it; where that fails, leave the peer alone for a while."""
@@ -279,7 +355,9 @@ class SwarmView:
     def answered(self, hop: Hop, tokens: int, nbytes: int, seconds: float) -> None:
         """The peer has answered: `tokens` is rows × tokens, `nbytes` what travelled. What was before is forgiven."""
         self._shut_out.pop(hop.peer_id, None)
-        self.health.forgive(hop.peer_id)
+        if hop.peer_id not in self.health.proven:
+            self._curious_at, self._disappointed = self.now() + CURIOUS_SECONDS, 0
+        self.health.answered(hop.peer_id)
         record = self.records.of(hop.peer_id)
         if record is not None:
             self._paces.took(record, hop, tokens, nbytes, seconds, self.now())

@@ -77,9 +77,10 @@ class BlockServer:
         self.engine = engine(
             run_pass=ThreadChooser(threads).choosing(run_pass) if on_cpu else run_pass,
             when_quiet=self._tidy_up,
+            history=self.limits.history,
         )
         self.cpus = FreeCpus(threads)
-        self.sessions = SessionStore(self.limits, self.engine)
+        self.sessions = SessionStore(self.engine)
         self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
         self.counters = Counters()
         self.diary = Diary()

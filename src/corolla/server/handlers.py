@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused
 from corolla.server.block_server import BlockServer
 from corolla.server.peers import InFlight
+from corolla.server.sessions.kv_cache import IDLE_SECONDS
 from corolla.server.sessions.opening import OpenRequest
 from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest
@@ -40,6 +42,11 @@ from corolla.wire.messages import (
 )
 
 log = get_logger(__name__)
+
+IDLE_STREAM_SECONDS = (
+    1.0  # a client that is not waiting for an answer asks again, or can do with another stream
+)
+LONG_AGO = 3600.0
 
 
 class Answered(Protocol):
@@ -66,23 +73,44 @@ async def handle(server: BlockServer, stream: Stream) -> None:
     """Serve one stream until it ends. With its first argument bound, a `StreamHandler` for `Transport.serve`."""
     conversation = _Stream(server, stream)
     try:
-        with server.limits.stream(stream.peer_id, conversation.end), server.diary.stream(stream.peer_id):
+        with server.limits.stream(conversation), server.diary.stream(stream.peer_id):
             await conversation.run()
     except RequestRefused as refusal:
         await conversation.refuse(failure_from(refusal))
     finally:
-        conversation.leave()
+        conversation.close_session()
 
 
 class _Stream:
-    """The requests of one stream, one after the other."""
+    """The requests of one stream, one after the other. See `peers.Holder`."""
 
     def __init__(self, server: BlockServer, stream: Stream) -> None:
+        self.peer = stream.peer_id
         self._server = server
         self._client = Client(stream.peer_id)
-        self._in_flight = InFlight(server.limits.in_flight, stream.peer_id)
+        self._asked = False
+        self._last_asked = server.limits.clock() - LONG_AGO
+        self._answering = False
+        self._in_flight = InFlight(server.limits.in_flight, self, server.limits.clock)
         self._channel = Channel(stream, side="server", silence=server.silence, admit=self._in_flight.admit)
         self._incoming: asyncio.Task[Packet] | None = None
+
+    @property
+    def last_used(self) -> float:
+        """When it, or its session on whatever stream, was last worked for; long ago, if it has asked nothing."""
+        if self._in_flight.since is not None:
+            return self._in_flight.since
+        session = self._client.session
+        return self._last_asked if session is None else max(self._last_asked, session.last_used)
+
+    @property
+    def idle_after(self) -> float | None:
+        """See `peers.Holder`."""
+        session = self._client.session
+        if self._answering or (session is not None and session.users):
+            return math.inf
+        unused = session is None and self._in_flight.since is None
+        return IDLE_STREAM_SECONDS if unused else IDLE_SECONDS
 
     async def run(self) -> None:
         """Answer requests until the stream ends. Cancelled, it leaves nothing running."""
@@ -90,11 +118,11 @@ class _Stream:
         try:
             while await self._begun(incoming):
                 packet = await incoming
+                counted = self._in_flight.complete()
                 self._incoming = incoming = self._listen()
                 if not await self._answer_while_wanted(packet, incoming):
                     return
-                if packet.tensors:
-                    self._in_flight.answered()
+                self._in_flight.answered(counted)
         except ProtocolError as error:
             await self.refuse(failure_of(error))
         except (PeerDisconnected, PeerSilent):
@@ -102,15 +130,10 @@ class _Stream:
         finally:
             await give_up(incoming)
 
-    def end(self) -> None:
+    def let_go(self) -> None:
         """Let `run` return, whatever it does."""
         if self._incoming is not None:
             self._incoming.cancel()
-
-    def leave(self) -> None:
-        """Give everything back that the stream has taken."""
-        self._close_session()
-        self._in_flight.close()
 
     def _listen(self) -> asyncio.Task[Packet]:
         return asyncio.create_task(self._channel.receive(timeout=None))
@@ -124,6 +147,8 @@ class _Stream:
         while True:
             session = self._client.session
             patience = budgets.stream_silence if session is None else budgets.session_silence
+            if not self._asked:
+                patience = min(patience, budgets.first_request)
             steps = 0 if session is None else session.steps
             await asyncio.wait({incoming}, timeout=patience)
             if incoming.done():
@@ -133,7 +158,7 @@ class _Stream:
             if session is None:
                 return False
             if session.steps == steps:  # otherwise its steps come together with others', on another stream
-                self._close_session()
+                self.close_session()
 
     async def _answer_while_wanted(self, packet: Packet, incoming: asyncio.Task[Packet]) -> bool:
         """Answer one request; False when the stream is over.
@@ -142,6 +167,7 @@ class _Stream:
         order: then the answer is given up, and whoever awaits `incoming` hears why.
         """
         answer = asyncio.create_task(self._answer(packet))
+        self._answering = self._asked = True
         try:
             with self._server.request_open():
                 await asyncio.wait({answer, incoming}, return_when=asyncio.FIRST_COMPLETED)
@@ -150,6 +176,9 @@ class _Stream:
                 return await answer  # when a request came in, its client has the answer to this one already
         finally:
             await give_up(answer)
+            self._answering = False
+            if not isinstance(packet.message, Ping):
+                self._last_asked = self._server.limits.clock()
 
     async def _answer(self, packet: Packet) -> bool:
         """Answer one request; False when the stream is over."""
@@ -166,7 +195,7 @@ class _Stream:
         if isinstance(reply.message, Failure):
             means = meaning(reply.message)
             if means.session_lost and isinstance(packet.message, Step | CloseSession):
-                self._close_session()
+                self.close_session()
             if means.stream_lost:
                 await self.refuse(reply.message)
                 return False
@@ -193,17 +222,17 @@ class _Stream:
             case Ping():
                 return Packet(self._server.status())
             case CloseSession():
-                self._close_session(keep=packet.message.keep)
+                self.close_session(keep=packet.message.keep)
                 return Packet(Closed())
         peer, message = self._client.peer, packet.message
         what, tokens = _work_of(packet)
-        amount = len(message.parts) if isinstance(message, Steps) else 1
-        with self._server.limits.requests.held(peer, amount), self._server.diary.work(peer, what, tokens):
+        with self._server.diary.work(peer, what, tokens):
             request = REQUESTS[type(message)](self._server, self._client, message, packet.tensors)
             request.check()
             return await request.run()
 
-    def _close_session(self, keep: bool = False) -> None:
+    def close_session(self, keep: bool = False) -> None:
+        """Free what the client holds here."""
         session, self._client.session = self._client.session, None
         if session is not None:
             self._server.sessions.close(session, keep=keep)

@@ -1,8 +1,8 @@
 """What one peer, and all peers together, may take of a server; who is kept out for a while; and who did what.
 
 Invariant: no account is ever above its total, and everything that a stream took is given back when the stream
-ends, however it ends. Room in the attention cache and kept graphs have budgets of their own (`kv_cache.py`,
-`leases.py`) by the same share. Used on the event loop only.
+ends, however it ends. Room in the attention cache has a budget of its own (`kv_cache.py`) by the same rules.
+Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`who_gives_way`).
 """
 
 from __future__ import annotations
@@ -12,36 +12,39 @@ import math
 import resource
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from cachetools import TTLCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
+from corolla.server.scheduler.policy import History
 from corolla.text import get_logger, one_line
 
 log = get_logger(__name__)
 
+H = TypeVar("H", bound="Holder")
+
 MIB = 2**20
 SMALL_REQUEST = 128 * 1024  # bytes
 LEASE_SECONDS = 60.0
+CLEARLY = 1.1  # by so much a peer has more than another for that to get what is in use
 MOST_LEASES = 1024  # a graph takes memory beside its tensors
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """Totals of a server, and the share of each that one peer may take."""
+    """Totals of a server, and the share of each that one peer may take while there is room."""
 
     share: float = 0.5
     streams: int = 2048
-    sessions: int = 1024
-    requests: int = 512  # waiting or being computed
     bytes_in_flight: int = 2048 * MIB  # of requests that arrive or wait, and of their replies
     malformed: int = 20  # requests in `malformed_window` after which a peer is kept out for `kept_out`
     malformed_window: float = 60.0  # seconds
     kept_out: float = 60.0  # seconds
+    first_request: float = 30.0  # seconds until a stream that has asked nothing is closed
     stream_silence: float = 300.0  # seconds until a stream without a session is closed
     session_silence: float = 600.0  # seconds until the session of a silent client is freed
 
@@ -55,87 +58,168 @@ class Budgets:
             bytes_in_flight=max(MIB, free_bytes // 8),
         )
 
-    def of_one(self, total: int) -> int:
-        """What one peer may take of `total`."""
-        return max(1, int(self.share * total))
+
+class Holder(Protocol):
+    """What holds something that others may need: a stream, or the cache of a session."""
+
+    peer: str  # whose it is
+
+    @property
+    def last_used(self) -> float:
+        """When; whoever has never done anything counts as if that were long ago."""
+
+    @property
+    def idle_after(self) -> float | None:
+        """Seconds without use after which anybody may have what it holds; None while nobody may."""
+
+    def let_go(self) -> None:
+        """What it held is another's now."""
+
+
+def is_idle(holder: Holder, now: float) -> bool:
+    """Whether what it holds is not being used."""
+    return holder.idle_after is not None and now - holder.last_used >= holder.idle_after
+
+
+def who_gives_way(
+    held: Mapping[H, int], asker: Holder, amount: int, missing: int, history: History, now: float
+) -> list[H]:
+    """Who lets go of `missing` for an asker that is to hold `amount` more; nobody, where it is not fair or enough.
+
+    Max-min fairness between peers: one that would still have clearly less than another gets what is missing from
+    that, in use or not. What is not in use goes to whoever has no more than its holder's peer. So a newcomer always
+    gets in, and peers' shares shrink as more come; what many new identities have counts for more (`History.weights`).
+    First goes what nobody needs, then what those hold who have most, then what is idle, least recently used first.
+    """
+    mine = Counter[str]()
+    for one, count in held.items():
+        mine[one.peer] += count
+    weigh = history.weights(mine.keys() | {asker.peer})
+    before, after = (count / weigh(asker.peer) for count in (mine[asker.peer], mine[asker.peer] + amount))
+
+    def level(one: Holder) -> float:
+        return mine[one.peer] / weigh(one.peer)
+
+    def order(one: Holder) -> tuple[bool, bool, bool, float]:
+        return one.idle_after != 0, level(one) <= 2 * after, not is_idle(one, now), one.last_used
+
+    chosen: list[H] = []
+    for one in sorted((one for one in held if one is not asker and one.idle_after is not None), key=order):
+        if missing > 0 and (level(one) > CLEARLY * after or (is_idle(one, now) and level(one) >= before)):
+            chosen.append(one)
+            mine[one.peer] -= held[one]
+            missing -= held[one]
+    return chosen if missing <= 0 else []
 
 
 class Account:
-    """How much of one thing each peer has, and all together."""
+    """How much of one thing each holder has, and all together. Used on the event loop only.
 
-    def __init__(self, name: str, total: int, each: int, retry_after: float) -> None:
+    Invariant: never more than the total, but for a peer that wants more than there is when nobody has anything, so
+    that nothing is refused for ever. Whoever has most leaves as much free as its share says, for others to come.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        *,
+        share: float = 0.5,
+        retry_after: float = 1.0,
+        history: History | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`name` is for people; whoever is refused is told to come back after `retry_after` seconds."""
         self.total = total
-        self.each = each
         self.taken = 0
         self._name = name
+        self._share = share
         self._retry_after = retry_after
+        self._history = History() if history is None else history
+        self._clock = clock
+        self._held: dict[Holder, int] = {}
         self._by_peer: Counter[str] = Counter()
 
     def of(self, peer: str) -> int:
         """What the peer has."""
         return self._by_peer[peer]
 
-    def take(self, peer: str, amount: int = 1) -> None:
-        """Count it. Raises `RequestRefused` (busy), and nothing is counted.
+    def holders(self, peer: str) -> list[Holder]:
+        """What of the peer holds something."""
+        return [one for one in self._held if one.peer == peer]
 
-        A peer that has nothing may take more than its share, so that nothing is refused for ever.
+    def take(self, holder: Holder, amount: int = 1, wanted: int = 1) -> None:
+        """Count it, at the expense of others where that is fair; `wanted` is what it comes to in the end, if more.
+
+        Raises `RequestRefused` (busy); nothing has changed then.
         """
-        own = self._by_peer[peer]
-        if own and own + amount > self.each:
-            self._refuse(f"You have {own} of the {self.each} {self._name} that one peer may have here")
-        if self.taken and self.taken + amount > self.total:
-            self._refuse(f"All {self.total} {self._name} of this server are taken")
-        self._by_peer[peer] += amount
+        own, left = self._by_peer[holder.peer], self.total - self.taken - amount
+        if own and (1 - self._share) * (own + amount) > self._share * left and self._has_most(holder.peer):
+            self._refuse(f"You have {own} of the {self.total} {self._name} of this server")
+        if left < 0 and self.taken:
+            whole = max(amount, wanted)
+            others = who_gives_way(self._held, holder, whole, -left, self._history, self._clock())
+            if not others:
+                self._refuse(f"All {self.total} {self._name} of this server are taken")
+            for one in others:
+                self.give(one)
+                one.let_go()
+        self._held[holder] = self._held.get(holder, 0) + amount
+        self._by_peer[holder.peer] += amount
         self.taken += amount
+
+    def _has_most(self, peer: str) -> bool:
+        weigh = self._history.weights(self._by_peer.keys())
+        own = self._by_peer[peer] / weigh(peer)
+        return all(count / weigh(other) <= own for other, count in self._by_peer.items())
 
     def _refuse(self, why: str) -> None:
         raise RequestRefused(f"{why}; try again later.", code="busy", retry_after=self._retry_after)
 
-    def give(self, peer: str, amount: int = 1) -> None:
-        """It is free again."""
+    def give(self, holder: Holder, amount: int | None = None) -> None:
+        """So much of what it has, or all of it, is free again; safe to call twice."""
+        held = self._held.get(holder, 0)
+        amount = held if amount is None else min(amount, held)
+        self._held[holder] = held - amount
+        if held == amount:
+            self._held.pop(holder)
         self.taken -= amount
-        self._by_peer[peer] -= amount
-        if not self._by_peer[peer]:
-            del self._by_peer[peer]
-
-    @contextlib.contextmanager
-    def held(self, peer: str, amount: int = 1) -> Iterator[None]:
-        """Taken while the body runs. Raises as `take` does."""
-        self.take(peer, amount)
-        try:
-            yield
-        finally:
-            self.give(peer, amount)
+        self._by_peer[holder.peer] -= amount
+        if not self._by_peer[holder.peer]:
+            del self._by_peer[holder.peer]
 
 
 class InFlight:
-    """The bytes of one stream's requests, from their headers until their replies were taken."""
+    """The bytes of one stream's requests, counted as they arrive, until their replies were taken."""
 
-    def __init__(self, account: Account, peer: str) -> None:
+    def __init__(self, account: Account, stream: Holder, clock: Callable[[], float]) -> None:
         self._account = account
-        self._peer = peer
-        self._costs: deque[int] = deque()  # of each request with tensors that is not yet answered
+        self._stream = stream
+        self._clock = clock
+        self._counted = 0  # of the request that arrives now
+        self.since: float | None = None  # when that began, if it is a large one
 
-    def admit(self, nbytes: int) -> RequestRefused | None:
-        """Count a request of so many bytes of tensors, or say why not. See `channel.Admit`."""
-        # A reply is as large as its request. Small ones are not counted: streams are.
-        cost = 2 * nbytes if nbytes > SMALL_REQUEST else 0
-        try:
-            self._account.take(self._peer, cost)
+    def admit(self, nbytes: int, whole: int) -> RequestRefused | None:
+        """Count so many more bytes of the request that arrives, or say why not. See `channel.Admit`."""
+        if whole <= SMALL_REQUEST:  # streams are counted
+            return None
+        self.since = self._clock() if self.since is None else self.since
+        try:  # a reply is as large as its request
+            self._account.take(self._stream, 2 * nbytes, 2 * whole - self._counted)
         except RequestRefused as refusal:
+            self.answered(self.complete())
             return refusal
-        self._costs.append(cost)
+        self._counted += 2 * nbytes
         return None
 
-    def answered(self) -> None:
-        """The oldest request's reply was taken."""
-        self._account.give(self._peer, self._costs.popleft())
+    def complete(self) -> int:
+        """The request has arrived: what was counted for it."""
+        counted, self._counted, self.since = self._counted, 0, None
+        return counted
 
-    def close(self) -> None:
-        """The stream has ended."""
-        while self._costs:
-            self.answered()
+    def answered(self, counted: int) -> None:
+        """A request's reply was taken."""
+        self._account.give(self._stream, counted)
 
 
 class PeerLimits:
@@ -143,53 +227,49 @@ class PeerLimits:
 
     def __init__(self, budgets: Budgets | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.budgets = budgets or Budgets()
+        self.history = History()
+        self.clock = clock
         self.streams = self._account("streams", self.budgets.streams, 5.0)
-        self.sessions = self._account("sessions", self.budgets.sessions, 5.0)
-        self.requests = self._account("requests", self.budgets.requests, 1.0)
         self.in_flight = self._account("bytes in flight", self.budgets.bytes_in_flight, 1.0)
-        self._clock = clock
-        self._open: dict[str, set[Callable[[], object]]] = {}  # how to end each stream of a peer
         # When a peer sent what nobody can read, the newest few; and until when peers are kept out.
         self._malformed: TTLCache[str, deque[float]] = self._remembered(self.budgets.malformed_window)
         self._out_until: TTLCache[str, float] = self._remembered(self.budgets.kept_out)
 
     def _remembered(self, seconds: float) -> TTLCache[str, Any]:
         """Peers may be many, and come but once: what is too old to matter is forgotten."""
-        return TTLCache(math.inf, seconds, timer=self._clock)
+        return TTLCache(math.inf, seconds, timer=self.clock)
 
     def _account(self, name: str, total: int, retry_after: float) -> Account:
-        return Account(name, total, self.budgets.of_one(total), retry_after)
+        share = self.budgets.share
+        return Account(
+            name, total, share=share, retry_after=retry_after, history=self.history, clock=self.clock
+        )
 
     @contextlib.contextmanager
-    def stream(self, peer: str, end: Callable[[], object]) -> Iterator[None]:
-        """A stream of the peer while the body runs; `end` ends it from outside.
-
-        Raises `RequestRefused` (busy) for one too many, and for a peer that is kept out.
-        """
-        self._check_not_kept_out(peer)
-        with self.streams.held(peer):
-            self._open.setdefault(peer, set()).add(end)
-            try:
-                yield
-            finally:
-                self._open[peer].discard(end)
-                if not self._open[peer]:
-                    del self._open[peer]
+    def stream(self, stream: Holder) -> Iterator[None]:
+        """A stream while the body runs. Raises `RequestRefused` (busy), as for a peer that is kept out."""
+        self._check_not_kept_out(stream.peer)
+        self.streams.take(stream)
+        try:
+            yield
+        finally:
+            self.streams.give(stream)
+            self.in_flight.give(stream)
 
     def malformed(self, peer: str) -> None:
         """The peer sent something that nobody can read; one that does so again and again loses all its streams."""
-        now = self._clock()
+        now = self.clock()
         times = self._malformed.get(peer) or deque(maxlen=self.budgets.malformed)
         times.append(now)
         self._malformed[peer] = times
         if len(times) == times.maxlen and now - times[0] <= self.budgets.malformed_window:
             self._out_until[peer] = now + self.budgets.kept_out
             del self._malformed[peer]
-            for end in list(self._open.get(peer, ())):
-                end()
+            for stream in self.streams.holders(peer):
+                stream.let_go()
 
     def _check_not_kept_out(self, peer: str) -> None:
-        left = self._out_until.get(peer, 0.0) - self._clock()
+        left = self._out_until.get(peer, 0.0) - self.clock()
         if left > 0:
             raise RequestRefused(
                 f"{self.budgets.malformed} of your requests could not be read; come back in {left:.0f} s.",
@@ -262,61 +342,51 @@ class Leases:
         self._kept.expire()
 
 
-@dataclass
-class _Visit:
-    """What a peer has done since it was last told: by what it was for, tokens and seconds with the waiting."""
-
-    streams: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def told(self) -> str:
-        """In words; it is forgotten. Empty when it was nothing."""
-        tokens, seconds = self.tokens, self.seconds
-        self.tokens, self.seconds = Counter(), defaultdict(float)
-        return ", ".join(
-            f"{count:,} tokens of {what} ({count / max(seconds[what], 1e-9):,.0f} tokens/s)"
-            for what, count in sorted(tokens.items())
-        )
-
-
 class Diary:
     """Who uses a server, for what and how fast: lines for its log (`corolla --verbose serve`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._visits: dict[str, _Visit] = {}  # of the peers that are there now
+        self._visits = Counter[str]()  # streams of the peers that are there now
+        # Of each, by what it was for, since it was last told: tokens, and seconds with the waiting.
+        self._done: defaultdict[tuple[str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
 
     @contextlib.contextmanager
     def stream(self, peer: str) -> Iterator[None]:
         """A stream of a peer; its first tells that it came, its last that it has left."""
-        visit = self._visits.setdefault(peer, _Visit())
-        visit.streams += 1
-        if visit.streams == 1:
+        self._visits[peer] += 1
+        if self._visits[peer] == 1:
             log.info("Peer %s came", _short(peer))
         try:
             yield
         finally:
-            visit.streams -= 1
-            if not visit.streams:
+            self._visits[peer] -= 1
+            if not self._visits[peer]:
                 del self._visits[peer]
-                log.info("Peer %s left; %s", _short(peer), visit.told() or "nothing more was done")
+                log.info("Peer %s left; %s", _short(peer), self._told(peer) or "nothing more was done")
 
     @contextlib.contextmanager
     def work(self, peer: str, what: str, tokens: int) -> Iterator[None]:
         """Work that is done while the block lasts, unless it raises."""
         started = self._clock()
         yield
-        visit = self._visits.get(peer)
-        if visit is not None:
-            visit.tokens[what] += tokens
-            visit.seconds[what] += self._clock() - started
+        if peer in self._visits:
+            before, seconds = self._done[peer, what]
+            self._done[peer, what] = before + tokens, seconds + self._clock() - started
 
     def tell(self) -> None:
         """Log what those have done who are still here."""
-        for peer, visit in self._visits.items():
-            if told := visit.told():
+        for peer in self._visits:
+            if told := self._told(peer):
                 log.info("Peer %s: %s", _short(peer), told)
+
+    def _told(self, peer: str) -> str:
+        """In words; it is forgotten. Empty when it was nothing."""
+        done = {what: self._done.pop((who, what)) for who, what in list(self._done) if who == peer}
+        return ", ".join(
+            f"{tokens:,} tokens of {what} ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+            for what, (tokens, seconds) in sorted(done.items())
+        )
 
 
 def _short(peer: str) -> str:

@@ -119,12 +119,13 @@ def _make_server(config: ServerConfig, span: Span, checkpoint: Checkpoint) -> Bl
     capacity = (
         default_capacity(span, free, layout) if tokens is None else max(1, tokens // PAGE) * layout.tables
     )
+    limits = PeerLimits(Budgets.of_machine(config.peer_share, free))
     return BlockServer(
         span,
-        CacheBudget(capacity, share=config.peer_share, tables=layout.tables),
+        CacheBudget(capacity, tables=layout.tables, history=limits.history),
         model=checkpoint.identity,
         working_bytes=free // 4,
-        limits=PeerLimits(Budgets.of_machine(config.peer_share, free)),
+        limits=limits,
         leases=Leases(free // 8 if config.lease_bytes is None else config.lease_bytes),
         layout=layout,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,15 @@ PIECE = 128 * 1024
 SERVER_SILENCE_SECONDS = 30.0
 
 
-# What a server says to a request of so many bytes before it takes memory for them; None: come in.
-Admit = Callable[[int], RequestRefused | None]
+# A message has to arrive at this pace at least, bytes a second.
+LEAST_PACE = 32 * 1024
+# What a server says to so many more bytes, of so many in all, of a request before it takes memory for them; None: come
+# in.
+Admit = Callable[[int, int], RequestRefused | None]
+
+
+# What a client makes of a peer's sign of life so many seconds after it was asked; raises `PeerSilent` to give it up.
+Hear = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,12 @@ class Channel:
         heartbeat: float = HEARTBEAT_SECONDS,
         form: WireFormat = "compute",
         admit: Admit | None = None,
+        hear: Hear | None = None,
     ) -> None:
         """`form`: how a client's activations travel; a server answers in the form of the last request.
         `silence`: seconds that a piece may take in either direction, and a client waits for a sign of
         life; the default depends on the side. `heartbeat`: seconds between a server's signs of life.
-        `admit` is asked about every packet with tensors."""
+        `admit` is asked about every packet with tensors, `hear` is told of every sign of life."""
         self.stream = stream
         self.peer_id = stream.peer_id
         self.conversation = Conversation()
@@ -100,6 +109,7 @@ class Channel:
         self._receivable: Any = ClientMessage if self._server else ServerMessage
         self._sending = asyncio.Lock()
         self._usable = True
+        self.hear = hear
 
     async def send(self, packet: Packet) -> None:
         """Send one packet.
@@ -145,15 +155,10 @@ class Channel:
             self.receiving = False
 
     async def _body(self, header: Header) -> Packet:
-        refusal = None
-        if self._admit is not None and header.payload_size:
-            refusal = self._admit(max(header.payload_size, header.expanded_size))
-        if refusal is not None:
-            await self._read_payload(header.payload_size, into=None)
-            return TurnedAway(header.message, refusal=refusal)
-        # Grown as the bytes arrive: a peer that only announces a large payload takes no memory.
         payload = bytearray()
-        await self._read_payload(header.payload_size, into=payload)
+        refusal = await self._read_payload(header, payload)
+        if refusal is not None:
+            return TurnedAway(header.message, refusal=refusal)
         return self._expanded(parse_payload(header, payload))
 
     async def close(self) -> None:
@@ -204,12 +209,28 @@ class Channel:
             self._form = form
         return Packet(packet.message, tensors)
 
-    async def _read_payload(self, size: int, *, into: bytearray | None) -> None:
+    async def _read_payload(self, header: Header, into: bytearray) -> RequestRefused | None:
+        """All of its bytes, or why they were thrown away.
+
+        Each piece is admitted before it is read: a peer that only announces a large payload takes no memory.
+        """
+        size, refusal, now = header.payload_size, None, asyncio.get_running_loop().time
+        deadline = now() + self.silence + size / LEAST_PACE
+        whole = max(size, header.expanded_size)
+        in_memory = whole / max(size, 1)  # bytes, of each that arrives
         while size:
-            piece = await self._bounded(self.stream.read(min(PIECE, size)), self.silence)
-            size -= len(piece)
-            if into is not None:
+            if now() > deadline:
+                raise PeerSilent(f"Peer {self.peer_id} sends too slowly.", peer_id=self.peer_id)
+            count = min(PIECE, size)
+            if refusal is None and self._admit is not None:
+                refusal = self._admit(math.ceil(count * in_memory), whole)
+            piece = await self._bounded(self.stream.read(count), self.silence)
+            size -= count
+            if refusal is None:
                 into += piece
+            else:
+                into.clear()
+        return refusal
 
     async def _bounded(self, operation: Awaitable[T], seconds: float | None) -> T:
         try:
@@ -265,10 +286,14 @@ def checked(reply: Packet, name: str, like: Tensor, peer: str) -> Tensor:
 
 
 async def _answer(channel: Channel) -> Packet:
+    clock = asyncio.get_running_loop().time
+    began = clock()
     while True:
         packet = await channel.receive(timeout=channel.silence)
         if not isinstance(packet.message, Alive):
             return packet
+        if channel.hear is not None:
+            channel.hear(channel.peer_id, clock() - began)
 
 
 def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
@@ -292,7 +317,11 @@ def _pieces(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
 class ChannelPool:
     """Streams to peers that lie ready, with no request open on them. Used on one event loop."""
 
-    def __init__(self, transport: Transport, protocol: str, form: WireFormat) -> None:
+    def __init__(
+        self, transport: Transport, protocol: str, form: WireFormat, hear: Hear | None = None
+    ) -> None:
+        """`hear` is told of every sign of life."""
+        self._hear = hear
         self._transport = transport
         self._protocol = protocol
         self._form = form
@@ -302,7 +331,8 @@ class ChannelPool:
         """A stream to the peer. Raises `PeerUnreachable`."""
         if self._idle[peer]:
             return self._idle[peer].pop()
-        return Channel(await self._transport.open(peer, self._protocol), side="client", form=self._form)
+        stream = await self._transport.open(peer, self._protocol)
+        return Channel(stream, side="client", form=self._form, hear=self._hear)
 
     def give(self, channel: Channel) -> None:
         """Give a stream back after a complete exchange."""

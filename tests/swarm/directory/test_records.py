@@ -11,7 +11,16 @@ import pytest
 from tests.strangers.crowd import identities, record_of, signed
 
 from corolla.swarm.directory import records
-from corolla.swarm.directory.records import LEEWAY, MAX_TTL, Entry, Shelf, Verifier, read_record, sign_entry
+from corolla.swarm.directory.records import (
+    LEEWAY,
+    MAX_TTL,
+    NAME_BYTES,
+    Entry,
+    Shelf,
+    Verifier,
+    read_record,
+    sign_entry,
+)
 from corolla.swarm.transport.identity import Identity
 
 NOW = time.time()
@@ -109,8 +118,12 @@ class Kept:
         entry = msgspec.structs.replace(entry, expires=self.now + 60)
         return self.shelf.may_put(entry.record.peer_id) and self.shelf.put(entry, value)
 
+    def names(self, model: str | None = None) -> list[bytes]:
+        names = self.shelf.names(model)
+        return [names[at : at + NAME_BYTES] for at in range(0, len(names), NAME_BYTES)]
+
     def values(self, model: str | None = None) -> list[bytes]:
-        return self.shelf.values(self.shelf.names(model))
+        return self.shelf.values(self.names(model))
 
 
 def test_the_newest_version_of_each_server_is_kept_for_each_of_its_models() -> None:
@@ -118,7 +131,7 @@ def test_the_newest_version_of_each_server_is_kept_for_each_of_its_models() -> N
     assert kept.put(0)
     assert kept.put(0, "other")
     assert kept.put(1)
-    (older, _) = kept.shelf.names("m")
+    (older, _) = kept.names("m")
     kept.now += 1
     assert kept.put(0, free_cache_tokens=7)
     assert len(kept.values("m")) == 2
@@ -161,11 +174,11 @@ def test_a_crowd_of_newcomers_pushes_out_newcomers_only(monkeypatch: pytest.Monk
     for _ in range(12):
         kept.now += 55
         assert all(kept.put(who) for who in range(3))
-    settled = set(kept.shelf.names(None))
+    settled = set(kept.names())
     for model in ("a", "b", "c", "d"):
         assert kept.put(3, model)
         assert kept.put(4, model)
-    assert settled < set(kept.shelf.names(None))
+    assert settled < set(kept.names())
     assert len(kept.values()) == 4
 
 

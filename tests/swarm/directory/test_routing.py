@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from corolla.errors import MissingBlocks
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import (
+    ENOUGH,
     HOP_SECONDS,
     SLOW_IN_A_ROW,
     SLOW_MEMORY_SECONDS,
@@ -19,6 +20,7 @@ from corolla.swarm.directory.routing import (
     Paces,
     block_seconds,
     find_route,
+    first_hops,
     is_too_slow,
     ranges,
     uncovered,
@@ -195,7 +197,7 @@ def test_a_part_of_a_span_is_due_sooner_than_the_whole() -> None:
 
 
 def test_a_slow_server_is_left_after_several_times_in_a_row_and_for_a_while() -> None:
-    paces, other = Paces(), server("other", 0, 4, throughput=10.0)
+    paces, other = Paces(), server("other", 0, 4, throughput=1.1)
     for moment in range(SLOW_IN_A_ROW - 1):
         paces.took(SAYS_100, HOP, 1, 0, 1.0, moment)
     paces.took(SAYS_100, HOP, 1, 0, 0.01, 3.0)  # once as announced: it counts anew
@@ -216,3 +218,47 @@ def test_of_two_slow_servers_the_less_slow_is_taken() -> None:
         paces.took(SAYS_100, HOP, 1, 0, 1.0, moment)
         paces.took(worse, Hop("worse", 0, 4), 1, 0, 3.0, moment)
     assert find_route(paces.seen([SAYS_100, worse], 5.0), 0, 4) == [HOP]
+
+
+def test_what_a_server_announces_counts_within_bounds_of_what_it_was_found_to_take() -> None:
+    boaster, honest = server("boaster", 0, 4, throughput=1e9), server("honest", 0, 4, throughput=10.0)
+    paces = Paces()
+    for moment in range(ENOUGH):
+        assert find_route(paces.seen([boaster, honest], 0.0), 0, 4) == [Hop("boaster", 0, 4)]
+        paces.took(boaster, Hop("boaster", 0, 4), 1, 0, 0.24, moment)  # too little to be called slow
+        paces.took(honest, Hop("honest", 0, 4), 1, 0, 0.04, moment)
+    assert find_route(paces.seen([boaster, honest], 9.0), 0, 4) == [Hop("honest", 0, 4)]
+    close = server("close", 0, 4, throughput=30.0)
+    for moment in range(ENOUGH):
+        paces.took(close, Hop("close", 0, 4), 1, 0, 0.05, moment)
+    assert find_route(paces.seen([close, honest], 9.0), 0, 4) == [
+        Hop("close", 0, 4)
+    ]  # about as fast, and says more
+
+
+@given(swarms(), st.sets(st.sampled_from(["p0", "p1", "p2"])), st.sets(st.sampled_from(["p2", "p3", "p4"])))
+def test_the_first_of_those_who_may_be_asked_begins_the_best_route(
+    records: list[ServerRecord], avoid: set[str], proven: set[str]
+) -> None:
+    try:
+        route = find_route(records, 0, BLOCKS, avoid=avoid, proven=proven)
+    except MissingBlocks:
+        with pytest.raises(MissingBlocks):
+            first_hops(records, 0, BLOCKS, avoid=avoid, proven=proven)
+        return
+    hops = first_hops(records, 0, BLOCKS, avoid=avoid, proven=proven)
+    assert hops[0] == route[0]
+    may = {r.peer_id for r in records if r.state == "serving" and r.peer_id not in avoid and r.start == 0}
+    assert [hop.peer_id for hop in hops].count(hops[0].peer_id) == 1
+    assert {hop.peer_id for hop in hops} == may
+    known = [hop.peer_id in proven for hop in hops[1:]]
+    assert known == sorted(known, reverse=True)
+
+
+@given(swarms(), st.sets(st.sampled_from(["p0", "p1", "p2", "p3"])))
+def test_no_route_has_fewer_strangers(records: list[ServerRecord], proven: set[str]) -> None:
+    eligible = [r for r in records if r.state == "serving"]
+    found = [sum(hop.peer_id not in proven for hop in route) for route in all_routes(eligible, 0, BLOCKS)]
+    if found:
+        route = find_route(records, 0, BLOCKS, proven=proven)
+        assert sum(hop.peer_id not in proven for hop in route) == min(found)

@@ -110,6 +110,11 @@ def tolerance_of(kinds: Iterable[str], *, gradient: bool, wire: WireFormat = "co
     return tolerance.gradient if gradient else tolerance.output
 
 
+def is_coarser(kind: str, other: str) -> bool:
+    """Whether honest servers of a kind may differ by more than those of another."""
+    return _COARSENESS.index(_class_of(kind)) > _COARSENESS.index(_class_of(other))
+
+
 def _class_of(kind: str) -> str:
     dtype, _, quantization = kind.partition("+")
     if quantization:

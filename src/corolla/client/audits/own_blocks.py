@@ -32,13 +32,13 @@ class OwnBlocks:
         self._span: Span | None = None
         self._kind = ""
 
-    def kind_for(self, kind: str | None) -> str:
+    def kind_for(self, kind: str) -> str:
         """The arithmetic (`ServerRecord.numerics`) in which `answer` can check one of `kind`.
 
         8-bit servers differ from float32 by more than many lies do, so they are checked in 8 bits.
         """
         own = dtype_name(self._dtype)
-        if kind is not None and kind.endswith("+int8") and supported(CPU, self._dtype, "int8"):
+        if kind.endswith("+int8") and supported(CPU, self._dtype, "int8"):
             return f"{own}+int8"
         return own
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.client.audits.audit import Answer
+from corolla.client.audits.audit import Answer, is_coarser
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, RemoteError, SwarmUnavailable
 from corolla.swarm.channel import checked
@@ -29,19 +29,18 @@ MOST_TRIED = 3  # other servers that are asked in turn when one does not answer
 
 @dataclass(frozen=True)
 class Opinion:
-    """What somebody else says to an answer's question, and in what arithmetic (`ServerRecord.numerics`)."""
+    """What somebody says to an answer's question."""
 
     values: dict[str, Tensor]
-    kinds: tuple[str, ...]
     hops: tuple[Hop, ...] = ()  # none for the client itself
 
 
-async def ask_others(view: SwarmView, answer: Answer, draw: random.Random) -> Opinion | None:
-    """Another way through the same blocks; None when there is none."""
+async def ask_others(view: SwarmView, answer: Answer, kind: str, draw: random.Random) -> Opinion | None:
+    """Another way through the same blocks, in arithmetic no coarser than `kind`; None when there is none."""
     tried = {answer.hop.peer_id}
     for _ in range(MOST_TRIED):
         try:
-            hops = _pick(view, await view.usable(), answer.hop, tried, draw)
+            hops = _pick(view, await view.usable(), answer.hop, kind, tried, draw)
             return await _along(view, answer, hops)
         except (MissingBlocks, SwarmUnavailable):
             return None
@@ -54,16 +53,15 @@ async def ask_others(view: SwarmView, answer: Answer, draw: random.Random) -> Op
 
 
 def _pick(
-    view: SwarmView, records: list[ServerRecord], hop: Hop, without: set[str], draw: random.Random
+    view: SwarmView, records: list[ServerRecord], hop: Hop, kind: str, without: set[str], draw: random.Random
 ) -> list[Hop]:
     """Somebody else for the same blocks, one alone and of the same arithmetic where that can be had.
 
     Chosen at random, so that a pair of liars cannot count on each other. Raises `MissingBlocks`.
     """
-    others = [one for one in records if one.peer_id not in without]
+    others = [one for one in records if one.peer_id not in without and not is_coarser(one.numerics, kind)]
     doubted = view.health.doubted()
     clear = [one for one in others if one.peer_id not in doubted]
-    kind = view.numerics_of(hop.peer_id)
     alike = [[one for one in group if one.numerics == kind] for group in (clear, others)]
     for group in (*alike, others):
         alone = [one for one in group if one.start <= hop.start and hop.end <= one.end]
@@ -76,7 +74,6 @@ def _pick(
 
 
 async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
-    kinds = tuple(view.numerics_of(hop.peer_id) or "" for hop in hops)
     value, asked = answer.inputs["hidden"], []
     for hop in hops:
         inputs = _part(answer, hop) | {"hidden": value}
@@ -87,7 +84,7 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
         reply = await view.channels.ask(hop.peer_id, Packet(message, inputs))
         value = checked(reply, "hidden", value, hop.peer_id)
     if not answer.backward:
-        return Opinion({"hidden": value}, kinds, tuple(hops))
+        return Opinion({"hidden": value}, tuple(hops))
     grad, pieces = answer.inputs["grad"], []
     wanted = "prompts" in answer.claimed
     for hop, inputs in zip(reversed(hops), reversed(asked), strict=True):
@@ -97,7 +94,7 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
         if wanted:
             pieces.append(checked(reply, "prompts", inputs["prompts"], hop.peer_id))
     values = {"grad": grad} | ({"prompts": torch.cat(pieces[::-1])} if wanted else {})
-    return Opinion(values, kinds, tuple(hops))
+    return Opinion(values, tuple(hops))
 
 
 def _part(answer: Answer, hop: Hop) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.bundles import Bundle
-from corolla.client.sessions.span_session import History, SpanSession
+from corolla.client.sessions.span_session import History, Progress, SpanSession
 from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
@@ -68,13 +68,14 @@ class SessionChain:
         self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
         self.version = 0  # steps that took something back or reordered it
         self.stopped = False  # nothing is waited for; to be set on any thread, before `stop` runs
+        self._kind: str | None = None  # the arithmetic in which it was begun
         self._under_way: asyncio.Task[Any] | None = None
         self._closing: list[asyncio.Task[None]] = []
 
     @property
     def hops(self) -> list[Hop]:
         """Whose caches hold the session, in the order of the blocks."""
-        return [span.hop for span in self._spans]
+        return [span.hop for span in self._spans if span.hop.peer_id]
 
     @property
     def _rows(self) -> int:
@@ -147,11 +148,11 @@ class SessionChain:
             whole_mask = None if mask is None else mask[:, : start + last]
             ids = None if positions is None else positions[:, first:last]
             outputs.append(
-                await self._take_step(_Progress(hidden[:, first:last], start + first, whole_mask, ids))
+                await self._take_step(Progress(hidden[:, first:last], start + first, whole_mask, ids))
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    async def _take_step(self, progress: _Progress) -> Tensor:
+    async def _take_step(self, progress: Progress) -> Tensor:
         await self._disown_liars()
         start, rows = progress.start, int(progress.value.shape[0])
         if start == 0 and self._rows not in (0, rows):  # nothing of what is cached is needed
@@ -191,20 +192,22 @@ class SessionChain:
         repeat = torch.arange(cached).repeat_interleave(rows // cached)
         return repeat if order is None else order[repeat]
 
-    async def _advance(self, progress: _Progress) -> None:
+    async def _advance(self, progress: Progress) -> None:
         """Take the step through the remaining spans; what is done stays done when a span fails."""
+        if progress.start == 0 and 0 < progress.done < len(self._spans):
+            block = self._spans[progress.done].hop.start
+            if self._view.begins_anew(self._kind, block, self._start, self._end):
+                await self._forget()
+                progress.begin_anew()
         if not self._spans:
-            self._spans = [
-                SpanSession(hop, History()) for hop in await self._view.route(self._start, self._end)
-            ]
+            self._kind = None
+            self._spans = [_nobody_s(self._start, self._end, History())]
         while progress.done < len(self._spans):
-            if self._is_lost(self._spans[progress.done]):
-                await self._mend(progress)
-            span, began = self._spans[progress.done], self._view.now()
-            message = self._message(progress.start)
-            output = await span.step(progress.value, message, progress.mask, progress.positions)
-            tokens = int(output.shape[0] * output.shape[1])
-            self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
+            span = self._spans[progress.done]
+            if self._is_lost(span):
+                span, output = await self._mend(progress)
+            else:
+                output = await self._step(span, progress)
             self._note_author(span.hop)
             if self._audits is not None:
                 past = span.history.copy(span.history.length)  # the session goes on
@@ -213,6 +216,15 @@ class SessionChain:
             progress.advance()
             if self._view.should_leave(span.hop):
                 await span.drop()  # the next step goes to its replacement
+        self._view.begun(self._kind, self._start, self._end)
+
+    async def _step(self, span: SpanSession, progress: Progress) -> Tensor:
+        began = self._view.now()
+        message = Step(position=progress.start, reserve=self._reserved)
+        output = await span.step(progress.value, message, progress.mask, progress.positions)
+        tokens = int(output.shape[0] * output.shape[1])
+        self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
+        return output
 
     def _is_lost(self, span: SpanSession) -> bool:
         """Whether another server must be found: this one has no cache, or asked to be left alone.
@@ -221,29 +233,42 @@ class SessionChain:
         """
         return span.channel is None or self._view.health.is_busy(span.hop.peer_id)
 
-    def _message(self, position: int) -> Step:
-        return Step(position=position, reserve=self._reserved)
+    async def _mend(self, progress: Progress) -> tuple[SpanSession, Tensor]:
+        """Have the step taken by a server that is up in the place of the span at `progress.done`; and its outputs.
 
-    async def _mend(self, progress: _Progress) -> None:
-        """Replace the span at `progress.done` by servers that are up, and bring their caches to the present."""
+        Its cache is brought to the present first. If it serves only a part of the blocks, the rest is nobody's yet.
+        """
         lost = self._spans[progress.done]
-        hops = await self._view.route(lost.hop.start, lost.hop.end)
-        fresh = [SpanSession(hop, History()) for hop in hops]
-        rows = int(progress.value.shape[0])
-        try:
-            for span in fresh:
+
+        async def replace(hop: Hop, _careful: bool) -> tuple[SpanSession, History, Tensor]:
+            span, rest = SpanSession(hop, History()), History()
+            rows = int(progress.value.shape[0])
+            try:
                 await span.open(
                     self._view, rows=rows, max_tokens=self._reserved, deep=self._deep, bundle=self._bundle
                 )
-            await self._replay(lost.history, fresh, progress)
-        except BaseException:
-            for span in fresh:
+                await self._replay(lost.history, span, rest, progress)
+                return span, rest, await self._step(span, progress)
+            except BaseException:
                 await span.drop()
-            raise
-        await lost.drop()
-        self._spans[progress.done : progress.done + 1] = fresh
+                raise
 
-    async def _replay(self, history: History, spans: list[SpanSession], progress: _Progress) -> None:
+        rows, length = progress.value.shape[:2]
+        span, rest, output = await self._view.first(
+            lost.hop.start,
+            lost.hop.end,
+            replace,
+            tokens=int(rows * (length + lost.history.length)),
+            kind=self._kind,
+        )
+        self._kind = self._kind or self._view.numerics_of(span.hop.peer_id)
+        later = [_nobody_s(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
+        self._spans[progress.done : progress.done + 1] = [span, *later]
+        await lost.drop()
+        return span, output
+
+    async def _replay(self, history: History, span: SpanSession, rest: History, progress: Progress) -> None:
+        """Give a span what its history says; its outputs are noted in `rest`, the history of what comes after it."""
         past, mask = history.inputs(), progress.mask
         if past is None:
             return
@@ -251,12 +276,11 @@ class SessionChain:
         width = max(1, REPLAY_TOKENS // hidden.shape[0])
         for start in range(0, hidden.shape[1], width):
             stop = min(start + width, hidden.shape[1])
-            value, ids = hidden[:, start:stop], positions[:, start:stop]
-            for span in spans:
-                value = await span.step(
-                    value, self._message(start), None if mask is None else mask[:, :stop], ids
-                )
-                self._note_author(span.hop)
+            ids = positions[:, start:stop]
+            message = Step(position=start, reserve=self._reserved)
+            covered = None if mask is None else mask[:, :stop]
+            value = await span.step(hidden[:, start:stop], message, covered, ids)
+            rest.append(value, ids)
             progress.replayed_up_to(stop)
 
     def _note_author(self, hop: Hop) -> None:
@@ -277,9 +301,9 @@ class SessionChain:
         first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)
         for span in self._spans[first:]:
             await span.drop()
-        hop = Hop(finding.hop.peer_id, self._spans[first].hop.start, self._end)
-        self._spans[first:] = [SpanSession(hop, self._spans[first].history)]
-        self._authors = {peer: block for peer, block in self._authors.items() if block < hop.start}
+        block = self._spans[first].hop.start
+        self._spans[first:] = [_nobody_s(block, self._end, self._spans[first].history)]
+        self._authors = {peer: begun for peer, begun in self._authors.items() if begun < block}
         self.version += 1
         raise self._view.verdicts.error(finding)
 
@@ -364,26 +388,10 @@ class SessionChain:
             await asyncio.wait(self._closing, timeout=seconds)
 
 
+def _nobody_s(start: int, end: int, history: History) -> SpanSession:
+    """Blocks that no server holds yet."""
+    return SpanSession(Hop("", start, end), history)
+
+
 def _kept(deep: Tensor | None) -> Tensor | None:
     return None if deep is None else deep.detach().float().cpu().clone()
-
-
-class _Progress:
-    """How far one step has come along the chain."""
-
-    def __init__(self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None) -> None:
-        self.value = hidden  # input of the span at index `done`
-        self.start = start
-        self.mask = mask
-        self.positions = positions
-        self.done = 0
-        self.reached = (0, 0)  # spans done, and tokens a row that were replayed to the next one; never falls
-
-    def advance(self) -> None:
-        """The next span is done; `value` is its output."""
-        self.done += 1
-        self.reached = max(self.reached, (self.done, 0))
-
-    def replayed_up_to(self, tokens: int) -> None:
-        """The replacement of the next span holds so many tokens a row."""
-        self.reached = max(self.reached, (self.done, tokens))

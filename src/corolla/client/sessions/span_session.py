@@ -252,3 +252,28 @@ class SpanSession:
             self.kept = keep
         except (RemoteError, TimeoutError):
             await channel.close()
+
+
+class Progress:
+    """How far one step has come along the chain."""
+
+    def __init__(self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        self.value = self._first = hidden  # input of the span at index `done`
+        self.start = start
+        self.mask = mask
+        self.positions = positions
+        self.done = 0
+        self.reached = (0, 0)  # spans done, and tokens a row that were replayed to the next one; never falls
+
+    def begin_anew(self) -> None:
+        """Nothing of the step is done, and nothing of it was noted."""
+        self.value, self.done = self._first, 0
+
+    def advance(self) -> None:
+        """The next span is done; `value` is its output."""
+        self.done += 1
+        self.reached = max(self.reached, (self.done, 0))
+
+    def replayed_up_to(self, tokens: int) -> None:
+        """The replacement of the next span holds so many tokens a row."""
+        self.reached = max(self.reached, (self.done, tokens))

@@ -38,7 +38,7 @@ SECONDS_A_TOKEN = 0.002  # until it is known
 LEAST_TIMED = 64  # tokens; what fewer take says little
 # What is computed alone goes on for so long before it gives way again, and pieces of prompts that come in between
 # take about as long.
-PIECE_SECONDS = 0.1
+PIECE_SECONDS = 0.05
 KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
 MOST_REMEMBERED = 10_000  # peers
 SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take to be worth one of its own
@@ -105,7 +105,7 @@ class Shares:
     """
 
     def __init__(self, history: History | None = None) -> None:
-        self._history = history or History()
+        self._history = History() if history is None else history
         self._given: dict[str, float] = {}
         self._floor = 0.0  # what the least served of the busy peers has had
         self._weigh = self._history.weights(())

@@ -1,10 +1,9 @@
 """Room for attention caches: who holds how much, who must go, who waits.
 
 Invariant: the pages reserved never exceed the capacity, and a session never fills more than it reserved.
-Where room is missing, idle sessions lose their caches, least recently used first (their clients replay);
-then newcomers wait in order of arrival. One peer may have everything that nobody else needs: what it has
-beyond its share goes to a peer that stays within its own, idle or not. Used on the event loop only; the
-pages themselves are touched by the compute thread alone.
+Where room is missing, sessions lose their caches (their clients replay) as `peers.who_gives_way` says: idle ones, and
+those of peers that have more than whoever asks. Then newcomers wait in order of arrival. Used on the event loop only;
+the pages themselves are touched by the compute thread alone.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from typing import Protocol
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
+from corolla.server.peers import Holder, who_gives_way
+from corolla.server.scheduler.policy import History
 
 RETRY_SECONDS = 5.0
 IDLE_SECONDS = 5.0  # a session whose last step is so long ago is between two replies
@@ -24,20 +25,12 @@ WAIT_SECONDS = 30.0  # in line, before a newcomer is told to come back later
 LOOK_AGAIN_SECONDS = 0.5  # how often the head of the line looks for sessions that have become idle
 
 
-class Holder(Protocol):
+class CacheHolder(Holder, Protocol):
     """A session, or something kept of one, as far as its room is concerned."""
 
-    peer: str  # whose it is
     pages: int  # reserved
     last_used: float
     evicted: bool
-
-    @property
-    def idle_after(self) -> float | None:
-        """Seconds without use after which it may be evicted; None while it must not."""
-
-    def let_go(self) -> None:
-        """Free the cache; called when it is evicted."""
 
 
 class CacheBudget:
@@ -48,28 +41,23 @@ class CacheBudget:
         capacity: int,
         clock: Callable[[], float] = time.monotonic,
         *,
-        share: float = 0.5,
         tables: int = 1,
+        history: History | None = None,
     ) -> None:
-        """`capacity` in pages, of which a peer can count on `share` whatever others do; `tables` is the layout's."""
+        """`capacity` in pages; `tables` is the layout's."""
         self.capacity = capacity
         self._tables = tables
-        self._peer_share = share
+        self._history = History() if history is None else history
         self._by_peer: Counter[str] = Counter()  # pages
         self.reserved = 0
         self._clock = clock
-        self._holders: list[Holder] = []
-        self._line: deque[Holder] = deque()
+        self._holders: list[CacheHolder] = []
+        self._line: deque[CacheHolder] = deque()
         self._changed = asyncio.Event()
 
     def set_aside(self, pages: int) -> None:
         """Take so many pages, which nobody has reserved, out of what sessions may hold, for good."""
         self.capacity -= pages
-
-    @property
-    def _share(self) -> float:
-        """Pages that a peer can count on."""
-        return self._peer_share * self.capacity
 
     @property
     def free(self) -> int:
@@ -94,15 +82,15 @@ class CacheBudget:
         """Pages that the peer's sessions have reserved."""
         return self._by_peer[peer]
 
-    def ahead(self, holder: Holder) -> int:
+    def ahead(self, holder: CacheHolder) -> int:
         """How many wait in line before this one."""
         return self._line.index(holder) if holder in self._line else 0
 
-    def used(self, holder: Holder) -> None:
+    def used(self, holder: CacheHolder) -> None:
         """Note that it is being used now."""
         holder.last_used = self._clock()
 
-    async def reserve(self, holder: Holder, pages: int, field: str) -> None:
+    async def reserve(self, holder: CacheHolder, pages: int, field: str) -> None:
         """Grow or shrink a reservation to `pages`; `field` is the message field that asks for it.
 
         Raises `RequestRefused`, and leaves the reservation as it was: too_large, busy after `WAIT_SECONDS` in
@@ -122,7 +110,7 @@ class CacheBudget:
             return
         await self._stand_in_line(holder, pages, field)
 
-    async def _stand_in_line(self, holder: Holder, pages: int, field: str) -> None:
+    async def _stand_in_line(self, holder: CacheHolder, pages: int, field: str) -> None:
         self._line.append(holder)
         deadline = self._clock() + WAIT_SECONDS
         try:
@@ -143,9 +131,10 @@ class CacheBudget:
             self._line.remove(holder)
             self._changed.set()
 
-    def _first_in_line(self) -> Holder:
-        """Whose turn it is: the first of those whose peers have not more than their share."""
-        return min(self._line, key=lambda one: self._by_peer[one.peer] > self._share)
+    def _first_in_line(self) -> CacheHolder:
+        """Whose turn it is: the first of those whose peers have least."""
+        weigh = self._history.weights({one.peer for one in self._line})
+        return min(self._line, key=lambda one: self._by_peer[one.peer] / weigh(one.peer))
 
     async def _change(self) -> None:
         """Wait until room was given back, or long enough for somebody to have become idle."""
@@ -156,7 +145,7 @@ class CacheBudget:
         except TimeoutError:
             return
 
-    def _resized(self, holder: Holder, pages: int) -> bool:
+    def _resized(self, holder: CacheHolder, pages: int) -> bool:
         """Whether the reservation is as wanted now, after evictions where these were needed and enough."""
         more = pages - holder.pages
         if more > self.free and not self._evict(more, holder):
@@ -168,53 +157,27 @@ class CacheBudget:
             self._changed.set()
         return True
 
-    def _count(self, holder: Holder, more: int) -> None:
+    def _count(self, holder: CacheHolder, more: int) -> None:
         holder.pages += more
         self.reserved += more
         self._by_peer[holder.peer] += more
         if not self._by_peer[holder.peer]:
             del self._by_peer[holder.peer]
 
-    def _evict(self, wanted: int, holder: Holder) -> bool:
-        """Make room for `wanted` more pages, idle ones and least recently used ones first.
-
-        False, and nobody goes, if that is not enough.
-        """
-        now, missing = self._clock(), wanted - self.free
-        others = [one for one in self._holders if one is not holder]
-        idle = [one for one in others if _is_idle(one, now)]
-        idle.sort(key=lambda one: (one.idle_after or 0.0, one.last_used))  # closed ones first
-        if self._by_peer[holder.peer] + wanted <= self._share:
-            idle += self._beyond_share([one for one in others if one not in idle])
-        chosen: list[Holder] = []
-        for one in idle:
-            if missing <= 0:
-                break
-            chosen.append(one)
-            missing -= one.pages
-        if missing > 0:
-            return False
+    def _evict(self, wanted: int, holder: CacheHolder) -> bool:
+        """Make room for `wanted` more pages; False, and nobody goes, if that would not be fair or enough."""
+        held = {one: one.pages for one in self._holders}
+        missing, now = wanted - self.free, self._clock()
+        chosen = who_gives_way(held, holder, wanted, missing, self._history, now)
         for one in chosen:
             one.evicted = True
             self.release(one)
             one.let_go()
-        return True
+        return bool(chosen)
 
-    def _beyond_share(self, holders: list[Holder]) -> list[Holder]:
-        """Those at rest whose peers have more than their share, least recently used first."""
-        found = [
-            one for one in holders if one.idle_after is not None and self._by_peer[one.peer] > self._share
-        ]
-        return sorted(found, key=lambda one: one.last_used)
-
-    def release(self, holder: Holder) -> None:
+    def release(self, holder: CacheHolder) -> None:
         """Give everything back; safe to call twice."""
         self._count(holder, -holder.pages)
         if holder in self._holders:
             self._holders.remove(holder)
         self._changed.set()
-
-
-def _is_idle(holder: Holder, now: float) -> bool:
-    limit = holder.idle_after
-    return limit is not None and now - holder.last_used >= limit

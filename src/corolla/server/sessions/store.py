@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from corolla.server.peers import PeerLimits
 from corolla.server.scheduler.engine import Engine
 from corolla.server.sessions.session import Session
 
@@ -23,10 +22,7 @@ Name = tuple[str, str | None]  # a peer, and what it calls the session
 class SessionStore:
     """Used on the event loop only. Its length is the number of open sessions."""
 
-    def __init__(
-        self, limits: PeerLimits, engine: Engine, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._limits = limits
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
         self._open: set[Session] = set()
@@ -42,8 +38,7 @@ class SessionStore:
         return sum(session.pages for session, _ in self._kept.values())
 
     def add(self, session: Session) -> None:
-        """A session is being opened. Raises `RequestRefused` (busy) for one too many."""
-        self._limits.sessions.take(session.peer)
+        """A session is being opened."""
         self._open.add(session)
 
     def publish(self, session: Session) -> None:
@@ -68,7 +63,6 @@ class SessionStore:
         if session not in self._open:
             return
         self._open.remove(session)
-        self._limits.sessions.give(session.peer)
         self._engine.forget(session)
         name = (session.peer, session.name)
         published = self._named.get(name) is session

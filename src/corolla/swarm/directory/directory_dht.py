@@ -50,14 +50,8 @@ class DHTDirectory(KeptDirectory):
         own: Shelf | None,
         allowed: Callable[[str], bool],
     ) -> None:
-        super().__init__(
-            transport,
-            transport.identity,
-            self._nearest,
-            verifier,
-            own=own,
-            introduce=transport.calls.introduce,
-        )
+        introduce = transport.calls.introduce
+        super().__init__(transport, transport.identity, self._nearest, verifier, own=own, introduce=introduce)
         self._node = node
         self._peers = peers  # base58 ids of those we joined through
         self._allowed = allowed

@@ -99,6 +99,7 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
     reason: Literal["stranger", "unfit", "full"]
 
 
+_TO_A_STRANGER = Refused("stranger")
 _requests = msgspec.msgpack.Decoder(Put | List | Fetch)
 _answers = msgspec.msgpack.Decoder(Done | Names | Records | Refused)
 
@@ -126,9 +127,9 @@ class Keeper:
 
     async def _answer(self, request: Put | List | Fetch, peer: str) -> Done | Names | Records | Refused:
         if not self._allowed(peer):
-            return Refused("stranger")
+            return _TO_A_STRANGER
         if isinstance(request, List):
-            return Names(b"".join(self._shelf.names(request.model)))
+            return Names(self._shelf.names(request.model))
         if isinstance(request, Fetch):
             return Records(self._shelf.values(_split(request.names)))
         if self._verifier.waiting > MAX_WAITING or not self._shelf.may_put(peer):
@@ -157,7 +158,7 @@ class KeptDirectory(Directory):
         introduce: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         """`keepers(models)` names the other peers that keep the records of these models; None: of all. `own` is what
-        this peer keeps itself. `introduce` presents it to a peer that does not know it."""
+        this peer keeps itself; `introduce` presents it to a peer that does not know it."""
         self._transport = transport
         self._identity = identity
         self._keepers = keepers
@@ -222,7 +223,7 @@ class KeptDirectory(Directory):
         return reading.servers(model, self._verifier.clock())
 
     async def _read_own(self, own: Shelf, model: str | None, reading: _Reading) -> None:
-        names = own.names(model)
+        names = list(_split(own.names(model)))
         for page in reading.pages(names):
             await self._note(reading, page, own.values(page))
         reading.offer(names)
@@ -279,23 +280,21 @@ class KeptDirectory(Directory):
             await stream.close()
 
     async def _ask(self, stream: Stream, request: msgspec.Struct, kind: type[T]) -> T:
-        for attempt in range(2):
-            async with _in_time(stream.peer_id):
-                await send_short(stream, request)
-                answer = await receive_short(stream, _answers, _MAX_ANSWER)
-            stranger = isinstance(answer, Refused) and answer.reason == "stranger"
-            if (
-                attempt
-                or not stranger
-                or self._introduce is None
-                or not await self._introduce(stream.peer_id)
-            ):
-                break
+        """The answer to one request, which is asked again of a peer that has been told who we are."""
+        answer = await self._exchange(stream, request)
+        if answer == _TO_A_STRANGER and self._introduce is not None and await self._introduce(stream.peer_id):
+            answer = await self._exchange(stream, request)
         if isinstance(answer, kind):
             return answer
         if isinstance(answer, Refused):
             raise _Declined(f"It refused a request: {answer.reason}.", peer_id=stream.peer_id)
         raise ProtocolError("It gave another kind of answer.", peer_id=stream.peer_id)
+
+    async def _exchange(self, stream: Stream, request: msgspec.Struct) -> Done | Names | Records | Refused:
+        async with _in_time(stream.peer_id):
+            await send_short(stream, request)
+            answer: Done | Names | Records | Refused = await receive_short(stream, _answers, _MAX_ANSWER)
+            return answer
 
 
 class _Reading:

@@ -19,6 +19,7 @@ from hashlib import sha256
 from typing import Annotated
 
 import msgspec
+from cachetools import LRUCache
 
 from corolla.swarm.access.invitations import LEEWAY
 from corolla.swarm.directory.directory import ServerRecord
@@ -112,6 +113,13 @@ class _Kept:
     since: float  # when the first of its versions came
 
 
+@dataclass
+class _List:
+    names: bytes
+    changes: int  # that had been made when it was
+    good_until: float
+
+
 class Shelf:
     """The records that one peer keeps for others: the newest of each server for each of its models."""
 
@@ -123,6 +131,9 @@ class Shelf:
         self._models: Counter[str] = Counter()  # that each owner has here
         self._puts: Counter[str] = Counter()  # of each owner in the running minute
         self._minute = 0
+        self._leaving: list[tuple[str, str]] = []  # newcomers, in the order in which they will make room
+        self._changes = 0
+        self._lists: LRUCache[str | None, _List] = LRUCache(64)  # by model
 
     def may_put(self, owner: str) -> bool:
         """Whether the owner's next record is read at all. To be asked once for each."""
@@ -142,11 +153,22 @@ class Shelf:
         self._models[owner] += before is None
         kept = _Kept(value, name_of(entry, value), entry.expires, since)
         self._kept[place] = self._by_place[kept.name[:PLACE_BYTES]] = kept
+        self._changes += 1
         return True
 
-    def names(self, model: str | None) -> list[bytes]:
-        """The names of the records of a model, or of all; those of longest standing first."""
-        return [kept.name for (_, of), kept in self._kept.items() if model is None or of == model]
+    def names(self, model: str | None) -> bytes:
+        """The names of the records of a model, or of all, one behind the other; those of longest standing first.
+
+        Where many records change all the time, a list may be used for some moments: no more than a tenth of the time
+        goes into them.
+        """
+        known, now = self._lists.get(model), time.perf_counter()
+        if known is not None and (known.changes == self._changes or now < known.good_until):
+            return known.names
+        names = b"".join(kept.name for (_, of), kept in self._kept.items() if model is None or of == model)
+        ended = time.perf_counter()
+        self._lists[model] = _List(names, self._changes, good_until=ended + 9 * (ended - now))
+        return names
 
     def values(self, names: Iterable[bytes]) -> list[bytes]:
         """Those of these records that are still here, in their newest versions."""
@@ -158,16 +180,25 @@ class Shelf:
             return False
         if len(self._kept) < MAX_RECORDS:
             return True
-        # Newcomers make room for newcomers, whoever it hits, so that each is here for some of the time; the
-        # established are as many as leave them a part of the room.
-        latest = self._clock() - ESTABLISHED_SECONDS
-        settled = int(MAX_RECORDS * (1 - NEWCOMERS_PART))
-        places = list(self._kept)
-        newcomers = [p for n, p in enumerate(places) if n >= settled or self._kept[p].since > latest]
-        self._drop(random.choice(newcomers))
+        self._drop(self._next_to_leave())
         return True
 
+    def _next_to_leave(self) -> tuple[str, str]:
+        # Newcomers make room for newcomers, in random order, so that each is here for some of the time; the
+        # established are as many as leave them a part of the room.
+        while True:
+            if not self._leaving:
+                latest = self._clock() - ESTABLISHED_SECONDS
+                settled = int(MAX_RECORDS * (1 - NEWCOMERS_PART))
+                places = enumerate(self._kept.items())
+                self._leaving = [p for n, (p, kept) in places if n >= settled or kept.since > latest]
+                random.shuffle(self._leaving)
+            place = self._leaving.pop()
+            if place in self._kept:
+                return place
+
     def _drop(self, place: tuple[str, str]) -> None:
+        self._changes += 1
         self._by_place.pop(self._kept.pop(place).name[:PLACE_BYTES], None)
         self._models[place[0]] -= 1
         if not self._models[place[0]]:

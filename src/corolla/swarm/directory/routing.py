@@ -2,12 +2,13 @@
 
 Invariant: the same records, in whatever order, give the same route; a route covers its range exactly, each
 hop lies within what its server announced, and no chain of eligible servers has a lower estimated cost.
-What a server announced of its speed is believed until it was found far from true several times in a row.
+What a server announced of its speed is believed as far as it does not contradict what it was found to be.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,11 @@ SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
 SLOW_IN_A_ROW = 4
 SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
 
+BELIEF = 2.0  # what a server announces counts within so many times of what it was found to take
+FEW_TOKENS = 16  # of an exchange that says how long a token takes
+ENOUGH = 4  # of these: the first ones come while a server warms up
+NEWEST = 0.2  # weight of the newest of them in their average
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -39,18 +45,20 @@ class Hop:
 
 @dataclass(frozen=True, order=True)
 class _Path:
-    """The best known way through the blocks up to somewhere; compared by cost, hops, then peers."""
+    """The best known way through the blocks up to somewhere; compared by strangers, cost, hops, then peers."""
 
+    strangers: int  # hops at peers that have never answered
     cost: float
     hops: int
     peers: tuple[str, ...]
     entries: tuple[int, ...]  # where each peer's part begins
 
-    def enter(self, peer_id: str, block: int, cost: float) -> _Path:
-        return _Path(self.cost + cost, self.hops + 1, (*self.peers, peer_id), (*self.entries, block))
+    def enter(self, peer_id: str, block: int, cost: float, *, strange: bool) -> _Path:
+        peers, entries = (*self.peers, peer_id), (*self.entries, block)
+        return _Path(self.strangers + strange, self.cost + cost, self.hops + 1, peers, entries)
 
     def advance(self, cost: float) -> _Path:
-        return _Path(self.cost + cost, self.hops, self.peers, self.entries)
+        return _Path(self.strangers, self.cost + cost, self.hops, self.peers, self.entries)
 
 
 def block_seconds(record: ServerRecord) -> float:
@@ -66,8 +74,9 @@ def find_route(
     end: int,
     *,
     avoid: Collection[str] = (),
+    proven: Collection[str] | None = None,
 ) -> list[Hop]:
-    """The cheapest chain of servers for blocks [start, end).
+    """The cheapest chain of servers for blocks [start, end), of those with the fewest peers that are not `proven`.
 
     A hop costs `HOP_SECONDS`, plus its blocks' time. Peers in `avoid` and servers that are draining are not used. Ties
     go to fewer hops, then to the peer ids that sort first. Raises `MissingBlocks` when some block has no eligible
@@ -75,15 +84,16 @@ def find_route(
     """
     if not 0 <= start < end:
         raise ValueError(f"Blocks {start}:{end} are not a range.")
-    usable = [r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end]
-    done = _Path(0.0, 0, (), ())
+    usable = _best_of_each_range(_eligible(records, avoid), proven)
+    done = _Path(0, 0.0, 0, (), ())
     inside: dict[int, _Path] = {}  # the best path whose last server is usable[i]
     for block in range(start, end):
         reached: dict[int, _Path] = {}
         for index, record in enumerate(usable):
             if not record.start <= block < record.end:
                 continue
-            entered = done.enter(record.peer_id, block, HOP_SECONDS)
+            strange = _strange(record, proven)
+            entered = done.enter(record.peer_id, block, HOP_SECONDS, strange=strange)
             stayed = inside.get(index)
             best = entered if stayed is None else min(stayed, entered)
             reached[index] = best.advance(block_seconds(record))
@@ -92,6 +102,49 @@ def find_route(
         inside, done = reached, min(reached.values())
     exits = (*done.entries[1:], end)
     return [Hop(*part) for part in zip(done.peers, done.entries, exits, strict=True)]
+
+
+def first_hops(
+    records: Sequence[ServerRecord],
+    start: int,
+    end: int,
+    *,
+    avoid: Collection[str] = (),
+    proven: Collection[str] | None = None,
+) -> list[Hop]:
+    """Whom to ask for block `start` of [start, end): the first hop of `find_route`, then everybody else who may be.
+
+    Those come in the order `proven` first, then by how far they reach, then by what they say they cost. Raises as
+    `find_route`.
+    """
+    best = find_route(records, start, end, avoid=avoid, proven=proven)[0]
+    others = [one for one in _eligible(records, avoid) if one.start <= start < one.end]
+    others.sort(key=lambda one: (_strange(one, proven), -min(one.end, end), block_seconds(one), one.peer_id))
+    return [best, *(Hop(r.peer_id, start, min(r.end, end)) for r in others if r.peer_id != best.peer_id)]
+
+
+def _eligible(records: Iterable[ServerRecord], avoid: Collection[str]) -> list[ServerRecord]:
+    return [r for r in records if r.state == "serving" and r.peer_id not in avoid and r.start < r.end]
+
+
+def _strange(record: ServerRecord, proven: Collection[str] | None) -> bool:
+    return proven is not None and record.peer_id not in proven
+
+
+def _best_of_each_range(
+    records: Sequence[ServerRecord], proven: Collection[str] | None
+) -> list[ServerRecord]:
+    """No route needs two servers of the same blocks, so however many there are, few are looked at."""
+    best: dict[tuple[int, int], ServerRecord] = {}
+
+    def order(record: ServerRecord) -> tuple[bool, float, str]:
+        return _strange(record, proven), block_seconds(record), record.peer_id
+
+    for one in records:
+        before = best.get((one.start, one.end))
+        if before is None or order(one) < order(before):
+            best[one.start, one.end] = one
+    return list(best.values())
 
 
 def announced_seconds(record: ServerRecord, hop: Hop, tokens: int) -> float:
@@ -107,7 +160,9 @@ def is_too_slow(record: ServerRecord, hop: Hop, tokens: int, nbytes: int, second
 
 @dataclass
 class _Pace:
-    in_a_row: int = 0
+    average: float = 0.0  # seconds of a token in a block, of exchanges with few tokens; the newest count most
+    measured: int = 0  # such exchanges
+    in_a_row: int = 0  # exchanges that took far too long
     factor: float = 1.0  # how many times slower than announced, in the least slow of them
     until: float = float("-inf")  # seconds; counts as slow so long
 
@@ -116,16 +171,20 @@ class _Pace:
 class Paces:
     """How fast servers were found to be; moments and durations are passed in, in seconds."""
 
-    _of: dict[str, _Pace] = field(default_factory=dict)
+    _of: dict[str, _Pace] = field(default_factory=lambda: defaultdict(_Pace))
 
     def took(
         self, record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float, now: float
     ) -> None:
         """Note an exchange of `tokens` (rows × tokens) and `nbytes` with a server."""
+        pace = self._of[hop.peer_id]
+        if tokens <= FEW_TOKENS and seconds > 0:
+            one = seconds / (tokens * (hop.end - hop.start))
+            pace.measured += 1
+            pace.average += max(NEWEST, 1 / pace.measured) * (one - pace.average)
         if not is_too_slow(record, hop, tokens, nbytes, seconds):
-            self._of.pop(hop.peer_id, None)
+            pace.in_a_row, pace.until = 0, float("-inf")
             return
-        pace = self._of.setdefault(hop.peer_id, _Pace())
         factor = seconds / announced_seconds(record, hop, tokens)
         pace.factor = min(factor, pace.factor) if pace.in_a_row else factor
         pace.in_a_row += 1
@@ -134,22 +193,33 @@ class Paces:
 
     def is_slow(self, peer_id: str, now: float) -> bool:
         """Whether the peer was found slow lately."""
-        pace = self._of.get(peer_id)
-        return pace is not None and pace.until > now
+        return peer_id in self._of and self._of[peer_id].until > now
 
     def seen(self, records: Sequence[ServerRecord], now: float) -> list[ServerRecord]:
-        """The records, with the throughput of slow servers as it was found."""
-        return [
-            msgspec.structs.replace(record, throughput=record.throughput / self._of[record.peer_id].factor)
-            if self.is_slow(record.peer_id, now)
-            else record
-            for record in records
-        ]
+        """The records, with the throughput that is believed: within `BELIEF` of what was found."""
+        return [self._believed(one, now) if one.peer_id in self._of else one for one in records]
+
+    def _believed(self, record: ServerRecord, now: float) -> ServerRecord:
+        pace, seconds = self._of[record.peer_id], block_seconds(record)
+        if self.is_slow(record.peer_id, now):
+            seconds *= pace.factor
+        elif pace.measured >= ENOUGH:
+            seconds = min(max(seconds, pace.average / BELIEF), pace.average * BELIEF)
+        return msgspec.structs.replace(record, throughput=1.0 / (seconds * max(1, record.end - record.start)))
+
+
+# Kinds of arithmetic in which a server may compute, the more exact ones before those that say less of a number.
+KINDS = tuple(
+    dtype + quantization
+    for quantization in ("", "+int8", "+nf4")
+    for dtype in ("float32", "float64", "bfloat16", "float16")
+)
 
 
 def numerics_of(records: Iterable[ServerRecord]) -> list[str]:
-    """The kinds of arithmetic that are offered, those with most precision first: float32, …, float32+int8."""
-    return sorted({record.numerics for record in records}, key=lambda kind: ("+" in kind, kind))
+    """The kinds of arithmetic that are offered, in the order of `KINDS`."""
+    offered = {record.numerics for record in records}
+    return [kind for kind in KINDS if kind in offered]
 
 
 def uncovered(records: Iterable[ServerRecord], start: int, end: int) -> list[int]:

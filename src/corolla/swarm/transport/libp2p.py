@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +73,18 @@ class NotAllowedHere(Exception):
     """What a remote call by a peer that may not make it fails with; the caller is sent its name."""
 
 
+async def _nowhere(_peer_id: str) -> bool:
+    return False
+
+
+@dataclass
 class Calls:
-    """Decides about remote calls (the DHT's), in both directions; the transport's owner says how."""
+    """What the transport's owner decides about remote calls (the DHT's)."""
 
-    def __init__(self) -> None:
-        # Whether a call with this argument, by this peer, is taken; by default all are.
-        self.takes: Callable[[str, Any], bool] = lambda _peer_id, _request: True
-        # Presents us to a peer that refused a call; true when it lets us in now.
-        self.introduce: Callable[[str], Awaitable[bool]] | None = None
-
-    def checked(self, handler: Any) -> Any:
-        """The same handler, for calls that are taken."""
-
-        async def handle(request: Any, context: Any) -> Any:
-            if not self.takes(context.remote_id.to_base58(), request):
-                raise NotAllowedHere
-            return await handler(request, context)
-
-        return handle
-
-    async def introduced(self, peer: str, error: Exception) -> bool:
-        """Whether a call that failed so may be made again, since the peer knows us now."""
-        if NotAllowedHere.__name__ not in str(error) or self.introduce is None:
-            return False
-        return await self.introduce(peer)
+    # Whether a call with this argument, by this peer, is taken.
+    takes: Callable[[str, Any], bool] = lambda _peer_id, _request: True
+    # Presents us to a peer that refused a call; true when it lets us in now.
+    introduce: Callable[[str], Awaitable[bool]] = _nowhere
 
 
 class SmallCall:
@@ -137,13 +126,19 @@ def _daemon_class(runtime_dir: Path, made: list[Any], calls: Calls) -> type[Any]
             return [sys.executable, "-ISc", _IN_OWN_SESSION, *command]
 
         async def add_protobuf_handler(self, name: str, handler: Any, kind: Any, **kwargs: Any) -> None:
-            await super().add_protobuf_handler(name, calls.checked(handler), SmallCall(kind), **kwargs)
+            async def checked(request: Any, context: Any) -> Any:
+                if not calls.takes(context.remote_id.to_base58(), request):
+                    raise NotAllowedHere
+                return await handler(request, context)
+
+            await super().add_protobuf_handler(name, checked, SmallCall(kind), **kwargs)
 
         async def call_protobuf_handler(self, peer_id: Any, *args: Any) -> Any:
             try:
                 return only_who_is_near(await super().call_protobuf_handler(peer_id, *args))
             except P2PHandlerError as error:
-                if not await calls.introduced(peer_id.to_base58(), error):
+                stranger = NotAllowedHere.__name__ in str(error)
+                if not stranger or not await calls.introduce(peer_id.to_base58()):
                     raise
             return only_who_is_near(await super().call_protobuf_handler(peer_id, *args))
 

@@ -1,0 +1,129 @@
+"""Audits among honest servers and liars who lie alike, at any mixture: who is condemned, and by what tolerance."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from corolla.client.audits.audit import Answer
+from corolla.client.audits.auditor import Auditor
+from corolla.client.health import Health, Verdicts
+from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.routing import Hop
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Output
+
+AUDITS = 1000
+GIVEN = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
+TRUE = GIVEN + torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(2))
+
+
+def noisy(size: float) -> Tensor:
+    """The same lie for all who tell it."""
+    return TRUE + size * torch.randn(TRUE.shape, generator=torch.Generator().manual_seed(3))
+
+
+class World:
+    """What an auditor asks of a client's view, with servers that answer as they are told to."""
+
+    def __init__(
+        self, answers: dict[str, Tensor], kinds: dict[str, str], kind: str | None = "float32"
+    ) -> None:
+        self.now, self.kind, self.wire, self.model = 0.0, kind, "compute", "m"
+        self.answers, self.kinds = answers, kinds
+        self.health, self.verdicts = Health(lambda: self.now), Verdicts()
+        self.channels = self
+
+    async def usable(self) -> list[ServerRecord]:
+        return [self._record(peer) for peer in self.answers if peer not in self.verdicts.condemned]
+
+    def _record(self, peer: str) -> ServerRecord:
+        dtype, _, quantization = self.kinds.get(peer, "float32").partition("+")
+        return ServerRecord(
+            peer_id=peer,
+            model="m",
+            model_name="m",
+            num_blocks=4,
+            start=0,
+            end=4,
+            dtype=dtype,
+            quantization=quantization or "none",
+        )
+
+    def numerics_of(self, peer: str) -> str:
+        return self._record(peer).numerics
+
+    def expected_kind(self, peer: str) -> str:
+        return self.kind or self.numerics_of(peer)
+
+    async def ask(self, peer: str, _packet: Packet) -> Packet:
+        return Packet(Output(), {"hidden": self.answers[peer]})
+
+    async def audit(self, times: int, draw: random.Random, own: Any) -> Auditor:
+        """Have so many answers of everybody audited, whoever is still used."""
+        auditor = Auditor(self, 1.0, own=own, draw=draw)  # type: ignore[arg-type]
+        for _ in range(times):
+            peer = draw.choice([one.peer_id for one in await self.usable()])
+            answer = Answer(Hop(peer, 0, 4), "forward", {"hidden": GIVEN}, {"hidden": self.answers[peer]})
+            auditor.saw(lambda _draw, answer=answer: answer)  # type: ignore[misc]
+            await auditor.settled()
+            self.now += 1.0
+        return auditor
+
+
+OWN = SimpleNamespace(
+    fits=lambda _start, _end: True, kind_for=lambda kind: kind, answer=lambda _answer, _kind: {"hidden": TRUE}
+)
+MIXTURES = [(1, 1), (1, 2), (2, 2), (1, 5), (5, 1), (3, 7)]
+
+
+def mixture(honest: int, liars: int, size: float = 0.04) -> dict[str, Tensor]:
+    lie = noisy(size)
+    return {f"honest-{index}": TRUE for index in range(honest)} | {
+        f"liar-{index}": lie for index in range(liars)
+    }
+
+
+@pytest.mark.parametrize(("honest", "liars"), MIXTURES)
+async def test_where_the_client_can_compute_liars_are_condemned_and_nobody_else(
+    honest: int, liars: int
+) -> None:
+    for seed in range(4):
+        world = World(mixture(honest, liars), {})
+        await world.audit(AUDITS // 4, random.Random(seed), OWN)
+        assert set(world.verdicts.condemned) == {f"liar-{index}" for index in range(liars)}
+
+
+@pytest.mark.parametrize(("honest", "liars"), MIXTURES)
+async def test_where_it_cannot_nobody_is_condemned_and_everybody_comes_back(honest: int, liars: int) -> None:
+    world = World(mixture(honest, liars), {})
+    auditor = await world.audit(AUDITS, random.Random(0), None)
+    assert not world.verdicts.condemned
+    assert auditor.counts.unclear
+    assert world.health.doubted()
+    world.now += 3600.0
+    assert not world.health.doubted()
+
+
+@pytest.mark.parametrize("says", ["float32", "bfloat16", "float32+int8", "float32+nf4", "float64"])
+async def test_the_accused_does_not_choose_its_tolerance(says: str) -> None:
+    """It was asked as a server of float32, and says by now that it computes otherwise."""
+    world = World(mixture(1, 1), {"liar-0": says})
+    await world.audit(20, random.Random(0), OWN)
+    assert set(world.verdicts.condemned) == {"liar-0"}
+    alone = World(mixture(1, 1), {"liar-0": says})
+    assert (await alone.audit(20, random.Random(0), None)).counts.wrong == 0
+    assert not alone.verdicts.condemned
+
+
+async def test_nor_does_a_second_opinion_choose_it() -> None:
+    """An accomplice that says it computes coarsely agrees with anything."""
+    answers = {"liar": noisy(0.04), "accomplice": TRUE + 0.01}
+    world = World(answers, {"accomplice": "float32+nf4"})
+    auditor = await world.audit(40, random.Random(0), None)
+    assert auditor.counts.right == 0
