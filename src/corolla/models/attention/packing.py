@@ -315,7 +315,9 @@ class OneTokenRows:
         result = torch.empty(1, self._count, heads, dim)
         tokens = [_strided(one) for one in (query, *(new or ()))]
         numbers, sinks, slopes = kernel_rules(rules, dim)
-        _kernels().attend_rows(
+        kernels = library()
+        assert kernels is not None  # `can_attend` asked
+        kernels.attend_rows(
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
             *(() if new else (None, 0, 0) * 2),
             *(pointer(one) for one in (*cache, self._pages, self._lengths)),
@@ -348,12 +350,6 @@ def _strided(tokens: Tensor) -> Tensor:
 
 def _plain(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.detach().float().contiguous()
-
-
-def _kernels() -> Any:
-    found = library()
-    assert found is not None  # `can_attend` asked
-    return found
 
 
 # --- the way from the family's code ----------------------------------------------------------------------------
