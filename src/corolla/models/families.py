@@ -143,6 +143,11 @@ def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"Models of type {config.model_type} are not causal language models that Corolla can split; "
             "use a text-only decoder such as llama, qwen3 or bloom."
         )
+    if getattr(config, "hidden_size_per_layer_input", None) or getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split yet: their blocks take more from outside than hidden "
+            "states (inputs made of the token ids, or another block's keys and values)."
+        )
     found = mapping[type(config)]
     causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     return causal_class
