@@ -100,6 +100,25 @@ async def test_garbage_ends_the_stream(data: bytes) -> None:
         assert await swarm.directory().servers(MODEL) == [record_of(SERVER)]
 
 
+async def test_whoever_does_not_take_his_answers_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may have half a megabyte, and many who ask and do not read would keep as many of them here."""
+    monkeypatch.setattr(keeping, "MAX_STREAMS", 8)
+    monkeypatch.setattr("corolla.swarm.transport.memory.BUFFER_BYTES", 1000)
+    async with Swarm(KEEPER) as swarm:
+        for one in CROWD:
+            swarm.shelves[KEEPER.peer_id].put(*signed(one))
+        streams = []
+        for number in range(12):
+            asking = swarm.transport(f"stranger-{number}")
+            streams.append(await asking.open(KEEPER.peer_id, DIRECTORY_PROTOCOL))
+            await send_short(streams[-1], List(None))
+        assert len(await swarm.directory().servers(MODEL)) == len(CROWD)
+        for stream in streams[:4]:
+            async with asyncio.timeout(5):
+                with pytest.raises(PeerDisconnected):
+                    await stream.read(10_000)
+
+
 # --- peers that keep the directory badly -----------------------------------------------------------------
 
 
@@ -154,6 +173,20 @@ async def test_a_bad_keeper_hides_nothing(behaviour: object, monkeypatch: pytest
         client = swarm.directory(of=["bad", KEEPER.peer_id])
         for _ in range(3):
             assert await client.servers(MODEL) == [record_of(SERVER)]
+
+
+async def test_records_that_this_release_cannot_read_do_not_cost_the_others() -> None:
+    """A keeper of another release takes what this one does not, and a server chooses which."""
+    async with Swarm(KEEPER) as swarm:
+        await swarm.directory(SERVER).announce(record_of(SERVER), 60)
+        for one in CROWD[: PAGE + 5]:
+            entry, value = signed(one, dtype="float8")
+            swarm.shelves[KEEPER.peer_id].put(entry, value)
+        await swarm.directory(CROWD[-1]).announce(record_of(CROWD[-1]), 60)
+        client = swarm.directory()
+        for _ in range(2):
+            assert {one.peer_id for one in await client.servers(MODEL)} == {SERVER.peer_id, CROWD[-1].peer_id}
+            assert not client.cut_short
 
 
 async def test_a_reading_that_was_cut_short_says_so_and_the_next_goes_on(

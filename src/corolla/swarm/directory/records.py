@@ -1,9 +1,9 @@
 """The directory's records: signed by the servers that they are about, and what a peer keeps of them for others.
 
-Invariant: a record that is kept, or read, is small, well-formed and sound, was signed by the peer that it names
-together with its expiry, and expires within `MAX_TTL` seconds (clocks may differ by `LEEWAY`). Cheap checks come
-first, and signatures are checked on a thread of their own, never by the loop that answers. What is kept is bounded,
-for each server and in all, and neither can newcomers push out those who have been here for long, nor these them.
+Invariant: a record that is kept, or read, is small, well-formed and sound, and was signed by the peer that it names
+together with its expiry; one that is kept expires within `MAX_TTL` seconds (clocks may differ by `LEEWAY`). Cheap
+checks come first, and signatures are checked on a thread of their own, never by the loop that answers. What is kept is
+bounded, for each server and in all; newcomers do not push out those who have been here for long, nor these them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -61,7 +61,7 @@ def sign_entry(entry: Entry, identity: Identity) -> bytes:
     return msgspec.msgpack.encode(_Signed(data, identity.public, identity.sign(_SIGNED_AS + data)))
 
 
-def read_record(value: bytes, now: float) -> Entry | None:
+def read_record(value: bytes) -> Entry | None:
     """What a record says if all of it holds; None otherwise, whatever a peer sent. Costs most for a good one."""
     if len(value) > MAX_RECORD_BYTES:
         return None
@@ -70,7 +70,7 @@ def read_record(value: bytes, now: float) -> Entry | None:
         entry = _entries.decode(signed.entry)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if not entry.record.is_sound or not entry.expires <= now + MAX_TTL + LEEWAY:
+    if not entry.record.is_sound:
         return None
     genuine = is_signed_by(entry.record.peer_id, signed.key, _SIGNED_AS + signed.entry, signed.signature)
     return entry if genuine else None
@@ -79,23 +79,26 @@ def read_record(value: bytes, now: float) -> Entry | None:
 def name_of(entry: Entry, value: bytes) -> bytes:
     """The name of a version of a record: one half says whose it is and of what model, the other which version."""
     place = sha256(f"{entry.record.peer_id}/{entry.record.model}".encode()).digest()
-    return place[:PLACE_BYTES] + sha256(value).digest()[: NAME_BYTES - PLACE_BYTES]
+    return place[:PLACE_BYTES] + version_of(value)
+
+
+def version_of(value: bytes) -> bytes:
+    """The second half of a record's name."""
+    return sha256(value).digest()[: NAME_BYTES - PLACE_BYTES]
 
 
 class Verifier:
     """Reads records on one thread of its own, in the order in which they come."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.clock = clock  # the swarm's time
+    def __init__(self) -> None:
         self.waiting = 0  # records
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="corolla-verifier")
 
-    async def read(self, values: Iterable[bytes]) -> list[Entry | None]:
+    async def read(self, values: Sequence[bytes]) -> list[Entry | None]:
         """As `read_record`, for each."""
-        now, values = self.clock(), list(values)
         self.waiting += len(values)
         try:
-            reading = self._thread.submit(lambda: [read_record(value, now) for value in values])
+            reading = self._thread.submit(lambda: [read_record(value) for value in values])
             return await asyncio.wrap_future(reading)
         finally:
             self.waiting -= len(values)
@@ -142,7 +145,9 @@ class Shelf:
         return self._puts[owner] <= PUTS_A_MINUTE
 
     def put(self, entry: Entry, value: bytes) -> bool:
-        """Keep a record that was read; False where there is no room for its owner."""
+        """Keep a record that was read; False where it would stay too long, or there is no room for its owner."""
+        if not entry.expires <= self._clock() + MAX_TTL + LEEWAY:
+            return False
         owner, place = entry.record.peer_id, (entry.record.peer_id, entry.record.model)
         before = self._kept.get(place)
         if before is None and not self._has_room(owner):
