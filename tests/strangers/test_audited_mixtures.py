@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corolla.client.audits.audit import Answer
 from corolla.client.audits.auditor import Auditor
-from corolla.client.health import Health, Verdicts
+from corolla.client.servers import Health, Verdicts
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
