@@ -11,7 +11,7 @@ import pytest
 from tests.chat.reference import VOCABULARY, byte_tokenizer
 from tests.tiny_models import write_tiny
 
-from corolla.cli.main import main
+from corolla.cli.main import run as main
 
 Refused = Callable[..., str]
 

@@ -10,7 +10,8 @@ import pytest
 from typer.main import get_command
 
 from corolla.cli.defaults import read_defaults
-from corolla.cli.main import app, main
+from corolla.cli.main import app
+from corolla.cli.main import run as main
 from corolla.errors import UsageError
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.cli.main import main
+from corolla.cli.main import run as main
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(

@@ -92,7 +92,7 @@ def test_the_command_line_says_it_in_one_line(
 
     monkeypatch.setattr(command_line, "app", fails)
     with pytest.raises(SystemExit) as ended:
-        command_line.main()
+        command_line.run()
     said = capsys.readouterr().err
     assert ended.value.code == code
     assert said.startswith(f"error: {sentence}")
@@ -105,7 +105,7 @@ def test_what_is_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(command_line, "app", fails)
     with pytest.raises(ValueError, match="ours"):
-        command_line.main()
+        command_line.run()
 
 
 # --- the cache -----------------------------------------------------------------------------------------------

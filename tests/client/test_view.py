@@ -89,6 +89,21 @@ class World:
         await self.view.failed(PeerDisconnected("gone", peer_id=peer))
 
 
+async def test_a_directory_that_was_cut_short_proves_nothing() -> None:
+    """Who was not named this time is used as before, and of blocks that nobody is named for nothing is said."""
+    world = World("a", "b")
+    assert await world.peer() == "a"
+    world.directory.cut_short = True
+    world.directory.records = [record("b", 100.0)]
+    world.now += REFRESH_SECONDS + 1
+    assert {one.peer_id for one in await world.view.usable()} == {"a", "b"}
+    nobody = World()
+    nobody.directory.cut_short = True
+    with pytest.raises(MissingBlocks, match="cut short") as missing:
+        await nobody.peer()
+    assert "nobody" not in str(missing.value)
+
+
 async def test_another_server_is_preferred_for_a_while() -> None:
     world = World("a", "b")
     world.answers("a")

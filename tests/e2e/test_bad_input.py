@@ -14,7 +14,7 @@ from tests.client.sessions.test_bundles import write_bundle
 from tests.e2e.processes import corolla
 from tests.tiny_models import tiny_config, write_tiny
 
-from corolla.cli.main import main
+from corolla.cli.main import run as main
 from corolla.models.checkpoints.prompt_files import read_prompt_info, save_prompt
 from corolla.models.prompts import SoftPrompt
 

@@ -108,7 +108,7 @@ class Swarm:
             return known
 
         transport = self.transport("client" if identity is None else identity.peer_id)
-        return KeptDirectory(transport, identity, keepers, self._verifier())
+        return KeptDirectory(transport, identity, keepers, self._verifier(), time.time)
 
     def _verifier(self) -> Verifier:
         self._verifiers.append(Verifier())

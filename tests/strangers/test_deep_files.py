@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import bz2
+import gzip
 import json
+import lzma
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 import corolla.json_files
@@ -101,6 +105,10 @@ def test_a_chat_template(model: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template)
     with pytest.raises(UsageError, match="chat template"):
         all_of(model)
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
 
 
 def as_bundle(folder: Path, name: str, content: str) -> None:
@@ -205,6 +213,17 @@ def test_a_file_without_an_end_is_not_taken_into_memory(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(TranscriptError, match="is larger than 64 MiB"):
         read_chat(tmp_path / "chat.jsonl")
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress, zstd], ids=lambda pack: pack.__module__
+)
+@pytest.mark.parametrize("size", [70 * 2**20, pytest.param(700 * 2**20, marks=pytest.mark.nightly)])
+def test_a_bomb_in_the_place_of_data(pack: Callable[[bytes], bytes], size: int, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(pack(b" " * size))
+    with pytest.raises(DataError, match="times as large when unpacked"):
+        load_conversations(str(path))
 
 
 # --- one reader, in the source ------------------------------------------------------------------------------

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 import corolla.errors
+from corolla.cli.status import as_plain
+from corolla.cli.swarm_map import swarm_map
 from corolla.cli.terminal import TerminalConsole, explain_in, say, set_up_logging
 from corolla.errors import CorollaError, RemoteError, UsageError
+from corolla.swarm.directory.directory import ServerRecord
 from corolla.text import for_terminal, get_logger, one_line, printable
 
 PACKAGE = Path(corolla.errors.__file__).parent
@@ -207,3 +210,42 @@ def test_names_that_look_alike_are_alike() -> None:
     for clean in (one_line, for_terminal, printable):
         assert clean(tricks) == "paypal paypal paypal paypal"
     assert UsageError(tricks).args == ("paypal paypal paypal paypal",)
+
+
+def record(number: int, **fields: Any) -> ServerRecord:
+    usual = {
+        "model": "identity",
+        "model_name": "honest",
+        "num_blocks": 10,
+        "start": 0,
+        "end": 10,
+        "dtype": "float32",
+    }
+    return ServerRecord(peer_id=f"peer-{number:06d}", **(usual | fields))
+
+
+def drawn(records: list[ServerRecord]) -> list[str]:
+    console = TerminalConsole(width=100, file=io.StringIO(), force_terminal=False)
+    with console.capture() as capture:
+        console.print(swarm_map(records))
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.nightly)])
+def test_a_map_of_many_records_can_be_read(count: int) -> None:
+    records = [record(number) for number in range(count)]
+    lines = drawn(records)
+    assert len(lines) < 120
+    assert f"{count:,} servers".replace(",", "") in lines[0].replace(",", "")
+    assert any(f"and {count - 100:,} more servers" in line for line in lines)
+    models = [record(number, model=f"model-{number}") for number in range(count)]
+    assert len(drawn([*models, record(1), record(2)])) < 120
+    assert "honest" in drawn([*models, record(1), record(2)])[0]
+
+
+def test_one_record_neither_names_nor_sizes_a_model() -> None:
+    evil = record(0, model_name=HOSTILE, num_blocks=65_535, end=65_535)
+    lines = drawn([evil, record(1), record(2)])
+    assert lines[0].startswith("honest  10 blocks, 2 servers, complete")
+    (model,) = as_plain([evil, record(1), record(2)])["models"]
+    assert (model["name"], model["blocks"], model["missing"]) == ("honest", 10, [])

@@ -21,12 +21,16 @@ from corolla.chat.engine import ChatEngine
 from corolla.chat.repl import Repl
 from corolla.chat.sampling import SamplingSettings
 from corolla.data.render import Renderer, RenderSettings
-from corolla.errors import RemoteError
+from corolla.errors import RemoteError, SwarmUnavailable
 from corolla.swarm.channel import Channel
+from corolla.tuning.batches import prepare
+from corolla.tuning.settings import TuneSettings
+from corolla.tuning.tune import tune
 from tests.chat.reference import VOCABULARY, byte_tokenizer
 from tests.strangers.evil_server import add_evil
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
+from tests.tuning.tiny_setup import conversations
 
 SECONDS = 1.0  # 0.2 are promised, on a machine that has nothing else to do
 
@@ -57,9 +61,9 @@ def swarm(folder: Path, request: pytest.FixtureRequest) -> Iterator[MemorySwarm]
         yield made
 
 
-def chat_over(swarm: MemorySwarm) -> ChatEngine:
+def chat_over(swarm: MemorySwarm, patience: float = 600.0) -> ChatEngine:
     return ChatEngine(
-        swarm.model(patience=600.0),
+        swarm.model(patience=patience),
         Renderer(byte_tokenizer(), RenderSettings()),
         sampling=SamplingSettings(temperature=0, max_new_tokens=8),
         max_context=400,
@@ -151,6 +155,21 @@ def test_ctrl_c_ends_a_chat_with_a_pipe(swarm: MemorySwarm, monkeypatch: pytest.
             Repl(engine, Console(file=io.StringIO())).run()
         engine.close()
     assert pressed.took < SECONDS
+
+
+def test_a_chat_with_a_pipe_ends_with_its_patience(swarm: MemorySwarm) -> None:
+    with chat_over(swarm, patience=1.0) as engine, pytest.raises(SwarmUnavailable, match="Gave up"):
+        Repl(engine, Console(file=io.StringIO())).run(["hello", "and another"])
+
+
+def test_ctrl_c_ends_a_tuning_run(swarm: MemorySwarm, tmp_path: Path) -> None:
+    model = swarm.model(patience=600.0, tuning_mode="ptune", pre_seq_len=2)
+    settings = TuneSettings(steps=2, batch_size=2, held_out=2, rendering=RenderSettings(max_length=32))
+    prepared = prepare(byte_tokenizer(), settings, conversations())
+    with When(ctrl_c) as pressed, pytest.raises(KeyboardInterrupt):
+        tune(model, settings, prepared, tmp_path / "out")
+    assert pressed.took < SECONDS
+    model.close()
 
 
 def test_a_program_that_has_had_enough(swarm: MemorySwarm) -> None:

@@ -29,9 +29,7 @@ from corolla.files import write_json
 
 LOOK_SECONDS = 0.05  # between two looks whether somebody has had enough
 SOON = 0.02
-TOKEN_SECONDS = (
-    1.0  # that a stopped reply has for the token that is being computed, before the next one begins
-)
+TOKEN_SECONDS = 2.0  # for a stopped reply's last token, before the next reply begins
 ENDS_SECONDS = 0.15  # for servers to say that they have freed a cache, and for a call to end
 
 

@@ -22,11 +22,10 @@ from corolla.cli.common import (
     PeersOption,
     RevisionOption,
     TokenOption,
-    clean_text,
     quiet_libraries,
     typed,
 )
-from corolla.cli.fields import Fields, with_fields
+from corolla.cli.fields import Fields, clean_text, with_fields
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -91,7 +90,9 @@ def chat(
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
     quiet_libraries()
+    from corolla.chat.transcript import Transcript
     from corolla.cli.local_swarm import joined
+    from corolla.data.render import RenderSettings
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be auto, delimiter or template.")
@@ -103,7 +104,8 @@ def chat(
     chosen = replace(SamplingSettings.from_dict(whom.sampling), **sampling)
     if saved is not None:
         chosen = replace(SamplingSettings.from_dict(saved.info.sampling), **sampling)
-        whom = as_saved(whom, saved)
+        rendering = RenderSettings.from_dict(saved.info.rendering)
+        whom = replace(whom, rendering=rendering, revision=whom.revision or saved.info.revision)
         system = saved.info.system
     prepared = prepare(
         whom,
@@ -121,11 +123,12 @@ def chat(
     options = replace(options, identity=client_identity(identity, invite))
     options = chosen_swarm(options, whom, saved, partial(typed, context))
     with contextlib.ExitStack() as stack:
-        journal = (
-            stack.enter_context(opened_transcript(prepared, system, transcript, saved, options))
-            if save
-            else None
-        )
+        journal = None
+        if saved is not None:
+            journal = stack.enter_context(Transcript.go_on(saved))
+        elif save:
+            info = replace(prepared.info(system), swarm=to_saved(options))
+            journal = stack.enter_context(Transcript.begin(info, transcript))
         addresses = stack.enter_context(joined(options.peers, whom.model, whom.revision, cache_dir))
         options = replace(options, peers=tuple(addresses))
         repl = stack.enter_context(opened(prepared, options, system=system, journal=journal, saved=saved))
@@ -151,17 +154,6 @@ def saved_chat(path: Path | None, *, fixed: tuple[str | None, ...], save: bool) 
     return saved
 
 
-def as_saved(partner: Partner, saved: SavedChat) -> Partner:
-    """`partner`, talked with as it was."""
-    from corolla.data.render import RenderSettings
-
-    return replace(
-        partner,
-        rendering=RenderSettings.from_dict(saved.info.rendering),
-        revision=partner.revision or saved.info.revision,
-    )
-
-
 def chosen_swarm(
     given: SwarmConfig, partner: Partner, saved: SavedChat | None, typed: Callable[[str], bool]
 ) -> SwarmConfig:
@@ -175,21 +167,6 @@ def chosen_swarm(
         notice(f"Joining the swarm that the bundle was trained in: {found.peers[0]}")
         notice(f"(--peers {LOCAL} would run the model on this machine)")
     return replace(given, peers=found.peers, trust=found.trust if given.trust is None else given.trust)
-
-
-def opened_transcript(
-    prepared: Prepared,
-    system: str | None,
-    path: Path | None,
-    saved: SavedChat | None,
-    options: SwarmConfig,
-) -> Transcript:
-    """The transcript that the chat is written to. Raises `TranscriptError`."""
-    from corolla.chat.transcript import Transcript
-
-    if saved is not None:
-        return Transcript.go_on(saved)
-    return Transcript.begin(replace(prepared.info(system), swarm=to_saved(options)), path)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 from corolla.files import exit_at_once
-from corolla.text import well_formed
 
 ORPHAN_SECONDS = 5.0  # for leaving the swarm in order once the parent was killed
 
@@ -41,11 +40,6 @@ def typed(context: typer.Context | None, name: str) -> bool:
     """Whether a command's parameter was given on the command line."""
     source = None if context is None else context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def clean_text(value: str | None) -> str | None:
-    """For options that are text for a model: bytes that are no text would be refused by its tokenizer."""
-    return None if value is None else well_formed(value)
 
 
 LOOP_FILES = 16  # more than a new event loop opens

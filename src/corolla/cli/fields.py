@@ -15,9 +15,9 @@ from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.models import ParameterInfo
 
 from corolla.errors import UsageError
+from corolla.text import well_formed
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Fields:
     def _parameter(self, field: Field[Any], kind: Any, about: tuple[Any, ...]) -> Parameter:
         default = Parameter.empty if field.default is MISSING else field.default
         if self.only_given:
-            about = (*about[:-1], about[-1] + _told(default))
+            about = (*about[:-1], about[-1].removesuffix(".") + _told(default))
             kind, default = kind | None, None
-        if not isinstance(about[0], ParameterInfo):
-            about = (typer.Option(*about[:-1], help=about[-1]),)
+        clean = clean_text if kind in (str, str | None) else None
+        about = (typer.Option(*about[:-1], help=about[-1], callback=clean),)
         return Parameter(
             field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, *about]
         )
@@ -69,6 +69,11 @@ def _told(default: Any) -> str:
         return "."
     words = ("no", "yes")[default] if isinstance(default, bool) else f"{default:g}"
     return f" (default: {words})."
+
+
+def clean_text(value: str | None) -> str | None:
+    """For options that are text, maybe for a model: bytes that are no text would be refused by its tokenizer."""
+    return None if value is None else well_formed(value)
 
 
 def with_fields(command: Callable[..., None]) -> Callable[..., None]:

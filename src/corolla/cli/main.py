@@ -6,6 +6,7 @@ user's mistake ends here in one sentence.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from corolla.cli.serve import serve
 from corolla.cli.status import status
 from corolla.cli.terminal import (
     explain_in,
+    flush_output,
     forget_output,
     say,
     set_up_logging,
@@ -32,6 +34,7 @@ from corolla.cli.terminal import (
 )
 from corolla.cli.tune import tune
 from corolla.errors import CorollaError
+from corolla.files import exit_at_once
 from corolla.text import get_logger
 from corolla.version import __version__
 
@@ -78,7 +81,27 @@ def _is_said(error: CorollaError) -> bool:
 
 
 def main() -> None:
-    """Run the command line; the process ends with the right exit code."""
+    """The whole life of a process that is a command: `run`, and an end that nobody waits for."""
+    code = 0
+
+    def leave() -> None:
+        flush_output()
+        exit_at_once(code)
+
+    # Registered first, it comes last: all that Python would still do is to take its modules apart, for a second.
+    atexit.register(leave)
+    try:
+        run()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    except Exception as error:  # a mistake of ours
+        code = 1
+        show_traceback(error)
+
+
+def run() -> None:
+    """Run the command line. Raises `SystemExit` with the right exit code."""
     # Between two products of a pass, compute threads spin; when there is no work, they sleep. Waking them for every
     # product takes longer than the product; spinning for long, as they do by themselves, takes the cores from
     # servers, clients and network daemons beside them; so it is off while something
@@ -104,10 +127,9 @@ def main() -> None:
     except Exception as error:
         sentence = exhausted(error) or unusable(error)
         if sentence is None:
-            show_traceback(error)
-        else:
-            log.info("The error came from here:", exc_info=error)
-            explain_in(sentence)
+            raise
+        log.info("The error came from here:", exc_info=error)
+        explain_in(sentence)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

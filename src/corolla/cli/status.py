@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,20 +59,17 @@ def as_plain(records: list[ServerRecord]) -> dict[str, Any]:
     """The map as JSON: servers, and for each model the ranges that nobody serves."""
     import msgspec
 
-    from corolla.cli.swarm_map import missing_blocks
+    from corolla.cli.swarm_map import by_model, missing_blocks
 
-    models: dict[str, list[ServerRecord]] = {}
-    for record in records:
-        models.setdefault(record.model, []).append(record)
     return {
         "servers": [msgspec.to_builtins(record) for record in records],
         "models": [
             {
                 "model": model,
-                "name": group[0].model_name,
+                "name": mode(record.model_name for record in group),
                 "blocks": group[0].num_blocks,
                 "missing": missing_blocks(group),
             }
-            for model, group in models.items()
+            for model, group in by_model(records).items()
         ],
     }

@@ -1,12 +1,14 @@
 """The swarm drawn: blocks across, servers down, gaps marked.
 
-Invariant: what is drawn is what the directory's records say, nothing is guessed.
+Invariant: what is drawn is what the directory's records say, nothing is guessed. Where they do not agree on a model's
+size or name, most of them decide, and however many there are, a person can read the map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import islice
+from statistics import mode
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
@@ -20,14 +22,32 @@ WIDEST, NARROWEST = 64, 8  # characters that the blocks of a model may take
 HEADINGS = ("server", "blocks", "arithmetic", "tokens/s", "room")  # room: tokens of attention cache
 NUMBERS = ("tokens/s", "room")
 GAP = 2
+MOST_MODELS, MOST_SERVERS = 20, 100  # that are drawn; servers of each model
 
 
 def swarm_map(records: Sequence[ServerRecord]) -> RenderableType:
     """One table a model, complete or with its gaps named."""
     if not records:
         return Text("No server is announced here.", style="yellow")
-    by_model = groupby(sorted(records, key=lambda record: record.model), key=lambda record: record.model)
-    return Group(*(_Model(list(group)) for _, group in by_model))
+    models = by_model(records)
+    parts: list[RenderableType] = [_Model(group) for group in islice(models.values(), MOST_MODELS)]
+    return Group(*parts, *_rest(len(models) - MOST_MODELS, "model"))
+
+
+def by_model(records: Sequence[ServerRecord]) -> dict[str, list[ServerRecord]]:
+    """The records of each model that agree with most of them on its number of blocks; models with most first."""
+    groups: dict[str, list[ServerRecord]] = {}
+    for record in records:
+        groups.setdefault(record.model, []).append(record)
+    for model, group in groups.items():
+        size = mode(record.num_blocks for record in group)
+        groups[model] = [record for record in group if record.num_blocks == size]
+    return dict(sorted(groups.items(), key=lambda one: (-len(one[1]), one[0])))
+
+
+def _rest(count: int, what: str) -> list[Text]:
+    """A line for what is not drawn, if anything."""
+    return [Text(f"and {count:,} more {what}{'' if count == 1 else 's'}", style="dim")] if count > 0 else []
 
 
 class _Model:
@@ -39,11 +59,12 @@ class _Model:
         self._gaps = missing_blocks(records)
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        rows = [_cells(record) for record in self._records]
+        rows = [_cells(record) for record in self._records[:MOST_SERVERS]]
         taken = sum(max(len(cell) for cell in column) + GAP for column in zip(HEADINGS, *rows, strict=True))
         width = max(NARROWEST, min(self._blocks, WIDEST, options.max_width - taken))
         yield self._title()
         yield self._table(rows, min(width, self._blocks))
+        yield from _rest(len(self._records) - MOST_SERVERS, "server")
         yield Text("")
 
     def _title(self) -> Text:
@@ -52,7 +73,7 @@ class _Model:
         if self._gaps:
             named = ", ".join(f"{start}:{end}" for start, end in self._gaps)
             state = Text(f"nobody serves blocks {named}", style="bold red")
-        name = one_line(self._records[0].model_name, characters=60)
+        name = one_line(mode(record.model_name for record in self._records), characters=60)
         return Text.assemble((name, "bold"), f"  {self._blocks} blocks, {count}, ", state)
 
     def _table(self, rows: list[tuple[str, ...]], width: int) -> Table:
@@ -62,7 +83,7 @@ class _Model:
         table.add_column(_ruler(self._blocks, width), no_wrap=True)
         for heading in others:
             table.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=True)
-        for record, (peer, *cells) in zip(self._records, rows, strict=True):
+        for record, (peer, *cells) in zip(self._records, rows, strict=False):
             style = "yellow" if record.state == "draining" else "cyan"
             bar = _marked([(record.start, record.end)], self._blocks, width, "█", "·")
             table.add_row(Text(peer), Text(bar, style=style), *map(Text, cells))

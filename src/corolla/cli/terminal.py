@@ -125,6 +125,13 @@ def _nowhere(mode: str) -> TextIO:
     return cast(TextIO, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
+def flush_output() -> None:
+    """Write what is still to be written."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
 def forget_output() -> None:
     """After nobody reads our output any more: what is still to be written goes nowhere, without a word."""
     with contextlib.suppress(OSError, ValueError):

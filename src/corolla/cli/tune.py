@@ -25,10 +25,9 @@ from corolla.cli.common import (
     PeersOption,
     RevisionOption,
     TokenOption,
-    clean_text,
     quiet_libraries,
 )
-from corolla.cli.fields import Fields, with_fields
+from corolla.cli.fields import Fields, clean_text, with_fields
 from corolla.cli.members import (
     InviteOption,
     MemberOption,
@@ -57,18 +56,14 @@ class TuneJob:
     """What to train and on what; the settings say how. Raises `UsageError`."""
 
     data: Annotated[str, "chitchat, a json/jsonl/csv/parquet file, or a hub name."] = "chitchat"
-    speaker: Annotated[
-        str | None, typer.Option(callback=clean_text, help="chitchat: the person whose turns to learn.")
-    ] = None
+    speaker: Annotated[str | None, "chitchat: the person whose turns to learn."] = None
     persona: Annotated[bool, "PersonaChat: put the personality in front."] = False
     split: Annotated[str | None, "Hub data: which split, such as train."] = None
     out: Annotated[Path, "Where the bundle goes."] = Path("bundle")
     mode: Annotated[str, "ptune or deep_ptune (a prompt for each block besides)."] = "ptune"
     prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
     prompt_init: Annotated[str, "Start from vocab, text or random."] = "vocab"
-    prompt_text: Annotated[str | None, typer.Option(callback=clean_text, help="The text to start from.")] = (
-        None
-    )
+    prompt_text: Annotated[str | None, "The text to start from."] = None
     model: str = "smollm2"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)

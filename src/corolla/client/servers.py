@@ -63,6 +63,7 @@ class Records:
         """`moved` hears of a peer that has come back with other blocks."""
         self.known: list[ServerRecord] = []  # those that compute in a kind of arithmetic that there is
         self.untrusted = 0  # servers of the model that the user has left out
+        self.cut_short = False  # the directory was not read to its end: there may be others
         self._directory = directory
         self._model = model
         self._allowed = None if config.trust is None else frozenset(config.trust)
@@ -107,7 +108,10 @@ class Records:
             found = []
         found = [record for record in found if record.numerics in KINDS]
         records = [record for record in found if self._is_allowed(record.peer_id)]
-        self.untrusted = len(found) - len(records)
+        self.untrusted, self.cut_short = len(found) - len(records), self._directory.cut_short
+        if self.cut_short:  # those that it did not get to may be there as before
+            named = {record.peer_id for record in records}
+            records += [record for record in self.known if record.peer_id not in named]
         self._refreshed = self._clock()
         if not records and self.known:
             return

@@ -132,6 +132,12 @@ class SwarmView:
                 f"{self.records.untrusted} others, which your list leaves out.",
                 blocks=missing.blocks,
             )
+        if self.records.cut_short:
+            return MissingBlocks(
+                f"The swarm's directory was cut short; as far as it was read, no server is up for blocks {blocks} of "
+                f"{self.model_name}: wait, or try again.",
+                blocks=missing.blocks,
+            )
         return missing
 
     def _find(self, start: int, end: int) -> list[Hop]:

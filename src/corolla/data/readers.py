@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -31,6 +32,7 @@ READ_AS = {
 }
 GZIP, ZSTD, BZIP2, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00"
 PACKED = (GZIP, ZSTD, BZIP2, XZ)
+MOST_OF_ANY, MOST_TIMES = 64 * 2**20, 200  # bytes that any file may have unpacked; or so many times its own
 PACKED_NAMES = (".gz", ".zst", ".bz2", ".xz")
 # What is often saved under the name of data, and what to say of it.
 NO_DATA = (
@@ -183,28 +185,33 @@ def _not_read(path: Path, error: OSError) -> DataError:
 
 
 def _unpacked(path: Path, content: bytes) -> bytes:
+    """What is in a compressed file; a text is never a two-hundredth of its size there, a bomb is."""
+    packed = next((beginning for beginning in PACKED if content.startswith(beginning)), None)
+    if packed is None:
+        return content
+    most = max(MOST_OF_ANY, MOST_TIMES * len(content))
     try:
-        if content.startswith(GZIP):
-            return gzip.decompress(content)
-        if content.startswith(BZIP2):
-            return bz2.decompress(content)
-        if content.startswith(XZ):
-            return lzma.decompress(content)
-        if content.startswith(ZSTD):
-            return _unzstd(path, content)
+        with _opened(path, content, packed) as stream:
+            unpacked = bytes(stream.read(most + 1))
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} is compressed, but broken or cut off: {error}.") from error
-    return content
+    if len(unpacked) > most:
+        raise DataError(
+            f"{path} would be more than {MOST_TIMES} times as large when unpacked: it is no data."
+        )
+    return unpacked
 
 
-def _unzstd(path: Path, content: bytes) -> bytes:
+def _opened(path: Path, content: bytes, packed: bytes) -> Any:
+    """A stream of what is in it."""
+    openers: dict[bytes, Callable[[io.BytesIO], Any]] = {GZIP: gzip.open, BZIP2: bz2.open, XZ: lzma.open}
+    if packed in openers:
+        return openers[packed](io.BytesIO(content))
     try:
         import pyarrow
     except ImportError as error:
         raise DataError(f"Reading {path} needs a package: pip install 'corolla[tune]'") from error
-    with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd") as stream:
-        unpacked: Any = stream.read()
-    return bytes(unpacked)
+    return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd")
 
 
 def text_fault(text: str) -> str | None:

@@ -80,6 +80,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.requested_style = settings.style
         self.style, self.about_style = _chosen_style(tokenizer, settings)
+        # What follows a reply's text, up to the next turn; its beginning, with which the model has ended its reply.
+        self.closing_ids, self.stop_ids = self.style.closing, self.style.stop
+        # What ends a reply, too: a text, since a model may spell it in other tokens ("" for none), and single tokens.
+        self.stop_text, self.end_ids = self.style.stop_text, self.style.ends
         by_template = isinstance(self.style, TemplateStyle)
         self.settings = dataclasses.replace(settings, style="template" if by_template else "delimiter")
 
@@ -137,26 +141,6 @@ class Renderer:
             ids += [*rendering.ids[done : place.begin], *said]
             done = place.end
         return ids + rendering.ids[done:]
-
-    @property
-    def closing_ids(self) -> list[int]:
-        """What follows a reply's text, up to the next turn."""
-        return self.style.closing
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """The beginning of `closing_ids`; once the model has said it, its reply has ended."""
-        return self.style.stop
-
-    @property
-    def stop_text(self) -> str:
-        """Text that ends a reply too, since a model may spell it in other tokens; "" for none."""
-        return self.style.stop_text
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Single tokens that end a reply, too."""
-        return self.style.ends
 
 
 def _chosen_style(tokenizer: Any, settings: RenderSettings) -> tuple[Style, str]:

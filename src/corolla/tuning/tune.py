@@ -101,7 +101,8 @@ def tune(
             return TuneStopped(state.global_step, state.max_steps, folder.all()[-1])
         before, after = _before_and_after(trainer, folder)
         difference = compare(before, after, seed=settings.seed)
-        samples = sample_replies(model, prepared.renderer, prepared.talks, **CHOICE)
+        renderer = prepared.renderer
+        samples = sample_replies(model, renderer, prepared.talks, **CHOICE)
         for line in [] if samples is None else samples.lines():
             _printer(console)(line)
         history = _history(state.log_history)
@@ -109,8 +110,9 @@ def tune(
             model=about,
             mode=model.prompts.mode,
             prompt_tokens=model.prompts.length,
-            rendering=prepared.renderer.settings,
-            stop=_stop_settings(prepared),
+            rendering=renderer.settings,
+            # For programs that read the bundle without our renderer.
+            stop={"ids": list(renderer.stop_ids), "text": renderer.tokenizer.decode(renderer.stop_ids)},
             training={
                 **_as_chosen(settings, prepared).to_dict(),
                 **(notes or {}),
@@ -210,12 +212,6 @@ def _history(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
         for index, line in enumerate(lines)
         if ("loss" in line or "eval_loss" in line) and line not in lines[:index]
     ]
-
-
-def _stop_settings(prepared: Prepared) -> dict[str, Any]:
-    """What ends a reply, for programs that read the bundle without Corolla's renderer."""
-    renderer = prepared.renderer
-    return {"ids": list(renderer.stop_ids), "text": renderer.tokenizer.decode(renderer.stop_ids)}
 
 
 def _metrics(

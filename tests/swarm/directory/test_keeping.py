@@ -32,7 +32,7 @@ _anything = msgspec.msgpack.Decoder(keeping.Done | Names | Records | Refused)
 async def test_a_record_is_kept_by_several_and_read_once() -> None:
     async with Swarm(KEEPER, OTHER) as swarm:
         await swarm.directory(SERVER).announce(record_of(SERVER), 60)
-        assert [len(shelf.names(MODEL)) for shelf in swarm.shelves.values()] == [1, 1]
+        assert [len(shelf.names(MODEL)) for shelf in swarm.shelves.values()] == 2 * [NAME_BYTES]
         client = swarm.directory()
         for _ in range(2):
             assert await client.servers(MODEL) == await client.all_servers() == [record_of(SERVER)]
@@ -137,7 +137,7 @@ async def forgetful(stream: Stream) -> None:
 async def thief(stream: Stream) -> None:
     """Names the true records, so that it is asked for them, and then says nothing."""
     await receive_short(stream, msgspec.msgpack.Decoder(List), 8192)
-    await send_short(stream, Names(b"".join(THE_TRUE)))
+    await send_short(stream, Names(THE_TRUE[0]))
     await asyncio.sleep(3600)
 
 
@@ -149,11 +149,25 @@ async def test_a_bad_keeper_hides_nothing(behaviour: object, monkeypatch: pytest
     monkeypatch.setattr(keeping, "REQUEST_SECONDS", 0.3)
     async with Swarm(KEEPER) as swarm:
         await swarm.directory(SERVER).announce(record_of(SERVER), 60)
-        THE_TRUE[:] = swarm.shelves[KEEPER.peer_id].names(None)
+        THE_TRUE[:] = [swarm.shelves[KEEPER.peer_id].names(None)]
         await swarm.transport("bad").serve(DIRECTORY_PROTOCOL, behaviour)  # type: ignore[arg-type]
         client = swarm.directory(of=["bad", KEEPER.peer_id])
         for _ in range(3):
             assert await client.servers(MODEL) == [record_of(SERVER)]
+
+
+async def test_records_that_this_release_cannot_read_do_not_cost_the_others() -> None:
+    """A keeper of another release takes what this one does not, and a server chooses which."""
+    async with Swarm(KEEPER) as swarm:
+        await swarm.directory(SERVER).announce(record_of(SERVER), 60)
+        for one in CROWD[: PAGE + 5]:
+            entry, value = signed(one, dtype="float8")
+            swarm.shelves[KEEPER.peer_id].put(entry, value)
+        await swarm.directory(CROWD[-1]).announce(record_of(CROWD[-1]), 60)
+        client = swarm.directory()
+        for _ in range(2):
+            assert {one.peer_id for one in await client.servers(MODEL)} == {SERVER.peer_id, CROWD[-1].peer_id}
+            assert not client.cut_short
 
 
 async def test_a_reading_that_was_cut_short_says_so_and_the_next_goes_on(

@@ -46,12 +46,14 @@ class DHTDirectory(KeptDirectory):
         node: Any,
         transport: Libp2pTransport,
         peers: Sequence[str],
-        verifier: Verifier,
+        clock: Callable[[], float],
         own: Shelf | None,
         allowed: Callable[[str], bool],
     ) -> None:
-        introduce = transport.calls.introduce
-        super().__init__(transport, transport.identity, self._nearest, verifier, own=own, introduce=introduce)
+        self.verifier, introduce = Verifier(), transport.calls.introduce
+        super().__init__(
+            transport, transport.identity, self._nearest, self.verifier, clock, own=own, introduce=introduce
+        )
         self._node = node
         self._peers = peers  # base58 ids of those we joined through
         self._allowed = allowed
@@ -75,7 +77,7 @@ class DHTDirectory(KeptDirectory):
         """
         addresses = [join_multiaddr(address) for address in initial_peers]
         transport.calls.takes = lambda peer, request: allowed(peer) and _is_harmless(request)
-        verifier, own = Verifier(clock), None if client_only else Shelf(clock)
+        own = None if client_only else Shelf(clock)
         node = await DHTNode.create(
             p2p=transport.p2p,
             initial_peers=addresses or None,
@@ -89,11 +91,11 @@ class DHTDirectory(KeptDirectory):
             # Else clocks that differ by three seconds are refused; whether we joined is checked below.
             ensure_bootstrap_success=False,
         )
-        directory = cls(node, transport, [peer_of(address) for address in addresses], verifier, own, allowed)
+        directory = cls(node, transport, [peer_of(address) for address in addresses], clock, own, allowed)
         try:
             await directory._check_joined(initial_peers)
             if own is not None:
-                await transport.serve(DIRECTORY_PROTOCOL, Keeper(own, verifier, allowed).handle)
+                await transport.serve(DIRECTORY_PROTOCOL, Keeper(own, directory.verifier, allowed).handle)
         except BaseException:
             await directory.close()
             raise

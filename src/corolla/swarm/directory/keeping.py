@@ -35,6 +35,7 @@ from corolla.swarm.directory.records import (
     Verifier,
     name_of,
     sign_entry,
+    version_of,
 )
 from corolla.swarm.short_messages import Lobby, receive_short, send_short
 from corolla.swarm.transport.base import Stream, Transport
@@ -129,7 +130,7 @@ class Keeper:
         if not self._allowed(peer):
             return _TO_A_STRANGER
         if isinstance(request, List):
-            return Names(b"".join(self._shelf.names(request.model)))
+            return Names(self._shelf.names(request.model))
         if isinstance(request, Fetch):
             return Records(self._shelf.values(_split(request.names)))
         if self._verifier.waiting > MAX_WAITING or not self._shelf.may_put(peer):
@@ -153,20 +154,23 @@ class KeptDirectory(Directory):
         identity: Identity | None,
         keepers: Callable[[Sequence[str | None]], Awaitable[Sequence[str]]],
         verifier: Verifier,
+        clock: Callable[[], float],
         *,
         own: Shelf | None = None,
         introduce: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
-        """`keepers(models)` names the other peers that keep the records of these models; None: of all. `own` is what
-        this peer keeps itself; `introduce` presents it to a peer that does not know it."""
+        """`keepers(models)` names the other peers that keep the records of these models; None: of all. `clock`
+        tells the swarm's time. `own` is what this peer keeps itself; `introduce` presents it to a peer that does not
+        know it."""
         self._transport = transport
         self._identity = identity
         self._keepers = keepers
         self._verifier = verifier
+        self._clock = clock
         self._own = own
         self._introduce = introduce
         self._expirations: dict[str, float] = {}  # of our own records, by model
-        self._read_before: dict[str | None, dict[bytes, Entry]] = {}  # by model, then by name
+        self._read_before: dict[str | None, dict[bytes, Entry | None]] = {}  # by model, then by name
         self._failed: TTLCache[str, bool] = TTLCache(4096, ttl=FAILED_SECONDS)  # by peer id
 
     async def announce(self, record: ServerRecord, ttl: float) -> None:
@@ -189,7 +193,7 @@ class KeptDirectory(Directory):
             raise ValueError("A peer announces itself only, and a client nothing.")
         record = msgspec.structs.replace(record, model_name=one_line(record.model_name, characters=MAX_NAME))
         # Whichever expires later is kept: each of our records must outlive the one that it replaces.
-        expires = max(self._verifier.clock() + ttl, self._expirations.get(record.model, 0.0) + 0.001)
+        expires = max(self._clock() + ttl, self._expirations.get(record.model, 0.0) + 0.001)
         self._expirations[record.model] = expires
         entry = Entry(record, withdrawn, expires)
         value = sign_entry(entry, self._identity)
@@ -220,10 +224,10 @@ class KeptDirectory(Directory):
             raise SwarmUnavailable(
                 "None of the peers that keep the swarm's directory answers; is one that you join through running?"
             )
-        return reading.servers(model, self._verifier.clock())
+        return reading.servers(model, self._clock())
 
     async def _read_own(self, own: Shelf, model: str | None, reading: _Reading) -> None:
-        names = own.names(model)
+        names = list(_split(own.names(model)))
         for page in reading.pages(names):
             await self._note(reading, page, own.values(page))
         reading.offer(names)
@@ -238,11 +242,15 @@ class KeptDirectory(Directory):
                 reading.withdraw_offer(page)
 
     async def _note(self, reading: _Reading, asked: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """Note records that were asked for. Raises `ProtocolError` where one is another, or no good."""
+        """Note records that were asked for. Raises `ProtocolError` where one is another.
+
+        One that is no good is passed over: whoever keeps it may be of another release, or have been handed it.
+        """
         places = {name[:PLACE_BYTES] for name in asked}
+        versions = {name[PLACE_BYTES:]: name for name in asked}
         for value, entry in zip(values, await self._verifier.read(values), strict=True):
-            name = b"" if entry is None else name_of(entry, value)
-            if entry is None or name[:PLACE_BYTES] not in places:
+            name = versions.get(version_of(value), b"") if entry is None else name_of(entry, value)
+            if name[:PLACE_BYTES] not in places:
                 raise ProtocolError("It sent something else than the records that it was asked for.")
             reading.note(name, entry)
 
@@ -300,7 +308,7 @@ class KeptDirectory(Directory):
 class _Reading:
     """One reading of the directory, from many peers at a time."""
 
-    def __init__(self, known: dict[bytes, Entry]) -> None:
+    def __init__(self, known: dict[bytes, Entry | None]) -> None:
         self._known = known
         self._offered: dict[bytes, None] = {}
         self._claimed: set[bytes] = set()
@@ -322,8 +330,8 @@ class _Reading:
         if page:
             yield page
 
-    def note(self, name: bytes, entry: Entry) -> None:
-        """A record was read; perhaps a newer version than was offered."""
+    def note(self, name: bytes, entry: Entry | None) -> None:
+        """A record was read; perhaps a newer version than was offered. None: it is no good."""
         self._known[name] = entry
         self._offered[name] = None
 
@@ -342,14 +350,14 @@ class _Reading:
         """Whether something was offered that was not read."""
         return any(name not in self._known for name in self._offered)
 
-    def offered_entries(self) -> dict[bytes, Entry]:
+    def offered_entries(self) -> dict[bytes, Entry | None]:
         """What was read of that which is still offered, by name: the next reading need not ask for it."""
         return {name: self._known[name] for name in self._offered if name in self._known}
 
     def servers(self, model: str | None, now: float) -> list[ServerRecord]:
         """What the newest of each server's entries say."""
         newest: dict[tuple[str, str], Entry] = {}
-        for entry in self.offered_entries().values():
+        for entry in filter(None, self.offered_entries().values()):
             place = (entry.record.peer_id, entry.record.model)
             if model in (None, entry.record.model) and (
                 place not in newest or newest[place].expires < entry.expires

@@ -1,9 +1,9 @@
 """The directory's records: signed by the servers that they are about, and what a peer keeps of them for others.
 
-Invariant: a record that is kept, or read, is small, well-formed and sound, was signed by the peer that it names
-together with its expiry, and expires within `MAX_TTL` seconds (clocks may differ by `LEEWAY`). Cheap checks come
-first, and signatures are checked on a thread of their own, never by the loop that answers. What is kept is bounded,
-for each server and in all, and neither can newcomers push out those who have been here for long, nor these them.
+Invariant: a record that is kept, or read, is small, well-formed and sound, and was signed by the peer that it names
+together with its expiry; one that is kept expires within `MAX_TTL` seconds (clocks may differ by `LEEWAY`). Cheap
+checks come first, and signatures are checked on a thread of their own, never by the loop that answers. What is kept is
+bounded, for each server and in all; newcomers do not push out those who have been here for long, nor these them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated
 
 import msgspec
+from cachetools import LRUCache
 
 from corolla.swarm.access.invitations import LEEWAY
 from corolla.swarm.directory.directory import ServerRecord
@@ -60,7 +61,7 @@ def sign_entry(entry: Entry, identity: Identity) -> bytes:
     return msgspec.msgpack.encode(_Signed(data, identity.public, identity.sign(_SIGNED_AS + data)))
 
 
-def read_record(value: bytes, now: float) -> Entry | None:
+def read_record(value: bytes) -> Entry | None:
     """What a record says if all of it holds; None otherwise, whatever a peer sent. Costs most for a good one."""
     if len(value) > MAX_RECORD_BYTES:
         return None
@@ -69,7 +70,7 @@ def read_record(value: bytes, now: float) -> Entry | None:
         entry = _entries.decode(signed.entry)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if not entry.record.is_sound or not entry.expires <= now + MAX_TTL + LEEWAY:
+    if not entry.record.is_sound:
         return None
     genuine = is_signed_by(entry.record.peer_id, signed.key, _SIGNED_AS + signed.entry, signed.signature)
     return entry if genuine else None
@@ -78,23 +79,26 @@ def read_record(value: bytes, now: float) -> Entry | None:
 def name_of(entry: Entry, value: bytes) -> bytes:
     """The name of a version of a record: one half says whose it is and of what model, the other which version."""
     place = sha256(f"{entry.record.peer_id}/{entry.record.model}".encode()).digest()
-    return place[:PLACE_BYTES] + sha256(value).digest()[: NAME_BYTES - PLACE_BYTES]
+    return place[:PLACE_BYTES] + version_of(value)
+
+
+def version_of(value: bytes) -> bytes:
+    """The second half of a record's name."""
+    return sha256(value).digest()[: NAME_BYTES - PLACE_BYTES]
 
 
 class Verifier:
     """Reads records on one thread of its own, in the order in which they come."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.clock = clock  # the swarm's time
+    def __init__(self) -> None:
         self.waiting = 0  # records
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="corolla-verifier")
 
-    async def read(self, values: Iterable[bytes]) -> list[Entry | None]:
+    async def read(self, values: Sequence[bytes]) -> list[Entry | None]:
         """As `read_record`, for each."""
-        now, values = self.clock(), list(values)
         self.waiting += len(values)
         try:
-            reading = self._thread.submit(lambda: [read_record(value, now) for value in values])
+            reading = self._thread.submit(lambda: [read_record(value) for value in values])
             return await asyncio.wrap_future(reading)
         finally:
             self.waiting -= len(values)
@@ -112,6 +116,13 @@ class _Kept:
     since: float  # when the first of its versions came
 
 
+@dataclass
+class _List:
+    names: bytes
+    changes: int  # that had been made when it was
+    good_until: float
+
+
 class Shelf:
     """The records that one peer keeps for others: the newest of each server for each of its models."""
 
@@ -123,6 +134,9 @@ class Shelf:
         self._models: Counter[str] = Counter()  # that each owner has here
         self._puts: Counter[str] = Counter()  # of each owner in the running minute
         self._minute = 0
+        self._leaving: list[tuple[str, str]] = []  # newcomers, in the order in which they will make room
+        self._changes = 0
+        self._lists: LRUCache[str | None, _List] = LRUCache(64)  # by model
 
     def may_put(self, owner: str) -> bool:
         """Whether the owner's next record is read at all. To be asked once for each."""
@@ -131,7 +145,9 @@ class Shelf:
         return self._puts[owner] <= PUTS_A_MINUTE
 
     def put(self, entry: Entry, value: bytes) -> bool:
-        """Keep a record that was read; False where there is no room for its owner."""
+        """Keep a record that was read; False where it would stay too long, or there is no room for its owner."""
+        if not entry.expires <= self._clock() + MAX_TTL + LEEWAY:
+            return False
         owner, place = entry.record.peer_id, (entry.record.peer_id, entry.record.model)
         before = self._kept.get(place)
         if before is None and not self._has_room(owner):
@@ -142,11 +158,22 @@ class Shelf:
         self._models[owner] += before is None
         kept = _Kept(value, name_of(entry, value), entry.expires, since)
         self._kept[place] = self._by_place[kept.name[:PLACE_BYTES]] = kept
+        self._changes += 1
         return True
 
-    def names(self, model: str | None) -> list[bytes]:
-        """The names of the records of a model, or of all; those of longest standing first."""
-        return [kept.name for (_, of), kept in self._kept.items() if model is None or of == model]
+    def names(self, model: str | None) -> bytes:
+        """The names of the records of a model, or of all, one behind the other; those of longest standing first.
+
+        Where many records change all the time, a list may be used for some moments: no more than a tenth of the time
+        goes into them.
+        """
+        known, now = self._lists.get(model), time.perf_counter()
+        if known is not None and (known.changes == self._changes or now < known.good_until):
+            return known.names
+        names = b"".join(kept.name for (_, of), kept in self._kept.items() if model is None or of == model)
+        ended = time.perf_counter()
+        self._lists[model] = _List(names, self._changes, good_until=ended + 9 * (ended - now))
+        return names
 
     def values(self, names: Iterable[bytes]) -> list[bytes]:
         """Those of these records that are still here, in their newest versions."""
@@ -158,16 +185,25 @@ class Shelf:
             return False
         if len(self._kept) < MAX_RECORDS:
             return True
-        # Newcomers make room for newcomers, whoever it hits, so that each is here for some of the time; the
-        # established are as many as leave them a part of the room.
-        latest = self._clock() - ESTABLISHED_SECONDS
-        settled = int(MAX_RECORDS * (1 - NEWCOMERS_PART))
-        places = list(self._kept)
-        newcomers = [p for n, p in enumerate(places) if n >= settled or self._kept[p].since > latest]
-        self._drop(random.choice(newcomers))
+        self._drop(self._next_to_leave())
         return True
 
+    def _next_to_leave(self) -> tuple[str, str]:
+        # Newcomers make room for newcomers, in random order, so that each is here for some of the time; the
+        # established are as many as leave them a part of the room.
+        while True:
+            if not self._leaving:
+                latest = self._clock() - ESTABLISHED_SECONDS
+                settled = int(MAX_RECORDS * (1 - NEWCOMERS_PART))
+                places = enumerate(self._kept.items())
+                self._leaving = [p for n, (p, kept) in places if n >= settled or kept.since > latest]
+                random.shuffle(self._leaving)
+            place = self._leaving.pop()
+            if place in self._kept:
+                return place
+
     def _drop(self, place: tuple[str, str]) -> None:
+        self._changes += 1
         self._by_place.pop(self._kept.pop(place).name[:PLACE_BYTES], None)
         self._models[place[0]] -= 1
         if not self._models[place[0]]:
