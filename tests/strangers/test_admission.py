@@ -30,7 +30,10 @@ ISSUER, MEMBER, NEW = identities(3)
 BEGINNINGS = [b"", struct.pack(">I", 1000)[:2], struct.pack(">I", 1000) + b"\x82"]
 
 
-@pytest.mark.parametrize("strangers", [MAX_STREAMS // 2 + 1, 4 * MAX_STREAMS])
+@pytest.mark.parametrize(
+    "strangers",
+    [MAX_STREAMS // 2 + 1, 4 * MAX_STREAMS, pytest.param(40 * MAX_STREAMS, marks=pytest.mark.nightly)],
+)
 @pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "before and meanwhile"])
 async def test_half_open_streams_of_many_identities(tmp_path: Path, strangers: int, meanwhile: bool) -> None:
     network = MemoryNetwork()

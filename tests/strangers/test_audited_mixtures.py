@@ -21,7 +21,7 @@ from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output
 
-AUDITS = 1000
+AUDITS = [1000, pytest.param(10_000, marks=pytest.mark.nightly)]
 GIVEN = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
 TRUE = GIVEN + torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(2))
 
@@ -92,20 +92,24 @@ def mixture(honest: int, liars: int, size: float = 0.04) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("audits", AUDITS)
 @pytest.mark.parametrize(("honest", "liars"), MIXTURES)
 async def test_where_the_client_can_compute_liars_are_condemned_and_nobody_else(
-    honest: int, liars: int
+    honest: int, liars: int, audits: int
 ) -> None:
     for seed in range(4):
         world = World(mixture(honest, liars), {})
-        await world.audit(AUDITS // 4, random.Random(seed), OWN)
+        await world.audit(audits // 4, random.Random(seed), OWN)
         assert set(world.verdicts.condemned) == {f"liar-{index}" for index in range(liars)}
 
 
+@pytest.mark.parametrize("audits", AUDITS)
 @pytest.mark.parametrize(("honest", "liars"), MIXTURES)
-async def test_where_it_cannot_nobody_is_condemned_and_everybody_comes_back(honest: int, liars: int) -> None:
+async def test_where_it_cannot_nobody_is_condemned_and_everybody_comes_back(
+    honest: int, liars: int, audits: int
+) -> None:
     world = World(mixture(honest, liars), {})
-    auditor = await world.audit(AUDITS, random.Random(0), None)
+    auditor = await world.audit(audits, random.Random(0), None)
     assert not world.verdicts.condemned
     assert auditor.counts.unclear
     assert world.health.doubted()

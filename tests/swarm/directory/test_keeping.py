@@ -100,6 +100,25 @@ async def test_garbage_ends_the_stream(data: bytes) -> None:
         assert await swarm.directory().servers(MODEL) == [record_of(SERVER)]
 
 
+async def test_whoever_does_not_take_his_answers_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may have half a megabyte, and many who ask and do not read would keep as many of them here."""
+    monkeypatch.setattr(keeping, "MAX_STREAMS", 8)
+    monkeypatch.setattr("corolla.swarm.transport.memory.BUFFER_BYTES", 1000)
+    async with Swarm(KEEPER) as swarm:
+        for one in CROWD:
+            swarm.shelves[KEEPER.peer_id].put(*signed(one))
+        streams = []
+        for number in range(12):
+            asking = swarm.transport(f"stranger-{number}")
+            streams.append(await asking.open(KEEPER.peer_id, DIRECTORY_PROTOCOL))
+            await send_short(streams[-1], List(None))
+        assert len(await swarm.directory().servers(MODEL)) == len(CROWD)
+        for stream in streams[:4]:
+            async with asyncio.timeout(5):
+                with pytest.raises(PeerDisconnected):
+                    await stream.read(10_000)
+
+
 # --- peers that keep the directory badly -----------------------------------------------------------------
 
 

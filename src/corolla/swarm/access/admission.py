@@ -99,7 +99,7 @@ class Reception:
         """Answer one stream."""
         try:
             async with asyncio.timeout(SECONDS):
-                async with self._lobby.waits(stream):
+                with self._lobby.waits(stream):
                     request = await receive_short(stream, _requests, MAX_BYTES)
                 await send_short(stream, await self._answer(request, stream.peer_id))
         except TimeoutError:
@@ -153,7 +153,7 @@ class Gate:
 
         async def handle(stream: Stream) -> None:
             if not self.allowed(stream.peer_id):
-                async with self._turned_away.waits(stream):
+                with self._turned_away.waits(stream):
                     await refuse(stream)
                 return
             self._open[stream] = None

@@ -122,9 +122,11 @@ class Keeper:
             async with asyncio.timeout(KEEPER_SECONDS):
                 while True:
                     lobby = self._members if self._allowed(stream.peer_id) else self._strangers
-                    async with lobby.waits(stream):
+                    with lobby.waits(stream):
                         request = await receive_short(stream, _requests, _MAX_REQUEST)
-                    await send_short(stream, await self._answer(request, stream.peer_id))
+                    answer = await self._answer(request, stream.peer_id)
+                    with lobby.waits(stream):
+                        await send_short(stream, answer)
 
     async def _answer(self, request: Put | List | Fetch, peer: str) -> Done | Names | Records | Refused:
         if not self._allowed(peer):
