@@ -49,10 +49,11 @@ bench: setup     ## measure, each figure beside its baseline
 	$(BIN)/python benchmarks/quality_vs_peft.py
 	$(BIN)/python -m benchmarks.report
 
-nightly: setup $(OLDEST)/.installed  ## the tests that take longer; what they covered goes into docs/reliability.md
+nightly: setup $(OLDEST)/.installed  ## the tests that take longer; what they found goes into docs/reliability.md and models.md
 	$(PYTEST) -m nightly --record benchmarks/results/nightly.jsonl
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly'
 	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m tests.models.every_family
 
 clean:           ## remove .venv and what the runs left
 	rm -rf $(VENV) demo-run .test-cache .pytest_cache .mypy_cache .ruff_cache

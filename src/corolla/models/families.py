@@ -117,9 +117,10 @@ def _inspect(config: PretrainedConfig) -> Structure:
             f"This config of type {config.model_type} describes no model that can be built ({reason:.200})."
         ) from error
     base_name = str(causal_class.base_model_prefix)
-    path = _shallowest_list(getattr(model, base_name, None), config.model_type)
+    prefix = f"{base_name}." if hasattr(model, base_name) else ""
+    path = prefix + _shallowest_list(getattr(model, base_name, model), config.model_type)
     owner, _, attribute = path.rpartition(".")
-    holder = getattr(model, base_name).get_submodule(owner)
+    holder = model.get_submodule(owner)
     if not isinstance(holder, PreTrainedModel):
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be split: what runs their blocks is not a model."
@@ -128,8 +129,8 @@ def _inspect(config: PretrainedConfig) -> Structure:
         causal_lm=causal_class,
         holder=type(holder),
         blocks=attribute,
-        prefix=f"{base_name}.{path}",
-        optional_prefix=f"{base_name}.",
+        prefix=path,
+        optional_prefix=prefix,
     )
 
 
@@ -142,15 +143,22 @@ def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"Models of type {config.model_type} are not causal language models that Corolla can split; "
             "use a text-only decoder such as llama, qwen3 or bloom."
         )
+    if getattr(config, "hidden_size_per_layer_input", None) or getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split yet: their blocks take more from outside than hidden "
+            "states (inputs made of the token ids, or another block's keys and values)."
+        )
     found = mapping[type(config)]
     causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     return causal_class
 
 
-def _shallowest_list(base: nn.Module | None, model_type: str) -> str:
-    """Path of the one ModuleList nearest to the root of the base model."""
+def _shallowest_list(base: nn.Module, model_type: str) -> str:
+    """Path of the one list of modules with weights that is nearest to the root of the base model."""
     lists = [
-        name for name, module in (base.named_modules() if base else ()) if isinstance(module, nn.ModuleList)
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     ]
     lists.sort(key=lambda name: name.count("."))
     if not lists or (len(lists) > 1 and lists[0].count(".") == lists[1].count(".")):

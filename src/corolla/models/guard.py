@@ -20,6 +20,7 @@ from corolla.errors import UsageError
 from corolla.models.cache import Caches, RemoteCache, cache_argument, take_cache
 from corolla.models.families import INNER_OUTPUTS
 
+OTHER_INPUTS = ("pixel_values", "image_", "images", "input_features", "input_values", "audio_", "video_")
 IGNORED = -100  # the label of a position that carries no loss
 
 
@@ -40,7 +41,10 @@ def shape(named: dict[str, Any], *, may_be_empty: bool = False) -> tuple[int, in
 
 
 def check_outputs(named: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for outputs that stay on the servers."""
+    """Raises `UsageError` for outputs that stay on the servers, and for what is not text."""
+    other = next((name for name in named if name.startswith(OTHER_INPUTS) and named[name] is not None), None)
+    if other is not None:
+        raise UsageError(f"{other} is no text, and only the text part of a model is served: leave it out.")
     for option, what in INNER_OUTPUTS.items():
         if named.get(option):
             raise UsageError(

@@ -50,7 +50,11 @@ def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> 
     Modules without weights stay: they may make what the blocks are called with, such as rotary embeddings.
     """
     kept = getattr(model, blocks)[start:end]
+    depth = len(getattr(model, blocks))
     for name, child in list(model.named_children()):
+        if isinstance(child, nn.ModuleList) and len(child) == depth:  # of something that each block has
+            setattr(model, name, nn.ModuleList(child[start:end]))
+            continue
         if name != blocks and any(True for _ in child.parameters()):
             setattr(model, name, _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing())
     setattr(model, blocks, nn.ModuleList(kept))

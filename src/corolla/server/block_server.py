@@ -71,6 +71,7 @@ class BlockServer:
         self.silence = silence
         self.limits = limits or PeerLimits()
         self.leases = Leases(LEASE_BYTES) if leases is None else leases
+        _ = span.cache_bytes  # measured by passes of its own, which do not go together with the engine's
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )

@@ -167,6 +167,8 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device} is not available on this machine.") from error
+    # Read now: what it takes samples of may find no room beside the weights.
+    log.info("the identity of %s is %s", checkpoint.name, checkpoint.identity)
     packable = check_family(checkpoint.config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     check_quantization(config.quantization, dtype, device)

@@ -192,7 +192,8 @@ class PackedBatch:
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+    turned = [part.transpose(1, 2) for part in parts]
+    return turned[0].contiguous() if len(turned) == 1 else torch.cat(turned, dim=1)
 
 
 def _attend_new(one: Stretch, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
@@ -314,7 +315,9 @@ class OneTokenRows:
         result = torch.empty(1, self._count, heads, dim)
         tokens = [_strided(one) for one in (query, *(new or ()))]
         numbers, sinks, slopes = kernel_rules(rules, dim)
-        _kernels().attend_rows(
+        kernels = library()
+        assert kernels is not None  # `can_attend` asked
+        kernels.attend_rows(
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
             *(() if new else (None, 0, 0) * 2),
             *(pointer(one) for one in (*cache, self._pages, self._lengths)),
@@ -347,12 +350,6 @@ def _strided(tokens: Tensor) -> Tensor:
 
 def _plain(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.detach().float().contiguous()
-
-
-def _kernels() -> Any:
-    found = library()
-    assert found is not None  # `can_attend` asked
-    return found
 
 
 # --- the way from the family's code ----------------------------------------------------------------------------

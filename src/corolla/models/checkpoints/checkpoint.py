@@ -23,6 +23,7 @@ from corolla.files import made_once, scratch_folder
 from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
 from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.identity import Sample, model_identity, sample_plan
+from corolla.models.checkpoints.names import names_of, text_part
 from corolla.models.checkpoints.pretrained import load_config, refuse_tokenizer_code
 from corolla.models.checkpoints.shards import TensorEntry, local_reader, read_entries, read_tensors
 from corolla.models.checkpoints.source import LocalFolder, Source, read_json
@@ -63,7 +64,9 @@ class Checkpoint:
         self._memory = memory
         found = read_json(source.config_path())
         self._raw_config = _with_plain_dtype(name, found)
-        self.config = _load_config(name, source.config_path(), found, self._raw_config)
+        whole = _load_config(name, source.config_path(), found, self._raw_config)
+        self.config = text_part(whole)
+        self._name_of = names_of(whole)
         self.config._name_or_path = source.location
         self.architecture = structure(self.config).causal_lm.__name__
         refuse_tokenizer_code(self)
@@ -112,23 +115,24 @@ class Checkpoint:
     def tensors(
         self, wanted: Callable[[str], bool], *, widen_to: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """The tensors whose key `wanted` accepts, in memory of their own, by key.
+        """The tensors whose name in the model `wanted` accepts, in memory of their own, by that name.
 
         Fetches only the files that hold one. `widen_to` converts narrower floating tensors while reading.
         Raises `CheckpointError` for a file that is missing, truncated or lacks what the index promises.
         """
         found: dict[str, Tensor] = {}
-        for file, keys in self._by_file(wanted).items():
+        for file, names in self._by_file(wanted).items():
             path = self.source.fetch(file)
             entries = read_entries(local_reader(path), str(path))
-            missing = [key for key in keys if key not in entries]
+            missing = [key for key in names if key not in entries]
             if missing:
                 raise CheckpointError(f"{path} does not hold {missing[0]}, though the index says so.")
-            found |= read_tensors(path, [entries[key] for key in keys], widen_to)
+            read = read_tensors(path, [entries[key] for key in names], widen_to)
+            found |= {names[key]: tensor for key, tensor in read.items()}
         return found
 
     def elements(self, wanted: Callable[[str], bool]) -> int:
-        """How many numbers the tensors hold whose key `wanted` accepts; reads headers only."""
+        """How many numbers the tensors hold whose name in the model `wanted` accepts; reads headers only."""
         total = 0
         for file, keys in self._by_file(wanted).items():
             entries = self._entries(file)
@@ -146,11 +150,13 @@ class Checkpoint:
     def _entries(self, file: str) -> dict[str, TensorEntry]:
         return read_entries(self.source.reader(file), file)
 
-    def _by_file(self, wanted: Callable[[str], bool]) -> dict[str, list[str]]:
-        chosen: dict[str, list[str]] = {}
+    def _by_file(self, wanted: Callable[[str], bool]) -> dict[str, dict[str, str]]:
+        """For each file the wanted tensors' keys, with their names in the model."""
+        chosen: dict[str, dict[str, str]] = {}
         for key, file in self._weight_map.items():
-            if wanted(key):
-                chosen.setdefault(file, []).append(key)
+            name = self._name_of(key)
+            if name is not None and wanted(name):
+                chosen.setdefault(file, {})[key] = name
         return chosen
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,6 +147,8 @@ def _fit_recurrent(config: PretrainedConfig, small: PretrainedConfig) -> None:
         if _is_size(config, heads):
             setattr(small, heads, inner // 16)
             setattr(small, width, 16)
+    if not hasattr(config, "num_attention_heads") and _is_size(config, "num_heads"):
+        small.num_heads, small.head_dim = inner // 16, 16
     if _is_size(config, "mamba_d_ssm"):
         small.mamba_d_ssm = inner
     if _is_size(config, "qk_head_dim"):
@@ -169,6 +172,8 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
     if getattr(config, "qk_rope_head_dim", None) is not None:
         if getattr(config, "head_dim", None) == config.qk_rope_head_dim:
             small.head_dim = small.qk_rope_head_dim
+    elif not hasattr(config, "num_attention_heads"):
+        return
     elif isinstance(getattr(small, "head_dim", None), int) and not _is_computed(config, "head_dim"):
         together = config.head_dim * config.num_attention_heads == config.hidden_size
         small.head_dim = SMALL["head_dim"] * (1 if together else 2)
@@ -198,7 +203,7 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
     small.rope_parameters = parts if nested else parts[""]
 
 
-def random_model(causal_lm: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def random_model(causal_lm: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """With every parameter drawn anew, from the generator's present state."""
     model = causal_lm(config)
     with torch.no_grad():

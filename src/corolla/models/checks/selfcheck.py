@@ -165,6 +165,11 @@ def _chain(spans: list[Span], hidden: Tensor, **arguments: Any) -> Tensor:
 def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
     with _watched(whole, lambda hidden: hidden) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
+    if seen.entered[0].shape != (*ids.shape, whole.config.hidden_size):
+        raise UnsupportedFamily(
+            f"Models of type {whole.config.model_type} cannot be split yet: what passes from block to block is not "
+            "one hidden state a token."
+        )
     real = slice(None) if mask is None else mask.bool()
     return torch.equal(_chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real])
 
