@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla.errors import PeerDisconnected
-from corolla.server.peers import Budgets, PeerLimits, who_gives_way
+from corolla.server.peers import CLEARLY, Budgets, PeerLimits, who_gives_way
 from corolla.server.scheduler.policy import KNOWN_SECONDS, History
 from corolla.wire.messages import PROTOCOL_NAME, Opened, Output, Ping, ServerStatus, Step
 from tests.server.world import (
@@ -121,14 +121,14 @@ def large(tokens: int = 800) -> dict[str, Any]:
 async def test_frames_that_announce_much_and_trickle_hold_nothing(frames: int) -> None:
     """What has not arrived takes no room, and what has takes only what nobody else needs."""
     nbytes = large()["hidden"].nbytes
-    async with served(bytes_in_flight=8 * nbytes, streams=1000) as world:
+    async with served(bytes_in_flight=16 * nbytes, streams=1000) as world:
         in_flight = world.server.limits.in_flight
         data = frame(forward(), **large(8000))
         strangers = [await client(world, f"stranger-{number % 3}") for number in range(frames)]
         for one in strangers:
             await one.stream.write([data[:1000]])
         await until(lambda: in_flight.taken > 0)
-        assert in_flight.taken <= 8 * nbytes
+        assert in_flight.taken <= 16 * nbytes
         newcomer = await client(world, "newcomer")
         assert (await newcomer.ask(forward(), **large())).message == Output()
         data = frame(forward(), **large(1200))
@@ -137,7 +137,7 @@ async def test_frames_that_announce_much_and_trickle_hold_nothing(frames: int) -
             await one.stream.write([data[:-1]])
         await until(lambda: not in_flight.of("newcomer"))  # its reply was taken
         assert (await newcomer.ask(forward(), **large())).message == Output()
-        assert in_flight.taken <= 8 * nbytes
+        assert in_flight.taken <= 16 * nbytes
 
 
 async def test_a_request_that_takes_too_long_to_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,11 +208,15 @@ def test_nobody_has_less_than_whoever_takes_it_but_for_what_is_idle(
         busy = 100.0 - one.last_used < (one.idle_after or 0.0)
         lost = sum(other.count for other in chosen[: chosen.index(one)] if other.peer == one.peer)
         have = before[one.peer] - lost
-        assert have > before[str(asker)] + amount if busy else have >= before[str(asker)]
+        wanted = before[str(asker)] + amount
+        assert have - one.count >= wanted or have > wanted if busy else have >= before[str(asker)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1, max_size=20))
-def test_a_newcomer_gets_what_everybody_else_has_more_of(drawn: list[tuple[int, int]]) -> None:
+def test_a_newcomer_gets_what_others_have_more_of_though_it_is_in_use(drawn: list[tuple[int, int]]) -> None:
+    """As long as that leaves them as much, or they have more than an equal share."""
     held = [Holding(f"{peer}", count) for peer, count in drawn]
-    most = max(sum(one.count for one in held if one.peer == str(peer)) for peer in range(6))
-    assert bool(gives_way(held, "new", 1, 1)) == (most > 1)
+    of = {one.peer: sum(other.count for other in held if other.peer == one.peer) for one in held}
+    equal = (sum(of.values()) + 1) / (len(of) + 1)
+    fair = [of[one.peer] > one.count or of[one.peer] > CLEARLY * max(1, equal) for one in held]
+    assert bool(gives_way(held, "new", 1, 1)) == any(fair)

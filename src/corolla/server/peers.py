@@ -30,7 +30,7 @@ H = TypeVar("H", bound="Holder")
 MIB = 2**20
 SMALL_REQUEST = 128 * 1024  # bytes
 LEASE_SECONDS = 60.0
-CLEARLY = 1.1  # by so much a peer has more than another for that to get what is in use
+CLEARLY = 1.1  # times an equal share, of which a peer may be deprived though it is in use
 MOST_LEASES = 1024  # a graph takes memory beside its tensors
 
 
@@ -86,16 +86,17 @@ def who_gives_way(
 ) -> list[H]:
     """Who lets go of `missing` for an asker that is to hold `amount` more; nobody, where it is not fair or enough.
 
-    Max-min fairness between peers: one that would still have clearly less than another gets what is missing from
-    that, in use or not. What is not in use goes to whoever has no more than its holder's peer. So a newcomer always
-    gets in, and peers' shares shrink as more come; what many new identities have counts for more (`History.weights`).
-    First goes what nobody needs, then what those hold who have most, then what is idle, least recently used first.
+    Max-min fairness between peers: in use or not, one gets from another what leaves that no less than it will have
+    itself, or what that has beyond an equal share. What is not in use goes to whoever has no more than its holder's
+    peer. So a newcomer always gets in, and shares shrink as more come; what many new identities have counts for more
+    (`History.weights`). First goes what nobody needs, then what those hold who have most, least recently used first.
     """
     mine = Counter[str]()
     for one, count in held.items():
         mine[one.peer] += count
     weigh = history.weights(mine.keys() | {asker.peer})
     before, after = (count / weigh(asker.peer) for count in (mine[asker.peer], mine[asker.peer] + amount))
+    equal = (sum(mine.values()) + amount) / sum(map(weigh, mine.keys() | {asker.peer}))
 
     def level(one: Holder) -> float:
         return mine[one.peer] / weigh(one.peer)
@@ -103,9 +104,14 @@ def who_gives_way(
     def order(one: Holder) -> tuple[bool, bool, bool, float]:
         return one.idle_after != 0, level(one) <= 2 * after, not is_idle(one, now), one.last_used
 
+    def is_fair(one: Holder, count: int) -> bool:
+        has = level(one)
+        left = has - count / weigh(one.peer)
+        return left >= after or has > CLEARLY * max(after, equal) or (is_idle(one, now) and has >= before)
+
     chosen: list[H] = []
     for one in sorted((one for one in held if one is not asker and one.idle_after is not None), key=order):
-        if missing > 0 and (level(one) > CLEARLY * after or (is_idle(one, now) and level(one) >= before)):
+        if missing > 0 and is_fair(one, held[one]):
             chosen.append(one)
             mine[one.peer] -= held[one]
             missing -= held[one]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -22,10 +21,9 @@ from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
 from corolla.server.scheduler.policy import (
-    LET_IN_SECONDS,
+    LET_IN_TOKENS,
     PASS_TOKENS,
     PROMPT_CREDIT,
-    SHARED_PASS_SECONDS,
     History,
     PassTimes,
     RunPass,
@@ -301,7 +299,7 @@ class Engine:
         if first is not None:
             self._alone = None
             try:
-                self._run_together(first, self._clock(), LET_IN_SECONDS)
+                self._run_together(first, self._clock(), LET_IN_TOKENS)
             finally:
                 self._alone, self._alone_since = alone, time.perf_counter()
         return time.perf_counter() - began
@@ -316,10 +314,10 @@ class Engine:
         ahead = self._shares.after(first.peer) - self._shares.after(alone.peer)
         return first if ahead <= PROMPT_CREDIT else None
 
-    def _run_together(self, first: Request, now: float, seconds: float = math.inf) -> None:
-        """A pass with `first` and what fits beside it, of prompts for so many seconds; or two, so that nobody's next
+    def _run_together(self, first: Request, now: float, most: int = PASS_TOKENS) -> None:
+        """A pass with `first` and what fits beside it, with at most so many tokens of prompts; or two, so that no next
         token waits for a prompt."""
-        taken = self._pack(first, now, seconds)
+        taken = self._pack(first, now, most)
         decodes = [one for one in taken if one[0].kind is Kind.DECODE]
         prompts = [one for one in taken if one[0].kind is not Kind.DECODE]
         split = self._times.splits_decode(sum(count for _, count in prompts))
@@ -347,15 +345,15 @@ class Engine:
             self._ready.remove(request)
         self._settle(ended)
 
-    def _pack(self, first: Request, now: float, seconds: float) -> list[tuple[Request, int]]:
+    def _pack(self, first: Request, now: float, most: int) -> list[tuple[Request, int]]:
         """`first` and what shares a pass with it, with the tokens that each gets in this pass."""
         group = [one for one in self._ready if one is first or (one.group is first.group is not None)]
         group.sort(key=lambda one: (one.kind, one is not first, self._turn(one)))
         prefilling = {id(one.session) for one in group if one.kind is not Kind.DECODE}
         for_prompts = self._times.prefill_budget(now, prefilling) if prefilling else 0
         if len(prefilling) < len(group):
-            seconds = SHARED_PASS_SECONDS
-        for_prompts = min(for_prompts, self._times.tokens_in(seconds))
+            most = min(most, self._times.shared_budget())
+        for_prompts = min(for_prompts, most)
         budget, taken = PASS_TOKENS, []
         for one in group:
             room = budget if one.kind is Kind.DECODE else min(budget, for_prompts)

@@ -37,7 +37,7 @@ LEAST_PREFILL_TOKENS = 16
 SECONDS_A_TOKEN = 0.002  # until it is known
 LEAST_TIMED = 64  # tokens; what fewer take says little
 PIECE_SECONDS = 0.05  # what is computed alone goes on for so long before it gives way again
-LET_IN_SECONDS = 0.5  # what a piece of a prompt that comes in between takes at most
+LET_IN_TOKENS = 128  # that a piece of prompts that comes in between takes at most
 PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
 KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
 MOST_REMEMBERED = 10_000  # peers
@@ -142,11 +142,11 @@ class PassTimes:
     def prefill_budget(self, now: float, prefilling: set[int]) -> int:
         """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
         others = self.decodes.others_arrived(now - GENERATING_SECONDS, prefilling)
-        return self.tokens_in(SHARED_PASS_SECONDS) if others else PASS_TOKENS
+        return self.shared_budget() if others else PASS_TOKENS
 
-    def tokens_in(self, seconds: float) -> int:
-        """Prompt tokens that take about so long."""
-        return max(LEAST_PREFILL_TOKENS, int(min(seconds / self._seconds_a_token, PASS_TOKENS)))
+    def shared_budget(self) -> int:
+        """Prompt tokens that delay a decode step by about `SHARED_PASS_SECONDS`."""
+        return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
 
     def splits_decode(self, prompt_tokens: int) -> bool:
         """Whether decode steps are better computed before so many prompt tokens than with them.
