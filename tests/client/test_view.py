@@ -9,8 +9,14 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from corolla.client.health import EXCUSE_SECONDS, LONGEST_REST, MOST_EXCUSES, Finding
-from corolla.client.records import REFRESH_SECONDS, SLOW_READ_SECONDS
+from corolla.client.servers import (
+    EXCUSE_SECONDS,
+    LONGEST_REST,
+    MOST_EXCUSES,
+    REFRESH_SECONDS,
+    SLOW_READ_SECONDS,
+    Finding,
+)
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, PeerDisconnected, RequestRefused
 from corolla.swarm.directory.directory import Directory, ServerRecord

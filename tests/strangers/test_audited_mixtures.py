@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from corolla.client.audits import second_opinion
 from corolla.client.audits.audit import Answer
 from corolla.client.audits.auditor import Auditor
-from corolla.client.health import Health, Verdicts
+from corolla.client.servers import Health, Verdicts
+from corolla.errors import PeerSilent, RemoteError
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
@@ -131,3 +134,37 @@ async def test_nor_does_a_second_opinion_choose_it() -> None:
     world = World(answers, {"accomplice": "float32+nf4"})
     auditor = await world.audit(40, random.Random(0), None)
     assert auditor.counts.right == 0
+
+
+class Crowded(World):
+    """Among many who do not answer audits, or only show signs of life."""
+
+    async def ask(self, peer: str, packet: Packet) -> Packet:
+        if peer.startswith("mute"):
+            raise PeerSilent("silent", peer_id=peer)
+        if peer.startswith("alive"):
+            await asyncio.Event().wait()
+        return await super().ask(peer, packet)
+
+    async def usable(self) -> list[ServerRecord]:
+        avoided, resting, _ = self.health.now()
+        return [one for one in await super().usable() if one.peer_id not in avoided | resting]
+
+    async def failed(self, error: RemoteError) -> None:
+        assert error.peer_id is not None
+        self.health.failed(error.peer_id)
+
+
+async def test_those_who_answer_no_audit_do_not_keep_audits_from_being_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(second_opinion, "ANSWER_SECONDS", 0.01)
+    crowd = {f"mute-{index}": TRUE for index in range(12)} | {"alive": TRUE}
+    world = Crowded({"honest-0": TRUE, "honest-1": TRUE}, {})
+    auditor = Auditor(world, 1.0, draw=random.Random(0))  # type: ignore[arg-type]
+    world.answers |= crowd
+    for _ in range(20):
+        answer = Answer(Hop("honest-0", 0, 4), "forward", {"hidden": GIVEN}, {"hidden": TRUE})
+        auditor.saw(lambda _draw, answer=answer: answer)  # type: ignore[misc]
+        await auditor.settled()
+    assert auditor.counts.right > 10

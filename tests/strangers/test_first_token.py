@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from corolla.client.health import LONGEST_WAIT
+from corolla.client.servers import LONGEST_WAIT
 from corolla.swarm.channel import Channel
 from corolla.swarm.transport.base import Stream
 from corolla.wire.messages import PROTOCOL_NAME, FailureCode

@@ -108,8 +108,12 @@ async def test_a_new_chat_and_running_ones_come_in_between(world: World, kind: s
         assert_same(tensor, alone[name])
 
 
-async def test_a_prompt_takes_turns_with_a_long_request(world: World) -> None:
+async def test_a_prompt_takes_turns_with_a_long_request(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither waits for the other's end: the prompt's peer is given no more than the request's was."""
+    for name in ("LET_IN_SECONDS", "PROMPT_CREDIT"):
+        monkeypatch.setattr(f"corolla.server.scheduler.engine.{name}", 0.0)
     stranger, chat = await client(world, "stranger"), await client(world, "chat")
     await chat.ask(opening(tokens=LONG))
     ((packet, _),) = requests_of("forward")

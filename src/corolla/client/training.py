@@ -234,7 +234,7 @@ class TrainingPass:
                     block, end, one_span, tokens=len(micro.places), kind=kind
                 )
                 micro.stages.append(stage)
-                block, kind = stage.hop.end, self._view.numerics_of(stage.hop.peer_id)
+                block, kind = stage.hop.end, self._view.expected_kind(stage.hop.peer_id)
             return value
 
         output = await self._retry.run(attempt, what="a forward pass", done=lambda: block)

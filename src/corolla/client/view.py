@@ -13,9 +13,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-from corolla.client.health import Clock, Health, Verdicts
 from corolla.client.race import Race
-from corolla.client.records import Records
+from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
 from corolla.errors import (

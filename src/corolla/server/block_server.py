@@ -71,6 +71,7 @@ class BlockServer:
         self.silence = silence
         self.limits = limits or PeerLimits()
         self.leases = Leases(LEASE_BYTES) if leases is None else leases
+        _ = span.cache_bytes  # measured by passes of its own, which do not go together with the engine's
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )
@@ -243,15 +244,17 @@ def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradien
 def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool) -> int:
     """About what a computation takes beyond weights and cache; an estimate on the high side.
 
-    Gradients keep every block's activations; otherwise one block's at a time are there. Attention code that
-    writes its weights out takes rows x heads x tokens x total of them, fused code only a mask.
+    Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
+    are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, fused code only
+    a mask.
     """
     config, size = span.config, span.dtype.itemsize
-    blocks = span.end - span.start if with_gradients else 1
+    blocks = span.end - span.start + 1 if with_gradients else 1
     inner = getattr(config, "intermediate_size", None) or 4 * span.hidden_size
     activations = rows * tokens * (8 * span.hidden_size + 3 * int(inner)) * size
     if getattr(config, "_attn_implementation", "eager") == "eager":
         # The products, and their softmax, which is computed in float32 at least.
         attention = rows * int(config.num_attention_heads) * tokens * total * (size + max(4, size))
-        return blocks * (activations + attention)
-    return blocks * activations + rows * tokens * total * size
+    else:
+        attention = rows * tokens * total * size
+    return blocks * (activations + attention)

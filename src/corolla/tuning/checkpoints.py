@@ -12,6 +12,7 @@ killed, leaves the earlier ones as they were. The two newest are kept.
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -19,12 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from filelock import FileLock, Timeout
 
 from corolla.errors import BundleError, UsageError
 from corolla.files import publish, write_json
-from corolla.json_files import load_object
+from corolla.json_files import load_object, parse
 from corolla.tuning.bundle import BUNDLE_FILE
 from corolla.tuning.evaluate import Evaluation
 
@@ -115,7 +115,7 @@ class RunFolder:
     def _check_same(self, decisive: dict[str, Any]) -> None:
         noted = self._read(RUN_FILE)
         for name in sorted(noted.keys() | decisive.keys()):
-            if noted.get(name) == msgspec.to_builtins(decisive.get(name)):
+            if noted.get(name) == parse(json.dumps(decisive.get(name))):
                 continue
             if name == "data":
                 raise UsageError(

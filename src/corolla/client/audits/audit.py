@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from corolla.client.health import What
+from corolla.client.servers import What
 from corolla.config import WireFormat
 from corolla.swarm.directory.routing import Hop
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from corolla.client.audits.audit import Answer, deviation, tolerance_of
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.client.audits.second_opinion import Opinion, ask_others
-from corolla.client.health import Finding
+from corolla.client.servers import Finding
 from corolla.client.view import SwarmView
 from corolla.errors import CheckpointError
 from corolla.swarm.directory.routing import Hop

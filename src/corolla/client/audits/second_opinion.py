@@ -6,6 +6,7 @@ about itself.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from corolla.wire.messages import Backward, Forward
 
 log = get_logger(__name__)
 
+ANSWER_SECONDS = 60.0  # that each server may take to answer an audit
 MOST_TRIED = 3  # other servers that are asked in turn when one does not answer
 
 
@@ -41,14 +43,19 @@ async def ask_others(view: SwarmView, answer: Answer, kind: str, draw: random.Ra
     for _ in range(MOST_TRIED):
         try:
             hops = _pick(view, await view.usable(), answer.hop, kind, tried, draw)
-            return await _along(view, answer, hops)
         except (MissingBlocks, SwarmUnavailable):
             return None
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS * len(hops)):
+                return await _along(view, answer, hops)
+        except TimeoutError:  # whatever signs of life they show
+            tried.update(hop.peer_id for hop in hops)
         except RemoteError as error:
             log.info("an audit was not answered: %s", error)
             if error.peer_id is None:
                 return None
             tried.add(error.peer_id)
+            await view.failed(error)
     return None
 
 

@@ -25,7 +25,7 @@ from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
 from corolla.models.cache import BlocksCall, on_cpu
 from corolla.swarm.directory.routing import Hop
-from corolla.wire.messages import Origin, Step
+from corolla.wire.messages import SILENCE_SECONDS, Origin, Step
 
 REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message carries at most
@@ -332,15 +332,16 @@ class SessionChain:
     async def _share(self, span: SpanSession, origin: Origin) -> None:
         """Open a span's session as its server's copy of another; left closed if that cannot be had."""
         try:
-            shared = await span.open(
-                self._view,
-                rows=self._rows,
-                max_tokens=self._reserved,
-                deep=self._deep,
-                origin=origin,
-                bundle=self._bundle,
-            )
-        except RemoteError:
+            async with asyncio.timeout(2 * SILENCE_SECONDS):
+                shared = await span.open(
+                    self._view,
+                    rows=self._rows,
+                    max_tokens=self._reserved,
+                    deep=self._deep,
+                    origin=origin,
+                    bundle=self._bundle,
+                )
+        except (RemoteError, TimeoutError):
             return
         if not shared:
             await span.drop()

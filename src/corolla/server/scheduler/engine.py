@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
 from corolla.server.scheduler.policy import (
+    LET_IN_SECONDS,
     PASS_TOKENS,
-    PIECE_SECONDS,
+    PROMPT_CREDIT,
     SHARED_PASS_SECONDS,
     History,
     PassTimes,
@@ -109,8 +110,7 @@ class Engine:
         self._speed = Speed()
         self._shares = Shares(history)
         self._alone: Request | None = None  # that is being computed, unless it gives way
-        self._alone_since = 0.0  # when it was last given time
-        self._alone_seconds = 0.0  # that it was given before
+        self._alone_since = self._alone_seconds = 0.0  # when it was last given time, and how much before
         self._open: set[Request] = set()  # the loop's side: not yet answered
         self._inbox: queue.SimpleQueue[Sequence[Request] | Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: list[Request] = []  # the compute thread's side: to be computed
@@ -137,9 +137,10 @@ class Engine:
             request.done.add_done_callback(lambda _, one=request: self._open.discard(one))  # type: ignore[misc]
         self._inbox.put(requests)
 
-    async def submit(self, kind: Kind, run: Callable[[], T], *, peer: str = "") -> T:
+    async def submit(self, kind: Kind, run: Callable[[], T], *, peer: str = "", work: float = 0.0) -> T:
         """The result of `run()`, or its error. Raises as `enqueue` does. The server's own work is for no peer."""
         request = Request(kind, peer, run=run)
+        request.work = work
         self.enqueue([request])
         result: T = await request.done
         return result
@@ -246,8 +247,7 @@ class Engine:
             self._run_alone(request)
 
     def _drop_cancelled(self) -> None:
-        """Their sessions may be freed already."""
-        self._ready = [request for request in self._ready if not request.done.cancelled()]
+        self._ready = [one for one in self._ready if not one.done.cancelled()]  # their sessions may be freed
 
     def _next(self, now: float) -> Request:
         """The most urgent of each class's fairest; those of one peer in order of arrival."""
@@ -285,10 +285,9 @@ class Engine:
         self._alone_since = now
 
     def give_way(self) -> float:
-        """Called again and again in the middle of what is computed alone: computes a pass of what comes before it.
+        """Called in the middle of what is computed alone: a pass of what comes before it; the seconds that this took.
 
-        The seconds that this took. Raises what ends the computation where nobody waits for it any more.
-        """
+        Raises what ends the computation where nobody waits for it any more."""
         alone = self._alone
         if alone is None:
             return 0.0
@@ -302,19 +301,20 @@ class Engine:
         if first is not None:
             self._alone = None
             try:
-                self._run_together(first, self._clock(), PIECE_SECONDS)
+                self._run_together(first, self._clock(), LET_IN_SECONDS)
             finally:
                 self._alone, self._alone_since = alone, time.perf_counter()
         return time.perf_counter() - began
 
     def _comes_before(self, alone: Request) -> Request | None:
-        """A decode step, or else the prompt of the peer that was given least, if that is not more than `alone` was."""
+        """A decode step, or else the prompt of the peer that was given least, if not much more than `alone`'s."""
         steps = [one for one in self._ready if one.passes]
         self._shares.settle({alone.peer, *(one.peer for one in steps)})
         first = min(steps, key=lambda one: (one.kind, self._turn(one)), default=None)
         if first is None or first.kind is Kind.DECODE:
             return first
-        return first if self._shares.after(first.peer) <= self._shares.after(alone.peer) else None
+        ahead = self._shares.after(first.peer) - self._shares.after(alone.peer)
+        return first if ahead <= PROMPT_CREDIT else None
 
     def _run_together(self, first: Request, now: float, seconds: float = math.inf) -> None:
         """A pass with `first` and what fits beside it, of prompts for so many seconds; or two, so that nobody's next

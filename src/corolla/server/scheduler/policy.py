@@ -36,9 +36,9 @@ SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while oth
 LEAST_PREFILL_TOKENS = 16
 SECONDS_A_TOKEN = 0.002  # until it is known
 LEAST_TIMED = 64  # tokens; what fewer take says little
-# What is computed alone goes on for so long before it gives way again, and pieces of prompts that come in between
-# take about as long.
-PIECE_SECONDS = 0.05
+PIECE_SECONDS = 0.05  # what is computed alone goes on for so long before it gives way again
+LET_IN_SECONDS = 0.5  # what a piece of a prompt that comes in between takes at most
+PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
 KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
 MOST_REMEMBERED = 10_000  # peers
 SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take to be worth one of its own
@@ -79,7 +79,7 @@ class Speed:
     """How long work takes that is computed alone. `work` is in tokens that go through all of the server's blocks."""
 
     def __init__(self) -> None:
-        self._lately: deque[float] = deque([SECONDS_A_TOKEN], maxlen=16)  # seconds a token
+        self._lately: deque[float] = deque(maxlen=16)  # seconds a token
         self._best = SECONDS_A_TOKEN
 
     def took(self, work: float, seconds: float) -> None:

@@ -345,6 +345,10 @@ class Libp2pTransport(Transport):
             logger.debug("A stream from peer %s: %s", stream.peer_id, error)
         except Exception:
             logger.exception("The handler of a stream from peer %s failed", stream.peer_id)
+        except (
+            asyncio.CancelledError
+        ):  # by `close`; of a task that is cancelled, asyncio would print a traceback
+            return
         finally:
             await stream.close()
             self._tasks.discard(task)
