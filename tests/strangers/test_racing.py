@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.client.race import STAGGER_SECONDS, most_at_once
+from corolla.client.race import STAGGER_SECONDS, Race, most_at_once
 from corolla.client.retry import Retry
 from corolla.client.view import LEAST_FAIR_SECONDS, MOST_FAIR_SECONDS, SwarmView
-from corolla.errors import PeerDisconnected, PeerSilent, PeerUnreachable, RequestRefused
+from corolla.errors import PeerDisconnected, PeerSilent, PeerUnreachable, RemoteError, RequestRefused
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.directory.routing import KINDS, Hop
@@ -172,3 +172,31 @@ def test_simulated_crowds(thread: VirtualLoopThread, others: int, does: str) -> 
     crowd = Crowd(thread, liars, record("honest", throughput=10.0))
     assert crowd.seconds() <= HONEST_SECONDS + bound(others)
     assert crowd.asked <= others + 1  # nobody is asked twice
+
+
+def test_what_comes_too_late_is_undone(thread: VirtualLoopThread) -> None:
+    """Two that answer at the same moment: one is used, what the other holds is given up."""
+    discarded: list[str] = []
+
+    async def work(hop: Hop, _careful: bool) -> str:
+        await asyncio.sleep(0 if hop.peer_id == "silent" else 1.0)
+        if hop.peer_id == "silent":
+            await asyncio.sleep(1e6)
+        return hop.peer_id
+
+    async def discard(late: str) -> None:
+        discarded.append(late)
+
+    async def failed(_error: RemoteError) -> None:
+        pass
+
+    async def run() -> str:
+        hops = [Hop(peer, 0, 1) for peer in ("silent", "one", "other")]
+        race = Race(
+            hops, work, heard=lambda _peer: -1.0, fair=lambda _hop: 8.0, failed=failed, discard=discard
+        )
+        winner = (await race.run())[1]
+        await asyncio.sleep(1.0)
+        return winner
+
+    assert {thread.run(run()), *discarded} == {"one", "other"}

@@ -9,11 +9,10 @@ that refuse, after as many round trips as that logarithm.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from corolla.errors import PeerSilent, RemoteError
 from corolla.swarm.directory.routing import Hop
@@ -40,15 +39,17 @@ class Race(Generic[T]):
         heard: Callable[[str], float],
         fair: Callable[[Hop], float],
         failed: Callable[[RemoteError], Awaitable[None]],
+        discard: Callable[[T], Awaitable[None]] | None = None,
     ) -> None:
         """`work` is told whether others have been asked before, so that little should be sent before an answer comes.
 
         `heard` says when a peer showed a sign of life last, `fair` how many seconds one may work that does so.
 
-        `failed` is told of every failure but the one that `run` raises.
+        `failed` is told of every failure but the one that `run` raises; `discard` is given what comes too late.
         """
         self._left = deque(hops)
         self._work, self._heard, self._fair, self._failed = work, heard, fair, failed
+        self._discard = discard
         self._most = most_at_once()
         self._running: dict[asyncio.Future[T], tuple[Hop, float]] = {}  # and the moment when each was asked
         self._rounds, self._began = 0, 0.0  # how often more were asked, and when last
@@ -74,7 +75,7 @@ class Race(Generic[T]):
             raise self._error
         finally:
             for task in self._running:
-                task.add_done_callback(_forget)
+                task.add_done_callback(self._forget)
                 task.cancel()
 
     async def _next(self) -> tuple[Hop, T] | None:
@@ -134,9 +135,7 @@ class Race(Generic[T]):
             if self._until(hop, asked, asked) <= now:
                 self._note(PeerSilent(f"{hop.peer_id} was overtaken.", peer_id=hop.peer_id))
 
-
-def _forget(task: asyncio.Future[Any]) -> None:
-    """Of what is given up, nobody asks for the error."""
-    if not task.cancelled():
-        with contextlib.suppress(Exception):
-            task.exception()
+    def _forget(self, task: asyncio.Future[T]) -> None:
+        """Of what is given up nobody asks for the error; what had been done at the same moment is undone."""
+        if not task.cancelled() and task.exception() is None and self._discard is not None:
+            self._notes.append(asyncio.ensure_future(self._discard(task.result())))
