@@ -1,7 +1,7 @@
 """How long it takes to reach the honest server among adversarial records: a property, and simulations.
 
-The bound: of n records of others, all have been asked after `STAGGER_SECONDS` x (log2(n + 1) + 1) where they never
-answer, if this process has room for as many streams; else the rest are asked as fast as streams fall silent.
+The bound: of n records of others that never answer, all have been asked after `FIRST_SECONDS` + `STAGGER_SECONDS` x
+log2(n + 1), if this process has room for as many streams; else the rest are asked as fast as streams fall silent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.client.race import STAGGER_SECONDS, Race, most_at_once
+from corolla.client.race import FIRST_SECONDS, STAGGER_SECONDS, Race, most_at_once
 from corolla.client.retry import Retry
 from corolla.client.view import LEAST_FAIR_SECONDS, MOST_FAIR_SECONDS, SwarmView
 from corolla.errors import PeerDisconnected, PeerSilent, PeerUnreachable, RemoteError, RequestRefused
@@ -112,8 +112,13 @@ def record(
 
 def bound(others: int) -> float:
     """Seconds, besides the honest server's own, for others that are silent or refuse."""
-    rounds = math.log2(others + 1) + 1
-    return STAGGER_SECONDS * rounds + others / most_at_once() * SILENCE_SECONDS + max(LATENCY.values())
+    rounds = math.log2(others + 1)
+    return (
+        FIRST_SECONDS
+        + STAGGER_SECONDS * rounds
+        + others / most_at_once() * SILENCE_SECONDS
+        + max(LATENCY.values())
+    )
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Work that several servers could do, given to one, and to more of them side by side while nobody answers.
 
 Invariant: whoever fails is replaced at once; and each time that all who were asked have failed, or are silent for
-`STAGGER_SECONDS`, or show signs of life for longer than is fair, twice as many are asked as before. So of n peers
-that never answer, all have been asked after `STAGGER_SECONDS` x log2(n + 1), as far as `MOST_AT_ONCE` goes, and of n
-that refuse, after as many round trips as that logarithm.
+longer than a server that works is, or show signs of life for longer than is fair, twice as many are asked as before.
+So of n peers that never answer, all have been asked after `FIRST_SECONDS` + `STAGGER_SECONDS` x log2(n + 1), as far as
+`MOST_AT_ONCE` goes, and of n that refuse, after as many round trips as that logarithm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from corolla.swarm.directory.routing import Hop
 
 T = TypeVar("T")
 
-STAGGER_SECONDS = 1.25  # somewhat more than from one sign of life of a server that works to the next
+FIRST_SECONDS = (
+    2.0  # that the first is waited for: there comes a sign of life each second, over whatever line
+)
+STAGGER_SECONDS = 1.0  # that more are waited for, once something is wrong
 MOST_AT_ONCE = 4096
 
 
@@ -119,8 +122,8 @@ class Race(Generic[T]):
         """When somebody counts as silent, who has been asked, and whose time has begun, at these moments."""
         heard = self._heard(hop.peer_id)
         if heard < asked:
-            return began + STAGGER_SECONDS
-        return min(heard + STAGGER_SECONDS, asked + self._fair(hop))
+            return began + (STAGGER_SECONDS if self._rounds else FIRST_SECONDS)
+        return min(heard + FIRST_SECONDS, asked + self._fair(hop))
 
     def _note(self, error: RemoteError) -> None:
         # In the background: it may take a while to present oneself to a peer that lets only members in.
