@@ -37,9 +37,11 @@ from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.peers import Budgets, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.policy import LEAST_TIMED
 from corolla.server.sessions.bundles import Entering, before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.session import default_capacity
+from corolla.server.training import Sequences
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.node import Node
 from corolla.text import get_logger
@@ -98,6 +100,7 @@ async def _serve_span(
         await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
         await give_threads_to(server.engine)
         throughput = await server.engine.submit(Kind.TRAINING, lambda: measure(span))
+        await server.engine.submit(Kind.TRAINING, lambda: time_training(span), work=LEAST_TIMED)
         announcer = Announcer(node, server, checkpoint, throughput, config.quantization)
         await announcer.announce()
         addresses = await node.join_addresses()
@@ -268,6 +271,12 @@ def measure(span: Span) -> float:
             span.forward(hidden, cache=span.new_cache())
             steps += 1
     return steps / (time.perf_counter() - started)
+
+
+def time_training(span: Span) -> None:
+    """A forward of as many tokens as say how long others will take."""
+    hidden = torch.zeros(1, LEAST_TIMED, span.hidden_size, dtype=span.dtype)
+    Sequences(span, {"hidden": hidden, "lengths": torch.tensor([LEAST_TIMED])}).forward()
 
 
 def shown_name(name: str) -> str:

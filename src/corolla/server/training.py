@@ -38,7 +38,7 @@ from corolla.server.sessions.session import Client
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output
 
-MOST_SECONDS = 300.0  # of computing that one request may ask for
+MOST_SECONDS = 600.0  # of computing that one request may ask for
 LEAST_SHARE = 0.5  # of what comes between, that what it interrupts is given before it is interrupted again
 BACKWARD = 2.0  # forwards that a backward takes, of a graph that is there
 

@@ -137,9 +137,10 @@ class Engine:
             request.done.add_done_callback(lambda _, one=request: self._open.discard(one))  # type: ignore[misc]
         self._inbox.put(requests)
 
-    async def submit(self, kind: Kind, run: Callable[[], T], *, peer: str = "") -> T:
+    async def submit(self, kind: Kind, run: Callable[[], T], *, peer: str = "", work: float = 0.0) -> T:
         """The result of `run()`, or its error. Raises as `enqueue` does. The server's own work is for no peer."""
         request = Request(kind, peer, run=run)
+        request.work = work
         self.enqueue([request])
         result: T = await request.done
         return result
@@ -246,8 +247,7 @@ class Engine:
             self._run_alone(request)
 
     def _drop_cancelled(self) -> None:
-        """Their sessions may be freed already."""
-        self._ready = [request for request in self._ready if not request.done.cancelled()]
+        self._ready = [one for one in self._ready if not one.done.cancelled()]  # their sessions may be freed
 
     def _next(self, now: float) -> Request:
         """The most urgent of each class's fairest; those of one peer in order of arrival."""

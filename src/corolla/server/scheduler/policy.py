@@ -79,7 +79,7 @@ class Speed:
     """How long work takes that is computed alone. `work` is in tokens that go through all of the server's blocks."""
 
     def __init__(self) -> None:
-        self._lately: deque[float] = deque([SECONDS_A_TOKEN], maxlen=16)  # seconds a token
+        self._lately: deque[float] = deque(maxlen=16)  # seconds a token
         self._best = SECONDS_A_TOKEN
 
     def took(self, work: float, seconds: float) -> None:
