@@ -24,7 +24,7 @@ TEXT = ("gemma3", "mistral3", "qwen3_5")
 REFUSED = {
     "bert": "what runs their blocks is not a model",
     "doge": "without the padding that it was given",
-    "dots3_note": "not causal language models",
+    "moshi": "not causal language models",
     "xlm": "not one list of layers",
 }
 

@@ -1,7 +1,7 @@
 """How long it takes to reach the honest server among adversarial records: a property, and simulations.
 
-The bound: of n records of others, all have been asked after `STAGGER_SECONDS` x (log2(n + 1) + 1) where they never
-answer, if this process has room for as many streams; else the rest are asked as fast as streams fall silent.
+The bound: of n records of others that never answer, all have been asked after `FIRST_SECONDS` + `STAGGER_SECONDS` x
+log2(n + 1), if this process has room for as many streams; else the rest are asked as fast as streams fall silent.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.client.race import STAGGER_SECONDS, most_at_once
+from corolla.client.race import FIRST_SECONDS, STAGGER_SECONDS, Race, most_at_once
 from corolla.client.retry import Retry
 from corolla.client.view import LEAST_FAIR_SECONDS, MOST_FAIR_SECONDS, SwarmView
-from corolla.errors import PeerDisconnected, PeerSilent, PeerUnreachable, RequestRefused
+from corolla.errors import PeerDisconnected, PeerSilent, PeerUnreachable, RemoteError, RequestRefused
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.directory.routing import KINDS, Hop
@@ -112,8 +112,13 @@ def record(
 
 def bound(others: int) -> float:
     """Seconds, besides the honest server's own, for others that are silent or refuse."""
-    rounds = math.log2(others + 1) + 1
-    return STAGGER_SECONDS * rounds + others / most_at_once() * SILENCE_SECONDS + max(LATENCY.values())
+    rounds = math.log2(others + 1)
+    return (
+        FIRST_SECONDS
+        + STAGGER_SECONDS * rounds
+        + others / most_at_once() * SILENCE_SECONDS
+        + max(LATENCY.values())
+    )
 
 
 @pytest.fixture
@@ -172,3 +177,31 @@ def test_simulated_crowds(thread: VirtualLoopThread, others: int, does: str) -> 
     crowd = Crowd(thread, liars, record("honest", throughput=10.0))
     assert crowd.seconds() <= HONEST_SECONDS + bound(others)
     assert crowd.asked <= others + 1  # nobody is asked twice
+
+
+def test_what_comes_too_late_is_undone(thread: VirtualLoopThread) -> None:
+    """Two that answer at the same moment: one is used, what the other holds is given up."""
+    discarded: list[str] = []
+
+    async def work(hop: Hop, _careful: bool) -> str:
+        await asyncio.sleep(0 if hop.peer_id == "silent" else 1.0)
+        if hop.peer_id == "silent":
+            await asyncio.sleep(1e6)
+        return hop.peer_id
+
+    async def discard(late: str) -> None:
+        discarded.append(late)
+
+    async def failed(_error: RemoteError) -> None:
+        pass
+
+    async def run() -> str:
+        hops = [Hop(peer, 0, 1) for peer in ("silent", "one", "other")]
+        race = Race(
+            hops, work, heard=lambda _peer: -1.0, fair=lambda _hop: 8.0, failed=failed, discard=discard
+        )
+        winner = (await race.run())[1]
+        await asyncio.sleep(1.0)
+        return winner
+
+    assert {thread.run(run()), *discarded} == {"one", "other"}

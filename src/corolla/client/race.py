@@ -1,26 +1,28 @@
 """Work that several servers could do, given to one, and to more of them side by side while nobody answers.
 
 Invariant: whoever fails is replaced at once; and each time that all who were asked have failed, or are silent for
-`STAGGER_SECONDS`, or show signs of life for longer than is fair, twice as many are asked as before. So of n peers
-that never answer, all have been asked after `STAGGER_SECONDS` x log2(n + 1), as far as `MOST_AT_ONCE` goes, and of n
-that refuse, after as many round trips as that logarithm.
+longer than a server that works is, or show signs of life for longer than is fair, twice as many are asked as before.
+So of n peers that never answer, all have been asked after `FIRST_SECONDS` + `STAGGER_SECONDS` x log2(n + 1), as far as
+`MOST_AT_ONCE` goes, and of n that refuse, after as many round trips as that logarithm.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from corolla.errors import PeerSilent, RemoteError
 from corolla.swarm.directory.routing import Hop
 
 T = TypeVar("T")
 
-STAGGER_SECONDS = 1.25  # somewhat more than from one sign of life of a server that works to the next
+FIRST_SECONDS = (
+    2.0  # that the first is waited for: there comes a sign of life each second, over whatever line
+)
+STAGGER_SECONDS = 1.0  # that more are waited for, once something is wrong
 MOST_AT_ONCE = 4096
 
 
@@ -40,15 +42,17 @@ class Race(Generic[T]):
         heard: Callable[[str], float],
         fair: Callable[[Hop], float],
         failed: Callable[[RemoteError], Awaitable[None]],
+        discard: Callable[[T], Awaitable[None]] | None = None,
     ) -> None:
         """`work` is told whether others have been asked before, so that little should be sent before an answer comes.
 
         `heard` says when a peer showed a sign of life last, `fair` how many seconds one may work that does so.
 
-        `failed` is told of every failure but the one that `run` raises.
+        `failed` is told of every failure but the one that `run` raises; `discard` is given what comes too late.
         """
         self._left = deque(hops)
         self._work, self._heard, self._fair, self._failed = work, heard, fair, failed
+        self._discard = discard
         self._most = most_at_once()
         self._running: dict[asyncio.Future[T], tuple[Hop, float]] = {}  # and the moment when each was asked
         self._rounds, self._began = 0, 0.0  # how often more were asked, and when last
@@ -74,7 +78,7 @@ class Race(Generic[T]):
             raise self._error
         finally:
             for task in self._running:
-                task.add_done_callback(_forget)
+                task.add_done_callback(self._forget)
                 task.cancel()
 
     async def _next(self) -> tuple[Hop, T] | None:
@@ -118,8 +122,8 @@ class Race(Generic[T]):
         """When somebody counts as silent, who has been asked, and whose time has begun, at these moments."""
         heard = self._heard(hop.peer_id)
         if heard < asked:
-            return began + STAGGER_SECONDS
-        return min(heard + STAGGER_SECONDS, asked + self._fair(hop))
+            return began + (STAGGER_SECONDS if self._rounds else FIRST_SECONDS)
+        return min(heard + FIRST_SECONDS, asked + self._fair(hop))
 
     def _note(self, error: RemoteError) -> None:
         # In the background: it may take a while to present oneself to a peer that lets only members in.
@@ -134,9 +138,7 @@ class Race(Generic[T]):
             if self._until(hop, asked, asked) <= now:
                 self._note(PeerSilent(f"{hop.peer_id} was overtaken.", peer_id=hop.peer_id))
 
-
-def _forget(task: asyncio.Future[Any]) -> None:
-    """Of what is given up, nobody asks for the error."""
-    if not task.cancelled():
-        with contextlib.suppress(Exception):
-            task.exception()
+    def _forget(self, task: asyncio.Future[T]) -> None:
+        """Of what is given up nobody asks for the error; what had been done at the same moment is undone."""
+        if not task.cancelled() and task.exception() is None and self._discard is not None:
+            self._notes.append(asyncio.ensure_future(self._discard(task.result())))

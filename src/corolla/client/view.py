@@ -204,12 +204,13 @@ class SwarmView:
         *,
         tokens: int,
         kind: str | None = None,
+        discard: Callable[[T], Awaitable[None]] | None = None,
     ) -> T:
         """The result of `work` for blocks from `start` on, as far towards `end` as the server that does it goes.
 
         A peer that has answered before is asked alone; of strangers several may be, side by side. `tokens` (rows x
         tokens) says how much it is; `kind` in which arithmetic, where only some of the blocks have answered yet.
-        Raises as `route`, and what `work` raises; for its second argument see `Race`.
+        Raises as `route`, and what `work` raises; for its second argument, and `discard`, see `Race`.
         """
 
         def in_turns() -> list[Hop]:
@@ -228,6 +229,7 @@ class SwarmView:
             heard=lambda peer: self._heard.get(peer, float("-inf")),
             fair=lambda hop: self._fair_seconds(hop, tokens),
             failed=self.failed,
+            discard=discard,
         )
         return (await race.run())[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,21 @@ def test_families_pass(family: str) -> None:
     state = torch.random.get_rng_state()
     check_generation(tiny_config(family), class_of(family))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "device"],
+)
+def test_it_passes_under_whatever_a_model_is_loaded(around: Callable[[], Any]) -> None:
+    with around():
+        check_generation(tiny_config("llama"), class_of("llama"))
 
 
 def broken(family: str, **methods: Any) -> Any:

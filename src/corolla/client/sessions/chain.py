@@ -260,6 +260,7 @@ class SessionChain:
             replace,
             tokens=int(rows * (length + lost.history.length)),
             kind=self._kind,
+            discard=lambda late: late[0].drop(),
         )
         self._kind = self._kind or self._view.numerics_of(span.hop.peer_id)
         later = [_nobody_s(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []

@@ -29,6 +29,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self.layers: list[Any]
         own = [_without_window(layer) for layer in self.layers[start:end]]
         self.layers = [*(DynamicLayer() for _ in range(start)), *own]  # the former stay empty
+        self._start = start
         self.rows = 0
         self._length = 0
 
@@ -60,7 +61,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         """Forget what stands at position `length`, which is not 0, and behind."""
         surplus = self._length - length
         if surplus > 0:
-            self.crop(-surplus)
+            for layer in self.layers[self._start :]:
+                layer.crop(-surplus)
             self._length = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -84,14 +84,21 @@ BY_LENGTH = ("dynamic", "longrope")
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within the block models are made on the CPU in float32, with random numbers of their own.
+    """Within the block models are made on the CPU in float32, with random numbers of their own, and have gradients.
 
-    Whatever is set around it: a model that is just being loaded sets another device and another dtype.
+    Whatever is set around it: a model that is just being loaded sets another device and another dtype, and a user may
+    load one under `torch.no_grad`, `torch.inference_mode` or `torch.autocast`.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with (
+            torch.device("cpu"),
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
             torch.manual_seed(0)
             yield
     finally:
