@@ -1,7 +1,7 @@
 """Faults at the n-th message of a peer on the in-memory network, never by the clock.
 
 `Injector.fail_at(fault)` in the spirit of torchft's `EventInjector`. What a fault does is said by kind in `KINDS`;
-the world that it is done to (`World`) knows how servers end and come back.
+the world that it is done to (`FaultTarget`) knows how servers end and come back.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Fault:
     seed: int = 0
 
 
-class World(Protocol):
+class FaultTarget(Protocol):
     """What faults are done to. All is called on the event loop."""
 
     network: MemoryNetwork
@@ -92,7 +92,7 @@ class _Armed:
 class Injector:
     """Watches a network and makes faults happen. `clients` are the peers that ask; all others answer."""
 
-    world: World
+    world: FaultTarget
     clients: frozenset[str]
     hits: Counter[str] = field(default_factory=Counter)
     log: list[Hit] = field(default_factory=list)  # in order

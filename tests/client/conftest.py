@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.client.lying import Swarm
+from tests.client.lying import LyingSwarm
 from tests.reference import local_model
 from tests.reference import random_ids as random_ids  # for the tests of this folder
 from tests.swarm_fixture import MemorySwarm
@@ -63,9 +63,9 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
 
 @pytest.fixture
-def swarm_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Swarm]]:
+def swarm_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LyingSwarm]]:
     """`swarm_of(names)`: a swarm of the model in the module's `folder`, whose servers can be made to lie."""
-    made: list[Swarm] = []
+    made: list[LyingSwarm] = []
     honest = handlers._Stream._reply
 
     async def reply(self: Any, packet: Packet) -> Packet:
@@ -73,8 +73,8 @@ def swarm_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         lie = next((lies[self._server] for lies in (one.lies for one in made) if self._server in lies), None)
         return answer if lie is None else Packet(answer.message, lie(answer))
 
-    def make(names: str = "abc") -> Swarm:
-        made.append(Swarm(folder, names))
+    def make(names: str = "abc") -> LyingSwarm:
+        made.append(LyingSwarm(folder, names))
         return made[-1]
 
     monkeypatch.setattr(handlers._Stream, "_reply", reply)

@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 Lie = Callable[[Packet], Tensors]
 
 
-class Swarm(MemorySwarm):
+class LyingSwarm(MemorySwarm):
     """Servers a, b, … of all four blocks, of which some lie."""
 
     def __init__(self, folder: Path, names: str = "abc") -> None:
@@ -41,7 +41,7 @@ class Swarm(MemorySwarm):
         self.lies[self.servers[name]] = lie
 
 
-def audited(swarm: Swarm, share: float, *, own: bool = False, seed: int = 1, **arguments: Any) -> Any:
+def audited(swarm: LyingSwarm, share: float, *, own: bool = False, seed: int = 1, **arguments: Any) -> Any:
     mine = OwnBlocks(swarm.checkpoint, arguments.get("dtype", swarm.dtype)) if own else None
 
     def observe(view: SwarmView) -> Auditor:
@@ -161,7 +161,7 @@ def until_found(model: Any, work: Callable[..., Any], most: int = 60) -> int:
     return seen
 
 
-def skip_a_block(swarm: Swarm, name: str) -> None:
+def skip_a_block(swarm: LyingSwarm, name: str) -> None:
     """From now on one block of this server does nothing."""
     block = swarm.servers[name].span.blocks[2]
     for weight in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):

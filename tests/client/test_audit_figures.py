@@ -14,7 +14,7 @@ from tests.client.lying import (
     CASES,
     LIES,
     WORK,
-    Swarm,
+    LyingSwarm,
     audited,
     auditor_of,
     decode,
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[..., Swarm]) -> None:
+def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[..., LyingSwarm]) -> None:
     """At a share p, 1/p answers on average; here 24 clients with p = 0.05."""
     swarm = swarm_of("ab")
     inputs = {"hidden": torch.randn(1, 4, 32), "lengths": torch.tensor([4])}
@@ -69,7 +69,7 @@ def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[...,
 @pytest.mark.nightly
 @pytest.mark.parametrize(("lie", "work"), [*CASES, (SKIPPED, "train"), (SKIPPED, "decode")])
 def test_how_many_answers_it_takes(
-    swarm_of: Callable[..., Swarm],
+    swarm_of: Callable[..., LyingSwarm],
     lie: str,
     work: str,
     record_property: Note,
@@ -113,7 +113,7 @@ def test_honest_servers_raise_no_alarm(
     checks, worst = 0, dict[str, float]()
     most = scaled(most) if (family, most) in HONEST else most
     for quantization, wire in [("none", "compute"), ("int8", "compute"), ("none", "float16")]:
-        with Swarm(folder, "") as swarm:
+        with LyingSwarm(folder, "") as swarm:
             swarm.add(0, 4, "a", 1000.0, quantization)
             swarm.add(0, 4, "b", 1.0, quantization)
             swarm.add(0, 3, "c", 1.0, quantization)

@@ -63,7 +63,7 @@ def record(peer: str, throughput: float) -> ServerRecord:
     )
 
 
-class World:
+class ClockedView:
     """A view of some servers, the first the fastest, and its clock."""
 
     def __init__(self, *peers: str) -> None:
@@ -91,13 +91,13 @@ class World:
 
 async def test_a_directory_that_was_cut_short_proves_nothing() -> None:
     """Who was not named this time is used as before, and of blocks that nobody is named for nothing is said."""
-    world = World("a", "b")
+    world = ClockedView("a", "b")
     assert await world.peer() == "a"
     world.directory.cut_short = True
     world.directory.records = [record("b", 100.0)]
     world.now += REFRESH_SECONDS + 1
     assert {one.peer_id for one in await world.view.usable()} == {"a", "b"}
-    nobody = World()
+    nobody = ClockedView()
     nobody.directory.cut_short = True
     with pytest.raises(MissingBlocks, match="cut short") as missing:
         await nobody.peer()
@@ -105,7 +105,7 @@ async def test_a_directory_that_was_cut_short_proves_nothing() -> None:
 
 
 async def test_another_server_is_preferred_for_a_while() -> None:
-    world = World("a", "b")
+    world = ClockedView("a", "b")
     world.answers("a")
     world.answers("b")
     assert await world.peer() == "a"
@@ -118,7 +118,7 @@ async def test_another_server_is_preferred_for_a_while() -> None:
 
 
 async def test_the_only_server_is_asked_again_at_once_then_after_rests_that_grow_to_a_bound() -> None:
-    world = World("a")
+    world = ClockedView("a")
     await world.fails("a")
     assert await world.peer() == "a"
     rests = []
@@ -138,7 +138,7 @@ async def test_the_only_server_is_asked_again_at_once_then_after_rests_that_grow
 
 
 async def test_of_two_that_fail_in_turns_the_one_that_has_rested_is_used() -> None:
-    world = World("a", "b")
+    world = ClockedView("a", "b")
     for _ in range(2):
         await world.fails("a")
     await world.fails("b")
@@ -151,7 +151,7 @@ async def test_of_two_that_fail_in_turns_the_one_that_has_rested_is_used() -> No
 
 
 async def test_a_busy_server_is_left_alone_as_long_as_it_asked_for() -> None:
-    world = World("a")
+    world = ClockedView("a")
     await world.view.failed(RequestRefused("full", code="busy", retry_after=7.0, peer_id="a"))
     assert world.view.health.next_return() == pytest.approx(7.0)
     world.now += 6.9
@@ -162,7 +162,7 @@ async def test_a_busy_server_is_left_alone_as_long_as_it_asked_for() -> None:
 
 
 async def test_a_slow_directory_holds_nobody_up_who_knows_servers() -> None:
-    world = World("a")
+    world = ClockedView("a")
     assert await world.peer() == "a"
     world.directory.may.clear()
     world.directory.records.append(record("b", 1000.0))
@@ -178,7 +178,7 @@ async def test_a_slow_directory_holds_nobody_up_who_knows_servers() -> None:
 
 
 async def test_without_any_record_the_directory_is_waited_for() -> None:
-    world = World("a")
+    world = ClockedView("a")
     world.directory.may.clear()
     found = asyncio.create_task(world.peer())
     await asyncio.wait({found}, timeout=2 * SLOW_READ_SECONDS)
@@ -188,7 +188,7 @@ async def test_without_any_record_the_directory_is_waited_for() -> None:
 
 
 async def test_who_has_never_answered_is_avoided_for_longer_than_a_try_takes() -> None:
-    world = World("a", "b")
+    world = ClockedView("a", "b")
     await world.fails("a")
     assert await world.peer() == "b"
     avoided = 0.0
@@ -202,13 +202,13 @@ async def test_who_has_never_answered_is_avoided_for_longer_than_a_try_takes() -
 
 
 async def test_who_has_answered_before_is_preferred_to_who_says_that_it_is_faster() -> None:
-    world = World("fast", "slow")
+    world = ClockedView("fast", "slow")
     world.answers("slow")
     assert await world.peer() == "slow"
 
 
 async def test_an_excuse_is_believed_a_few_times() -> None:
-    world = World("a", "b")
+    world = ClockedView("a", "b")
     for peer in ("a", "b"):
         world.answers(peer)
     evicted = RequestRefused("gone", code="evicted", peer_id="a")
@@ -225,13 +225,13 @@ async def test_an_excuse_is_believed_a_few_times() -> None:
 
 
 async def test_a_server_that_is_always_busy_is_left_alone_however_short_a_time_it_names() -> None:
-    world = World("a", "b")
+    world = ClockedView("a", "b")
     await world.view.failed(RequestRefused("full", code="busy", retry_after=0.0, peer_id="a"))
     assert await world.peer() == "b"
 
 
 async def test_a_kind_in_which_only_liars_have_answered_binds_nobody() -> None:
-    world = World("liar", "honest")
+    world = ClockedView("liar", "honest")
     world.directory.records[1] = msgspec.structs.replace(world.directory.records[1], dtype="float64")
     view = world.view
     assert await world.peer() == "liar"

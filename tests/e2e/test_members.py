@@ -14,7 +14,7 @@ from tests.tiny_models import write_tiny
 from corolla.swarm.transport.identity import prepare_identity
 
 
-class Swarm:
+class GuardedSwarm:
     """A guarded bootstrap peer, and a guarded server that trusts its invitations."""
 
     def __init__(self, started: Processes, folder: Path) -> None:
@@ -59,12 +59,12 @@ class Swarm:
 
 
 @pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[Swarm]:
+def swarm(tmp_path: Path) -> Iterator[GuardedSwarm]:
     with processes(tmp_path) as started:
-        yield Swarm(started, tmp_path)
+        yield GuardedSwarm(started, tmp_path)
 
 
-def test_a_guarded_swarm(swarm: Swarm) -> None:
+def test_a_guarded_swarm(swarm: GuardedSwarm) -> None:
     stranger = swarm.chat("stranger")
     assert stranger.returncode == 2, stranger.stderr
     assert stranger.stderr.startswith("error: ")

@@ -30,7 +30,7 @@ from corolla.wire.messages import (
 from corolla.wire.session import Conversation, following
 from corolla.wire.tensors import expand
 from tests.fuzz.frames import BUNDLE, strangers
-from tests.server.world import HIDDEN, Clock, RawClient, World, assert_same, noise, opening
+from tests.server.world import HIDDEN, Clock, OneServer, RawClient, assert_same, noise, opening
 
 STREAMS = 3
 HONEST_TOKENS = 24
@@ -45,7 +45,7 @@ class Target:
 
     def __init__(self, family: str) -> None:
         self.clock = Clock()
-        self.world = World(
+        self.world = OneServer(
             family,
             capacity=3000,
             limits=PeerLimits(Budgets(malformed=10**9)),

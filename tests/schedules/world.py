@@ -115,7 +115,7 @@ class OutageDirectory(MemoryDirectory):
 
 
 class SimulatedSwarm:
-    """The world of one schedule; see `tests.faults.World` for what can be done to it."""
+    """The world of one schedule; see `tests.faults.FaultTarget` for what can be done to it."""
 
     def __init__(
         self, checkpoint: Checkpoint, plans: Sequence[ServerPlan], clients: Sequence[Workload] = ()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.server.world import World
+from tests.server.world import OneServer
 
 from corolla.server.sessions import kv_cache
 
 
 @pytest.fixture(params=["llama", "bloom", "falcon"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
     """Over families that are packed, by the registry and by a module of our own, and one that is not."""
-    world = World(request.param)
+    world = OneServer(request.param)
     await world.start()
     yield world
     await world.close()

@@ -10,7 +10,7 @@ import torch
 from tests.server.world import (
     HIDDEN,
     Blocker,
-    World,
+    OneServer,
     assert_same,
     assert_serves_exactly,
     backward,
@@ -33,7 +33,7 @@ from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure, Opened, Ping, Step
 
 
-async def test_work_of_a_client_that_left_is_not_computed(world: World) -> None:
+async def test_work_of_a_client_that_left_is_not_computed(world: OneServer) -> None:
     gone, session = await world.raw(), await world.raw()
     assert isinstance((await session.ask(opening())).message, Opened)
     async with Blocker(world.engine):
@@ -49,7 +49,7 @@ async def test_work_of_a_client_that_left_is_not_computed(world: World) -> None:
     await assert_serves_exactly(world)
 
 
-async def test_a_client_that_left_while_its_work_ran(world: World) -> None:
+async def test_a_client_that_left_while_its_work_ran(world: OneServer) -> None:
     gone = await world.raw()
     await gone.ask(opening())
     blocker = Blocker(world.engine)
@@ -65,7 +65,7 @@ async def test_a_client_that_left_while_its_work_ran(world: World) -> None:
     await assert_serves_exactly(world)
 
 
-async def test_a_second_request_before_the_answer_is_out_of_order(world: World) -> None:
+async def test_a_second_request_before_the_answer_is_out_of_order(world: OneServer) -> None:
     hasty = await world.raw()
     await hasty.ask(opening())
     async with Blocker(world.engine):
@@ -87,7 +87,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_pieces")
-async def test_a_long_prefill_in_pieces_gives_the_same(world: World) -> None:
+async def test_a_long_prefill_in_pieces_gives_the_same(world: OneServer) -> None:
     """Reordered rows, a mask and positions included."""
     channel = await world.connect()
     hidden, order = noise(2, 13, HIDDEN), torch.tensor([1, 0])
@@ -107,7 +107,7 @@ async def test_a_long_prefill_in_pieces_gives_the_same(world: World) -> None:
 
 @pytest.mark.usefixtures("short_pieces")
 async def test_a_decode_step_comes_between_the_pieces_of_a_prefill(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: OneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step arrives when the first piece is being computed; training, less urgent, comes after the last."""
     monkeypatch.setattr(policy, "SPLIT_SHARE", 0.0)  # the step shares a pass with the second piece
@@ -152,7 +152,7 @@ async def test_a_decode_step_comes_between_the_pieces_of_a_prefill(
 
 
 @pytest.mark.usefixtures("short_pieces")
-async def test_a_prefill_that_fails_in_the_middle_ends_its_session(world: World) -> None:
+async def test_a_prefill_that_fails_in_the_middle_ends_its_session(world: OneServer) -> None:
     """A block that fails at its third call: what the caches of a half-done step hold is not used again."""
     calls = 0
 
@@ -190,7 +190,7 @@ def test_the_estimate_of_memory_grows_as_the_computation_does(family: str) -> No
         check_memory(span, rows=1, tokens=8, total=8, with_gradients=False, limit=one - 1)
 
 
-async def test_what_would_not_fit_memory_is_refused_and_changes_nothing(world: World) -> None:
+async def test_what_would_not_fit_memory_is_refused_and_changes_nothing(world: OneServer) -> None:
     channel = await world.connect()
     await request(channel, Packet(opening(rows=1)))
     hidden = noise(1, 9, HIDDEN)
@@ -209,7 +209,7 @@ async def test_what_would_not_fit_memory_is_refused_and_changes_nothing(world: W
     assert_same(torch.cat([first, rest.tensors["hidden"]], 1), world.reference.forward(hidden))
 
 
-async def test_idle_means_that_no_answer_was_due_for_a_while(world: World) -> None:
+async def test_idle_means_that_no_answer_was_due_for_a_while(world: OneServer) -> None:
     channel = await world.connect()
     await asyncio.wait_for(world.server.until_idle(quiet=60), 20)  # nobody has asked anything yet
     async with Blocker(world.engine):
@@ -225,7 +225,7 @@ async def test_idle_means_that_no_answer_was_due_for_a_while(world: World) -> No
     quiet.cancel()
 
 
-async def test_a_server_that_leaves_takes_nothing_new_but_ends_what_it_began(world: World) -> None:
+async def test_a_server_that_leaves_takes_nothing_new_but_ends_what_it_began(world: OneServer) -> None:
     running, other = await world.connect(), await world.connect()
     hidden = noise(1, 6, HIDDEN)
     await request(running, Packet(opening(rows=1)))

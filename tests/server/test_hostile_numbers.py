@@ -15,8 +15,8 @@ from tests.server.world import (
     HIDDEN,
     PREAMBLE,
     Blocker,
+    OneServer,
     RawClient,
-    World,
     assert_same,
     assert_serves_exactly,
     forward,
@@ -43,7 +43,7 @@ async def ask(client: RawClient, body: dict[str, Any], tensors: dict[str, Tensor
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
-async def test_not_finite_numbers_stay_with_their_sender(world: World, value: float) -> None:
+async def test_not_finite_numbers_stay_with_their_sender(world: OneServer, value: float) -> None:
     """In one packed pass with another client's step, for the rows of a prompt and for single tokens."""
     bad, good = await world.raw(), await world.raw()
     hidden = noise(1, 9, HIDDEN)
@@ -61,7 +61,7 @@ async def test_not_finite_numbers_stay_with_their_sender(world: World, value: fl
 
 
 @pytest.mark.parametrize("prompts", [True, False])
-async def test_pages_that_held_such_numbers_are_clean_for_the_next(world: World, prompts: bool) -> None:
+async def test_pages_that_held_such_numbers_are_clean_for_the_next(world: OneServer, prompts: bool) -> None:
     """All of the pool's pages, and nothing of what stood there counts."""
     bad = await world.raw()
     deep = {"prompts": torch.full((BLOCKS, 3, HIDDEN), math.nan)} if prompts else {}
@@ -71,7 +71,7 @@ async def test_pages_that_held_such_numbers_are_clean_for_the_next(world: World,
     await assert_serves_exactly(world)
 
 
-async def test_such_numbers_in_training_stay_with_their_sender(world: World) -> None:
+async def test_such_numbers_in_training_stay_with_their_sender(world: OneServer) -> None:
     bad = await world.raw()
     for value in NOT_FINITE:
         answer = await bad.ask(forward(lease="0" * 16), **packed(torch.full((1, 5, HIDDEN), value).double()))
@@ -80,7 +80,7 @@ async def test_such_numbers_in_training_stay_with_their_sender(world: World) -> 
 
 
 @pytest.mark.parametrize("scale", [*NOT_FINITE, -1.0, 3e38])
-async def test_scales_that_nobody_means(world: World, scale: float) -> None:
+async def test_scales_that_nobody_means(world: OneServer, scale: float) -> None:
     bad, good = await world.raw(), await world.raw()
     tensors = {
         "hidden": torch.ones(1, 4, HIDDEN, dtype=torch.int8),
@@ -97,7 +97,7 @@ async def test_scales_that_nobody_means(world: World, scale: float) -> None:
 @pytest.mark.parametrize(
     ("position", "taken"), [(MAX_DIMENSION, True), (MAX_DIMENSION + 1, False), (2**63 - 1, False)]
 )
-async def test_positions_far_away(world: World, position: int, taken: bool) -> None:
+async def test_positions_far_away(world: OneServer, position: int, taken: bool) -> None:
     client = await world.raw()
     assert (await client.ask(opening())).message == Opened()
     ids = torch.tensor([[0, 1, position]])
@@ -203,7 +203,7 @@ def test_shapes_that_no_tensor_has(shape: list[Any]) -> None:
     assert error.field in ("hidden", "tensors", "payload")
 
 
-async def test_a_preamble_that_promises_a_payload_of_no_tensors(world: World) -> None:
+async def test_a_preamble_that_promises_a_payload_of_no_tensors(world: OneServer) -> None:
     client = await world.raw()
     data = header({"type": "Ping"}, [])
     await client.stream.write([struct.pack(PREAMBLE, b"CRLA", PROTOCOL_VERSION, 0, len(data), 2**20) + data])

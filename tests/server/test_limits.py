@@ -13,8 +13,8 @@ from tests.server.world import (
     HIDDEN,
     Blocker,
     Clock,
+    OneServer,
     RawClient,
-    World,
     assert_serves_exactly,
     forward,
     frame,
@@ -42,10 +42,12 @@ LARGE = 800  # tokens whose hidden states are more than one piece
 
 
 @asynccontextmanager
-async def served(silence: float | None = None, capacity: int = 200, **budgets: Any) -> AsyncIterator[World]:
+async def served(
+    silence: float | None = None, capacity: int = 200, **budgets: Any
+) -> AsyncIterator[OneServer]:
     """A server with such budgets."""
     clock = Clock()
-    world = World(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
+    world = OneServer(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
     world.server.silence = silence
     await world.start()
     try:
@@ -54,7 +56,7 @@ async def served(silence: float | None = None, capacity: int = 200, **budgets: A
         await world.close()
 
 
-async def raw(world: World, peer: str) -> RawClient:
+async def raw(world: OneServer, peer: str) -> RawClient:
     """A client of that name; the transport ends with the network."""
     transport = world.network._peers.get(peer) or world.network.transport(peer)
     return RawClient(await transport.open("server", PROTOCOL_NAME))
@@ -66,7 +68,7 @@ async def refusal(client: RawClient, *message: Any, **tensors: torch.Tensor) -> 
     return answer
 
 
-def taken(world: World) -> list[int]:
+def taken(world: OneServer) -> list[int]:
     limits = world.server.limits
     return [one.taken for one in (limits.streams, limits.in_flight)]
 
@@ -398,7 +400,7 @@ async def test_a_thousand_sessions_opened_and_abandoned(end: str) -> None:
 
 async def test_an_evicted_sessions_prompts_are_let_go() -> None:
     """Its stream may stay open for long."""
-    world = World(capacity=4)
+    world = OneServer(capacity=4)
     await world.start()
     try:
         client, other = await raw(world, "a"), await raw(world, "b")

@@ -15,7 +15,7 @@ from tests.server.world import (
     HIDDEN,
     Blocker,
     Clock,
-    World,
+    OneServer,
     assert_same,
     assert_serves_exactly,
     backward,
@@ -38,9 +38,9 @@ from corolla.wire.messages import CloseSession, Step
 
 
 @pytest.fixture(params=["llama", "bloom"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
     """Over families that can be packed, with room for a crowd."""
-    world = World(request.param, capacity=200)
+    world = OneServer(request.param, capacity=200)
     await world.start()
     yield world
     await world.close()
@@ -56,7 +56,7 @@ def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 class Passes:
     """Notes every packed pass of a world: which sessions' steps, how many tokens of each, of which kind."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: OneServer) -> None:
         self.taken: list[list[tuple[StepRequest, int]]] = []
         own = world.engine.run_pass
 
@@ -79,7 +79,7 @@ class Passes:
 class Client:
     """A session with a sequence of its own that is fed piece by piece, and what it should have answered."""
 
-    def __init__(self, world: World, channel: Channel, seed: int, with_prompts: bool) -> None:
+    def __init__(self, world: OneServer, channel: Channel, seed: int, with_prompts: bool) -> None:
         self.world, self.channel = world, channel
         self.tokens = noise(1, 90, HIDDEN, seed=seed)
         self.prompts = noise(BLOCKS, 3, HIDDEN, seed=seed + 1) if with_prompts else None
@@ -102,7 +102,7 @@ class Client:
         assert_same(torch.cat(self.outputs, 1), wanted)
 
 
-async def clients_of(world: World, count: int) -> list[Client]:
+async def clients_of(world: OneServer, count: int) -> list[Client]:
     """Some with deep prompts."""
     return [
         await Client(world, await world.connect(), 10 * index, index % 3 == 0).open()
@@ -111,7 +111,7 @@ async def clients_of(world: World, count: int) -> list[Client]:
 
 
 async def at_once(
-    world: World, *asked: Coroutine[Any, Any, Any], begins_when: Callable[[], bool] = lambda: True
+    world: OneServer, *asked: Coroutine[Any, Any, Any], begins_when: Callable[[], bool] = lambda: True
 ) -> None:
     """All requests are there before the first is computed; see `every_iteration`."""
     with contextlib.ExitStack() as stack:
@@ -122,7 +122,7 @@ async def at_once(
         await asyncio.gather(*tasks)
 
 
-async def test_steps_of_all_sessions_share_their_passes(world: World) -> None:
+async def test_steps_of_all_sessions_share_their_passes(world: OneServer) -> None:
     clients, passes = await clients_of(world, 5), Passes(world)
     await at_once(world, *(one.step(9 + index) for index, one in enumerate(clients)))
     assert passes.tokens == [9 + 10 + 11 + 12 + 13]
@@ -133,7 +133,7 @@ async def test_steps_of_all_sessions_share_their_passes(world: World) -> None:
         one.assert_right()
 
 
-async def test_sessions_over_other_blocks_go_by_themselves(world: World) -> None:
+async def test_sessions_over_other_blocks_go_by_themselves(world: OneServer) -> None:
     first = await Client(world, await world.connect(), 1, False).open()
     halves = [await world.connect() for _ in range(2)]
     for channel in halves:
@@ -155,7 +155,7 @@ async def test_sessions_over_other_blocks_go_by_themselves(world: World) -> None
 
 @pytest.mark.parametrize("apart", [False, True])
 async def test_a_long_prompt_is_cut_while_others_generate(
-    world: World, monkeypatch: pytest.MonkeyPatch, apart: bool
+    world: OneServer, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
     monkeypatch.setattr(policy, "SPLIT_SHARE", float("inf") if apart else 0.0)
@@ -189,7 +189,7 @@ async def _result(task: asyncio.Task[Any]) -> Any:
 
 
 @contextlib.contextmanager
-def every_iteration(world: World, begins_when: Callable[[], bool]) -> Iterator[None]:
+def every_iteration(world: OneServer, begins_when: Callable[[], bool]) -> Iterator[None]:
     """The engine takes its next work only when the event loop has brought that about."""
     engine = world.engine
     own = engine._iterate
@@ -212,7 +212,7 @@ def every_iteration(world: World, begins_when: Callable[[], bool]) -> Iterator[N
         engine._iterate = own  # type: ignore[method-assign]
 
 
-def _waiting(world: World) -> int:
+def _waiting(world: OneServer) -> int:
     """As `Engine.waiting`, for the compute thread."""
     return sum(not job.begun for job in list(world.engine._open))
 
@@ -229,7 +229,7 @@ def test_what_a_decode_pass_takes_decides_whether_prompts_are_computed_apart() -
     assert times.splits_decode(32)
 
 
-async def test_a_prompt_is_not_cut_while_nobody_generates(world: World) -> None:
+async def test_a_prompt_is_not_cut_while_nobody_generates(world: OneServer) -> None:
     first, second = await clients_of(world, 2)
     passes = Passes(world)
     await at_once(world, first.step(80), second.step(70))
@@ -239,7 +239,7 @@ async def test_a_prompt_is_not_cut_while_nobody_generates(world: World) -> None:
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_training_comes_after_generation_until_it_has_waited(world: World) -> None:
+async def test_training_comes_after_generation_until_it_has_waited(world: OneServer) -> None:
     """With a new generation step at every moment, a training job is computed once it has aged."""
     clock, (one, two) = Clock(), await clients_of(world, 2)
     world.engine._clock = clock
@@ -270,7 +270,7 @@ async def test_training_comes_after_generation_until_it_has_waited(world: World)
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_a_generation_step_is_let_in_between_two_pieces_of_training(world: World) -> None:
+async def test_a_generation_step_is_let_in_between_two_pieces_of_training(world: OneServer) -> None:
     """In the forward, in the backward of a kept graph, and in a backward that computes all anew."""
     one, two = [await Client(world, await world.connect(), seed, True).open() for seed in (3, 6)]
     trained = await world.connect()
@@ -310,7 +310,7 @@ async def test_a_generation_step_is_let_in_between_two_pieces_of_training(world:
 class InTheMiddle:
     """Stops a training job where it lets others in: once before, once after."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: OneServer) -> None:
         self._world = world
         self._own = world.engine.give_way
 
@@ -347,7 +347,7 @@ class InTheMiddle:
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_a_step_given_up_is_not_let_in(world: World) -> None:
+async def test_a_step_given_up_is_not_let_in(world: OneServer) -> None:
     """Its session is freed already; computed all the same, it would hold pages that nobody frees."""
     staying, leaving = await clients_of(world, 2)
     await at_once(world, staying.step(9), leaving.step(9))
@@ -369,7 +369,7 @@ async def test_a_step_given_up_is_not_let_in(world: World) -> None:
 
 
 async def test_a_step_that_fails_in_company_fails_alone(
-    world: World, caplog: pytest.LogCaptureFixture
+    world: OneServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A block that cannot bear one session's values: the others' steps are computed and nothing is lost."""
     clients = await clients_of(world, 4)
@@ -404,7 +404,7 @@ async def test_a_step_that_fails_in_company_fails_alone(
     await assert_serves_exactly(world)
 
 
-async def test_a_step_of_padding_only_and_one_with_holes_among_others(world: World) -> None:
+async def test_a_step_of_padding_only_and_one_with_holes_among_others(world: OneServer) -> None:
     whole = (await clients_of(world, 1))[0]
     channel, tokens = await world.connect(), noise(3, 5, HIDDEN, seed=44)
     mask = torch.ones(3, 5, dtype=torch.bool)

@@ -11,7 +11,7 @@ from tests.server.test_limits import served
 from tests.server.world import (
     HIDDEN,
     Blocker,
-    World,
+    OneServer,
     assert_same,
     assert_serves_exactly,
     noise,
@@ -30,8 +30,8 @@ from corolla.wire.messages import PROTOCOL_NAME, CloseSession, Outputs, Part, Pi
 
 
 @pytest.fixture(params=["llama", "bloom"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    world = World(request.param, capacity=60)
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
+    world = OneServer(request.param, capacity=60)
     await world.start()
     yield world
     await world.close()
@@ -40,7 +40,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
 class Peer:
     """One client with some sessions, and a stream for the steps of all."""
 
-    def __init__(self, world: World, name: str = "peer") -> None:
+    def __init__(self, world: OneServer, name: str = "peer") -> None:
         self.world = world
         self.transport: MemoryTransport = world.network.transport(name)
         self.sessions: list[Session] = []
@@ -96,7 +96,7 @@ class Session:
         packet = Packet(Step(position=self.at), {"hidden": self.next(count)})
         self.took((await request(self.channel, packet)).tensors["hidden"])
 
-    def assert_right(self, world: World) -> None:
+    def assert_right(self, world: OneServer) -> None:
         assert_same(torch.cat(self.outputs, 1), world.reference.forward(self.tokens[:, : self.at]))
 
 
@@ -104,7 +104,7 @@ def codes(reply: Outputs) -> dict[str, str]:
     return {name: failure.code for name, failure in reply.failures}
 
 
-async def test_sessions_of_any_rows_step_together_and_by_themselves_in_turn(world: World) -> None:
+async def test_sessions_of_any_rows_step_together_and_by_themselves_in_turn(world: OneServer) -> None:
     peer = Peer(world)
     one, two, three = await peer.open(1, 2, 1)
     for turn in range(4):
@@ -115,7 +115,7 @@ async def test_sessions_of_any_rows_step_together_and_by_themselves_in_turn(worl
     assert world.server.counters.inference == sum(len(one.tokens) * one.at for one in peer.sessions)
 
 
-async def test_a_step_back_among_others(world: World) -> None:
+async def test_a_step_back_among_others(world: OneServer) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
     await peer.step((one, two))
@@ -127,7 +127,7 @@ async def test_a_step_back_among_others(world: World) -> None:
         session.assert_right(world)
 
 
-async def test_all_parts_share_a_pass(world: World) -> None:
+async def test_all_parts_share_a_pass(world: OneServer) -> None:
     peer, passes = Peer(world), []
     sessions = await peer.open(1, 1, 1)
     own = world.engine.run_pass
@@ -136,7 +136,7 @@ async def test_all_parts_share_a_pass(world: World) -> None:
     assert passes == [3]
 
 
-async def test_each_part_is_refused_by_itself(world: World) -> None:
+async def test_each_part_is_refused_by_itself(world: OneServer) -> None:
     peer, stranger = Peer(world), Peer(world, "stranger")
     one, two, three, four = await peer.open(1, 1, 1, 1)
     [own] = await stranger.open(1)
@@ -160,7 +160,7 @@ async def test_each_part_is_refused_by_itself(world: World) -> None:
     await assert_serves_exactly(world)
 
 
-async def test_the_wrong_number_of_rows_or_width(world: World) -> None:
+async def test_the_wrong_number_of_rows_or_width(world: OneServer) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 2)
     two.tokens = two.tokens[:1]
@@ -168,7 +168,7 @@ async def test_the_wrong_number_of_rows_or_width(world: World) -> None:
     one.assert_right(world)
 
 
-async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: World) -> None:
+async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: OneServer) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
     reply = await peer.step((one, two), reserve=500)
@@ -179,7 +179,7 @@ async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: Wor
 
 
 async def test_a_family_that_cannot_be_packed() -> None:
-    world = World("falcon", capacity=60)
+    world = OneServer("falcon", capacity=60)
     await world.start()
     try:
         peer = Peer(world)
@@ -191,7 +191,7 @@ async def test_a_family_that_cannot_be_packed() -> None:
         await world.close()
 
 
-async def test_a_session_takes_one_step_at_a_time(world: World) -> None:
+async def test_a_session_takes_one_step_at_a_time(world: OneServer) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
     with pytest.raises(RequestRefused, match="one step at a time"):
@@ -216,7 +216,7 @@ async def test_a_session_takes_one_step_at_a_time(world: World) -> None:
         session.assert_right(world)
 
 
-async def test_a_session_closed_while_its_step_waits(world: World) -> None:
+async def test_a_session_closed_while_its_step_waits(world: OneServer) -> None:
     """The others' are answered; nothing is computed for it, and no page stays."""
     peer = Peer(world)
     one, two = await peer.open(1, 1)
@@ -232,7 +232,7 @@ async def test_a_session_closed_while_its_step_waits(world: World) -> None:
     assert await world.pages_held() == 0
 
 
-async def test_a_client_that_goes_while_its_steps_wait(world: World) -> None:
+async def test_a_client_that_goes_while_its_steps_wait(world: OneServer) -> None:
     """What its sessions hold is not known any more, so they hold nothing."""
     peer = Peer(world)
     one, two = await peer.open(1, 1)
@@ -250,7 +250,7 @@ async def test_a_client_that_goes_while_its_steps_wait(world: World) -> None:
     assert await world.pages_held() == 0
 
 
-async def test_a_step_that_fails_fails_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_that_fails_fails_alone(world: OneServer, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
     own = step_module.StepRequest.load

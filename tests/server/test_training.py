@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.reference import relative
-from tests.server.world import BLOCKS, END, HIDDEN, START, Clock, World, backward, forward, noise, packed
+from tests.server.world import BLOCKS, END, HIDDEN, START, Clock, OneServer, backward, forward, noise, packed
 from torch import Tensor
 
 from corolla.errors import RequestRefused
@@ -118,7 +118,7 @@ async def lend(channel: Channel, name: str = NAME, hidden: Tensor = HIDDENS, **c
     return reply.tensors["hidden"]
 
 
-async def test_a_kept_graph_gives_what_a_new_one_gives(world: World) -> None:
+async def test_a_kept_graph_gives_what_a_new_one_gives(world: OneServer) -> None:
     channel = await world.connect()
     plain = (await request(channel, Packet(forward(), packed(HIDDENS, prompts=PROMPTS)))).tensors["hidden"]
     assert relative(await lend(channel), plain) < 1e-12
@@ -133,7 +133,7 @@ async def test_a_kept_graph_gives_what_a_new_one_gives(world: World) -> None:
     assert (world.server.counters.redeemed, world.server.counters.backward) == (14, 28)
 
 
-async def test_what_a_lease_takes_grows_with_the_tokens_and_not_with_the_weights(world: World) -> None:
+async def test_what_a_lease_takes_grows_with_the_tokens_and_not_with_the_weights(world: OneServer) -> None:
     channel, sizes = await world.connect(), []
     for tokens in (32, 64, 96):
         await lend(channel, hidden=noise(1, tokens, HIDDEN))
@@ -143,7 +143,7 @@ async def test_what_a_lease_takes_grows_with_the_tokens_and_not_with_the_weights
     assert sizes[2] - sizes[1] >= 0.9 * sizes[0]
 
 
-async def test_without_a_graph_the_inputs_are_asked_for_and_the_stream_is_good(world: World) -> None:
+async def test_without_a_graph_the_inputs_are_asked_for_and_the_stream_is_good(world: OneServer) -> None:
     """Never made; taken before; made by somebody else; too large; run out; of other blocks."""
     channel, stranger = await world.connect(), await another_peer(world)
     clock = Clock()
@@ -172,14 +172,14 @@ async def test_without_a_graph_the_inputs_are_asked_for_and_the_stream_is_good(w
     assert relative((await gradients(channel, None))["grad"], first["grad"]) < 1e-6
 
 
-async def another_peer(world: World) -> Channel:
+async def another_peer(world: OneServer) -> Channel:
     client, world.client = world.client, world.network.transport("stranger")
     channel = await world.connect()
     world.client = client
     return channel
 
 
-async def test_leases_of_two_micro_batches_do_not_mix(world: World) -> None:
+async def test_leases_of_two_micro_batches_do_not_mix(world: OneServer) -> None:
     channel = await world.connect()
     await lend(channel, NAME)
     await lend(channel, OTHER, hidden=2 * HIDDENS)
@@ -191,7 +191,7 @@ async def test_leases_of_two_micro_batches_do_not_mix(world: World) -> None:
     assert relative(first["grad"], second["grad"]) > 1e-2
 
 
-async def test_a_graph_that_would_not_fit_memory_is_not_kept(world: World) -> None:
+async def test_a_graph_that_would_not_fit_memory_is_not_kept(world: OneServer) -> None:
     """The forward itself does fit, so it is answered."""
     channel = await world.connect()
     wanted = await lend(channel)
@@ -202,7 +202,7 @@ async def test_a_graph_that_would_not_fit_memory_is_not_kept(world: World) -> No
     assert len(world.server.leases) == 0
 
 
-async def test_a_gradient_of_another_shape_is_refused(world: World) -> None:
+async def test_a_gradient_of_another_shape_is_refused(world: OneServer) -> None:
     """The graph is gone then, as after any other try."""
     client = await world.raw()
     await client.ask(forward(lease=NAME), **packed(HIDDENS))
@@ -213,7 +213,7 @@ async def test_a_gradient_of_another_shape_is_refused(world: World) -> None:
     await world.all_streams_ended()
 
 
-async def test_the_gradients_for_prompts_may_be_left_out(world: World) -> None:
+async def test_the_gradients_for_prompts_may_be_left_out(world: OneServer) -> None:
     channel = await world.connect()
     await lend(channel)
     grad = packed(GRAD)["hidden"]

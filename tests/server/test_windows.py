@@ -11,7 +11,7 @@ import torch
 from tests.server.world import (
     BLOCKS,
     HIDDEN,
-    World,
+    OneServer,
     assert_same,
     assert_serves_exactly,
     noise,
@@ -39,14 +39,14 @@ FULL_TABLES = {"mistral": 0, "gemma2": 1}
 
 
 @asynccontextmanager
-async def served(family: str, capacity: int = CAPACITY) -> AsyncIterator[World]:
-    world = World(family, capacity=capacity, margin=MARGIN)
+async def served(family: str, capacity: int = CAPACITY) -> AsyncIterator[OneServer]:
+    world = OneServer(family, capacity=capacity, margin=MARGIN)
     await world.start()
     yield world
     await world.close()
 
 
-async def opened(world: World, **arguments: Any) -> Channel:
+async def opened(world: OneServer, **arguments: Any) -> Channel:
     channel = await world.connect()
     assert (await request(channel, Packet(opening(**arguments)))).message == Opened()
     return channel
@@ -60,7 +60,7 @@ async def step(
     return answer.tensors["hidden"]
 
 
-async def long_session(world: World, tokens: Tensor, **arguments: Any) -> Channel:
+async def long_session(world: OneServer, tokens: Tensor, **arguments: Any) -> Channel:
     """All but the last 20 tokens as a prompt, then those one by one; exactly."""
     channel, count = await opened(world, rows=len(tokens), **arguments), tokens.shape[1]
     begun = count - 20
@@ -206,7 +206,7 @@ async def test_rows_are_reordered_and_repeated_beyond_the_window(family: str) ->
 # --- beginning with another session ------------------------------------------------------------------------
 
 
-async def begun(world: World, tokens: int, *, epoch: int = 0, name: str = NAME) -> tuple[Channel, int]:
+async def begun(world: OneServer, tokens: int, *, epoch: int = 0, name: str = NAME) -> tuple[Channel, int]:
     channel = await world.connect()
     origin = Origin(name=name, tokens=tokens, epoch=epoch)
     answer = await request(channel, Packet(opening(tokens=tokens + 40, origin=origin)))

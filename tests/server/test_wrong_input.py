@@ -15,8 +15,8 @@ from tests.server.world import (
     HIDDEN,
     PREAMBLE,
     START,
+    OneServer,
     RawClient,
-    World,
     assert_same,
     assert_serves_exactly,
     backward,
@@ -203,7 +203,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_a_wrong_request_is_refused_by_name(world: World, case: Case) -> None:
+async def test_a_wrong_request_is_refused_by_name(world: OneServer, case: Case) -> None:
     client = await world.raw()
     if case.opened:
         await open_with_four(client)
@@ -232,7 +232,7 @@ async def open_with_four(client: RawClient) -> None:
     assert answer.message == Output()
 
 
-async def goes_on_after_four(world: World, client: RawClient) -> None:
+async def goes_on_after_four(world: OneServer, client: RawClient) -> None:
     """The session of `open_with_four` is as it was."""
     tokens = noise(2, 9, HIDDEN, seed=3)
     answer = await client.ask(Step(position=4), hidden=tokens[:, 4:])
@@ -271,7 +271,7 @@ def preamble(
     ],
 )  # fmt: skip
 async def test_garbage_is_refused_or_forgotten(
-    world: World, data: bytes, code: FailureCode | None, wrong: str | None
+    world: OneServer, data: bytes, code: FailureCode | None, wrong: str | None
 ) -> None:
     client = await world.raw()
     await client.stream.write([data])
@@ -291,7 +291,7 @@ async def test_garbage_is_refused_or_forgotten(
 @given(st.data())
 async def test_no_damaged_frame_harms_the_server(data: st.DataObject) -> None:
     """Honest frames with some of their bytes changed, dropped or added."""
-    world = World()
+    world = OneServer()
     await world.start()
     try:
         client = await world.raw()

@@ -81,7 +81,7 @@ class Clock:
         return self.now
 
 
-class World:
+class OneServer:
     """One server, and as many clients as the test connects. Lives in the test's event loop.
 
     Time passes for the server's budget when the test says so (`clock`); for all else it is the real one.
@@ -263,7 +263,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def until_waiting(world: World, jobs: int) -> None:
+async def until_waiting(world: OneServer, jobs: int) -> None:
     await until(lambda: world.engine.waiting == jobs)
 
 
@@ -282,7 +282,7 @@ async def stepwise(channel: Channel, hidden: Tensor, cuts: Sequence[int], **extr
     return torch.cat(outputs, dim=1)
 
 
-async def assert_serves_exactly(world: World, channel: Channel | None = None) -> None:
+async def assert_serves_exactly(world: OneServer, channel: Channel | None = None) -> None:
     """An honest client's session, forward and backward equal what the blocks give by themselves."""
     channel = channel or await world.connect()
     hidden, prompts, grad = noise(2, 7, HIDDEN, seed=1), noise(BLOCKS, 3, HIDDEN, seed=2), noise(2, 7, HIDDEN)

@@ -75,7 +75,7 @@ def signed(identity: Identity, model: str = MODEL, **changes: object) -> tuple[E
     return entry, sign_entry(entry, identity)
 
 
-class Swarm:
+class KeepersSwarm:
     """Peers that keep a directory, on the in-memory network."""
 
     def __init__(self, *keepers: Identity) -> None:
@@ -85,7 +85,7 @@ class Swarm:
         self._verifiers: list[Verifier] = []
         self._keepers = keepers
 
-    async def __aenter__(self) -> Swarm:
+    async def __aenter__(self) -> KeepersSwarm:
         for identity in self._keepers:
             shelf = self.shelves[identity.peer_id] = Shelf()
             keeper = Keeper(shelf, self._verifier(), lambda _peer: True)

@@ -31,7 +31,7 @@ def noisy(size: float) -> Tensor:
     return TRUE + size * torch.randn(TRUE.shape, generator=torch.Generator().manual_seed(3))
 
 
-class World:
+class OneServer:
     """What an auditor asks of a client's view, with servers that answer as they are told to."""
 
     def __init__(
@@ -98,7 +98,7 @@ async def test_where_the_client_can_compute_liars_are_condemned_and_nobody_else(
     honest: int, liars: int, audits: int
 ) -> None:
     for seed in range(4):
-        world = World(mixture(honest, liars), {})
+        world = OneServer(mixture(honest, liars), {})
         await world.audit(audits // 4, random.Random(seed), OWN)
         assert set(world.verdicts.condemned) == {f"liar-{index}" for index in range(liars)}
 
@@ -108,7 +108,7 @@ async def test_where_the_client_can_compute_liars_are_condemned_and_nobody_else(
 async def test_where_it_cannot_nobody_is_condemned_and_everybody_comes_back(
     honest: int, liars: int, audits: int
 ) -> None:
-    world = World(mixture(honest, liars), {})
+    world = OneServer(mixture(honest, liars), {})
     auditor = await world.audit(audits, random.Random(0), None)
     assert not world.verdicts.condemned
     assert auditor.counts.unclear
@@ -120,10 +120,10 @@ async def test_where_it_cannot_nobody_is_condemned_and_everybody_comes_back(
 @pytest.mark.parametrize("says", ["float32", "bfloat16", "float32+int8", "float32+nf4", "float64"])
 async def test_the_accused_does_not_choose_its_tolerance(says: str) -> None:
     """It was asked as a server of float32, and says by now that it computes otherwise."""
-    world = World(mixture(1, 1), {"liar-0": says})
+    world = OneServer(mixture(1, 1), {"liar-0": says})
     await world.audit(20, random.Random(0), OWN)
     assert set(world.verdicts.condemned) == {"liar-0"}
-    alone = World(mixture(1, 1), {"liar-0": says})
+    alone = OneServer(mixture(1, 1), {"liar-0": says})
     assert (await alone.audit(20, random.Random(0), None)).counts.wrong == 0
     assert not alone.verdicts.condemned
 
@@ -131,12 +131,12 @@ async def test_the_accused_does_not_choose_its_tolerance(says: str) -> None:
 async def test_nor_does_a_second_opinion_choose_it() -> None:
     """An accomplice that says it computes coarsely agrees with anything."""
     answers = {"liar": noisy(0.04), "accomplice": TRUE + 0.01}
-    world = World(answers, {"accomplice": "float32+nf4"})
+    world = OneServer(answers, {"accomplice": "float32+nf4"})
     auditor = await world.audit(40, random.Random(0), None)
     assert auditor.counts.right == 0
 
 
-class Crowded(World):
+class Crowded(OneServer):
     """Among many who do not answer audits, or only show signs of life."""
 
     async def ask(self, peer: str, packet: Packet) -> Packet:

@@ -16,7 +16,7 @@ from corolla.errors import PeerDisconnected, ProtocolError
 from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, List
 from corolla.wire.frames import LIMITS, parse_header
 from corolla.wire.messages import ClientMessage, ServerMessage
-from tests.strangers.crowd import MODEL, Swarm, identities, record_of
+from tests.strangers.crowd import MODEL, KeepersSwarm, identities, record_of
 
 MANY = 48
 GAP = 2.0  # seconds in which all of these together are dealt with, or for which an open chat may stand still
@@ -55,7 +55,7 @@ def test_a_header_is_read_in_no_time_whatever_it_holds(kind: str, allowed: objec
 async def test_short_messages_that_are_none() -> None:
     """From many streams at a time, beside somebody who reads the directory."""
     keeper, server, *strangers = identities(2 + MANY)
-    async with Swarm(keeper) as swarm:
+    async with KeepersSwarm(keeper) as swarm:
         await swarm.directory(server).announce(record_of(server), 60)
         streams = [
             await swarm.transport(one.peer_id).open(keeper.peer_id, DIRECTORY_PROTOCOL) for one in strangers

@@ -21,7 +21,7 @@ from corolla.swarm.node import Node
 from corolla.swarm.short_messages import receive_short, send_short
 from corolla.swarm.transport.identity import Identity
 from corolla.swarm.transport.libp2p import Libp2pTransport
-from tests.strangers.crowd import MODEL, Swarm, identities, identity_of, record_of, signed
+from tests.strangers.crowd import MODEL, KeepersSwarm, identities, identity_of, record_of, signed
 
 SECONDS = (
     10.0  # for a new client's first look, and for a new server's announcement, beyond what they take alone
@@ -110,7 +110,7 @@ def server_identity(node: Node) -> Identity:
 async def test_a_crowd_of_identities_with_records_as_large_as_they_may_be(strangers: int) -> None:
     """The honest server was there first, comes in their middle, or last: it is found, and so is the next."""
     keeper, first, second, third = identities(4)
-    async with Swarm(keeper) as swarm:
+    async with KeepersSwarm(keeper) as swarm:
         await swarm.directory(first).announce(record_of(first), 600)
         shelf = swarm.shelves[keeper.peer_id]
         crowd = list(identities(strangers + 4))[4:]
@@ -148,7 +148,7 @@ async def test_records_of_costly_keys_and_false_signatures_stop_nobody() -> None
     """Peers that put the worst that they may, as fast as they can, beside an open chat and a new server."""
     keeper, server, *strangers = identities(12)
     costly = costly_key()
-    async with Swarm(keeper) as swarm:
+    async with KeepersSwarm(keeper) as swarm:
         values = [
             sign_entry(Entry(record_of(costly), False, time.time() + 60), costly),
             sign_entry(Entry(record_of(strangers[0]), False, time.time() + 60), strangers[1]),

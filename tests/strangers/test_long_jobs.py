@@ -13,8 +13,8 @@ from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, Failure, Output, Step
 from tests.server.world import (
     HIDDEN,
+    OneServer,
     RawClient,
-    World,
     assert_same,
     assert_serves_exactly,
     backward,
@@ -38,21 +38,21 @@ def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["llama", "bloom"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    world = World(request.param, capacity=400)
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
+    world = OneServer(request.param, capacity=400)
     await world.start()
     yield world
     await world.close()
 
 
-async def client(world: World, peer: str) -> RawClient:
+async def client(world: OneServer, peer: str) -> RawClient:
     return RawClient(await world.network.transport(peer).open("server", PROTOCOL_NAME))
 
 
 class Held:
     """A request of a stranger that goes on only while somebody else waits, until it is let go."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: OneServer) -> None:
         self._world, self._own = world, world.engine.give_way
         self.begun, self.free = threading.Event(), threading.Event()
         self.pieces = 0
@@ -81,7 +81,7 @@ def requests_of(kind: str) -> list[tuple[Packet, bool]]:
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "backward of a kept graph"])
-async def test_a_new_chat_and_running_ones_come_in_between(world: World, kind: str) -> None:
+async def test_a_new_chat_and_running_ones_come_in_between(world: OneServer, kind: str) -> None:
     """A prompt and ten tokens are answered, exactly, before a long request has ended, which is exact as well."""
     stranger, chat = await client(world, "stranger"), await client(world, "chat")
     tokens = noise(1, 50, HIDDEN, seed=3)
@@ -109,7 +109,7 @@ async def test_a_new_chat_and_running_ones_come_in_between(world: World, kind: s
 
 
 async def test_a_prompt_takes_turns_with_a_long_request(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: OneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither waits for the other's end: the prompt's peer is given no more than the request's was."""
     for name, value in (("LET_IN_TOKENS", 20), ("PROMPT_CREDIT", 0.0)):
@@ -136,7 +136,7 @@ async def test_a_prompt_takes_turns_with_a_long_request(
     assert len({pieces for pieces, _ in passes}) > 3  # and the request goes on in between
 
 
-async def test_a_request_whose_client_has_gone_ends_at_its_next_piece(world: World) -> None:
+async def test_a_request_whose_client_has_gone_ends_at_its_next_piece(world: OneServer) -> None:
     transport = world.network.transport("stranger")
     stranger = RawClient(await transport.open("server", PROTOCOL_NAME))
     held = Held(world)
@@ -152,7 +152,7 @@ async def test_a_request_whose_client_has_gone_ends_at_its_next_piece(world: Wor
 
 
 async def test_a_request_that_would_take_too_long_is_refused(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: OneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stranger = await client(world, "stranger")
     monkeypatch.setattr("corolla.server.training.MOST_SECONDS", 1.0)

@@ -20,8 +20,8 @@ from corolla.wire.messages import PROTOCOL_NAME, Opened, Output, Ping, ServerSta
 from tests.server.world import (
     HIDDEN,
     Clock,
+    OneServer,
     RawClient,
-    World,
     assert_same,
     forward,
     frame,
@@ -35,9 +35,9 @@ SIZES = [pytest.param(32), pytest.param(2048, marks=pytest.mark.nightly)]
 
 
 @asynccontextmanager
-async def served(capacity: int = 6000, **budgets: Any) -> AsyncIterator[World]:
+async def served(capacity: int = 6000, **budgets: Any) -> AsyncIterator[OneServer]:
     clock = Clock()
-    world = World(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
+    world = OneServer(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
     await world.start()
     try:
         yield world
@@ -45,12 +45,12 @@ async def served(capacity: int = 6000, **budgets: Any) -> AsyncIterator[World]:
         await world.close()
 
 
-async def client(world: World, peer: str) -> RawClient:
+async def client(world: OneServer, peer: str) -> RawClient:
     transport = world.network._peers.get(peer) or world.network.transport(peer)
     return RawClient(await transport.open("server", PROTOCOL_NAME))
 
 
-async def chatting(world: World, peer: str) -> RawClient:
+async def chatting(world: OneServer, peer: str) -> RawClient:
     """A session with three tokens in its cache."""
     chat = await client(world, peer)
     assert (await chat.ask(opening())).message == Opened()
@@ -58,7 +58,7 @@ async def chatting(world: World, peer: str) -> RawClient:
     return chat
 
 
-async def assert_goes_on(world: World, chat: RawClient) -> None:
+async def assert_goes_on(world: OneServer, chat: RawClient) -> None:
     """The session of `chatting` is there, with what it had."""
     reply = await chat.ask(Step(position=3), hidden=noise(1, 5, HIDDEN)[:, 3:])
     assert_same(reply.tensors["hidden"], world.reference.forward(noise(1, 5, HIDDEN))[:, 3:])

@@ -39,7 +39,7 @@ def forward(hidden: torch.Tensor) -> Packet:
     return Packet(FORWARD, {"hidden": hidden, "lengths": torch.tensor([1])})
 
 
-class World:
+class TwoEnds:
     """A client and a server whose handler the test chooses."""
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class World:
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[World]:
-    world = World()
+async def world() -> AsyncIterator[TwoEnds]:
+    world = TwoEnds()
     yield world
     await world.client.close()
     await world.server.close()
@@ -77,7 +77,7 @@ async def echo_forward(channel: Channel) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 64), (3, 257, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-async def test_tensors_cross_exactly(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+async def test_tensors_cross_exactly(world: TwoEnds, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     channel = await world.connect(echo_forward)
     hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     answer = await request(channel, forward(hidden))
@@ -85,13 +85,13 @@ async def test_tensors_cross_exactly(world: World, shape: tuple[int, ...], dtype
     assert torch.equal(answer.tensors["hidden"], hidden)
 
 
-async def test_a_received_tensor_may_be_written_to(world: World) -> None:
+async def test_a_received_tensor_may_be_written_to(world: TwoEnds) -> None:
     channel = await world.connect(echo_forward)
     answer = await request(channel, forward(torch.ones(1, 2, 4)))
     assert answer.tensors["hidden"].add_(1).sum() == 16
 
 
-async def test_a_session_from_opening_to_closing(world: World) -> None:
+async def test_a_session_from_opening_to_closing(world: TwoEnds) -> None:
     seen: list[str] = []
 
     async def server(channel: Channel) -> None:
@@ -115,7 +115,7 @@ async def test_a_session_from_opening_to_closing(world: World) -> None:
     assert seen == ["OpenSession", "Step", "Step", "Step", "CloseSession"]
 
 
-async def test_signs_of_life_are_eaten(world: World) -> None:
+async def test_signs_of_life_are_eaten(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         packet = await channel.receive(timeout=None)
         for ahead in (2, 1, 0):
@@ -127,7 +127,7 @@ async def test_signs_of_life_are_eaten(world: World) -> None:
     assert answer.message == Output()
 
 
-async def test_a_refusal_becomes_an_error_and_the_channel_stays_usable(world: World) -> None:
+async def test_a_refusal_becomes_an_error_and_the_channel_stays_usable(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         packet = await channel.receive(timeout=None)
         await channel.send(
@@ -145,7 +145,7 @@ async def test_a_refusal_becomes_an_error_and_the_channel_stays_usable(world: Wo
     assert (await request(channel, packet)).message == Output()
 
 
-async def test_a_silent_server_is_noticed(world: World) -> None:
+async def test_a_silent_server_is_noticed(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         await channel.receive(timeout=None)
         await asyncio.Event().wait()
@@ -158,14 +158,14 @@ async def test_a_silent_server_is_noticed(world: World) -> None:
         await request(channel, forward(torch.ones(1, 1, 1)))
 
 
-async def test_a_stopped_server_is_noticed_while_sending(world: World) -> None:
+async def test_a_stopped_server_is_noticed_while_sending(world: TwoEnds) -> None:
     channel = await world.connect(echo_forward, silence=0.05)
     world.network.stop("server")
     with pytest.raises(PeerSilent):
         await channel.send(forward(torch.ones(1, 1024, 1024)))
 
 
-async def test_silence_counts_between_pieces_not_in_all(world: World) -> None:
+async def test_silence_counts_between_pieces_not_in_all(world: TwoEnds) -> None:
     """A transfer may take longer than `silence` as long as it moves."""
     pieces, pause, silence = 12, 0.1, 1.0
     hidden = torch.ones(1, pieces, PIECE // 4)
@@ -187,7 +187,7 @@ async def test_silence_counts_between_pieces_not_in_all(world: World) -> None:
     assert torch.equal(answer.tensors["hidden"], hidden)
 
 
-async def test_a_peer_that_stalls_inside_a_message_is_noticed(world: World) -> None:
+async def test_a_peer_that_stalls_inside_a_message_is_noticed(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         await channel.receive(timeout=None)
         frame = b"".join(encode(Packet(Output(), {"hidden": torch.ones(1, 1, 64)})))
@@ -200,7 +200,7 @@ async def test_a_peer_that_stalls_inside_a_message_is_noticed(world: World) -> N
         await channel.receive(timeout=None)
 
 
-async def test_a_server_may_wait_for_a_request_in_vain_and_go_on(world: World) -> None:
+async def test_a_server_may_wait_for_a_request_in_vain_and_go_on(world: TwoEnds) -> None:
     waited = asyncio.Event()
 
     async def server(channel: Channel) -> None:
@@ -214,7 +214,7 @@ async def test_a_server_may_wait_for_a_request_in_vain_and_go_on(world: World) -
     await request(channel, forward(torch.ones(1, 1, 1)))
 
 
-async def test_heartbeats_while_computing(world: World) -> None:
+async def test_heartbeats_while_computing(world: TwoEnds) -> None:
     """A request may take longer than `silence` as long as the server gives signs of life."""
 
     async def server(channel: Channel) -> None:
@@ -231,7 +231,7 @@ async def test_heartbeats_while_computing(world: World) -> None:
     assert (await channel.receive(timeout=5)).message == Alive(ahead=3)
 
 
-async def test_heartbeats_while_a_large_request_arrives(world: World) -> None:
+async def test_heartbeats_while_a_large_request_arrives(world: TwoEnds) -> None:
     channel = await world.connect(echo_forward, heartbeat=0.01)
     first, *rest = encode(forward(torch.ones(1, 64, 1024)))
     channel.conversation.advance(FORWARD)
@@ -263,7 +263,7 @@ class Trickle(Stream):
         await self._stream.close()
 
 
-async def test_frames_of_several_tasks_do_not_mix(world: World) -> None:
+async def test_frames_of_several_tasks_do_not_mix(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         trickle = Channel(Trickle(channel.stream), side="server")
         packet = await trickle.receive(timeout=None)
@@ -286,7 +286,7 @@ def test_pieces_are_the_same_bytes_in_bounded_groups(sizes: list[int]) -> None:
     assert all(0 < len(group) <= PIECE for group in groups)
 
 
-async def test_a_cut_message_makes_the_channel_unusable(world: World) -> None:
+async def test_a_cut_message_makes_the_channel_unusable(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         await asyncio.Event().wait()
 
@@ -300,7 +300,7 @@ async def test_a_cut_message_makes_the_channel_unusable(world: World) -> None:
         await channel.send(forward(torch.ones(1, 1, 1)))
 
 
-async def test_a_cancelled_request_closes_its_channel(world: World) -> None:
+async def test_a_cancelled_request_closes_its_channel(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         packet = await channel.receive(timeout=None)
         with pytest.raises(PeerDisconnected):
@@ -318,7 +318,7 @@ async def test_a_cancelled_request_closes_its_channel(world: World) -> None:
     assert str(world.errors) == str([ValueError("Forward")])
 
 
-async def test_what_we_must_not_send_is_refused_here(world: World) -> None:
+async def test_what_we_must_not_send_is_refused_here(world: TwoEnds) -> None:
     channel = await world.connect(echo_forward)
     with pytest.raises(ProtocolError, match="out of order"):
         await channel.send(Packet(Step(position=0), {"hidden": torch.ones(1, 1, 1)}))
@@ -341,7 +341,7 @@ async def test_what_we_must_not_send_is_refused_here(world: World) -> None:
     ],
     ids=["not ours", "a server's message", "at the wrong time", "over the server's limit"],
 )
-async def test_a_server_names_what_is_wrong(world: World, frame: bytes, field: str) -> None:
+async def test_a_server_names_what_is_wrong(world: TwoEnds, frame: bytes, field: str) -> None:
     caught: asyncio.Future[ProtocolError] = asyncio.get_running_loop().create_future()
 
     async def serve(stream: Stream) -> None:
@@ -362,7 +362,7 @@ async def test_a_server_names_what_is_wrong(world: World, frame: bytes, field: s
     assert answer.message.field == field
 
 
-async def test_a_server_that_answers_something_else_is_noticed(world: World) -> None:
+async def test_a_server_that_answers_something_else_is_noticed(world: TwoEnds) -> None:
     async def server(channel: Channel) -> None:
         packet = await channel.receive(timeout=None)
         await channel.stream.write(encode(Packet(Output(), {"hidden": packet.tensors["hidden"]})))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.swarm.directory.test_directory import record
 
 from corolla.errors import SwarmUnavailable, UsageError
 from corolla.swarm.directory.addresses import peer_of
@@ -57,6 +58,11 @@ async def test_a_start_that_is_cut_off_lets_go_of_its_daemon() -> None:
 async def test_one_of_several_join_addresses_is_enough() -> None:
     first = await Node.create()
     second = await Node.create(initial_peers=[DEAD_PEER, *(await first.join_addresses())])
+    announced = record(first.peer_id)
+    await first.directory.announce(announced, 60.0)
+    async with asyncio.timeout(20):
+        while await second.directory.servers(announced.model) != [announced]:
+            await asyncio.sleep(0)
     await second.close()
     await first.close()
 

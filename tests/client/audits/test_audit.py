@@ -14,7 +14,7 @@ from tests.client.lying import (
     GREEDY,
     LIES,
     WORK,
-    Swarm,
+    LyingSwarm,
     audited,
     auditor_of,
     changed,
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("lie", "work"), CASES)
 def test_a_liar_is_found_avoided_and_reported(
-    swarm_of: Callable[..., Swarm], caplog: pytest.LogCaptureFixture, lie: str, work: str
+    swarm_of: Callable[..., LyingSwarm], caplog: pytest.LogCaptureFixture, lie: str, work: str
 ) -> None:
     swarm = swarm_of()
     honest = audited(swarm, 0.0)
@@ -62,7 +62,7 @@ def test_a_liar_is_found_avoided_and_reported(
     assert sum(found["a"].sentence() in one.getMessage() for one in caplog.records) == 1
 
 
-def test_a_server_that_skips_a_block_is_found(swarm_of: Callable[..., Swarm]) -> None:
+def test_a_server_that_skips_a_block_is_found(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of()
     skip_a_block(swarm, "a")
     for work in (decode, train):
@@ -70,7 +70,7 @@ def test_a_server_that_skips_a_block_is_found(swarm_of: Callable[..., Swarm]) ->
 
 
 def test_the_session_goes_on_after_the_lie_with_the_others(
-    swarm_of: Callable[..., Swarm], folder: Path
+    swarm_of: Callable[..., LyingSwarm], folder: Path
 ) -> None:
     """Caches that came from the liar are rebuilt; what it made the model say is taken back by the caller."""
     swarm = swarm_of("")
@@ -101,7 +101,7 @@ def test_the_session_goes_on_after_the_lie_with_the_others(
         assert settle(model).counts.wrong == 1
 
 
-def test_nobody_begins_with_what_a_liar_made(swarm_of: Callable[..., Swarm]) -> None:
+def test_nobody_begins_with_what_a_liar_made(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of()
     model, ids = audited(swarm, 0.0), random_ids(1, 40)
     expected = model.generate(ids, max_new_tokens=6, **GREEDY)
@@ -117,7 +117,7 @@ def test_nobody_begins_with_what_a_liar_made(swarm_of: Callable[..., Swarm]) -> 
 
 
 def test_two_that_disagree_are_named_and_neither_is_condemned(
-    swarm_of: Callable[..., Swarm], caplog: pytest.LogCaptureFixture
+    swarm_of: Callable[..., LyingSwarm], caplog: pytest.LogCaptureFixture
 ) -> None:
     swarm = swarm_of("ab")
     swarm.lie("b", changed(Output, noisy(0.01))())
@@ -138,7 +138,7 @@ def test_two_that_disagree_are_named_and_neither_is_condemned(
     )
 
 
-def test_others_are_preferred_to_two_that_disagree(swarm_of: Callable[..., Swarm]) -> None:
+def test_others_are_preferred_to_two_that_disagree(swarm_of: Callable[..., LyingSwarm]) -> None:
     """Also by a session that is under way."""
     swarm = swarm_of("ab")
     swarm.lie("b", changed(Output, noisy(0.01))())
@@ -158,7 +158,7 @@ def test_others_are_preferred_to_two_that_disagree(swarm_of: Callable[..., Swarm
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_liars_who_agree_condemn_nobody(swarm_of: Callable[..., Swarm], own: bool) -> None:
+def test_liars_who_agree_condemn_nobody(swarm_of: Callable[..., LyingSwarm], own: bool) -> None:
     swarm = swarm_of("abc")
     for name in "bc":
         swarm.lie(name, changed(Output, lambda tensor: tensor * 1.01)())
@@ -174,7 +174,9 @@ def test_liars_who_agree_condemn_nobody(swarm_of: Callable[..., Swarm], own: boo
 
 
 @pytest.mark.parametrize("liar", ["a", "b"])
-def test_the_clients_own_checkpoint_decides_between_two(swarm_of: Callable[..., Swarm], liar: str) -> None:
+def test_the_clients_own_checkpoint_decides_between_two(
+    swarm_of: Callable[..., LyingSwarm], liar: str
+) -> None:
     swarm = swarm_of("ab")
     swarm.lie(liar, changed(Output, noisy(0.01))())
     model = audited(swarm, 1.0, own=True)
@@ -191,7 +193,7 @@ def train_once(model: Any) -> None:
         settle(model)
 
 
-def test_a_lone_server_is_checked_by_the_client_itself(swarm_of: Callable[..., Swarm]) -> None:
+def test_a_lone_server_is_checked_by_the_client_itself(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of("a")
     model = audited(swarm, 1.0, own=True)
     train(model)
@@ -206,7 +208,7 @@ def test_a_lone_server_is_checked_by_the_client_itself(swarm_of: Callable[..., S
 
 
 def test_a_lone_server_that_nobody_can_check_is_said_once(
-    swarm_of: Callable[..., Swarm], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    swarm_of: Callable[..., LyingSwarm], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swarm = swarm_of("a")
     model = audited(swarm, 1.0, own=True)
@@ -219,7 +221,7 @@ def test_a_lone_server_that_nobody_can_check_is_said_once(
     assert "blocks 0:4" in said[0]
 
 
-def test_one_who_slanders_is_found_instead(swarm_of: Callable[..., Swarm]) -> None:
+def test_one_who_slanders_is_found_instead(swarm_of: Callable[..., LyingSwarm]) -> None:
     """The answer was right; the server that was asked about it lies."""
     swarm = swarm_of()
     swarm.lie("b", changed(Output, noisy(0.01))())
@@ -232,7 +234,7 @@ def test_one_who_slanders_is_found_instead(swarm_of: Callable[..., Swarm]) -> No
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_several_servers_together_check_one(swarm_of: Callable[..., Swarm], own: bool) -> None:
+def test_several_servers_together_check_one(swarm_of: Callable[..., LyingSwarm], own: bool) -> None:
     """Blocks 0:4 of one server by two with half of them each; where one of them is wrong, neither is condemned."""
     swarm = swarm_of("a")
     for name in ("x", "y"):
@@ -252,7 +254,7 @@ def test_several_servers_together_check_one(swarm_of: Callable[..., Swarm], own:
     assert set(model.blocks.connection.view.verdicts.condemned) <= {"x-back"}
 
 
-def test_the_audited_server_is_asked_nothing_more(swarm_of: Callable[..., Swarm]) -> None:
+def test_the_audited_server_is_asked_nothing_more(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of()
     counted = []
     for share in (0.0, 1.0):
@@ -266,7 +268,7 @@ def test_the_audited_server_is_asked_nothing_more(swarm_of: Callable[..., Swarm]
     assert counted[0] == counted[1]
 
 
-def test_audits_that_are_behind_are_dropped_and_work_goes_on(swarm_of: Callable[..., Swarm]) -> None:
+def test_audits_that_are_behind_are_dropped_and_work_goes_on(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of()
     model = audited(swarm, 1.0)
     for name in ("b", "c"):
@@ -278,7 +280,7 @@ def test_audits_that_are_behind_are_dropped_and_work_goes_on(swarm_of: Callable[
     model.close()
 
 
-def test_a_refusal_is_no_lie(swarm_of: Callable[..., Swarm]) -> None:
+def test_a_refusal_is_no_lie(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of()
     model = audited(swarm, 1.0)
     swarm.kill("b")
@@ -288,12 +290,12 @@ def test_a_refusal_is_no_lie(swarm_of: Callable[..., Swarm]) -> None:
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_that_is_none(swarm_of: Callable[..., Swarm], share: float) -> None:
+def test_a_share_that_is_none(swarm_of: Callable[..., LyingSwarm], share: float) -> None:
     with pytest.raises(UsageError, match=r"share of requests to audit is .*0 to 1"):
         swarm_of("a").model(audit=share)
 
 
-def test_from_pretrained_starts_audits(swarm_of: Callable[..., Swarm]) -> None:
+def test_from_pretrained_starts_audits(swarm_of: Callable[..., LyingSwarm]) -> None:
     swarm = swarm_of("ab")
     assert auditor_of(swarm.model(audit=0.05))._share == 0.05
     assert swarm.model().blocks.connection.audits is None

@@ -12,7 +12,7 @@ from tests.server.world import (
     END,
     HIDDEN,
     START,
-    World,
+    OneServer,
     assert_same,
     assert_serves_exactly,
     noise,
@@ -33,8 +33,8 @@ NAME, DEEP = "0" * 64, "1" * 64
 
 
 @pytest.fixture(params=["llama", "bloom"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    world = World(request.param)
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
+    world = OneServer(request.param)
     await world.start()
     await world.server.prefill_bundles([entering(NAME), entering(DEEP, deep=deep_prompts())])
     yield world
@@ -60,7 +60,7 @@ def naming(digest: str, deep: bool = False, **changes: object) -> OpenSession:
 
 
 @pytest.mark.parametrize("digest", [NAME, DEEP])
-async def test_a_session_goes_on_behind_it(world: World, digest: str) -> None:
+async def test_a_session_goes_on_behind_it(world: OneServer, digest: str) -> None:
     deep = deep_prompts()[START:END] if digest == DEEP else None
     tokens = noise(2, 4, HIDDEN, seed=6)
     whole = torch.cat([columns().expand(2, -1, -1), tokens], 1)
@@ -80,7 +80,7 @@ async def test_a_session_goes_on_behind_it(world: World, digest: str) -> None:
     assert_same(again.tensors["hidden"], wanted[:1, :LENGTH])
 
 
-async def test_a_part_of_the_blocks(world: World) -> None:
+async def test_a_part_of_the_blocks(world: OneServer) -> None:
     deep = deep_prompts()
     first = world.reference.view(START, START + 1).forward(columns(), prompts=deep[START : START + 1])
     channel = await world.connect()
@@ -91,7 +91,7 @@ async def test_a_part_of_the_blocks(world: World) -> None:
     assert_same(second.tensors["hidden"], view.forward(first, prompts=deep[START + 1 : END]))
 
 
-async def test_one_that_is_not_there(world: World) -> None:
+async def test_one_that_is_not_there(world: OneServer) -> None:
     channel = await world.connect()
     opened = await request(channel, Packet(naming("2" * 64)))
     assert (opened.message, opened.tensors) == (Opened(position=0), {})
@@ -102,7 +102,7 @@ async def test_one_that_is_not_there(world: World) -> None:
     await assert_serves_exactly(world, channel)  # as if it had not been asked
 
 
-async def test_nobody_writes_into_it(world: World) -> None:
+async def test_nobody_writes_into_it(world: OneServer) -> None:
     """Whatever sessions do in its columns, others find them as they were; and its pages stay."""
     held = await world.pages_held()
     pool, row = world.server.pool, world.server.bundles[NAME].row
@@ -130,7 +130,7 @@ def _content(stores: dict[int, tuple[Tensor, Tensor]], pages: list[int]) -> list
     return [side[page * PAGE :][:LENGTH].clone() for store in stores.values() for side in store]
 
 
-async def test_its_pages_are_out_of_the_budget(world: World) -> None:
+async def test_its_pages_are_out_of_the_budget(world: OneServer) -> None:
     """What sessions may hold together with bundles never exceeds what there is."""
     assert world.budget.capacity == CAPACITY - 2
     assert world.server.pool.pages == CAPACITY
@@ -149,7 +149,7 @@ async def test_its_pages_are_out_of_the_budget(world: World) -> None:
     assert set(world.server.bundles) == {NAME, DEEP}
 
 
-async def test_a_session_of_fewer_tokens_than_the_bundle(world: World) -> None:
+async def test_a_session_of_fewer_tokens_than_the_bundle(world: OneServer) -> None:
     channel = await world.connect()
     opened = await request(channel, Packet(naming(NAME, tokens=1)))
     assert opened.message == Opened(position=LENGTH)

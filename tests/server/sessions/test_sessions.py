@@ -16,7 +16,7 @@ from tests.server.world import (
     HIDDEN,
     START,
     Blocker,
-    World,
+    OneServer,
     assert_same,
     assert_serves_exactly,
     backward,
@@ -56,7 +56,7 @@ async def step(
     return answer.tensors["hidden"]
 
 
-async def opened(world: World, **arguments: Any) -> Channel:
+async def opened(world: OneServer, **arguments: Any) -> Channel:
     channel = await world.connect()
     assert (await request(channel, Packet(opening(**arguments)))).message == Opened()
     return channel
@@ -65,7 +65,7 @@ async def opened(world: World, **arguments: Any) -> Channel:
 # --- honest sessions ---------------------------------------------------------------------------------------
 
 
-async def test_a_session_may_go_back_and_say_something_else(world: World) -> None:
+async def test_a_session_may_go_back_and_say_something_else(world: OneServer) -> None:
     channel = await opened(world, rows=2)
     await stepwise(channel, noise(2, 6, HIDDEN, seed=6), (4, 5, 6))
     await step(channel, 0, TOKENS[:, :7])
@@ -73,7 +73,7 @@ async def test_a_session_may_go_back_and_say_something_else(world: World) -> Non
     assert_same(await step(channel, 7, TOKENS[:, 7:]), world.reference.forward(TOKENS)[:, 7:])
 
 
-async def test_rows_may_be_reordered_repeated_and_dropped(world: World) -> None:
+async def test_rows_may_be_reordered_repeated_and_dropped(world: OneServer) -> None:
     channel = await opened(world, rows=2)
     await step(channel, 0, TOKENS[:, :4])
     more, order = noise(3, 2, HIDDEN, seed=8), torch.tensor([1, 1, 0])
@@ -88,7 +88,7 @@ async def test_rows_may_be_reordered_repeated_and_dropped(world: World) -> None:
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
 async def test_padded_rows_equal_themselves_alone(family: str) -> None:
     # In float32, since bloom's own padding is NaN in float64.
-    world = World(span=span_of(family, torch.float32))
+    world = OneServer(span=span_of(family, torch.float32))
     await world.start()
     tokens, mask = TOKENS.float(), torch.ones(2, 9, dtype=torch.bool)
     mask[1, :4] = False
@@ -104,7 +104,7 @@ async def test_padded_rows_equal_themselves_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
-async def test_packed_sequences_equal_each_alone(world: World, given: bool) -> None:
+async def test_packed_sequences_equal_each_alone(world: OneServer, given: bool) -> None:
     """Forward and backward of lengths 5, 1 and 9, with position ids from 0 on or from anywhere."""
     channel, lengths = await world.connect(), [5, 1, 9]
     hidden = noise(1, sum(lengths), HIDDEN, seed=12)
@@ -127,7 +127,7 @@ async def test_packed_sequences_equal_each_alone(world: World, given: bool) -> N
     assert_same(grads["prompts"], wanted_prompts.float(), 1e-4)
 
 
-async def test_a_mask_that_contradicts_what_was_cached_is_for_the_client_to_replay(world: World) -> None:
+async def test_a_mask_that_contradicts_what_was_cached_is_for_the_client_to_replay(world: OneServer) -> None:
     """What was cached as padding cannot become a token, nor the other way round; the whole is sent again."""
     first, second = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
     first[1, 1] = False
@@ -144,7 +144,9 @@ async def test_a_mask_that_contradicts_what_was_cached_is_for_the_client_to_repl
 
 
 @pytest.mark.parametrize("length", [2, 9, 12])
-async def test_deep_prompts_may_be_longer_than_a_piece_or_than_all_tokens(world: World, length: int) -> None:
+async def test_deep_prompts_may_be_longer_than_a_piece_or_than_all_tokens(
+    world: OneServer, length: int
+) -> None:
     prompts = noise(BLOCKS, length, HIDDEN, seed=10).requires_grad_()
     hidden = TOKENS.clone().requires_grad_()
     expected = world.reference.forward(hidden, prompts=prompts)
@@ -168,7 +170,7 @@ async def test_deep_prompts_may_be_longer_than_a_piece_or_than_all_tokens(world:
     assert_same(unasked["grad"].view_as(hidden), wanted[0])
 
 
-async def test_a_session_over_some_of_the_blocks(world: World) -> None:
+async def test_a_session_over_some_of_the_blocks(world: OneServer) -> None:
     first, second = await opened(world, rows=2, end=START + 1), await opened(world, rows=2, start=END - 1)
     assert world.budget.reserved == 2 * 2 * pages(20)
     halfway = await stepwise(first, TOKENS, (4, 5, 9))
@@ -176,7 +178,7 @@ async def test_a_session_over_some_of_the_blocks(world: World) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-async def test_answers_come_in_the_dtype_of_the_question(world: World, dtype: torch.dtype) -> None:
+async def test_answers_come_in_the_dtype_of_the_question(world: OneServer, dtype: torch.dtype) -> None:
     channel, sent = await world.connect(), TOKENS.to(dtype)
     output = (await request(channel, Packet(forward(), packed(sent)))).tensors["hidden"]
     assert output.dtype == dtype
@@ -185,7 +187,7 @@ async def test_answers_come_in_the_dtype_of_the_question(world: World, dtype: to
     assert grads["grad"].dtype == dtype
 
 
-async def test_a_ping_counts_what_was_done(world: World) -> None:
+async def test_a_ping_counts_what_was_done(world: OneServer) -> None:
     channel = await opened(world, rows=2, tokens=20)
     await step(channel, 0, TOKENS[:, :4])
     await step(channel, 2, TOKENS[:, :3])
@@ -211,7 +213,7 @@ def nobody_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "IDLE_SECONDS", float("inf"))
 
 
-async def refused_in_the_end(world: World, asked: Coroutine[Any, Any, Any]) -> RequestRefused:
+async def refused_in_the_end(world: OneServer, asked: Coroutine[Any, Any, Any]) -> RequestRefused:
     """The refusal of a request that waits in line as long as a newcomer does."""
     task = asyncio.create_task(asked)
     await until(lambda: world.budget.waiting == 1)
@@ -223,7 +225,7 @@ async def refused_in_the_end(world: World, asked: Coroutine[Any, Any, Any]) -> R
 
 
 @pytest.mark.usefixtures("nobody_idle")
-async def test_a_full_server_is_busy_until_somebody_leaves(world: World) -> None:
+async def test_a_full_server_is_busy_until_somebody_leaves(world: OneServer) -> None:
     first = await opened(world, tokens=150)
     second = await world.connect()
     refused = await refused_in_the_end(world, request(second, Packet(opening(tokens=51))))
@@ -238,7 +240,7 @@ async def test_a_full_server_is_busy_until_somebody_leaves(world: World) -> None
 
 
 @pytest.mark.usefixtures("nobody_idle")
-async def test_a_step_may_ask_for_more_room(world: World) -> None:
+async def test_a_step_may_ask_for_more_room(world: OneServer) -> None:
     channel = await opened(world, tokens=10)
     other = await opened(world, tokens=100)
     await step(channel, 0, TOKENS[:1, :4], reserve=50)
@@ -253,7 +255,7 @@ async def test_a_step_may_ask_for_more_room(world: World) -> None:
 
 
 @pytest.mark.usefixtures("nobody_idle")
-async def test_tokens_beyond_the_reservation_are_reserved_before_they_are_computed(world: World) -> None:
+async def test_tokens_beyond_the_reservation_are_reserved_before_they_are_computed(world: OneServer) -> None:
     channel, tokens = await opened(world, tokens=4), noise(1, 40, HIDDEN)
     await opened(world, tokens=(CAPACITY - 2) * PAGE)
     await step(channel, 0, tokens[:, :20])
@@ -268,7 +270,7 @@ async def test_tokens_beyond_the_reservation_are_reserved_before_they_are_comput
 
 
 @pytest.mark.parametrize("way", ["leaves", "is killed", "stops within a message"])
-async def test_a_session_left_open_is_freed(world: World, way: str) -> None:
+async def test_a_session_left_open_is_freed(world: OneServer, way: str) -> None:
     channel = await opened(world)
     await step(channel, 0, TOKENS[:1])
     assert world.held == (pages(20), 1, 0)
@@ -284,7 +286,7 @@ async def test_a_session_left_open_is_freed(world: World, way: str) -> None:
     await assert_serves_exactly(world)
 
 
-async def test_a_client_killed_while_its_step_is_computed(world: World) -> None:
+async def test_a_client_killed_while_its_step_is_computed(world: OneServer) -> None:
     client = await world.raw()
     await client.ask(opening())
     async with Blocker(world.engine):
@@ -297,7 +299,7 @@ async def test_a_client_killed_while_its_step_is_computed(world: World) -> None:
     await assert_serves_exactly(world)
 
 
-async def test_a_client_that_leaves_without_reading_its_answer(world: World) -> None:
+async def test_a_client_that_leaves_without_reading_its_answer(world: OneServer) -> None:
     client = await world.raw()
     large = noise(64, 100, HIDDEN)  # more than fits into the stream's buffer
     await client.send(forward(), **packed(large))
@@ -309,7 +311,7 @@ async def test_a_client_that_leaves_without_reading_its_answer(world: World) -> 
     await assert_serves_exactly(world)
 
 
-async def test_all_is_freed_when_the_server_closes(world: World) -> None:
+async def test_all_is_freed_when_the_server_closes(world: OneServer) -> None:
     await opened(world)
     busy = await world.raw()
     await busy.ask(opening())
@@ -320,7 +322,7 @@ async def test_all_is_freed_when_the_server_closes(world: World) -> None:
         assert world.held == (0, 0, 0)
 
 
-async def test_signs_of_life_come_while_a_request_waits(world: World) -> None:
+async def test_signs_of_life_come_while_a_request_waits(world: OneServer) -> None:
     first, client = await world.raw(), await world.raw()
     async with Blocker(world.engine):
         await first.send(forward(), **packed(TOKENS))
@@ -332,7 +334,7 @@ async def test_signs_of_life_come_while_a_request_waits(world: World) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
-async def test_hidden_states_beyond_all_numbers_harm_nobody(world: World, value: float) -> None:
+async def test_hidden_states_beyond_all_numbers_harm_nobody(world: OneServer, value: float) -> None:
     honest = await opened(world, rows=2)
     first = await step(honest, 0, TOKENS[:, :5])
     mad = await opened(world, rows=1)
@@ -349,7 +351,7 @@ async def test_hidden_states_beyond_all_numbers_harm_nobody(world: World, value:
 
 
 async def test_a_step_that_breaks_off_takes_the_sessions_cache_with_it(
-    world: World, caplog: pytest.LogCaptureFixture
+    world: OneServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = await world.raw()
     await client.ask(opening())

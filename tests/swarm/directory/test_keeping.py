@@ -7,7 +7,7 @@ import struct
 
 import msgspec
 import pytest
-from tests.strangers.crowd import MODEL, Swarm, identities, record_of, signed
+from tests.strangers.crowd import MODEL, KeepersSwarm, identities, record_of, signed
 
 from corolla.errors import PeerDisconnected, SwarmUnavailable
 from corolla.swarm.directory import keeping
@@ -30,7 +30,7 @@ _anything = msgspec.msgpack.Decoder(keeping.Done | Names | Records | Refused)
 
 
 async def test_a_record_is_kept_by_several_and_read_once() -> None:
-    async with Swarm(KEEPER, OTHER) as swarm:
+    async with KeepersSwarm(KEEPER, OTHER) as swarm:
         await swarm.directory(SERVER).announce(record_of(SERVER), 60)
         assert [len(shelf.names(MODEL)) for shelf in swarm.shelves.values()] == 2 * [NAME_BYTES]
         client = swarm.directory()
@@ -41,7 +41,7 @@ async def test_a_record_is_kept_by_several_and_read_once() -> None:
 
 
 async def test_more_than_a_page_from_peers_that_keep_different_ones() -> None:
-    async with Swarm(KEEPER, OTHER) as swarm:
+    async with KeepersSwarm(KEEPER, OTHER) as swarm:
         for number, one in enumerate(CROWD):
             for place, shelf in enumerate(swarm.shelves.values()):
                 if number % 3 != place:
@@ -54,7 +54,7 @@ async def test_more_than_a_page_from_peers_that_keep_different_ones() -> None:
 
 async def test_nobody_who_keeps_the_directory_answers() -> None:
     """That is not the same as a directory that knows no server."""
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         client = swarm.directory()
         assert await client.servers(MODEL) == []
         swarm.network.kill(KEEPER.peer_id)
@@ -62,7 +62,7 @@ async def test_nobody_who_keeps_the_directory_answers() -> None:
             await client.servers(MODEL)
 
 
-async def ask(swarm: Swarm, request: msgspec.Struct) -> object:
+async def ask(swarm: KeepersSwarm, request: msgspec.Struct) -> object:
     stream = await swarm.transport(STRANGER.peer_id).open(KEEPER.peer_id, DIRECTORY_PROTOCOL)
     await send_short(stream, request)
     answer = await receive_short(stream, _anything, 2**20)
@@ -71,7 +71,7 @@ async def ask(swarm: Swarm, request: msgspec.Struct) -> object:
 
 
 async def test_a_peer_puts_its_own_record_only() -> None:
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         assert await ask(swarm, Put(signed(SERVER)[1])) == Refused("unfit")
         assert await ask(swarm, Put(b"junk")) == Refused("unfit")
         assert await ask(swarm, List(None)) == Names(b"")
@@ -91,7 +91,7 @@ async def test_a_peer_puts_its_own_record_only() -> None:
     ids=["too long", "no msgpack", "nested", "too many names", "too long a model"],
 )
 async def test_garbage_ends_the_stream(data: bytes) -> None:
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         stream = await swarm.transport(STRANGER.peer_id).open(KEEPER.peer_id, DIRECTORY_PROTOCOL)
         await stream.write([data])
         with pytest.raises(PeerDisconnected):
@@ -104,7 +104,7 @@ async def test_whoever_does_not_take_his_answers_makes_room(monkeypatch: pytest.
     """An answer may have half a megabyte, and many who ask and do not read would keep as many of them here."""
     monkeypatch.setattr(keeping, "MAX_STREAMS", 8)
     monkeypatch.setattr("corolla.swarm.transport.memory.BUFFER_BYTES", 1000)
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         for one in CROWD:
             swarm.shelves[KEEPER.peer_id].put(*signed(one))
         streams = []
@@ -166,7 +166,7 @@ THE_TRUE: list[bytes] = []
 @pytest.mark.parametrize("behaviour", [mute, junk, another, forgetful, thief])
 async def test_a_bad_keeper_hides_nothing(behaviour: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "REQUEST_SECONDS", 0.3)
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         await swarm.directory(SERVER).announce(record_of(SERVER), 60)
         THE_TRUE[:] = [swarm.shelves[KEEPER.peer_id].names(None)]
         await swarm.transport("bad").serve(DIRECTORY_PROTOCOL, behaviour)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ async def test_a_bad_keeper_hides_nothing(behaviour: object, monkeypatch: pytest
 
 async def test_records_that_this_release_cannot_read_do_not_cost_the_others() -> None:
     """A keeper of another release takes what this one does not, and a server chooses which."""
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         await swarm.directory(SERVER).announce(record_of(SERVER), 60)
         for one in CROWD[: PAGE + 5]:
             entry, value = signed(one, dtype="float8")
@@ -192,7 +192,7 @@ async def test_records_that_this_release_cannot_read_do_not_cost_the_others() ->
 async def test_a_reading_that_was_cut_short_says_so_and_the_next_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with Swarm(KEEPER) as swarm:
+    async with KeepersSwarm(KEEPER) as swarm:
         for one in CROWD:
             swarm.shelves[KEEPER.peer_id].put(*signed(one))
         whole = swarm.shelves[KEEPER.peer_id].values
