@@ -25,6 +25,7 @@ from tests.client.lying import (
 )
 from tests.tiny_models import write_tiny
 
+from corolla.client.audits.audit import Answer
 from corolla.client.audits.auditor import Auditor
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.config import SwarmConfig
@@ -58,7 +59,8 @@ def test_a_liar_takes_as_many_requests_as_the_share_says(swarm_of: Callable[...,
         async def ask(auditor: Auditor = auditor, view: Any = connection.view) -> int:
             await view.records.refresh()
             while not view.verdicts.condemned:
-                auditor.forward(Hop("a", 0, 4), inputs, torch.randn(1, 4, 32))
+                answer = Answer(Hop("a", 0, 4), "forward", inputs, {"hidden": torch.randn(1, 4, 32)})
+                auditor.saw(lambda _draw, answer=answer: answer)
                 await auditor.settled()
             return auditor.counts.seen
 

@@ -181,12 +181,11 @@ def test_deep_nesting(opened: bytes) -> None:
         assert refused(before + opened * depth).field is not None
 
 
-def test_the_name_of_a_wrong_field_is_cut_before_it_is_sent_back() -> None:
+def test_the_name_of_a_wrong_field_is_not_sent_back() -> None:
     """It is the peer's, and a refusal must be well-formed itself."""
-    error = refused(header({"type": "Ping", "x" * 50_000: 1}, []))
-    assert error.field == "x" * 50_000
-    answer = failure_of(error)
-    assert (answer.field, len(answer.message)) == ("x" * 128, 2048)
+    answer = failure_of(refused(header({"type": "Ping", "x" * 50_000: 1}, [])))
+    assert answer.field == "message"
+    assert len(answer.message) < 2048
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "object", "float8_e4m3fn", "", "x" * 17, "Float32"])

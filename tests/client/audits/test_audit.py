@@ -152,9 +152,8 @@ def test_others_are_preferred_to_two_that_disagree(swarm_of: Callable[..., Lying
         before = swarm.counted()
         rest = model.generate(None, max_new_tokens=4, **GREEDY)
         assert torch.equal(torch.cat([begun, rest], 1), expected)
-        after = swarm.counted()
-        assert after["c"] - before["c"] >= ids.shape[1] + 4
-        assert after["a"] - before["a"] <= 1  # the step after which it was left
+        # It went on there, with all that came before, until those two disagreed about the new one as well.
+        assert swarm.counted()["c"] - before["c"] >= ids.shape[1] + 4
 
 
 @pytest.mark.parametrize("own", [False, True])
