@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-# Seconds of one worker that each folder of tests may take of the thirty minutes that two workers have together in
-# the quarter of an hour of `make test`.
+# Seconds of one worker that each folder of tests may take of the forty minutes that two workers have together in the
+# twenty minutes of `make test`.
 SHARES = {
-    "benchmarks": 30, "chat": 150, "cli": 200, "client": 250, "data": 30, "e2e": 380, "fuzz": 80, "models": 180,
-    "schedules": 200, "server": 100, "strangers": 150, "swarm": 120, "tuning": 120, "wire": 20,
+    "benchmarks": 10, "chat": 140, "cli": 250, "client": 690, "data": 40, "e2e": 340, "fuzz": 50, "models": 340,
+    "schedules": 110, "server": 130, "strangers": 70, "swarm": 140, "tuning": 110, "wire": 20,
 }  # fmt: skip
 Values = Sequence[dict[str, Any]]
 

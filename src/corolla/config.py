@@ -156,7 +156,9 @@ class ServerConfig:
         int | None,
         "Memory for graphs that training clients will come back for (default: an eighth of what is free).",
     ] = None
-    peer_share: Annotated[float, "What one peer can take of streams and bytes here while there is room."] = 0.5
+    peer_share: Annotated[float, "What one peer can take of streams and bytes here while there is room."] = (
+        0.5
+    )
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
