@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.server.world import (
     assert_serves_exactly,
     forward,
     frame,
+    limited,
     noise,
     opening,
     packed,
@@ -41,25 +41,7 @@ from corolla.wire.messages import (
 LARGE = 800  # tokens whose hidden states are more than one piece
 
 
-@asynccontextmanager
-async def served(
-    silence: float | None = None, capacity: int = 200, **budgets: Any
-) -> AsyncIterator[OneServer]:
-    """A server with such budgets."""
-    clock = Clock()
-    world = OneServer(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
-    world.server.silence = silence
-    await world.start()
-    try:
-        yield world
-    finally:
-        await world.close()
-
-
-async def raw(world: OneServer, peer: str) -> RawClient:
-    """A client of that name; the transport ends with the network."""
-    transport = world.network._peers.get(peer) or world.network.transport(peer)
-    return RawClient(await transport.open("server", PROTOCOL_NAME))
+served = partial(limited, 200)
 
 
 async def refusal(client: RawClient, *message: Any, **tensors: torch.Tensor) -> Failure:
@@ -128,12 +110,12 @@ def test_a_share_is_above_none_and_at_most_all(share: float) -> None:
 
 async def test_a_peer_that_keeps_sending_garbage_loses_its_streams_and_is_kept_out() -> None:
     async with served(malformed=3, kept_out=40.0) as world:
-        idle, good = await raw(world, "bad"), await raw(world, "good")
+        idle, good = await world.raw("bad"), await world.raw("good")
         assert (await idle.ask(opening())).message == Opened()
         assert (await good.ask(opening())).message == Opened()
         for sent in ({"type": "Nonsense"}, Step(position=0), {"type": "Ping", "x": 1}):
             assert isinstance((await idle.ask(Ping())).message, ServerStatus)  # still served
-            client = await raw(world, "bad")
+            client = await world.raw("bad")
             await refusal(
                 client, sent, **({"hidden": noise(1, 1, HIDDEN)} if sent == Step(position=0) else {})
             )
@@ -141,28 +123,28 @@ async def test_a_peer_that_keeps_sending_garbage_loses_its_streams_and_is_kept_o
             await idle.next()
         await until(lambda: len(world.server.sessions) == 1)
         world.clock.now += 10
-        kept_out = await refusal(await raw(world, "bad"), Ping())
+        kept_out = await refusal(await world.raw("bad"), Ping())
         assert (kept_out.code, kept_out.retry_after) == ("busy", 30.0)
         assert (await good.ask(Step(position=0), hidden=noise(1, 2, HIDDEN))).message == Output()
         world.clock.now += 31
-        assert isinstance((await (await raw(world, "bad")).ask(Ping())).message, ServerStatus)
+        assert isinstance((await (await world.raw("bad")).ask(Ping())).message, ServerStatus)
 
 
 async def test_garbage_counts_though_its_sender_does_not_wait_for_the_answer() -> None:
     async with served(malformed=3) as world:
-        clients = [await raw(world, "bad") for _ in range(3)]
+        clients = [await world.raw("bad") for _ in range(3)]
         for client in clients:
             await client.stream.write([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
         await until(lambda: "bad" in world.server.limits._out_until)
-        assert (await refusal(await raw(world, "bad"), Ping())).code == "busy"
+        assert (await refusal(await world.raw("bad"), Ping())).code == "busy"
 
 
 async def test_garbage_now_and_then_is_forgiven() -> None:
     async with served(malformed=3, malformed_window=60.0) as world:
         for _ in range(6):
-            await refusal(await raw(world, "clumsy"), {"type": "Nonsense"})
+            await refusal(await world.raw("clumsy"), {"type": "Nonsense"})
             world.clock.now += 31
-        assert isinstance((await (await raw(world, "clumsy")).ask(Ping())).message, ServerStatus)
+        assert isinstance((await (await world.raw("clumsy")).ask(Ping())).message, ServerStatus)
 
 
 def test_peers_that_come_but_once_are_forgotten() -> None:
@@ -179,17 +161,17 @@ def test_peers_that_come_but_once_are_forgotten() -> None:
 
 async def test_streams_of_one_peer_and_of_all() -> None:
     async with served(streams=4) as world:
-        streams = [await raw(world, peer) for peer in ("a", "a", "b", "c")]
+        streams = [await world.raw(peer) for peer in ("a", "a", "b", "c")]
         for one in streams:
             assert (await one.ask(opening(tokens=1))).message == Opened()
-        refused = await refusal(await raw(world, "a"), Ping())
+        refused = await refusal(await world.raw("a"), Ping())
         assert (refused.code, refused.retry_after) == ("busy", 5.0)
-        late = await raw(world, "d")
+        late = await world.raw("d")
         assert isinstance((await late.ask(Ping())).message, ServerStatus)
         with pytest.raises(PeerDisconnected):  # of the peer that has two
             await streams[0].next()
         assert (await late.ask(opening(tokens=1))).message == Opened()
-        assert (await refusal(await raw(world, "e"), Ping())).code == "busy"  # all have one, in use
+        assert (await refusal(await world.raw("e"), Ping())).code == "busy"  # all have one, in use
         assert taken(world)[0] == 4
 
 
@@ -198,7 +180,7 @@ async def test_bytes_in_flight_are_refused_before_memory_is_taken() -> None:
     large = packed(noise(1, LARGE, HIDDEN))
     nbytes = large["hidden"].nbytes
     async with served(bytes_in_flight=5 * nbytes) as world:
-        first, second, third = await raw(world, "a"), await raw(world, "a"), await raw(world, "b")
+        first, second, third = await world.raw("a"), await world.raw("a"), await world.raw("b")
         data = frame(forward(), **large)
         await first.stream.write([data[:-1]])  # all but the last byte
         await until(lambda: taken(world)[1] > 0)
@@ -218,7 +200,7 @@ async def test_bytes_in_flight_are_refused_before_memory_is_taken() -> None:
 async def test_a_busy_step_leaves_its_session_as_it_was() -> None:
     large = noise(1, LARGE, HIDDEN)
     async with served(bytes_in_flight=3 * large.nbytes, share=1.0) as world:
-        first, second = await raw(world, "a"), await raw(world, "b")
+        first, second = await world.raw("a"), await world.raw("b")
         assert (await second.ask(opening(tokens=LARGE + 1))).message == Opened()
         await first.stream.write([frame(forward(), **packed(large))[:-1]])
         await until(lambda: taken(world)[1] >= 2 * large.nbytes)
@@ -339,7 +321,7 @@ async def test_a_slow_writer_is_given_up(begin: int) -> None:
 
 async def test_a_slow_reader_is_given_up() -> None:
     """Its reply does not fit into the stream's buffer."""
-    async with served(silence=0.1, capacity=2000) as world:
+    async with limited(2000, silence=0.1) as world:
         slow = await world.raw()
         await slow.send(forward(), **packed(noise(100, 50, HIDDEN)))  # 1.3 MB
         await world.all_streams_ended()
@@ -383,7 +365,7 @@ async def test_a_request_that_takes_longer_than_silence_may_is_not_silence() -> 
 
 @pytest.mark.parametrize("end", ["closed", "vanished"])
 async def test_a_thousand_sessions_opened_and_abandoned(end: str) -> None:
-    async with served(capacity=3000, streams=4000) as world:
+    async with limited(3000, streams=4000) as world:
         crowd = world.network.transport("crowd")
         clients = [RawClient(await crowd.open("server", PROTOCOL_NAME)) for _ in range(1000)]
         for client in clients:
@@ -403,7 +385,7 @@ async def test_an_evicted_sessions_prompts_are_let_go() -> None:
     world = OneServer(capacity=4)
     await world.start()
     try:
-        client, other = await raw(world, "a"), await raw(world, "b")
+        client, other = await world.raw("a"), await world.raw("b")
         assert (await client.ask(opening(tokens=60), prompts=noise(2, 3, HIDDEN))).message == Opened()
         (held,) = world.budget._holders
         world.clock.now += 100

@@ -8,7 +8,8 @@ import functools
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.peers import Leases, PeerLimits
+from corolla.server.peers import Budgets, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.channel import Channel, request
@@ -100,6 +101,7 @@ class OneServer:
     ) -> None:
         self.network = MemoryNetwork()
         self.client = self.network.transport("client")
+        self._clients = {"client": self.client}
         self.transport = self.network.transport("server")
         # Only one thread at a time may run a span: the server has one of its own, tests compare with another.
         self.reference = span or span_of(family)
@@ -141,9 +143,11 @@ class OneServer:
         """An honest client's channel."""
         return Channel(await self.client.open("server", PROTOCOL_NAME), side="client", silence=20)
 
-    async def raw(self) -> RawClient:
-        """A client that may send anything."""
-        return RawClient(await self.client.open("server", PROTOCOL_NAME))
+    async def raw(self, peer: str = "client") -> RawClient:
+        """A client of that name that may send anything; its transport ends with the network."""
+        if peer not in self._clients:
+            self._clients[peer] = self.network.transport(peer)
+        return RawClient(await self._clients[peer].open("server", PROTOCOL_NAME))
 
     @property
     def held(self) -> tuple[int, int, int]:
@@ -154,6 +158,19 @@ class OneServer:
         """Pages that rows hold once the compute thread has done what it was told to."""
         pool = self.server.pool
         return await self.engine.submit(Kind.DECODE, lambda: pool.pages - pool.free)
+
+
+@asynccontextmanager
+async def limited(capacity: int, *, silence: float | None = None, **budgets: Any) -> AsyncIterator[OneServer]:
+    """A server with such budgets, for as long as the block lasts."""
+    clock = Clock()
+    world = OneServer(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
+    world.server.silence = silence
+    await world.start()
+    try:
+        yield world
+    finally:
+        await world.close()
 
 
 class RawClient:

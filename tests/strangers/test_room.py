@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla.errors import PeerDisconnected
-from corolla.server.peers import CLEARLY, Budgets, PeerLimits, who_gives_way
+from corolla.server.peers import CLEARLY, who_gives_way
 from corolla.server.scheduler.policy import KNOWN_SECONDS, History
-from corolla.wire.messages import PROTOCOL_NAME, Opened, Output, Ping, ServerStatus, Step
+from corolla.wire.messages import Opened, Output, Ping, ServerStatus, Step
 from tests.server.world import (
     HIDDEN,
-    Clock,
     OneServer,
     RawClient,
     assert_same,
     forward,
     frame,
+    limited,
     noise,
     opening,
     packed,
@@ -34,25 +34,12 @@ from tests.server.world import (
 SIZES = [pytest.param(32), pytest.param(2048, marks=pytest.mark.nightly)]
 
 
-@asynccontextmanager
-async def served(capacity: int = 6000, **budgets: Any) -> AsyncIterator[OneServer]:
-    clock = Clock()
-    world = OneServer(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
-    await world.start()
-    try:
-        yield world
-    finally:
-        await world.close()
-
-
-async def client(world: OneServer, peer: str) -> RawClient:
-    transport = world.network._peers.get(peer) or world.network.transport(peer)
-    return RawClient(await transport.open("server", PROTOCOL_NAME))
+served = partial(limited, 6000)
 
 
 async def chatting(world: OneServer, peer: str) -> RawClient:
     """A session with three tokens in its cache."""
-    chat = await client(world, peer)
+    chat = await world.raw(peer)
     assert (await chat.ask(opening())).message == Opened()
     assert (await chat.ask(Step(position=0), hidden=noise(1, 3, HIDDEN))).message == Output()
     return chat
@@ -79,7 +66,7 @@ async def test_sessions_of_one_token_shut_nobody_out(streams: int, identities: i
         friend = await chatting(world, "friend")
         world.clock.now += 1.0
         for number in range(streams + 8):
-            stranger = await client(world, f"stranger-{number % (identities or streams + 8)}")
+            stranger = await world.raw(f"stranger-{number % (identities or streams + 8)}")
             await stranger.ask(opening(tokens=1))  # which is refused at last
         assert len(world.server.sessions) > streams // 2
         world.clock.now += 2.0 if identities else 6.0  # of many identities, those that do nothing go
@@ -97,7 +84,7 @@ async def test_silent_streams_shut_nobody_out_and_go_first(streams: int) -> None
         friend = await chatting(world, "friend")
         world.clock.now += 100.0
         for number in range(streams + 8):
-            await client(world, f"stranger-{number % 4}")
+            await world.raw(f"stranger-{number % 4}")
         await until(lambda: world.server.limits.streams.taken >= 3 * streams // 4)
         for number in range(8):
             await chatting(world, f"new-{number}")
@@ -106,7 +93,7 @@ async def test_silent_streams_shut_nobody_out_and_go_first(streams: int) -> None
 
 async def test_a_stream_that_asks_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with served(first_request=0.05) as world:
-        silent, asked = await client(world, "silent"), await client(world, "asked")
+        silent, asked = await world.raw("silent"), await world.raw("asked")
         assert isinstance((await asked.ask(Ping())).message, ServerStatus)
         with pytest.raises(PeerDisconnected):
             await silent.next()
@@ -124,15 +111,15 @@ async def test_frames_that_announce_much_and_trickle_hold_nothing(frames: int) -
     async with served(bytes_in_flight=16 * nbytes, streams=1000) as world:
         in_flight = world.server.limits.in_flight
         data = frame(forward(), **large(8000))
-        strangers = [await client(world, f"stranger-{number % 3}") for number in range(frames)]
+        strangers = [await world.raw(f"stranger-{number % 3}") for number in range(frames)]
         for one in strangers:
             await one.stream.write([data[:1000]])
         await until(lambda: in_flight.taken > 0)
         assert in_flight.taken <= 16 * nbytes
-        newcomer = await client(world, "newcomer")
+        newcomer = await world.raw("newcomer")
         assert (await newcomer.ask(forward(), **large())).message == Output()
         data = frame(forward(), **large(1200))
-        strangers = [await client(world, f"stranger-{number % 3}") for number in range(frames)]
+        strangers = [await world.raw(f"stranger-{number % 3}") for number in range(frames)]
         for one in strangers:  # all but the last byte
             await one.stream.write([data[:-1]])
         await until(lambda: not in_flight.of("newcomer"))  # its reply was taken
@@ -146,7 +133,7 @@ async def test_a_request_that_takes_too_long_to_arrive_is_given_up(monkeypatch: 
     monkeypatch.setattr("corolla.swarm.channel.LEAST_PACE", math.inf)
     async with served() as world:
         world.server.silence = 0.3
-        slow, data = await client(world, "slow"), frame(forward(), **large())
+        slow, data = await world.raw("slow"), frame(forward(), **large())
 
         async def drip() -> None:
             for place in range(0, len(data), 1000):
