@@ -17,7 +17,10 @@ from corolla.models.kernels.narrow import FEW_ROWS, NarrowLinear, narrow_form
 from corolla.models.kernels.native import library
 from corolla.models.kernels.packed import PackedLinear
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="no C compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
 
 OUT, IN = 24, 96
 
