@@ -296,13 +296,14 @@ class Engine:
         self._charge(alone)
         self._drop_cancelled()
         first, began = self._comes_before(alone), time.perf_counter()
-        if first is not None:
-            self._alone = None
-            try:
-                self._run_together(first, self._clock(), LET_IN_TOKENS)
-            finally:
-                self._alone, self._alone_since = alone, time.perf_counter()
-        return time.perf_counter() - began
+        if first is None:
+            return 0.0
+        self._alone = None
+        try:
+            self._run_together(first, self._clock(), LET_IN_TOKENS)
+        finally:
+            self._alone, self._alone_since = alone, time.perf_counter()
+        return self._alone_since - began
 
     def _comes_before(self, alone: Request) -> Request | None:
         """A decode step, or else the prompt of the peer that was given least, if not much more than `alone`'s."""

@@ -36,7 +36,6 @@ SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while oth
 LEAST_PREFILL_TOKENS = 16
 SECONDS_A_TOKEN = 0.002  # until it is known
 LEAST_TIMED = 64  # tokens; what fewer take says little
-PIECE_SECONDS = 0.05  # what is computed alone goes on for so long before it gives way again
 LET_IN_TOKENS = 128  # that a piece of prompts that comes in between takes at most
 PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
 KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
