@@ -3,7 +3,9 @@
 One server with all blocks of SmolLM2-135M, in one process with its clients. Prints each figure beside the same one
 with nobody else, from the same run:
 
-    python -m benchmarks.long_jobs [--tokens 8000] [--backward]   (2500 with --backward: no more fit into a server's memory)
+    python -m benchmarks.long_jobs [--tokens 8000] [--backward]
+
+With --backward, some 2,500 tokens fit into a server's memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work that is cut into pieces: others come in between its operators and inside the longest, and it stays what it was."""
+"""Work that is cut into pieces: others come in between and inside its operators, and it stays what it was."""
 
 from __future__ import annotations
 

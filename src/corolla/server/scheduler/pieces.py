@@ -114,7 +114,7 @@ class Pieces(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _cut(cut: Cut, given: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """The arguments that have rows, some rows after the others; nothing where they are few, or depend on each other."""
+    """The arguments that have rows, some rows after the others; nothing where they are few, or not independent."""
     held = {name: dim for name, dim in cut.rows.items() if isinstance(given.get(name), Tensor)}
     first = given[next(iter(held))]
     count = first.shape[-2] if first.dim() > 1 else 1
