@@ -272,7 +272,7 @@ class Checks:
             self.model.generate(ids, max_new_tokens=8, do_sample=False)
             session.position = 9
             before = self.model.generate(other, max_new_tokens=3, do_sample=False)
-            for span in session._chain._spans:
+            for span in session.chain.spans:
                 self.swarm.loop.run(span.drop())
             after = self.model.generate(None, max_new_tokens=5, do_sample=False)
             found = torch.cat([before, after], 1)

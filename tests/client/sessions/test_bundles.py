@@ -93,7 +93,7 @@ def say(model: Any, ids: torch.Tensor | None, count: int, **options: Any) -> tor
 
 def inputs_of(session: Any) -> list[torch.Tensor]:
     """What the client would give to a replacement of each span."""
-    return [span.history.inputs()[0] for span in session._chain._spans]
+    return [span.history.inputs()[0] for span in session.chain.spans]
 
 
 @MODES
@@ -140,7 +140,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         model = chats.client(dtype=torch.promote_types(dtype, torch.float32))
         chain, hidden, outputs = _prompt_alone(chats, model)
         name = client_bundles.Bundle.of(model.prompts.input, model.prompts.deep, hidden).name.digest
-        for peer, span in zip(peers, chain._spans, strict=True):
+        for peer, span in zip(peers, chain.spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
             sent = server.sessions.find(model.blocks.connection.view.peer_id, span.name)
@@ -155,7 +155,7 @@ def test_a_server_holds_what_a_client_would_have_made(
 
 def _prompt_alone(chats: Chats, model: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A session's chain to which the prompt was sent and nothing else; what was sent, and the outputs."""
-    chain = model.inference_session()._chain
+    chain = model.inference_session().chain
     layer = model.get_submodule(blocks_prefix(model.config))[0]
     entered: list[torch.Tensor] = []
     run = layer._run
