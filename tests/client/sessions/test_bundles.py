@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
+from tests.mutants import assert_none_raised, passes
 from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -485,21 +486,17 @@ class Checks:
 
 
 @pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
-def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plant(monkeypatch)
     with Chats(tmp_path, mode="deep_ptune", length=3) as chats:
         chats.serve((0, 2), (2, 4), throughput=1000)
         chats.serve((2, 4), bundles=[], throughput=1)
         checks = Checks(chats)
         names = ("by_itself", "beside_others", "trained", "failover")
-        failed = {name for name in names if not _passes(getattr(checks, name))}
+        failed = {name for name in names if not passes(getattr(checks, name), __file__)}
     if plant is no_mistake:
         assert not failed
     assert CAUGHT_BY[plant] <= failed
-
-
-def _passes(check: Callable[[], bool]) -> bool:
-    try:
-        return check()
-    except Exception:  # a mutant may also break in other ways
-        return False
+    assert_none_raised(caplog, __file__)

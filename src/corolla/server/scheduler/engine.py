@@ -24,8 +24,8 @@ from corolla.server.scheduler.policy import (
     LET_IN_TOKENS,
     PASS_TOKENS,
     PROMPT_CREDIT,
-    History,
     PassTimes,
+    PeerHistory,
     RunPass,
     Shares,
     Speed,
@@ -95,7 +95,7 @@ class Engine:
         *,
         run_pass: RunPass = run_pass,
         when_quiet: Callable[[], None] | None = None,
-        history: History | None = None,
+        history: PeerHistory | None = None,
     ) -> None:
         """`run_pass` computes a pass; `when_quiet` is called on the compute thread when nothing was computed alone for
         `QUIET_SECONDS`, and again after as long; `history` notes for whom was computed."""

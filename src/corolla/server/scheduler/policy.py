@@ -44,7 +44,7 @@ SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take
 GENERATING_SECONDS = 1.0  # how long after a decode step its client is taken to be in the middle of a reply
 
 
-class History:
+class PeerHistory:
     """For whom a server has computed, and how long: a stranger has to use it up, while others use it too.
 
     A server has one second of computing a second, so however many identities a stranger makes, few of them are known.
@@ -103,8 +103,8 @@ class Shares:
     new peers counts for more: together they get no more than those with a history.
     """
 
-    def __init__(self, history: History | None = None) -> None:
-        self._history = History() if history is None else history
+    def __init__(self, history: PeerHistory | None = None) -> None:
+        self._history = PeerHistory() if history is None else history
         self._given: dict[str, float] = {}
         self._floor = 0.0  # what the least served of the busy peers has had
         self._weigh = self._history.weights(())
