@@ -73,6 +73,11 @@ class SessionChain:
         self._closing: list[asyncio.Task[None]] = []
 
     @property
+    def spans(self) -> tuple[SpanSession, ...]:
+        """The session's parts, in the order of the blocks."""
+        return tuple(self._spans)
+
+    @property
     def hops(self) -> list[Hop]:
         """Whose caches hold the session, in the order of the blocks."""
         return [span.hop for span in self._spans if span.hop.peer_id]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from functools import lru_cache
@@ -127,9 +128,9 @@ def _built(compiler: str, cache: Path, limit: str) -> Path:
     chosen = isa.runnable(described, limit)[-1]
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
     flags = [*FLAGS, *isa.TUNED, *chosen.flags, f"-DISA_{chosen.name.upper().replace('-', '_')}"]
-    # A cache may be shared between machines: what the compiler makes depends on the CPU too.
-    parts = (*sources.values(), " ".join(flags).encode(), described.encode(), torch.__version__.encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    # A cache may be shared between machines, and what the compiler makes depends on the CPU too.
+    parts = (" ".join(flags), described, cpu(), torch.__version__)
+    name = hashlib.sha256(b"\0".join([*sources.values(), *(one.encode() for one in parts)])).hexdigest()[:16]
 
     def make(folder: Path) -> None:
         for file, source in sources.items():
@@ -139,6 +140,22 @@ def _built(compiler: str, cache: Path, limit: str) -> Path:
         subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=BUILD_SECONDS)
 
     return made_once(cache / "kernels" / name, make) / NAME
+
+
+def cpu() -> str:
+    """Which CPU this is, and what it can do: a cache may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    about = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join(sorted(about)) or platform.processor()
+
+
+def version() -> str:
+    """Of which source, compiler and CPU `library()` is; nothing where there is none."""
+    found = library()
+    return "" if found is None else Path(found._name).parent.name
 
 
 def _load(path: Path) -> ctypes.CDLL:
