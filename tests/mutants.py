@@ -26,9 +26,8 @@ def assert_is_planted(error: BaseException, file: str) -> None:
         end = traceback.extract_tb(one.__traceback__)[-1:]
         own = bool(end) and end[0].filename == file and not isinstance(one, AssertionError)
         unfit = isinstance(one, TypeError) and "argument" in str(one)
-        assert not (own or unfit), (
-            f"the mistake is out of date: it raises, instead of computing otherwise: {one!r}"
-        )
+        out_of_date = own or unfit
+        assert not out_of_date, f"the mistake only raises, instead of computing otherwise: {one!r}"
 
 
 def assert_none_raised(caplog: pytest.LogCaptureFixture, file: str) -> None:

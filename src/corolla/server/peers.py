@@ -89,7 +89,7 @@ def who_gives_way(
     Max-min fairness between peers: in use or not, one gets from another what leaves that no less than it will have
     itself, or what that has beyond an equal share. What is not in use goes to whoever has no more than its holder's
     peer. So a newcomer always gets in, and shares shrink as more come; what many new identities have counts for more
-    (`PeerHistory.weights`). First goes what nobody needs, then what those hold who have most, least recently used first.
+    (`PeerHistory.weights`). First goes what nobody needs, then what those hold who have most, the oldest first.
     """
     mine = Counter[str]()
     for one, count in held.items():
