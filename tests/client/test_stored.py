@@ -66,9 +66,8 @@ def test_the_original_is_another_model(tmp_path: Path) -> None:
     assert open_checkpoint(str(again)).identity == open_checkpoint(str(stored)).identity
     with MemorySwarm(stored, [(0, 3)]) as swarm:
         swarm.checkpoint = open_checkpoint(str(plain))
-        model = swarm.model(patience=0.5)
         with pytest.raises(MissingBlocks):
-            model(random_ids(1, 4))
+            swarm.model(patience=0.5)(random_ids(1, 4))
 
 
 def test_half_a_swarm_of_each_serves_neither(tmp_path: Path) -> None:
