@@ -30,7 +30,7 @@ void end_team(void) {
 
 /* --- weights in a narrow form --------------------------------------------------------------------------- */
 
-/* Forms (native.h): BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step + offset: values are int8,
+/* Forms (native.h): FLOAT32, BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step + offset: values are int8,
  * or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0 to 15 below and 16 to 31 above. */
 
 typedef struct {
@@ -69,8 +69,10 @@ INLINE vf whole_nibbles(const uint8_t *group, int64_t at) {
 #endif
 }
 
+INLINE int is_plain(int form) { return form == FLOAT32 || form == BFLOAT16 || form == FLOAT16; }
+
 INLINE int64_t row_bytes(int form, const Weight *w) {
-    return form == NIBBLES ? w->in / 2 : form == BYTES ? w->in : w->in * 2;
+    return form == NIBBLES ? w->in / 2 : form == BYTES ? w->in : w->in * (form == FLOAT32 ? 4 : 2);
 }
 
 /* Whole numbers of columns `at` and behind of a weight row that begins at `row`. */
@@ -78,7 +80,10 @@ INLINE vf whole(int form, const uint8_t *row, int64_t at) {
     return form == BYTES ? whole_bytes((const int8_t *)row + at) : whole_nibbles(row + at / 32 * 16, at % 32);
 }
 
-INLINE vf half(int form, const uint16_t *from) {
+/* The weight's number `at` and behind, of a row that begins at `row`; of forms that are the weights themselves. */
+INLINE vf numbers(int form, const void *row, int64_t at) {
+    if (form == FLOAT32) return load((const float *)row + at);
+    const uint16_t *from = (const uint16_t *)row + at;
     if (form == BFLOAT16) return (vf)(__builtin_convertvector(*(const vh_at *)from, vu) << 16);
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
@@ -110,8 +115,8 @@ INLINE float scalar(const void *from, int64_t place, int is_half) {
 /* Row `row` of the weight as float32 [in]. */
 INLINE void widen_row(int form, const Weight *w, int64_t row, float *to) {
     const uint8_t *values = (const uint8_t *)w->values + row * row_bytes(form, w);
-    if (form == BFLOAT16 || form == FLOAT16) {
-        for (int64_t at = 0; at < w->in; at += LANES) store(to + at, half(form, (const uint16_t *)values + at));
+    if (is_plain(form)) {
+        for (int64_t at = 0; at < w->in; at += LANES) store(to + at, numbers(form, values, at));
         return;
     }
     int64_t group = 1 << w->shift, place = row * (w->in >> w->shift);
@@ -131,12 +136,12 @@ INLINE void product_of_few(int form, const Weight *w, const float *x, float *y, 
     int64_t stride = row_bytes(form, w);
     const uint8_t *values = (const uint8_t *)w->values + first * stride;
     vf sums[OUTS][FEW] = {{{0}}};
-    if (form == BFLOAT16 || form == FLOAT16) {
+    if (is_plain(form)) {
         for (int64_t at = 0; at < w->in; at += LANES)
             for (int o = 0; o < OUTS; o++) {
-                const uint16_t *row = (const uint16_t *)(values + o * stride);
-                __builtin_prefetch(row + AHEAD * w->in + at);
-                vf weight = half(form, row + at);
+                const uint8_t *row = values + o * stride;
+                __builtin_prefetch(row + AHEAD * stride + at * (stride / w->in));
+                vf weight = numbers(form, row, at);
                 for (int r = 0; r < rows; r++) sums[o][r] += weight * load(x + r * w->in + at);
             }
     } else {
@@ -193,6 +198,10 @@ INLINE void product(int form, const Weight *w, const float *x, float *y, int64_t
             if (rows == 1) product_of_few(form, w, x, y, first, 1);
             if (rows == 2) product_of_few(form, w, x, y, first, 2);
             if (rows <= FEW) continue;
+            if (form == FLOAT32) {
+                product_of_many((const float *)w->values + first * w->in, w->in, w->out, x, y + first, (int)rows);
+                continue;
+            }
             float wide[OUTS * w->in] __attribute__((aligned(64)));
             for (int o = 0; o < OUTS; o++) widen_row(form, w, first + o, wide + o * w->in);
             product_of_many(wide, w->in, w->out, x, y + first, (int)rows);
@@ -206,6 +215,7 @@ void narrow_product(int form, const void *values, const void *steps, const void 
     Weight w = {values, steps, offsets, half_steps, shift, in, out};
     if (form == BFLOAT16) product(BFLOAT16, &w, x, y, rows, threads);
     else if (form == FLOAT16) product(FLOAT16, &w, x, y, rows, threads);
+    else if (form == FLOAT32) product(FLOAT32, &w, x, y, rows, threads);
     else if (form == BYTES) product(BYTES, &w, x, y, rows, threads);
     else product(NIBBLES, &w, x, y, rows, threads);
 }

@@ -35,7 +35,14 @@ FLAGS = (
 )  # fmt: skip
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # others: -mcpu=native
 BUILD_SECONDS = 120
-FORMS = {"bfloat16": 0, "float16": 1, "bytes": 2, "nibbles": 3, "int8": 4}  # of weights, as in native.h
+FORMS = {
+    "bfloat16": 0,
+    "float16": 1,
+    "bytes": 2,
+    "nibbles": 3,
+    "int8": 4,
+    "float32": 5,
+}  # of weights, as in native.h
 
 # Arguments: p(ointer), i(nt), l(ong), f(loat).
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
@@ -93,7 +100,7 @@ def _built() -> Path:
         *sources.values(),
         " ".join(flags).encode(),
         version,
-        _cpu().encode(),
+        cpu().encode(),
         torch.__version__.encode(),
     )
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
@@ -108,13 +115,20 @@ def _built() -> Path:
     return made_once(cache_root() / "kernels" / name, make) / NAME
 
 
-def _cpu() -> str:
-    """What a library built for this CPU depends on: a cache may be shared between machines."""
+def cpu() -> str:
+    """Which CPU this is, and what it can do: a cache may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    about = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join(sorted(about)) or platform.processor()
+
+
+def version() -> str:
+    """Of which source, compiler and CPU `library()` is; nothing where there is none."""
+    found = library()
+    return "" if found is None else Path(found._name).parent.name
 
 
 def _load(path: Path) -> ctypes.CDLL:
