@@ -13,6 +13,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from corolla.client.race import Race
 from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
@@ -25,6 +27,7 @@ from corolla.errors import (
     RemoteError,
     RequestRefused,
 )
+from corolla.models.crossing import Crossing
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
 from corolla.swarm.channel import ChannelPool
@@ -67,14 +70,17 @@ class SwarmView:
         model: str,
         model_name: str,
         num_blocks: int,
+        crossing: Crossing | None = None,
         introductions: Introductions | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it. `introductions` presents this
+        """`model` is the checkpoint's identity, `model_name` what people call it; `crossing` is what crosses the cuts
+        between its blocks, None for a hidden state a token. `introductions` presents this
         client where it is not let in; `clock` gives seconds, by default the event loop's."""
         config = config or SwarmConfig()
         self.peer_id = transport.peer_id  # this client's own
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
+        self._crossing = crossing
         self.wire = config.wire_format
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
@@ -91,6 +97,16 @@ class SwarmView:
         self._paces = Paces()
         self._curious_at = 0.0  # when a stranger may be tried though others have answered
         self._disappointed = 0  # how often in a row that came to nothing
+
+    def leaving(self, entering: Tensor, hop: Hop) -> Tensor:
+        """A tensor of the form that a server is to answer with, given what it was sent."""
+        found = self._crossing
+        return entering if found is None else found.leaving(entering, hop.start, hop.end)
+
+    @property
+    def plain(self) -> bool:
+        """Whether servers are sent hidden states and nothing else."""
+        return self._crossing is None or self._crossing.plain
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.

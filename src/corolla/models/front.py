@@ -17,7 +17,7 @@ from corolla.errors import CheckpointError
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.forms import values_returned
+from corolla.models.checks.forms import crossing_of, values_returned
 from corolla.models.families import structure
 from corolla.models.parts import front_class
 from corolla.models.prompts import SoftPrompt
@@ -36,7 +36,11 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
         entered.append(hidden[0])
         return hidden
 
-    model = _load_front(checkpoint, BlocksLayer(run, returns=values_returned(checkpoint.config)), dtype)
+    model = _load_front(
+        checkpoint,
+        BlocksLayer(run, returns=values_returned(checkpoint.config), crossing=crossing_of(checkpoint.config)),
+        dtype,
+    )
     BaseModelHooks(model, prompts=lambda: begun[-1], caches=None)
     for prompt in prompts:
         begun.append(prompt)

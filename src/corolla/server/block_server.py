@@ -201,9 +201,9 @@ def malformed(field: str, why: str) -> RequestRefused:
 
 
 def check_hidden(hidden: Tensor, span: Span) -> None:
-    """Hidden states as wide as the span's. Raises `RequestRefused`."""
-    if hidden.shape[2] != span.hidden_size:
-        raise malformed("hidden", f"Hidden states are {span.hidden_size} wide here, not {hidden.shape[2]}.")
+    """As wide as what enters the span. Raises `RequestRefused`."""
+    if hidden.shape[2] != span.width:
+        raise malformed("hidden", f"Hidden states are {span.width} wide here, not {hidden.shape[2]}.")
 
 
 def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
@@ -251,7 +251,7 @@ def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradie
     config, size = span.config, span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
     inner = getattr(config, "intermediate_size", None) or 4 * span.hidden_size
-    activations = rows * tokens * (8 * span.hidden_size + 3 * int(inner)) * size
+    activations = rows * tokens * (7 * span.hidden_size + span.width + 3 * int(inner)) * size
     if getattr(config, "_attn_implementation", "eager") == "eager":
         # The products, and their softmax, which is computed in float32 at least.
         attention = rows * int(config.num_attention_heads) * tokens * total * (size + max(4, size))
