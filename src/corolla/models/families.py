@@ -113,6 +113,16 @@ def layer_overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
     return {int(at): own for at, own in config.to_dict()["per_layer_config"].items()}
 
 
+def largest(config: PretrainedConfig, name: str) -> int | None:
+    """A size that a config names once, or for each layer: the largest. None where it does not name it."""
+    own = [one[name] for one in layer_overrides(config).values() if name in one]
+    listed = vars(config).get(config.attribute_map.get(name, name))
+    if listed is None and not own and not layer_overrides(config):
+        listed = getattr(config, name, None)
+    sizes = [*own, *(listed if isinstance(listed, list | tuple) else [listed])]
+    return max((int(one) for one in sizes if one is not None), default=None)
+
+
 def _fix_computed(config: PretrainedConfig, sliced: PretrainedConfig, start: int, end: int) -> None:
     """The same of lists that a family's config computes from a block's place in the whole model."""
     lists: dict[str, list[Any]] = {}

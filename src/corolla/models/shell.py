@@ -362,7 +362,8 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     earlier = [_EarlierBlock(layer, first=not index) for index in range(before)]
     setattr(holder, name, nn.ModuleList([*earlier, layer]))
     layer.stand_in(holder)
-    holder._is_hf_initialized = True  # some families initialise their blocks with the model that runs them
+    # Some families initialise their blocks with the model that runs them; others, numbers of its own that no checkpoint has.
+    holder._is_hf_initialized = not holder._non_persistent_buffers_set
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
 
