@@ -36,8 +36,8 @@ class RemoteBlocks:
         end: int,
         local: LocalBlocks | None = None,
     ) -> None:
-        """`crossing` is what crosses the cuts between the model's blocks; `local` are the first ones, where this client
-        runs them itself."""
+        """`crossing` is what crosses the cuts between the model's blocks; `local` are the first ones, where this
+        client runs them itself."""
         self.connection = connection
         self.crossing = crossing
         self.start, self.end = start, end
@@ -73,8 +73,8 @@ class RemoteBlocks:
         width = self.crossing.width(self.start)
         if hidden.shape[-1] != width:
             raise UsageError(
-                f"What enters block {self.start} of this model is {width} numbers a token (hidden states, and whatever "
-                f"else its blocks need), not {hidden.shape[-1]}."
+                f"What enters block {self.start} of this model is {width} numbers a token (hidden states, and "
+                f"whatever else its blocks need), not {hidden.shape[-1]}."
             )
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         return self.run(hidden, BlocksCall(mask, positions, None, None, 0))

@@ -174,8 +174,10 @@ class TrainingPass:
         async def one(micro: MicroBatch) -> Tensor:
             return await self._forward(micro, micro.packed(hidden), self._start, self._end)
 
-        whole = Hop("", self._start, self._end)
-        return self._unpacked(await _together(one, self._micro_batches), self._view.leaving(hidden, whole))
+        return self._unpacked(
+            await _together(one, self._micro_batches),
+            self._view.crossing.leaving(hidden, self._start, self._end),
+        )
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients for the inputs [R, T, H] and, with deep prompts, for those [blocks, P, H], fp32.
@@ -223,7 +225,9 @@ class TrainingPass:
             message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
             tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
             reply = await self._exchange(hop, message, tensors)
-            output = checked(reply, "hidden", self._view.leaving(value, hop), hop.peer_id)
+            output = checked(
+                reply, "hidden", self._view.crossing.leaving(value, hop.start, hop.end), hop.peer_id
+            )
             self._show(Answer(hop, "forward", tensors, {"hidden": output}))
             return Stage(hop, value, lease), output
 
@@ -250,7 +254,9 @@ class TrainingPass:
         tensors |= {} if self._deep is None else {"prompts": self._deep[hop.start : hop.end, :1]}
         message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
         reply = await self._exchange(hop, message, tensors)
-        checked(reply, "hidden", self._view.leaving(tensors["hidden"], hop), hop.peer_id)
+        checked(
+            reply, "hidden", self._view.crossing.leaving(tensors["hidden"], hop.start, hop.end), hop.peer_id
+        )
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)

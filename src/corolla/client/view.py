@@ -13,8 +13,6 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from corolla.client.race import Race
 from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
@@ -27,7 +25,7 @@ from corolla.errors import (
     RemoteError,
     RequestRefused,
 )
-from corolla.models.crossing import Crossing
+from corolla.models.crossing import Crossing, Form
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
 from corolla.swarm.channel import ChannelPool
@@ -80,7 +78,7 @@ class SwarmView:
         config = config or SwarmConfig()
         self.peer_id = transport.peer_id  # this client's own
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
-        self._crossing = crossing
+        self.crossing = crossing or Crossing(Form(0, 1, ()), num_blocks)
         self.wire = config.wire_format
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
@@ -98,15 +96,10 @@ class SwarmView:
         self._curious_at = 0.0  # when a stranger may be tried though others have answered
         self._disappointed = 0  # how often in a row that came to nothing
 
-    def leaving(self, entering: Tensor, hop: Hop) -> Tensor:
-        """A tensor of the form that a server is to answer with, given what it was sent."""
-        found = self._crossing
-        return entering if found is None else found.leaving(entering, hop.start, hop.end)
-
     @property
-    def plain(self) -> bool:
-        """Whether servers are sent hidden states and nothing else."""
-        return self._crossing is None or self._crossing.plain
+    def takes_bundles(self) -> bool:
+        """Whether a prompt that a server computes by itself is what this client would send it."""
+        return self.wire == "compute" and self.crossing.plain
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.

@@ -5,7 +5,8 @@ blocks that are given more, made of the tokens before the first one (*sides*); o
 take from earlier ones (*handed on*). All of it lies beside the hidden states of its token: so histories, replays,
 micro-batches, audits and gradients carry it without knowing, and W depends on the cut alone.
 
-Invariant: nothing is rounded on the way; what a span is given is what the family's own loop would have given its blocks.
+Invariant: nothing is rounded on the way; what a span is given is what the family's own loop would have given its
+blocks.
 """
 
 from __future__ import annotations
@@ -39,16 +40,19 @@ class Form:
 
     def shaped(self, flat: Tensor) -> Tensor:
         """[R, T, width] as such a tensor."""
-        return flat.unflatten(-1, self.size).movedim((0, 1), (self.rows, self.tokens))
+        apart = flat.reshape(*flat.shape[:2], *self.size)
+        return apart.movedim((0, 1), (self.rows, self.tokens))
 
     def as_rows(self, tensor: Tensor, size: int) -> Tensor:
         """Such a tensor of S streams, each `size` wide, as rows [S × R, T, size]."""
-        streams = self.flat(tensor).unflatten(-1, (-1, size))
+        flat = self.flat(tensor)
+        streams = flat.reshape(*flat.shape[:2], self.width // size, size)
         return streams.movedim(2, 0).flatten(0, 1)
 
     def of_rows(self, rows: Tensor, count: int) -> Tensor:
         """[S × R, T, size] of `count` rows as such a tensor."""
-        return self.shaped(rows.unflatten(0, (-1, count)).movedim(0, 2).flatten(2))
+        streams = rows.reshape(-1, count, *rows.shape[1:])
+        return self.shaped(streams.movedim(0, 2).flatten(2))
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Handed:
-    """A tensor that block `by` puts under `key` into the dictionary that all blocks are given, and `until` is the last to read."""
+    """A tensor that block `by` puts into the dictionary that all blocks are given; block `until` reads it last."""
 
     key: Any
     index: int  # of the tuple that stands there
@@ -111,7 +115,7 @@ class Crossing:
 
     def split(self, crossing: Tensor, cut: int) -> Crossed:
         """[R, T, W] taken apart."""
-        hidden, *rest = crossing.split(self._widths(cut), dim=-1)
+        hidden, *rest = torch.split(crossing, self._widths(cut), dim=-1)
         handed = self._handed(cut)
         return Crossed(
             self.hidden.shaped(hidden),

@@ -194,4 +194,5 @@ def _shallowest_list(base: nn.Module, depth: int, model_type: str) -> str:
         raise UnsupportedFamily(
             f"Models of type {model_type} cannot be split: their blocks are not one list of layers."
         )
-    return lists[0][0]
+    path: str = lists[0][0]
+    return path

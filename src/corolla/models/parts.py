@@ -26,7 +26,7 @@ class _NoEmbedding(nn.Module):
 
 
 class _Zeros(nn.Module):
-    """Stands in for an embedding or a projection where the blocks are given more than hidden states: zeros, as wide."""
+    """Stands in for an embedding or a projection where blocks are given more than hidden states: zeros, as wide."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -8,18 +8,16 @@ hidden states (mask, position ids, prompts, cache) is taken where the base model
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,6 +27,7 @@ from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import Edge, edge_of
 from corolla.models.cache import BlocksCall, Caches, PromptedView, RemoteCache, cache_argument, take_cache
 from corolla.models.crossing import Crossing
+from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt, place_prompt
 
 ATTENTION_NAME = "corolla_remote"
@@ -132,7 +131,7 @@ class BlocksLayer(nn.Module):
 
 
 class _EarlierBlock(nn.Module):
-    """Stands for a block before the last where blocks are given more than hidden states: notes what this one is given."""
+    """Stands for a block before the last, where blocks are given more than hidden states: notes what it is given."""
 
     def __init__(self, layer: BlocksLayer, *, first: bool) -> None:
         super().__init__()
@@ -362,44 +361,7 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     earlier = [_EarlierBlock(layer, first=not index) for index in range(before)]
     setattr(holder, name, nn.ModuleList([*earlier, layer]))
     layer.stand_in(holder)
-    # Some families initialise their blocks with the model that runs them; others, numbers of its own that no checkpoint has.
+    # Some families initialise their blocks with the model that runs them; others, what no checkpoint has of it.
     holder._is_hf_initialized = not holder._non_persistent_buffers_set
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
-
-
-def with_attention(config: PretrainedConfig, name: str) -> PretrainedConfig:
-    """`config` as a module sees it whose attention is the one registered as `name`; the rest is `config`'s own.
-
-    Whichever of the two is changed, both are; whoever copies or saves it gets `config`, so the name never leaves
-    the module.
-    """
-    family: Any = type(config)
-    kind: Any = _private_class(family, name)
-    made = kind.__new__(kind)
-    object.__setattr__(made, "__dict__", config.__dict__)
-    object.__setattr__(made, "_public", config)
-    private: PretrainedConfig = made
-    return private
-
-
-@lru_cache
-def _private_class(family: Any, name: str) -> Any:
-    def deepcopy(self: Any, memo: dict[int, Any]) -> PretrainedConfig:
-        found: PretrainedConfig = copy.deepcopy(self._public, memo)
-        return found
-
-    def reduce(self: Any, _protocol: Any) -> Any:
-        return copy.copy, (self._public,)
-
-    def set_public(self: Any, value: Any) -> None:
-        self._public._attn_implementation = value
-
-    members = {
-        "__slots__": ("_public",),
-        "__module__": family.__module__,
-        "__deepcopy__": deepcopy,
-        "__reduce_ex__": reduce,
-        "_attn_implementation": property(lambda _self: name, set_public),
-    }
-    return type(family.__name__, (family,), members)

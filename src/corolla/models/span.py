@@ -174,9 +174,10 @@ class Span:
     ) -> Tensor:
         """What crosses the cut before block `start` to what does after block `end - 1`, [R, T, W] to [R, T, W'].
 
-        Both are hidden states of width H for most families. `mask` [R, past+T], bool or integer, is 0 where a token is padding; left out, none is. `positions`
-        int64 [R, T] default to past + 0, 1, …. `cache` is extended by the T new tokens. `prompts`
-        [blocks, P, H] are added before each block (`add_deep`), counted from the cache's beginning.
+        Both are hidden states, of width H, for most families. `mask` [R, past+T], bool or integer, is 0 where a
+        token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
+        by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
+        hidden states, counted from the cache's beginning.
         Differentiable in `hidden` and `prompts`.
         """
         past = cache.get_seq_length() if cache is not None else 0

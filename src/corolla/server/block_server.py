@@ -255,7 +255,9 @@ def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradie
     activations = rows * tokens * (7 * span.hidden_size + span.width + 3 * inner) * size
     if getattr(config, "_attn_implementation", "eager") == "eager":
         # The products, and their softmax, which is computed in float32 at least.
-        attention = rows * (largest(config, "num_attention_heads") or 1) * tokens * total * (size + max(4, size))
+        attention = (
+            rows * (largest(config, "num_attention_heads") or 1) * tokens * total * (size + max(4, size))
+        )
     else:
         attention = rows * tokens * total * size
     return blocks * (activations + attention)

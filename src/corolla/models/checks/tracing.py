@@ -143,17 +143,16 @@ def replaced(
 
 
 def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
-    """What the blocks of a miniature are given; and how many values they return in a tuple, 0 for hidden states alone."""
-    blocks = model.get_submodule(blocks_prefix(model.config))
+    """What the blocks of a miniature are given; how many values they return in a tuple, 0 for hidden states alone."""
     ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 5, 4, 3]])
-    first = _calls(model, blocks, ids)
+    first = _calls(model, ids)
     output = first[0].output
     returned = len(output) if isinstance(output, tuple | list) else 0
     stream = first[0].hidden.shape == (*ids.shape, model.config.hidden_size)
-    changing = _differing(first, _calls(model, blocks, ids + 2))
+    changing = _differing(first, _calls(model, ids + 2))
     if not changing:
         return Arguments(stream=stream), returned
-    later = _differing(first, _calls(model, blocks, ids, noise=True))
+    later = _differing(first, _calls(model, ids, noise=True))
     stores = [name for name in changing if isinstance(first[0].given[name], Mapping)]
     sides, left_out = [], []
     for name in changing:
@@ -169,11 +168,11 @@ def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
     ), returned
 
 
-def _calls(model: PreTrainedModel, blocks: Any, ids: Tensor, *, noise: bool = False) -> list[Call]:
+def _calls(model: PreTrainedModel, ids: Tensor, *, noise: bool = False) -> list[Call]:
     """Of a new copy, since a model may remember passes."""
     twin = copy.deepcopy(model)
-    blocks = twin.get_submodule(blocks_prefix(model.config))
-    with torch.no_grad(), watched(blocks, noise=noise) as (calls, _):  # type: ignore[arg-type]
+    blocks: Any = twin.get_submodule(blocks_prefix(model.config))
+    with torch.no_grad(), watched(blocks, noise=noise) as (calls, _):
         twin(input_ids=ids, use_cache=False)
     return calls
 
