@@ -357,7 +357,7 @@ def test_prompts_must_fit_the_blocks() -> None:
     whole = {"hidden": hidden(), "lengths": torch.tensor([T])}
     with pytest.raises(ValueError, match="prompts"):
         encode(Packet(Forward(model="m", start=1, end=N), whole | {"prompts": PROMPTS}))
-    # What crosses a cut may be wider than the hidden states; the server knows how wide (tests/server/test_wrong_input.py).
+    # What crosses a cut may be wider than the hidden states; the server knows by how much.
     wide = hidden(torch.float32, R, T, H + 1)
     encode(Packet(Forward(model="m", start=0, end=N), whole | {"hidden": wide, "prompts": PROMPTS}))
 
