@@ -27,8 +27,8 @@ from corolla.models.shell import BaseModelHooks, BlocksLayer
 def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch.dtype) -> list[Tensor]:
     """What each prompt [P, E] is where the first block begins, [P, H] in `dtype`.
 
-    Reads neither blocks nor the vocabulary's embedding. Raises `CheckpointError` when a tensor is missing, `UsageError`
-    for a family whose blocks are given more than hidden states.
+    Reads neither blocks nor the vocabulary's embedding. Raises `CheckpointError` when a tensor is missing,
+    `UsageError` for a family whose blocks are given more than hidden states.
     """
     crossing = crossing_of(checkpoint.config)
     if not crossing.plain:
