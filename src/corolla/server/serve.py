@@ -28,6 +28,7 @@ from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.native import library
 from corolla.models.numerics import choose_dtype, dtype_name
@@ -189,9 +190,26 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
         opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device, packable=opened.packable
     )
     use_kernels(span.model, opened.quantization, opened.device)
+    if opened.checkpoint.stored_as is not None:
+        say(_widened(opened, span))
     span.compile()
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
     return span
+
+
+def _widened(opened: OpenedModel, span: Span) -> str:
+    """What it costs that a quantized checkpoint's weights are made wide."""
+    pattern = block_key_pattern(opened.checkpoint.config)
+
+    def ours(name: str) -> bool:
+        match = pattern.match(name)
+        return match is not None and opened.start <= int(match["index"]) < opened.end
+
+    stored, kept = opened.checkpoint.stored_bytes(ours), span.nbytes()
+    return (
+        f"Stored as {opened.checkpoint.stored_as}: these blocks' weights take {stored / 2**20:,.0f} MiB in the "
+        f"checkpoint and {kept / 2**20:,.0f} MiB here"
+    )
 
 
 def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering]:

@@ -14,7 +14,8 @@ from torch import nn
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import Quantization, pack_linears, supported, weight_bytes
 from corolla.models.kernels.int8 import Int8Linear, has_int8
-from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
+from corolla.models.kernels.narrow import NarrowLinear
+from corolla.models.kernels.packed import FrozenLinear, is_packable
 
 pytestmark = pytest.mark.skipif(
     not (is_packable(torch.device("cpu"), torch.float32) and has_int8()), reason="torch without these kernels"
@@ -81,8 +82,8 @@ def test_every_plain_weight_is_freed_while_the_next_is_still_there(quantization:
     model = frozen(*(nn.Linear(16, 16) for _ in range(4)))
     weights = [weakref.ref(layer.weight) for layer in model]  # type: ignore[attr-defined]
     alive: list[int] = []
-    original = PackedLinear.__init__ if quantization == "none" else Int8Linear.__init__
-    kind = PackedLinear if quantization == "none" else Int8Linear
+    original = NarrowLinear.__init__ if quantization == "none" else Int8Linear.__init__
+    kind = NarrowLinear if quantization == "none" else Int8Linear
 
     def counting(self: FrozenLinear, *arguments: Any, **options: Any) -> None:
         gc.collect()
@@ -232,4 +233,4 @@ def test_a_group_keeps_nothing_when_all_have_asked() -> None:
 def test_siblings_of_other_widths_are_packed_one_by_one() -> None:
     model = Attention(width=12).requires_grad_(False)
     assert pack_linears(model) == 3
-    assert type(model.q_proj) is PackedLinear
+    assert type(model.q_proj) is NarrowLinear

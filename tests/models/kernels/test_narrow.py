@@ -13,11 +13,15 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS
 from corolla.models.kernels import narrow
 from corolla.models.kernels.apply import exact_linear
-from corolla.models.kernels.narrow import FEW_ROWS, NarrowLinear, narrow_form
+from corolla.models.kernels.choice import Trials
+from corolla.models.kernels.narrow import NarrowLinear, as_it_is, narrow_form
 from corolla.models.kernels.native import library
-from corolla.models.kernels.packed import PackedLinear
+from corolla.models.kernels.ways import BOUNDS, WAYS, Way, Ways
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="no C compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
 
 OUT, IN = 24, 96
 
@@ -35,6 +39,7 @@ def quantized(levels: range, group: int, *, offset: bool, half: bool = True) -> 
 
 
 WEIGHTS: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "float32": (lambda: torch.randn(OUT, IN), "float32"),
     "bfloat16": (lambda: torch.randn(OUT, IN).bfloat16().float(), "bfloat16"),
     "float16": (lambda: torch.randn(OUT, IN).half().float(), "float16"),
     "Q4_0": (lambda: quantized(range(-8, 8), 32, offset=False), "nibbles"),
@@ -52,8 +57,7 @@ def made(name: str) -> tuple[Tensor, NarrowLinear]:
     torch.manual_seed(7)
     make, form = WEIGHTS[name]
     weight = make()
-    found = narrow_form(weight)
-    assert found is not None
+    found = narrow_form(weight) or as_it_is(weight)
     assert found.form == form
     return weight, NarrowLinear(found, torch.randn(OUT))
 
@@ -63,13 +67,15 @@ def test_the_weight_is_given_back(name: str) -> None:
     weight, layer = made(name)
     groups = weight.view(OUT, -1, 16).abs().amax(-1, keepdim=True).expand(OUT, -1, 16).reshape(OUT, IN)
     assert bool(((layer.weight - weight).abs() <= 2 * narrow.ROUNDING * groups).all())
-    if name in ("bfloat16", "float16"):
+    if name in ("float32", "bfloat16", "float16"):
         assert torch.equal(layer.weight, weight)
-    assert layer.weight_bytes() < weight.nbytes * 0.7
+    assert layer.weight_bytes() < weight.nbytes * (1.1 if name == "float32" else 0.7)
+    layer.weight.zero_()  # the reader's own
+    assert bool(layer.weight.any())
 
 
 @each_weight
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 33, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 33, 64, BOUNDS[-1] + 1])
 def test_products(name: str, rows: int) -> None:
     weight, layer = made(name)
     value = torch.randn(rows, IN)
@@ -79,7 +85,7 @@ def test_products(name: str, rows: int) -> None:
 
 
 @each_weight
-@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 5, BOUNDS[-1] + 1])
 def test_gradients(name: str, rows: int) -> None:
     weight, layer = made(name)
     value = torch.randn(2, rows, IN, requires_grad=True)
@@ -105,10 +111,28 @@ def test_threads_change_no_bit(name: str) -> None:
         torch.set_num_threads(before)
 
 
-def test_weights_without_a_narrow_form_are_packed_as_they_are() -> None:
+@each_weight
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rows", [1, 6, 200])
+def test_each_way_gives_the_product_and_its_gradient(name: str, way: Way, rows: int) -> None:
+    weight, layer = made(name)
+    back: Way = "torch" if way == "own" else way
+    layer = NarrowLinear(layer.narrow, layer.bias, Ways((way,) * (len(BOUNDS) + 1), back))
+    value = torch.randn(rows, IN, requires_grad=True)
+    found = layer(value)
+    torch.testing.assert_close(found, F.linear(value, weight, layer.bias), atol=1e-5, rtol=1e-5)
+    outer = torch.randn(rows, OUT)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, value, outer)[0], outer @ weight, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_weights_without_a_narrow_form_are_kept_as_they_are_in_their_own_memory() -> None:
     weight = torch.randn(OUT, IN)
     assert narrow_form(weight) is None
-    assert isinstance(exact_linear(weight, None), PackedLinear)
+    layer = exact_linear(weight, None, trials=Trials())
+    assert isinstance(layer, NarrowLinear)
+    assert layer.narrow.values.data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "bfloat16"])
@@ -134,9 +158,12 @@ def test_weights_that_are_no_numbers_are_left_alone(value: float) -> None:
     assert narrow_form(weight) is None
 
 
-def test_without_a_compiler_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(narrow, "library", lambda: None)
-    assert isinstance(exact_linear(torch.zeros(OUT, IN), None), PackedLinear)
+    weight, value = torch.randn(OUT, IN).bfloat16().float(), torch.randn(3, IN)
+    layer = exact_linear(weight, None, trials=Trials())
+    assert layer.native() is None
+    torch.testing.assert_close(layer(value), F.linear(value, weight))
 
 
 def test_the_embedded_model_is_kept_as_its_file_has_it() -> None:

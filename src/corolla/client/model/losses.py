@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.models.guard import IGNORED
-from corolla.models.kernels.packed import is_packable, multiply
+from corolla.models.kernels.packed import is_packable
+from corolla.models.kernels.ways import multiply
 
 # Of 50,000 words in float32 25 MB: the most that the C library keeps for the next chunk and need not ask for anew.
 CHUNK_ROWS = 128

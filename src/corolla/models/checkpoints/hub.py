@@ -6,6 +6,7 @@ the end. Without a network, what the hub's own cache on this machine holds is us
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from corolla.errors import CheckpointError, CorollaError, UnknownModel
-from corolla.models.checkpoints.shards import ReadRange, local_reader, read_entries
+from corolla.models.checkpoints.shards import ReadRange, TensorEntry, local_reader, read_entries
 from corolla.models.checkpoints.source import INDEX_FILE, SINGLE_FILE, Source, no_safetensors, parse_index
 
 PETALS_SUFFIX = "-petals"  # Petals published copies cut into blocks; the originals hold the same weights
@@ -69,6 +70,9 @@ class HubRepo(Source):
         if isinstance(cached, str):
             return local_reader(Path(cached))
         return self._remote_reader(file)
+
+    def bring(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> Mapping[str, ReadRange]:
+        return {file: local_reader(self.fetch(file)) for file in wanted}
 
     def fetch(self, file: str) -> Path:
         return self._download(file)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from corolla.config import QUANTIZATIONS
 from corolla.errors import UsageError
+from corolla.models.kernels.choice import Trials
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
-from corolla.models.kernels.narrow import NarrowLinear, narrow_form
+from corolla.models.kernels.narrow import Narrow, NarrowLinear, as_it_is, narrow_form
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
 Make = Callable[[Tensor, Tensor | None], FrozenLinear]  # of weight and bias
@@ -46,7 +47,7 @@ def check_quantization(name: str, dtype: torch.dtype, device: torch.device) -> N
         raise UsageError("nf4 needs a CUDA device; use int8 or none on a CPU.")
     if device.type == "cpu" and not supported(device, dtype, "int8"):
         raise UsageError(
-            f"int8 on a CPU needs an x86 machine with AVX2 and float32 activations, not {dtype}; use "
+            f"int8 on a CPU needs a C compiler (or AVX2) and float32 activations, not {dtype}; use "
             "--dtype float32, or no quantization."
         )
 
@@ -80,8 +81,9 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
             f"Unknown quantization {quantization!r}; use one of {', '.join(get_args(Quantization))}."
         )
     if quantization == "int8" and not has_int8():
-        raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
-    make: Make = exact_linear if quantization == "none" else partial(Int8Linear, pieces=pieces)
+        raise UsageError("int8 needs a C compiler, or an x86 CPU with AVX2; run without quantization here.")
+    exact = partial(exact_linear, trials=Trials())
+    make: Make = exact if quantization == "none" else partial(Int8Linear, pieces=pieces)
     names = _replaceable(module, lambda weight: is_packable(weight.device, weight.dtype))
     total = len(names)
     for parent in sorted({name.rpartition(".")[0] for name in names}):
@@ -148,10 +150,15 @@ def _replace(module: nn.Module, names: set[str], make: Callable[[Tensor, Tensor 
         del layer
 
 
-def exact_linear(weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-    """The fastest layer with this very weight: narrow where it has such a form, else packed as it is."""
-    narrow = narrow_form(weight)
-    return PackedLinear(weight, bias) if narrow is None else NarrowLinear(narrow, bias)
+def exact_linear(weight: Tensor, bias: Tensor | None, *, trials: Trials) -> FrozenLinear:
+    """The fastest layer with this very float32 weight [out, in], whose memory it may share."""
+    return linear_of(narrow_form(weight) or as_it_is(weight), bias, trials=trials)
+
+
+def linear_of(narrow: Narrow, bias: Tensor | None, *, trials: Trials) -> FrozenLinear:
+    """The fastest layer with a weight that is kept so."""
+    ways = trials.ways(narrow)
+    return PackedLinear(narrow.values, bias) if ways.packed else NarrowLinear(narrow, bias, ways)
 
 
 def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import exact_linear
+from corolla.models.kernels.choice import Trials
 from corolla.models.kernels.int8 import Int8Linear
-from corolla.models.kernels.packed import FrozenLinear, is_packable, multiply
+from corolla.models.kernels.packed import FrozenLinear, is_packable
+from corolla.models.kernels.ways import multiply
 
 CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for SmolLM2
 
@@ -45,7 +47,7 @@ def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "
     # A bias of its own: what is made here must not change when the head is changed.
     bias = None if head.bias is None else head.bias.detach().clone()
     if quantization == "none":
-        return exact_linear(head.weight, bias)
+        return exact_linear(head.weight, bias, trials=Trials())
     product = Int8Linear(head.weight, bias) if quantization == "int8" else None
     halve_tables(model, head)
     return product or HalfLinear(head.weight, head.bias)

@@ -1,9 +1,9 @@
-"""Weights kept in fewer bits that give back the same float32 numbers.
+"""Weights kept in as few bits as give back the same float32 numbers.
 
 Invariant: nothing is rounded that was not rounded before. A weight that was published in bfloat16 or float16 is
 kept so, to the bit; one that was made from a quantized file (GGUF) is whole numbers with a step and an offset for
-every group of columns, and is kept as these when they give it back to float32's own rounding. Any other weight has
-no narrow form. Products are float32 throughout: what is saved is memory, and the time to read it.
+every group of columns, and is kept as these when they give it back to float32's own rounding. Any other weight is
+kept as it is. Products are float32 throughout: what is saved is memory, and the time to read it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from corolla.models.kernels.native import FORMS, Layer, library, pointer
-from corolla.models.kernels.packed import FrozenLinear, multiply
+from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.ways import Ways, product, product_back, usual
 
-FEW_ROWS = 64  # with more, the weight is widened once and multiplied by torch
 OUTPUTS = 4  # whose number has to be a multiple of this
 MOST_COLUMNS = 2**16  # four rows of so many lie on a thread's stack
 GROUPS = (32, 16)  # columns that share a step in the formats of GGUF
@@ -33,8 +33,10 @@ CHUNK = 2**22  # weights that are looked at together
 class Narrow:
     """A weight [out, in]: its `values`, and for whole numbers a step and an offset for each group of columns."""
 
-    form: Literal["bfloat16", "float16", "bytes", "nibbles"]
-    values: Tensor  # bfloat16, float16 or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
+    form: Literal["float32", "bfloat16", "float16", "bytes", "nibbles"]
+    values: (
+        Tensor  # float32, bfloat16, float16 or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
+    )
     steps: Tensor | None = None  # float16 or float32 [out, in / group]
     offsets: Tensor | None = None  # the same; None when all are 0
 
@@ -44,6 +46,19 @@ class Narrow:
         rows, columns = self.values.shape
         return rows, columns * 2 if self.form == "nibbles" else columns
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether native.c multiplies by it on this machine."""
+        return library() is not None and _fits(*self.shape)
+
+    def beginning(self, outputs: int) -> Narrow:
+        """The weight of the first outputs alone, of which 4 or a multiple are asked for; no copy."""
+        return Narrow(self.form, *(None if one is None else one[:outputs] for one in self._tensors))  # type: ignore[arg-type]
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.values, self.steps, self.offsets
+
     def described(self) -> tuple[Any, ...]:
         """The first arguments of the kernels."""
         rows, columns = self.shape
@@ -51,26 +66,42 @@ class Narrow:
         if self.steps is not None:
             shift = (columns // self.steps.shape[1]).bit_length() - 1
             halves = self.steps.dtype == torch.float16
-        tensors = (pointer(one) for one in (self.values, self.steps, self.offsets))
+        tensors = map(pointer, self._tensors)
         return (FORMS[self.form], *tensors, int(halves), shift, columns, rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it consists of, by name."""
-        named = {"values": self.values, "steps": self.steps, "offsets": self.offsets}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        named = zip(("values", "steps", "offsets"), self._tensors, strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def widened(self) -> Tensor:
+        """The weight, float32 [out, in]: made anew, but for one that is kept as it is."""
+        if self.form == "float32":
+            return self.values
+        wide = torch.empty(self.shape)
+        _kernels().narrow_widen(*self.described(), pointer(wide), torch.get_num_threads())
+        return wide
+
+
+def _fits(rows: int, columns: int) -> bool:
+    """Whether native.c takes weights of this shape."""
+    return rows % OUTPUTS == 0 and columns % GROUPS[0] == 0 and columns <= MOST_COLUMNS
+
+
+def as_it_is(weight: Tensor) -> Narrow:
+    """A float32 weight [out, in] that is kept so; its memory, where it lies together."""
+    return Narrow("float32", weight.detach().contiguous())
 
 
 def narrow_form(weight: Tensor) -> Narrow | None:
     """The narrow form of a float32 weight [out, in], or None where there is none or no kernel for it."""
     rows, columns = weight.shape
-    if library() is None or rows % OUTPUTS or columns % GROUPS[0] or columns > MOST_COLUMNS:
+    if library() is None or not _fits(rows, columns):
         return None
     if not bool(weight.isfinite().all()):
         return None
     weight = weight.detach().contiguous()
     for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
-        if dtype == torch.float16 and not _kernels().knows_float16():
-            continue
         if torch.equal(weight.to(dtype).float(), weight):
             return Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
     sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
@@ -132,7 +163,7 @@ def _halved(steps: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float16 where that is what they are, as in GGUF."""
     halves = steps.half(), offsets.half()
     same = all(torch.equal(half.float(), one) for half, one in zip(halves, (steps, offsets), strict=True))
-    return halves if same and _kernels().knows_float16() else (steps, offsets)
+    return halves if same else (steps, offsets)
 
 
 def _around_zero(groups: Tensor) -> _Lattice:
@@ -175,10 +206,11 @@ def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
 class NarrowLinear(FrozenLinear):
     """A frozen float32 linear layer on the CPU whose weight is kept narrow; differentiable in its input."""
 
-    def __init__(self, narrow: Narrow, bias: Tensor | None = None) -> None:
-        """`bias` float32 [out] is kept as it is."""
+    def __init__(self, narrow: Narrow, bias: Tensor | None = None, ways: Ways | None = None) -> None:
+        """`bias` float32 [out] is kept as it is; `ways` to multiply, the usual ones where nothing was tried."""
         super().__init__(*narrow.shape, bias)
         self.narrow = narrow
+        self.ways = usual(narrow.has_kernel) if ways is None else ways
         self._described = narrow.described()
         for name, tensor in narrow.tensors().items():  # whoever adds up a module's memory finds them
             self.register_buffer(f"narrow_{name}", tensor, persistent=False)
@@ -186,9 +218,8 @@ class NarrowLinear(FrozenLinear):
     @property
     def weight(self) -> Tensor:
         """The float32 weight [out, in]; made anew at each reading."""
-        wide = torch.empty(self.out_features, self.in_features)
-        _kernels().narrow_widen(*self._described, pointer(wide), torch.get_num_threads())
-        return wide
+        wide = self.narrow.widened()
+        return wide.clone() if wide is self.narrow.values else wide
 
     def weight_bytes(self) -> int:
         """Memory of weight and bias in bytes."""
@@ -197,21 +228,27 @@ class NarrowLinear(FrozenLinear):
 
     def multiply(self, value: Tensor) -> Tensor:
         rows = value.numel() // self.in_features
-        if rows > FEW_ROWS:
-            return multiply(value, self.weight, self.bias)
+        way = self.ways.of(rows)
+        if way != "own":
+            return product(value, self.narrow.widened(), self.bias, way)
         value = value.contiguous()
         result = value.new_empty(*value.shape[:-1], self.out_features)
         threads = torch.get_num_threads()
         _kernels().narrow_product(*self._described, pointer(value), pointer(result), rows, threads)
         return result if self.bias is None else result.add_(self.bias)
 
-    def native(self) -> Layer:
-        """What `run_program` is told; it holds as long as this layer does."""
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        return product_back(gradient, self.narrow.widened(), self.ways.backward)
+
+    def native(self) -> Layer | None:
+        """What `run_program` is told, if it can compute this; it holds as long as this layer does."""
+        if not self.narrow.has_kernel:
+            return None
         form, values, steps, offsets, halves, shift, columns, rows = self._described
         return Layer(form, halves, shift, columns, rows, values, steps, offsets, pointer(self.bias))
 
 
 def _kernels() -> Any:
     found = library()
-    assert found is not None  # `narrow_form` asked
+    assert found is not None  # `has_kernel` asked
     return found

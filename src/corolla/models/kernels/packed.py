@@ -14,10 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from corolla.errors import UsageError
 from corolla.models.kernels.native import Layer
-
-# oneDNN adds a row's products up one after the other. Sums that are cut at this length are half as far from
-# float64 in SmolLM2 (1,536 long ones), about where the plain product is, for 17 of 38 µs more with one row.
-LONGEST_SUM = 1024
+from corolla.models.kernels.ways import cut, multiply, multiply_parts
 
 
 def is_packable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -100,18 +97,19 @@ class PackedLinear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Packs `weight` float32 [out, in], keeping no reference to it; `bias` float32 [out] is kept as it is."""
         super().__init__(int(weight.shape[0]), int(weight.shape[1]), bias)
-        self._count = -(-self.in_features // LONGEST_SUM)
         # Outside of inference mode, or the buffers could never meet autograd.
         with torch.inference_mode(False), torch.no_grad():
-            for index, part in enumerate(weight.detach().tensor_split(self._count, dim=1)):
+            parts = cut(weight.detach())
+            self._count = len(parts)
+            for index, part in enumerate(parts):
                 packed = torch.ops.mkldnn._reorder_linear_weight(part.contiguous())
                 # Buffers, so that whoever adds up a module's memory finds them.
                 self.register_buffer(f"packed_{index}", packed, persistent=False)
 
     @property
-    def parts(self) -> list[Tensor]:
+    def parts(self) -> tuple[Tensor, ...]:
         """The packed weight, opaque, in pieces [out, in / n] along the sums."""
-        return [self.get_buffer(f"packed_{index}") for index in range(self._count)]
+        return tuple(self.get_buffer(f"packed_{index}") for index in range(self._count))
 
     @property
     def weight(self) -> Tensor:
@@ -124,27 +122,13 @@ class PackedLinear(FrozenLinear):
         return sum(part.nbytes for part in self.parts) + (0 if self.bias is None else self.bias.nbytes)
 
     def multiply(self, value: Tensor) -> Tensor:
-        if self._count == 1:
-            return multiply(value, self.parts[0], self.bias)
-        first, *others = value.tensor_split(self._count, dim=-1)
-        product = multiply(first.contiguous(), self.parts[0], self.bias)
-        for piece, part in zip(others, self.parts[1:], strict=True):
-            product = torch.ops.mkldnn._linear_pointwise.binary(
-                piece.contiguous(), product, part, None, "add"
-            )
-        return product
+        return multiply_parts(value, self.parts, self.bias)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
         # oneDNN takes the transposed view of the unpacked weight as it is: with 512 rows this costs half of
         # what `gradient @ weight` costs, unpacking included, and no second packed copy has to be kept.
         pieces = [multiply(gradient, part.to_dense().t(), None) for part in self.parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-
-def multiply(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """value @ weight.T + bias through oneDNN; `weight` [out, in] is packed or plain with any strides."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(value, weight, bias, "none", [], "")
-    return product
 
 
 class _Product(torch.autograd.Function):
