@@ -142,8 +142,11 @@ class World:
 class Running:
     """A server of `api` on a thread, until `close()`."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, send_buffer: int | None = None) -> None:
+        """`send_buffer`: bytes that the system holds of an answer which is not read."""
         self.listener: socket.socket = listening("127.0.0.1", 0)
+        if send_buffer is not None:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.url = url_of(self.listener)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(api)), name="api-test")
@@ -189,7 +192,7 @@ class Worlds:
         waiting: int = 64,
         limits: dict[str, Any] | None = None,
         patience: float = 20.0,
-        model: Any = None,
+        send_buffer: int | None = None,
     ) -> World:
         """A swarm and an API over it."""
         bundles = self.root / name
@@ -198,14 +201,14 @@ class Worlds:
         self._ends.append(swarm)
         partners = Partners(
             BASE,
-            swarm.model(patience=patience) if model is None else model(swarm),
+            swarm.model(patience=patience),
             load_tokenizer(self.folder),
             identity=swarm.checkpoint.identity,
             folder=bundles,
         )
         generator = Generator(SessionPool(most=most, most_bytes=most_bytes), at_once=at_once, waiting=waiting)
         api = Api(partners, generator, keys or Keys({}), limits=limits or {})
-        running = Running(api)
+        running = Running(api, send_buffer)
         self._ends.append(running)
         world = World(swarm, self.folder, bundles, api, running.url, self.local, self.tokenizer)
         self._ends.append(world)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from tests.api.world import write_bundle, write_model
 from tests.e2e.processes import Process, Processes, corolla, processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from corolla.api.serving import listening
+from corolla.cli.api import ApiOptions
+from corolla.errors import UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 
 
@@ -66,19 +71,29 @@ def stop(server: Process) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "--api-key"),
-        (["--port", "70000"], "--port"),
-        (["--bundles", "/nowhere"], "not a folder"),
-        (["--api-keys", "/nowhere"], "cannot be read"),
-        (["--at-once", "0"], "--at-once"),
-        (["--host", "192.0.2.1", "--api-key", "x"], "--host or --port"),
+        ({"port": 70000}, "--port"),
+        ({"bundles": Path("/nowhere")}, "not a folder"),
+        ({"at_once": 0}, "--at-once"),
+        ({"sessions": -1}, "--sessions"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=str,
 )
-def test_what_is_wrong_is_said_at_once(arguments: list[str], words: str) -> None:
-    done = corolla("api", *arguments)
+def test_what_is_wrong_is_said_at_once(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ApiOptions(**options)
+
+
+def test_other_machines_need_a_key() -> None:
+    done = corolla("api", "--host", "0.0.0.0")
     assert done.returncode == 2
-    assert words in done.stderr
+    assert "--api-key" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_address_that_is_taken_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="--port"):
+        listening("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UsageError, match="--host"):
+        listening("192.0.2.1", 0)
