@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,19 @@ def test_every_refusal_has_openai_s_form(world: World) -> None:
         found, about, _ = asked(world, path, method=method)
         assert found == status
         assert set(about["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_dashboard_shows_figures_that_there_are(world: World) -> None:
+    text = asked(world, "/metrics")[1]
+    board = json.loads((Path(__file__).parents[2] / "deploy" / "grafana-api.json").read_text())
+    named = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"corolla_\w+", target["expr"])
+    }
+    assert len(named) > 6
+    assert {name for name in named if f"{name} " not in text and f"{name}{{" not in text} == set()
 
 
 def test_figures_for_prometheus(world: World) -> None:
