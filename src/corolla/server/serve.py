@@ -281,7 +281,7 @@ def free_bytes(device: torch.device) -> int:
 
 def measure(span: Span) -> float:
     """Tokens/s of single-token steps through the span: what routing weighs servers by."""
-    hidden = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
+    hidden = torch.zeros(1, 1, span.width, dtype=span.dtype, device=span.device)
     with torch.inference_mode():
         span.forward(hidden, cache=span.new_cache())
         started, steps = time.perf_counter(), 0
@@ -293,7 +293,7 @@ def measure(span: Span) -> float:
 
 def time_training(span: Span) -> None:
     """A forward of as many tokens as say how long others will take."""
-    hidden = torch.zeros(1, LEAST_TIMED, span.hidden_size, dtype=span.dtype)
+    hidden = torch.zeros(1, LEAST_TIMED, span.width, dtype=span.dtype)
     Sequences(span, {"hidden": hidden, "lengths": torch.tensor([LEAST_TIMED])}).forward()
 
 
