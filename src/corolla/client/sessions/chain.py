@@ -134,7 +134,7 @@ class SessionChain:
         if self._deep is None and not self.spans:
             self._deep = _kept(call.deep)
         self._bundle = None
-        if call.prompt is not None and self._start == 0 and self._view.wire == "compute":
+        if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
             self._bundle = Bundle.of(call.prompt, self._deep, hidden)
 
     async def _in_chunks(
