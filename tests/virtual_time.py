@@ -7,13 +7,15 @@ timer fires early: a schedule of faults gives the same run every time.
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from corolla.server.scheduler.engine import Engine, Request
 from corolla.swarm.loop import EventLoopThread
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -54,6 +56,7 @@ class VirtualLoopThread(EventLoopThread):
         self._callers = 0
         self._computing = 0
         super().__init__(_VirtualLoop(selector))
+        self._loop.thread = self  # type: ignore[attr-defined]
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""
@@ -74,12 +77,27 @@ class VirtualLoopThread(EventLoopThread):
         return self._callers > 0 and not self._computing
 
 
+def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """An asynchronous test that runs so: for what waits for nothing but timers, its own loop and `SimulatedEngine`."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        thread = VirtualLoopThread()
+        try:
+            thread.run(test(*args, **kwargs))
+        finally:
+            thread.close()
+
+    return run
+
+
 class SimulatedEngine(Engine):
     """A server's engine on a virtual loop: computing takes no time, but for what `delay` adds to every job."""
 
-    def __init__(self, thread: VirtualLoopThread, **how: Any) -> None:
+    def __init__(self, thread: VirtualLoopThread | None = None, **how: Any) -> None:
+        """On the running loop's thread, or that one."""
         super().__init__(**how)
-        self._on = thread
+        self._on = thread or asyncio.get_running_loop().thread  # type: ignore[attr-defined]
         self.delay = 0.0  # virtual seconds
         self._late: set[asyncio.Task[None]] = set()
 

@@ -182,7 +182,7 @@ def test_a_lost_cache_is_replayed_to_the_same_server(swarm: MemorySwarm) -> None
     ids = random_ids(1, 6)
     with model.inference_session(max_length=64) as session:
         first = model.generate(ids, max_new_tokens=5, **GREEDY)
-        for span in session._chain._spans:
+        for span in session.chain.spans:
             swarm.loop.run(span.drop())
         second = model.generate(None, max_new_tokens=5, **GREEDY)
     assert torch.equal(torch.cat([first, second], 1), local.greedy(ids, 10))

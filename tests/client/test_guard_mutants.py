@@ -12,6 +12,7 @@ import torch
 from tests.client.conftest import Pair
 from tests.client.test_ways_in import assert_equal, case_of
 from tests.client.ways.table import WAYS, Column, Way
+from tests.mutants import assert_is_planted
 
 from corolla.client import remote_blocks
 from corolla.client.sessions import session
@@ -41,7 +42,8 @@ def holds(pair: Pair, one: Way, column: Column, folder: Path) -> bool:
         found, expected = one.run(case)
     except UsageError as error:
         return sentence is not None and sentence in str(error)
-    except Exception:
+    except Exception as error:
+        assert_is_planted(error, __file__)
         return False
     if sentence is not None:
         return False

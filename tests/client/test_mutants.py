@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
+from tests.mutants import assert_none_raised, passes
 from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -272,7 +272,7 @@ class Checks:
             self.model.generate(ids, max_new_tokens=8, do_sample=False)
             session.position = 9
             before = self.model.generate(other, max_new_tokens=3, do_sample=False)
-            for span in session._chain._spans:
+            for span in session.chain.spans:
                 self.swarm.loop.run(span.drop())
             after = self.model.generate(None, max_new_tokens=5, do_sample=False)
             found = torch.cat([before, after], 1)
@@ -295,25 +295,9 @@ def test_mutant(
         checks = Checks(swarm, model, local)
         plant(monkeypatch)
         names = [field for field in vars(Checks) if field[0] != "_" and field != "without_prompts"]
-        outcome = {name: _passes(getattr(checks, name)) for name in names}
+        outcome = {name: passes(getattr(checks, name), __file__) for name in names}
     failed = {name for name, passed in outcome.items() if not passed}
     if plant is no_mistake:
         assert not failed
     assert set(CAUGHT_BY[plant]) <= failed
-    assert not _broken(caplog), (
-        "the mistake itself is out of date: it raises instead of computing something else"
-    )
-
-
-def _broken(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Errors that were logged as raised by this file's own lines."""
-    errors = [record.exc_info[1] for record in caplog.records if record.exc_info]
-    ends = [traceback.extract_tb(error.__traceback__)[-1] for error in errors if error is not None]
-    return [str(end) for end in ends if end.filename == __file__]
-
-
-def _passes(check: Callable[[], bool]) -> bool:
-    try:
-        return check()
-    except Exception:  # a mutant may also break in other ways
-        return False
+    assert_none_raised(caplog, __file__)

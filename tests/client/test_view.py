@@ -11,6 +11,7 @@ import pytest
 
 from corolla.client.servers import (
     EXCUSE_SECONDS,
+    KEPT_SECONDS,
     LONGEST_REST,
     MOST_EXCUSES,
     REFRESH_SECONDS,
@@ -97,6 +98,8 @@ async def test_a_directory_that_was_cut_short_proves_nothing() -> None:
     world.directory.records = [record("b", 100.0)]
     world.now += REFRESH_SECONDS + 1
     assert {one.peer_id for one in await world.view.usable()} == {"a", "b"}
+    world.now += KEPT_SECONDS
+    assert {one.peer_id for one in await world.view.usable()} == {"b"}  # but not for ever
     nobody = ClockedView()
     nobody.directory.cut_short = True
     with pytest.raises(MissingBlocks, match="cut short") as missing:

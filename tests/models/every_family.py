@@ -7,6 +7,7 @@ tries those that are named, or all, and then writes docs/models.md.
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import sys
@@ -29,12 +30,13 @@ from corolla.errors import UnsupportedFamily
 from corolla.models.checkpoints.names import text_part
 from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.families import structure
+from corolla.models.families import is_per_layer, layer_overrides, structure
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 GOOD = {"exact", "refused", "not compared"}
 SECONDS = 240.0  # for one family
 LAYERS, TOKENS, PADDED = 5, 11, 3
+SHARED = 2  # layers that take keys and values from earlier ones, where a family's do
 REPORT = Path(__file__).parents[2] / "docs" / "models.md"
 
 # Sizes whose ratios are no whole numbers where a family allows it; a window is shorter than what is tried.
@@ -55,6 +57,9 @@ UNEQUAL: dict[str, int] = {
     "moe_shared_expert_intermediate_size": 56,
     "word_embed_proj_dim": 48,
     "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size_per_layer_input": 7,
+    "laurel_rank": 5,
     "num_local_experts": 5,
     "num_experts": 5,
     "n_routed_experts": 5,
@@ -103,6 +108,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 5, "layer_types": CONVOLVED},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma4_text": {"num_kv_shared_layers": 12},
     "ministral": {"head_dim": 12},
     "nemotron": {"num_key_value_heads": 2},
     "olmo": {"clip_qkv": 0.5},
@@ -134,6 +140,8 @@ def tiny(family: str) -> PretrainedConfig:
     if text is config:
         return _small(config)
     parts: dict[str, Any] = {"text_config": _small(text).to_dict()}
+    marks = [name for name in config.to_dict() if name.endswith(("token_id", "token_index"))]
+    parts |= {name: UNEQUAL["vocab_size"] - 1 - at for at, name in enumerate(marks)}
     if getattr(config, "vision_config", None) is not None:
         vision = config.vision_config.to_dict()
         parts["vision_config"] = vision | {name: size for name, size in VISION.items() if name in vision}
@@ -161,9 +169,14 @@ class _OwnFailure(Exception):
 
 def _unequal(config: PretrainedConfig) -> PretrainedConfig:
     given = config.to_dict()
+    plain = copy.deepcopy(config)
+    if layer_overrides(config):
+        plain.per_layer_config = None
     for name, size in UNEQUAL.items():
-        value = getattr(config, name, None)
+        value = getattr(plain, name, None)
         known = config.attribute_map.get(name, name)
+        if isinstance(value, list) and name == "intermediate_size":
+            given[known] = [size - 8 * (at % 2) for at in range(len(value))]
         if isinstance(value, int) and not isinstance(value, bool) and known in given:
             given[known] = min(size, value) if name == "num_experts_per_tok" else size
     rotated = getattr(config, "qk_rope_head_dim", None)
@@ -171,12 +184,30 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
         given["head_dim"] = UNEQUAL["qk_rope_head_dim"]
     depth = config.num_hidden_layers
     for name, value in given.items():
-        if "layer" in name and isinstance(value, list) and len(value) == depth:
+        if is_per_layer(name, value, depth):
             kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
             given[name] = list(islice(cycle(kinds), LAYERS))
     given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS
+    if layer_overrides(config):
+        given["per_layer_config"] = _overrides(config, given)
+    if getattr(config, "num_kv_shared_layers", None):
+        given["num_kv_shared_layers"] = SHARED
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
     return type(config)(**given)
+
+
+def _overrides(config: PretrainedConfig, given: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What layers have of their own by their kind, in the ratio to the others."""
+    own, plain = layer_overrides(config), copy.deepcopy(config)
+    plain.per_layer_config = None
+    last = given["layer_types"][-1] = config.layer_types[-1]
+    of_kind = {kind: own.get(at, {}) for at, kind in enumerate(config.layer_types)}
+    assert last in of_kind
+    return {
+        at: {name: value * UNEQUAL[name] // getattr(plain, name) for name, value in of_kind[kind].items()}
+        for at, kind in enumerate(given["layer_types"])
+        if of_kind[kind]
+    }
 
 
 def verdict(family: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from corolla.client.connection import SwarmConnection
 from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checks.forms import crossing_of
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
@@ -154,6 +155,7 @@ class SimulatedSwarm:
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
+            crossing=crossing_of(self.checkpoint.config),
             owns_loop=False,
         )
         self._connections.append(connection)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tests.server.world import (
     HIDDEN,
-    Blocker,
     Clock,
     OneServer,
     RawClient,
@@ -23,6 +22,7 @@ from tests.server.world import (
     packed,
     until,
 )
+from tests.virtual_time import SimulatedEngine, in_virtual_time
 
 from corolla.config import NodeConfig, ServerConfig
 from corolla.errors import PeerDisconnected, RequestRefused, UsageError
@@ -349,16 +349,16 @@ async def test_a_silent_clients_session_expires_and_is_told_so() -> None:
         assert (await client.ask(opening())).message == Opened()
 
 
+@in_virtual_time
 async def test_a_request_that_takes_longer_than_silence_may_is_not_silence() -> None:
     """Neither one that is computed nor one whose tensors are under way."""
-    async with served(stream_silence=0.02, session_silence=0.02) as world:
+    silence = {"stream_silence": 5.0, "session_silence": 5.0}
+    async with served(engine=SimulatedEngine, silence=60.0, **silence) as world:
         client, slow = await world.raw(), await world.raw()
         data = frame(forward(), **packed(noise(1, LARGE, HIDDEN)))
         await slow.stream.write([data[:-1]])
-        await client.send(forward(), **packed(noise(1, 4, HIDDEN)))
-        async with Blocker(world.engine):
-            await asyncio.sleep(0.1)
-        assert (await client.answer()).message == Output()
+        world.engine.delay = 30.0
+        assert (await client.ask(forward(), **packed(noise(1, 4, HIDDEN)))).message == Output()
         await slow.stream.write([data[-1:]])
         assert (await slow.answer()).message == Output()
 

@@ -49,8 +49,9 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
 @pytest.fixture
 def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training gives way before each operator."""
-    monkeypatch.setattr("corolla.server.training.PIECE_SECONDS", 0.0)
-    monkeypatch.setattr("corolla.server.training.LEAST_SHARE", 0.0)
+    monkeypatch.setattr("corolla.server.training.SHORT_SECONDS", 0.0)
+    monkeypatch.setattr("corolla.server.scheduler.pieces.PIECE_SECONDS", 0.0)
+    monkeypatch.setattr("corolla.server.scheduler.pieces.LEAST_SHARE", 0.0)
 
 
 class Passes:

@@ -98,6 +98,7 @@ class OneServer:
         clock: Clock | None = None,
         limits: PeerLimits | None = None,
         leases: Leases | None = None,
+        engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.network = MemoryNetwork()
         self.client = self.network.transport("client")
@@ -110,7 +111,7 @@ class OneServer:
         layout = layout_of(self.span, margin)
         self.budget = CacheBudget(capacity, self.clock, tables=layout.tables)
         self.server = BlockServer(
-            self.span, self.budget, model=MODEL, layout=layout, limits=limits, leases=leases
+            self.span, self.budget, model=MODEL, layout=layout, limits=limits, leases=leases, engine=engine
         )
         self.engine = self.server.engine
         self._running = 0
@@ -161,10 +162,13 @@ class OneServer:
 
 
 @asynccontextmanager
-async def limited(capacity: int, *, silence: float | None = None, **budgets: Any) -> AsyncIterator[OneServer]:
+async def limited(
+    capacity: int, *, silence: float | None = None, engine: Callable[..., Engine] = Engine, **budgets: Any
+) -> AsyncIterator[OneServer]:
     """A server with such budgets, for as long as the block lasts."""
     clock = Clock()
-    world = OneServer(capacity=capacity, clock=clock, limits=PeerLimits(Budgets(**budgets), clock))
+    limits = PeerLimits(Budgets(**budgets), clock)
+    world = OneServer(capacity=capacity, clock=clock, limits=limits, engine=engine)
     world.server.silence = silence
     await world.start()
     try:

@@ -120,7 +120,7 @@ class Turncoat:
 
     def __init__(self, strange: Strange, honest: str) -> None:
         self.talk: Talk | None = None
-        serving = strange.swarm.network._peers[honest]._handlers
+        serving = strange.swarm.network.peers[honest].handlers
         work = serving[PROTOCOL_NAME]
 
         async def handle(stream: Stream) -> None:

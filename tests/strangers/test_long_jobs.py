@@ -32,9 +32,11 @@ NAME = "0" * 16  # of a graph
 
 @pytest.fixture(autouse=True)
 def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training gives way before each operator; how many it has is what time is measured in here."""
-    monkeypatch.setattr("corolla.server.training.PIECE_SECONDS", 0.0)
-    monkeypatch.setattr("corolla.server.training.LEAST_SHARE", 0.0)
+    """Training gives way before each operator, and cuts long ones; how many it has is what time is measured in."""
+    monkeypatch.setattr("corolla.server.training.SHORT_SECONDS", 0.0)
+    sizes = {"PIECE_SECONDS": 0.0, "LEAST_SHARE": 0.0, "ROWS": 100, "SCORES": 100 * LONG, "FEWEST_QUERIES": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(f"corolla.server.scheduler.pieces.{name}", value)
 
 
 @pytest.fixture(params=["llama", "bloom"])

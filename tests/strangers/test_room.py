@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from corolla.errors import PeerDisconnected
 from corolla.server.peers import CLEARLY, who_gives_way
-from corolla.server.scheduler.policy import KNOWN_SECONDS, History
+from corolla.server.scheduler.policy import KNOWN_SECONDS, PeerHistory
 from corolla.wire.messages import Opened, Output, Ping, ServerStatus, Step
 from tests.server.world import (
     HIDDEN,
@@ -170,10 +170,10 @@ class Holding:
 
 
 def gives_way(
-    held: Sequence[Holding], peer: str, amount: int, missing: int, history: History | None = None
+    held: Sequence[Holding], peer: str, amount: int, missing: int, history: PeerHistory | None = None
 ) -> list[Holding]:
     holdings = {one: one.count for one in held}
-    return who_gives_way(holdings, Holding(peer, 0), amount, missing, history or History(), 100.0)
+    return who_gives_way(holdings, Holding(peer, 0), amount, missing, history or PeerHistory(), 100.0)
 
 
 @given(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.virtual_time import in_virtual_time
 
 from corolla.errors import PeerDisconnected, PeerSilent, ProtocolError, RequestRefused, UsageError
 from corolla.swarm.channel import PIECE, Channel, _pieces, request
@@ -165,9 +166,11 @@ async def test_a_stopped_server_is_noticed_while_sending(world: TwoEnds) -> None
         await channel.send(forward(torch.ones(1, 1024, 1024)))
 
 
-async def test_silence_counts_between_pieces_not_in_all(world: TwoEnds) -> None:
+@in_virtual_time
+async def test_silence_counts_between_pieces_not_in_all() -> None:
     """A transfer may take longer than `silence` as long as it moves."""
-    pieces, pause, silence = 12, 0.1, 1.0
+    world = TwoEnds()
+    pieces, pause, silence = 12, 0.9, 1.0
     hidden = torch.ones(1, pieces, PIECE // 4)
 
     async def server(channel: Channel) -> None:
@@ -214,17 +217,19 @@ async def test_a_server_may_wait_for_a_request_in_vain_and_go_on(world: TwoEnds)
     await request(channel, forward(torch.ones(1, 1, 1)))
 
 
-async def test_heartbeats_while_computing(world: TwoEnds) -> None:
+@in_virtual_time
+async def test_heartbeats_while_computing() -> None:
     """A request may take longer than `silence` as long as the server gives signs of life."""
+    world = TwoEnds()
 
     async def server(channel: Channel) -> None:
         while True:
             packet = await channel.receive(timeout=None)
             async with channel.heartbeat(ahead=lambda: 3):
-                await asyncio.sleep(0.8)
+                await asyncio.sleep(60)
             await channel.send(Packet(Output(), {"hidden": packet.tensors["hidden"]}))
 
-    channel = await world.connect(server, silence=0.7, heartbeat=0.01)
+    channel = await world.connect(server, silence=0.7, heartbeat=0.5)
     answer = await request(channel, forward(torch.ones(1, 1, 1)))
     assert answer.message == Output()
     await channel.send(forward(torch.ones(1, 1, 1)))

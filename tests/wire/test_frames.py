@@ -357,9 +357,9 @@ def test_prompts_must_fit_the_blocks() -> None:
     whole = {"hidden": hidden(), "lengths": torch.tensor([T])}
     with pytest.raises(ValueError, match="prompts"):
         encode(Packet(Forward(model="m", start=1, end=N), whole | {"prompts": PROMPTS}))
-    short = hidden(torch.float32, R, T, H + 1)
-    with pytest.raises(ValueError, match="prompts"):
-        encode(Packet(Forward(model="m", start=0, end=N), whole | {"hidden": short, "prompts": PROMPTS}))
+    # What crosses a cut may be wider than the hidden states; the server knows by how much.
+    wide = hidden(torch.float32, R, T, H + 1)
+    encode(Packet(Forward(model="m", start=0, end=N), whole | {"hidden": wide, "prompts": PROMPTS}))
 
 
 def test_a_mask_byte_that_is_no_bool() -> None:

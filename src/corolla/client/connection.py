@@ -15,6 +15,7 @@ from corolla.client.retry import Retry
 from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.client.view import SwarmView
 from corolla.config import SwarmConfig
+from corolla.models.crossing import Crossing
 from corolla.swarm.node import EventLoopThread, Node
 
 T = TypeVar("T")
@@ -32,10 +33,11 @@ class SwarmConnection:
         model: str,
         model_name: str,
         num_blocks: int,
+        crossing: Crossing | None = None,
         observe: Callable[[SwarmView], Observer] | None = None,
         owns_loop: bool = True,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it.
+        """`model` is the checkpoint's identity, `model_name` what people call it; for `crossing` see `SwarmView`.
 
         `observe` makes what is told of every answer, if anything.
         """
@@ -52,6 +54,7 @@ class SwarmConnection:
             model=model,
             model_name=model_name,
             num_blocks=num_blocks,
+            crossing=crossing,
             introductions=node.introductions,
         )
         self.retry = Retry(self.view, patience=self.config.patience)

@@ -22,16 +22,24 @@ from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
 from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
+from corolla.models.crossing import Crossing
 
 
 class RemoteBlocks:
     """Blocks [start, end) of a model in the swarm; `blocks[i:j]` is a part of them, `blocks[i:j](hidden)` runs it."""
 
     def __init__(
-        self, connection: SwarmConnection, start: int, end: int, local: LocalBlocks | None = None
+        self,
+        connection: SwarmConnection,
+        crossing: Crossing,
+        start: int,
+        end: int,
+        local: LocalBlocks | None = None,
     ) -> None:
-        """`local` are the first ones, where this client runs them itself."""
+        """`crossing` is what crosses the cuts between the model's blocks; `local` are the first ones, where this
+        client runs them itself."""
         self.connection = connection
+        self.crossing = crossing
         self.start, self.end = start, end
         self.local = local
 
@@ -47,7 +55,7 @@ class RemoteBlocks:
             raise UsageError(
                 f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
             )
-        return RemoteBlocks(self.connection, self.start + start, self.start + stop, self.local)
+        return RemoteBlocks(self.connection, self.crossing, self.start + start, self.start + stop, self.local)
 
     @property
     def remote_start(self) -> int:
@@ -59,8 +67,15 @@ class RemoteBlocks:
     ) -> Tensor:
         """Hidden states [R, T, H] after these blocks; `mask` [R, T] is 1 for tokens, `positions` int64 [R, T].
 
-        Differentiable in `hidden`. Raises `MissingBlocks` or `SwarmUnavailable`.
+        Where a family's blocks are given more (`models/crossing.py`), all of that stands beside the hidden states.
+        Differentiable in `hidden`. Raises `UsageError` for another width, `MissingBlocks` or `SwarmUnavailable`.
         """
+        width = self.crossing.width(self.start)
+        if hidden.shape[-1] != width:
+            raise UsageError(
+                f"What enters block {self.start} of this model is {width} numbers a token (hidden states, and "
+                f"whatever else its blocks need), not {hidden.shape[-1]}."
+            )
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         return self.run(hidden, BlocksCall(mask, positions, None, None, 0))
 

@@ -26,6 +26,7 @@ from corolla.wire.messages import SILENCE_SECONDS
 log = get_logger(__name__)
 
 REFRESH_SECONDS = 10.0
+KEPT_SECONDS = 300.0  # that a server stays known which a directory that was cut short no longer names
 SLOW_READ_SECONDS = 0.5  # a directory that takes longer is not waited for where older records will do
 FIRST_AVOIDANCE = 2.0  # seconds for which others are preferred; doubles with each failure in a row
 LONGEST_AVOIDANCE = 60.0
@@ -71,6 +72,7 @@ class Records:
         self._clock = clock
         self._moved = moved
         self._by_peer: dict[str, ServerRecord] = {}
+        self._named: dict[str, float] = {}  # when the directory last named each of these
         self._refreshed = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
@@ -109,17 +111,24 @@ class Records:
         found = [record for record in found if record.numerics in KINDS]
         records = [record for record in found if self._is_allowed(record.peer_id)]
         self.untrusted, self.cut_short = len(found) - len(records), self._directory.cut_short
+        self._refreshed = now = self._clock()
+        named = dict.fromkeys((record.peer_id for record in records), now)
         if self.cut_short:  # those that it did not get to may be there as before
-            named = {record.peer_id for record in records}
-            records += [record for record in self.known if record.peer_id not in named]
-        self._refreshed = self._clock()
+            kept = [record for record in self.known if self._may_be_there(record, named)]
+            named.update((record.peer_id, self._named[record.peer_id]) for record in kept)
+            records += kept
         if not records and self.known:
             return
+        self._named = named
         for record in records:
             before = self.of(record.peer_id) or record
             if (before.start, before.end) != (record.start, record.end):
                 self._moved(record.peer_id)
         self.known, self._by_peer = records, {one.peer_id: one for one in records}
+
+    def _may_be_there(self, record: ServerRecord, named: dict[str, float]) -> bool:
+        """Whether a server that was known, and may not have been named now, was named not long ago."""
+        return record.peer_id not in named and self._clock() - self._named[record.peer_id] < KEPT_SECONDS
 
     def _is_allowed(self, peer: str) -> bool:
         return (self._allowed is None or peer in self._allowed) and peer not in self._blocked

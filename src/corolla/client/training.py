@@ -129,7 +129,7 @@ def step_answer(
     newest = column >= before
     if not bool(newest.any()):
         return None
-    claimed = torch.zeros(1, len(row), hidden.shape[-1], dtype=output.dtype)
+    claimed = torch.zeros(1, len(row), output.shape[-1], dtype=output.dtype)
     claimed[0, newest] = output[row[newest], column[newest] - before]
     inputs = {"hidden": micro.packed(hidden)} | micro.extra(deep, hop.start, hop.end)
     return Answer(hop, "step", inputs, {"hidden": claimed}, newest)
@@ -158,6 +158,7 @@ class TrainingPass:
         self._deep = None if deep is None else deep.detach().float().cpu()
         self._lend = lend
         self._micro_batches: list[MicroBatch] = []
+        self._entered = torch.empty(0)  # of the form of what entered, before the backward
 
     async def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """Outputs [R, T, H] for inputs [R, T, H]; `mask` is bool [R, T], `positions` int64 [R, T].
@@ -165,6 +166,7 @@ class TrainingPass:
         Outputs of padding are zero.
         """
         self._begin()
+        self._entered = hidden[..., :1].expand_as(hidden)  # its form, and none of its memory
         rows, tokens = int(hidden.shape[0]), int(hidden.shape[1])
         ids = None if positions is None else positions.expand(rows, -1)
         self._micro_batches = list(micro_batches(rows, tokens, mask, ids))
@@ -172,7 +174,10 @@ class TrainingPass:
         async def one(micro: MicroBatch) -> Tensor:
             return await self._forward(micro, micro.packed(hidden), self._start, self._end)
 
-        return self._unpacked(await _together(one, self._micro_batches), hidden)
+        return self._unpacked(
+            await _together(one, self._micro_batches),
+            self._view.crossing.leaving(hidden, self._start, self._end),
+        )
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients for the inputs [R, T, H] and, with deep prompts, for those [blocks, P, H], fp32.
@@ -190,7 +195,7 @@ class TrainingPass:
             for _, pieces in results:  # in the order of the batch, so that sums are the same every time
                 for hop, piece in pieces:
                     deep_grad[hop.start : hop.end] += piece
-        return self._unpacked([grad_hidden for grad_hidden, _ in results], grad), deep_grad
+        return self._unpacked([grad_hidden for grad_hidden, _ in results], self._entered), deep_grad
 
     def _begin(self) -> None:
         if self._audits is not None:
@@ -220,7 +225,9 @@ class TrainingPass:
             message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
             tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
             reply = await self._exchange(hop, message, tensors)
-            output = checked(reply, "hidden", value, hop.peer_id)
+            output = checked(
+                reply, "hidden", self._view.crossing.leaving(value, hop.start, hop.end), hop.peer_id
+            )
             self._show(Answer(hop, "forward", tensors, {"hidden": output}))
             return Stage(hop, value, lease), output
 
@@ -246,7 +253,10 @@ class TrainingPass:
         tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
         tensors |= {} if self._deep is None else {"prompts": self._deep[hop.start : hop.end, :1]}
         message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
-        checked(await self._exchange(hop, message, tensors), "hidden", tensors["hidden"], hop.peer_id)
+        reply = await self._exchange(hop, message, tensors)
+        checked(
+            reply, "hidden", self._view.crossing.leaving(tensors["hidden"], hop.start, hop.end), hop.peer_id
+        )
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)

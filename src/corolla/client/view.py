@@ -25,6 +25,7 @@ from corolla.errors import (
     RemoteError,
     RequestRefused,
 )
+from corolla.models.crossing import Crossing, Form
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
 from corolla.swarm.channel import ChannelPool
@@ -67,14 +68,17 @@ class SwarmView:
         model: str,
         model_name: str,
         num_blocks: int,
+        crossing: Crossing | None = None,
         introductions: Introductions | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it. `introductions` presents this
+        """`model` is the checkpoint's identity, `model_name` what people call it; `crossing` is what crosses the cuts
+        between its blocks, None for a hidden state a token. `introductions` presents this
         client where it is not let in; `clock` gives seconds, by default the event loop's."""
         config = config or SwarmConfig()
         self.peer_id = transport.peer_id  # this client's own
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
+        self.crossing = crossing or Crossing(Form(0, 1, ()), num_blocks)
         self.wire = config.wire_format
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
@@ -91,6 +95,11 @@ class SwarmView:
         self._paces = Paces()
         self._curious_at = 0.0  # when a stranger may be tried though others have answered
         self._disappointed = 0  # how often in a row that came to nothing
+
+    @property
+    def takes_bundles(self) -> bool:
+        """Whether a prompt that a server computes by itself is what this client would send it."""
+        return self.wire == "compute" and self.crossing.plain
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.

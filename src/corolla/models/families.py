@@ -79,10 +79,15 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
     """A copy for blocks [start, end): fewer layers, and its per-layer lists cut accordingly."""
     sliced = copy.deepcopy(config)
     depth = config.num_hidden_layers
+    overrides = layer_overrides(config)
     for name, value in list(vars(sliced).items()):
-        if "layer" in name and isinstance(value, list) and len(value) == depth:
+        if is_per_layer(name, value, depth):
             setattr(sliced, name, value[start:end])
     sliced.num_hidden_layers = end - start
+    if overrides:
+        sliced.per_layer_config = {at - start: own for at, own in overrides.items() if start <= at < end}
+    if getattr(config, "num_kv_shared_layers", None):
+        sliced.num_kv_shared_layers = max(0, end - max(start, depth - config.num_kv_shared_layers))
     _fix_computed(config, sliced, start, end)
     # What a checkpoint asks to be given besides hidden states is the whole model's to give.
     for option in INNER_OUTPUTS:
@@ -90,6 +95,32 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
             setattr(sliced, option, False)
     sliced.return_dict = True
     return sliced
+
+
+def is_per_layer(name: str, value: Any, depth: int) -> bool:
+    """Whether an attribute of a config lists something of each of its `depth` layers."""
+    if not isinstance(value, list) or len(value) != depth:
+        return False
+    return "layer" in name or (
+        depth > 2 and all(type(one) in (int, float) for one in value) and "token" not in name
+    )
+
+
+def layer_overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """What single layers of a config have of their own, by their index; nothing for most."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(at): own for at, own in config.to_dict()["per_layer_config"].items()}
+
+
+def largest(config: PretrainedConfig, name: str) -> int | None:
+    """A size that a config names once, or for each layer: the largest. None where it does not name it."""
+    own = [one[name] for one in layer_overrides(config).values() if name in one]
+    listed = vars(config).get(config.attribute_map.get(name, name))
+    if listed is None and not own and not layer_overrides(config):
+        listed = getattr(config, name, None)
+    sizes = [*own, *(listed if isinstance(listed, list | tuple) else [listed])]
+    return max((int(one) for one in sizes if one is not None), default=None)
 
 
 def _fix_computed(config: PretrainedConfig, sliced: PretrainedConfig, start: int, end: int) -> None:
@@ -118,7 +149,7 @@ def _inspect(config: PretrainedConfig) -> Structure:
         ) from error
     base_name = str(causal_class.base_model_prefix)
     prefix = f"{base_name}." if hasattr(model, base_name) else ""
-    path = prefix + _shallowest_list(getattr(model, base_name, model), config.model_type)
+    path = prefix + _shallowest_list(getattr(model, base_name, model), 1, config.model_type)
     owner, _, attribute = path.rpartition(".")
     holder = model.get_submodule(owner)
     if not isinstance(holder, PreTrainedModel):
@@ -143,27 +174,25 @@ def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"Models of type {config.model_type} are not causal language models that Corolla can split; "
             "use a text-only decoder such as llama, qwen3 or bloom."
         )
-    if getattr(config, "hidden_size_per_layer_input", None) or getattr(config, "num_kv_shared_layers", None):
-        raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be split yet: their blocks take more from outside than hidden "
-            "states (inputs made of the token ids, or another block's keys and values)."
-        )
     found = mapping[type(config)]
     causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     return causal_class
 
 
-def _shallowest_list(base: nn.Module, model_type: str) -> str:
-    """Path of the one list of modules with weights that is nearest to the root of the base model."""
-    lists = [
-        name
+def _shallowest_list(base: nn.Module, depth: int, model_type: str) -> str:
+    """Path of the one list of modules with weights that is nearest to the root of a base model of `depth` blocks."""
+    found = [
+        (name, len(module))
         for name, module in base.named_modules()
         if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     ]
-    lists.sort(key=lambda name: name.count("."))
-    if not lists or (len(lists) > 1 and lists[0].count(".") == lists[1].count(".")):
+    least = min((name.count(".") for name, _ in found), default=0)
+    lists = [(name, length) for name, length in found if name.count(".") == least]
+    if len(lists) > 1:  # of something else that there are several of
+        lists = [one for one in lists if one[1] == depth]
+    if len(lists) != 1:
         raise UnsupportedFamily(
             f"Models of type {model_type} cannot be split: their blocks are not one list of layers."
         )
-    path: str = lists[0]
+    path: str = lists[0][0]
     return path

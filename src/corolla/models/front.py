@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corolla.errors import CheckpointError
+from corolla.errors import CheckpointError, UsageError
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.forms import values_returned
+from corolla.models.checks.forms import crossing_of, values_returned
 from corolla.models.families import structure
 from corolla.models.parts import front_class
 from corolla.models.prompts import SoftPrompt
@@ -27,8 +27,15 @@ from corolla.models.shell import BaseModelHooks, BlocksLayer
 def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch.dtype) -> list[Tensor]:
     """What each prompt [P, E] is where the first block begins, [P, H] in `dtype`.
 
-    Reads neither blocks nor the vocabulary's embedding. Raises `CheckpointError` when a tensor is missing.
+    Reads neither blocks nor the vocabulary's embedding. Raises `CheckpointError` when a tensor is missing,
+    `UsageError` for a family whose blocks are given more than hidden states.
     """
+    crossing = crossing_of(checkpoint.config)
+    if not crossing.plain:
+        raise UsageError(
+            f"Servers compute no prompts of {checkpoint.config.model_type} models by themselves, since their blocks "
+            "take more than hidden states: leave the bundle out, clients send it."
+        )
     entered: list[Tensor] = []
     begun: list[SoftPrompt] = []
 
@@ -36,7 +43,11 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
         entered.append(hidden[0])
         return hidden
 
-    model = _load_front(checkpoint, BlocksLayer(run, returns=values_returned(checkpoint.config)), dtype)
+    model = _load_front(
+        checkpoint,
+        BlocksLayer(run, returns=values_returned(checkpoint.config), crossing=crossing),
+        dtype,
+    )
     BaseModelHooks(model, prompts=lambda: begun[-1], caches=None)
     for prompt in prompts:
         begun.append(prompt)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, slice_config
 from corolla.models.shell import BlocksLayer, replace_blocks
 
@@ -24,6 +25,18 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), dtype=torch.long)
 
 
+class _Zeros(nn.Module):
+    """Stands in for an embedding or a projection where blocks are given more than hidden states: zeros, as wide."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    def forward(self, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        sizes = given.shape[:-1] if given.is_floating_point() else given.shape
+        return torch.zeros(*sizes, self._width, dtype=self._dtype, device=given.device)
+
+
 class _Nothing(nn.Module):
     """Stands in for another module with weights outside of the blocks: a norm, a projection."""
 
@@ -33,18 +46,18 @@ class _Nothing(nn.Module):
         return next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
 
 
-def span_class(found: Structure, start: int, end: int) -> type[PreTrainedModel]:
+def span_class(found: Structure, start: int, end: int, crossing: Crossing) -> type[PreTrainedModel]:
     """The model that runs the blocks, with blocks [start, end) only."""
     holder = found.holder
 
     def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
         holder.__init__(self, config)
-        cut_to_blocks(self, found.blocks, start, end)
+        cut_to_blocks(self, found.blocks, start, end, crossing)
 
     return _built_by(holder, build)
 
 
-def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> None:
+def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int, crossing: Crossing) -> None:
     """Keep blocks [start, end) of a family's model, and no other weights.
 
     Modules without weights stay: they may make what the blocks are called with, such as rotary embeddings.
@@ -56,12 +69,26 @@ def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int) -> 
             setattr(model, name, nn.ModuleList(child[start:end]))
             continue
         if name != blocks and any(True for _ in child.parameters()):
-            setattr(model, name, _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing())
+            setattr(model, name, _stand_in(child, crossing, end - start))
     setattr(model, blocks, nn.ModuleList(kept))
     model.whole_config = model.config
     # Blocks keep the whole model's config, by which they know their own place; the model that runs them
     # counts its blocks from 0.
     model.config = slice_config(model.config, start, end)
+
+
+def _stand_in(child: nn.Module, crossing: Crossing, count: int) -> nn.Module:
+    """For a part with weights outside of the `count` blocks that are kept."""
+    if crossing.plain:
+        return _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing()
+    if isinstance(child, nn.ModuleList):
+        return nn.ModuleList([_stand_in(one, crossing, count) for one in child])
+    if not isinstance(child, nn.Embedding | nn.Linear):
+        return _Nothing()
+    width = child.embedding_dim if isinstance(child, nn.Embedding) else child.out_features
+    # What gives every block its own part gives it to these blocks only.
+    each = any(one.each and width == crossing.depth * one.form.width for one in crossing.sides)
+    return _Zeros(width // crossing.depth * count if each else width, child.weight.dtype)
 
 
 def front_class(found: Structure, blocks: BlocksLayer) -> type[PreTrainedModel]:

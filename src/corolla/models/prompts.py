@@ -131,7 +131,8 @@ def add_deep_packed(hidden: Tensor, vectors: Tensor, tokens: Tensor) -> Tensor:
 
     The same sum as `add_deep`'s, where rows do not lie one below the other. Differentiable in both.
     """
-    return hidden.index_add(1, tokens, vectors.to(hidden.dtype).unsqueeze(0))
+    added = vectors.to(hidden.dtype).expand(hidden.shape[0], -1, -1)
+    return hidden.index_add(1, tokens, added)
 
 
 class PromptAdder:

@@ -8,18 +8,16 @@ hidden states (mask, position ids, prompts, cache) is taken where the base model
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,9 +26,12 @@ from corolla.models import guard
 from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import Edge, edge_of
 from corolla.models.cache import BlocksCall, Caches, PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.crossing import Crossing
+from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt, place_prompt
 
 ATTENTION_NAME = "corolla_remote"
+KEPT = "logits_to_keep"  # how many last positions a family's model may give, if it is told
 
 
 def _no_attention_here(*_args: Any, **_kwargs: Any) -> Any:
@@ -48,17 +49,19 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)
 
 RunBlocks = Callable[[Tensor, BlocksCall], Tensor]
 _call: ContextVar[BlocksCall | None] = ContextVar("corolla_blocks_call", default=None)
+_given: ContextVar[tuple[dict[str, Tensor], ...]] = ContextVar("corolla_given", default=())
 _seen: ContextVar[list[Tensor] | None] = ContextVar("corolla_seen", default=None)
 
 
 class BlocksLayer(nn.Module):
     """The one pseudo-layer; hands hidden states to `run` and gives the result in the family's form."""
 
-    def __init__(self, run: RunBlocks, *, returns: int) -> None:
-        """`returns` is what `models/checks/forms.py: values_returned` says of the family."""
+    def __init__(self, run: RunBlocks, *, returns: int, crossing: Crossing) -> None:
+        """`returns` and `crossing` are what `models/checks/forms.py` says of the family."""
         super().__init__()
         self._run = run
         self._returns = returns
+        self.crossing = crossing
         self._holder: weakref.ref[nn.Module] | None = None
         self._edge: tuple[Edge | None] | None = None  # None: not yet looked for
 
@@ -79,21 +82,43 @@ class BlocksLayer(nn.Module):
         if self._edge is None and holder is not None:
             self._edge = (edge_of(holder),)
 
-    def forward(
-        self, hidden_states: Tensor, *_args: Any, **_kwargs: Any
-    ) -> Tensor | tuple[Tensor | None, ...]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        plain = self.crossing.plain
+        entering = hidden_states if plain else self._collected(hidden_states, args, kwargs)
+        output = self._outputs(entering)
+        return self.in_form(output if plain else self.crossing.hidden.shaped(output))
+
+    def in_form(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """Hidden states as the family's blocks return them."""
+        return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """What a block is given besides hidden states, of the arguments behind them."""
+        return {
+            side.name: args[side.place - 1] if side.place <= len(args) else kwargs[side.name]
+            for side in self.crossing.sides
+        }
+
+    def _collected(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What enters the blocks, [R, T, W]: the family's loop has come to the last of them."""
+        given = [*_given.get(), self.given(args, kwargs)]
+        _given.set(())
+        return self.crossing.collect(hidden, given)
+
+    def _outputs(self, entering: Tensor) -> Tensor:
+        """Of all blocks, for what enters them [R, T, W]."""
         call = _call.get()
         if call is None:
             raise UsageError(
                 "The blocks were called outside of their model's forward; use model.blocks[i:j](hidden)."
             )
         if self.edge is not None:
-            self._check_length(self.edge, hidden_states, call)
+            self._check_length(self.edge, entering, call)
         seen = _seen.get()
-        if seen is not None:
-            seen.append(hidden_states)
-        output = self._run(hidden_states, call) if seen is None else hidden_states
-        return (output, *[None] * (self._returns - 1)) if self._returns else output
+        if seen is None:
+            return self._run(entering, call)
+        seen.append(entering)
+        return entering[..., : self.crossing.hidden.width]
 
     def _check_length(self, edge: Edge, hidden: Tensor, call: BlocksCall) -> None:
         rows, count = int(hidden.shape[0]), int(hidden.shape[1])
@@ -105,6 +130,21 @@ class BlocksLayer(nn.Module):
         edge.check(positions, real, cached=call.cache is not None)
 
 
+class _EarlierBlock(nn.Module):
+    """Stands for a block before the last, where blocks are given more than hidden states: notes what it is given."""
+
+    def __init__(self, layer: BlocksLayer, *, first: bool) -> None:
+        super().__init__()
+        self._layer = (layer,)  # which is a module in its own place
+        self._first = first
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        (layer,) = self._layer
+        before = () if self._first else _given.get()
+        _given.set((*before, layer.given(args, kwargs)))
+        return layer.in_form(hidden_states)
+
+
 def check_cached_length(model: nn.Module, tokens: int) -> None:
     """Raises `SessionLimit` where a session of so many tokens a row, prompts included, would not be exact."""
     for layer in model.modules():
@@ -114,7 +154,7 @@ def check_cached_length(model: nn.Module, tokens: int) -> None:
 
 @torch.no_grad()
 def what_enters(base: nn.Module, ids: Tensor) -> Tensor:
-    """What token ids [R, T] are when they enter the first block, the prompt in front: [R, P+T, H]; no block is run."""
+    """What token ids [R, T] are when they enter the first block, the prompt in front: [R, P+T, W]; no block is run."""
     seen: list[Tensor] = []
     token = _seen.set(seen)
     try:
@@ -169,6 +209,8 @@ class BaseModelHooks:
         guard.check_continues(cache, rows, new_tokens, named)
         if named.get("position_ids") is not None:
             named["position_ids"] = guard.known_positions(named["position_ids"], named.get("attention_mask"))
+        if KEPT in self._names:  # the head takes what it needs of all outputs
+            named.pop(KEPT, None)
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
             flat.split_call(named)
@@ -315,45 +357,11 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     """
     path, _, name = prefix.rpartition(".")
     holder: Any = model.get_submodule(path)
-    setattr(holder, name, nn.ModuleList([layer]))
+    before = 0 if layer.crossing.plain else layer.crossing.depth - 1
+    earlier = [_EarlierBlock(layer, first=not index) for index in range(before)]
+    setattr(holder, name, nn.ModuleList([*earlier, layer]))
     layer.stand_in(holder)
-    holder._is_hf_initialized = True  # some families initialise their blocks with the model that runs them
+    # Some families initialise their blocks with the model that runs them; others, what no checkpoint has of it.
+    holder._is_hf_initialized = not holder._non_persistent_buffers_set
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
-
-
-def with_attention(config: PretrainedConfig, name: str) -> PretrainedConfig:
-    """`config` as a module sees it whose attention is the one registered as `name`; the rest is `config`'s own.
-
-    Whichever of the two is changed, both are; whoever copies or saves it gets `config`, so the name never leaves
-    the module.
-    """
-    family: Any = type(config)
-    kind: Any = _private_class(family, name)
-    made = kind.__new__(kind)
-    object.__setattr__(made, "__dict__", config.__dict__)
-    object.__setattr__(made, "_public", config)
-    private: PretrainedConfig = made
-    return private
-
-
-@lru_cache
-def _private_class(family: Any, name: str) -> Any:
-    def deepcopy(self: Any, memo: dict[int, Any]) -> PretrainedConfig:
-        found: PretrainedConfig = copy.deepcopy(self._public, memo)
-        return found
-
-    def reduce(self: Any, _protocol: Any) -> Any:
-        return copy.copy, (self._public,)
-
-    def set_public(self: Any, value: Any) -> None:
-        self._public._attn_implementation = value
-
-    members = {
-        "__slots__": ("_public",),
-        "__module__": family.__module__,
-        "__deepcopy__": deepcopy,
-        "__reduce_ex__": reduce,
-        "_attn_implementation": property(lambda _self: name, set_public),
-    }
-    return type(family.__name__, (family,), members)

@@ -2,9 +2,7 @@
 
 Invariant: spans chained end to end compute what the whole model computes between its embeddings and its
 final norm, in the same arithmetic. The model that runs the blocks is the family's own class with everything
-before and after the blocks replaced by nothing; blocks keep the index that they have in the whole model. Hooks
-stand on blocks that other spans' views share, and in a pause other passes go through the same blocks; so each
-hook acts in its own pass and in no other.
+before and after the blocks replaced by nothing; blocks keep the index that they have in the whole model.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -28,67 +25,15 @@ from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
+from corolla.models.checks.forms import crossing_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
+from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.parts import span_class
+from corolla.models.passage import Passage, WidePassage
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
-
-_passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
-
-
-def first_of(output: Any) -> Tensor:
-    """The hidden states [R, T, H] among what a block returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return hidden
-
-
-class Passage:
-    """One pass of hidden states through a list of blocks: what enters the first, and what leaves the last.
-
-    Families' code does something to its inputs before the first block (positions are added, they are scaled)
-    which has been done at the client, and something after the last, which is done there too.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]]) -> None:
-        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs."""
-        self._blocks = blocks
-        self._hidden = hidden
-        self._hooks = hooks
-        self.left: Tensor | None = None
-
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """The family's code runs its blocks inside."""
-        handles = [
-            self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
-            self._blocks[-1].register_forward_hook(self._leave),
-        ]
-        for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
-            handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
-        token = _passage.set(self)
-        try:
-            yield
-        finally:
-            _passage.reset(token)
-            for handle in handles:
-                handle.remove()
-
-    def _enter(
-        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _passage.get() is not self:
-            return None
-        kwargs.pop("hidden_states", None)
-        return (self._hidden, *args[1:]), kwargs
-
-    def _leave(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if _passage.get() is self:
-            self.left = first_of(output)
-
-    def _only_here(self, hook: BlockHook) -> BlockHook:
-        return lambda block, args: hook(block, args) if _passage.get() is self else None
 
 
 class Span:
@@ -99,9 +44,19 @@ class Span:
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
 
-    def __init__(self, model: PreTrainedModel, blocks: str, start: int, end: int, *, packable: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: str,
+        start: int,
+        end: int,
+        *,
+        crossing: Crossing,
+        packable: bool,
+    ) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
+        self.crossing = crossing
         self.start = start
         self.end = end
         self.packable = packable
@@ -133,6 +88,16 @@ class Span:
         return int(self.config.hidden_size)
 
     @property
+    def width(self) -> int:
+        """W, of what enters the first block: H, and whatever else the blocks need (`models/crossing.py`)."""
+        return self.crossing.width(self.start)
+
+    @property
+    def width_behind(self) -> int:
+        """W', of what leaves the last block."""
+        return self.crossing.width(self.end)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = self.model.device
@@ -162,7 +127,7 @@ class Span:
         model._modules = dict(self.model._modules)
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         model.config = slice_config(self.config, first, last)
-        return Span(model, self._blocks, start, end, packable=self.packable)
+        return Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
 
     def new_cache(self) -> SpanCache:
         """An empty cache for these blocks."""
@@ -174,7 +139,7 @@ class Span:
         if self._empty_cache.keeps_everything:
             return False
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, 5, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        hidden = torch.randn(1, 5, self.width, generator=generator).to(self.device, self.dtype)
         cache = self.new_cache()
         with torch.inference_mode():
             whole = self.forward(hidden)
@@ -190,7 +155,7 @@ class Span:
     def cache_bytes(self) -> tuple[int, int]:
         """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states."""
         cache, sizes = self.new_cache(), []
-        probe = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        probe = torch.zeros(1, 1, self.width, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
             for _ in range(2):
                 self.forward(probe, cache=cache)
@@ -207,11 +172,12 @@ class Span:
         cache: SpanCache | None = None,
         prompts: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states before block `start` to those after block `end - 1`, [R, T, H] both.
+        """What crosses the cut before block `start` to what does after block `end - 1`, [R, T, W] to [R, T, W'].
 
-        `mask` [R, past+T], bool or integer, is 0 where a token is padding; left out, none is. `positions`
-        int64 [R, T] default to past + 0, 1, …. `cache` is extended by the T new tokens. `prompts`
-        [blocks, P, H] are added before each block (`add_deep`), counted from the cache's beginning.
+        Both are hidden states, of width H, for most families. `mask` [R, past+T], bool or integer, is 0 where a
+        token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
+        by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
+        hidden states, counted from the cache's beginning.
         Differentiable in `hidden` and `prompts`.
         """
         past = cache.get_seq_length() if cache is not None else 0
@@ -249,7 +215,7 @@ class Span:
         positions: Tensor,
         deep: DeepRows | None = None,
     ) -> Tensor:
-        """Hidden states [N, H] of the batch's packed tokens before block `start` to those after `end - 1`.
+        """As `forward`, [N, W] to [N, W'] of the batch's packed tokens.
 
         `positions` int64 [N] are position ids. `deep` are deep prompts and the tokens that they are added to.
         For families that `selfcheck` found to be packable. Differentiable in `hidden` and the prompts where
@@ -263,7 +229,7 @@ class Span:
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            self._compiled = (compile_blocks(self),)
+            self._compiled = (compile_blocks(self) if self.crossing.plain else None,)
         return self._compiled[0]
 
     def run_packed(
@@ -281,7 +247,9 @@ class Span:
             return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
 
     def _run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
-        """The family's own code over hidden states [R, T, H]."""
+        """The family's own code over what crosses the cut, [R, T, W]."""
+        if not self.crossing.plain:
+            return self._run_wide(hidden, hooks, arguments)
         passage = Passage(self.blocks, hidden, hooks)
         with passage.under_way():
             # The code may write to what it is given before the first block gets the hidden states themselves.
@@ -289,6 +257,20 @@ class Span:
         if passage.left is None:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
         return passage.left
+
+    def _run_wide(
+        self, crossing: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]
+    ) -> Tensor:
+        """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
+        crossed = self.crossing.split(crossing, self.start)
+        cache = arguments.get(self._cache_name)
+        passage = WidePassage(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
+        tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
+        with passage.under_way():
+            self.model(input_ids=tokens, **arguments)
+        if passage.left is None:
+            raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
+        return passage.join(self.end)
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
@@ -336,20 +318,24 @@ def load_span(
         match = pattern.match(key)
         if match is not None:
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
-    model = _load_blocks(checkpoint, found, start, end, state, dtype)
-    return Span(model.to(torch.device(device)), found.blocks, start, end, packable=packable)
+    crossing = crossing_of(checkpoint.config)
+    model = _load_blocks(checkpoint, found, crossing, start, end, state, dtype)
+    return Span(
+        model.to(torch.device(device)), found.blocks, start, end, crossing=crossing, packable=packable
+    )
 
 
 def _load_blocks(
     checkpoint: Checkpoint,
     found: Structure,
+    crossing: Crossing,
     start: int,
     end: int,
     state: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
-    model, info = load_parts(span_class(found, start, end), checkpoint, state, dtype)
+    model, info = load_parts(span_class(found, start, end, crossing), checkpoint, state, dtype)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise CheckpointError(

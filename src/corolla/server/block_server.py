@@ -19,6 +19,7 @@ from torch import Tensor
 from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
+from corolla.models.families import largest
 from corolla.models.span import Span
 from corolla.server.peers import Diary, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
@@ -201,9 +202,9 @@ def malformed(field: str, why: str) -> RequestRefused:
 
 
 def check_hidden(hidden: Tensor, span: Span) -> None:
-    """Hidden states as wide as the span's. Raises `RequestRefused`."""
-    if hidden.shape[2] != span.hidden_size:
-        raise malformed("hidden", f"Hidden states are {span.hidden_size} wide here, not {hidden.shape[2]}.")
+    """As wide as what enters the span. Raises `RequestRefused`."""
+    if hidden.shape[2] != span.width:
+        raise malformed("hidden", f"Hidden states are {span.width} wide here, not {hidden.shape[2]}.")
 
 
 def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
@@ -250,11 +251,13 @@ def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradie
     """
     config, size = span.config, span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
-    inner = getattr(config, "intermediate_size", None) or 4 * span.hidden_size
-    activations = rows * tokens * (8 * span.hidden_size + 3 * int(inner)) * size
+    inner = largest(config, "intermediate_size") or 4 * span.hidden_size
+    activations = rows * tokens * (7 * span.hidden_size + span.width + 3 * inner) * size
     if getattr(config, "_attn_implementation", "eager") == "eager":
         # The products, and their softmax, which is computed in float32 at least.
-        attention = rows * int(config.num_attention_heads) * tokens * total * (size + max(4, size))
+        attention = (
+            rows * (largest(config, "num_attention_heads") or 1) * tokens * total * (size + max(4, size))
+        )
     else:
         attention = rows * tokens * total * size
     return blocks * (activations + attention)

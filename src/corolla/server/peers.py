@@ -20,7 +20,7 @@ from cachetools import TTLCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.policy import History
+from corolla.server.scheduler.policy import PeerHistory
 from corolla.text import get_logger, one_line
 
 log = get_logger(__name__)
@@ -82,14 +82,14 @@ def is_idle(holder: Holder, now: float) -> bool:
 
 
 def who_gives_way(
-    held: Mapping[H, int], asker: Holder, amount: int, missing: int, history: History, now: float
+    held: Mapping[H, int], asker: Holder, amount: int, missing: int, history: PeerHistory, now: float
 ) -> list[H]:
     """Who lets go of `missing` for an asker that is to hold `amount` more; nobody, where it is not fair or enough.
 
     Max-min fairness between peers: in use or not, one gets from another what leaves that no less than it will have
     itself, or what that has beyond an equal share. What is not in use goes to whoever has no more than its holder's
     peer. So a newcomer always gets in, and shares shrink as more come; what many new identities have counts for more
-    (`History.weights`). First goes what nobody needs, then what those hold who have most, least recently used first.
+    (`PeerHistory.weights`). First goes what nobody needs, then what those hold who have most, the oldest first.
     """
     mine = Counter[str]()
     for one, count in held.items():
@@ -132,7 +132,7 @@ class Account:
         *,
         share: float = 0.5,
         retry_after: float = 1.0,
-        history: History | None = None,
+        history: PeerHistory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`name` is for people; whoever is refused is told to come back after `retry_after` seconds."""
@@ -141,7 +141,7 @@ class Account:
         self._name = name
         self._share = share
         self._retry_after = retry_after
-        self._history = History() if history is None else history
+        self._history = PeerHistory() if history is None else history
         self._clock = clock
         self._held: dict[Holder, int] = {}
         self._by_peer: Counter[str] = Counter()
@@ -233,7 +233,7 @@ class PeerLimits:
 
     def __init__(self, budgets: Budgets | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.budgets = budgets or Budgets()
-        self.history = History()
+        self.history = PeerHistory()
         self.clock = clock
         self.streams = self._account("streams", self.budgets.streams, 5.0)
         self.in_flight = self._account("bytes in flight", self.budgets.bytes_in_flight, 1.0)

@@ -28,6 +28,7 @@ from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.native import library
 from corolla.models.numerics import choose_dtype, dtype_name
@@ -189,9 +190,26 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
         opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device, packable=opened.packable
     )
     use_kernels(span.model, opened.quantization, opened.device)
+    if opened.checkpoint.stored_as is not None:
+        say(_widened(opened, span))
     span.compile()
     log.info("blocks %d:%d take %d bytes", start, end, span.nbytes())
     return span
+
+
+def _widened(opened: OpenedModel, span: Span) -> str:
+    """What it costs that a quantized checkpoint's weights are made wide."""
+    pattern = block_key_pattern(opened.checkpoint.config)
+
+    def ours(name: str) -> bool:
+        match = pattern.match(name)
+        return match is not None and opened.start <= int(match["index"]) < opened.end
+
+    stored, kept = opened.checkpoint.stored_bytes(ours), span.nbytes()
+    return (
+        f"Stored as {opened.checkpoint.stored_as}: these blocks' weights take {stored / 2**20:,.0f} MiB in the "
+        f"checkpoint and {kept / 2**20:,.0f} MiB here"
+    )
 
 
 def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering]:
@@ -263,7 +281,7 @@ def free_bytes(device: torch.device) -> int:
 
 def measure(span: Span) -> float:
     """Tokens/s of single-token steps through the span: what routing weighs servers by."""
-    hidden = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
+    hidden = torch.zeros(1, 1, span.width, dtype=span.dtype, device=span.device)
     with torch.inference_mode():
         span.forward(hidden, cache=span.new_cache())
         started, steps = time.perf_counter(), 0
@@ -275,7 +293,7 @@ def measure(span: Span) -> float:
 
 def time_training(span: Span) -> None:
     """A forward of as many tokens as say how long others will take."""
-    hidden = torch.zeros(1, LEAST_TIMED, span.hidden_size, dtype=span.dtype)
+    hidden = torch.zeros(1, LEAST_TIMED, span.width, dtype=span.dtype)
     Sequences(span, {"hidden": hidden, "lengths": torch.tensor([LEAST_TIMED])}).forward()
 
 

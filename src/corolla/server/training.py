@@ -7,8 +7,7 @@ Model code runs in `result`, on the compute thread.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
@@ -33,34 +31,14 @@ from corolla.server.block_server import (
 )
 from corolla.server.peers import Lease
 from corolla.server.scheduler.engine import Kind, Request
-from corolla.server.scheduler.policy import PIECE_SECONDS
+from corolla.server.scheduler.pieces import Pieces
 from corolla.server.sessions.session import Client
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output
 
+SHORT_SECONDS = 0.05  # of computing, that others wait for
 MOST_SECONDS = 600.0  # of computing that one request may ask for
-LEAST_SHARE = 0.5  # of what comes between, that what it interrupts is given before it is interrupted again
 BACKWARD = 2.0  # forwards that a backward takes, of a graph that is there
-
-
-class Pieces(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Cuts a computation inside, forward or backward, into pieces of bounded time: `between` is called from time to
-    time before an operator, and tells how many seconds it gave to others.
-
-    A piece takes `LEAST_SHARE` times as long at least, so that the computation goes on beside any number of others.
-    """
-
-    def __init__(self, between: Callable[[], float]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._between = between
-        self._due = time.perf_counter() + PIECE_SECONDS
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.perf_counter() >= self._due:
-            with torch.inference_mode(False):  # what others begin here, they may go on with elsewhere
-                away = self._between()
-            self._due = time.perf_counter() + max(PIECE_SECONDS, LEAST_SHARE * away)
-        return func(*args, **(kwargs or {}))
 
 
 class TrainingRequest(Request):
@@ -107,8 +85,8 @@ class TrainingRequest(Request):
         return await self.done
 
     def result(self) -> Any:
-        """See `Request`. What takes no longer than a piece is not cut: that costs every operator a call."""
-        short = self._server.engine.seconds_of(self.work) < PIECE_SECONDS
+        """See `Request`. What does not take long is not cut: that costs every operator a call."""
+        short = self._server.engine.seconds_of(self.work) < SHORT_SECONDS
         with self._server.cpus.used(), nullcontext() if short else Pieces(self._server.give_way):
             return self.compute()
 

@@ -4,8 +4,8 @@ Invariant: a message that decodes is well-formed (types, ranges, no unknown fiel
 session is judged by `wire/session.py` (legal order) and by the server (its own blocks and budgets).
 Tensors do not live in messages: a frame carries them beside the message, by name (`wire/frames.py`).
 Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
-R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, H hidden size,
-P prompt tokens, N blocks and K packed sequences.
+R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, D the hidden size, H and W
+widths of what crosses a cut, mostly the hidden size, P prompt tokens, N blocks and K packed sequences.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is open is taken for hung
 
 # name -> (shape, required). Optional tensors are left out of the frame.
-#   hidden     activations in the compute dtype
+#   hidden     activations in the compute dtype: hidden states, and what else crosses the cut (models/crossing.py)
 #   mask       bool, True where a token is real; left out when all are
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues
@@ -244,7 +244,7 @@ SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is
 #   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
 TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
-    OpenSession: {"prompts": ("N P H", False)},
+    OpenSession: {"prompts": ("N P D", False)},
     Step: {
         "hidden": ("R T H", True),
         "hidden_scales": ("R T B", False),
@@ -258,16 +258,16 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "hidden_scales": ("R T B", False),
         "lengths": ("K", True),
         "positions": ("R T", False),
-        "prompts": ("N P H", False),
+        "prompts": ("N P D", False),
     },
     Backward: {
         "grad": ("R T H", True),
         "grad_scales": ("R T B", False),
-        "hidden": ("R T H", False),
+        "hidden": ("R T W", False),
         "hidden_scales": ("R T C", False),
         "lengths": ("K", False),
         "positions": ("R T", False),
-        "prompts": ("N P H", False),
+        "prompts": ("N P D", False),
     },
     Opened: {"hidden": ("R T H", False), "hidden_scales": ("R T B", False)},
     Output: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
@@ -275,6 +275,6 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
     Gradients: {
         "grad": ("R T H", True),
         "grad_scales": ("R T B", False),
-        "prompts": ("N P H", False),
+        "prompts": ("N P D", False),
     },
 }

@@ -26,7 +26,8 @@ from corolla.client.model.causal_lm import (
     distributed_class,
 )
 from corolla.errors import MissingBlocks, UsageError
-from corolla.models.shell import ATTENTION_NAME, with_attention
+from corolla.models.private_config import with_attention
+from corolla.models.shell import ATTENTION_NAME
 
 PairOf = Callable[..., Pair]
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]

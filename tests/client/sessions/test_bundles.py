@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
+from tests.mutants import assert_none_raised, passes
 from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -93,7 +94,7 @@ def say(model: Any, ids: torch.Tensor | None, count: int, **options: Any) -> tor
 
 def inputs_of(session: Any) -> list[torch.Tensor]:
     """What the client would give to a replacement of each span."""
-    return [span.history.inputs()[0] for span in session._chain._spans]
+    return [span.history.inputs()[0] for span in session.chain.spans]
 
 
 @MODES
@@ -140,7 +141,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         model = chats.client(dtype=torch.promote_types(dtype, torch.float32))
         chain, hidden, outputs = _prompt_alone(chats, model)
         name = client_bundles.Bundle.of(model.prompts.input, model.prompts.deep, hidden).name.digest
-        for peer, span in zip(peers, chain._spans, strict=True):
+        for peer, span in zip(peers, chain.spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
             sent = server.sessions.find(model.blocks.connection.view.peer_id, span.name)
@@ -155,7 +156,7 @@ def test_a_server_holds_what_a_client_would_have_made(
 
 def _prompt_alone(chats: Chats, model: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A session's chain to which the prompt was sent and nothing else; what was sent, and the outputs."""
-    chain = model.inference_session()._chain
+    chain = model.inference_session().chain
     layer = model.get_submodule(blocks_prefix(model.config))[0]
     entered: list[torch.Tensor] = []
     run = layer._run
@@ -485,21 +486,17 @@ class Checks:
 
 
 @pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
-def test_mutant(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plant(monkeypatch)
     with Chats(tmp_path, mode="deep_ptune", length=3) as chats:
         chats.serve((0, 2), (2, 4), throughput=1000)
         chats.serve((2, 4), bundles=[], throughput=1)
         checks = Checks(chats)
         names = ("by_itself", "beside_others", "trained", "failover")
-        failed = {name for name in names if not _passes(getattr(checks, name))}
+        failed = {name for name in names if not passes(getattr(checks, name), __file__)}
     if plant is no_mistake:
         assert not failed
     assert CAUGHT_BY[plant] <= failed
-
-
-def _passes(check: Callable[[], bool]) -> bool:
-    try:
-        return check()
-    except Exception:  # a mutant may also break in other ways
-        return False
+    assert_none_raised(caplog, __file__)

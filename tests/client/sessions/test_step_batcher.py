@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
 from tests.reference import Prompted
+from tests.virtual_time import in_virtual_time
 from torch import Tensor
 
 from corolla.client.sessions import step_batcher
@@ -129,7 +130,7 @@ def test_what_is_rounded_on_the_way_is_rounded_alike(pair_of: PairOf, wire: str,
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_server_lost_in_the_middle_of_all_replies(pair_of: PairOf, how: str) -> None:
+def test_a_server_lost_in_the_middle_of_all_replies(pair_of: PairOf, how: str, sent: list[int]) -> None:
     pair = pair_of("llama", ((0, 4),))
     spare = pair.swarm.add(0, 4, throughput=1.0)
     model, prompts = pair.model(patience=60.0), prompts_of()
@@ -138,9 +139,11 @@ def test_a_server_lost_in_the_middle_of_all_replies(pair_of: PairOf, how: str) -
 
     def lose(_index: int) -> None:
         if once.acquire(blocking=False):
+            sent.clear()
             getattr(pair.swarm, how)(first)
 
     assert_equal(replies(model, prompts, lose), local_replies(pair, model, prompts))
+    assert max(sent) > 1  # they travel together at the other server too
 
 
 def test_an_answer_of_another_shape_is_no_answer(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +258,10 @@ async def test_as_many_messages_are_under_way_as_may_be(monkeypatch: pytest.Monk
     assert line.sent == [[A], [B], [C]]
 
 
+@in_virtual_time
 async def test_a_step_waits_for_those_that_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that come at the same pace, one a little later each time."""
     line = Line(monkeypatch)
-    monkeypatch.setattr(step_batcher, "GATHER_SECONDS", 5.0)
     for _ in range(3):
         steps = [line.step(A)]
         await asyncio.sleep(0.01)

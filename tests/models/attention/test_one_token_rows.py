@@ -18,7 +18,10 @@ from corolla.models.attention.packing import (
 from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.kernels.native import library
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="no C compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
 
 HEADS, KV_HEADS, DIM = 6, 2, 32
 LENGTHS = (1, 2, PAGE, PAGE + 1, 5 * PAGE + 3, 40)  # with the new token

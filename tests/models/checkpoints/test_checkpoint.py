@@ -210,17 +210,6 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path, header: bytes) -> None:
         read_entries(local_reader(file), str(file))
 
 
-def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
-    folder = write_tiny("llama", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
-    )
-    with pytest.raises(CheckpointError) as error:
-        open_checkpoint(str(folder))
-    assert_sentence(error, "gptq")
-
-
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel) as error:
         open_checkpoint(str(tmp_path))

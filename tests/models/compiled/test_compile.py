@@ -97,6 +97,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / (1 + wanted.abs().max()))
 
 
+@pytest.mark.usefixtures("instruction_set")
 @each_compiled
 def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
     span = span_of(family)
@@ -109,11 +110,7 @@ def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
                 assert error(*crowd.step(seed)) < EXACT, (len(lengths), seed)
 
 
-# A compiled pass reads 8 bits with VNNI's products only.
-with_vnni = pytest.mark.skipif(not int8._has_vnni(), reason="this CPU has no VNNI")
-
-
-@with_vnni
+@pytest.mark.usefixtures("instruction_set")
 @each_compiled
 def test_in_8_bits_too(family: str) -> None:
     span = span_of(family, "int8")
@@ -126,8 +123,10 @@ def test_in_8_bits_too(family: str) -> None:
                 assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_8_bits_are_left_to_torch_where_the_cpu_has_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "_has_vnni", lambda: False)
+def test_8_bits_without_our_kernel_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "library", lambda: None)
+    if not int8.activation_levels():
+        pytest.skip("torch without fbgemm")
     span = span_of.__wrapped__("llama", "int8")  # not the one that other tests share
     assert span.compile() is None
     with torch.inference_mode():
@@ -240,7 +239,7 @@ def test_scratch_is_as_large_as_the_longest_table_needs(monkeypatch: pytest.Monk
     assert all(bool((one == 7.0).all()) for one in guards)
 
 
-@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=with_vnni)])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_program_that_computes_something_else_is_not_used(
     quantization: Quantization, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

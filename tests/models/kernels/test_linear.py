@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from corolla.errors import UsageError
 from corolla.models.kernels import int8
 from corolla.models.kernels.int8 import Int8Linear, activation_levels, has_int8
+from corolla.models.kernels.native import library
 from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
 SIZES = [(7, 5), (64, 48), (1, 33), (130, 1), (80, 64)]  # [out, in]
@@ -41,7 +42,7 @@ def expected(kind: Kind, value: Tensor, layer: nn.Linear) -> Tensor:
     """In the kernel's own arithmetic: for int8, rows and channels rounded to their steps, in float64."""
     if kind is PackedLinear:
         return F.linear(value, layer.weight, layer.bias)
-    levels = activation_levels()
+    levels = 127 if library() is not None else activation_levels()
     step = value.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / levels
     rounded = torch.round(value / step)
     if levels != 127:  # two pieces
@@ -229,41 +230,73 @@ def test_long_sums_are_cut_and_stay_true(rows: int) -> None:
     torch.testing.assert_close(gradient, weight.sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not int8._has_vnni() or not activation_levels(), reason="only one of the int8 kernels")
+def without_kernels(layer: nn.Linear) -> Int8Linear:
+    """On a machine without a C compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "library", lambda: None)
+        return Int8Linear(layer.weight, layer.bias)
+
+
+@pytest.mark.skipif(library() is None or not activation_levels(), reason="only one of the int8 kernels")
 @pytest.mark.parametrize("rows", [1, 3, 8, 13, 70])
-def test_both_int8_kernels_agree(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_both_int8_kernels_agree(rows: int) -> None:
     """To one step of an activation: fbgemm adds 128 before it rounds, so it sees ties where there are none."""
     layer, value = plain(80, 64), torch.randn(rows, 64)
-    ours = Int8Linear(layer.weight, layer.bias)
-    monkeypatch.setattr(int8, "_has_vnni", lambda: False)
-    theirs = Int8Linear(layer.weight, layer.bias)
+    ours, theirs = Int8Linear(layer.weight, layer.bias), without_kernels(layer)
     assert type(ours.kept) is not type(theirs.kept)
     assert torch.equal(ours.weight, theirs.weight)
     assert torch.equal(ours.weight, stored(layer))
     found, other = ours(value), theirs(value)
     one_step = float(value.abs().max() * layer.weight.abs().max()) / 127
     torch.testing.assert_close(found, other, atol=one_step, rtol=0)
-    torch.testing.assert_close(theirs(value), expected(Int8Linear, value, layer), atol=one_step, rtol=0)
+    torch.testing.assert_close(other, expected(Int8Linear, value, layer), atol=one_step, rtol=0)
 
 
-@pytest.mark.skipif(not int8._has_vnni(), reason="no VNNI")
-def test_threads_change_no_bit_of_an_int8_product() -> None:
-    layer, value = plain(176, 64), torch.randn(21, 64)
-    packed, before = Int8Linear(layer.weight, layer.bias), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = packed(value)
-        torch.set_num_threads(2)
-        assert torch.equal(packed(value), one)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.usefixtures("instruction_set")
+class TestEveryInstructionSet:
+    """Sums of bytes are exact, so there is one right result, to the bit."""
 
+    @pytest.mark.parametrize("size", [*SIZES, (176, 64), (48, 1040)], ids=str)
+    @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 8, 21, 70])
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+    def test_the_bits_are_those_of_whole_numbers(self, size: tuple[int, int], rows: int, bias: bool) -> None:
+        layer = plain(*size, bias=bias)
+        value = torch.randn(rows, size[1], generator=torch.Generator().manual_seed(rows))
+        steps = layer.weight.abs().amax(dim=1) / 127
+        own = value.abs().amax(dim=1, keepdim=True).clamp_min(int8.TINY) / 127
+        sums = torch.round(value / own).double() @ torch.round(layer.weight / steps[:, None]).double().t()
+        wanted = sums.float() * steps * own
+        packed = Int8Linear(layer.weight, layer.bias)
+        assert torch.equal(packed(value), wanted if layer.bias is None else wanted + layer.bias)
+        assert torch.equal(packed.weight, stored(layer))
 
-@pytest.mark.skipif(not int8._has_vnni(), reason="no VNNI")
-def test_the_widest_int8_sums_fit() -> None:
-    width = int8.MOST_COLUMNS
-    weight = torch.ones(16, width)
-    weight[8:] = -1
-    found = Int8Linear(weight)(torch.ones(1, width))
-    torch.testing.assert_close(found, weight.sum(1).unsqueeze(0))
-    assert not int8._Vnni.takes(torch.empty(16, width + 16, device="meta"))
+    def test_threads_change_no_bit(self) -> None:
+        layer, value = plain(176, 64), torch.randn(21, 64)
+        packed, before = Int8Linear(layer.weight, layer.bias), torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            one = packed(value)
+            torch.set_num_threads(2)
+            assert torch.equal(packed(value), one)
+        finally:
+            torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("rows", [1, 5, 9])
+    def test_the_widest_sums_fit(self, rows: int) -> None:
+        """Every product at its largest, with either sign, in as many columns as there may be."""
+        width = int8.MOST_COLUMNS
+        weight = torch.ones(16, width)
+        weight[8:] = -1
+        for sign in (1.0, -1.0):
+            found = Int8Linear(weight)(torch.full((rows, width), sign))
+            torch.testing.assert_close(found, sign * weight.sum(1).expand(rows, -1))
+        assert not int8._Native.takes(torch.empty(16, width + 16, device="meta"))
+
+    def test_what_is_no_number_stays_in_its_row(self) -> None:
+        packed, value = Int8Linear(plain(32, 48).weight), torch.randn(6, 48)
+        right = packed(value)
+        value[2, 5], value[4, 7] = float("nan"), float("inf")
+        found = packed(value)
+        kept = [0, 1, 3, 5]
+        assert torch.equal(found[kept], right[kept])
+        assert not bool(found[4].isfinite().any())

@@ -20,7 +20,10 @@ from corolla.models.kernels.narrow import NarrowLinear, as_it_is, narrow_form
 from corolla.models.kernels.native import library
 from corolla.models.kernels.ways import BOUNDS, WAYS, Way, Ways
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="no C compiler"),
+    pytest.mark.usefixtures("instruction_set"),
+]
 
 OUT, IN = 24, 96
 

@@ -20,6 +20,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
     yield tmp_path
     native.library.cache_clear()
+    native.loaded.cache_clear()
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -35,6 +36,7 @@ def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (built,) = fresh.glob("kernels/*/native.so")
     written = built.stat().st_mtime_ns
     native.library.cache_clear()
+    native.loaded.cache_clear()
     assert native.library() is not None
     assert [path.stat().st_mtime_ns for path in fresh.glob("kernels/*/native.so")] == [written]
 
@@ -60,7 +62,7 @@ def test_wrong_results_are_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch
     def mistaken(command: list[str], **arguments: object) -> object:
         if "native.c" in command:
             source = Path(str(arguments["cwd"])) / "native.c"
-            source.write_text(source.read_text().replace("parts[o][r] * step", "parts[o][r]"))
+            source.write_text(source.read_text().replace("parts[o][r] * steps[o][g]", "parts[o][r]"))
         return run(command, **arguments)  # type: ignore[call-overload]
 
     monkeypatch.setattr(subprocess, "run", mistaken)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.server.world import Blocker
 
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.policy import KNOWN_SECONDS, MOST_REMEMBERED, History, Shares, Speed
+from corolla.server.scheduler.policy import KNOWN_SECONDS, MOST_REMEMBERED, PeerHistory, Shares, Speed
 
 JOB_SECONDS = 0.002
 
@@ -69,7 +69,7 @@ async def test_who_comes_late_takes_no_more_than_turns(engine: Engine) -> None:
 @given(st.lists(st.floats(0.001, 1.0), min_size=30, max_size=200), st.integers(2, 5))
 def test_busy_peers_are_never_more_than_a_job_apart(costs: list[float], peers: int) -> None:
     names = [f"peer-{number}" for number in range(peers)]
-    had, history = dict.fromkeys(names, 0.0), History()
+    had, history = dict.fromkeys(names, 0.0), PeerHistory()
     for name in names:  # the same of all
         history.computed(name, KNOWN_SECONDS)
     shares = Shares(history)
@@ -84,7 +84,7 @@ def test_busy_peers_are_never_more_than_a_job_apart(costs: list[float], peers: i
 @given(st.integers(1, 60), st.integers(1, 5))
 def test_new_peers_together_get_no_more_than_those_with_a_history(new: int, known: int) -> None:
     """However many identities a stranger makes."""
-    history = History()
+    history = PeerHistory()
     friends, strangers = [f"known-{one}" for one in range(known)], [f"new-{one}" for one in range(new)]
     for peer in friends:
         history.computed(peer, KNOWN_SECONDS)
@@ -98,7 +98,7 @@ def test_new_peers_together_get_no_more_than_those_with_a_history(new: int, know
 
 
 def test_a_history_is_bounded_and_made_of_time() -> None:
-    history = History()
+    history = PeerHistory()
     for number in range(2 * MOST_REMEMBERED):
         history.computed(f"passer-{number}", 0.01)
         history.computed("steady", 0.01)

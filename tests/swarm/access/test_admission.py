@@ -83,7 +83,7 @@ class Guarded:
         return channel
 
     def client(self, name: str):  # type: ignore[no-untyped-def]
-        found = self.network._peers.get(peer(name))
+        found = self.network.peers.get(peer(name))
         return found or self.network.transport(peer(name))
 
     def token(self) -> str:
@@ -98,7 +98,7 @@ async def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     world = Guarded(tmp_path)
     await world.start()
     yield world
-    for transport in list(world.network._peers.values()):
+    for transport in list(world.network.peers.values()):
         await transport.close()
 
 

@@ -149,6 +149,8 @@ def _rows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
 def _apart(claimed: Tensor, reference: Tensor, given: Tensor | None) -> Deviation:
     """For vectors [N, H]; `given` is what the blocks made the reference of."""
     size = reference.norm(dim=-1)
+    if given is not None and given.shape != reference.shape:  # more than hidden states
+        given = None
     change = size if given is None else (reference - given).norm(dim=-1) + OWN_SIZE * size
     scale = change.clamp_min(OTHERS * float(change.square().mean().sqrt()))
     difference = (claimed - reference).norm(dim=-1)

@@ -89,7 +89,7 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
             break  # nobody needs its output
         message = Forward(model=view.model, start=hop.start, end=hop.end)
         reply = await view.channels.ask(hop.peer_id, Packet(message, inputs))
-        value = checked(reply, "hidden", value, hop.peer_id)
+        value = checked(reply, "hidden", view.crossing.leaving(value, hop.start, hop.end), hop.peer_id)
     if not answer.backward:
         return Opinion({"hidden": value}, tuple(hops))
     grad, pieces = answer.inputs["grad"], []
@@ -97,7 +97,7 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
     for hop, inputs in zip(reversed(hops), reversed(asked), strict=True):
         order = Backward(model=view.model, start=hop.start, end=hop.end, prompt_gradient=wanted)
         reply = await view.channels.ask(hop.peer_id, Packet(order, inputs | {"grad": grad}))
-        grad = checked(reply, "grad", grad, hop.peer_id)
+        grad = checked(reply, "grad", inputs["hidden"], hop.peer_id)
         if wanted:
             pieces.append(checked(reply, "prompts", inputs["prompts"], hop.peer_id))
     values = {"grad": grad} | ({"prompts": torch.cat(pieces[::-1])} if wanted else {})

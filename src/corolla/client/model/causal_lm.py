@@ -43,7 +43,7 @@ from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.forms import reads_flat_rows, values_returned
+from corolla.models.checks.forms import crossing_of, reads_flat_rows, values_returned
 from corolla.models.guard import watch_losses
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
@@ -106,10 +106,14 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             self.prompts: SoftPrompt | None = None
             self._noted = Noted()
             self._revision: str | None = None
-            self._blocks = RemoteBlocks(connection.connection, 0, config.num_hidden_layers, connection.local)
+            self._blocks = RemoteBlocks(
+                connection.connection, crossing_of(config), 0, config.num_hidden_layers, connection.local
+            )
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
-            layer = BlocksLayer(self._blocks.run, returns=values_returned(config))
+            layer = BlocksLayer(
+                self._blocks.run, returns=values_returned(config), crossing=self._blocks.crossing
+            )
             self.blocks_holder = (replace_blocks(self, families.blocks_prefix(config), layer),)
             caches = SessionCaches(self)
             BaseModelHooks(

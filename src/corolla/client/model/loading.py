@@ -29,6 +29,7 @@ from corolla.models.checkpoints import pretrained
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
 from corolla.models.checkpoints.prompt_files import load_prompt
+from corolla.models.checks.forms import crossing_of
 from corolla.models.guard import switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
@@ -63,6 +64,7 @@ def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> 
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
+        crossing=crossing_of(checkpoint.config),
         observe=auditing(checkpoint, config.audit, dtype),
     )
 

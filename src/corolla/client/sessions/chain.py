@@ -62,7 +62,7 @@ class SessionChain:
         self._start, self._end = start, end
         self._deep = _kept(deep)
         self._bundle: Bundle | None = None  # the prompt that the session begins with
-        self._spans: list[SpanSession] = []
+        self.spans: list[SpanSession] = []  # in the order of the blocks
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
         self._reserved = 0  # tokens a row that the present call may reach
         self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
@@ -75,14 +75,14 @@ class SessionChain:
     @property
     def hops(self) -> list[Hop]:
         """Whose caches hold the session, in the order of the blocks."""
-        return [span.hop for span in self._spans if span.hop.peer_id]
+        return [span.hop for span in self.spans if span.hop.peer_id]
 
     @property
     def _rows(self) -> int:
         """Sequences that the next step continues; 0 where there are none yet."""
         if self._order is not None:
             return len(self._order)
-        return self._spans[0].history.rows if self._spans else 0
+        return self.spans[0].history.rows if self.spans else 0
 
     def reorder(self, rows: Tensor) -> None:
         """See `models.cache.BlocksSession`."""
@@ -131,10 +131,10 @@ class SessionChain:
         Servers that have computed its prompt by themselves will not be sent it: where that gives what sending
         gives, so not if activations are rounded on the way, nor behind blocks that run here.
         """
-        if self._deep is None and not self._spans:
+        if self._deep is None and not self.spans:
             self._deep = _kept(call.deep)
         self._bundle = None
-        if call.prompt is not None and self._start == 0 and self._view.wire == "compute":
+        if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
             self._bundle = Bundle.of(call.prompt, self._deep, hidden)
 
     async def _in_chunks(
@@ -158,8 +158,8 @@ class SessionChain:
         if start == 0 and self._rows not in (0, rows):  # nothing of what is cached is needed
             await self._forget()
         known, order = self._rows, self._take_order(rows)
-        self.version += order is not None or any(span.history.length > start for span in self._spans)
-        for span in self._spans:
+        self.version += order is not None or any(span.history.length > start for span in self.spans)
+        for span in self.spans:
             if order is not None:
                 span.history.select_rows(order)
             span.history.truncate(start)
@@ -177,7 +177,7 @@ class SessionChain:
 
     async def _forget(self) -> None:
         """Give all caches up."""
-        spans, self._spans, self._order = self._spans, [], None
+        spans, self.spans, self._order = self.spans, [], None
         for span in spans:
             await span.drop()
 
@@ -194,16 +194,16 @@ class SessionChain:
 
     async def _advance(self, progress: Progress) -> None:
         """Take the step through the remaining spans; what is done stays done when a span fails."""
-        if progress.start == 0 and 0 < progress.done < len(self._spans):
-            block = self._spans[progress.done].hop.start
+        if progress.start == 0 and 0 < progress.done < len(self.spans):
+            block = self.spans[progress.done].hop.start
             if self._view.begins_anew(self._kind, block, self._start, self._end):
                 await self._forget()
                 progress.begin_anew()
-        if not self._spans:
+        if not self.spans:
             self._kind = None
-            self._spans = [_nobody_s(self._start, self._end, History())]
-        while progress.done < len(self._spans):
-            span = self._spans[progress.done]
+            self.spans = [_nobody_s(self._start, self._end, History())]
+        while progress.done < len(self.spans):
+            span = self.spans[progress.done]
             if self._is_lost(span):
                 span, output = await self._mend(progress)
             else:
@@ -238,7 +238,7 @@ class SessionChain:
 
         Its cache is brought to the present first. If it serves only a part of the blocks, the rest is nobody's yet.
         """
-        lost = self._spans[progress.done]
+        lost = self.spans[progress.done]
 
         async def replace(hop: Hop, _careful: bool) -> tuple[SpanSession, History, Tensor]:
             span, rest = SpanSession(hop, History()), History()
@@ -264,7 +264,7 @@ class SessionChain:
         )
         self._kind = self._kind or self._view.numerics_of(span.hop.peer_id)
         later = [_nobody_s(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
-        self._spans[progress.done : progress.done + 1] = [span, *later]
+        self.spans[progress.done : progress.done + 1] = [span, *later]
         await lost.drop()
         return span, output
 
@@ -293,17 +293,17 @@ class SessionChain:
         What the first of them was sent came from honest ones, so the next step rebuilds the caches from
         there, at others.
         """
-        if self._audits is None or not self._spans:
+        if self._audits is None or not self.spans:
             return
         finding = self._view.verdicts.against(self._authors)
         if finding is None:
             return
         start = min(block for peer, block in self._authors.items() if peer in self._view.verdicts.condemned)
-        first = next(index for index, span in enumerate(self._spans) if span.hop.end > start)
-        for span in self._spans[first:]:
+        first = next(index for index, span in enumerate(self.spans) if span.hop.end > start)
+        for span in self.spans[first:]:
             await span.drop()
-        block = self._spans[first].hop.start
-        self._spans[first:] = [_nobody_s(block, self._end, self._spans[first].history)]
+        block = self.spans[first].hop.start
+        self.spans[first:] = [_nobody_s(block, self._end, self.spans[first].history)]
         self._authors = {peer: begun for peer, begun in self._authors.items() if begun < block}
         self.version += 1
         raise self._view.verdicts.error(finding)
@@ -315,17 +315,17 @@ class SessionChain:
         step. False, and nothing has changed, where the other does not hold so many, or no longer what it
         held at `version`.
         """
-        if self._spans or other.version != version or not other.can_give(tokens, self._deep):
+        if self.spans or other.version != version or not other.can_give(tokens, self._deep):
             return False
         self._order, self._bundle = other._order, other._bundle
         self.reserve(tokens)
         # All at one moment: while servers are asked, the other may go on or take something back.
-        self._spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other._spans]
+        self.spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other.spans]
         self._authors = dict(other._authors)
         if self._front is not None and other._front is not None:
             self._front.begin_as(other._front, tokens)
-        origins = [source.origin(tokens) for source in other._spans]
-        for span, origin in zip(self._spans, origins, strict=True):
+        origins = [source.origin(tokens) for source in other.spans]
+        for span, origin in zip(self.spans, origins, strict=True):
             if origin is not None:
                 await self._share(span, origin)
         return True
@@ -354,25 +354,25 @@ class SessionChain:
         )
         if self._view.verdicts.against(self._authors) is not None:
             return False
-        held = min((span.history.length for span in self._spans), default=0)
+        held = min((span.history.length for span in self.spans), default=0)
         return same and 0 < tokens <= held
 
     def entered(self, tokens: int) -> Tensor | None:
         """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""
         first = self._front.entered if self._front is not None else None
-        if first is None and self._spans:
-            first = self._spans[0].history
+        if first is None and self.spans:
+            first = self.spans[0].history
         known = None if first is None else first.copy(tokens).inputs()
         return None if known is None or known[0].shape[1] != tokens else known[0]
 
     def history_bytes(self) -> int:
         """Memory that the inputs of all spans take at the client."""
-        return sum(span.history.nbytes for span in self._spans)
+        return sum(span.history.nbytes for span in self.spans)
 
     @property
     def is_open(self) -> bool:
         """Whether servers, or this client's own blocks, may hold something of the session."""
-        return bool(self._spans) or (self._front is not None and self._front.entered.length > 0)
+        return bool(self.spans) or (self._front is not None and self._front.entered.length > 0)
 
     async def close(self, *, keep: bool = False, seconds: float | None = None) -> None:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
@@ -380,9 +380,9 @@ class SessionChain:
         Waits for their answers, for so many `seconds` at most. Safe to call twice; a kept chain still knows what it
         held (`begin_as`).
         """
-        spans = list(self._spans)
+        spans = list(self.spans)
         if not keep:
-            self._spans = []
+            self.spans = []
             if self._front is not None:
                 self._front.clear()
         self._closing = [asyncio.ensure_future(span.close(self._view, keep=keep)) for span in spans]

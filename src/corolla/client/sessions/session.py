@@ -116,6 +116,11 @@ class InferenceSession:
         self._output_mask = None if mask is None or position == 0 else mask[:, :position]
 
     @property
+    def chain(self) -> SessionChain:
+        """What the servers hold of the session."""
+        return self._chain
+
+    @property
     def hops(self) -> list[Hop]:
         """The servers that hold the session's caches, in the order of their blocks."""
         return self._chain.hops

@@ -173,6 +173,8 @@ class SpanSession:
             await channel.close()
             raise
         self.channel = channel
+        self._leaving = view.crossing.leaving
+        self._batchable = view.crossing.plain
         self._batcher = view.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
         self.history.held = reply.message.position if isinstance(reply.message, Opened) else 0
@@ -217,7 +219,7 @@ class SpanSession:
         assert self.channel is not None
         reply = await request(self.channel, Packet(step, tensors))
         self._reserved = step.reserve
-        return checked(reply, "hidden", hidden, self.hop.peer_id)
+        return checked(reply, "hidden", self._leaving(hidden, self.hop.start, self.hop.end), self.hop.peer_id)
 
     def _batcher_for(self, step: Step, tensors: dict[str, Tensor]) -> StepBatcher | None:
         """Where the step may travel with those of other sessions: one token a row, and nothing special."""

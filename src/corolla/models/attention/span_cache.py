@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
@@ -18,6 +19,8 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
+
+from corolla.models.crossing import Handed
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
@@ -32,6 +35,14 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._start = start
         self.rows = 0
         self._length = 0
+        self._handed: dict[Handed, Tensor] = {}
+
+    def hand(self, one: Handed, new: Tensor) -> Tensor:
+        """Keep what an earlier span's block has handed on for the new tokens; gives that of all tokens."""
+        past = self._handed.get(one)
+        whole = new if past is None else torch.cat([past, new], dim=one.form.tokens)
+        self._handed[one] = whole
+        return whole
 
     def record(self, rows: int, tokens: int) -> None:
         """A pass over so many new tokens of so many rows is over."""
@@ -46,7 +57,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Memory of everything that is kept."""
-        return sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+        handed = sum(one.nbytes for one in self._handed.values())
+        return handed + sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
 
     @property
     def keeps_everything(self) -> bool:
@@ -63,11 +75,15 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         if surplus > 0:
             for layer in self.layers[self._start :]:
                 layer.crop(-surplus)
+            for one, whole in self._handed.items():
+                self._handed[one] = whole.narrow(one.form.tokens, 0, length)
             self._length = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
         super().reorder_cache(beam_idx)
+        for one, whole in self._handed.items():
+            self._handed[one] = whole.index_select(one.form.rows, beam_idx.to(whole.device))
         self.rows = len(beam_idx)
 
 

@@ -72,7 +72,7 @@ def _calls(span: Span) -> set[tuple[int, Call]]:
     with torch.inference_mode():
         for start, count in ((0, 2), (2, 1)):
             span.run_packed(
-                torch.zeros(count, span.hidden_size, dtype=span.dtype, device=span.device),
+                torch.zeros(count, span.width, dtype=span.dtype, device=span.device),
                 _WatchedBatch(segments_of([count], [row]), pool, calls),
                 positions=torch.arange(start, start + count, device=span.device),
             )

@@ -1,14 +1,16 @@
 """A model's checkpoint: its config, its identity, and those of its tensors that someone needs.
 
-Invariant: only the tensors asked for are read, and only the files that hold them are fetched; what cannot be
-read in full is an error that names the file. Nothing is unpickled: weights are safetensors or GGUF.
+Invariant: only the tensors asked for are read, and of files that are elsewhere only what holds them is fetched; what
+cannot be read in full is an error that names the file. Nothing is unpickled: weights are safetensors or GGUF. What is
+stored quantized is made wide one tensor at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from corolla.errors import CheckpointError
 from corolla.files import made_once, scratch_folder
@@ -25,12 +28,20 @@ from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.identity import Sample, model_identity, sample_plan
 from corolla.models.checkpoints.names import names_of, text_part
 from corolla.models.checkpoints.pretrained import load_config, refuse_tokenizer_code
-from corolla.models.checkpoints.shards import TensorEntry, local_reader, read_entries, read_tensors
+from corolla.models.checkpoints.shards import (
+    PLAIN,
+    ReadRange,
+    TensorEntry,
+    read_entries,
+    read_tensor,
+    widened,
+)
 from corolla.models.checkpoints.source import LocalFolder, Source, read_json
-from corolla.models.families import structure
+from corolla.models.checkpoints.stored.methods import Method, method_of, without_method
+from corolla.models.checkpoints.stored.recipe import AS_IT_IS, Entries, Recipe, Unfit, recipes
+from corolla.models.families import slice_config, structure
 from corolla.models.numerics import DTYPES
 from corolla.places import cache_root
-from corolla.text import one_line
 
 CONFIG_FILE = "config.json"
 SAMPLERS = 16  # reads in flight while sampling a checkpoint that is far away
@@ -64,12 +75,20 @@ class Checkpoint:
         self._memory = memory
         found = read_json(source.config_path())
         self._raw_config = _with_plain_dtype(name, found)
-        whole = _load_config(name, source.config_path(), found, self._raw_config)
+        self._method = method_of(name, self._raw_config)
+        whole = _load_config(name, source.config_path(), found, without_method(self._raw_config))
         self.config = text_part(whole)
         self._name_of = names_of(whole)
         self.config._name_or_path = source.location
         self.architecture = structure(self.config).causal_lm.__name__
         refuse_tokenizer_code(self)
+        if self._method is not None:
+            _refuse_transposed(name, self.config, self._method)
+
+    @property
+    def stored_as(self) -> str | None:
+        """How the weights are stored, for people; None where they are not quantized."""
+        return None if self._method is None else self._method.label
 
     @property
     def num_blocks(self) -> int:
@@ -120,24 +139,107 @@ class Checkpoint:
         Fetches only the files that hold one. `widen_to` converts narrower floating tensors while reading.
         Raises `CheckpointError` for a file that is missing, truncated or lacks what the index promises.
         """
-        found: dict[str, Tensor] = {}
-        for file, names in self._by_file(wanted).items():
-            path = self.source.fetch(file)
-            entries = read_entries(local_reader(path), str(path))
-            missing = [key for key in names if key not in entries]
-            if missing:
-                raise CheckpointError(f"{path} does not hold {missing[0]}, though the index says so.")
-            read = read_tensors(path, [entries[key] for key in names], widen_to)
-            found |= {names[key]: tensor for key, tensor in read.items()}
-        return found
+        chosen = self._chosen(wanted)
+        entries = self._entries_of(chosen.values())
+        self._check(chosen, entries)
+        readers = self.source.bring(self._extents(chosen.values(), entries))
+        return {
+            name: self._make(recipe, entries, readers, widen_to)
+            for name, recipe in sorted(chosen.items(), key=lambda one: self._place(one[1], entries))
+        }
 
     def elements(self, wanted: Callable[[str], bool]) -> int:
         """How many numbers the tensors hold whose name in the model `wanted` accepts; reads headers only."""
-        total = 0
-        for file, keys in self._by_file(wanted).items():
-            entries = self._entries(file)
-            total += sum(prod(entries[key].shape) for key in keys)
-        return total
+        chosen = self._chosen(wanted)
+        entries = self._entries_of(chosen.values())
+        return sum(prod(shape) for shape in self._check(chosen, entries).values())
+
+    def stored_bytes(self, wanted: Callable[[str], bool]) -> int:
+        """What the same tensors take in the checkpoint's files; reads headers only."""
+        chosen = self._chosen(wanted)
+        entries = self._entries_of(chosen.values())
+        return sum(entries[key].size for recipe in chosen.values() for key in recipe.parts.values())
+
+    def _chosen(self, wanted: Callable[[str], bool]) -> dict[str, Recipe]:
+        """What to make the wanted tensors of, by their names in the model."""
+        named = ((self._name_of(recipe.name), recipe) for recipe in self._recipes)
+        return {name: recipe for name, recipe in named if name is not None and wanted(name)}
+
+    def _entries_of(self, chosen: Iterable[Recipe]) -> dict[str, TensorEntry]:
+        """The headers' entries of all stored tensors that the recipes take, by key."""
+        keys = [key for recipe in chosen for key in recipe.parts.values()]
+        files = {file: self._entries(file) for file in sorted({self._weight_map[key] for key in keys})}
+        for key in keys:
+            if key not in files[self._weight_map[key]]:
+                raise CheckpointError(
+                    f"{self._where(self._weight_map[key])} does not hold {key}, though the index says so."
+                )
+        return {key: files[self._weight_map[key]][key] for key in keys}
+
+    def _check(self, chosen: Mapping[str, Recipe], entries: Entries) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes. Raises `CheckpointError` where what is stored of one does not fit together."""
+        shapes = {}
+        for name, recipe in chosen.items():
+            if recipe.missing:
+                raise CheckpointError(
+                    f"{self.name} is stored quantized ({self.stored_as}) and lacks {recipe.missing[0]}, without "
+                    f"which {recipe.name} cannot be read; copy it again."
+                )
+            parts = {role: entries[key] for role, key in recipe.parts.items()}
+            if recipe.layout is None and parts[AS_IT_IS].dtype not in PLAIN:
+                raise CheckpointError(
+                    f"{self.name} holds {recipe.name} as {parts[AS_IT_IS].dtype} without the scales that would make "
+                    "it a weight; copy it again, or use an unquantized one."
+                )
+            with self._naming(recipe):
+                shapes[name] = recipe.shape(parts)
+        return shapes
+
+    def _extents(self, chosen: Iterable[Recipe], entries: Entries) -> dict[str, list[TensorEntry]]:
+        by_file: dict[str, list[TensorEntry]] = {}
+        for key in sorted({key for recipe in chosen for key in recipe.parts.values()}):
+            by_file.setdefault(self._weight_map[key], []).append(entries[key])
+        return by_file
+
+    def _place(self, recipe: Recipe, entries: Entries) -> tuple[str, int]:
+        """Where it stands, so that files are read from their beginning to their end."""
+        key = min(recipe.parts.values(), key=lambda one: entries[one].offset)
+        return self._weight_map[key], entries[key].offset
+
+    def _make(
+        self,
+        recipe: Recipe,
+        entries: Entries,
+        readers: Mapping[str, ReadRange],
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        """One tensor of the model."""
+        parts = {}
+        for role, key in recipe.parts.items():
+            file = self._weight_map[key]
+            parts[role] = read_tensor(readers[file], entries[key], self._where(file))
+        if recipe.layout is None:
+            return widened(parts[AS_IT_IS], dtype)
+        with self._naming(recipe):
+            return recipe.layout.widen(parts, dtype or torch.float32)
+
+    @contextmanager
+    def _naming(self, recipe: Recipe) -> Iterator[None]:
+        try:
+            yield
+        except Unfit as error:
+            raise CheckpointError(
+                f"{self.name} is stored quantized ({self.stored_as}), and {recipe.name} {error}; copy it again."
+            ) from error
+
+    def _where(self, file: str) -> str:
+        return f"{self.source.location}/{file}"
+
+    @cached_property
+    def _recipes(self) -> list[Recipe]:
+        if self._method is None:
+            return [Recipe(key, {AS_IT_IS: key}) for key in self._weight_map]
+        return recipes(self._weight_map, self._method.layouts, self._method.dropped)
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
@@ -148,16 +250,7 @@ class Checkpoint:
         return sorted(set(self._weight_map.values()))
 
     def _entries(self, file: str) -> dict[str, TensorEntry]:
-        return read_entries(self.source.reader(file), file)
-
-    def _by_file(self, wanted: Callable[[str], bool]) -> dict[str, dict[str, str]]:
-        """For each file the wanted tensors' keys, with their names in the model."""
-        chosen: dict[str, dict[str, str]] = {}
-        for key, file in self._weight_map.items():
-            name = self._name_of(key)
-            if name is not None and wanted(name):
-                chosen.setdefault(file, {})[key] = name
-        return chosen
+        return read_entries(self.source.reader(file), self._where(file))
 
 
 def open_checkpoint(
@@ -203,15 +296,22 @@ def _with_plain_dtype(name: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_config(name: str, path: Path, found: dict[str, Any], plain: dict[str, Any]) -> PretrainedConfig:
-    if quantization := plain.get("quantization_config"):
-        named = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = one_line(named or "some method", characters=40)
-        raise CheckpointError(
-            f"{name} is stored quantized ({method}), which Corolla does not read; use an unquantized one."
-        )
     if plain == found:
         return load_config(name, path, plain)
     with scratch_folder() as folder:
         rewritten = folder / CONFIG_FILE
         rewritten.write_text(json.dumps(plain))
         return load_config(name, rewritten, plain)
+
+
+def _refuse_transposed(name: str, config: PretrainedConfig, method: Method) -> None:
+    """Raises `CheckpointError` where layers keep [in, out] and the method's libraries differ on what they store."""
+    if method.plain_linear:
+        return
+    with torch.device("meta"):
+        block = structure(config).causal_lm(slice_config(config, 0, 1))
+    if any(isinstance(one, Conv1D) for one in block.modules()):
+        raise CheckpointError(
+            f"{name} is stored quantized ({method.label}), which Corolla does not read for models of type "
+            f"{config.model_type}: use an unquantized one."
+        )

@@ -31,7 +31,16 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+
+PLAIN = frozenset(
+    {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+)  # whole by themselves
+PIECE = 2**24  # bytes that are read at a time
 
 ReadRange = Callable[[int, int], bytes]  # (offset, size) -> exactly that many bytes
 
@@ -88,37 +97,29 @@ def local_reader(path: Path) -> ReadRange:
     return read
 
 
-def read_tensors(path: Path, entries: list[TensorEntry], widen_to: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors themselves, each in memory of its own.
-
-    Floating tensors narrower than `widen_to` are converted one at a time, so that both widths are never held
-    together; wider ones are left for the model's loader, which knows what must stay wide.
-    """
-    tensors: dict[str, Tensor] = {}
-    with path.open("rb") as file:
-        for entry in sorted(entries, key=lambda one: one.offset):
-            tensor = _empty(path, entry)
-            file.seek(entry.offset)
-            # A view of the tensor's own memory: the file is read straight into it.
-            target = tensor.reshape(-1).view(torch.uint8).numpy().data
-            if file.readinto(target) != entry.size:
-                raise CheckpointError(f"{path} is truncated; download or copy it again.")
-            if widen_to is not None and tensor.is_floating_point() and tensor.itemsize < widen_to.itemsize:
-                tensor = tensor.to(widen_to)
-            tensors[entry.name] = tensor
-    return tensors
-
-
-def _empty(path: Path, entry: TensorEntry) -> Tensor:
+def read_tensor(read: ReadRange, entry: TensorEntry, file: str) -> Tensor:
+    """One tensor, in memory of its own. `file` is for messages only. Raises `CheckpointError`."""
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise CheckpointError(
-            f"{path} holds {entry.name} as {entry.dtype}, which Corolla does not read; use an unquantized "
+            f"{file} holds {entry.name} as {entry.dtype}, which Corolla does not read; use an unquantized "
             "checkpoint (float32, float16 or bfloat16)."
         )
     tensor = torch.empty(entry.shape, dtype=dtype)
     if tensor.nbytes != entry.size:
         raise CheckpointError(
-            f"{path} says {entry.name} takes {entry.size} bytes, but {tensor.nbytes} are due."
+            f"{file} says {entry.name} takes {entry.size} bytes, but {tensor.nbytes} are due."
         )
+    target = tensor.reshape(-1).view(torch.uint8).numpy().data  # a view of the tensor's own memory
+    for first in range(0, entry.size, PIECE):
+        size = min(PIECE, entry.size - first)
+        target[first : first + size] = read(entry.offset + first, size)
+    return tensor
+
+
+def widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating tensor narrower than `dtype` in that; a wider one is left for the model's loader, which knows what
+    must stay wide."""
+    if dtype is not None and tensor.is_floating_point() and tensor.itemsize < dtype.itemsize:
+        return tensor.to(dtype)
     return tensor

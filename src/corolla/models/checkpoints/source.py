@@ -7,12 +7,13 @@ checkpoint are refused.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from corolla.errors import CheckpointError, UnknownModel
 from corolla.json_files import read_object
-from corolla.models.checkpoints.shards import ReadRange, local_reader, read_entries
+from corolla.models.checkpoints.shards import ReadRange, TensorEntry, local_reader, read_entries
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,6 +36,10 @@ class Source(ABC):
     @abstractmethod
     def reader(self, file: str) -> ReadRange:
         """Reads of parts of one file, without fetching it."""
+
+    def bring(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> Mapping[str, ReadRange]:
+        """Reads of these tensors' bytes, by file; what is elsewhere is brought here first."""
+        return {file: self.reader(file) for file in wanted}
 
     @abstractmethod
     def fetch(self, file: str) -> Path:

@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.miniature import miniature, random_model, undisturbed
-from corolla.models.families import blocks_prefix, structure
+from corolla.models.checks.tracing import Arguments, arguments_of, measured
+from corolla.models.crossing import Crossing, Form
+from corolla.models.families import structure
 
-_returned: dict[bytes, int] = {}
+_seen: dict[bytes, tuple[Arguments, int]] = {}
+_crossings: dict[bytes, Crossing] = {}
 _flat_rows: dict[type[PretrainedConfig], bool] = {}
 
 
 def values_returned(config: PretrainedConfig) -> int:
     """How many values the family's blocks return in a tuple, hidden states first; 0 where they return these alone.
 
-    Seen in a miniature at work, once a process and config. Raises `UnsupportedFamily` when there is none to look at.
+    Raises `UnsupportedFamily` when there is no miniature to look at, or when its blocks cannot be split.
     """
+    return _look(config)[1]
+
+
+def crossing_of(config: PretrainedConfig) -> Crossing:
+    """What crosses the cuts between the blocks. Raises as `values_returned`."""
+    arguments, _ = _look(config)
+    if arguments.plain:
+        return Crossing(Form(0, 1, (int(config.hidden_size),)), int(config.num_hidden_layers))
+    key = canonical_config(config.to_dict())
+    if key not in _crossings:
+        with _refusing(config), undisturbed():
+            _crossings[key] = measured(config, arguments)
+    return _crossings[key]
+
+
+def _look(config: PretrainedConfig) -> tuple[Arguments, int]:
+    """Seen in a miniature at work, once a process and config."""
     found = structure(config)
-    try:
+    with _refusing(config):
         small = miniature(config)
         key = canonical_config(small.to_dict())
-        if key not in _returned:
+        if key not in _seen:
             with undisturbed():
-                _returned[key] = _look(found.causal_lm(small).eval(), blocks_prefix(config))
-    except Exception as error:  # whatever the family's own code makes of its miniature
+                _seen[key] = arguments_of(random_model(found.causal_lm, small))
+    return _seen[key]
+
+
+@contextmanager
+def _refusing(config: PretrainedConfig) -> Iterator[None]:
+    """Whatever the family's own code makes of its miniature."""
+    try:
+        yield
+    except UnsupportedFamily:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be used: a miniature of this one does not run "
             f"({type(error).__name__}: {reason:.120})."
         ) from error
-    return _returned[key]
-
-
-def _look(model: nn.Module, blocks: str) -> int:
-    outputs: list[Any] = []
-    block = model.get_submodule(blocks)[0]  # type: ignore[index]
-    block.register_forward_hook(lambda _block, _arguments, output: outputs.append(output))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[3, 4]]), use_cache=False)
-    return len(outputs[0]) if isinstance(outputs[0], tuple | list) else 0
 
 
 def reads_flat_rows(config: PretrainedConfig) -> bool:

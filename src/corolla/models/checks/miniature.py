@@ -10,13 +10,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from corolla.models.families import slice_config
+from corolla.models.families import layer_overrides, slice_config
 
 LAYERS = 6
 EDGE = 9  # tokens a sequence, after which the miniature's rotary embeddings change, if they do
@@ -53,6 +54,9 @@ SMALL: dict[str, int] = {
     "topk_group": 1,
     "shared_intermediate_size": 96,
     "moe_shared_expert_intermediate_size": 48,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 8,
     "router_hidden_size": 32,
     "adapter_rank": 16,
     "index_n_heads": 16,
@@ -109,6 +113,11 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     """The same family with few and narrow layers that keep the original's kinds of layers and ratios."""
     first = _most_varied_stretch(config, min(LAYERS, config.num_hidden_layers))
     small = slice_config(config, first, first + min(LAYERS, config.num_hidden_layers))
+    overrides = _by_kind(config, small)
+    if overrides:
+        small.per_layer_config = None
+        config = copy.deepcopy(config)
+        config.per_layer_config = None
     ratio = _heads_per_key(config)
     for name, size in SMALL.items():
         if _is_size(config, name):
@@ -118,12 +127,47 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, name, None) is not None:
             setattr(small, name, max(1, small.num_attention_heads // ratio))
+    if isinstance(sizes := getattr(small, "intermediate_size", None), list):
+        small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
     _fit_heads(config, small)
     _fit_recurrent(config, small)
     _fit_rotary(config, small)
+    if overrides:
+        small.per_layer_config = {at: _shrunk(config, small, own) for at, own in overrides.items()}
     small.dtype = torch.float32
     return small
+
+
+def _shrunk(config: PretrainedConfig, small: PretrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
+    """What a layer has of its own, in the ratio to what the others have."""
+    found = dict(own)
+    for name, value in own.items():
+        whole, part = getattr(config, name, None), getattr(small, name, None)
+        if all(isinstance(one, int) and not isinstance(one, bool) for one in (value, whole, part)) and whole:
+            found[name] = max(1, part * value // whole)
+    return found
+
+
+def _by_kind(config: PretrainedConfig, small: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """What the miniature's layers have of their own.
+
+    Where layers have that by their kind, or the last ones take keys and values from earlier ones, the kinds of layers
+    take turns in the miniature, so that each is among those that share and among the others.
+    """
+    own, shared = layer_overrides(config), getattr(config, "num_kv_shared_layers", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or not (own or shared):
+        return layer_overrides(small)
+    of_kind = {kind: own.get(at, {}) for at, kind in enumerate(kinds)}
+    if any(own.get(at, {}) != of_kind[kind] for at, kind in enumerate(kinds)):
+        return layer_overrides(small)
+    depth, last_first = small.num_hidden_layers, list(dict.fromkeys(reversed(kinds)))
+    small.layer_types = list(islice(cycle(last_first), depth))[::-1]
+    if shared:
+        part = max(1, shared * depth // config.num_hidden_layers)
+        small.num_kv_shared_layers = min(part, depth - len(last_first))
+    return {at: of_kind[kind] for at, kind in enumerate(small.layer_types) if of_kind[kind]}
 
 
 def _is_size(config: PretrainedConfig, name: str) -> bool:

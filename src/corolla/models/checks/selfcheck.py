@@ -9,7 +9,7 @@ trust. A client proves all of its own half by itself (`client/model/startcheck.p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,9 +30,12 @@ from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.source import LocalFolder
 from corolla.models.checks.forms import values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
+from corolla.models.checks.tracing import argument_names, replaced
+from corolla.models.crossing import Crossing
 from corolla.models.families import blocks_prefix, structure
+from corolla.models.passage import first_of
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
-from corolla.models.span import Span, first_of, load_span
+from corolla.models.span import Span, load_span
 from corolla.text import get_logger
 
 log = get_logger(__name__)
@@ -101,31 +104,45 @@ def _spans(folder: Path, depth: int) -> list[Span]:
 
 @dataclass
 class _Seen:
-    """Hidden states that entered the first block and left the last, one of each a call."""
+    """What entered the first block and left the last, flat, one of each a call."""
 
     entered: list[Tensor] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
+    given: list[dict[str, Tensor]] = field(default_factory=list)  # to each block of the latest call
 
 
 @contextmanager
-def _watched(whole: PreTrainedModel, alter: Callable[[Tensor], Tensor]) -> Iterator[_Seen]:
-    """`alter` may replace what enters the first block."""
-    blocks = whole.get_submodule(blocks_prefix(whole.config))
+def _watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) -> Iterator[_Seen]:
+    """With `grad`, what is given to the blocks from outside comes from nowhere and needs gradients."""
+    blocks: Any = whole.get_submodule(blocks_prefix(whole.config))
+    hidden = argument_names(blocks[0])[0]
+    from_outside = [(hidden, 0), *((side.name, side.place) for side in crossing.sides)]
+    shared = {side.name for side in crossing.sides if not side.each}
     seen = _Seen()
 
     def entering(
         _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        seen.entered.append(alter(args[0] if args else kwargs.pop("hidden_states")))
-        return (seen.entered[-1], *args[1:]), kwargs
+        if len(seen.given) == crossing.depth:
+            seen.given.clear()
+        given: dict[str, Tensor] = {}
+        for name, place in from_outside if not seen.given else from_outside[1:]:
+            value = args[place] if place < len(args) else kwargs[name]
+            if grad:
+                again = name in shared and seen.given
+                value = seen.given[0][name] if again else value.detach().requires_grad_()
+                args, kwargs = replaced(args, kwargs, name, place, value)
+            given[name] = value
+        seen.given.append(given)
+        if len(seen.given) == crossing.depth:
+            seen.entered.append(crossing.collect(seen.given[0][hidden], seen.given))
+        return args, kwargs
 
     def leaving(_block: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
-        seen.left.append(first_of(output))
+        seen.left.append(crossing.hidden.flat(first_of(output)))
 
-    handles = [
-        blocks[0].register_forward_pre_hook(entering, with_kwargs=True),
-        blocks[-1].register_forward_hook(leaving),
-    ]
+    handles = [one.register_forward_pre_hook(entering, with_kwargs=True) for one in blocks]
+    handles.append(blocks[-1].register_forward_hook(leaving))
     try:
         yield seen
     finally:
@@ -163,13 +180,8 @@ def _chain(spans: list[Span], hidden: Tensor, **arguments: Any) -> Tensor:
 
 
 def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
-    with _watched(whole, lambda hidden: hidden) as seen:
+    with _watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
-    if seen.entered[0].shape != (*ids.shape, whole.config.hidden_size):
-        raise UnsupportedFamily(
-            f"Models of type {whole.config.model_type} cannot be split yet: what passes from block to block is not "
-            "one hidden state a token."
-        )
     real = slice(None) if mask is None else mask.bool()
     return torch.equal(_chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real])
 
@@ -182,7 +194,7 @@ def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor
     ids = ids[:, :CACHED] % 3 + 3
     mask = torch.ones_like(ids)
     mask[0, :PROMPT] = mask[1, -PROMPT:] = 0
-    with _watched(whole, lambda hidden: hidden) as seen:
+    with _watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, real in enumerate(mask.bool()):
         alone = seen.entered[0][row, real][None]
@@ -196,7 +208,7 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
     """With what the whole gives in one pass: not every family's own code goes on from a cache by several tokens."""
     ids, mask = ids[:, :CACHED], mask[:, :CACHED]
     caches = [span.new_cache() for span in spans]
-    with _watched(whole, lambda hidden: hidden) as seen:
+    with _watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     for start, end in ((0, CACHED - 3), (CACHED - 3, CACHED - 2), (CACHED - 2, CACHED)):
         hidden = seen.entered[0][:, start:end]
@@ -215,7 +227,7 @@ def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, ma
         return _chain(spans, hidden, mask=call.mask, positions=call.positions)
 
     shell = copy.deepcopy(whole)
-    layer = BlocksLayer(run, returns=values_returned(whole.config))
+    layer = BlocksLayer(run, returns=values_returned(whole.config), crossing=spans[0].crossing)
     holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
     BaseModelHooks(holder, prompts=lambda: None, caches=None)
     wanted, found = (
@@ -227,10 +239,15 @@ def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, ma
 
 
 def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> bool:
-    with _watched(whole, lambda hidden: hidden.detach().requires_grad_()) as seen:
+    crossing = spans[0].crossing
+    with _watched(whole, crossing, grad=True) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape)
-    (expected,) = torch.autograd.grad((seen.left[0] * weight).sum(), seen.entered)
+    distinct = {id(one): one for given in seen.given for one in given.values()}
+    grads = torch.autograd.grad((seen.left[0] * weight).sum(), list(distinct.values()))
+    of = dict(zip(distinct, grads, strict=True))
+    given = [{name: of[id(one)] for name, one in each.items()} for each in seen.given]
+    expected = crossing.collect(next(iter(given[0].values())), given)
     hidden = seen.entered[0].detach().requires_grad_()
     (gradient,) = torch.autograd.grad((_chain(spans, hidden, mask=mask) * weight).sum(), [hidden])
     real = mask.bool()
@@ -246,7 +263,7 @@ def can_pack(spans: list[Span]) -> bool:
     With a cache and without one, gradients too; sequences that are run whole lie on both sides of the length at
     which rotary embeddings change, if they do.
     """
-    width = spans[0].hidden_size
+    width = spans[0].width
     cached = [torch.randn(length, width) for length in (EDGE, EDGE - 4)]
     across = [torch.randn(length, width) for length in (EDGE + 3, EDGE - 4, EDGE + 1)]
     try:
@@ -285,7 +302,7 @@ def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
 
 def _same_packed_gradients(spans: list[Span], hidden: list[Tensor]) -> bool:
     lengths = [len(one) for one in hidden]
-    weight = torch.randn(sum(lengths), spans[0].hidden_size)
+    weight = torch.randn(sum(lengths), spans[-1].width_behind)
     alone = [one.detach().requires_grad_() for one in hidden]
     value = torch.cat([_alone(spans, one) for one in alone])
     expected = torch.autograd.grad((value * weight).sum(), alone)

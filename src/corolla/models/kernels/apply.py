@@ -48,7 +48,7 @@ def check_quantization(name: str, dtype: torch.dtype, device: torch.device) -> N
         raise UsageError("nf4 needs a CUDA device; use int8 or none on a CPU.")
     if device.type == "cpu" and not supported(device, dtype, "int8"):
         raise UsageError(
-            f"int8 on a CPU needs an x86 machine with AVX2 and float32 activations, not {dtype}; use "
+            f"int8 on a CPU needs a C compiler (or AVX2) and float32 activations, not {dtype}; use "
             "--dtype float32, or no quantization."
         )
 
@@ -82,7 +82,7 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
             f"Unknown quantization {quantization!r}; use one of {', '.join(get_args(Quantization))}."
         )
     if quantization == "int8" and not has_int8():
-        raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
+        raise UsageError("int8 needs a C compiler, or an x86 CPU with AVX2; run without quantization here.")
     exact = partial(exact_linear, trials=Trials())
     make: Make = exact if quantization == "none" else partial(Int8Linear, pieces=pieces)
     names = _replaceable(module, lambda weight: is_packable(weight.device, weight.dtype))

@@ -1,8 +1,9 @@
 """A frozen linear layer in 8-bit integers: weights per output channel, activations per row.
 
 Invariant: a row's result has the same bits whoever it is batched with: every row is divided by a step of its own
-and rounded to whole numbers, and sums of integers are exact in any order. They are added up by native_int8.c where the
-CPU has VNNI for it, else by fbgemm, whose dynamic kernel alone would give the whole batch one step.
+and rounded to whole numbers, and sums of integers are exact in any order. They are added up by native_int8.c, with the
+same bits on every CPU; where there is no C compiler by fbgemm, whose dynamic kernel alone would give the whole batch
+one step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from corolla.errors import UsageError
 from corolla.models.kernels.native import FORMS, Layer, library, pointer
@@ -20,15 +22,14 @@ from corolla.models.kernels.packed import FrozenLinear
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
 TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
-ZERO = 128  # what native_int8.c adds to an activation, so that it has no sign
-VNNI_OUTPUTS, VNNI_COLUMNS = 16, 16  # of which a weight for native_int8.c has to have multiples
+ZERO = 128  # what native_int8.c adds to an activation where the CPU wants it without a sign
+BLOCK = 16  # of which a weight for native_int8.c has whole multiples on both sides
 MOST_COLUMNS = 2**16  # 255 times 127 of them fit into 32 bits
-FEW_ROWS = 64  # with more, torch's operators cost little beside the product
 
 
 @lru_cache(maxsize=1)
 def activation_levels() -> int:
-    """Steps of an activation on either side of zero: 127, 63 where sums saturate, 0 where there is no kernel.
+    """Steps of an activation of fbgemm's on either side of zero: 127, 63 where sums saturate, 0 where it is missing.
 
     Without AVX-512 VNNI the kernel adds pairs of products in 16 bits: 2 x 255 x 127 does not fit, 2 x 127 x
     127 does, so activations lose one bit there (torch's `reduce_range`). The kernel itself is asked, since
@@ -50,32 +51,29 @@ def activation_levels() -> int:
 
 
 def has_int8() -> bool:
-    """Whether this machine has an exact int8 kernel (x86 with AVX2)."""
-    return _has_vnni() or activation_levels() > 0
-
-
-def _has_vnni() -> bool:
-    kernels = library()
-    return kernels is not None and bool(kernels.knows_int8())
+    """Whether this machine has an exact int8 kernel: with a C compiler, or on an x86 CPU with AVX2."""
+    return library() is not None or activation_levels() > 0
 
 
 class Int8Linear(FrozenLinear):
-    """A frozen linear layer on an x86 CPU; its gradient is that of the dequantized weight (straight through)."""
+    """A frozen linear layer on a CPU; its gradient is that of the dequantized weight (straight through)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pieces: int | None = None) -> None:
         """Quantizes `weight` float32 [out, in], keeping no reference to it; `bias` float32 [out] is kept.
 
         An activation is one 8-bit number, or two (`pieces`): itself, and what rounding left of it. Two make
-        the activations' error vanish, for 5 µs with one row and twice the arithmetic with many. Left out: one,
-        but two where sums would saturate, since one of 7 bits costs 0.1 nats.
+        the activations' error vanish, for twice the arithmetic. Left out: one, but two where fbgemm's sums would
+        saturate, since one of 7 bits costs 0.1 nats.
 
         Raises `UsageError` where there is no such kernel.
         """
         if not has_int8():
-            raise UsageError("int8 needs an x86 CPU with AVX2; run without quantization here.")
+            raise UsageError(
+                "int8 needs a C compiler, or an x86 CPU with AVX2; install gcc, or run without quantization here."
+            )
         super().__init__(int(weight.shape[0]), int(weight.shape[1]), bias)
-        weight, own = weight.detach(), pieces in (None, 1) and _Vnni.takes(weight)
-        self.kept: _Vnni | _Fbgemm = _Vnni(weight) if own else _Fbgemm(weight, pieces)
+        weight, own = weight.detach(), pieces in (None, 1) and _Native.takes(weight)
+        self.kept: _Native | _Fbgemm = _Native(weight) if own else _Fbgemm(weight, pieces)
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +86,7 @@ class Int8Linear(FrozenLinear):
 
     def native(self) -> Layer | None:
         """What `run_program` is told, if it can compute this; it holds as long as this layer does."""
-        return self.kept.native(self.bias) if isinstance(self.kept, _Vnni) else None
+        return self.kept.native(self.bias) if isinstance(self.kept, _Native) else None
 
     def multiply(self, value: Tensor) -> Tensor:
         product = self.kept.multiply(value.reshape(-1, value.shape[-1]), self.bias)
@@ -101,33 +99,43 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / steps[:, None]).to(torch.int8), steps
 
 
-class _Vnni:
-    """A weight for `int8_product` of native_int8.c."""
+class _Native:
+    """A weight for `int8_product` of native_int8.c, filled up with zeros to whole blocks."""
 
     def __init__(self, weight: Tensor) -> None:
         whole, self._steps = _quantized(weight)
+        self._shape = whole.shape
+        missing = [-size % BLOCK for size in self._shape]
+        whole = F.pad(whole, (0, missing[1], 0, missing[0]))
+        self._steps = F.pad(self._steps, (0, missing[0]))
         self._sums = whole.sum(1, dtype=torch.int32) * ZERO
-        blocks = whole.view(-1, VNNI_OUTPUTS, whole.shape[1] // 4, 4)
+        blocks = whole.view(-1, BLOCK, whole.shape[1] // 4, 4)
         self._values = blocks.transpose(1, 2).contiguous()
         self._described = tuple(pointer(one) for one in (self._values, self._steps, self._sums))
+        self._padded = any(missing)
 
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether there is a kernel for it here."""
-        rows, columns = weight.shape
-        fits = rows % VNNI_OUTPUTS == 0 and columns % VNNI_COLUMNS == 0 and columns <= MOST_COLUMNS
-        return fits and _has_vnni()
+        return library() is not None and weight.shape[1] <= MOST_COLUMNS
 
-    def native(self, bias: Tensor | None) -> Layer:
+    def native(self, bias: Tensor | None) -> Layer | None:
         """See `Int8Linear.native`."""
-        (values, steps, sums), (blocks, quarters, outputs, four) = self._described, self._values.shape
-        shape = (quarters * four, blocks * outputs)
-        return Layer(FORMS["int8"], 0, 0, *shape, values, steps, sums, pointer(bias), WEIGHT_LEVELS, TINY)
+        if self._padded:
+            return None
+        (values, steps, sums), (outputs, columns) = self._described, self._shape
+        return Layer(
+            FORMS["int8"], 0, 0, columns, outputs, values, steps, sums, pointer(bias), WEIGHT_LEVELS, TINY
+        )
 
     def multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """[n, in] to [n, out]."""
-        rows = rows.contiguous()
-        (count, columns), outputs = rows.shape, len(self._steps)
+        blocks, quarters, outputs, _ = self._values.shape
+        columns, outputs = 4 * quarters, blocks * outputs
+        if self._padded:
+            rows = F.pad(rows, (0, columns - rows.shape[1]))
+            bias = None if bias is None else F.pad(bias, (0, outputs - len(bias)))
+        rows, count = rows.contiguous(), len(rows)
         codes, steps = torch.empty(count, columns, dtype=torch.uint8), rows.new_empty(count)
         product, kernels = rows.new_empty(count, outputs), library()
         assert kernels is not None
@@ -136,12 +144,12 @@ class _Vnni:
             *(pointer(bias), columns, outputs, pointer(rows), pointer(codes), pointer(steps)),
             *(pointer(product), count, WEIGHT_LEVELS, TINY, torch.get_num_threads()),
         )
-        return product
+        return product[:, : self._shape[0]].contiguous() if self._padded else product
 
     def widened(self) -> Tensor:
         """float32 [out, in]."""
-        blocks = self._values.transpose(1, 2)
-        return blocks.reshape(len(self._steps), -1) * self._steps[:, None]
+        whole = self._values.transpose(1, 2).reshape(len(self._steps), -1) * self._steps[:, None]
+        return whole[: self._shape[0], : self._shape[1]].contiguous() if self._padded else whole
 
 
 class _Fbgemm:
@@ -178,7 +186,8 @@ def _pack(weight: Tensor) -> Any:
 
 def _multiply_rows(rows: Tensor, packed: Any, bias: Tensor | None, levels: int, pieces: int) -> Tensor:
     """rows @ weight.T + bias with every row of `rows` [n, in] quantized by its own largest entry."""
-    scaled, step = _scaled(rows, levels)
+    step = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(TINY).div_(levels)
+    scaled = rows / step
     if pieces == 1:
         product = _integer_product(scaled, packed, levels)
     else:
@@ -190,18 +199,6 @@ def _multiply_rows(rows: Tensor, packed: Any, bias: Tensor | None, levels: int, 
     if bias is not None:
         product.add_(bias)
     return product
-
-
-def _scaled(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Rows divided by steps of their own, within -levels … levels, and the steps [n, 1]."""
-    kernels = library()
-    if kernels is None or len(rows) > FEW_ROWS:
-        step = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(TINY).div_(levels)
-        return rows / step, step
-    rows = rows.contiguous()
-    scaled, step = torch.empty_like(rows), rows.new_empty(len(rows), 1)
-    kernels.scale_rows(pointer(rows), pointer(scaled), pointer(step), *rows.shape, levels, TINY)
-    return scaled, step
 
 
 def _integer_product(rows: Tensor, packed: Any, levels: int) -> Tensor:

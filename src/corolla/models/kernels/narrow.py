@@ -102,8 +102,6 @@ def narrow_form(weight: Tensor) -> Narrow | None:
         return None
     weight = weight.detach().contiguous()
     for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
-        if dtype == torch.float16 and not _kernels().knows_float16():
-            continue
         if torch.equal(weight.to(dtype).float(), weight):
             return Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
     sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
@@ -165,7 +163,7 @@ def _halved(steps: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float16 where that is what they are, as in GGUF."""
     halves = steps.half(), offsets.half()
     same = all(torch.equal(half.float(), one) for half, one in zip(halves, (steps, offsets), strict=True))
-    return halves if same and _kernels().knows_float16() else (steps, offsets)
+    return halves if same else (steps, offsets)
 
 
 def _around_zero(groups: Tensor) -> _Lattice:

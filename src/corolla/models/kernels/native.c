@@ -1,9 +1,10 @@
 /* Kernels for passes of few rows, where reading weights and calling operators is what takes the time.
  *
  * Invariant: all arithmetic is float32, and how many threads compute changes no bit of a result. Nothing is
- * allocated and nothing is checked here: native.py knows what each function asks of its arguments. Plain C with
- * the vector extensions of GCC and Clang, so that one source serves whatever CPU it is built on.
+ * allocated and nothing is checked here: native.py knows what each function asks of its arguments. Plain C over the
+ * few primitives of lanes.h, so that one source serves whatever CPU it is built for.
  */
+#include "threads.h"
 #include "lanes.h"
 #include "native.h"
 
@@ -30,144 +31,167 @@ void end_team(void) {
 
 /* --- weights in a narrow form --------------------------------------------------------------------------- */
 
-/* Forms (native.h): FLOAT32, BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step + offset: values are int8,
- * or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0 to 15 below and 16 to 31 above. */
+/* Forms (native.h): FLOAT32, BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step +
+ * offset: values are int8, or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0 to 15 below and 16
+ * to 31 above. */
 
 typedef struct {
-    const void *values;   /* [out, in] */
-    const void *steps;    /* [out, in / group], float16 or float32 */
-    const void *offsets;  /* the same; NULL when all are 0 */
-    int half_steps;       /* whether steps and offsets are float16 */
-    int shift;            /* a group is 2^shift columns, at least LANES */
+    const void *values;  /* [out, in] */
+    const void *steps;   /* [out, in / group], float16 or float32 */
+    const void *offsets; /* the same; NULL when all are 0 */
+    int half_steps;      /* whether steps and offsets are float16 */
+    int shift;           /* a group is 2^shift columns, 16 at least */
     int64_t in, out;
 } Weight;
 
 #define OUTS 4  /* outputs that are computed side by side */
 #define AHEAD 8 /* rows of the weight by which memory is asked before it is needed: rows are short, so the CPU does
                    not guess it. What lies behind the end is never read. */
-
-INLINE vf whole_bytes(const int8_t *from) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
-#else
-    return __builtin_convertvector(
-        __builtin_convertvector(__builtin_convertvector(*(const vb_at *)from, vs), vi), vf);
-#endif
-}
-
-/* Columns `at` and behind of a group of 32. */
-INLINE vf whole_nibbles(const uint8_t *group, int64_t at) {
-    const uint8_t *from = group + at % 16;
-#if defined(__AVX512F__)
-    __m128i bytes = _mm_loadu_si128((const __m128i *)from);
-    if (at >= 16) bytes = _mm_srli_epi16(bytes, 4);
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
-#else
-    vn bytes = *(const vn_at *)from;
-    bytes = at >= 16 ? bytes >> 4 : bytes & 15;
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, vs), vi), vf);
-#endif
-}
-
-INLINE int is_plain(int form) { return form == FLOAT32 || form == BFLOAT16 || form == FLOAT16; }
+#define FEW 2   /* rows of x that a narrow weight is multiplied with as it is read */
 
 INLINE int64_t row_bytes(int form, const Weight *w) {
-    return form == NIBBLES ? w->in / 2 : form == BYTES ? w->in : w->in * (form == FLOAT32 ? 4 : 2);
+    return form == NIBBLES ? w->in / 2 : form == BYTES ? w->in : form == FLOAT32 ? w->in * 4 : w->in * 2;
 }
 
-/* Whole numbers of columns `at` and behind of a weight row that begins at `row`. */
-INLINE vf whole(int form, const uint8_t *row, int64_t at) {
-    return form == BYTES ? whole_bytes((const int8_t *)row + at) : whole_nibbles(row + at / 32 * 16, at % 32);
-}
+INLINE int is_grouped(int form) { return form == BYTES || form == NIBBLES; }
 
-/* The weight's number `at` and behind, of a row that begins at `row`; of forms that are the weights themselves. */
-INLINE vf numbers(int form, const void *row, int64_t at) {
+/* Columns `at` and behind of a weight row that is not in groups. */
+INLINE vf number_at(int form, const void *row, int64_t at) {
     if (form == FLOAT32) return load((const float *)row + at);
-    const uint16_t *from = (const uint16_t *)row + at;
-    if (form == BFLOAT16) return (vf)(__builtin_convertvector(*(const vh_at *)from, vu) << 16);
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-#elif defined(__FLT16_MAX__)
-    typedef _Float16 vx_at __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-    return __builtin_convertvector(*(const vx_at *)from, vf);
-#else
-    return (vf){0} + NAN; /* native.py asks first, see `knows_float16` */
-#endif
+    return form == BFLOAT16 ? bfloat16_at((const uint16_t *)row + at) : float16_at((const uint16_t *)row + at);
 }
 
-int knows_float16(void) {
-#if defined(__FLT16_MAX__)
-    return 1;
-#else
-    return 0;
-#endif
+INLINE int64_t rounded_up(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+/* Steps or offsets `at` and behind. */
+INLINE vf steps_at(const Weight *w, const void *from, int64_t at) {
+    return w->half_steps ? float16_at((const uint16_t *)from + at) : load((const float *)from + at);
 }
 
-INLINE float scalar(const void *from, int64_t place, int is_half) {
-#if defined(__FLT16_MAX__)
-    if (is_half) return (float)((const _Float16 *)from)[place];
-#else
-    (void)is_half;
-#endif
-    return ((const float *)from)[place];
+/* Those of a row [count] as float32, with zeros up to a multiple of LANES. */
+INLINE void widen_steps(const Weight *w, const void *from, int64_t row, int64_t count, float *to) {
+    const char *own = (const char *)from + row * count * (w->half_steps ? 2 : 4);
+    store(to + rounded_up(count) - LANES, (vf){0});
+    for (int64_t at = 0; at + LANES <= count; at += LANES) store(to + at, steps_at(w, own, at));
+    if (count >= LANES) {
+        store(to + count - LANES, steps_at(w, own, count - LANES));
+        return;
+    }
+    float rest[LANES] = {0};
+    for (int64_t i = 0; i < count; i++)
+        if (w->half_steps) ((uint16_t *)rest)[i] = ((const uint16_t *)own)[i];
+        else rest[i] = ((const float *)own)[i];
+    store(to, steps_at(w, rest, 0));
 }
 
 /* Row `row` of the weight as float32 [in]. */
 INLINE void widen_row(int form, const Weight *w, int64_t row, float *to) {
     const uint8_t *values = (const uint8_t *)w->values + row * row_bytes(form, w);
-    if (is_plain(form)) {
-        for (int64_t at = 0; at < w->in; at += LANES) store(to + at, numbers(form, values, at));
+    if (!is_grouped(form)) {
+        for (int64_t at = 0; at < w->in; at += LANES) store(to + at, number_at(form, values, at));
         return;
     }
-    int64_t group = 1 << w->shift, place = row * (w->in >> w->shift);
-    for (int64_t begin = 0; begin < w->in; begin += group, place++) {
-        float step = scalar(w->steps, place, w->half_steps);
-        float offset = w->offsets ? scalar(w->offsets, place, w->half_steps) : 0;
-        __builtin_prefetch(values + AHEAD * row_bytes(form, w) + (form == NIBBLES ? begin / 2 : begin));
-        for (int64_t at = begin; at < begin + group; at += LANES)
-            store(to + at, whole(form, values, at) * step + offset);
+    int64_t group = 1 << w->shift, groups = w->in >> w->shift;
+    float steps[rounded_up(groups)], offsets[rounded_up(groups)];
+    widen_steps(w, w->steps, row, groups, steps);
+    if (w->offsets) widen_steps(w, w->offsets, row, groups, offsets);
+    else memset(offsets, 0, sizeof offsets);
+    for (int64_t g = 0; g < groups; g++, to += group, values += form == NIBBLES ? group / 2 : group) {
+        __builtin_prefetch(values + AHEAD * row_bytes(form, w));
+        if (form == NIBBLES)
+            for (int64_t at = 0; at < 16; at += LANES) {
+                vf low, high;
+                nibbles_at(values + at, &low, &high);
+                store(to + at, low * steps[g] + offsets[g]);
+                store(to + at + 16, high * steps[g] + offsets[g]);
+            }
+        else
+            for (int64_t at = 0; at < group; at += LANES)
+                store(to + at, bytes_at((const int8_t *)values + at) * steps[g] + offsets[g]);
     }
 }
 
-#define FEW 2   /* rows of x that a narrow weight is multiplied with as it is read */
+/* --- one row or two ------------------------------------------------------------------------------------- */
 
-/* OUTS outputs of one to FEW rows, the weight read in its narrow form. */
-INLINE void product_of_few(int form, const Weight *w, const float *x, float *y, int64_t first, int rows) {
+/* `outs` outputs from `first` on of `rows` rows; the weight is read in its narrow form. */
+INLINE void few_of_numbers(int form, const Weight *w, const float *x, float *y, int64_t first, int outs, int rows) {
     int64_t stride = row_bytes(form, w);
     const uint8_t *values = (const uint8_t *)w->values + first * stride;
     vf sums[OUTS][FEW] = {{{0}}};
-    if (is_plain(form)) {
-        for (int64_t at = 0; at < w->in; at += LANES)
-            for (int o = 0; o < OUTS; o++) {
-                const uint8_t *row = values + o * stride;
-                __builtin_prefetch(row + AHEAD * stride + at * (stride / w->in));
-                vf weight = numbers(form, row, at);
-                for (int r = 0; r < rows; r++) sums[o][r] += weight * load(x + r * w->in + at);
-            }
-    } else {
-        int64_t group = 1 << w->shift, groups = w->in >> w->shift;
-        for (int64_t g = 0; g < groups; g++) {
-            vf parts[OUTS][FEW] = {{{0}}}, totals[FEW] = {{0}};
-            for (int o = 0; o < OUTS; o++)
-                __builtin_prefetch(values + (AHEAD + o) * stride + (form == NIBBLES ? g * group / 2 : g * group));
-            for (int64_t at = g * group; at < (g + 1) * group; at += LANES) {
-                for (int r = 0; r < rows; r++) totals[r] += load(x + r * w->in + at);
-                for (int o = 0; o < OUTS; o++) {
-                    vf weight = whole(form, values + o * stride, at);
-                    for (int r = 0; r < rows; r++) parts[o][r] += weight * load(x + r * w->in + at);
-                }
-            }
-            for (int o = 0; o < OUTS; o++) {
-                int64_t place = (first + o) * groups + g;
-                float step = scalar(w->steps, place, w->half_steps);
-                float offset = w->offsets ? scalar(w->offsets, place, w->half_steps) : 0;
-                for (int r = 0; r < rows; r++) sums[o][r] += parts[o][r] * step + totals[r] * offset;
-            }
+    for (int64_t at = 0; at < w->in; at += LANES)
+        for (int o = 0; o < outs; o++) {
+            __builtin_prefetch(values + (AHEAD + o) * stride + at * (form == FLOAT32 ? 4 : 2));
+            vf weight = number_at(form, values + o * stride, at);
+            for (int r = 0; r < rows; r++) sums[o][r] += weight * load(x + r * w->in + at);
         }
-    }
-    for (int o = 0; o < OUTS; o++)
+    for (int o = 0; o < outs; o++)
         for (int r = 0; r < rows; r++) y[r * w->out + first + o] = sum_lanes(sums[o][r]);
 }
+
+/* What x [rows, in] adds up to in each group: [rows, rounded_up(in / group)]. */
+INLINE void add_groups(const float *x, int64_t in, int64_t group, int rows, float *totals) {
+    for (int r = 0; r < rows; r++)
+        for (int64_t g = 0; g < rounded_up(in / group); g++) {
+            vf total = {0};
+            if (g < in / group)
+                for (int64_t at = 0; at < group; at += LANES) total += load(x + r * in + g * group + at);
+            *totals++ = sum_lanes(total);
+        }
+}
+
+/* The same of weights in groups, `group` columns each; `totals` as add_groups gives them. */
+INLINE void few_of_groups(int form, int64_t group, const Weight *w, const float *x, const float *totals, float *y,
+                          int64_t first, int outs, int rows) {
+    int64_t stride = row_bytes(form, w), groups = w->in / group, room = rounded_up(groups);
+    const uint8_t *values = (const uint8_t *)w->values + first * stride;
+    float steps[OUTS][room], offsets[room];
+    vf sums[OUTS][FEW] = {{{0}}};
+    for (int o = 0; o < outs; o++) widen_steps(w, w->steps, first + o, groups, steps[o]);
+    for (int64_t g = 0; g < groups; g++, values += form == NIBBLES ? group / 2 : group) {
+        vf parts[OUTS][FEW] = {{{0}}};
+        for (int o = 0; o < outs; o++) __builtin_prefetch(values + (AHEAD + o) * stride);
+        if (form == NIBBLES)
+            for (int64_t at = 0; at < 16; at += LANES)
+                for (int o = 0; o < outs; o++) {
+                    vf low, high;
+                    nibbles_at(values + o * stride + at, &low, &high);
+                    for (int r = 0; r < rows; r++) {
+                        const float *own = x + r * w->in + g * group + at;
+                        parts[o][r] += low * load(own);
+                        parts[o][r] += high * load(own + 16);
+                    }
+                }
+        else
+            for (int64_t at = 0; at < group; at += LANES)
+                for (int o = 0; o < outs; o++) {
+                    vf weight = bytes_at((const int8_t *)values + o * stride + at);
+                    for (int r = 0; r < rows; r++) parts[o][r] += weight * load(x + r * w->in + g * group + at);
+                }
+        for (int o = 0; o < outs; o++)
+            for (int r = 0; r < rows; r++) sums[o][r] += parts[o][r] * steps[o][g];
+    }
+    for (int o = 0; o < outs; o++) {
+        if (w->offsets) {
+            widen_steps(w, w->offsets, first + o, groups, offsets);
+            for (int r = 0; r < rows; r++)
+                for (int64_t g = 0; g < room; g += LANES)
+                    sums[o][r] += load(offsets + g) * load(totals + r * room + g);
+        }
+        for (int r = 0; r < rows; r++) y[r * w->out + first + o] = sum_lanes(sums[o][r]);
+    }
+}
+
+/* OUTS outputs of one row or two. Two rows take the outputs two by two where registers are few. */
+INLINE void product_of_few(int form, int64_t group, const Weight *w, const float *x, const float *totals, float *y,
+                           int64_t first, int rows) {
+    const int outs = rows == 1 || REGISTERS > 16 ? OUTS : OUTS / 2;
+    for (int64_t own = first; own < first + OUTS; own += outs) {
+        if (is_grouped(form)) few_of_groups(form, group, w, x, totals, y, own, outs, rows);
+        else few_of_numbers(form, w, x, y, own, outs, rows);
+    }
+}
+
+/* --- more rows ------------------------------------------------------------------------------------------ */
 
 /* The same for any rows with OUTS weight rows that have been widened. */
 INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const float *x, float *y, int rows) {
@@ -183,20 +207,26 @@ INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const fl
             for (int r = 0; r < ROWS; r++) y[r * out + o] = sum_lanes(sums[o][r]);         \
         x += ROWS * in, y += ROWS * out, rows -= ROWS;                                     \
     } while (0)
+#if REGISTERS > 16
     while (rows >= 4) PRODUCT(4);
+#else
+    while (rows >= 3) PRODUCT(3);
+#endif
     while (rows >= 1) PRODUCT(1);
 #undef PRODUCT
 }
 
-INLINE void product(int form, const Weight *w, const float *x, float *y, int64_t rows, int threads) {
+INLINE void product(int form, int64_t group, const Weight *w, const float *x, float *y, int64_t rows, int threads) {
     int cpu = this_cpu();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         keep_apart(cpu);
+        float totals[is_grouped(form) ? FEW * rounded_up(w->in / group) : 1];
+        if (is_grouped(form) && w->offsets && rows <= FEW) add_groups(x, w->in, group, (int)rows, totals);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < w->out; first += OUTS) {
-            if (rows == 1) product_of_few(form, w, x, y, first, 1);
-            if (rows == 2) product_of_few(form, w, x, y, first, 2);
+            if (rows == 1) product_of_few(form, group, w, x, totals, y, first, 1);
+            if (rows == 2) product_of_few(form, group, w, x, totals, y, first, 2);
             if (rows <= FEW) continue;
             if (form == FLOAT32) {
                 product_of_many((const float *)w->values + first * w->in, w->in, w->out, x, y + first, (int)rows);
@@ -209,15 +239,17 @@ INLINE void product(int form, const Weight *w, const float *x, float *y, int64_t
     }
 }
 
-/* y [rows, out] = x [rows, in] times the weight [out, in]. `out` is a multiple of OUTS, `in` of the group. */
+/* y [rows, out] = x [rows, in] times the weight [out, in]. `out` is a multiple of OUTS, `in` of 16 and of the group,
+ * which is 32 columns for NIBBLES, and 16 or 32 for BYTES. */
 void narrow_product(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
                     int64_t in, int64_t out, const float *x, float *y, int64_t rows, int threads) {
     Weight w = {values, steps, offsets, half_steps, shift, in, out};
-    if (form == BFLOAT16) product(BFLOAT16, &w, x, y, rows, threads);
-    else if (form == FLOAT16) product(FLOAT16, &w, x, y, rows, threads);
-    else if (form == FLOAT32) product(FLOAT32, &w, x, y, rows, threads);
-    else if (form == BYTES) product(BYTES, &w, x, y, rows, threads);
-    else product(NIBBLES, &w, x, y, rows, threads);
+    if (form == FLOAT32) product(FLOAT32, 0, &w, x, y, rows, threads);
+    else if (form == BFLOAT16) product(BFLOAT16, 0, &w, x, y, rows, threads);
+    else if (form == FLOAT16) product(FLOAT16, 0, &w, x, y, rows, threads);
+    else if (form == NIBBLES) product(NIBBLES, 32, &w, x, y, rows, threads);
+    else if (shift == 5) product(BYTES, 32, &w, x, y, rows, threads);
+    else product(BYTES, 16, &w, x, y, rows, threads);
 }
 
 /* The weight as float32 [out, in]. */
@@ -225,5 +257,11 @@ void narrow_widen(int form, const void *values, const void *steps, const void *o
                   int64_t in, int64_t out, float *to, int threads) {
     Weight w = {values, steps, offsets, half_steps, shift, in, out};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < out; row++) widen_row(form, &w, row, to + row * in);
+    for (int64_t row = 0; row < out; row++) {
+        if (form == FLOAT32) widen_row(FLOAT32, &w, row, to + row * in);
+        else if (form == BFLOAT16) widen_row(BFLOAT16, &w, row, to + row * in);
+        else if (form == FLOAT16) widen_row(FLOAT16, &w, row, to + row * in);
+        else if (form == BYTES) widen_row(BYTES, &w, row, to + row * in);
+        else widen_row(NIBBLES, &w, row, to + row * in);
+    }
 }

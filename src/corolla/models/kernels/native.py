@@ -1,8 +1,8 @@
-"""The C kernels of `native.c`, `native_attention.c` and `native_int8.c`, built on the machine that runs them.
+"""The C kernels of `native*.c`, built on the machine that runs them.
 
 Invariant: what is loaded here gave right results on this machine; where it cannot be built (no compiler, say),
 `library()` is None and everything is computed by torch alone. Built once into Corolla's cache, for exactly this
-source, compiler and CPU.
+source, compiler, CPU and instruction set (`isa.py`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from torch import Tensor
 
 from corolla.errors import CorollaError
 from corolla.files import made_once
+from corolla.models.kernels import isa
 from corolla.places import cache_root
 from corolla.text import get_logger
 
 log = get_logger(__name__)
 
 NAME = "native.so"
-SOURCES = ("lanes.h", "native.h", "native.c", "native_attention.c", "native_int8.c", "native_program.c")
+SOURCES = (
+    "lanes.h", "threads.h", "native.h", "native.c", "native_attention.c", "native_int8.c", "native_program.c"
+)  # fmt: skip
 # Results are the same for any number of threads, so sums must not be reordered by the compiler: no -ffast-math.
 FLAGS = (
     "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"
 )  # fmt: skip
-NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # others: -mcpu=native
 BUILD_SECONDS = 120
 FORMS = {
     "bfloat16": 0,
@@ -53,7 +55,6 @@ _SIGNATURES = {
     "begin_team": "i",
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
-    "scale_rows": "pppllff",
     "attend_rows": "pllpllpllppppllllllffl" + "pp" + "plp" + "i",
     "run_program": "plpppp" + "i",
 }
@@ -76,34 +77,60 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The functions of the C files, or None. Building takes seconds when it is asked for the first time."""
+    """The functions of the C files, or None. Building takes seconds when it is asked for the first time.
+
+    Raises `UsageError` where `COROLLA_ISA` names no instruction set.
+    """
+    limit = isa.limit()
     try:
-        found = _load(_built())
+        found = loaded(_compiler(), cache_root(), limit)
     except (CorollaError, OSError, subprocess.SubprocessError) as error:
         log.info("The C kernels are not used: %s", error)
         return None
-    if not _computes(found):
+    if found is None:
         log.warning("The C kernels compute wrong results on this machine, so they are not used.")
-        return None
     return found
 
 
-def _built() -> Path:
-    """The shared library, built if it is not in the cache."""
+@lru_cache(maxsize=8)
+def loaded(compiler: str, cache: Path, limit: str) -> ctypes.CDLL | None:
+    """The same for the newest instruction set within a limit, built by `compiler`; None if its results are wrong.
+
+    Raises `OSError`, `subprocess.SubprocessError` and `CorollaError` where it cannot be built or kept in `cache`.
+    """
+    found = _load(_built(compiler, cache, limit))
+    return found if _computes(found) else None
+
+
+def instruction_set() -> str | None:
+    """For which `library()` is built; None where it is not."""
+    return None if library() is None else isa.runnable(isa.described(_compiler()), isa.limit())[-1].name
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """All for which it can be built and run here within the limit, the newest last."""
+    try:
+        return tuple(one.name for one in isa.runnable(isa.described(_compiler()), isa.limit()))
+    except (OSError, subprocess.SubprocessError):
+        return ()
+
+
+def _compiler() -> str:
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
         raise FileNotFoundError("there is no C compiler; install gcc to have them")
+    return compiler
+
+
+def _built(compiler: str, cache: Path, limit: str) -> Path:
+    """The shared library, built if it is not in the cache."""
+    described = isa.described(compiler)
+    chosen = isa.runnable(described, limit)[-1]
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
-    flags = [*FLAGS, NATIVE.get(platform.machine(), "-mcpu=native")]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-    parts = (
-        *sources.values(),
-        " ".join(flags).encode(),
-        version,
-        cpu().encode(),
-        torch.__version__.encode(),
-    )
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    flags = [*FLAGS, *isa.TUNED, *chosen.flags, f"-DISA_{chosen.name.upper().replace('-', '_')}"]
+    # A cache may be shared between machines, and what the compiler makes depends on the CPU too.
+    parts = (" ".join(flags), described, cpu(), torch.__version__)
+    name = hashlib.sha256(b"\0".join([*sources.values(), *(one.encode() for one in parts)])).hexdigest()[:16]
 
     def make(folder: Path) -> None:
         for file, source in sources.items():
@@ -112,7 +139,7 @@ def _built() -> Path:
         command = [compiler, *flags, "-o", NAME, *units, "-lm"]
         subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=BUILD_SECONDS)
 
-    return made_once(cache_root() / "kernels" / name, make) / NAME
+    return made_once(cache / "kernels" / name, make) / NAME
 
 
 def cpu() -> str:
@@ -143,15 +170,15 @@ def _load(path: Path) -> ctypes.CDLL:
 def _computes(found: ctypes.CDLL) -> bool:
     """Whether a product comes out right: a compiler, a CPU or a cache may be broken in ways that nobody foresees."""
     values = torch.arange(-128, 128, dtype=torch.int8).repeat(2).view(8, 64)
-    steps = torch.full((8, 1), 0.5)
-    wanted = values.float() * 0.5
-    weight = (2, pointer(values), pointer(steps), None, 0, 6, 64, 8)
+    steps = torch.tensor([0.5, 0.25]).repeat(8, 1)
+    wanted = values.float() * steps.repeat_interleave(32, dim=1)
+    weight = (FORMS["bytes"], pointer(values), pointer(steps), None, 0, 5, 64, 8)
     for rows in (1, 3):  # the weight is read in two ways
         given, result = torch.linspace(-1, 1, rows * 64).view(rows, 64), torch.empty(rows, 8)
         found.narrow_product(*weight, pointer(given), pointer(result), rows, 2)
         if not torch.allclose(result, given @ wanted.T, atol=1e-3):
             return False
-    return not found.knows_int8() or _multiplies_bytes(found)
+    return _multiplies_bytes(found)
 
 
 def _multiplies_bytes(found: ctypes.CDLL) -> bool:

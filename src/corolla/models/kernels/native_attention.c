@@ -2,6 +2,7 @@
  *
  * Invariant: as in native.c; a row's result does not depend on the rows beside it.
  */
+#include "threads.h"
 #include "lanes.h"
 #include "native.h"
 
@@ -48,68 +49,79 @@ INLINE Run run_from(const Attention *a, const float *cache, const int32_t *pages
     return (Run){data, left < length - at ? left : length - at, token};
 }
 
-/* Scores [group][room] of `count` tokens, the first of which goes to `to`. `lanes` is dim / LANES. */
+/* Scores [group][room] of `count` tokens, the first of which goes to `to`. */
 INLINE void score(const Attention *a, Run keys, const float *query, int64_t head_stride, float *to, int64_t room,
-                  int64_t lanes) {
+                  const int64_t dim) {
     int64_t group = a->heads / a->kv_heads;
     for (int64_t i = 0; i < keys.count; i++) {
         const float *key = keys.data + i * keys.token;
         for (int64_t g = 0; g < group; g++) {
-            vf sums = {0};
-            for (int64_t l = 0; l < lanes; l++)
-                sums += load(query + g * head_stride + l * LANES) * load(key + l * LANES);
-            to[g * room + i] = sum_lanes(sums) * a->scale;
+            const float *own = query + g * head_stride;
+            vf sums[2] = {{0}};
+            for (int64_t d = 0; d < dim; d += 2 * LANES) {
+                sums[0] += load(own + d) * load(key + d);
+                if (d + LANES < dim) sums[1] += load(own + d + LANES) * load(key + d + LANES);
+            }
+            to[g * room + i] = sum_lanes(sums[0] + sums[1]) * a->scale;
         }
     }
 }
 
-/* out [few][dim] = weights [few][room] times the values of all tokens from `begin` to `length`. Inlined with
- * `lanes` and `few` as constants, sums stay in registers, and values are read once for `few` heads. */
+/* out [few][dim] = weights [few][room] times the values of all tokens from `begin` to `length`, of `lanes` * LANES
+ * numbers of each from `own` on. Inlined with `lanes` and `few` as constants, sums stay in registers, and values are
+ * read once for `few` heads. */
 INLINE void mix(const Attention *a, const float *values, const int32_t *pages, int64_t begin, int64_t length,
-                int64_t kv, const float *weights, int64_t room, float *out, const int64_t lanes, const int64_t few) {
-    vf sums[few][lanes];
-    for (int64_t g = 0; g < few; g++)
-        for (int64_t l = 0; l < lanes; l++) sums[g][l] = (vf){0};
+                int64_t kv, const float *weights, int64_t room, float *out, int64_t own, const int lanes,
+                const int few) {
+    vf sums[4][4] = {{{0}}};
     for (int64_t at = begin; at < length;) {
         Run run = run_from(a, values, pages, at, length, kv);
         for (int64_t i = 0; i < run.count; i++) {
-            const float *value = run.data + i * run.token;
-            for (int64_t l = 0; l < lanes; l++)
-                for (int64_t g = 0; g < few; g++)
+            const float *value = run.data + i * run.token + own;
+            for (int l = 0; l < lanes; l++)
+                for (int g = 0; g < few; g++)
                     sums[g][l] += load(value + l * LANES) * weights[g * room + at - begin + i];
         }
         at += run.count;
     }
-    for (int64_t g = 0; g < few; g++)
-        for (int64_t l = 0; l < lanes; l++) store(out + g * a->dim + l * LANES, sums[g][l]);
+    for (int g = 0; g < few; g++)
+        for (int l = 0; l < lanes; l++) store(out + g * a->dim + own + l * LANES, sums[g][l]);
 }
 
-/* One row's heads that share the keys of `kv`: query and out [group][dim], scores [group][LANES more than length]. */
+#define HEADS (REGISTERS > 16 ? 4 : 3) /* whose sums, four vectors each, fit into registers */
+
+/* All of out [few][dim]. */
+INLINE void mix_heads(const Attention *a, const float *values, const int32_t *pages, int64_t begin, int64_t length,
+                      int64_t kv, const float *weights, int64_t room, float *out, const int few) {
+    int64_t own = 0;
+    for (; own + 4 * LANES <= a->dim; own += 4 * LANES)
+        mix(a, values, pages, begin, length, kv, weights, room, out, own, 4, few);
+    for (; own < a->dim; own += LANES) mix(a, values, pages, begin, length, kv, weights, room, out, own, 1, few);
+}
+
+/* One row's heads that share the keys of `kv`: query and out [group][dim], scores [group][room]. */
 INLINE void attend_group(const Attention *a, const float *keys, const float *values, const int32_t *pages,
                          int64_t length, int64_t kv, const float *query, int64_t head_stride, float *out,
                          float *scores, int64_t room) {
-    int64_t group = a->heads / a->kv_heads, dim = a->dim, lanes = dim / LANES;
+    int64_t group = a->heads / a->kv_heads, dim = a->dim;
     int64_t begin = a->window && length > a->window ? length - a->window : 0;
     for (int64_t at = begin; at < length;) {
         Run run = run_from(a, keys, pages, at, length, kv);
-        if (lanes == 4) score(a, run, query, head_stride, scores + at - begin, room, 4);
-        else if (lanes == 8) score(a, run, query, head_stride, scores + at - begin, room, 8);
-        else score(a, run, query, head_stride, scores + at - begin, room, lanes);
+        if (dim == 64) score(a, run, query, head_stride, scores + at - begin, room, 64);
+        else if (dim == 128) score(a, run, query, head_stride, scores + at - begin, room, 128);
+        else score(a, run, query, head_stride, scores + at - begin, room, dim);
         at += run.count;
     }
     for (int64_t g = 0; g < group;) {
         float *weights = scores + g * room, *to = out + g * dim;
-        int64_t left = group - g, few = left < 4 ? left : 4;
-        float totals[4];
-        if (lanes > 4 && few > 2) few = 2;
-        if (lanes > 8) few = 1;
+        int64_t few = group - g < HEADS ? group - g : HEADS;
+        float totals[HEADS];
         for (int64_t i = 0; i < few; i++) totals[i] = weigh(a, weights + i * room, begin, length, kv * group + g + i);
-#define MIX(LANE_COUNT, FEW) mix(a, values, pages, begin, length, kv, weights, room, to, LANE_COUNT, FEW)
-        if (lanes == 4 && few == 4) MIX(4, 4);
-        else if (lanes == 4 && few == 3) MIX(4, 3);
-        else if (lanes == 4 && few == 2) MIX(4, 2);
-        else if (lanes == 8 && few == 2) MIX(8, 2);
-        else MIX(lanes, few);
+#define MIX(FEW) mix_heads(a, values, pages, begin, length, kv, weights, room, to, FEW)
+        if (few == 1) MIX(1);
+        else if (few == 2) MIX(2);
+        else if (few == 3) MIX(3);
+        else MIX(4);
 #undef MIX
         for (int64_t i = 0; i < few; i++)
             for (int64_t d = 0; d < dim; d += LANES) store(to + i * dim + d, load(to + i * dim + d) / totals[i]);

@@ -1,39 +1,18 @@
-/* Activations, and whole products, in 8 bits; see native.c.
+/* Products of weights and activations in 8 bits; see native.c.
  *
- * Invariant: a row's result has the same bits in any company. Nothing is allocated and nothing is checked here.
+ * Invariant: activations are whole numbers of a step of their row, from -127 to 127, weights of a step of their output.
+ * Sums of bytes are exact, so a row's result has the same bits in any company, and with every instruction set. Nothing is
+ * allocated and nothing is checked here.
  */
+#include "threads.h"
 #include "lanes.h"
 #include "native.h"
 
-/* --- activations in 8 bits ------------------------------------------------------------------------------ */
-
-/* Divide each row of x [rows, in] by a step of its own, so that its largest entry is `levels`. */
-void scale_rows(const float *x, float *scaled, float *steps, int64_t rows, int64_t in, float levels, float least) {
-    for (int64_t r = 0; r < rows; r++, x += in, scaled += in) {
-        float largest = least;
-        for (int64_t i = 0; i < in; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-        float step = steps[r] = largest / levels;
-        for (int64_t i = 0; i < in; i++) scaled[i] = x[i] / step;
-    }
-}
-
-/* --- weights and activations in 8 bits ------------------------------------------------------------------ */
-
-/* Sums of four products of bytes at a time (VNNI). Activations are whole numbers of a step of their row, from -127 to
- * 127, kept 128 higher since the instruction wants them unsigned; what that adds is known (`sums`) and taken off. Sums
- * are exact, so a row's result has the same bits in any company. Weights lie as [out / 16, in / 4, 16, 4]. */
-#define INT8_OUTS 16
+/* Weights lie as [out / BLOCK, in / 4, BLOCK, 4], which every set reads as it lies. */
+#define BLOCK 16
 #define FAR 4096 /* bytes by which weights are asked for before they are needed */
+#define VECTORS (BLOCK / LANES)
 
-int knows_int8(void) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 typedef struct {
     const int8_t *values;
     const float *scales, *bias; /* [out]; bias may be NULL */
@@ -43,76 +22,76 @@ typedef struct {
 
 /* Codes [in] of a row, and its step. */
 static void int8_row(const float *x, int64_t in, float levels, float least, uint8_t *codes, float *step) {
-    __m512 largest = _mm512_set1_ps(least);
-    for (int64_t i = 0; i < in; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-    *step = _mm512_reduce_max_ps(largest) / levels;
-    for (int64_t i = 0; i < in; i += 16) {
-        __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(*step)));
-        whole = _mm512_add_epi32(whole, _mm512_set1_epi32(128));
-        _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtusepi32_epi8(whole));
+    vf largest = (vf){0} + least;
+    for (int64_t i = 0; i < in; i += LANES) largest = max_lanes(abs_lanes(load(x + i)), largest);
+    *step = largest_lane(largest) / levels;
+    for (int64_t i = 0; i < in; i += LANES) {
+        /* Rounded to the nearest whole number, which is then in the lowest bits. */
+        vi whole = (vi)(load(x + i) / *step + 12582912.0f);
+        store_bytes(codes + i, whole + ZERO);
     }
 }
 
-/* Adds to 16 sums four products of bytes each. GCC 12 copies sums between registers around its own intrinsic. */
-INLINE void dot(__m512i *sums, __m512i codes, __m512i weights) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(weights));
-}
-
-/* `rows` rows times 16 * `blocks` outputs from `first` on. */
-INLINE void int8_tile(const Int8Weight *w, int64_t first, int blocks, const uint8_t *codes, const float *steps,
-                      float *y, int rows) {
-    __m512i sums[8][2];
+/* `rows` rows times BLOCK * `blocks` outputs from `first` on; both are constants where this is inlined. */
+INLINE void int8_tile(const Int8Weight *w, int64_t first, const int blocks, const uint8_t *codes, const float *steps,
+                      float *y, const int rows) {
+    vi sums[rows][blocks * VECTORS];
     for (int r = 0; r < rows; r++)
-        for (int b = 0; b < blocks; b++)
-            sums[r][b] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(w->sums + first + 16 * b));
+        for (int v = 0; v < blocks * VECTORS; v++)
+            sums[r][v] = ZERO ? -load_whole(w->sums + first + v * LANES) : (vi){0};
     const int8_t *values = w->values + first * w->in;
     for (int64_t i = 0; i < w->in; i += 4) {
-        __m512i weight[2];
+        Bytes weights[blocks * VECTORS];
         for (int b = 0; b < blocks; b++) {
-            const int8_t *from = values + 16 * (b * w->in + i);
+            const int8_t *from = values + BLOCK * (b * w->in + i);
             __builtin_prefetch(from + FAR);
-            weight[b] = _mm512_loadu_si512(from);
+            for (int v = 0; v < VECTORS; v++) weights[b * VECTORS + v] = weights_at(from + v * LANES * 4);
         }
         for (int r = 0; r < rows; r++) {
             int32_t four;
-            __builtin_memcpy(&four, codes + r * w->in + i, 4);
-            for (int b = 0; b < blocks; b++)
-                dot(&sums[r][b], _mm512_set1_epi32(four), weight[b]);
+            memcpy(&four, codes + r * w->in + i, 4);
+            for (int v = 0; v < blocks * VECTORS; v++) sums[r][v] = dot(sums[r][v], weights[v], four);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int b = 0; b < blocks; b++) {
-            int64_t at = first + 16 * b;
-            __m512 result = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][b]), _mm512_loadu_ps(w->scales + at));
-            result = _mm512_mul_ps(result, _mm512_set1_ps(steps[r]));
-            if (w->bias) result = _mm512_add_ps(result, _mm512_loadu_ps(w->bias + at));
-            _mm512_storeu_ps(y + r * w->out + at, result);
+        for (int v = 0; v < blocks * VECTORS; v++) {
+            int64_t at = first + v * LANES;
+            vf result = __builtin_convertvector(sums[r][v], vf) * load(w->scales + at);
+            store(y + r * w->out + at, result * steps[r]);
         }
+    if (!w->bias) return;
+    __asm__("" ::: "memory"); /* else some sets would fuse the product with the sum, and have other bits */
+    for (int r = 0; r < rows; r++)
+        for (int64_t at = first; at < first + blocks * BLOCK; at += LANES)
+            store(y + r * w->out + at, load(y + r * w->out + at) + load(w->bias + at));
 }
 
-INLINE void int8_rows(const Int8Weight *w, int64_t first, int blocks, const uint8_t *codes, const float *steps,
+/* `rows` rows times one or two blocks: many rows take one at a time where registers are few. */
+INLINE void int8_rows(const Int8Weight *w, int64_t first, const int blocks, const uint8_t *codes, const float *steps,
                       float *y, int64_t rows) {
-#define TILE(ROWS)                                             \
-    do {                                                       \
-        int8_tile(w, first, blocks, codes, steps, y, ROWS);    \
-        codes += ROWS * w->in, steps += ROWS, y += ROWS * w->out, rows -= ROWS; \
+    const int side_by_side = LANES == BLOCK ? blocks : 1;
+#define TILE(ROWS)                                                                                   \
+    do {                                                                                             \
+        for (int b = 0; b < blocks; b += side_by_side)                                               \
+            int8_tile(w, first + b * BLOCK, side_by_side, codes, steps, y, ROWS);                    \
+        codes += ROWS * w->in, steps += ROWS, y += ROWS * w->out, rows -= ROWS;                      \
     } while (0)
+#if LANES == BLOCK
     while (rows >= 8) TILE(8);
-    while (rows >= 4) TILE(4);
-    while (rows >= 1) TILE(1);
-#undef TILE
-}
 #endif
+    while (rows >= 4) TILE(4);
+#undef TILE
+    for (; rows >= 1; rows--, codes += w->in, steps++, y += w->out) int8_tile(w, first, blocks, codes, steps, y, 1);
+}
 
-/* y [rows, out] = x [rows, in] times the weight [out, in]; out a multiple of INT8_OUTS, in of 16. `codes` and `steps`
+/* y [rows, out] = x [rows, in] times the weight [out, in]; out a multiple of BLOCK, in of 16. `codes` and `steps`
  * are [rows, in] and [rows] of scratch. */
 void int8_product(const int8_t *values, const float *scales, const int32_t *sums, const float *bias, int64_t in,
                   int64_t out, const float *x, uint8_t *codes, float *steps, float *y, int64_t rows, float levels,
                   float least, int threads) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     Int8Weight w = {values, scales, bias, sums, in, out};
     int cpu = this_cpu();
-    int64_t blocks = out / INT8_OUTS;
+    int64_t blocks = out / BLOCK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         keep_apart(cpu);
@@ -120,11 +99,7 @@ void int8_product(const int8_t *values, const float *scales, const int32_t *sums
         for (int64_t r = 0; r < rows; r++) int8_row(x + r * in, in, levels, least, codes + r * in, steps + r);
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < blocks / 2; pair++)
-            int8_rows(&w, 2 * INT8_OUTS * pair, 2, codes, steps, y, rows);
+            int8_rows(&w, 2 * BLOCK * pair, 2, codes, steps, y, rows);
     }
-    if (blocks % 2) int8_rows(&w, INT8_OUTS * (blocks - 1), 1, codes, steps, y, rows);
-#else
-    (void)values, (void)scales, (void)sums, (void)bias, (void)in, (void)out, (void)x, (void)codes, (void)steps;
-    (void)y, (void)rows, (void)levels, (void)least, (void)threads; /* see knows_int8 */
-#endif
+    if (blocks % 2) int8_rows(&w, BLOCK * (blocks - 1), 1, codes, steps, y, rows);
 }

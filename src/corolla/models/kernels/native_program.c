@@ -3,6 +3,7 @@
  * Invariant: as in native.c. Between products and attention lie dozens of small operators a block; called from Python
  * they take longer than the products.
  */
+#include "threads.h"
 #include "lanes.h"
 #include "native.h"
 

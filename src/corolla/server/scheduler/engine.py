@@ -24,8 +24,8 @@ from corolla.server.scheduler.policy import (
     LET_IN_TOKENS,
     PASS_TOKENS,
     PROMPT_CREDIT,
-    History,
     PassTimes,
+    PeerHistory,
     RunPass,
     Shares,
     Speed,
@@ -95,7 +95,7 @@ class Engine:
         *,
         run_pass: RunPass = run_pass,
         when_quiet: Callable[[], None] | None = None,
-        history: History | None = None,
+        history: PeerHistory | None = None,
     ) -> None:
         """`run_pass` computes a pass; `when_quiet` is called on the compute thread when nothing was computed alone for
         `QUIET_SECONDS`, and again after as long; `history` notes for whom was computed."""
@@ -296,13 +296,14 @@ class Engine:
         self._charge(alone)
         self._drop_cancelled()
         first, began = self._comes_before(alone), time.perf_counter()
-        if first is not None:
-            self._alone = None
-            try:
-                self._run_together(first, self._clock(), LET_IN_TOKENS)
-            finally:
-                self._alone, self._alone_since = alone, time.perf_counter()
-        return time.perf_counter() - began
+        if first is None:
+            return 0.0
+        self._alone = None
+        try:
+            self._run_together(first, self._clock(), LET_IN_TOKENS)
+        finally:
+            self._alone, self._alone_since = alone, time.perf_counter()
+        return self._alone_since - began
 
     def _comes_before(self, alone: Request) -> Request | None:
         """A decode step, or else the prompt of the peer that was given least, if not much more than `alone`'s."""

@@ -36,7 +36,6 @@ SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while oth
 LEAST_PREFILL_TOKENS = 16
 SECONDS_A_TOKEN = 0.002  # until it is known
 LEAST_TIMED = 64  # tokens; what fewer take says little
-PIECE_SECONDS = 0.05  # what is computed alone goes on for so long before it gives way again
 LET_IN_TOKENS = 128  # that a piece of prompts that comes in between takes at most
 PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
 KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
@@ -45,7 +44,7 @@ SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take
 GENERATING_SECONDS = 1.0  # how long after a decode step its client is taken to be in the middle of a reply
 
 
-class History:
+class PeerHistory:
     """For whom a server has computed, and how long: a stranger has to use it up, while others use it too.
 
     A server has one second of computing a second, so however many identities a stranger makes, few of them are known.
@@ -104,8 +103,8 @@ class Shares:
     new peers counts for more: together they get no more than those with a history.
     """
 
-    def __init__(self, history: History | None = None) -> None:
-        self._history = History() if history is None else history
+    def __init__(self, history: PeerHistory | None = None) -> None:
+        self._history = PeerHistory() if history is None else history
         self._given: dict[str, float] = {}
         self._floor = 0.0  # what the least served of the busy peers has had
         self._weigh = self._history.weights(())

@@ -17,7 +17,7 @@ from typing import Protocol
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
 from corolla.server.peers import Holder, who_gives_way
-from corolla.server.scheduler.policy import History
+from corolla.server.scheduler.policy import PeerHistory
 
 RETRY_SECONDS = 5.0
 IDLE_SECONDS = 5.0  # a session whose last step is so long ago is between two replies
@@ -42,12 +42,12 @@ class CacheBudget:
         clock: Callable[[], float] = time.monotonic,
         *,
         tables: int = 1,
-        history: History | None = None,
+        history: PeerHistory | None = None,
     ) -> None:
         """`capacity` in pages; `tables` is the layout's."""
         self.capacity = capacity
         self._tables = tables
-        self._history = History() if history is None else history
+        self._history = PeerHistory() if history is None else history
         self._by_peer: Counter[str] = Counter()  # pages
         self.reserved = 0
         self._clock = clock

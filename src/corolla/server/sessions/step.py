@@ -183,7 +183,8 @@ class StepRequest(Request):
 
     @cached_property
     def _outputs(self) -> Tensor:
-        return torch.empty_like(self._hidden if self.group is None else self._inputs)
+        inputs = self._hidden if self.group is None else self._inputs
+        return inputs.new_empty(*inputs.shape[:-1], self.session.span.width_behind)
 
     @cached_property
     def _row_ends(self) -> list[int]:
@@ -263,10 +264,10 @@ class StepRequest(Request):
         session.rows, session.length = self.rows, self._position + self.count
         session.mask = None if self._mask is None or bool(self._mask.all()) else self._mask
         if self._places is None:
-            return self._outputs.view(self._hidden.shape)
-        whole = self._hidden.new_zeros(self.rows * self.count, self._hidden.shape[2])
+            return self._outputs.view(self.rows, self.count, -1)
+        whole = self._hidden.new_zeros(self.rows * self.count, self._outputs.shape[-1])
         whole[self._places] = self._outputs
-        return whole.view(self._hidden.shape)
+        return whole.view(self.rows, self.count, -1)
 
 
 def _columns(tokens: int, rows: int) -> int:

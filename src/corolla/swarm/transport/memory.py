@@ -35,7 +35,7 @@ class MemoryNetwork:
     """Everything that several memory transports share; the place where faults are made."""
 
     def __init__(self) -> None:
-        self._peers: dict[str, MemoryTransport] = {}
+        self.peers: dict[str, MemoryTransport] = {}
         self._killed: set[str] = set()
         self._stopped: set[str] = set()
         self._cuts: set[frozenset[str]] = set()
@@ -48,16 +48,16 @@ class MemoryNetwork:
         """A new peer. A killed or closed peer's id may be used again: the peer has come back."""
         self._made += 1
         peer_id = peer_id or f"peer-{self._made}"
-        if peer_id in self._peers:
+        if peer_id in self.peers:
             raise ValueError(f"The peer id {peer_id!r} is in use.")
         self._killed.discard(peer_id)
         self._stopped.discard(peer_id)
-        transport = self._peers[peer_id] = MemoryTransport(self, peer_id)
+        transport = self.peers[peer_id] = MemoryTransport(self, peer_id)
         return transport
 
     def kill(self, peer_id: str) -> None:
         """As SIGKILL: the peer's tasks are gone and its streams end, without a word from itself."""
-        transport = self._peers.pop(peer_id)
+        transport = self.peers.pop(peer_id)
         self._killed.add(peer_id)
         transport.abort()
 
@@ -88,7 +88,7 @@ class MemoryNetwork:
         if callee in self._killed:
             near.end()
             return near
-        peer = self._peers.get(callee)
+        peer = self.peers.get(callee)
         if peer is None or frozenset((caller, callee)) in self._cuts:
             raise PeerUnreachable(f"Peer {callee} cannot be reached.", peer_id=callee)
         if not peer.accept(protocol, far):
@@ -97,8 +97,8 @@ class MemoryNetwork:
 
     def forget(self, transport: MemoryTransport) -> None:
         """Called by a transport that closes in order: nobody can reach it any more."""
-        if self._peers.get(transport.peer_id) is transport:
-            del self._peers[transport.peer_id]
+        if self.peers.get(transport.peer_id) is transport:
+            del self.peers[transport.peer_id]
 
     async def until_running(self, peer_id: str) -> None:
         """Wait as a stopped process does."""
@@ -210,7 +210,7 @@ class MemoryTransport(Transport):
     def __init__(self, network: MemoryNetwork, peer_id: str) -> None:
         self.peer_id = peer_id
         self._network = network
-        self._handlers: dict[str, StreamHandler] = {}
+        self.handlers: dict[str, StreamHandler] = {}
         self._streams: weakref.WeakSet[MemoryStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -227,7 +227,7 @@ class MemoryTransport(Transport):
         return stream
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
-        self._handlers[protocol] = handler
+        self.handlers[protocol] = handler
 
     async def close(self) -> None:
         self._network.forget(self)
@@ -239,7 +239,7 @@ class MemoryTransport(Transport):
 
     def accept(self, protocol: str, stream: MemoryStream) -> bool:
         """Start the handler for a stream that comes in; `False` when there is none."""
-        handler = self._handlers.get(protocol)
+        handler = self.handlers.get(protocol)
         if handler is None:
             return False
         self._streams.add(stream)

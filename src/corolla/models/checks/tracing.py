@@ -1,0 +1,263 @@
+"""What crosses the cuts between a family's blocks, found by watching its own loop.
+
+Invariant: an argument of the blocks counts where it changes with the tokens, and what it is made of is seen, not
+assumed: other tokens, and a first block that gives something else. Which arguments these are is seen in a miniature at
+work; how large they are, in the model itself on the meta device, where nothing is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import UserDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corolla.models.crossing import Crossing, Form, Handed, Side
+from corolla.models.families import blocks_prefix, structure
+
+MEASURED = "corolla_measured"  # attention of which only the shapes are of interest
+SHAPES = ((2, 5), (3, 7))  # rows and tokens
+
+
+def _shape_only(_module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(MEASURED, _shape_only)
+ALL_MASK_ATTENTION_FUNCTIONS.register(
+    MEASURED, lambda *_args, **_kwargs: torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")
+)
+
+
+@dataclass
+class Call:
+    """What one block was called with, but for the hidden states, and what it gave."""
+
+    hidden: Tensor
+    given: dict[str, Any]
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Of all blocks: the names of those that are made of the tokens, and of the one that is a dictionary, if any."""
+
+    sides: tuple[tuple[str, bool], ...] = ()  # and whether each block has its own
+    store: str | None = None
+    left_out: tuple[str, ...] = ()  # those that cannot be sent; where blocks need them, the self-check fails
+    stream: bool = True  # one hidden state a token passes from block to block
+
+    @property
+    def plain(self) -> bool:
+        """Whether blocks are given hidden states and nothing else that is made of the tokens."""
+        return self.stream and not self.sides and self.store is None
+
+
+@dataclass
+class _Put:
+    """What a block has put into the dictionary, and the last one that has read it."""
+
+    key: Any
+    tensors: tuple[Tensor, ...]
+    by: int
+    until: int = -1
+
+
+class _Watched(UserDict[Any, Any]):
+    """The dictionary that blocks are given, which notes who puts and who reads what."""
+
+    def __init__(self, content: Mapping[Any, Any]) -> None:
+        self.block = 0
+        self.found: list[_Put] = []
+        super().__init__(content)
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self.found.append(_Put(key, tuple(item), self.block))
+        super().__setitem__(key, item)
+
+    def __getitem__(self, key: Any) -> Any:
+        for one in [one for one in self.found if one.key == key][-1:]:
+            one.until = self.block
+        return super().__getitem__(key)
+
+
+@contextmanager
+def watched(
+    blocks: nn.ModuleList, *, store: str | None = None, noise: bool = False
+) -> Iterator[tuple[list[Call], list[_Watched]]]:
+    """The calls of all blocks inside; `store` is watched closer; with `noise` the first block gives something else."""
+    calls: list[Call] = []
+    stores: list[_Watched] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = argument_names(block)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if store is not None and given.get(store) is not None:
+            if not stores:
+                stores.append(_Watched(given[store]))
+            stores[0].block = len(calls)
+            given[store] = stores[0]
+            args, kwargs = replaced(args, kwargs, store, names.index(store), stores[0])
+        hidden = given.pop(names[0])
+        calls.append(Call(hidden, {name: _kept(value) for name, value in given.items()}))
+        return args, kwargs
+
+    def after(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        calls[-1].output = output
+        if not noise or len(calls) > 1:
+            return None
+        parts = output if isinstance(output, tuple | list) else (output,)
+        other = parts[0] + torch.randn_like(parts[0])
+        return (other, *parts[1:]) if isinstance(output, tuple | list) else other
+
+    handles = [one.register_forward_pre_hook(before, with_kwargs=True) for one in blocks]
+    handles += [one.register_forward_hook(after) for one in blocks]
+    try:
+        yield calls, stores
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def argument_names(block: nn.Module) -> list[str]:
+    """Of a block's forward, hidden states first."""
+    return [name for name in inspect.signature(block.forward).parameters if name != "self"]
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: int, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with another value for the one of that name."""
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, kwargs | {name: value}
+
+
+def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
+    """What the blocks of a miniature are given; how many values they return in a tuple, 0 for hidden states alone."""
+    ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 5, 4, 3]])
+    first = _calls(model, ids)
+    output = first[0].output
+    returned = len(output) if isinstance(output, tuple | list) else 0
+    stream = first[0].hidden.shape == (*ids.shape, model.config.hidden_size)
+    changing = _differing(first, _calls(model, ids + 2))
+    if not changing:
+        return Arguments(stream=stream), returned
+    later = _differing(first, _calls(model, ids, noise=True))
+    stores = [name for name in changing if isinstance(first[0].given[name], Mapping)]
+    sides, left_out = [], []
+    for name in changing:
+        if name in stores:
+            continue
+        values = [call.given.get(name) for call in first]
+        if name in later or not all(isinstance(one, Tensor) and one.is_floating_point() for one in values):
+            left_out.append(name)
+            continue
+        sides.append((name, not all(_same(value, values[0]) for value in values)))
+    return Arguments(
+        tuple(sides), stores[0] if stores else None, tuple(left_out + stores[1:]), stream
+    ), returned
+
+
+def _calls(model: PreTrainedModel, ids: Tensor, *, noise: bool = False) -> list[Call]:
+    """Of a new copy, since a model may remember passes."""
+    twin = copy.deepcopy(model)
+    blocks: Any = twin.get_submodule(blocks_prefix(model.config))
+    with torch.no_grad(), watched(blocks, noise=noise) as (calls, _):
+        twin(input_ids=ids, use_cache=False)
+    return calls
+
+
+def _differing(one: Sequence[Call], other: Sequence[Call]) -> list[str]:
+    """Names of the arguments that differ in some block."""
+    names = dict.fromkeys(name for call in one for name in call.given)
+    return [
+        name
+        for name in names
+        if any(not _same(a.given.get(name), b.given.get(name)) for a, b in zip(one, other, strict=True))
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
+
+
+def _kept(value: Any) -> Any:
+    """As it is now."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _kept(one) for key, one in value.items()}
+    return [_kept(one) for one in value] if isinstance(value, tuple | list) else value
+
+
+# --- sizes --------------------------------------------------------------------------------------------------
+
+
+def measured(config: PretrainedConfig, arguments: Arguments) -> Crossing:
+    """What crosses the cuts of the model of this config, whose blocks have these arguments. Takes no memory.
+
+    Raises whatever the family's code raises on the meta device.
+    """
+    found = structure(config)
+    config = copy.deepcopy(config)
+    config._attn_implementation = MEASURED
+    config.return_dict = True
+    passes = []
+    with torch.device("meta"), torch.no_grad(), _unchecked_distributions():
+        holder: Any = found.holder(config)
+        blocks: Any = getattr(holder, found.blocks)
+        for shape in SHAPES:
+            with watched(blocks, store=arguments.store) as (calls, stores):
+                # With a cache nobody looks for several sequences in a row, which takes values.
+                holder(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=True)
+            passes.append((calls, stores[0].found if stores else []))
+    names = argument_names(blocks[0])
+    first = [calls[0] for calls, _ in passes]
+    sides = [
+        Side(name, names.index(name), _form([call.given[name] for call in first]), each)
+        for name, each in arguments.sides
+    ]
+    handed = [
+        Handed(one.key, index, one.by, one.until, _form([tensor, other.tensors[index]]))
+        for one, other in zip(*(puts for _, puts in passes), strict=True)
+        for index, tensor in enumerate(one.tensors)
+        if one.until > one.by
+    ]
+    store = None if arguments.store is None else (arguments.store, names.index(arguments.store))
+    return Crossing(_form([call.hidden for call in first]), len(blocks), tuple(sides), store, tuple(handed))
+
+
+@contextmanager
+def _unchecked_distributions() -> Iterator[None]:
+    """torch's distributions look at no values inside: there are none."""
+    kind: Any = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
+
+
+def _form(tensors: Sequence[Tensor]) -> Form:
+    """How a tensor lies, given one of each of `SHAPES`."""
+    sizes = list(zip(*(tensor.shape for tensor in tensors), strict=True))
+    rows, tokens = (sizes.index(one) for one in zip(*SHAPES, strict=True))
+    rest = tuple(size for at, (size, _) in enumerate(sizes) if at not in (rows, tokens))
+    return Form(rows, tokens, rest)

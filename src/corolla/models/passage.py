@@ -1,0 +1,163 @@
+"""One pass through some blocks of a family's model, whatever the family's code does around them.
+
+Invariant: hooks stand on blocks that other spans' views share, and in a pause other passes go through the same blocks;
+so each hook acts in its own pass and in no other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from corolla.models.attention.span_cache import SpanCache
+from corolla.models.checks.tracing import replaced
+from corolla.models.crossing import Crossed, Crossing
+from corolla.models.prompts import BlockHook
+
+_passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states [R, T, H] among what a block returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
+
+
+class Passage:
+    """One pass of hidden states through a list of blocks: what enters the first, and what leaves the last.
+
+    Families' code does something to its inputs before the first block (positions are added, they are scaled)
+    which has been done at the client, and something after the last, which is done there too.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]]) -> None:
+        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs."""
+        self._blocks = blocks
+        self._hidden = hidden
+        self._hooks = hooks
+        self.left: Tensor | None = None
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """The family's code runs its blocks inside."""
+        handles = [
+            self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._blocks[-1].register_forward_hook(self._leave),
+        ]
+        for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
+            handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
+        token = _passage.set(self)
+        try:
+            yield
+        finally:
+            _passage.reset(token)
+            for handle in handles:
+                handle.remove()
+
+    def _enter(
+        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _passage.get() is not self:
+            return None
+        kwargs.pop("hidden_states", None)
+        return (self._hidden, *args[1:]), kwargs
+
+    def _leave(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if _passage.get() is self:
+            self.left = first_of(output)
+
+    def _only_here(self, hook: BlockHook) -> BlockHook:
+        return lambda block, args: hook(block, args) if _passage.get() is self else None
+
+
+class WidePassage(Passage):
+    """A pass whose blocks are given more than hidden states (`models/crossing.py`)."""
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        crossing: Crossing,
+        crossed: Crossed,
+        hooks: Sequence[Sequence[BlockHook]],
+        cache: SpanCache | None,
+        size: int,
+    ) -> None:
+        """Of what an earlier span has handed on, `cache` keeps all that there has been; a stream is `size` wide."""
+        super().__init__(blocks, crossed.hidden, hooks)
+        self._size = size
+        self._crossing = crossing
+        self._crossed = crossed
+        self._cache = cache
+        self._store: Any = None
+
+    def _only_here(self, hook: BlockHook) -> BlockHook:
+        """A hook sees all streams, as so many rows."""
+        form, plain = self._crossing.hidden, super()._only_here(hook)
+        size = self._size
+
+        def each_stream(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            rows = args[0].shape[form.rows]
+            found = plain(block, (form.as_rows(args[0], size), *args[1:]))
+            return None if found is None else (form.of_rows(found[0], rows), *found[1:])
+
+        return each_stream
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        handles = [
+            block.register_forward_pre_hook(partial(self._give, index), with_kwargs=True)
+            for index, block in enumerate(self._blocks, self._crossed.cut)
+        ]
+        try:
+            with super().under_way():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _give(
+        self, index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _passage.get() is not self:
+            return None
+        for side, value in self._crossed.of_block(index):
+            args, kwargs = replaced(args, kwargs, side.name, side.place, value)
+        if self._crossing.store is not None and self._store is None:
+            name, place = self._crossing.store
+            self._store = args[place] if place < len(args) else kwargs[name]
+            self._fill()
+        return args, kwargs
+
+    def _fill(self) -> None:
+        """What earlier blocks have put into the dictionary, as those behind them find it there."""
+        handed: dict[Any, list[Tensor]] = defaultdict(list)
+        for one, flat in self._crossed.handed.items():
+            value = one.form.shaped(flat)
+            if self._cache is not None:
+                value = self._cache.hand(one, value)
+            handed[one.key].append(value)
+        for key, values in handed.items():
+            self._store[key] = tuple(values)
+
+    def join(self, end: int) -> Tensor:
+        """What crosses the cut behind the last block, [R, T, W]."""
+        assert self.left is not None
+        tokens = self._crossed.hidden.shape[self._crossing.hidden.tokens]
+        handed = {}
+        for one in self._crossing.handed:
+            if not one.crosses(end):
+                continue
+            if one.by < self._crossed.cut:
+                handed[one] = self._crossed.handed[one]
+            else:
+                value = self._store[one.key][one.index]
+                newest = value.narrow(one.form.tokens, value.shape[one.form.tokens] - tokens, tokens)
+                handed[one] = one.form.flat(newest)
+        return self._crossing.join(replace(self._crossed, hidden=self.left, handed=handed), end)

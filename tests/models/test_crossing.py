@@ -1,0 +1,118 @@
+"""What crosses a cut is all that the blocks behind it need; families with more than hidden states are exact in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models.every_family import tiny
+
+from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.selfcheck import split_miniature
+from corolla.models.crossing import Crossing, Form, Handed, Side
+from corolla.models.passage import WidePassage
+from corolla.models.span import Span
+
+SIDE = Side("side", 1, Form(0, 1, (2,)), each=True)
+FIRST = Side("first", 2, Form(0, 1, (3,)), each=False)
+KEYS = Handed("kind", 0, by=0, until=2, form=Form(0, 2, (2, 4)))
+FULL = Crossing(Form(1, 2, (3, 5)), 4, (SIDE, FIRST), ("store", 3), (KEYS,))
+
+
+def test_widths_follow_from_the_cut() -> None:
+    assert [FULL.width(cut) for cut in range(5)] == [
+        15 + 8 + 3,
+        15 + 8 + 6 + 3,
+        15 + 8 + 4 + 3,
+        15 + 2 + 3,
+        15,
+    ]
+
+
+def test_what_is_joined_is_what_was_split() -> None:
+    entering = torch.randn(2, 7, FULL.width(1))
+    crossed = FULL.split(entering, 1)
+    assert crossed.hidden.shape == (3, 2, 7, 5)
+    assert torch.equal(FULL.join(crossed, 1), entering)
+    given = {side.name: value for side, value in crossed.of_block(2)}
+    later = FULL.split(FULL.join(crossed, 2), 2)
+    assert all(torch.equal(value, given[side.name]) for side, value in later.of_block(2))
+
+
+def test_streams_are_rows_to_whoever_adds_prompts() -> None:
+    streams = torch.randn(3, 2, 7, 5)
+    rows = FULL.hidden.as_rows(streams, 5)
+    assert torch.equal(rows[4], streams[2, 0])
+    assert torch.equal(FULL.hidden.of_rows(rows, 2), streams)
+
+
+@pytest.mark.parametrize(
+    ("family", "sides", "streams"), [("gemma4_text", 1, ()), ("gemma3n_text", 1, (4,)), ("llama", 0, ())]
+)
+def test_what_crosses_is_found_by_watching(family: str, sides: int, streams: tuple[int, ...]) -> None:
+    config = tiny(family)
+    found = crossing_of(config)
+    assert len(found.sides) == sides
+    assert found.hidden.size == (*streams, config.hidden_size)
+    assert found.plain == (not sides)
+    # Keys and values of each kind of layer that shares them, read by the last layers.
+    assert {one.until for one in found.handed} <= {3, 4}
+    assert len(found.handed) == (4 if sides else 0)
+
+
+def chained(spans: list[Span], entering: torch.Tensor) -> torch.Tensor:
+    for span in spans:
+        entering = span.forward(entering)
+    return entering
+
+
+@pytest.fixture(scope="module")
+def spans() -> Iterator[list[Span]]:
+    with split_miniature(tiny("gemma4_text")) as (_, found):
+        yield found
+
+
+def wrong_block(passage: Any, index: int, *rest: Any) -> Any:
+    return give(passage, min(index + 1, passage._crossing.depth - 1), *rest)
+
+
+def left_out(crossing: Crossing, cut: int) -> list[Handed]:
+    return handed(crossing, cut)[:0]
+
+
+give = WidePassage._give
+handed = Crossing._handed
+
+
+def test_every_part_of_it_matters(spans: list[Span], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutants: a block is given the next one's inputs; what was handed on is another token's."""
+    entering = torch.randn(1, 6, spans[0].width)
+    wanted = chained(spans, entering)
+    with monkeypatch.context() as mutant:
+        mutant.setattr(WidePassage, "_give", wrong_block)
+        assert not torch.allclose(chained(spans, entering), wanted, atol=1e-3)
+    first, *rest = spans
+    left = first.forward(entering)
+    for cut, span in ((first.end, rest[0]), (rest[0].end, rest[-1])):
+        parts = span.crossing.split(left, cut)
+        for one in parts.handed:
+            moved = replace(parts, handed=parts.handed | {one: parts.handed[one].roll(1, 1)})
+            tail = rest if cut == first.end else rest[1:]
+            assert not torch.allclose(chained(tail, span.crossing.join(moved, cut)), wanted, atol=1e-3)
+        left = span.forward(left) if cut == first.end else left
+
+
+def test_a_dropped_stream_is_noticed(tmp_path: Path) -> None:
+    with split_miniature(tiny("gemma3n_text")) as (_, found):
+        entering = torch.randn(1, 5, found[0].width)
+        wanted = chained(found, entering)
+        streams = found[0].crossing.hidden.size[0]
+        for stream in range(streams):
+            size = found[0].hidden_size
+            other = entering.clone()
+            other[..., stream * size : (stream + 1) * size] = 0
+            assert not torch.allclose(chained(found, other), wanted, atol=1e-3)
