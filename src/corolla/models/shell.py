@@ -25,7 +25,15 @@ from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import Edge, edge_of
-from corolla.models.cache import BlocksCall, Caches, PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.cache import (
+    BlocksCall,
+    Caches,
+    PromptedView,
+    RemoteCache,
+    cache_argument,
+    own_cache,
+    take_cache,
+)
 from corolla.models.crossing import Crossing
 from corolla.models.private_config import with_attention
 from corolla.models.prompts import SoftPrompt, place_prompt
@@ -194,7 +202,7 @@ class BaseModelHooks:
         self._reads_flat_rows = reads_flat_rows
         self._caches = caches
         self._names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
-        self._cache_name = cache_argument(base.forward)
+        self._cache_name, self._own_cache = cache_argument(base.forward), own_cache(base.forward)
         self._entered: ContextVar[tuple[_Entered, ...]] = ContextVar("corolla_entered", default=())
         base.register_forward_pre_hook(self._enter, with_kwargs=True)
         base.register_forward_hook(self._leave, always_call=True)
@@ -222,7 +230,7 @@ class BaseModelHooks:
         if prompt is not None:
             place_prompt(base, named, prompt, in_front=first)
         guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
-        view = None if cache is None else cache.with_prompt()
+        view = None if cache is None else cache.with_prompt(self._own_cache)
         named[self._cache_name] = view
         named["use_cache"] = view is not None
         call = BlocksCall(
@@ -359,9 +367,19 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     holder: Any = model.get_submodule(path)
     before = 0 if layer.crossing.plain else layer.crossing.depth - 1
     earlier = [_EarlierBlock(layer, first=not index) for index in range(before)]
-    setattr(holder, name, nn.ModuleList([*earlier, layer]))
+    stand_ins = nn.ModuleList([*earlier, layer])
+    for block, stand_in in zip(getattr(holder, name), stand_ins, strict=False):
+        _look_alike(block, stand_in)
+    setattr(holder, name, stand_ins)
     layer.stand_in(holder)
     # Some families initialise their blocks with the model that runs them; others, what no checkpoint has of it.
     holder._is_hf_initialized = not holder._non_persistent_buffers_set
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
+
+
+def _look_alike(block: nn.Module, stand_in: nn.Module) -> None:
+    """Have what a family's loop may ask its blocks (their kind, their index)."""
+    for name, value in vars(block).items():
+        if isinstance(value, str | int) and not name.startswith("_") and not hasattr(stand_in, name):
+            setattr(stand_in, name, value)

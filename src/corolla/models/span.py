@@ -21,7 +21,7 @@ from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.rotary import by_length, padded
-from corolla.models.attention.span_cache import SpanCache
+from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
@@ -62,7 +62,7 @@ class Span:
         self.packable = packable
         self._blocks = blocks
         self._cache_name = cache_argument(model.forward)
-        self._empty_cache = SpanCache(start, end, model.whole_config)
+        self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
