@@ -36,7 +36,13 @@ from corolla.models.cache import (
 )
 from corolla.models.crossing import Crossing
 from corolla.models.private_config import with_attention
-from corolla.models.prompts import SoftPrompt, place_prompt
+from corolla.models.prompts import (
+    SoftPrompt,
+    nothing_in_front,
+    place_prompt,
+    place_prompt_by_ids,
+    stands_in_front,
+)
 
 ATTENTION_NAME = "corolla_remote"
 KEPT = "logits_to_keep"  # how many last positions a family's model may give, if it is told
@@ -196,8 +202,12 @@ class BaseModelHooks:
         prompts: Callable[[], SoftPrompt | None],
         caches: Caches | None,
         reads_flat_rows: Callable[[], bool] = lambda: False,
+        needs_ids: bool = False,
     ) -> None:
-        """Without `caches` no call has one; `reads_flat_rows` says what `models/checks/forms.py` finds."""
+        """Without `caches` no call has one; the rest says what `models/checks/forms.py` finds."""
+        self._needs_ids = needs_ids
+        if needs_ids:
+            stands_in_front(base.get_input_embeddings())
         self._prompts = prompts
         self._reads_flat_rows = reads_flat_rows
         self._caches = caches
@@ -227,7 +237,9 @@ class BaseModelHooks:
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         first = cache is None or cache.length == 0
         prepended = prompt.length if prompt is not None and first else 0
-        if prompt is not None:
+        if prompt is not None and first and self._needs_ids:
+            place_prompt_by_ids(named, prompt, getattr(base.config, "pad_token_id", None) or 0)
+        elif prompt is not None:
             place_prompt(base, named, prompt, in_front=first)
         guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
         view = None if cache is None else cache.with_prompt(self._own_cache)
@@ -303,6 +315,7 @@ class BaseModelHooks:
             guard.check_places(positions, length, limit)
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        nothing_in_front()
         if not self._entered.get():
             return output
         *outer, entered = self._entered.get()

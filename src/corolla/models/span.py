@@ -31,7 +31,7 @@ from corolla.models.compiled.program import Program
 from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
-from corolla.models.parts import span_class
+from corolla.models.parts import narrow_stand_ins, span_class
 from corolla.models.passage import Passage, WidePassage
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
 
@@ -126,6 +126,7 @@ class Span:
         # A shallow copy shares the dictionary of modules; replacing the list of blocks must not reach back.
         model._modules = dict(self.model._modules)
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
+        narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
         return Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
 

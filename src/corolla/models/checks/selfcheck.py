@@ -161,6 +161,8 @@ def _first_difference(whole: PreTrainedModel, spans: list[Span]) -> str | None:
             return "in a plain pass"
         if not _same_whole_pass(copy.deepcopy(whole), spans, ids, left_padded):
             return "with padding"
+        if not _same_whole_pass(copy.deepcopy(whole), _cut_again(spans), ids, None):
+            return "cut elsewhere"
         if not _same_whole_pass(copy.deepcopy(whole), spans, ids[:, :CACHED], None):
             return "after a longer request"
         if not _same_without_padding(copy.deepcopy(whole), spans, ids):
@@ -178,6 +180,16 @@ def _chain(spans: list[Span], hidden: Tensor, **arguments: Any) -> Tensor:
     for span in spans:
         hidden = span.forward(hidden, **arguments)
     return hidden
+
+
+def _cut_again(spans: list[Span]) -> list[Span]:
+    """The same blocks, some spans' in two parts."""
+    parts = []
+    for span in spans:
+        middle = (span.start + span.end) // 2
+        cuts = sorted({span.start, middle, span.end})
+        parts += [span.view(start, end) for start, end in pairwise(cuts)]
+    return parts
 
 
 def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
