@@ -20,6 +20,7 @@ import torch
 
 from corolla.swarm.transport.runtime_dir import remove_abandoned
 from tests import covered
+from tests.e2e.warm import close_warm
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
@@ -42,6 +43,7 @@ def nothing_left_behind() -> Iterator[None]:
     tempfile.tempdir = None
     yield
     try:
+        close_warm()
         _, alive = psutil.wait_procs(_processes_of(run), timeout=GRACE_SECONDS)
         names = [_describe(process) for process in alive]
         for process in alive:

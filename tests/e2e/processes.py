@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.e2e.warm import Forked, warm
 
 START_SECONDS = 120.0
 COROLLA = [sys.executable, "-m", "corolla"]
@@ -24,24 +26,33 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def corolla(*arguments: str, timeout: float = 120.0, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; `text` is its stdin."""
-    return subprocess.run(
-        [*COROLLA, *arguments],
-        capture_output=True,
-        text=True,
-        input=text,
-        timeout=timeout,
-        check=False,
-        env=environment(),
-    )
+def corolla(
+    *arguments: str, timeout: float = 120.0, text: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `text` is its stdin, `variables` are more of its environment."""
+    with (
+        tempfile.TemporaryFile("w+") as given,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        given.write(text)
+        given.seek(0)
+        files = {"stdin": given.fileno(), "stdout": out.fileno(), "stderr": err.fileno()}
+        process = warm().start("corolla", arguments, environment() | variables, **files)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
 
 
 @dataclass
 class Process:
     """A running command and the content of its ready file."""
 
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | Forked
     ready_path: Path
     log_path: Path
     about: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +92,8 @@ class Process:
 class Processes:
     """Starts commands; ends them all with the block."""
 
-    def __init__(self, folder: Path, launcher: Sequence[str] = COROLLA) -> None:
+    def __init__(self, folder: Path, launcher: Sequence[str] | None = None) -> None:
+        """`launcher` is the beginning of every command line; without one, processes are forked: see `warm.py`."""
         self.folder = folder
         self.launcher = launcher
         self.started: list[Process] = []
@@ -89,17 +101,26 @@ class Processes:
     def start(self, name: str, *arguments: str, launcher: Sequence[str] | None = None) -> Process:
         """Start a command without waiting for it; `launcher` where it is not everybody's."""
         ready, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
+        arguments = (*arguments, "--ready-file", str(ready), "--die-with-parent")
         with log.open("wb") as output:
-            popen = subprocess.Popen(
-                [*(launcher or self.launcher), *arguments, "--ready-file", str(ready), "--die-with-parent"],
-                stdin=subprocess.PIPE,  # which ends with the tests, should they be killed
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-            )
-        process = Process(popen, ready, log)
+            process = Process(self._start(launcher or self.launcher, arguments, output.fileno()), ready, log)
         self.started.append(process)
         return process
+
+    def _start(
+        self, launcher: Sequence[str] | None, arguments: Sequence[str], output: int
+    ) -> subprocess.Popen[bytes] | Forked:
+        module, *first = ["corolla"] if launcher is None else launcher[2:]
+        if launcher is None or list(launcher[:2]) == [sys.executable, "-m"]:
+            files = {"stdin": None, "stdout": output, "stderr": output}
+            return warm().start(module, [*first, *arguments], environment(), **files)
+        return subprocess.Popen(
+            [*launcher, *arguments],
+            stdin=subprocess.PIPE,  # which ends with the tests, should they be killed
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        )
 
     def swarm(self, model: Path | str, spans: Sequence[str], *extra: str) -> tuple[str, list[Process]]:
         """A server for each span, all ready; gives the join address, the first one's, and the servers."""
@@ -115,8 +136,8 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(folder: Path, launcher: Sequence[str] = COROLLA) -> Iterator[Processes]:
-    """See `Processes`; `launcher` is the beginning of every command line."""
+def processes(folder: Path, launcher: Sequence[str] | None = None) -> Iterator[Processes]:
+    """See `Processes`."""
     started = Processes(folder, launcher)
     try:
         yield started

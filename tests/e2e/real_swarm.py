@@ -14,7 +14,7 @@ import psutil
 import torch
 from tests.client.conftest import random_ids
 from tests.e2e.links import Link
-from tests.e2e.processes import COROLLA, Process, Processes
+from tests.e2e.processes import Process, Processes
 from tests.reference import Prompted, local_model, relative
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class RealSwarm:
         *spans: str,
         link: Callable[[], Link] | None = None,
         extra: Sequence[str] = (),
-        launcher: Sequence[str] = COROLLA,
+        launcher: Sequence[str] | None = None,
     ) -> list[str]:
         """Start servers together and wait for them; their peer ids. With `link` each is reached over one."""
         begun = []
@@ -63,7 +63,9 @@ class RealSwarm:
         """Start a dead server again under its id, without waiting until it is ready."""
         self.servers[peer] = self._start(span, self._identities[peer])
 
-    def _start(self, span: str, identity: Path, *extra: str, launcher: Sequence[str] = COROLLA) -> Process:
+    def _start(
+        self, span: str, identity: Path, *extra: str, launcher: Sequence[str] | None = None
+    ) -> Process:
         arguments = ["serve", self._model, "--peers", self.bootstrap.address, "--blocks", span]
         arguments += ["--identity", str(identity), "--threads", "1", "--dtype", "float32", *extra]
         name = f"server-{len(self._started.started)}"

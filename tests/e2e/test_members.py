@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.chat.reference import VOCABULARY, byte_tokenizer
-from tests.e2e.processes import COROLLA, Process, Processes, environment, processes
+from tests.e2e.processes import Process, Processes, corolla, processes
 from tests.tiny_models import write_tiny
 
 from corolla.swarm.transport.identity import prepare_identity
@@ -37,16 +37,7 @@ class GuardedSwarm:
 
     def run(self, user: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         """A command by somebody with a data folder of their own."""
-        own = {"XDG_DATA_HOME": str(self.folder / f"home-{user}")}
-        return subprocess.run(
-            [*COROLLA, *arguments],
-            capture_output=True,
-            text=True,
-            input=text,
-            timeout=100,
-            check=False,
-            env=environment() | own,
-        )
+        return corolla(*arguments, text=text, XDG_DATA_HOME=str(self.folder / f"home-{user}"))
 
     def status(self, user: str) -> subprocess.CompletedProcess[str]:
         return self.run(user, "status", "--peers", self.first.address)

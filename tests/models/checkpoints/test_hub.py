@@ -5,28 +5,20 @@ The hub's address is read when its client is imported, hence the processes of th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.hub_stand_in import REPOSITORY, serving
 from tests.tiny_models import write_tiny
 
 from corolla.errors import UnknownModel
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.hub import original_name
 from corolla.models.checkpoints.source import INDEX_FILE
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = "someone/tiny"
 
 USE = """
 import json, sys, torch
@@ -45,72 +37,6 @@ def use(name):
         return {"error": type(error).__name__, "text": str(error)}
 print(json.dumps([use(name) for name in sys.argv[2:]]))
 """
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one folder as one repository."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.whole: list[str] = []  # files that were fetched whole
-        self.parts: list[str] = []  # files of which parts were read
-
-
-class Handler(BaseHTTPRequestHandler):
-    """`resolve` with ETags, commits and ranges; all else is not found."""
-
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(send=False)
-
-    def do_GET(self) -> None:
-        self._answer(send=True)
-
-    def log_message(self, *_arguments: object) -> None:
-        """Tests do not want the log."""
-
-    def _answer(self, *, send: bool) -> None:
-        match = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([\w.-]+)", self.path)
-        path = self.server.folder / match[1] if match else None
-        if path is None or not path.is_file():
-            code = "EntryNotFound" if match else "RepoNotFound"
-            self._send(404, b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT}, send)
-            return
-        content = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted:
-            self.server.parts.append(path.name)
-            self._send(206, content[int(wanted[1]) : int(wanted[2]) + 1], headers, send)
-            return
-        if send:
-            self.server.whole.append(path.name)
-        self._send(200, content, headers, send)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str], send: bool) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if send:
-            self.wfile.write(content)
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[Hub]:
-    hub = Hub(folder)
-    thread = threading.Thread(target=hub.serve_forever)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        thread.join()
-        hub.server_close()
 
 
 def use(endpoint: str, cache: Path, *names: str) -> list[dict[str, object]]:
