@@ -368,7 +368,7 @@ class Caches(Protocol):
 
 
 @lru_cache
-def _view_of_its_own(own: type[DynamicCache]) -> type[PromptedView]:
+def _view_of_its_own(own: Any) -> type[PromptedView]:
     def begin(self: Any, cache: RemoteCache) -> None:
         own.__init__(self)
         PromptedView.__init__(self, cache)

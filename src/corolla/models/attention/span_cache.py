@@ -112,7 +112,7 @@ def span_cache_class(forward: Callable[..., Any]) -> type[SpanCache]:
 
 
 @lru_cache
-def _joined(own: type[DynamicCache]) -> type[SpanCache]:
+def _joined(own: Any) -> type[SpanCache]:
     return type("SpanCache", (SpanCache, own), {"of_its_own": True})
 
 
