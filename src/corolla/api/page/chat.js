@@ -39,8 +39,8 @@ function turn(column, place) {
   if (message.role === "user") acts.append(button("Edit", "Edit this message in a new branch", () => edit(place)));
   else {
     acts.append(
-      button("👍", "Good reply", () => rate(message, 1), message.rating === 1),
-      button("👎", "Bad reply", () => rate(message, -1), message.rating === -1),
+      button("Good", "Good reply", () => rate(message, 1), message.rating === 1),
+      button("Bad", "Bad reply", () => rate(message, -1), message.rating === -1),
       button("Copy", "Copy this reply", () => navigator.clipboard.writeText(message.content)),
     );
     if (place === column.messages.length - 1) {
