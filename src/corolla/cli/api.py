@@ -1,0 +1,237 @@
+"""`corolla api`: an OpenAI-compatible server in front of a swarm.
+
+Invariant: what is wrong with the arguments is said before a server is started or asked; without a key nobody but this
+machine is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mode
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from corolla.cli.common import (
+    CacheDirOption,
+    DieWithParentOption,
+    DtypeOption,
+    PeersOption,
+    RevisionOption,
+    TokenOption,
+    ended_by_signals,
+    quiet_libraries,
+    run_until_stopped,
+)
+from corolla.cli.fields import Fields, with_fields
+from corolla.cli.members import InviteOption, MemberOption, TrustOption, client_identity, trusted_servers
+from corolla.cli.terminal import say
+from corolla.config import SwarmConfig
+from corolla.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from corolla.api.access import Keys
+    from corolla.api.app import Api
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+USUAL_MODEL = "smollm2"
+
+
+@dataclass(frozen=True)
+class ApiOptions:
+    """How an API serves. Raises `UsageError`."""
+
+    host: Annotated[str, "Address to serve at; another than this machine's own needs a key."] = "127.0.0.1"
+    port: Annotated[int, "Port to serve at; 0: any that is free."] = 8000
+    bundles: Annotated[Path | None, "Folder whose bundles can be asked for by name."] = None
+    max_length: Annotated[
+        int | None, "Tokens of a request and its reply (default: what the model can read)."
+    ] = None
+    at_once: Annotated[int, "Replies that are computed at a time."] = 128
+    waiting: Annotated[int, "Replies that may wait for that; more are refused."] = 512
+    sessions: Annotated[int, "Conversations that are kept on the servers to be gone on with."] = 256
+    session_bytes: Annotated[int, "Memory that they may take here."] = 2**30
+    cors: Annotated[list[str] | None, "Web page that may ask from a browser, as https://…; repeatable."] = (
+        None
+    )
+    ready_file: Annotated[Path | None, "JSON file that is there while the process is ready."] = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port is {self.port}; give 0 to 65535.")
+        for name in ("at_once", "waiting", "sessions", "session_bytes"):
+            if getattr(self, name) < (name == "at_once"):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; give a larger number."
+                )
+        if self.bundles is not None and not self.bundles.is_dir():
+            raise UsageError(f"--bundles is {self.bundles}, which is not a folder.")
+
+
+@with_fields
+def api(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model as for corolla serve (default: the one that the swarm serves, else smollm2)."
+        ),
+    ] = None,
+    peers: PeersOption = None,
+    options: Annotated[dict[str, Any], Fields(ApiOptions)],
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", envvar="COROLLA_API_KEY", help="Key that clients must give; may be repeated."
+        ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option("--api-keys", help="TOML file of users with keys and budgets, see docs/api.md."),
+    ] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    quantization: Annotated[
+        str, typer.Option(help="Of the embedding and the head, here: none, bfloat16 or int8.")
+    ] = "none",
+    client: Annotated[dict[str, Any], Fields(SwarmConfig)],
+    identity: MemberOption = None,
+    invite: InviteOption = None,
+    trust: TrustOption = None,
+    dtype: DtypeOption = "auto",
+    cache_dir: CacheDirOption = None,
+    die_with_parent: DieWithParentOption = False,
+) -> None:
+    """Serve OpenAI's API and a page over the swarm. Without --peers, two servers run on this machine meanwhile."""
+    chosen = ApiOptions(**options)
+    swarm = SwarmConfig(
+        **client, quantization=quantization, trust=trusted_servers(trust), peers=tuple(peers or ())
+    )
+    with ended_by_signals(die_with_parent=die_with_parent):
+        _check_installed()
+        quiet_libraries()
+        from corolla.api.access import Keys
+        from corolla.api.serving import listening
+    keys = Keys.read(api_key or [], api_keys)
+    if not keys and chosen.host not in LOOPBACK:
+        raise UsageError(
+            f"--host {chosen.host} lets other machines in: set --api-key or --api-keys, or serve at 127.0.0.1."
+        )
+    swarm = replace(swarm, identity=client_identity(identity, invite))
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(contextlib.closing(listening(chosen.host, chosen.port)))
+        name = _model_name(model, chosen.bundles, swarm)
+        served = stack.enter_context(
+            _served(
+                name, swarm, chosen, keys, revision=revision, token=token, dtype=dtype, cache_dir=cache_dir
+            )
+        )
+        _serve(served, listener, chosen, die_with_parent=die_with_parent)
+
+
+def _check_installed() -> None:
+    """Raises `UsageError` where the extra is not there."""
+    try:
+        import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError("corolla api needs more packages: pip install 'corolla[web]'.") from error
+
+
+def _model_name(given: str | None, bundles: Path | None, swarm: SwarmConfig) -> str:
+    """The model to serve: the one given, else that of the bundles, else the one that the swarm serves."""
+    from corolla.cli.saved_swarm import is_local
+    from corolla.cli.status import fetch
+    from corolla.cli.swarm_map import by_model
+    from corolla.text import one_line
+
+    if given is not None:
+        return given
+    named = [] if bundles is None else _models_of(bundles)
+    if not named and not is_local(swarm.peers):
+        groups = by_model(asyncio.run(fetch(list(swarm.peers), swarm.identity)))
+        named = sorted({mode(record.model_name for record in group) for group in groups.values()})
+    if len(named) > 1:
+        words = ", ".join(one_line(name, characters=60) for name in named[:8])
+        raise UsageError(f"There are {words}: say which one to serve, corolla api MODEL.")
+    return named[0] if named else USUAL_MODEL
+
+
+def _models_of(folder: Path) -> list[str]:
+    """The models that the bundles in a folder are for."""
+    from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
+
+    found = set()
+    for path in sorted(folder.iterdir()):
+        if (path / BUNDLE_FILE).is_file():
+            with contextlib.suppress(BundleError):
+                found.add(load_bundle(path).model.name)
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def _served(
+    name: str, swarm: SwarmConfig, options: ApiOptions, keys: Keys, *, cache_dir: Path | None, **source: Any
+) -> Iterator[Api]:
+    """What is to be served, over the swarm at `swarm.peers` or one of this machine's own."""
+    from corolla.api.app import Api
+    from corolla.api.generation import Generator
+    from corolla.api.partners import Partners
+    from corolla.api.sessions import SessionPool
+    from corolla.cli.local_swarm import joined
+    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
+    from corolla.client.model.loading import load_tokenizer
+    from corolla.models.checkpoints.checkpoint import open_checkpoint
+
+    revision, token = source["revision"], source["token"]
+    checkpoint = open_checkpoint(name, revision=revision, token=token, cache_dir=cache_dir)
+    swarm.check_local(checkpoint.num_blocks)
+    tokenizer = load_tokenizer(name, revision=revision, token=token, cache_dir=cache_dir)
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(joined(swarm.peers, name, revision, cache_dir))
+        arguments = replace(swarm, peers=tuple(peers)).arguments()
+        model = stack.enter_context(
+            AutoDistributedModelForCausalLM.from_pretrained(name, cache_dir=cache_dir, **source, **arguments)
+        )
+        partners = Partners(
+            Path(name).name if Path(name).exists() else name,
+            model,
+            tokenizer,
+            identity=checkpoint.identity,
+            folder=options.bundles,
+            max_context=options.max_length,
+        )
+        pool = SessionPool(most=options.sessions, most_bytes=options.session_bytes)
+        generator = Generator(pool, at_once=options.at_once, waiting=options.waiting)
+        yield Api(partners, generator, keys, origins=tuple(options.cors or ()))
+
+
+def _serve(served: Api, listener: Any, options: ApiOptions, *, die_with_parent: bool) -> None:
+    from corolla.api.app import create_app
+    from corolla.api.serving import serve, url_of
+    from corolla.files import ready_file
+
+    url, name = url_of(listener), served.partners.base.name
+    about = {"pid": os.getpid(), "url": url, "model": name}
+
+    async def work(stop: asyncio.Event) -> None:
+        with contextlib.ExitStack() as stack:
+
+            def ready() -> None:
+                stack.enter_context(ready_file(options.ready_file, about))
+                say(f"Serving {name} at {url}/v1 (Ctrl-C ends it).")
+
+            def stopping() -> None:
+                served.generator.draining = True
+                stack.close()
+
+            await serve(create_app(served), listener, stop, ready=ready, stopping=stopping)
+
+    run_until_stopped(work, die_with_parent=die_with_parent)

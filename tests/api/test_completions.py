@@ -1,0 +1,105 @@
+"""`/v1/completions`: what comes behind a text, and how likely a text is, as evaluation harnesses ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from openai import BadRequestError
+from tests.api.world import BASE, World
+
+TEXT = "The moon is "
+
+
+def test_a_completion_is_what_generate_gives(world: World) -> None:
+    ids = world.tokenizer(TEXT).input_ids
+    said = world.greedy(ids, 12)
+    for prompt in (TEXT, ids, [TEXT], [ids]):
+        reply = world.client().completions.create(model=BASE, prompt=prompt, temperature=0, max_tokens=12)
+        assert reply.choices[0].text == world.text(said)
+        assert reply.usage is not None
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(said))
+
+
+def test_sixteen_tokens_unless_more_are_asked_for(world: World) -> None:
+    reply = world.client().completions.create(model=BASE, prompt="Once", temperature=0)
+    assert reply.choices[0].text == world.text(world.greedy(world.tokenizer("Once").input_ids, 16))
+
+
+def test_several_prompts_and_a_stream_of_them(world: World) -> None:
+    prompts = ["One", "Two and three", "Four"]
+    expected = [world.text(world.greedy(world.tokenizer(one).input_ids, 8)) for one in prompts]
+    how: dict[str, Any] = {"model": BASE, "prompt": prompts, "temperature": 0, "max_tokens": 8}
+    whole = world.client().completions.create(**how)
+    assert [choice.text for choice in whole.choices] == expected
+    texts = ["", "", ""]
+    for chunk in world.client().completions.create(**how, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == expected
+
+
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_an_echo_tells_how_likely_every_token_of_a_text_is(world: World, most: int) -> None:
+    text = "It rains on the river, and the lamp is lit."
+    ids = world.tokenizer(text).input_ids
+    reply = world.client().completions.create(
+        model=BASE, prompt=[ids], temperature=0, max_tokens=most, logprobs=2, echo=True, seed=1234
+    )
+    said = [token for token in world.greedy(ids, most) if token != 2] if most else []
+    with torch.no_grad():
+        chances = world.local(torch.tensor([[*ids, *said]])).logits[0].log_softmax(-1)
+    found = reply.choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
+    assert found.top_logprobs is not None
+    assert found.tokens is not None
+    assert found.text_offset is not None
+    own = [float(chances[place, token]) for place, token in enumerate([*ids, *said][1:])]
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1:] == pytest.approx(own, abs=1e-4)
+    for place, row in enumerate(found.top_logprobs[1:]):
+        assert max(row.values()) == pytest.approx(float(chances[place].max()), abs=1e-4)
+        assert len(row) in (2, 1)
+    rows = zip(found.tokens[1:], found.top_logprobs[1:], strict=True)
+    greedy = [name == max(row, key=row.__getitem__) for name, row in rows]
+    best = [token == int(chances[place].argmax()) for place, token in enumerate([*ids, *said][1:])]
+    assert greedy == best, "whether a token is the likeliest can be told by its name"
+    assert reply.choices[0].text == text + world.text(said)
+    assert "".join(found.tokens[: len(ids)]) == text
+    assert found.text_offset[: len(ids)] == list(range(len(ids)))
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(ids)
+
+
+def test_an_echo_without_chances(world: World) -> None:
+    reply = world.client().completions.create(model=BASE, prompt=TEXT, temperature=0, max_tokens=5, echo=True)
+    said = world.greedy(world.tokenizer(TEXT).input_ids, 5)
+    assert reply.choices[0].text == TEXT + world.text(said)
+    assert reply.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prompt": []}, None),
+        ({"prompt": [[]]}, None),
+        ({"prompt": [5, 100_000]}, "prompt"),
+        ({"prompt": [-1]}, None),
+        ({"prompt": [1, "two"]}, None),
+        ({"suffix": "!"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"logprobs": True}, "logprobs"),
+        ({"prompt": "x" * 5000}, "messages"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_done_is_refused(world: World, changes: dict[str, Any], param: str | None) -> None:
+    body = {"prompt": TEXT, **changes}
+    with pytest.raises(BadRequestError) as caught:
+        world.client().completions.create(model=BASE, prompt=body.pop("prompt"), extra_body=body)
+    if param is not None:
+        assert caught.value.param == param

@@ -1,0 +1,220 @@
+"""An API over an in-memory swarm of a tiny model, on a loopback socket, with the local model beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from openai import AsyncOpenAI, OpenAI
+from tests.chat.reference import VOCABULARY, byte_tokenizer
+from tests.swarm_fixture import MemorySwarm
+from tests.tiny_models import write_tiny
+from tests.tuning.tiny_setup import prompt_for
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from corolla.api.access import Keys
+from corolla.api.app import Api, create_app
+from corolla.api.generation import Generator
+from corolla.api.partners import Partners
+from corolla.api.serving import listening, serve, url_of
+from corolla.api.sessions import SessionPool
+from corolla.client.model.loading import load_tokenizer
+from corolla.data.render import RenderSettings
+from corolla.models.prompts import SoftPrompt
+from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
+
+BASE = "tiny"
+SPANS = ((0, 2), (2, 4))
+# With tools, in the way of many models.
+TEMPLATE = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</s>\n{% endif %}"
+    "{% for message in messages %}<|{{ 'user' if message.role == 'tool' else message.role }}|>"
+    "{% if message.tool_calls %}{% for call in message.tool_calls %}{% if not loop.first %}\n{% endif %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n'
+    "</tool_call>{% endfor %}{% else %}{{ message.content }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A tiny checkpoint with a byte tokenizer and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    write_tiny(family, folder, vocab_size=VOCABULARY, max_position_embeddings=1024, **changes)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_bundle(
+    folder: Path, model: Path, identity: str, *, deep: bool = False, seed: int = 1, style: str = "template"
+) -> SoftPrompt:
+    """A bundle whose prompt says something."""
+    local = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt = prompt_for(local, "deep_ptune" if deep else "ptune")
+    prompt.input.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+    bundle = Bundle(
+        ModelInfo(BASE, identity),
+        prompt.mode,
+        prompt.length,
+        RenderSettings(style=style),
+        {},
+        {},
+        {},
+        {"temperature": 0.0},
+    )
+    save_bundle(
+        folder, bundle, prompt, config=AutoConfig.from_pretrained(model), history=[{"step": 1, "loss": 2.0}]
+    )
+    return prompt
+
+
+@dataclass
+class World:
+    """A running API."""
+
+    swarm: MemorySwarm
+    folder: Path  # the checkpoint
+    bundles: Path
+    api: Api
+    url: str
+    local: Any
+    tokenizer: Any
+    clients: dict[str, OpenAI] = field(default_factory=dict)
+
+    def client(self, api_key: str = "none") -> OpenAI:
+        """OpenAI's own; closed with the world."""
+        if api_key not in self.clients:
+            self.clients[api_key] = OpenAI(
+                base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60
+            )
+        return self.clients[api_key]
+
+    def close(self) -> None:
+        """End the clients."""
+        for client in self.clients.values():
+            client.close()
+
+    def async_client(self) -> AsyncOpenAI:
+        """The same, asynchronous."""
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Of the socket."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def prompt(self, messages: Sequence[Any], **options: Any) -> list[int]:
+        """What the tokenizer's template makes of messages."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **options
+        )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    @torch.no_grad()
+    def greedy(self, ids: Sequence[int], most: int, model: Any = None) -> list[int]:
+        """What the local model's own `generate` gives, its end included."""
+        found = (model or self.local).generate(
+            torch.tensor([list(ids)]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=most,
+            do_sample=False,
+        )
+        said: list[int] = found[0, len(ids) :].tolist()
+        return said
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What tokens say."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def counted(self) -> int:
+        """Rows × tokens that the first server has computed."""
+        return max(self.swarm.counted().values())
+
+
+class Running:
+    """A server of `api` on a thread, until `close()`."""
+
+    def __init__(self, api: Api, send_buffer: int | None = None) -> None:
+        """`send_buffer`: bytes that the system holds of an answer which is not read."""
+        self.listener: socket.socket = listening("127.0.0.1", 0)
+        if send_buffer is not None:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        self.url = url_of(self.listener)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(api)), name="api-test")
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    async def _main(self, api: Api) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        await serve(create_app(api), self.listener, self._stop, ready=self._ready.set)
+
+    def stop(self) -> None:
+        """Tell it to end."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def close(self) -> None:
+        """End it."""
+        if self._thread.is_alive():
+            self.stop()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self.listener.close()
+
+
+class Worlds:
+    """Makes worlds over one checkpoint, and ends them."""
+
+    def __init__(self, root: Path, family: str = "llama") -> None:
+        self.root = root
+        self.folder = write_model(root / "model", family)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.local = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self._ends: list[Any] = []
+
+    def make(
+        self,
+        name: str = "world",
+        *,
+        keys: Keys | None = None,
+        spans: Sequence[tuple[int, int]] = SPANS,
+        most: int = 64,
+        most_bytes: int = 2**28,
+        at_once: int = 32,
+        waiting: int = 64,
+        limits: dict[str, Any] | None = None,
+        patience: float = 20.0,
+        send_buffer: int | None = None,
+    ) -> World:
+        """A swarm and an API over it."""
+        bundles = self.root / name
+        bundles.mkdir()
+        swarm = MemorySwarm(self.folder, spans)
+        self._ends.append(swarm)
+        partners = Partners(
+            BASE,
+            swarm.model(patience=patience),
+            load_tokenizer(self.folder),
+            identity=swarm.checkpoint.identity,
+            folder=bundles,
+        )
+        generator = Generator(SessionPool(most=most, most_bytes=most_bytes), at_once=at_once, waiting=waiting)
+        api = Api(partners, generator, keys or Keys({}), limits=limits or {})
+        running = Running(api, send_buffer)
+        self._ends.append(running)
+        world = World(swarm, self.folder, bundles, api, running.url, self.local, self.tokenizer)
+        self._ends.append(world)
+        return world
+
+    def close(self) -> None:
+        """End all."""
+        for one in reversed(self._ends):
+            one.close()
