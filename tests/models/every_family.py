@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from corolla.errors import UnsupportedFamily
+from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models.checkpoints.names import text_part
 from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.selfcheck import check_family
@@ -300,7 +300,13 @@ def same_replies(model: Any, local: Any, ids: Tensor) -> None:
     mask[0, :PADDED] = 0
     for options in ({"num_beams": 1}, {"num_beams": 2}):
         options |= {"max_new_tokens": 5, "do_sample": False}
-        found, wanted = (one.generate(ids, attention_mask=mask, **options) for one in (model, local))
+        try:
+            found = model.generate(ids, attention_mask=mask, **options)
+        except UsageError as refusal:
+            if "beam search" in str(refusal):  # which goes wrong in the local model
+                continue
+            raise
+        wanted = local.generate(ids, attention_mask=mask, **options)
         assert torch.equal(found, wanted), "other tokens in a batch"
     first, second = ids[1:, :5], ids[1:, 5:]
     with model.inference_session(max_length=40) as session:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from corolla.errors import SessionLimit, UsageError
 
@@ -90,6 +91,16 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
+def own_cache(forward: Callable[..., Any]) -> type[DynamicCache] | None:
+    """The family's own class of caches, where a model's forward takes no other."""
+    names = inspect.signature(forward).parameters
+    named = names[cache_argument(forward)].annotation if cache_argument(forward) in names else None
+    for kind in get_args(named) or (named,):
+        if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind is not DynamicCache:
+            return kind
+    return None
+
+
 class _OneGrowingLayer(Cache):  # type: ignore[misc]
     """A cache without layers of its own, which says of itself what a `DynamicCache` of full attention says."""
 
@@ -101,7 +112,7 @@ class _OneGrowingLayer(Cache):  # type: ignore[misc]
     max_cache_len = -1  # no end
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return bool(self.get_seq_length())
@@ -324,9 +335,9 @@ class RemoteCache(_OneGrowingLayer):
         same = (cached == ids[:, None]) | (cached == -1)
         return same.long().cumprod(dim=2).sum(dim=2)
 
-    def with_prompt(self) -> PromptedView:
-        """The same cache as the base model must see it: with the prompt's positions counted."""
-        return PromptedView(self)
+    def with_prompt(self, own: type[DynamicCache] | None = None) -> PromptedView:
+        """The same cache as the base model must see it: with the prompt counted, and of its `own` class."""
+        return PromptedView(self) if own is None else _view_of_its_own(own)(self)
 
 
 class PromptedView(_OneGrowingLayer):
@@ -354,3 +365,12 @@ class Caches(Protocol):
 
     def fresh(self, *, lazy: bool) -> RemoteCache:
         """An empty one for a call that may be continued."""
+
+
+@lru_cache
+def _view_of_its_own(own: Any) -> type[PromptedView]:
+    def begin(self: Any, cache: RemoteCache) -> None:
+        own.__init__(self)
+        PromptedView.__init__(self, cache)
+
+    return type("PromptedView", (PromptedView, own), {"__init__": begin})

@@ -8,16 +8,16 @@ computed with. Every way of calling a model goes through `BaseModelHooks._enter`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import UsageError
-from corolla.models.cache import Caches, RemoteCache, cache_argument, take_cache
+from corolla.models.cache import Caches, RemoteCache, cache_argument, own_cache, take_cache
 from corolla.models.families import INNER_OUTPUTS
 
 OTHER_INPUTS = ("pixel_values", "image_", "images", "input_features", "input_values", "audio_", "video_")
@@ -110,6 +110,15 @@ def check_prompt(ids: Any, mask: Any, *, may_be_empty: bool) -> None:
         )
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
+
+
+def check_beams(forward: Callable[..., Any], generation_config: Any, config: PretrainedConfig) -> None:
+    """Raises `UsageError` for a beam search that goes wrong in transformers itself."""
+    if (generation_config.num_beams or 1) > 1 and own_cache(forward) is not None:
+        raise UsageError(
+            f"transformers' own beam search leaves the states of {config.model_type} models where they are, so its "
+            "replies would be wrong: generate with num_beams=1."
+        )
 
 
 def check_ends(mask: Tensor | None) -> None:

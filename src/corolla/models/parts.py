@@ -28,13 +28,20 @@ class _NoEmbedding(nn.Module):
 class _Zeros(nn.Module):
     """Stands in for an embedding or a projection where blocks are given more than hidden states: zeros, as wide."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, *, of_block: int = 0) -> None:
+        """`of_block` is how much of the width is one block's, where each has its own part."""
         super().__init__()
-        self._width, self._dtype = width, dtype
+        self._width, self._dtype, self._of_block = width, dtype, of_block
 
     def forward(self, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         sizes = given.shape[:-1] if given.is_floating_point() else given.shape
         return torch.zeros(*sizes, self._width, dtype=self._dtype, device=given.device)
+
+    def of_blocks(self, count: int) -> _Zeros:
+        """The same for fewer blocks."""
+        if not self._of_block:
+            return self
+        return _Zeros(self._of_block * count, self._dtype, of_block=self._of_block)
 
 
 class _Nothing(nn.Module):
@@ -88,7 +95,14 @@ def _stand_in(child: nn.Module, crossing: Crossing, count: int) -> nn.Module:
     width = child.embedding_dim if isinstance(child, nn.Embedding) else child.out_features
     # What gives every block its own part gives it to these blocks only.
     each = any(one.each and width == crossing.depth * one.form.width for one in crossing.sides)
-    return _Zeros(width // crossing.depth * count if each else width, child.weight.dtype)
+    return _Zeros(width, child.weight.dtype, of_block=width // crossing.depth if each else 0).of_blocks(count)
+
+
+def narrow_stand_ins(model: PreTrainedModel, count: int) -> None:
+    """Have what stands for parts outside of the blocks be that of `count` of them."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, _Zeros):
+            model._modules[name] = child.of_blocks(count)
 
 
 def front_class(found: Structure, blocks: BlocksLayer) -> type[PreTrainedModel]:

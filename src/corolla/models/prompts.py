@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from corolla.errors import UsageError
 
 # Sees, and may replace, what a block is called with.
 BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
@@ -110,6 +113,41 @@ def place_prompt(base: nn.Module, named: dict[str, Any], prompt: SoftPrompt, *, 
     if positions is not None:
         rows = positions.expand(embeddings.shape[0], -1)
         named["position_ids"] = prepend_positions(rows, prompt.length)
+
+
+_in_front: ContextVar[Tensor | None] = ContextVar("corolla_prompt_in_front", default=None)
+
+
+def place_prompt_by_ids(named: dict[str, Any], prompt: SoftPrompt, padding: int) -> None:
+    """As `place_prompt` in front, for a family that needs token ids: its prompt's are those of padding.
+
+    That is what such families do for images. The vectors take the place of the padding's embeddings where
+    `stands_in_front` watches. Raises `UsageError` without ids.
+    """
+    ids, positions = named.get("input_ids"), named.get("position_ids")
+    if ids is None:
+        raise UsageError("This model's blocks take inputs made of token ids: with a prompt, give input_ids.")
+    if named.get("attention_mask") is not None:
+        named["attention_mask"] = prepend_mask(named["attention_mask"], prompt.length)
+    named["input_ids"] = torch.cat([ids.new_full((ids.shape[0], prompt.length), padding), ids], dim=1)
+    if positions is not None:
+        named["position_ids"] = prepend_positions(positions.expand(ids.shape[0], -1), prompt.length)
+    _in_front.set(prompt.input)
+
+
+def stands_in_front(embedding: nn.Module) -> None:
+    """Have an embedding give the prompt's vectors for the first tokens of a call that was prepared so."""
+
+    def put(_embedding: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        vectors = _in_front.get()
+        return None if vectors is None else prepend(output[:, len(vectors) :], vectors)
+
+    embedding.register_forward_hook(put)
+
+
+def nothing_in_front() -> None:
+    """The call is over."""
+    _in_front.set(None)
 
 
 def add_deep(hidden: Tensor, prompt: Tensor, start: int) -> Tensor:

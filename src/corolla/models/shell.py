@@ -25,10 +25,24 @@ from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import Edge, edge_of
-from corolla.models.cache import BlocksCall, Caches, PromptedView, RemoteCache, cache_argument, take_cache
+from corolla.models.cache import (
+    BlocksCall,
+    Caches,
+    PromptedView,
+    RemoteCache,
+    cache_argument,
+    own_cache,
+    take_cache,
+)
 from corolla.models.crossing import Crossing
 from corolla.models.private_config import with_attention
-from corolla.models.prompts import SoftPrompt, place_prompt
+from corolla.models.prompts import (
+    SoftPrompt,
+    nothing_in_front,
+    place_prompt,
+    place_prompt_by_ids,
+    stands_in_front,
+)
 
 ATTENTION_NAME = "corolla_remote"
 KEPT = "logits_to_keep"  # how many last positions a family's model may give, if it is told
@@ -188,13 +202,17 @@ class BaseModelHooks:
         prompts: Callable[[], SoftPrompt | None],
         caches: Caches | None,
         reads_flat_rows: Callable[[], bool] = lambda: False,
+        needs_ids: bool = False,
     ) -> None:
-        """Without `caches` no call has one; `reads_flat_rows` says what `models/checks/forms.py` finds."""
+        """Without `caches` no call has one; the rest says what `models/checks/forms.py` finds."""
+        self._needs_ids = needs_ids
+        if needs_ids:
+            stands_in_front(base.get_input_embeddings())
         self._prompts = prompts
         self._reads_flat_rows = reads_flat_rows
         self._caches = caches
         self._names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
-        self._cache_name = cache_argument(base.forward)
+        self._cache_name, self._own_cache = cache_argument(base.forward), own_cache(base.forward)
         self._entered: ContextVar[tuple[_Entered, ...]] = ContextVar("corolla_entered", default=())
         base.register_forward_pre_hook(self._enter, with_kwargs=True)
         base.register_forward_hook(self._leave, always_call=True)
@@ -219,10 +237,12 @@ class BaseModelHooks:
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         first = cache is None or cache.length == 0
         prepended = prompt.length if prompt is not None and first else 0
-        if prompt is not None:
+        if prompt is not None and first and self._needs_ids:
+            place_prompt_by_ids(named, prompt, getattr(base.config, "pad_token_id", None) or 0)
+        elif prompt is not None:
             place_prompt(base, named, prompt, in_front=first)
         guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
-        view = None if cache is None else cache.with_prompt()
+        view = None if cache is None else cache.with_prompt(self._own_cache)
         named[self._cache_name] = view
         named["use_cache"] = view is not None
         call = BlocksCall(
@@ -295,6 +315,7 @@ class BaseModelHooks:
             guard.check_places(positions, length, limit)
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        nothing_in_front()
         if not self._entered.get():
             return output
         *outer, entered = self._entered.get()
@@ -359,9 +380,19 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     holder: Any = model.get_submodule(path)
     before = 0 if layer.crossing.plain else layer.crossing.depth - 1
     earlier = [_EarlierBlock(layer, first=not index) for index in range(before)]
-    setattr(holder, name, nn.ModuleList([*earlier, layer]))
+    stand_ins = nn.ModuleList([*earlier, layer])
+    for block, stand_in in zip(getattr(holder, name), stand_ins, strict=False):
+        _look_alike(block, stand_in)
+    setattr(holder, name, stand_ins)
     layer.stand_in(holder)
     # Some families initialise their blocks with the model that runs them; others, what no checkpoint has of it.
     holder._is_hf_initialized = not holder._non_persistent_buffers_set
     holder.config = with_attention(holder.config, ATTENTION_NAME)
     return holder
+
+
+def _look_alike(block: nn.Module, stand_in: nn.Module) -> None:
+    """Have what a family's loop may ask its blocks (their kind, their index)."""
+    for name, value in vars(block).items():
+        if isinstance(value, str | int) and not name.startswith("_") and not hasattr(stand_in, name):
+            setattr(stand_in, name, value)

@@ -21,7 +21,7 @@ from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.rotary import by_length, padded
-from corolla.models.attention.span_cache import SpanCache
+from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
@@ -31,7 +31,7 @@ from corolla.models.compiled.program import Program
 from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, block_key_pattern, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
-from corolla.models.parts import span_class
+from corolla.models.parts import narrow_stand_ins, span_class
 from corolla.models.passage import Passage, WidePassage
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
 
@@ -62,7 +62,7 @@ class Span:
         self.packable = packable
         self._blocks = blocks
         self._cache_name = cache_argument(model.forward)
-        self._empty_cache = SpanCache(start, end, model.whole_config)
+        self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
@@ -126,6 +126,7 @@ class Span:
         # A shallow copy shares the dictionary of modules; replacing the list of blocks must not reach back.
         model._modules = dict(self.model._modules)
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
+        narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
         return Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
 

@@ -43,7 +43,7 @@ from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.forms import crossing_of, reads_flat_rows, values_returned
+from corolla.models.checks.forms import crossing_of, needs_ids, reads_flat_rows, values_returned
 from corolla.models.guard import watch_losses
 from corolla.models.prompts import SoftPrompt
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
@@ -121,6 +121,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                 prompts=self._get_prompts,
                 caches=caches,
                 reads_flat_rows=lambda: reads_flat_rows(config),
+                needs_ids=needs_ids(config),
             )
             watch_losses(self, caches)
             self._check_adapters = AdapterCheck()

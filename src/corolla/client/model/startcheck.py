@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from corolla.client.local_blocks import LocalBlocks
 from corolla.client.model.objects import SharedConnection
 from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.errors import UnsupportedFamily
-from corolla.models.cache import take_cache
+from corolla.models.cache import cache_argument, take_cache
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
@@ -96,7 +96,7 @@ def _first_difference(whole: Any, model: Any) -> str | None:
 @torch.no_grad()
 def _different_cache(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str | None:
     """The last token again after a rollback, and with the rows of the batch exchanged, as beam search does."""
-    wanted = whole(input_ids=ids, attention_mask=mask).logits[:, -1:]
+    wanted = _last_logits(whole, ids, mask)
     cache = take_cache(dict(model(input_ids=ids, attention_mask=mask, use_cache=True)))
 
     def last(ids: Tensor, mask: Tensor) -> Tensor:
@@ -110,6 +110,16 @@ def _different_cache(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str |
     cache.crop(TOKENS - 1)
     cache.reorder_cache(torch.tensor([1, 0]))
     return None if close(last(ids.flip(0), mask.flip(0)), wanted.flip(0)) else "with its rows exchanged"
+
+
+def _last_logits(whole: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The whole's, with the last token behind a cache of its own where blocks keep a state: what some families' code
+    gives token by token is not quite what it gives at once."""
+    if not whole._is_stateful:
+        return cast(Tensor, whole(input_ids=ids, attention_mask=mask).logits[:, -1:])
+    cache = take_cache(dict(whole(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)))
+    arguments = {cache_argument(whole.forward): cache, "attention_mask": mask}
+    return cast(Tensor, whole(input_ids=ids[:, -1:], **arguments).logits)
 
 
 def _different_gradients(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str | None:

@@ -7,7 +7,8 @@ token only: where there are some, a cache goes on from where it is or begins ane
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +21,22 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
     """Of blocks [start, end), addressed by the blocks' indices in the whole model."""
 
+    of_its_own = False  # a family's own kind of cache, which keeps a state in no layer
+
     def __init__(self, start: int, end: int, config: PretrainedConfig) -> None:
         """`config` is the whole model's, by which the blocks are of different kinds."""
-        super().__init__(config=config)
         self.layers: list[Any]
+        if self.of_its_own:
+            super().__init__()  # it makes layers as they are needed
+        else:
+            super().__init__(config=config)
         own = [_without_window(layer) for layer in self.layers[start:end]]
         self.layers = [*(DynamicLayer() for _ in range(start)), *own]  # the former stay empty
         self._start = start
@@ -58,12 +65,15 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Memory of everything that is kept."""
         handed = sum(one.nbytes for one in self._handed.values())
-        return handed + sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+        more = sum(
+            one.nbytes for name, value in vars(self).items() if name != "layers" for one in _tensors(value)
+        )
+        return handed + more + sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
 
     @property
     def keeps_everything(self) -> bool:
         """Whether the blocks have keys and values only, and none of them is ever forgotten."""
-        return all(map(_keeps_everything, self.layers))
+        return not self.of_its_own and all(map(_keeps_everything, self.layers))
 
     def reaches(self, length: int) -> bool:
         """Whether the cache can go on from its first `length` tokens."""
@@ -82,9 +92,28 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
         super().reorder_cache(beam_idx)
+        if self.of_its_own:
+            self._reorder_own(beam_idx)
         for one, whole in self._handed.items():
             self._handed[one] = whole.index_select(one.form.rows, beam_idx.to(whole.device))
         self.rows = len(beam_idx)
+
+    def _reorder_own(self, rows: Tensor) -> None:
+        """The same of what a family's own cache keeps beside its layers: lists of a tensor each block, if any."""
+        for value in vars(self).values():
+            if isinstance(value, list) and value is not self.layers:
+                value[:] = [one.index_select(0, rows) if isinstance(one, Tensor) else one for one in value]
+
+
+def span_cache_class(forward: Callable[..., Any]) -> type[SpanCache]:
+    """The cache of spans of a model with this `forward`, which may want one of its own class."""
+    own = own_cache(forward)
+    return SpanCache if own is None else _joined(own)
+
+
+@lru_cache
+def _joined(own: Any) -> type[SpanCache]:
+    return type("SpanCache", (SpanCache, own), {"of_its_own": True})
 
 
 def _without_window(layer: Any) -> Any:
@@ -103,6 +132,9 @@ def _keeps_everything(layer: Any) -> bool:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _tensors(one)
     elif isinstance(value, dict):
         for one in value.values():
             yield from _tensors(one)

@@ -67,6 +67,20 @@ def _refusing(config: PretrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def needs_ids(config: PretrainedConfig) -> bool:
+    """Whether the family's code finds no inputs of its blocks for embeddings that are not those of tokens."""
+    if not crossing_of(config).sides:
+        return False
+    small = miniature(config)
+    with undisturbed(), torch.no_grad():
+        whole = random_model(structure(config).causal_lm, small)
+        try:
+            whole(inputs_embeds=torch.randn(1, 2, small.hidden_size), use_cache=False)
+        except RuntimeError:
+            return True
+    return False
+
+
 def reads_flat_rows(config: PretrainedConfig) -> bool:
     """Whether the family tells the sequences of a row without padding apart by their position ids.
 

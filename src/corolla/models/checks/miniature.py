@@ -208,7 +208,8 @@ def _fit_recurrent(config: PretrainedConfig, small: PretrainedConfig) -> None:
 
 def _most_varied_stretch(config: PretrainedConfig, length: int) -> int:
     """Where `length` layers start that change their kind most often, by `layer_types` if there are any."""
-    kinds = vars(config).get("layer_types")  # those that are computed begin with the first layer
+    # Those that are computed begin with the first layer.
+    kinds = vars(config).get("layer_types") or vars(config).get("layers_block_type")
     if not kinds:
         return 0
 
