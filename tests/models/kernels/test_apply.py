@@ -68,7 +68,7 @@ def test_a_family_computes_the_same(family: str, quantization: Quantization) -> 
     for expected, found in (outputs, gradients):
         error = float((found - expected).norm() / expected.norm())
         if quantization == "none":
-            assert error < 1e-5
+            assert error < 3e-5  # what rows of other batches differ by too; gpt_oss with AVX2: 1.2e-5
         elif replaced > 1:
             assert error > 1e-4
             assert bool(found.isfinite().all())
