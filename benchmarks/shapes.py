@@ -17,7 +17,7 @@ def decode(bench: Bench, shape: str, dtype: str, sessions: int) -> Pair:
     """One session beside transformers, or several beside its batch of as many."""
     folder = tempfile.TemporaryDirectory()
     bench.any_local().ask("write", shape=shape, dtype=dtype, folder=folder.name)
-    client = bench.new_client(bench.swarm(model=folder.name), model=folder.name)
+    client = bench.new_client(bench.swarm(model=folder.name), model=folder.name, dtype="float32")
     tokens = bench.size(32 if sessions == 1 else 16, 4)
     ours = (
         partial(client.ask, "decode", rows=1, tokens=tokens)
