@@ -135,7 +135,7 @@ def _watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) 
     def entering(
         _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(seen.given) == crossing.depth:
+        if len(seen.given) == len(blocks):
             seen.given.clear()
         given: dict[str, Tensor] = {}
         for name, place in from_outside if not seen.given else from_outside[1:]:
@@ -146,7 +146,7 @@ def _watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) 
                 args, kwargs = replaced(args, kwargs, name, place, value)
             given[name] = value
         seen.given.append(given)
-        if len(seen.given) == crossing.depth:
+        if len(seen.given) == len(blocks):
             seen.entered.append(crossing.collect(seen.given[0][hidden], seen.given))
         return args, kwargs
 
@@ -197,8 +197,8 @@ def _cut_again(spans: list[Span]) -> list[Span]:
     """The same blocks, some spans' in two parts."""
     parts = []
     for span in spans:
-        middle = (span.start + span.end) // 2
-        cuts = sorted({span.start, middle, span.end})
+        end = span.start + len(span.blocks)
+        cuts = sorted({span.start, (span.start + end) // 2, end})
         parts += [span.view(start, end) for start, end in pairwise(cuts)]
     return parts
 
