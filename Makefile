@@ -9,13 +9,17 @@ OLDEST_RELEASE := 5.20.0
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations 30
 # What depends most on the release; `make nightly` runs everything on the oldest.
 WAYS   := tests/client/test_ways_in.py tests/client/model/test_startcheck.py
+# What depends on the CPU, and which variables make this one look as if it had AVX2 and nothing newer: to our C, torch,
+# oneDNN, MKL and fbgemm.
+KERNELS := tests/models/kernels tests/models/compiled tests/models/attention/test_one_token_rows.py
+AVX2   := COROLLA_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 SOME   := startcheck or ((none-llama or deep_ptune-llama) and not Trainers)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench nightly clean
+.PHONY: help setup demo test test-avx2 check bench bench-avx2 nightly clean
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
@@ -38,6 +42,10 @@ $(OLDEST)/.installed: $(STAMP)
 test: setup $(OLDEST)/.installed  ## all tests but the nightly ones; on the oldest transformers the ways to call a model
 	$(PYTEST) -m 'not nightly'
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly' -k '$(SOME)' $(WAYS)
+	$(AVX2) $(PYTEST) -m 'not nightly' -k 'not plain' $(KERNELS)
+
+test-avx2: setup ## all tests but the nightly ones, as on a CPU with AVX2 and nothing newer
+	$(AVX2) $(PYTEST) -m 'not nightly'
 
 check: setup     ## lint and types
 	$(BIN)/ruff check src tests benchmarks examples
@@ -49,8 +57,13 @@ bench: setup     ## measure, each figure beside its baseline
 	$(BIN)/python benchmarks/quality_vs_peft.py
 	$(BIN)/python -m benchmarks.report
 
+bench-avx2: setup ## the same as on a CPU with AVX2 and nothing newer; printed, and kept beside the other lines
+	$(AVX2) $(BIN)/python -m benchmarks.run --json benchmarks/results/bench-avx2.jsonl
+	$(AVX2) $(BIN)/python benchmarks/cpu_kernels.py --sets
+
 nightly: setup $(OLDEST)/.installed  ## the tests that take longer; what they found goes into docs/reliability.md and models.md
 	$(PYTEST) -m nightly --record benchmarks/results/nightly.jsonl
+	$(AVX2) $(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly'
 	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m tests.models.every_family

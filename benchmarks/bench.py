@@ -109,12 +109,15 @@ class Bench:
 
     # --- baselines ------------------------------------------------------------------------------------------
 
-    def local(self, kind: str) -> tuple[list[Worker], dict[str, Any]]:
+    def local(self, kind: str, folder: str | None = None) -> tuple[list[Worker], dict[str, Any]]:
         """The processes of the local models that are best at a kind of work, set up for it: see `_fastest`.
 
-        Kinds are those of `workers/local.py`. Gives what was tried, too.
+        Kinds are those of `workers/local.py`, `folder` is that of a model other than the usual one. Gives what was
+        tried, too.
         """
-        return self._fastest("local", kind, lambda worker: worker.ask("use", kind=kind))
+        more = {} if folder is None else {"folder": folder}
+        named = f"{kind} {folder or ''}"
+        return self._fastest("local", named, lambda worker: worker.ask("use", kind=kind, **more))
 
     def llama(self, path: str) -> tuple[list[Worker], dict[str, Any]]:
         """The same for llama.cpp, in an interpreter of its own. Raises `NotMeasured` when it is not there."""
@@ -173,8 +176,11 @@ class Bench:
     def beside_transformers(
         self, client: Worker, ours: Callable[[], float], kind: str, do: str, **arguments: Any
     ) -> Pair:
-        """As `beside_local`, with a command of the local worker, set up as is best for `kind`."""
-        workers, about = self.local(kind)
+        """As `beside_local`, with a command of the local worker, set up as is best for `kind`.
+
+        A `folder` among the arguments is that of the model.
+        """
+        workers, about = self.local(kind, arguments.get("folder"))
         client.ask("touch")
         pair = self.beside_local(client, ours, workers, lambda worker: float(worker.ask(do, **arguments)))
         pair.details["baseline"] = about

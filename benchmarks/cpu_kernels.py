@@ -5,6 +5,7 @@ hold, as they do while a model decodes. One JSON line each. (Not named `kernels.
 in place of the optional package of that name.)
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py            # products, gradients, blocks
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --sets     # the C kernels, for each instruction set
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --compile  # and torch.compile of one block
 """
 
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +30,17 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.client import HalfLinear
 from corolla.models.kernels.int8 import Int8Linear
-from corolla.models.kernels.packed import PackedLinear
+from corolla.models.kernels.isa import VARIABLE
+from corolla.models.kernels.narrow import Narrow, NarrowLinear, as_it_is
+from corolla.models.kernels.native import instruction_sets, library
+from corolla.models.kernels.packed import FrozenLinear, PackedLinear
+from corolla.models.kernels.ways import BOUNDS, Ways
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # SmolLM2's, [out, in]
 HEAD = (49152, 576)
+FUSED = (3072, 576)  # gate and up, which are one product
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+SOME_ROWS = (1, 2, 8, 32)
 ROTATED_BYTES = 100e6
 PAST = 200  # tokens in the cache of a step
 
@@ -86,6 +96,62 @@ def products(shape: tuple[int, int], rows: tuple[int, ...]) -> None:
         with torch.inference_mode():
             calls = {name: lambda name=name, value=value: run(name, value) for name in layers}
             report("product", interleaved(calls), shape=shape, rows=count)
+
+
+def forms(shape: tuple[int, int]) -> dict[str, Callable[[], FrozenLinear]]:
+    """What makes a layer of random weights, for each form that the C kernels read."""
+    rows, columns = shape
+    steps = (rows, columns // 32)
+
+    def own(narrow: Narrow) -> NarrowLinear:
+        return NarrowLinear(narrow, ways=Ways(("own",) * (len(BOUNDS) + 1), "torch"))
+
+    return {
+        "float32": lambda: own(as_it_is(torch.randn(shape))),
+        "bfloat16": lambda: own(Narrow("bfloat16", torch.randn(shape).bfloat16())),
+        "bytes (Q8_0)": lambda: own(
+            Narrow("bytes", torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(steps).half())
+        ),
+        "nibbles (Q4_1)": lambda: own(
+            Narrow(
+                "nibbles",
+                torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8),
+                torch.rand(steps).half(),
+                torch.rand(steps).half(),
+            )
+        ),
+        "int8": lambda: Int8Linear(torch.randn(shape)),
+    }
+
+
+def use(instruction_set: str) -> None:
+    """Have the C kernels of this set from now on."""
+    os.environ[VARIABLE] = instruction_set
+    library.cache_clear()
+
+
+def by_instruction_set(shape: tuple[int, int], rows: tuple[int, ...]) -> None:
+    """Each C kernel for each set that this CPU has: how many times as fast as `F.linear`, in turns."""
+    copies = max(1, int(ROTATED_BYTES / (shape[0] * shape[1] * 4)))
+    names = instruction_sets()
+    layers: dict[str, list[Callable[[Tensor], Tensor]]] = {
+        form: [make() for _ in range(copies)] for form, make in forms(shape).items()
+    }
+    plain = [partial(F.linear, weight=torch.randn(shape)) for _ in range(copies)]
+    turn = itertools.count()
+    for form, count in itertools.product(layers, rows):
+        value, ratios = torch.randn(count, shape[1]), {}
+        calls: dict[str, Call] = {
+            "F.linear": lambda value=value: plain[next(turn) % copies](value),
+            "ours": lambda value=value, own=layers[form]: own[next(turn) % copies](value),
+        }
+        for name in names:
+            use(name)
+            with torch.inference_mode():
+                times = interleaved(calls, seconds=0.05)
+            ratios[name] = round(times["F.linear"] / times["ours"], 2)
+        about = {"what": "times as fast as F.linear", "form": form, "shape": shape, "rows": count}
+        print(json.dumps(about | ratios), flush=True)
 
 
 def gradients(shape: tuple[int, int], rows: int) -> None:
@@ -172,6 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--sets", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -183,6 +250,9 @@ def main() -> None:
     print(json.dumps({"what": "machine", **about}), flush=True)
     if options.compile:
         compiled()
+        return
+    if options.sets:
+        by_instruction_set(FUSED, SOME_ROWS)
         return
     for shape in SHAPES:
         products(shape, ROWS)

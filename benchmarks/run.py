@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import generation, growth, memory, sessions, training
+from benchmarks import generation, growth, memory, sessions, shapes, training
 from benchmarks.bench import CLIENT_ENV, Bench, Options
 from benchmarks.figures import Line, measure
 from benchmarks.growth import Growth
@@ -23,7 +23,7 @@ from benchmarks.processes import NotMeasured
 from benchmarks.results import RESULTS, append, chosen, conditions, describe, line_of, not_measured
 from corolla.errors import CorollaError
 
-LINES: list[Line] = [*generation.LINES, *sessions.LINES, *training.LINES, *memory.LINES]
+LINES: list[Line] = [*generation.LINES, *sessions.LINES, *training.LINES, *memory.LINES, *shapes.LINES]
 GROWTHS: list[Growth] = growth.GROWTHS
 NAMES = [figure.name for line in LINES for figure in line.figures] + [item.name for item in GROWTHS]
 

@@ -398,13 +398,20 @@ MXFP4 = {
 
 
 def write_stored(
-    form: str, folder: Path, *, family: str = "llama", files: int = 1, **changes: Any
+    form: str,
+    folder: Path,
+    *,
+    family: str = "llama",
+    files: int = 1,
+    plain: Path | None = None,
+    **changes: Any,
 ) -> tuple[Path, Path]:
     """A tiny model stored as `form` has it ("mxfp4" or one of `FORMS`), and the same with the weights that are meant.
 
-    Scales stand in other files than their weights, where there are several.
+    Scales stand in other files than their weights, where there are several. `plain` is a folder with another model's
+    one file, which is changed to what is meant.
     """
-    plain = write_tiny(family, folder / "plain", **changes)
+    plain = plain or write_tiny(family, folder / "plain", **changes)
     stored = folder / form
     shutil.copytree(plain, stored)
     tensors, meant, random = load_file(plain / "model.safetensors"), {}, np.random.default_rng(0)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.sizes import DEMO, MODEL, PROMPT_TOKENS
+from benchmarks.sizes import DEMO, MODEL, PROMPT_TOKENS, SHAPES
 from benchmarks.workers import loops
 from benchmarks.workers.protocol import obey
 
@@ -32,14 +32,12 @@ def plain() -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@cache
-def cut_model(folder: str) -> Any:
-    """A model that `cut` has written."""
+@lru_cache(maxsize=1)
+def model_in(folder: str) -> Any:
+    """A model that `cut` or `write` has written, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.set_attn_implementation(best_attention("decode")["attention"])
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @cache
@@ -66,30 +64,45 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 
 
 # A short piece of each kind of work, in tokens/s, that the attention is chosen by.
-TRIALS: dict[str, Callable[[], float]] = {
-    "decode": lambda: loops.decode(plain(), 1, 12),
-    "batch": lambda: loops.decode(plain(), 8, 6),
-    "prefill": lambda: loops.prefill(plain(), 512),
-    "train": lambda: loops.dense(tuned(), training_step(), 4, 256),
+TRIALS: dict[str, Callable[[Any], float]] = {
+    "decode": lambda model: loops.decode(model, 1, 12),
+    "batch": lambda model: loops.decode(model, 8, 6),
+    "prefill": lambda model: loops.prefill(model, 512),
+    "train": lambda _model: loops.dense(tuned(), training_step(), 4, 256),
 }
 
 
+def named(folder: str | None) -> Any:
+    """The model in that folder; the usual one for None."""
+    return plain() if folder is None else model_in(folder)
+
+
 @cache
-def best_attention(kind: str) -> dict[str, Any]:
+def best_attention(kind: str, folder: str | None = None) -> dict[str, Any]:
     """Try each implementation for a kind of work, and keep the faster one (best of 3)."""
+    model = named(folder)
     rates: dict[str, float] = {}
     for name in ATTENTION:
-        plain().set_attn_implementation(name)
-        rates[name] = max(TRIALS[kind]() for _ in range(3))
+        model.set_attn_implementation(name)
+        rates[name] = max(TRIALS[kind](model) for _ in range(3))
     best = max(rates, key=lambda name: rates[name])
     return {"attention": best, "tokens/s": rates[best], "tried": rates}
 
 
-def use(kind: str) -> dict[str, Any]:
+def use(kind: str, folder: str | None = None) -> dict[str, Any]:
     """Set the attention for this kind of work (see `TRIALS`); gives what was found about it."""
-    found = best_attention(kind)
-    plain().set_attn_implementation(found["attention"])
+    found = best_attention(kind, folder)
+    named(folder).set_attn_implementation(found["attention"])
     return found
+
+
+def write(shape: str, dtype: str, folder: str) -> None:
+    """Write a model of that shape (`sizes.SHAPES`), its weights random numbers in `dtype`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(SHAPES[shape].kind, **SHAPES[shape].config)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
 
 
 def cut(blocks: int, folder: str) -> None:
@@ -108,8 +121,8 @@ def cut(blocks: int, folder: str) -> None:
 
 
 def decode(rows: int, tokens: int, context: int = 16, folder: str | None = None) -> float:
-    use("decode" if rows == 1 else "batch")
-    return loops.decode(plain() if folder is None else cut_model(folder), rows, tokens, context)
+    use("decode" if rows == 1 else "batch", folder)
+    return loops.decode(named(folder), rows, tokens, context)
 
 
 def prefill(tokens: int) -> float:
@@ -146,5 +159,5 @@ def _padded(batch: dict[str, Tensor], to_max: bool) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count() or 1)
-    commands = (use, cut, decode, prefill, train, chitchat)
+    commands = (use, cut, write, decode, prefill, train, chitchat)
     obey({command.__name__: command for command in commands})

@@ -23,7 +23,11 @@ _fresh = itertools.count(1000)  # seeds of prompts that no server has seen befor
 
 
 def connect(
-    name: str, peers: list[str], quantization: str | None = None, tuning_mode: str | None = None
+    name: str,
+    peers: list[str],
+    quantization: str | None = None,
+    tuning_mode: str | None = None,
+    dtype: str = "auto",
 ) -> None:
     """Load the client's part of the model and join the swarm."""
     global model
@@ -33,7 +37,7 @@ def connect(
     quiet_libraries()
     more = {} if quantization is None else {"quantization": quantization}
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        name, initial_peers=peers, tuning_mode=tuning_mode, pre_seq_len=PROMPT_TOKENS, **more
+        name, initial_peers=peers, dtype=dtype, tuning_mode=tuning_mode, pre_seq_len=PROMPT_TOKENS, **more
     )
 
 

@@ -82,10 +82,15 @@ class World:
     folder: Path  # the checkpoint
     bundles: Path
     api: Api
-    url: str
+    running: Running
     local: Any
     tokenizer: Any
     clients: dict[str, OpenAI] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.running.url
 
     def client(self, api_key: str = "none") -> OpenAI:
         """OpenAI's own; closed with the world."""
@@ -155,7 +160,7 @@ class Running:
 
     async def _main(self, api: Api) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        await serve(create_app(api), self.listener, self._stop, ready=self._ready.set)
+        await serve(create_app(api), self.listener, self._stop, ready=self._ready.set, stopping=api.drain)
 
     def stop(self) -> None:
         """Tell it to end."""
@@ -210,7 +215,7 @@ class Worlds:
         api = Api(partners, generator, keys or Keys({}), limits=limits or {})
         running = Running(api, send_buffer)
         self._ends.append(running)
-        world = World(swarm, self.folder, bundles, api, running.url, self.local, self.tokenizer)
+        world = World(swarm, self.folder, bundles, api, running, self.local, self.tokenizer)
         self._ends.append(world)
         return world
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from corolla.cli.status import as_plain
-from corolla.cli.swarm_map import WIDEST, missing_blocks, swarm_map
+from corolla.cli.swarm_map import WIDEST, swarm_map
 from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.summary import as_plain, missing_blocks
 
 
 def record(start: int, end: int, **changes: Any) -> ServerRecord:

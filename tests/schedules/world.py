@@ -208,7 +208,7 @@ class SimulatedSwarm:
             server.budget.set_aside(1)
             server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet
         transport = self.network.transport(peer)
-        transport._handlers[PROTOCOL_NAME] = partial(handle, server)
+        transport.handlers[PROTOCOL_NAME] = partial(handle, server)
         record = ServerRecord(
             peer_id=peer,
             model=self.checkpoint.identity,

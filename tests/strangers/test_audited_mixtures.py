@@ -16,6 +16,7 @@ from corolla.client.audits.audit import Answer
 from corolla.client.audits.auditor import Auditor
 from corolla.client.servers import Health, Verdicts
 from corolla.errors import PeerSilent, RemoteError
+from corolla.models.crossing import Crossing, Form
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
@@ -38,6 +39,7 @@ class OneServer:
         self, answers: dict[str, Tensor], kinds: dict[str, str], kind: str | None = "float32"
     ) -> None:
         self.now, self.kind, self.wire, self.model = 0.0, kind, "compute", "m"
+        self.crossing = Crossing(Form(0, 1, (TRUE.shape[-1],)), depth=4)
         self.answers, self.kinds = answers, kinds
         self.health, self.verdicts = Health(lambda: self.now), Verdicts()
         self.channels = self

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import corolla.errors
-from corolla.cli.status import as_plain
 from corolla.cli.swarm_map import swarm_map
 from corolla.cli.terminal import TerminalConsole, explain_in, say, set_up_logging
 from corolla.errors import CorollaError, RemoteError, UsageError
 from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.summary import as_plain
 from corolla.text import for_terminal, get_logger, one_line, printable
 
 PACKAGE = Path(corolla.errors.__file__).parent

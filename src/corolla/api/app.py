@@ -22,13 +22,16 @@ from starlette.middleware.cors import CORSMiddleware
 from corolla.api.access import Gate, Keys, User
 from corolla.api.chat import ChatAnswer
 from corolla.api.completions import CompletionAnswer
+from corolla.api.conversations import Conversations
 from corolla.api.failures import ApiFailure, unforeseen
 from corolla.api.generation import Generator, Run, Wish
 from corolla.api.metrics import Metrics
+from corolla.api.pages import add_pages
 from corolla.api.partners import Partners
 from corolla.api.requests import ChatRequest, CompletionRequest, check_supported
 from corolla.api.responses import ResponsesAnswer, ResponsesRequest, as_chat
 from corolla.api.streaming import failure, refused, streamed, unless_gone
+from corolla.api.swarm_state import SwarmState
 from corolla.api.wishes import chat_wish, completion_wishes
 from corolla.text import get_logger, one_line
 from corolla.tuning.bundle import Bundle
@@ -75,8 +78,18 @@ class Api:
     generator: Generator
     keys: Keys = field(default_factory=lambda: Keys({}))
     metrics: Metrics = field(default_factory=Metrics)
+    conversations: Conversations = field(default_factory=lambda: Conversations(None))
     origins: Sequence[str] = ()
     limits: dict[str, Any] = field(default_factory=dict)  # of `Gate`
+    swarm: SwarmState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.swarm = SwarmState(self.partners)
+
+    def drain(self) -> None:
+        """Begin nothing more, and let what has no end of its own come to one. On the event loop."""
+        self.generator.draining = True
+        self.swarm.ended.set()
 
     def start(self, user: User, wishes: Sequence[Wish]) -> Run:
         """Begin to compute. Raises `ApiFailure`."""
@@ -94,20 +107,21 @@ class Api:
             raise
 
 
-def create_app(api: Api, *, closing: Callable[[], None] = lambda: None) -> Any:
-    """The application over `api`; an ASGI callable. `closing` is called at the end, when nothing goes on any more."""
+def create_app(api: Api) -> Any:
+    """The application over `api`; an ASGI callable."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         await api.generator.close()
-        closing()
+        api.conversations.close()
 
     app = FastAPI(title="Corolla", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     _explain_failures(app)
     _add_models(app, api)
     _add_replies(app, api)
     _add_health(app, api)
+    add_pages(app, api.conversations, api.swarm, api.partners.base.name)
     if api.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(api.origins), allow_methods=["*"], allow_headers=["*"]

@@ -59,6 +59,9 @@ class ApiOptions:
     cors: Annotated[list[str] | None, "Web page that may ask from a browser, as https://…; repeatable."] = (
         None
     )
+    conversations: Annotated[Path | None, "File of the page's conversations (default: among your data)."] = (
+        None
+    )
     ready_file: Annotated[Path | None, "JSON file that is there while the process is ready."] = None
 
     def __post_init__(self) -> None:
@@ -149,7 +152,7 @@ def _model_name(given: str | None, bundles: Path | None, swarm: SwarmConfig) -> 
     """The model to serve: the one given, else that of the bundles, else the one that the swarm serves."""
     from corolla.cli.saved_swarm import is_local
     from corolla.cli.status import fetch
-    from corolla.cli.swarm_map import by_model
+    from corolla.swarm.directory.summary import by_model
     from corolla.text import one_line
 
     if given is not None:
@@ -182,6 +185,7 @@ def _served(
 ) -> Iterator[Api]:
     """What is to be served, over the swarm at `swarm.peers` or one of this machine's own."""
     from corolla.api.app import Api
+    from corolla.api.conversations import Conversations
     from corolla.api.generation import Generator
     from corolla.api.partners import Partners
     from corolla.api.sessions import SessionPool
@@ -189,6 +193,7 @@ def _served(
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
     from corolla.client.model.loading import load_tokenizer
     from corolla.models.checkpoints.checkpoint import open_checkpoint
+    from corolla.places import data_root
 
     revision, token = source["revision"], source["token"]
     checkpoint = open_checkpoint(name, revision=revision, token=token, cache_dir=cache_dir)
@@ -210,7 +215,8 @@ def _served(
         )
         pool = SessionPool(most=options.sessions, most_bytes=options.session_bytes)
         generator = Generator(pool, at_once=options.at_once, waiting=options.waiting)
-        yield Api(partners, generator, keys, origins=tuple(options.cors or ()))
+        kept = Conversations(options.conversations or data_root() / "api" / "conversations.sqlite3")
+        yield Api(partners, generator, keys, conversations=kept, origins=tuple(options.cors or ()))
 
 
 def _serve(served: Api, listener: Any, options: ApiOptions, *, die_with_parent: bool) -> None:
@@ -226,10 +232,10 @@ def _serve(served: Api, listener: Any, options: ApiOptions, *, die_with_parent: 
 
             def ready() -> None:
                 stack.enter_context(ready_file(options.ready_file, about))
-                say(f"Serving {name} at {url}/v1 (Ctrl-C ends it).")
+                say(f"Serving {name} at {url}/v1, and a page at {url} (Ctrl-C ends it).")
 
             def stopping() -> None:
-                served.generator.draining = True
+                served.drain()
                 stack.close()
 
             await serve(create_app(served), listener, stop, ready=ready, stopping=stopping)

@@ -99,6 +99,8 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
         else:
             repl.run(SCRIPT)
     say_plainly(f"Chat again whenever you like:\n  corolla chat {out}")
+    folder = out.resolve().parent
+    say_plainly(f"In a browser, and for whatever speaks OpenAI's API:\n  corolla api --bundles {folder}")
 
 
 def _heading(number: int, text: str) -> None:

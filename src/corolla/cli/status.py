@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
-from statistics import mode
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,24 +21,52 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+WATCH_SECONDS = 2.0
+
 
 def status(
     peers: PeersOption = None,
     identity: MemberOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
 ) -> None:
     """Show which servers hold which blocks, and which blocks nobody serves."""
     if not peers:
         raise UsageError(
             "Give --peers, the address that `corolla bootstrap` or `corolla serve` printed (or COROLLA_PEERS)."
         )
+    if watch and as_json:
+        raise UsageError("--watch is for people; ask for --json as often as you need it.")
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(follow(peers, client_identity(identity)))
+        return
     records = asyncio.run(fetch(peers, client_identity(identity)))
     if as_json:
+        from corolla.swarm.directory.summary import as_plain
+
         say(json.dumps(as_plain(records), indent=2))
         return
     from corolla.cli.swarm_map import swarm_map
 
     console.print(swarm_map(records))
+
+
+async def follow(peers: list[str], identity: Path | None = None) -> None:
+    """Draw the map anew every few seconds."""
+    from rich.live import Live
+
+    from corolla.cli.swarm_map import swarm_map
+    from corolla.swarm.node import Node
+
+    node = await Node.create(initial_peers=peers, identity=identity, client_only=True)
+    try:
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+            while True:
+                live.update(swarm_map(await node.directory.all_servers()), refresh=True)
+                await asyncio.sleep(WATCH_SECONDS)
+    finally:
+        await node.close()
 
 
 async def fetch(peers: list[str], identity: Path | None = None) -> list[ServerRecord]:
@@ -53,23 +81,3 @@ async def fetch(peers: list[str], identity: Path | None = None) -> list[ServerRe
         return found
     finally:
         await node.close()
-
-
-def as_plain(records: list[ServerRecord]) -> dict[str, Any]:
-    """The map as JSON: servers, and for each model the ranges that nobody serves."""
-    import msgspec
-
-    from corolla.cli.swarm_map import by_model, missing_blocks
-
-    return {
-        "servers": [msgspec.to_builtins(record) for record in records],
-        "models": [
-            {
-                "model": model,
-                "name": mode(record.model_name for record in group),
-                "blocks": group[0].num_blocks,
-                "missing": missing_blocks(group),
-            }
-            for model, group in by_model(records).items()
-        ],
-    }

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from corolla.swarm.directory.directory import ServerRecord
-from corolla.swarm.directory.routing import ranges, uncovered
+from corolla.swarm.directory.summary import by_model, missing_blocks
 from corolla.text import one_line
 
 WIDEST, NARROWEST = 64, 8  # characters that the blocks of a model may take
@@ -32,17 +32,6 @@ def swarm_map(records: Sequence[ServerRecord]) -> RenderableType:
     models = by_model(records)
     parts: list[RenderableType] = [_Model(group) for group in islice(models.values(), MOST_MODELS)]
     return Group(*parts, *_rest(len(models) - MOST_MODELS, "model"))
-
-
-def by_model(records: Sequence[ServerRecord]) -> dict[str, list[ServerRecord]]:
-    """The records of each model that agree with most of them on its number of blocks; models with most first."""
-    groups: dict[str, list[ServerRecord]] = {}
-    for record in records:
-        groups.setdefault(record.model, []).append(record)
-    for model, group in groups.items():
-        size = mode(record.num_blocks for record in group)
-        groups[model] = [record for record in group if record.num_blocks == size]
-    return dict(sorted(groups.items(), key=lambda one: (-len(one[1]), one[0])))
 
 
 def _rest(count: int, what: str) -> list[Text]:
@@ -102,12 +91,6 @@ def _cells(record: ServerRecord) -> tuple[str, ...]:
         f"{record.throughput:,.0f}",
         f"{record.free_cache_tokens:,}",
     )
-
-
-def missing_blocks(records: Sequence[ServerRecord]) -> list[tuple[int, int]]:
-    """Ranges [start, end) of one model's blocks that no serving record covers."""
-    serving = [record for record in records if record.state == "serving"]
-    return ranges(uncovered(serving, 0, records[0].num_blocks))
 
 
 def _columns(blocks: int, width: int) -> list[range]:

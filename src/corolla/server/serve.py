@@ -33,7 +33,8 @@ from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.native import library
 from corolla.models.numerics import choose_dtype, dtype_name
 from corolla.models.prompts import SoftPrompt
-from corolla.models.span import Span, load_span
+from corolla.models.span import Span
+from corolla.models.stepwise import load_prepared
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.peers import Budgets, Leases, PeerLimits
@@ -186,10 +187,15 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
     start, end, count = opened.start, opened.end, opened.checkpoint.num_blocks
     kept = "" if opened.quantization == "none" else f", weights in {opened.quantization}"
     say(f"Loading blocks {start}:{end} of {count} in {dtype_name(opened.dtype)}{kept}")
-    span = load_span(
-        opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device, packable=opened.packable
+    span = load_prepared(
+        opened.checkpoint,
+        start,
+        end,
+        dtype=opened.dtype,
+        device=opened.device,
+        packable=opened.packable,
+        prepare=lambda model: use_kernels(model, opened.quantization, opened.device),
     )
-    use_kernels(span.model, opened.quantization, opened.device)
     if opened.checkpoint.stored_as is not None:
         say(_widened(opened, span))
     span.compile()

@@ -24,6 +24,8 @@ from corolla.client.model.heads import FEW_ROWS, SharedHead, share_head, use_hea
 from corolla.client.model.losses import summed_cross_entropy
 from corolla.client.model.row_queue import MOST_ROWS, RowQueue
 from corolla.errors import UsageError
+from corolla.models.kernels.apply import exact_linear
+from corolla.models.kernels.choice import Trials
 from corolla.models.kernels.int8 import has_int8
 
 PairOf = Callable[..., Pair]
@@ -296,6 +298,21 @@ def test_an_exact_kernel_leaves_losses_to_the_weights() -> None:
     torch.testing.assert_close(summed_cross_entropy(head(rows), targets), expected)
     head.use_kernel(kernel)
     assert abs(summed_cross_entropy(head(rows), targets) - expected) > 1e-2
+
+
+def test_a_copy_has_logits_of_its_own_weights() -> None:
+    """Also where the faster product reads the head's own memory, and the first head is changed later."""
+    torch.manual_seed(3)
+    head = SharedHead.like(nn.Linear(96, 256, bias=False).requires_grad_(False))
+    product = exact_linear(head.weight, None, trials=Trials())
+    head.use_kernel(product, exact=True)
+    twin, hidden = copy.deepcopy(head), torch.randn(2, 96)
+    wanted = nn.functional.linear(hidden, twin.weight)
+    with torch.no_grad():
+        head.weight.zero_()
+    assert twin.kernel is not None
+    torch.testing.assert_close(twin(hidden), wanted, atol=1e-5, rtol=1e-5)
+    assert not bool(head(hidden).any())
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 5, 3)])

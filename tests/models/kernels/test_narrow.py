@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -180,3 +182,13 @@ def test_the_embedded_model_is_kept_as_its_file_has_it() -> None:
         assert found is not None
         assert found.form == ("bytes" if "embed" in name else "nibbles")
         assert torch.equal(NarrowLinear(found).weight, weight)
+
+
+def test_a_copy_does_not_outlive_its_memory() -> None:
+    layer = NarrowLinear(as_it_is(torch.randn(OUT, IN)), torch.randn(OUT))
+    value = torch.randn(3, IN)
+    wanted = layer(value)
+    twin = copy.deepcopy(nn.Sequential(layer))
+    del layer
+    gc.collect()
+    assert torch.equal(twin(value), wanted)

@@ -28,7 +28,8 @@ from corolla.client.model.losses import LazyLogits, causal_lm_loss
 from corolla.client.model.row_queue import Product, RowQueue
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
-from corolla.models.kernels.client import HalfLinear, quantize_client
+from corolla.models.kernels.client import HalfLinear, product_for, quantize_client
+from corolla.models.kernels.packed import FrozenLinear
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 
@@ -193,8 +194,8 @@ class SharedHead(nn.Linear):
     def use_kernel(self, kernel: Product | None, *, exact: bool = False) -> None:
         """Compute logits by `kernel`, float32 [n, H] to [n, V]; None: by the weights as they are.
 
-        It must be differentiable for hidden states, must not change with the weights, and is used while these are
-        frozen and as they are now: once they were changed, they are multiplied themselves. `exact` says that it
+        It must be differentiable for hidden states, and is used while the weights are frozen and as they are now:
+        once they were changed, they are multiplied themselves. `exact` says that it
         computes the product with the weights, only faster for few rows: losses, which have many, are then
         computed with the weights themselves.
         """
@@ -282,7 +283,10 @@ class SharedHead(nn.Linear):
         memo[id(self)] = made
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         if (kernel := self._current()) is not None:
-            made.use_kernel(kernel.product, exact=kernel.exact)
+            product = kernel.product
+            if isinstance(product, FrozenLinear):
+                product = product_for(made, self, product)
+            made.use_kernel(product, exact=kernel.exact)
         return made
 
 

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.models.guard import IGNORED
-from corolla.models.kernels.packed import is_packable
-from corolla.models.kernels.ways import multiply
+from corolla.models.kernels.choice import ways_for
+from corolla.models.kernels.ways import product, product_back
 
 # Of 50,000 words in float32 25 MB: the most that the C library keeps for the next chunk and need not ask for anew.
 CHUNK_ROWS = 128
@@ -263,18 +263,18 @@ def _any_head(logits_of: Product) -> _Chunk:
 
 
 def _plain_head(weight: Tensor, rows: int) -> _Chunk:
-    """By hand, and by oneDNN where it can: on other makers' CPUs torch's own product takes twice as long."""
-    quick = is_packable(weight.device, weight.dtype)
+    """By hand, in the ways that are the quickest here."""
+    ways = ways_for(weight)
     # Used for all chunks: fresh memory of this size costs as much as what is done in it.
     probabilities = weight.new_empty(min(rows, CHUNK_ROWS), len(weight))
 
     def chunk(hidden: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
-        logits = multiply(hidden, weight, None) if quick else hidden @ weight.T
+        logits = product(hidden, weight, None, ways.of(len(hidden)))
         some = torch.softmax(logits, dim=-1, out=probabilities[: len(hidden)])
         loss = _summed(logits, some, targets)
         if gradient is not None:
             errors = _errors(some, targets)
-            gradient.copy_(multiply(errors, weight.t(), None) if quick else errors @ weight)
+            gradient.copy_(product_back(errors, weight, ways.backward))
         return loss
 
     return chunk

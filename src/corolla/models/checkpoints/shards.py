@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -105,11 +106,10 @@ def read_tensor(read: ReadRange, entry: TensorEntry, file: str) -> Tensor:
             f"{file} holds {entry.name} as {entry.dtype}, which Corolla does not read; use an unquantized "
             "checkpoint (float32, float16 or bfloat16)."
         )
+    due = prod(entry.shape) * dtype.itemsize
+    if due != entry.size:
+        raise CheckpointError(f"{file} says {entry.name} takes {entry.size} bytes, but {due} are due.")
     tensor = torch.empty(entry.shape, dtype=dtype)
-    if tensor.nbytes != entry.size:
-        raise CheckpointError(
-            f"{file} says {entry.name} takes {entry.size} bytes, but {tensor.nbytes} are due."
-        )
     target = tensor.reshape(-1).view(torch.uint8).numpy().data  # a view of the tensor's own memory
     for first in range(0, entry.size, PIECE):
         size = min(PIECE, entry.size - first)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from corolla.config import QUANTIZATIONS
 from corolla.errors import UsageError
 from corolla.models.kernels.choice import Trials
+from corolla.models.kernels.experts import replace_experts
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
 from corolla.models.kernels.narrow import Narrow, NarrowLinear, as_it_is, narrow_form
@@ -70,7 +71,7 @@ def supported(device: torch.device | str, dtype: torch.dtype, quantization: Quan
 
 
 def pack_linears(module: nn.Module, *, quantization: Quantization = "none", pieces: int | None = None) -> int:
-    """Replace the frozen linear layers below `module` in place; returns how many.
+    """Replace the frozen linear layers, and a mixture's experts, below `module` in place; returns how many.
 
     Subclasses of `nn.Linear`, layers with hooks, trainable weights, weights that several layers share, and
     other devices or dtypes are left alone. `pieces` is `Int8Linear`'s. Raises `UsageError` when this machine
@@ -85,7 +86,7 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
     exact = partial(exact_linear, trials=Trials())
     make: Make = exact if quantization == "none" else partial(Int8Linear, pieces=pieces)
     names = _replaceable(module, lambda weight: is_packable(weight.device, weight.dtype))
-    total = len(names)
+    total = len(names) + replace_experts(module, make)
     for parent in sorted({name.rpartition(".")[0] for name in names}):
         for siblings in SIBLINGS:
             group = [f"{parent}.{one}".lstrip(".") for one in siblings]

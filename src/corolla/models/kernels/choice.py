@@ -22,7 +22,7 @@ from torch import Tensor
 from corolla.errors import CorollaError
 from corolla.files import write_json
 from corolla.json_files import JsonError, load_object
-from corolla.models.kernels.narrow import OUTPUTS, Narrow, NarrowLinear
+from corolla.models.kernels.narrow import OUTPUTS, Narrow, NarrowLinear, as_it_is
 from corolla.models.kernels.native import cpu, version
 from corolla.models.kernels.packed import PackedLinear, is_packable
 from corolla.models.kernels.ways import BOUNDS, WAYS, Way, Ways, usual
@@ -83,6 +83,13 @@ class Trials:
         if is_clear(times):
             _write(name, found)
         return found
+
+
+def ways_for(weight: Tensor) -> Ways:
+    """The ways for a plain weight [out, in] of any kind, where torch alone knows others than float32 on a CPU."""
+    if not is_packable(weight.device, weight.dtype):
+        return usual(own=False)
+    return Trials().ways(as_it_is(weight))
 
 
 _lock = threading.Lock()

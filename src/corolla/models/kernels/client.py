@@ -18,6 +18,7 @@ from corolla.errors import UsageError
 from corolla.models.kernels.apply import exact_linear
 from corolla.models.kernels.choice import Trials
 from corolla.models.kernels.int8 import Int8Linear
+from corolla.models.kernels.narrow import NarrowLinear, as_it_is
 from corolla.models.kernels.packed import FrozenLinear, is_packable
 from corolla.models.kernels.ways import multiply
 
@@ -27,7 +28,8 @@ CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for S
 def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "none") -> FrozenLinear | None:
     """Prepare a client's model for its machine; gives the head's product, float32 [..., H] to [..., V], or None.
 
-    `none`: the head's weight once more, narrow or packed, beside the shared embedding, nothing else changes.
+    `none`: the head's weight in fewer bits beside the shared embedding, where it has such a form; else in the very
+    memory of the head, so the product is right for as long as nobody changes that. Nothing else changes.
     `bfloat16`: both tables in 16 bit, one memory where they are tied, products in float32. `int8`: the head
     multiplies in 8 bit; the embedding (and what reads as the head's weight) is kept in 16 bit.
 
@@ -51,6 +53,13 @@ def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "
     product = Int8Linear(head.weight, bias) if quantization == "int8" else None
     halve_tables(model, head)
     return product or HalfLinear(head.weight, head.bias)
+
+
+def product_for(copied: nn.Linear, head: nn.Linear, product: FrozenLinear) -> FrozenLinear:
+    """The `product` of `head` for a copy of it: what reads the head's own memory reads the copy's instead."""
+    if isinstance(product, NarrowLinear) and product.narrow.values.data_ptr() == head.weight.data_ptr():
+        return NarrowLinear(as_it_is(copied.weight), product.bias, product.ways)
+    return product
 
 
 def halve_tables(model: PreTrainedModel, head: nn.Linear) -> None:

@@ -240,6 +240,11 @@ class NarrowLinear(FrozenLinear):
     def multiply_back(self, gradient: Tensor) -> Tensor:
         return product_back(gradient, self.narrow.widened(), self.ways.backward)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NarrowLinear:
+        # Nobody changes the weight, and what the kernels are told of it holds for this memory only.
+        memo[id(self)] = made = NarrowLinear(self.narrow, self.bias, self.ways)
+        return made
+
     def native(self) -> Layer | None:
         """What `run_program` is told, if it can compute this; it holds as long as this layer does."""
         if not self.narrow.has_kernel:

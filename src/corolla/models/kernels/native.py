@@ -127,7 +127,7 @@ def _built(compiler: str, cache: Path, limit: str) -> Path:
     described = isa.described(compiler)
     chosen = isa.runnable(described, limit)[-1]
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
-    flags = [*FLAGS, *isa.TUNED, *chosen.flags, f"-DISA_{chosen.name.upper().replace('-', '_')}"]
+    flags = [*FLAGS, *isa.TUNED, *chosen.flags, macro(chosen)]
     # A cache may be shared between machines, and what the compiler makes depends on the CPU too.
     parts = (" ".join(flags), described, cpu(), torch.__version__)
     name = hashlib.sha256(b"\0".join([*sources.values(), *(one.encode() for one in parts)])).hexdigest()[:16]
@@ -140,6 +140,11 @@ def _built(compiler: str, cache: Path, limit: str) -> Path:
         subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=BUILD_SECONDS)
 
     return made_once(cache / "kernels" / name, make) / NAME
+
+
+def macro(chosen: isa.InstructionSet) -> str:
+    """How `lanes.h` is told which of its sets to use."""
+    return f"-DISA_{chosen.name.upper().replace('-', '_')}"
 
 
 def cpu() -> str:

@@ -35,18 +35,36 @@ INLINE float weigh(const Attention *a, float *scores, int64_t begin, int64_t len
     return a->sinks ? total + expf(a->sinks[head] - top) : total;
 }
 
-/* Tokens of a row that follow each other in a cache [slots, kv_heads, dim]: `count` of them, `token` floats apart. */
+/* Tokens of a row that follow each other in a cache [slots, kv_heads, dim]: `count` of them, `token` floats apart; and
+ * where the row goes on. */
 typedef struct {
-    const float *data;
+    const float *data, *next;
     int64_t count, token;
 } Run;
+
+/* Where a row's token `at` has its numbers. */
+INLINE const float *place_of(const Attention *a, const float *cache, const int32_t *pages, int64_t at, int64_t kv) {
+    return cache + ((pages[at / a->page] * a->page + at % a->page) * a->kv_heads + kv) * a->dim;
+}
 
 /* Those from token `at` on, up to the end of its page or the row. */
 INLINE Run run_from(const Attention *a, const float *cache, const int32_t *pages, int64_t at, int64_t length,
                     int64_t kv) {
-    int64_t inside = at % a->page, left = a->page - inside, token = a->kv_heads * a->dim;
-    const float *data = cache + (pages[at / a->page] * a->page + inside) * token + kv * a->dim;
-    return (Run){data, left < length - at ? left : length - at, token};
+    int64_t left = a->page - at % a->page, more = length - at;
+    const float *next = place_of(a, cache, pages, left < more ? at + left : at, kv);
+    return (Run){place_of(a, cache, pages, at, kv), next, left < more ? left : more, a->kv_heads * a->dim};
+}
+
+#define AHEAD 6 /* tokens by which memory is asked before it is needed: a head's part of each is a place of its own,
+                   which the CPU does not guess */
+
+INLINE void ask_for(const float *numbers, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(numbers + d);
+}
+
+INLINE void ask_ahead(Run run, int64_t i, int64_t dim) {
+    int64_t at = i + AHEAD;
+    ask_for(at < run.count ? run.data + at * run.token : run.next + (at - run.count) * run.token, dim);
 }
 
 /* Scores [group][room] of `count` tokens, the first of which goes to `to`. */
@@ -55,6 +73,7 @@ INLINE void score(const Attention *a, Run keys, const float *query, int64_t head
     int64_t group = a->heads / a->kv_heads;
     for (int64_t i = 0; i < keys.count; i++) {
         const float *key = keys.data + i * keys.token;
+        ask_ahead(keys, i, dim);
         for (int64_t g = 0; g < group; g++) {
             const float *own = query + g * head_stride;
             vf sums[2] = {{0}};
@@ -76,8 +95,10 @@ INLINE void mix(const Attention *a, const float *values, const int32_t *pages, i
     vf sums[4][4] = {{{0}}};
     for (int64_t at = begin; at < length;) {
         Run run = run_from(a, values, pages, at, length, kv);
+        run.next += own, run.data += own;
         for (int64_t i = 0; i < run.count; i++) {
-            const float *value = run.data + i * run.token + own;
+            const float *value = run.data + i * run.token;
+            ask_ahead(run, i, lanes * LANES);
             for (int l = 0; l < lanes; l++)
                 for (int g = 0; g < few; g++)
                     sums[g][l] += load(value + l * LANES) * weights[g * room + at - begin + i];
@@ -139,7 +160,7 @@ typedef struct {
 INLINE void keep(const Attention *a, float *cache, const int32_t *pages, int64_t length, int64_t kv, Tokens from,
                  int64_t row) {
     int64_t at = length - 1;
-    float *to = cache + ((pages[at / a->page] * a->page + at % a->page) * a->kv_heads + kv) * a->dim;
+    float *to = (float *)place_of(a, cache, pages, at, kv);
     for (int64_t d = 0; d < a->dim; d += LANES) store(to + d, load(from.data + kv * from.head + row * from.row + d));
 }
 

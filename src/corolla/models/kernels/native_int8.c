@@ -12,6 +12,7 @@
 #define BLOCK 16
 #define FAR 4096 /* bytes by which weights are asked for before they are needed */
 #define VECTORS (BLOCK / LANES)
+#define MOST_ROWS (LANES == BLOCK ? 8 : 4) /* side by side */
 
 typedef struct {
     const int8_t *values;
@@ -35,13 +36,13 @@ static void int8_row(const float *x, int64_t in, float levels, float least, uint
 /* `rows` rows times BLOCK * `blocks` outputs from `first` on; both are constants where this is inlined. */
 INLINE void int8_tile(const Int8Weight *w, int64_t first, const int blocks, const uint8_t *codes, const float *steps,
                       float *y, const int rows) {
-    vi sums[rows][blocks * VECTORS];
+    vi sums[MOST_ROWS][2 * VECTORS]; /* not as many as there are: such sums would not stay in registers */
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < blocks * VECTORS; v++)
             sums[r][v] = ZERO ? -load_whole(w->sums + first + v * LANES) : (vi){0};
     const int8_t *values = w->values + first * w->in;
     for (int64_t i = 0; i < w->in; i += 4) {
-        Bytes weights[blocks * VECTORS];
+        Bytes weights[2 * VECTORS];
         for (int b = 0; b < blocks; b++) {
             const int8_t *from = values + BLOCK * (b * w->in + i);
             __builtin_prefetch(from + FAR);
@@ -76,9 +77,7 @@ INLINE void int8_rows(const Int8Weight *w, int64_t first, const int blocks, cons
             int8_tile(w, first + b * BLOCK, side_by_side, codes, steps, y, ROWS);                    \
         codes += ROWS * w->in, steps += ROWS, y += ROWS * w->out, rows -= ROWS;                      \
     } while (0)
-#if LANES == BLOCK
-    while (rows >= 8) TILE(8);
-#endif
+    while (rows >= MOST_ROWS) TILE(MOST_ROWS);
     while (rows >= 4) TILE(4);
 #undef TILE
     for (; rows >= 1; rows--, codes += w->in, steps++, y += w->out) int8_tile(w, first, blocks, codes, steps, y, 1);

@@ -51,6 +51,12 @@ def said(folder: Path) -> str:
         ({"quant_method": "auto-round", "packing_format": "auto_round:marlin"}, "marlin"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
         ({**CT, "format": "marlin-24"}, "marlin-24"),
+        ({**CT, "format": "pack-quantized", "config_groups": [1]}, "in a form of its own"),
+        ({"quant_method": "gptq", "bits": float("inf")}, "in a form of its own"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 33}}}},
+            "33 bits",
+        ),
         ({**CT, "format": "pack-quantized", "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24"),
         ({**CT, "format": "pack-quantized", "transform_config": {"config_groups": {}}}, "transforms"),
     ],

@@ -80,7 +80,7 @@ def method_of(name: str, config: Config) -> Method | None:
         if make is None:
             raise _Refused(kind)
         return make(found)
-    except (_Refused, TypeError, ValueError, AttributeError) as refused:
+    except (_Refused, TypeError, ValueError, AttributeError, ArithmeticError) as refused:
         said = one_line(refused if isinstance(refused, _Refused) else "in a form of its own", characters=80)
         raise CheckpointError(
             f"{name} is stored quantized ({said}), which Corolla does not read: use one stored as {KNOWN} have it, "
@@ -210,6 +210,8 @@ def _compressed_tensors(found: Config) -> Method:
     weights = [one["weights"] for one in groups]
     blocks = [block for one in weights for block in _blocks(one)]
     bits = sorted({int(one.get("num_bits") or 8) for one in weights})
+    if bits and not 1 <= bits[0] <= bits[-1] <= 8:
+        raise _Refused(f"compressed-tensors, {bits[-1]} bits")
     small = scaled_layout([MICROSCALED], weight=".weight_packed", scale=".weight_scale", target=".weight")
     layouts = (
         nvfp4(weight=".weight_packed", scale=".weight_scale", whole=".weight_global_scale", divided=True),

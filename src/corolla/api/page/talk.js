@@ -1,0 +1,61 @@
+// What the page asks of the server: OpenAI's interface, conversations, the swarm.
+
+const KEY = "corolla-key";
+
+async function asked(path, options = {}) {
+  const headers = { ...(options.headers || {}) };
+  const key = localStorage.getItem(KEY);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (options.body !== undefined) headers["Content-Type"] = "application/json";
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) {
+    const given = prompt("This server asks for a key:");
+    if (given) {
+      localStorage.setItem(KEY, given.trim());
+      return asked(path, options);
+    }
+  }
+  if (!answer.ok) {
+    const about = await answer.json().catch(() => null);
+    throw new Error(about?.error?.message || `The server answered ${answer.status}.`);
+  }
+  return answer;
+}
+
+export const get = async (path) => (await asked(path)).json();
+export const text = async (path) => (await asked(path)).text();
+export const send = async (method, path, body) =>
+  (await asked(path, { method, body: body === undefined ? undefined : JSON.stringify(body) })).json();
+
+// The events of a stream, as objects.
+export async function* events(path, options) {
+  const reader = (await asked(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      waiting += value;
+      const parts = waiting.split("\n\n");
+      waiting = parts.pop();
+      for (const part of parts) {
+        const line = part.split("\n").find((one) => one.startsWith("data: "));
+        if (!line) continue;
+        if (line === "data: [DONE]") return;
+        const found = JSON.parse(line.slice(6));
+        if (found.error) throw new Error(found.error.message);
+        yield found;
+      }
+    }
+  } finally {
+    await reader.cancel().catch(() => {});
+  }
+}
+
+export function reply(body, signal) {
+  return events("/v1/chat/completions", {
+    method: "POST",
+    body: JSON.stringify({ ...body, stream: true }),
+    signal,
+  });
+}

@@ -1,0 +1,116 @@
+"""What the page is made of, and what it asks besides OpenAI's interface: conversations, and the swarm.
+
+Invariant: a page loads nothing from elsewhere and runs no script but its own, whatever a model has said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from corolla.api.conversations import Conversation, Conversations, Exported
+from corolla.api.failures import ApiFailure
+from corolla.api.streaming import streamed
+from corolla.api.swarm_state import SwarmState
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+KINDS = {
+    "chat.html": "text/html",
+    "swarm.html": "text/html",
+    "chat.js": "text/javascript",
+    "talk.js": "text/javascript",
+    "markdown.js": "text/javascript",
+    "swarm.js": "text/javascript",
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
+Id = Annotated[str, Path(pattern=r"^[0-9a-zA-Z-]{1,64}$")]
+
+
+def add_pages(app: FastAPI, conversations: Conversations, swarm: SwarmState, model: str) -> None:
+    """`model` is the partner of conversations that name none."""
+    _add_files(app)
+    _add_conversations(app, conversations, model)
+
+    @app.get("/api/swarm")
+    async def state() -> dict[str, Any]:
+        """Who serves what, what is missing, what has changed lately."""
+        return await swarm.now()
+
+    @app.get("/api/swarm/events")
+    async def changes() -> Response:
+        """The same as server-sent events, whenever something has changed."""
+        return await streamed(swarm.events())
+
+
+def _add_files(app: FastAPI) -> None:
+    folder = files("corolla.api").joinpath("page")
+
+    def file(name: str) -> Response:
+        if name not in KINDS:
+            raise ApiFailure(404, "There is no such file.")
+        return Response(folder.joinpath(name).read_bytes(), media_type=KINDS[name], headers=HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def chat() -> Response:
+        return file("chat.html")
+
+    @app.get("/swarm", include_in_schema=False)
+    async def swarm() -> Response:
+        return file("swarm.html")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return file("icon.svg")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        return file(name)
+
+
+def _add_conversations(app: FastAPI, kept: Conversations, model: str) -> None:
+    def user(request: Request) -> str:
+        return str(request.scope["user"].name)
+
+    @app.get("/api/conversations", include_in_schema=False)
+    async def titles(request: Request) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(kept.titles, user(request))
+
+    @app.get("/api/conversations/{name}", include_in_schema=False)
+    async def read(name: Id, request: Request) -> Conversation:
+        return await asyncio.to_thread(kept.read, user(request), name)
+
+    @app.put("/api/conversations/{name}", include_in_schema=False)
+    async def write(name: Id, body: Conversation, request: Request) -> dict[str, str]:
+        await asyncio.to_thread(kept.write, user(request), name, body)
+        return {"id": name}
+
+    @app.delete("/api/conversations/{name}", include_in_schema=False)
+    async def delete(name: Id, request: Request) -> dict[str, str]:
+        await asyncio.to_thread(kept.delete, user(request), name)
+        return {"id": name}
+
+    @app.get("/api/export", include_in_schema=False)
+    async def export(request: Request) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(kept.export, user(request))
+
+    @app.get("/api/rated", include_in_schema=False)
+    async def rated(request: Request, rating: int = 1) -> Response:
+        return PlainTextResponse(await asyncio.to_thread(kept.rated, user(request), rating))
+
+    @app.post("/api/import", include_in_schema=False)
+    async def take_in(body: list[Exported], request: Request) -> dict[str, int]:
+        return {"count": await asyncio.to_thread(kept.take_in, user(request), body, model)}

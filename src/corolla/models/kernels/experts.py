@@ -1,0 +1,125 @@
+"""The experts of a mixture as frozen layers, each of which is read only for the rows that were sent to it.
+
+Invariant: they stand in for a family's own module of experts only where, with its very weights, they give what that
+gives; the weights have the same names and values for whoever saves the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corolla.models.kernels.packed import FrozenLinear, is_packable
+from corolla.text import get_logger
+
+log = get_logger(__name__)
+
+WEIGHTS = {"gate_up_proj", "down_proj"}  # [experts, 2 * I, H] and [experts, H, I]
+# What transformers says of such a module, where it is of the usual kind.
+USUAL = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False}
+TRIED_ROWS = 3
+SAME = 1e-4  # of the largest output
+
+Make = Callable[[Tensor, Tensor | None], FrozenLinear]  # of weight and bias
+Expert = Callable[[int, Tensor], Tensor]  # of its number and the rows sent to it
+
+
+class Experts(nn.Module):
+    """Called as a family's own: rows [N, H], the experts of each int64 [N, k], their weights [N, k]; gives [N, H]."""
+
+    def __init__(self, gate: nn.Module, gate_up: list[FrozenLinear], down: list[FrozenLinear]) -> None:
+        """`gate` is the family's module, for what stands between the two products; its weights may be gone."""
+        super().__init__()
+        self.gate_up_proj, self.down_proj = _Stack(gate_up), _Stack(down)
+        self._gate = (gate,)  # in a tuple: not part of the model any more
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See the class; differentiable in rows and weights."""
+        return routed(hidden_states, top_k_index, top_k_weights, self._expert, len(self.down_proj))
+
+    def _expert(self, number: int, rows: Tensor) -> Tensor:
+        gate: Any = self._gate[0]
+        found: Tensor = self.down_proj[number](gate._apply_gate(self.gate_up_proj[number](rows)))
+        return found
+
+
+class _Stack(nn.ModuleList):
+    """One layer an expert, saved as the one tensor that it was."""
+
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        destination = {} if destination is None else destination
+        destination[prefix.removesuffix(".")] = torch.stack([layer.weight for layer in self])  # type: ignore[misc]
+        return destination
+
+
+def routed(rows: Tensor, index: Tensor, weights: Tensor, expert: Expert, experts: int) -> Tensor:
+    """The sum over k of what the experts in `index` [N, k] make of `rows` [N, H], by `weights` [N, k].
+
+    There are so many `experts`; a number beyond them is nobody's, as in the families' own code.
+    """
+    result = torch.zeros_like(rows)
+    order = index.flatten().argsort(stable=True)
+    counts: list[int] = torch.bincount(index.flatten(), minlength=experts).tolist()
+    for number, places in enumerate(torch.split(order, counts)[:experts]):
+        if len(places):
+            tokens = places // index.shape[1]
+            part = expert(number, rows[tokens]) * weights.flatten()[places, None]
+            result.index_add_(0, tokens, part.to(result.dtype))
+    return result
+
+
+def replace_experts(parent: nn.Module, make: Make) -> int:
+    """Put frozen experts in the place of all that are understood below `parent`; returns how many."""
+    names = [name for name, module in parent.named_modules() if name and _is_understood(module)]
+    for name in names:
+        parent.set_submodule(name, _made(parent.get_submodule(name), make))
+    return len(names)
+
+
+def _is_understood(module: Any) -> bool:
+    weights = dict(module.named_parameters())
+    if weights.keys() != WEIGHTS or any(getattr(module, name, None) != one for name, one in USUAL.items()):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or not hasattr(module, "_apply_gate"):
+        return False
+    if any(one.requires_grad or not is_packable(one.device, one.dtype) for one in weights.values()):
+        return False
+    return _is_same(module)
+
+
+@torch.no_grad()
+def _is_same(module: Any) -> bool:
+    """Whether `routed` does with the module's weights what the module does."""
+    gate_up, down = module.gate_up_proj, module.down_proj
+    count, _, width = gate_up.shape
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randn(TRIED_ROWS, width, generator=generator)
+    chosen = torch.rand(TRIED_ROWS, count, generator=generator).topk(min(2, count))
+
+    def expert(number: int, rows: Tensor) -> Tensor:
+        gated: Tensor = module._apply_gate(F.linear(rows, gate_up[number]))
+        return F.linear(gated, down[number])
+
+    try:
+        wanted = module(rows, chosen.indices, chosen.values)
+        found = routed(rows, chosen.indices, chosen.values, expert, count)
+        same = bool((found - wanted).abs().max() <= SAME * wanted.abs().max())
+    except Exception as reason:  # another release, or a family, that calls its experts otherwise
+        log.info("The experts of %s stay as they are: %s", type(module).__name__, reason)
+        return False
+    if not same:
+        log.info("The experts of %s stay as they are: they compute something else.", type(module).__name__)
+    return same
+
+
+def _made(module: Any, make: Make) -> Experts:
+    layers = {name: [make(weight, None) for weight in getattr(module, name)] for name in sorted(WEIGHTS)}
+    for name in WEIGHTS:
+        delattr(module, name)  # freed, but for what the layers keep as it was
+    return Experts(module, layers["gate_up_proj"], layers["down_proj"])
