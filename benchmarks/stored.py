@@ -142,7 +142,6 @@ def main() -> None:
                 "benchmarks.workers.stored",
                 folder,
                 chosen.dtype,
-                str(chosen.threads),
             ]
             found = json.loads(subprocess.check_output(command, cwd=ROOT).splitlines()[-1])
         first = first or found

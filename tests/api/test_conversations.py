@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from tests.api.test_access import asked
-from tests.api.world import BASE, World
+from tests.api.world import BASE, World, Worlds
 
 from corolla.api.conversations import Conversation, Conversations, Exported
 from corolla.data.sources import load_conversations
 from corolla.errors import UsageError
+from corolla.swarm.directory.directory import ServerRecord
+from corolla.swarm.directory.directory_memory import MemoryDirectory
 
 
 def talk(text: str, rating: int = 0) -> Conversation:
@@ -78,6 +80,23 @@ def test_the_swarm_as_json(world: World) -> None:
     assert status == 200
     assert (found["model"], found["blocks"], found["missing"], found["count"]) == (BASE, 4, [], 2)
     assert {(one["start"], one["end"]) for one in found["servers"]} == {(0, 2), (2, 4)}
+
+
+def test_a_swarm_that_is_gone_is_said(worlds: Worlds) -> None:
+    world = worlds.make("gone", patience=0.5)
+    for record in world.swarm.loop.run(everything(world)):
+        world.swarm.loop.run(MemoryDirectory(world.swarm.board).withdraw(record))
+        world.swarm.kill(record.peer_id)
+    ask = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    status, about, headers = asked(world, "/v1/chat/completions", method="POST", body=ask)
+    assert (status, about["error"]["type"]) == (503, "server_error")
+    assert headers["retry-after"]
+    assert asked(world, "/readyz")[0] == 503
+    assert asked(world, "/healthz")[0] == 200
+
+
+async def everything(world: World) -> list[ServerRecord]:
+    return await MemoryDirectory(world.swarm.board).servers(world.swarm.checkpoint.identity)
 
 
 @pytest.mark.parametrize(

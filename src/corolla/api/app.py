@@ -23,7 +23,7 @@ from corolla.api.access import Gate, Keys, User
 from corolla.api.chat import ChatAnswer
 from corolla.api.completions import CompletionAnswer
 from corolla.api.conversations import Conversations
-from corolla.api.failures import ApiFailure, unforeseen
+from corolla.api.failures import ApiFailure
 from corolla.api.generation import Generator, Run, Wish
 from corolla.api.metrics import Metrics
 from corolla.api.pages import add_pages
@@ -33,11 +33,9 @@ from corolla.api.responses import ResponsesAnswer, ResponsesRequest, as_chat
 from corolla.api.streaming import failure, refused, streamed, unless_gone
 from corolla.api.swarm_state import SwarmState
 from corolla.api.wishes import chat_wish, completion_wishes
-from corolla.text import get_logger, one_line
+from corolla.text import one_line
 from corolla.tuning.bundle import Bundle
 from corolla.version import __version__
-
-log = get_logger(__name__)
 
 ABOUT_ERROR = {
     "type": "object",
@@ -147,9 +145,8 @@ def _explain_failures(app: FastAPI) -> None:
     async def mistakes(request: Request, call_next: Callable[[Request], Any]) -> Any:
         try:
             return await call_next(request)
-        except Exception:
-            log.exception("A request failed")
-            return refused(unforeseen())
+        except Exception as error:
+            return refused(failure(error))
 
 
 def _invalid(error: RequestValidationError) -> ApiFailure:

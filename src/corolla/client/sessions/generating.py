@@ -140,7 +140,7 @@ def prepare_room(
     ends = _row_ends.get()
     if ends is not None:
         ends.given_mask = mask
-    guard.check_beams(model.forward, generation_config, model.config)
+    guard.check_beams(model.blocks_holder[0].forward, generation_config, model.config)
     generation_config.cache_implementation = None  # some checkpoints ask for a local kind
     if isinstance(cache, RemoteCache):
         if cache.counted_twice and mode == GenerationMode.ASSISTED_GENERATION:

@@ -33,11 +33,21 @@ def crossing_of(config: PretrainedConfig) -> Crossing:
     arguments, _ = _look(config)
     if arguments.plain:
         return Crossing(Form(0, 1, (int(config.hidden_size),)), int(config.num_hidden_layers))
+    if arguments.left_out:
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split yet: besides hidden states their blocks take "
+            f"{' and '.join(arguments.left_out)}, which no server is sent."
+        )
     key = canonical_config(config.to_dict())
     if key not in _crossings:
         with _refusing(config), undisturbed():
             _crossings[key] = measured(config, arguments)
     return _crossings[key]
+
+
+def left_out(config: PretrainedConfig) -> tuple[str, ...]:
+    """Arguments of the blocks that are made of the tokens and cannot be sent. Raises as `values_returned`."""
+    return _look(config)[0].left_out
 
 
 def _look(config: PretrainedConfig) -> tuple[Arguments, int]:

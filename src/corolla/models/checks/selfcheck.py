@@ -28,7 +28,7 @@ from corolla.models.cache import BlocksCall, cache_argument, take_cache
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.source import LocalFolder
-from corolla.models.checks.forms import values_returned
+from corolla.models.checks.forms import left_out, values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.crossing import Crossing
@@ -82,6 +82,7 @@ def _refusing(config: PretrainedConfig) -> Iterator[None]:
     except UnsupportedFamily:
         raise
     except Exception as error:
+        _refuse_what_is_left_out(config)
         reason = " ".join(str(error).split())
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be served: a miniature of this one could not be split "
@@ -91,9 +92,19 @@ def _refusing(config: PretrainedConfig) -> Iterator[None]:
 
 def _compare(config: PretrainedConfig, difference: str | None) -> None:
     if difference is not None:
+        _refuse_what_is_left_out(config)
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be served: split, a miniature of this one computes "
             f"something else than whole ({difference})."
+        )
+
+
+def _refuse_what_is_left_out(config: PretrainedConfig) -> None:
+    """The reason of most failures, where there is such a thing."""
+    if names := left_out(config):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split yet: besides hidden states their blocks take "
+            f"{' and '.join(names)}, which no server is sent."
         )
 
 
@@ -124,7 +135,7 @@ def _watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) 
     def entering(
         _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(seen.given) == crossing.depth:
+        if len(seen.given) == len(blocks):
             seen.given.clear()
         given: dict[str, Tensor] = {}
         for name, place in from_outside if not seen.given else from_outside[1:]:
@@ -135,7 +146,7 @@ def _watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) 
                 args, kwargs = replaced(args, kwargs, name, place, value)
             given[name] = value
         seen.given.append(given)
-        if len(seen.given) == crossing.depth:
+        if len(seen.given) == len(blocks):
             seen.entered.append(crossing.collect(seen.given[0][hidden], seen.given))
         return args, kwargs
 
@@ -186,8 +197,8 @@ def _cut_again(spans: list[Span]) -> list[Span]:
     """The same blocks, some spans' in two parts."""
     parts = []
     for span in spans:
-        middle = (span.start + span.end) // 2
-        cuts = sorted({span.start, middle, span.end})
+        end = span.start + len(span.blocks)
+        cuts = sorted({span.start, (span.start + end) // 2, end})
         parts += [span.view(start, end) for start, end in pairwise(cuts)]
     return parts
 
