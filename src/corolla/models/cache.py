@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -337,7 +337,7 @@ class RemoteCache(_OneGrowingLayer):
 
     def with_prompt(self, own: type[DynamicCache] | None = None) -> PromptedView:
         """The same cache as the base model must see it: with the prompt counted, and of its `own` class."""
-        return PromptedView(self) if own is None else _view_of_its_own(own)(self)
+        return PromptedView(self) if own is None else _view_of_its_own(cast(Any, own))(self)
 
 
 class PromptedView(_OneGrowingLayer):

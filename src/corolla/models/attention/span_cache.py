@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 def span_cache_class(forward: Callable[..., Any]) -> type[SpanCache]:
     """The cache of spans of a model with this `forward`, which may want one of its own class."""
     own = own_cache(forward)
-    return SpanCache if own is None else _joined(own)
+    return SpanCache if own is None else _joined(cast(Any, own))
 
 
 @lru_cache
