@@ -38,8 +38,8 @@ that it was trained in, which is asked last. `--peers local` starts a swarm on t
 Converted models and compiled kernels lie in `~/.cache/corolla` (`COROLLA_CACHE`, `XDG_CACHE_HOME`), the identity
 and chats in `~/.local/share/corolla` (`COROLLA_DATA`, `XDG_DATA_HOME`).
 
-`COROLLA_ISA` makes this CPU look older to Corolla's own kernels: `plain`, `neon`, `avx2`, `avx-vnni` or `avx512`, the newest
-instruction set that they may use. torch and its libraries have limits of their own, see `make test-avx2`.
+`COROLLA_ISA` makes this CPU look older to Corolla's own kernels: `plain`, `neon`, `avx2`, `avx-vnni` or `avx512`, the
+newest instruction set that they may use. torch and its libraries have limits of their own, see `make test-avx2`.
 """
 
 

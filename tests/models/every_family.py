@@ -258,7 +258,10 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
         torch.manual_seed(3)
         text = text_part(config)
         loader = AutoModelForCausalLM if text is config else AutoModelForImageTextToText
-        whole = random_model(loader.from_config, config)
+        try:
+            whole = random_model(loader.from_config, config)
+        except ImportError as error:
+            raise _OwnFailure("its part for images needs a library that is not installed") from error
         ids = torch.randint(3, text.vocab_size, (2, TOKENS))
     whole.save_pretrained(folder)
     local = loader.from_pretrained(folder).eval().requires_grad_(False)
@@ -272,6 +275,8 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
         model = swarm.model()
         for one in (model, local):
             one.generation_config.eos_token_id = None  # no reply ends early
+            if text is not config:
+                one.generation_config.suppress_tokens = [0, 1, 2]  # what stands for images, see `tiny`
         same_passes(model, local, ids)
         same_replies(model, local, ids)
 

@@ -37,7 +37,7 @@ from corolla.models.checkpoints.shards import (
     widened,
 )
 from corolla.models.checkpoints.source import LocalFolder, Source, read_json
-from corolla.models.checkpoints.stored.methods import Method, method_of, without_method
+from corolla.models.checkpoints.stored.methods import CHANGED_LAYERS, Method, method_of, without_method
 from corolla.models.checkpoints.stored.recipe import AS_IT_IS, Entries, Recipe, Unfit, recipes
 from corolla.models.families import slice_config, structure
 from corolla.models.numerics import DTYPES
@@ -239,6 +239,12 @@ class Checkpoint:
     def _recipes(self) -> list[Recipe]:
         if self._method is None:
             return [Recipe(key, {AS_IT_IS: key}) for key in self._weight_map]
+        for key in self._weight_map:
+            if key.endswith(CHANGED_LAYERS):
+                raise CheckpointError(
+                    f"{self.name} is stored quantized ({self.stored_as}) with layers that the model has not ({key}), "
+                    "which Corolla does not read: use one stored in another way, or an unquantized one."
+                )
         return recipes(self._weight_map, self._method.layouts, self._method.dropped)
 
     @cached_property

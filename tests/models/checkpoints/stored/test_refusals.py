@@ -168,6 +168,15 @@ def test_experts_without_one_of_their_two(tmp_path: Path, key: str) -> None:
     assert "down_proj" in text
 
 
+def test_activations_that_are_scaled(tmp_path: Path) -> None:
+    """As AWQ has them in families without a gated layer; without the scales, another model would be served."""
+    folder, _ = write_stored("awq", tmp_path, layers=2)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.act.scales"] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors")
+    assert "(model.layers.1.mlp.act.scales)" in said(folder)
+
+
 def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
     folder, _ = write_stored("gptq", tmp_path, layers=2)
     file = folder / "model.safetensors"

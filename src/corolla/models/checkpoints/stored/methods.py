@@ -40,6 +40,7 @@ ACTIVATIONS = (
     "k_zero_point",
     "v_zero_point",
 )
+CHANGED_LAYERS = (".act.scales",)  # AWQ divides what some families' activations give
 KNOWN = "fp8, mxfp8, mxfp4, nvfp4, GPTQ, AWQ, compressed-tensors and bitsandbytes"
 
 Config = Mapping[str, Any]
