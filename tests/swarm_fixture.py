@@ -75,7 +75,7 @@ class MemorySwarm:
         span = load_span(
             self.checkpoint, start, end, dtype=self.dtype, packable=check_family(self.checkpoint.config)
         )
-        if quantization != "none":
+        if quantization != "none" or bundles:  # a prompt's earlier blocks are always computed with them
             use_kernels(span.model, quantization, span.device)
         prompts = before_span(
             self.checkpoint,
