@@ -9,7 +9,7 @@ import torch
 from tests.client.ways.table import Case
 from tests.reference import Prompted
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 
 def twins(case: Case) -> tuple[Any, Any]:
@@ -19,6 +19,9 @@ def twins(case: Case) -> tuple[Any, Any]:
             model.get_input_embeddings().weight.requires_grad_()
     elif not case.wrapped:
         _with_prompt(case.prompted)
+    for module in case.local.modules():
+        if isinstance(module, nn.Dropout):  # servers' blocks are frozen, and drop nothing out
+            module.p = 0.0
     return case.model, case.local
 
 
@@ -41,7 +44,7 @@ def _with_prompt(prompted: Prompted) -> None:
         parts = _sequences(input_ids, position_ids) if flat else (input_ids,)
         mask = None if flat else attention_mask
         hidden = [_hidden(prompted, plain, part, mask) for part in parts]
-        return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden, 1).contiguous())
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=torch.cat(hidden, 1).contiguous())
 
     base.forward = forward
 
