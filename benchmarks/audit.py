@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.results import RESULTS, append, conditions
 from benchmarks.sizes import MODEL
-from corolla.cli.common import quiet_libraries
+from corolla.cli.common import set_up_libraries
 from corolla.client.audits.audit import Answer, Deviation, deviation, tolerance_of
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", choices=list(CLASSES), default=list(CLASSES), metavar="CLASS")
     parser.add_argument("--spans", nargs="+", type=int, choices=(0, 1), default=[0, 1], help="which halves")
     arguments = parser.parse_args()
-    quiet_libraries()
+    set_up_libraries()
     torch.set_num_threads(1)
     found = conditions()
     checkpoint = open_checkpoint(arguments.model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from corolla.cli.common import quiet_libraries
+from corolla.cli.common import set_up_libraries
 from corolla.data.render import RenderSettings
 from corolla.data.sources import load_conversations
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    quiet_libraries()
+    set_up_libraries()
     source, prepared = held_out(
         options.model, options.data, options.held_out, options.max_length, options.seed
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sizes import MODEL
-from corolla.cli.common import quiet_libraries
+from corolla.cli.common import set_up_libraries
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--quantization", choices=("none", "int8"), default="none")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 64])
     arguments = parser.parse_args()
-    quiet_libraries()
+    set_up_libraries()
     torch.set_num_threads(arguments.threads)
     checkpoint = open_checkpoint(MODEL)
     packable = check_family(checkpoint.config)

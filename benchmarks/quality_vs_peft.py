@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 
 from corolla import AutoDistributedModelForCausalLM
-from corolla.cli.common import quiet_libraries
+from corolla.cli.common import set_up_libraries
 from corolla.cli.local_swarm import local_swarm
 from corolla.data.render import RenderSettings
 from corolla.data.sources import load_conversations
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    quiet_libraries()
+    set_up_libraries()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
     settings = TuneSettings(
         steps=options.steps,

@@ -32,9 +32,9 @@ def connect(
     """Load the client's part of the model and join the swarm."""
     global model
     from corolla import AutoDistributedModelForCausalLM
-    from corolla.cli.common import quiet_libraries
+    from corolla.cli.common import set_up_libraries
 
-    quiet_libraries()
+    set_up_libraries()
     more = {} if quantization is None else {"quantization": quantization}
     model = AutoDistributedModelForCausalLM.from_pretrained(
         name, initial_peers=peers, dtype=dtype, tuning_mode=tuning_mode, pre_seq_len=PROMPT_TOKENS, **more

@@ -25,8 +25,8 @@ from corolla.cli.common import (
     RevisionOption,
     TokenOption,
     ended_by_signals,
-    quiet_libraries,
     run_until_stopped,
+    set_up_libraries,
 )
 from corolla.cli.fields import Fields, with_fields
 from corolla.cli.members import InviteOption, MemberOption, TrustOption, client_identity, trusted_servers
@@ -117,7 +117,7 @@ def api(
     )
     with ended_by_signals(die_with_parent=die_with_parent):
         _check_installed()
-        quiet_libraries()
+        set_up_libraries()
         from corolla.api.access import Keys
         from corolla.api.serving import listening
     keys = Keys.read(api_key or [], api_keys)

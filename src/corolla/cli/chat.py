@@ -22,7 +22,7 @@ from corolla.cli.common import (
     PeersOption,
     RevisionOption,
     TokenOption,
-    quiet_libraries,
+    set_up_libraries,
     typed,
 )
 from corolla.cli.fields import Fields, clean_text, with_fields
@@ -89,7 +89,7 @@ def chat(
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the chat on disk as it goes.")] = True,
 ) -> None:
     """Chat through the swarm. Without --peers, two servers run on this machine meanwhile."""
-    quiet_libraries()
+    set_up_libraries()
     from corolla.chat.transcript import Transcript
     from corolla.cli.local_swarm import joined
     from corolla.data.render import RenderSettings

@@ -150,9 +150,15 @@ class _Parent:
 _parent = _Parent()
 
 
-def quiet_libraries() -> None:
-    """No progress bars and advice of libraries between our own lines; call before a model is loaded."""
+def set_up_libraries() -> None:
+    """No progress bars and advice of libraries between our own lines; call before a model is loaded.
+
+    Their threads may be told how to wait: the process is a command, and so ours alone.
+    """
     from transformers.utils import logging as transformers_logging
 
+    from corolla.models.kernels.helpers import SPINNING
+
+    SPINNING.allow()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from corolla.cli.common import quiet_libraries
+from corolla.cli.common import set_up_libraries
 from corolla.cli.terminal import console, say_plainly
 from corolla.errors import UsageError
 
@@ -38,7 +38,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Training steps.")] = STEPS,
 ) -> None:
     """Start a swarm here, prompt-tune a small model on human conversations, and chat with the result."""
-    quiet_libraries()
+    set_up_libraries()
     from corolla.cli.local_swarm import local_swarm
     from corolla.tuning.bundle import BUNDLE_FILE
 

@@ -13,8 +13,8 @@ from corolla.cli.common import (
     PeersOption,
     RevisionOption,
     ended_by_signals,
-    quiet_libraries,
     run_until_stopped,
+    set_up_libraries,
 )
 from corolla.cli.fields import Fields, with_fields
 from corolla.cli.members import InviteOption, NodeOptions, redeem_invitation
@@ -66,7 +66,7 @@ def serve(
         from corolla.server.serve import serve as run
         from corolla.server.serve import still_loading
 
-        quiet_libraries()
+        set_up_libraries()
     run_until_stopped(lambda stop: run(config, stop, say), die_with_parent=die_with_parent)
     if still_loading():
         exit_at_once(0)

@@ -25,7 +25,7 @@ from corolla.cli.common import (
     PeersOption,
     RevisionOption,
     TokenOption,
-    quiet_libraries,
+    set_up_libraries,
 )
 from corolla.cli.fields import Fields, clean_text, with_fields
 from corolla.cli.members import (
@@ -119,7 +119,7 @@ def tune(
     trust: TrustOption = None,
 ) -> None:
     """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
-    quiet_libraries()
+    set_up_libraries()
     from corolla.cli.local_swarm import joined
     from corolla.tuning.checkpoints import RunFolder
 

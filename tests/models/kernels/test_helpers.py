@@ -28,7 +28,7 @@ def until_spinning(spinning: Spinning) -> None:
 
 
 def test_a_pause_ends_by_itself() -> None:
-    spinning = Spinning(quiet=0.05)
+    spinning = Spinning(quiet=0.05, allowed=True)
     assert not spinning.paused
     spinning.pause()
     assert spinning.paused
@@ -36,7 +36,7 @@ def test_a_pause_ends_by_itself() -> None:
 
 
 def test_each_piece_of_training_prolongs_it() -> None:
-    spinning = Spinning(quiet=0.3)
+    spinning = Spinning(quiet=0.3, allowed=True)
     spinning.pause()
     first = spinning._until
     spinning.pause()
@@ -50,7 +50,7 @@ def test_each_piece_of_training_prolongs_it() -> None:
 
 def test_however_often_it_is_asked_for_one_thread_does_it() -> None:
     before = crowds()
-    spinning = Spinning(quiet=0.2)
+    spinning = Spinning(quiet=0.2, allowed=True)
     callers = [threading.Thread(target=spinning.pause) for _ in range(8)]
     for caller in callers:
         caller.start()
@@ -58,6 +58,13 @@ def test_however_often_it_is_asked_for_one_thread_does_it() -> None:
         caller.join()
     assert crowds() <= before + 1
     until_spinning(spinning)
+
+
+def test_a_user_s_own_process_is_left_alone() -> None:
+    before, spinning = crowds(), Spinning()
+    spinning.pause()
+    assert not spinning.paused
+    assert crowds() == before
 
 
 SCRIPT = """
@@ -75,7 +82,7 @@ def spent():
     return time.process_time() - before
 
 torch.set_num_threads(os.cpu_count())
-spinning = Spinning(quiet=60)
+spinning = Spinning(quiet=60, allowed=True)
 awake, end = spent(), time.monotonic() + 20
 spinning.pause()
 while spent() > awake / 2:
