@@ -1,7 +1,7 @@
 """How the helpers of compute threads wait for their next piece of work: awake, but asleep while anything trains.
 
 Invariant: this changes how long work takes, never its bits, and is done in processes that are commands of ours alone:
-whoever uses the library finds other libraries' threads as they were. Generation is hundreds of short pieces a token, so
+whoever uses the library finds its threads as they were. Generation is hundreds of short pieces a token, so
 helpers spin between them (`GOMP_SPINCOUNT`, which libgomp reads once); a training step is long pieces, and what
 spins there takes its CPU from another process that trains. libgomp lets none of its threads spin while a process
 has more of them than there are CPUs. So while something trains, a thread is there that owns some and does nothing.
