@@ -43,6 +43,19 @@ def parse(raw: bytes | str) -> Any:
     return content
 
 
+def end_of_value(text: str) -> int:
+    """Where the JSON value ends that a text begins with. Raises `JsonError`."""
+    try:
+        content, end = json.JSONDecoder().raw_decode(text)
+    except RecursionError:
+        raise JsonError("is nested too deeply") from None
+    except ValueError as error:
+        raise JsonError("is not readable JSON") from error
+    if _depth(content) > MOST_DEPTH:
+        raise JsonError("is nested too deeply")
+    return end
+
+
 def read_bytes(path: Path) -> bytes:
     """All of a file that is not too large. Raises `JsonError`, `OSError`."""
     with path.open("rb") as file:

@@ -182,9 +182,8 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
     rotated = getattr(config, "qk_rope_head_dim", None)
     if rotated is not None and getattr(config, "head_dim", None) == rotated and "head_dim" in given:
         given["head_dim"] = UNEQUAL["qk_rope_head_dim"]
-    depth = config.num_hidden_layers
     for name, value in given.items():
-        if is_per_layer(name, value, depth):
+        if is_per_layer(config, name, value):
             kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
             given[name] = list(islice(cycle(kinds), LAYERS))
     given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS

@@ -6,7 +6,6 @@ tools (for a bundle, as it was trained), whatever was said here before. What a t
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from corolla.data.conversation import Turn
 from corolla.data.cuts import ids_of
 from corolla.data.render import Renderer
 from corolla.data.styles import TemplateStyle
+from corolla.json_files import JsonError, parse_object
 from corolla.text import one_line
 
 
@@ -102,9 +102,6 @@ def _more(message: Mapping[str, Any]) -> dict[str, Any]:
 def plain_arguments(text: str, param: str) -> dict[str, Any]:
     """A call's arguments, which OpenAI writes as JSON in a text, as templates take them. Raises `ApiFailure`."""
     try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"{param} is no JSON.", param) from error
-    if not isinstance(found, dict):
-        raise wrong(f"{param} must be a JSON object.", param)
-    return found
+        return parse_object(text) if text else {}
+    except JsonError as error:
+        raise wrong(f"{param} {error}.", param) from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corolla.api.grammar import json_rule
+from corolla.json_files import JsonError, end_of_value
 
 NAME, OTHER = "corolla_probe", "petal_probe"
 CALL_ID = "probe0123"  # as long as some templates want it
@@ -140,8 +141,8 @@ class ToolFormat:
             if not cut:
                 break
             try:
-                _, end = json.JSONDecoder().raw_decode(behind)
-            except ValueError:
+                end = end_of_value(behind)
+            except JsonError:
                 break
             found.append(ToolCall(f"call_{uuid.uuid4().hex[:24]}", name.strip(), behind[:end]))
             if self.next is None or not behind[end:].startswith(self.next):

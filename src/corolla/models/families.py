@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
     depth = config.num_hidden_layers
     overrides = layer_overrides(config)
     for name, value in list(vars(sliced).items()):
-        if is_per_layer(name, value, depth):
+        if is_per_layer(config, name, value):
             setattr(sliced, name, value[start:end])
     sliced.num_hidden_layers = end - start
     if overrides:
@@ -97,13 +98,26 @@ def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedCo
     return sliced
 
 
-def is_per_layer(name: str, value: Any, depth: int) -> bool:
-    """Whether an attribute of a config lists something of each of its `depth` layers."""
-    if not isinstance(value, list) or len(value) != depth:
+def is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
+    """Whether an attribute of a config lists something of each of its layers."""
+    if not isinstance(value, list) or len(value) != config.num_hidden_layers:
         return False
-    return "layer" in name or (
-        depth > 2 and all(type(one) in (int, float) for one in value) and "token" not in name
-    )
+    if "layer" in name:
+        return True
+    numbers = len(value) > 2 and all(type(one) in (int, float) for one in value)
+    return numbers and "token" not in name and name not in _lists_of_other_things(type(config))
+
+
+@lru_cache
+def _lists_of_other_things(kind: type[Any]) -> frozenset[str]:
+    """Attributes that are lists of another length than a config of that kind has layers, by its own defaults."""
+    try:
+        usual = kind()
+        depth = int(usual.num_hidden_layers)
+    except Exception:  # it cannot be made without values, or is no model's
+        return frozenset()
+    lists = (name for name, value in vars(usual).items() if isinstance(value, list) and len(value) != depth)
+    return frozenset(lists)
 
 
 def layer_overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:

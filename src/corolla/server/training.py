@@ -7,7 +7,7 @@ Model code runs in `result`, on the compute thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -144,6 +144,7 @@ class BackwardRequest(TrainingRequest):
             return
         if "hidden" not in self._tensors or "lengths" not in self._tensors:
             raise malformed("hidden", "A backward without a lease needs its inputs.")
+        self._check_gradient((1, self.sequences.tokens, self.span.width_behind))
         self.check_memory(with_gradients=True)
         self.check_time((1 + BACKWARD) * self.sequences.work)
 
@@ -163,12 +164,13 @@ class BackwardRequest(TrainingRequest):
         lease = self._server.leases.take(self.peer, name)
         if lease is None or lease.blocks != (self.span.start, self.span.end):
             raise RequestRefused("The forward's graph is gone; send its inputs.", code="no_lease")
-        if self._grad.shape != lease.output.shape:
-            raise malformed(
-                "grad", f"The gradient must be {list(lease.output.shape)}, as the forward's output was."
-            )
+        self._check_gradient(lease.output.shape)
         self._server.counters.redeemed += lease.tokens
         return lease
+
+    def _check_gradient(self, shape: Sequence[int]) -> None:
+        if list(self._grad.shape) != list(shape):
+            raise malformed("grad", f"The gradient must be {list(shape)}, as the forward's output was.")
 
 
 class Sequences:
