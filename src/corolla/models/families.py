@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,11 +105,11 @@ def is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
     if "layer" in name:
         return True
     numbers = len(value) > 2 and all(type(one) in (int, float) for one in value)
-    return numbers and "token" not in name and name not in _lists_of_other_things(type(config))
+    return numbers and "token" not in name and name not in _lists_of_other_things(cast(Any, type(config)))
 
 
 @lru_cache
-def _lists_of_other_things(kind: type[Any]) -> frozenset[str]:
+def _lists_of_other_things(kind: Any) -> frozenset[str]:
     """Attributes that are lists of another length than a config of that kind has layers, by its own defaults."""
     try:
         usual = kind()
