@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from corolla.errors import BundleError
-from corolla.json_files import MOST_DEPTH, JsonError, parse, parse_object, read_object
+from corolla.json_files import MOST_DEPTH, JsonError, end_of_value, parse, parse_object, read_object
 
 DEEP = "[" * 100_000 + "]" * 100_000  # the parser's own recursion ends long before
 
@@ -44,3 +44,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_object(tmp_path / "a.json", BundleError, "copy it again")
     with pytest.raises(BundleError, match="Is a directory"):
         read_object(tmp_path, BundleError, "copy it again")
+
+
+def test_a_value_that_a_text_begins_with() -> None:
+    assert end_of_value('{"a": [1]} and more') == len('{"a": [1]}')
+    for wrong in ("and more", DEEP, '{"a": '):
+        with pytest.raises(JsonError):
+            end_of_value(wrong)

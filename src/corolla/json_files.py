@@ -7,7 +7,7 @@ the caller's own error, in one sentence that names the file; no input ends in an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,18 @@ def parse_object(raw: bytes | str) -> dict[str, Any]:
 
 def parse(raw: bytes | str) -> Any:
     """Any JSON value of at most `MOST_DEPTH` levels, in UTF-8. Raises `JsonError`."""
+    return _decoded(lambda: json.loads(raw if isinstance(raw, str) else raw.decode("utf-8-sig")))
+
+
+def end_of_value(text: str) -> int:
+    """Where the JSON value ends that a text begins with. Raises `JsonError`."""
+    _, end = _decoded(lambda: list(json.JSONDecoder().raw_decode(text)))
+    return int(end)
+
+
+def _decoded(decode: Callable[[], Any]) -> Any:
     try:
-        text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
-        content = json.loads(text)
+        content = decode()
     except RecursionError:
         raise JsonError("is nested too deeply") from None
     except ValueError as error:
@@ -41,19 +50,6 @@ def parse(raw: bytes | str) -> Any:
     if _depth(content) > MOST_DEPTH:
         raise JsonError("is nested too deeply")
     return content
-
-
-def end_of_value(text: str) -> int:
-    """Where the JSON value ends that a text begins with. Raises `JsonError`."""
-    try:
-        content, end = json.JSONDecoder().raw_decode(text)
-    except RecursionError:
-        raise JsonError("is nested too deeply") from None
-    except ValueError as error:
-        raise JsonError("is not readable JSON") from error
-    if _depth(content) > MOST_DEPTH:
-        raise JsonError("is nested too deeply")
-    return end
 
 
 def read_bytes(path: Path) -> bytes:
