@@ -70,3 +70,14 @@ def test_the_version_imports_nothing_heavy() -> None:
 def test_an_import_would_be_seen() -> None:
     done = run("import corolla.models.prompts\n" + PROGRAM, "--help")
     assert {"torch", "corolla.models"} <= set(done.stderr.split("loaded:")[-1].split())
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_the_log_is_shown_wherever_the_command_line_asks_for_it(place: int) -> None:
+    """Before the command or behind it, as `corolla serve -v`."""
+    arguments = ["invite", "--identity", "/nowhere/at/all"]
+    quiet = run(PROGRAM, *arguments)
+    told = run(PROGRAM, *arguments[:place], "-v", *arguments[place:])
+    assert (quiet.returncode, told.returncode) == (2, 2), told.stderr
+    assert "The error came from here" in told.stderr
+    assert "The error came from here" not in quiet.stderr

@@ -41,6 +41,7 @@ from corolla.version import __version__
 
 log = get_logger(__name__)
 
+VERBOSE = ("--verbose", "-v")
 SPIN_COUNT = "10000"  # turns of libgomp's waiting loop, about half a millisecond; none while training
 
 app = typer.Typer(
@@ -64,7 +65,7 @@ def _show_version(wanted: bool) -> None:
 def _options(
     context: typer.Context,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the log and, for errors, tracebacks.")
+        bool, typer.Option(*VERBOSE, help="Show the log and, for errors, tracebacks.")
     ] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
@@ -73,6 +74,13 @@ def _options(
     set_up_logging(verbose)
     commands: dict[str, Any] = getattr(context.command, "commands", {})
     context.default_map = read_defaults(commands)
+
+
+def _arguments() -> list[str]:
+    """The command line, `-v` before the command wherever it stands."""
+    given = sys.argv[1:]
+    rest = [one for one in given if one not in VERBOSE]
+    return [VERBOSE[0], *rest] if len(rest) < len(given) else given
 
 
 def _is_said(error: CorollaError) -> bool:
@@ -112,7 +120,7 @@ def run() -> None:
     allow_open_files()
     set_up_streams()
     try:
-        app()
+        app(_arguments())
     except CorollaError as error:
         log.info("The error came from here:", exc_info=error)
         # What is about a file that cannot be opened may say so of the file, or of its peer.
