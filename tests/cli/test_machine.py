@@ -87,7 +87,7 @@ def test_the_command_line_says_it_in_one_line(
     sentence: str,
     code: int,
 ) -> None:
-    def fails() -> None:
+    def fails(_arguments: list[str]) -> None:
         raise error
 
     monkeypatch.setattr(command_line, "app", fails)
@@ -100,7 +100,7 @@ def test_the_command_line_says_it_in_one_line(
 
 
 def test_what_is_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
+    def fails(_arguments: list[str]) -> None:
         raise ValueError("ours")
 
     monkeypatch.setattr(command_line, "app", fails)
