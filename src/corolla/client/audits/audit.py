@@ -86,9 +86,9 @@ class Tolerance:
 #   float64   1e-15/1e-15 and 0
 #   float32   1.5e-6/9e-6 and 1.4e-5/9e-5; noise of 0.1 % is 175 tolerances
 #   half      bfloat16 against float32: 0.016/0.75 and 0.08/0.9
-#   8 bits    two alike: 0.06/0.06 in steps, whose compiled passes round otherwise, else 0; machines with VNNI and
-#             without, taken for twice as bad as they are: 0.11/0.95 and 0.42/2.8. So a lie of a few per cent, such as
-#             one of 15 blocks left out, may pass.
+#   8 bits    two alike: 0.06/0.06 in steps, whose compiled passes round otherwise, else 0; machines with our
+#             kernels and without, taken for twice as bad as they are: 0.11/0.95 and 0.42/2.8. So a lie of a few per
+#             cent, such as one of 15 blocks left out, may pass.
 #   4 bits    not measured; rounding is four times as coarse as in 8 bits with one number an activation
 # A single token may be far off where numbers are coarse, so there `worst` only finds what is plainly wrong.
 TOLERANCES: dict[str, Tolerance] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,7 +40,7 @@ def crossing_of(config: PretrainedConfig) -> Crossing:
         )
     key = canonical_config(config.to_dict())
     if key not in _crossings:
-        with _refusing(config), undisturbed():
+        with refusing(config, "used: a miniature of this one does not run"), undisturbed():
             _crossings[key] = measured(config, arguments)
     return _crossings[key]
 
@@ -53,7 +53,7 @@ def left_out(config: PretrainedConfig) -> tuple[str, ...]:
 def _look(config: PretrainedConfig) -> tuple[Arguments, int]:
     """Seen in a miniature at work, once a process and config."""
     found = structure(config)
-    with _refusing(config):
+    with refusing(config, "used: a miniature of this one does not run"):
         small = miniature(config)
         key = canonical_config(small.to_dict())
         if key not in _seen:
@@ -63,17 +63,23 @@ def _look(config: PretrainedConfig) -> tuple[Arguments, int]:
 
 
 @contextmanager
-def _refusing(config: PretrainedConfig) -> Iterator[None]:
-    """Whatever the family's own code makes of its miniature."""
+def refusing(
+    config: PretrainedConfig, words: str, before: Callable[[PretrainedConfig], None] | None = None
+) -> Iterator[None]:
+    """Whatever a family's code makes of its miniature is a reason not to serve it, and no more.
+
+    `words` say what cannot be done; `before` may raise a better sentence.
+    """
     try:
         yield
     except UnsupportedFamily:
         raise
     except Exception as error:
+        if before is not None:
+            before(config)
         reason = " ".join(str(error).split())
         raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be used: a miniature of this one does not run "
-            f"({type(error).__name__}: {reason:.120})."
+            f"Models of type {config.model_type} cannot be {words} ({type(error).__name__}: {reason:.120})."
         ) from error
 
 

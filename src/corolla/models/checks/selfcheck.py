@@ -28,7 +28,7 @@ from corolla.models.cache import BlocksCall, cache_argument, take_cache
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.source import LocalFolder
-from corolla.models.checks.forms import left_out, values_returned
+from corolla.models.checks.forms import left_out, refusing, values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.crossing import Crossing
@@ -55,7 +55,7 @@ def check_family(config: PretrainedConfig) -> bool:
     `UnsupportedFamily` when the family cannot be split, or when the split model computes something else.
     """
     structure(config)  # raises for what is not a causal model of one list of blocks
-    with _refusing(config):
+    with refusing(config, "served: a miniature of this one could not be split", _refuse_what_is_left_out):
         key = canonical_config(miniature(config).to_dict())
         if key not in _passed:
             with split_miniature(config) as (whole, spans):
@@ -72,22 +72,6 @@ def split_miniature(config: PretrainedConfig) -> Iterator[tuple[PreTrainedModel,
         whole = random_model(structure(config).causal_lm, small)
         whole.save_pretrained(folder)
         yield whole, _spans(folder, small.num_hidden_layers)
-
-
-@contextmanager
-def _refusing(config: PretrainedConfig) -> Iterator[None]:
-    """Whatever a family's code makes of its miniature is a reason not to serve it, and no more."""
-    try:
-        yield
-    except UnsupportedFamily:
-        raise
-    except Exception as error:
-        _refuse_what_is_left_out(config)
-        reason = " ".join(str(error).split())
-        raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be served: a miniature of this one could not be split "
-            f"({type(error).__name__}: {reason:.120})."
-        ) from error
 
 
 def _compare(config: PretrainedConfig, difference: str | None) -> None:
