@@ -36,7 +36,7 @@ static void narrow(int form, int half, int shift) {
     print("widen", form, half, wide, OUT * IN);
     for (int rows = 1; rows <= MOST; rows += rows < 4 ? 1 : 5) {
         fill(x, rows * IN);
-        narrow_product(form, values, steps, offsets, half, shift, IN, OUT, x, y, rows, 1);
+        narrow_product(form, values, steps, offsets, half, shift, IN, OUT, NULL, x, y, rows, 1);
         print("product", form, rows, y, rows * OUT);
     }
 }

@@ -18,7 +18,8 @@ from corolla.models.attention.packing import LANES, THREADED, PackedBatch, kerne
 from corolla.models.attention.pages import PAGE, PagePool
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View
-from corolla.models.kernels.native import pointer
+from corolla.models.kernels.native import Layer, pointer
+from corolla.models.kernels.packed import FrozenLinear
 
 
 class Attention(ctypes.Structure):
@@ -93,7 +94,8 @@ class Program:
         both = zip(self._first.lengths, self._second.lengths, strict=True)
         lengths = [self._at(rows, *own) if at in used else 0 for at, own in enumerate(both)]
         output = self._view(self._first.output, self._second.output, rows)
-        return LaidOut(ops, lengths, self._first.constants, output, partial(self._take, rows))
+        whole = self._first.whole
+        return LaidOut(ops, lengths, whole, self._first.constants, output, partial(self._take, rows))
 
     def _take(self, rows: int, length: int) -> Tensor:
         """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
@@ -159,9 +161,15 @@ def _what(op: Op) -> Any:
         if op.inputs[0].sizes[3] % LANES:
             raise NotCompilable("heads of a width that the kernels do not have")
         return Attention()
-    if op.kind != "product":
-        return None
-    layer = op.what.native()
-    if layer is None:
+    if op.kind == "product":
+        return _layer(op.what)
+    if op.kind == "experts":
+        return (Layer * len(op.what))(*map(_layer, op.what))
+    return None
+
+
+def _layer(layer: FrozenLinear) -> Layer:
+    found = layer.native()
+    if found is None:
         raise NotCompilable("a weight that has no form for the kernels")
-    return layer
+    return found

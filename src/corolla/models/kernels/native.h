@@ -3,8 +3,13 @@
 
 enum { BFLOAT16, FLOAT16, BYTES, NIBBLES, INT8, FLOAT32 }; /* how a weight is kept */
 
+void narrow_share(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
+                  int64_t in, int64_t out, const float *bias, const float *x, float *y, int64_t rows);
 void narrow_product(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
-                    int64_t in, int64_t out, const float *x, float *y, int64_t rows, int threads);
+                    int64_t in, int64_t out, const float *bias, const float *x, float *y, int64_t rows, int threads);
+void int8_share(const int8_t *values, const float *scales, const int32_t *sums, const float *bias, int64_t in,
+                int64_t out, const float *x, uint8_t *codes, float *steps, float *y, int64_t rows, float levels,
+                float least);
 void int8_product(const int8_t *values, const float *scales, const int32_t *sums, const float *bias, int64_t in,
                   int64_t out, const float *x, uint8_t *codes, float *steps, float *y, int64_t rows, float levels,
                   float least, int threads);
