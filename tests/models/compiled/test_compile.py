@@ -34,7 +34,6 @@ pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compile
 
 NOT_COMPILED = {
     "falcon": "not packable",
-    "gpt2": "addmm",  # products of its own class, whose weights lie the other way round
 }
 COMPILED = tuple(family for family in FAMILIES if family not in NOT_COMPILED)
 WINDOWED = {
@@ -45,6 +44,7 @@ WINDOWED = {
     "gpt_oss",
 }  # some or all blocks see the newest tokens only
 EXACT = 1e-5  # of the largest value
+LESS_EXACT = {"gpt_oss": 3e-5}  # its experts multiply two products by each other; see test_apply.py
 MARGIN = 4
 # Heads of 16, as the kernels have them, and weights in bfloat16, which are kept so.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -113,7 +113,7 @@ def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
             crowd = Crowd(span, lengths)
             assert crowd.pool.layout.plain == (family not in WINDOWED)
             for seed in range(1, 8):  # beyond the windows of 6, and over the edge of a page
-                assert error(*crowd.step(seed)) < EXACT, (len(lengths), seed)
+                assert error(*crowd.step(seed)) < LESS_EXACT.get(family, EXACT), (len(lengths), seed)
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -103,6 +103,7 @@ OPERATIONS: dict[str, Run] = {
     "the greatest in any order": lambda h, p: h + torch.topk(h / 64, 3, sorted=False)[0].sum(1, True),
     "a product that no kernel takes": lambda h, p: h + functional.linear(h / 64, TALL).sum(-1, True),
     "a product and a bias": lambda h, p: functional.linear(h, MATRIX, WEIGHT),
+    "scaled by positions": lambda h, p: h * (1 + 0.1 * torch.log(1 + torch.floor(p / 8)))[:, None],
     "positions": lambda h, p: h + p[:, None].float(),
 }
 

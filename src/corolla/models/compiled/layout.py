@@ -19,10 +19,10 @@ from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op,
 from corolla.models.kernels.native import library, pointer
 
 KINDS = (
-    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum",
-    "minimum", "copy", "neg", "abs", "square",
-    "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh", "gelu", "exp", "sin", "cos",
-    "sum", "softmax", "top", "gather", "route", "pick", "experts", "combine"
+    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
+    "neg", "abs", "square", "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh",
+    "gelu", "exp", "sin", "cos", "floor", "log", "sum", "softmax", "top", "gather", "route", "pick", "experts",
+    "combine"
 )  # fmt: skip  # by their numbers in native_program.c
 # Operators over whole lines, a tensor's last dimension; and those that give a line.
 BY_LINE, LINES = (

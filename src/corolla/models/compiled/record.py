@@ -33,7 +33,7 @@ HIDDEN, POSITIONS = 0, 1  # storages of what goes in
 
 # Of aten's operators, without the underscore of those that write in place.
 UNARY = (
-    "abs", "cos", "exp", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh"
+    "abs", "cos", "exp", "floor", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh"
 )  # fmt: skip
 BINARY = ("add", "div", "maximum", "minimum", "mul", "sub")
 # Operators that read or write whole numbers.
@@ -192,12 +192,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotCompilable("experts that are called otherwise")
         rows, chosen, weights = arguments
         rows = rows.reshape(-1, rows.shape[-1])
-        pairs, count = chosen.numel(), len(layer.down_proj)
+        pairs, count, width = chosen.numel(), len(layer.down_proj), int(layer.gate_up_proj[0].out_features)  # type: ignore[arg-type]
         order = self._fresh(count + 1 + pairs, dtype=torch.int64)
         self._add("route", order, [chosen], number=count)
         picked = self._fresh(pairs, rows.shape[1])
         self._add("pick", picked, [rows, order], number=count)
-        inner = self._fresh(pairs, layer.gate_up_proj[0].out_features)
+        inner = self._fresh(pairs, width)
         self._add("experts", inner, [picked, order], number=count, what=layer.gate_up_proj)
         gated = layer.gate(inner)
         found = self._fresh(pairs, rows.shape[1])
@@ -259,7 +259,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else "gelu"
             self._add(kind, result, [args[0]])
         elif name in BINARY and len(args) == 2 and not kwargs:
-            self._add(name, result, [self._tensor(one) for one in args])
+            self._add(name, result, [self._tensor(one, result.dtype) for one in args])
         elif name in ("clamp", "clamp_min", "clamp_max"):
             self._clamped(name, args, kwargs, result)
         elif name == "rsub" and len(args) == 2 and not kwargs:
@@ -331,9 +331,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for part, place in zip(parts, places, strict=True):
             self._add("copy", place, [part])
 
-    def _tensor(self, value: Tensor | float) -> Tensor:
+    def _tensor(self, value: Tensor | float, wanted: torch.dtype = torch.float32) -> Tensor:
         if not isinstance(value, Tensor):
             return torch.tensor(float(value), dtype=torch.float32)
+        if value.dtype == torch.int64 and wanted == torch.float32 and not self._is_constant(value):
+            made = self._fresh(*value.shape)
+            self._add("from_int", made, [value])
+            return made
         return value.float() if self._is_constant(value) else value
 
     def _or_plain(self, given: Tensor | None, like: Tensor, plain: int) -> Tensor:

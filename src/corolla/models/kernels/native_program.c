@@ -9,7 +9,7 @@
 
 enum { /* layout.py: KINDS */
     PRODUCT, ATTEND, MEAN, LAYER_NORM, FROM_INT, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, COPY, NEG, ABS, SQUARE,
-    CUBE, RSQRT, SQRT, RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS, SUM, SOFTMAX, TOP, GATHER, ROUTE, PICK,
+    CUBE, RSQRT, SQRT, RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS, FLOOR, LOG, SUM, SOFTMAX, TOP, GATHER, ROUTE, PICK,
     EXPERTS, COMBINE
 };
 
@@ -176,6 +176,8 @@ INLINE float number_of(int kind, float x) {
     case EXP: return expf(x);
     case SIN: return sinf(x);
     case COS: return cosf(x);
+    case FLOOR: return floorf(x);
+    case LOG: return logf(x);
     default: return x; /* COPY */
     }
 }
@@ -207,7 +209,7 @@ static void line_of_one(int kind, float *to, int64_t step, const float *from, in
         break;
     switch (kind) {
         CASE(COPY) CASE(NEG) CASE(ABS) CASE(SQUARE) CASE(CUBE) CASE(RSQRT) CASE(SQRT) CASE(RECIPROCAL) CASE(RELU)
-        CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS)
+        CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS) CASE(FLOOR) CASE(LOG)
         LANES_CASE(SILU) LANES_CASE(SIGMOID) LANES_CASE(TANH) LANES_CASE(GELU_TANH)
     }
 #undef CASE
