@@ -317,6 +317,18 @@ def _check_positions(positions: Tensor, past: int, new: int) -> None:
         )
 
 
+def real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """The padding mask as bool, or None when no token is padding.
+
+    With explicit positions an all-ones mask stays: without one, some families would read position ids that
+    start anew as packed sequences.
+    """
+    if mask is None:
+        return None
+    mask = mask.bool()
+    return None if bool(mask.all()) and positions is None else mask
+
+
 def check_gaps(mask: Tensor | None, positions: Tensor | None, config: Any) -> None:
     """Raises `UsageError` for padding between a row's tokens [R, S] where a sliding window reaches over it.
 

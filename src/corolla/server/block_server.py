@@ -72,7 +72,10 @@ class BlockServer:
         self.silence = silence
         self.limits = limits or PeerLimits()
         self.leases = Leases(LEASE_BYTES) if leases is None else leases
-        _ = span.cache_bytes  # measured by passes of its own, which do not go together with the engine's
+        _ = (
+            span.cache_bytes,
+            span.key_values,
+        )  # measured by passes of its own, which do not go together with the engine's
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )
@@ -223,6 +226,28 @@ def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = N
         raise malformed(
             "prompts",
             f"Deep prompts for {prompts.shape[1]} tokens are more than the {at_most} that the session holds.",
+        )
+
+
+def check_prefix(prefix: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
+    """A prefix [blocks, P, D] for exactly the span's blocks, or none; P may be bounded. Raises `RequestRefused`."""
+    if prefix is None:
+        return
+    form = span.key_values
+    if form is None:
+        raise malformed(
+            "prefix",
+            f"Blocks of {span.config.model_type} models keep other things than keys and values of one form, so no "
+            "prefix can stand for them: use a prompt.",
+        )
+    if prefix.shape[0] != span.end - span.start or prefix.shape[2] != form.width:
+        raise malformed(
+            "prefix", f"A prefix for these blocks is {span.end - span.start} by tokens by {form.width}."
+        )
+    if at_most is not None and prefix.shape[1] > at_most:
+        raise malformed(
+            "prefix",
+            f"A prefix of {prefix.shape[1]} tokens is more than the {at_most} that can be cached here.",
         )
 
 

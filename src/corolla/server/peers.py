@@ -291,7 +291,7 @@ class Lease:
     blocks: tuple[int, int]
     output: Tensor
     hidden: Tensor
-    prompts: Tensor | None
+    given: dict[str, Tensor]  # what blocks were given besides, by name
     nbytes: int
     tokens: int
 

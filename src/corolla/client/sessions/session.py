@@ -23,7 +23,7 @@ from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import Prompt, prefix_length, sent_length
 from corolla.swarm.directory.routing import Hop
 
 ActiveSession = ContextVar["InferenceSession | None"]
@@ -50,7 +50,7 @@ class InferenceSession:
     def __init__(
         self,
         blocks: RemoteBlocks,
-        prompt: SoftPrompt | None,
+        prompt: Prompt | None,
         active: ActiveSession,
         *,
         max_length: int | None,
@@ -69,11 +69,12 @@ class InferenceSession:
             InferenceSession, blocks, prompt, active, max_length=max_length, embed=embed, entering=entering
         )
         self._embed, self._entering = embed, entering
-        self._prompt_input = None if prompt is None else prompt.input.detach().clone()
-        self._chain = blocks.open_chain(None if prompt is None else prompt.deep)
+        self._prompt_input = None if prompt is None or prompt.input is None else prompt.input.detach().clone()
+        self._chain = blocks.open_chain(None if prompt is None else prompt.blocks)
         self.cache = RemoteCache(
             self._chain,
-            prompt_length=0 if prompt is None else prompt.length,
+            prompt_length=sent_length(prompt),
+            prefix_length=prefix_length(prompt),
             max_length=max_length,
             owner=blocks,
             fork=partial(_forked, self._new, self._chain),

@@ -76,6 +76,10 @@ def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[SoftPr
     prompts = []
     for folder in folders:
         prompt = load_prompt(folder, model_name=checkpoint.name, identity=checkpoint.identity)
+        if not isinstance(prompt, SoftPrompt):
+            raise BundleError(
+                f"The bundle in {folder} is a prefix, which has no tokens to compute: leave it out, clients send it."
+            )
         if not _fits(prompt, checkpoint.config):
             raise BundleError(
                 f"The prompt in {folder} has not the shape that {checkpoint.name} needs; copy the bundle again."
