@@ -122,7 +122,8 @@ class LoadRequest:
             raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
         if mode == "prefix" and length < 2:
             raise UsageError(
-                f"tuning_mode='prefix' keeps its first token as it is, so it needs 2 or more, and pre_seq_len is {length}."
+                "tuning_mode='prefix' keeps its first token as it is, so it needs at least 2, but pre_seq_len is "
+                f"{length}."
             )
         if mode == "prefix" and init == "random":
             raise UsageError(

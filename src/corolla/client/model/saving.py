@@ -86,8 +86,10 @@ def refuse_blocks(config: PretrainedConfig, state: Mapping[str, Any]) -> None:
 
 
 def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Prompt:
-    """The prompt in `folder` for a model of that name and identity; raises `BundleError`, and `UnsupportedFamily` for a
-    prefix that its blocks cannot take."""
+    """The prompt in `folder` for a model of that name and identity.
+
+    Raises `BundleError`, and `UnsupportedFamily` for a prefix that the model's blocks cannot take.
+    """
     shape = (int(model.get_input_embeddings().weight.shape[1]), len(model.blocks))
     prompt = load_prompt(folder, model_name=name, identity=identity, peft_shape=shape)
     if isinstance(prompt, KeyValuePrefix):

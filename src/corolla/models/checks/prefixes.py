@@ -13,6 +13,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from corolla.errors import UnsupportedFamily
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.identity import canonical_config
+from corolla.models.checks.forms import refusing
 from corolla.models.checks.miniature import close, miniature
 from corolla.models.checks.selfcheck import split_miniature, watched
 from corolla.models.prompts import KeyValueForm
@@ -32,7 +33,10 @@ def check_prefix(config: PretrainedConfig) -> None:
     key = canonical_config(miniature(config).to_dict())
     if key in _passed:
         return
-    with split_miniature(config) as (whole, spans):
+    with (
+        refusing(config, "given a prefix: a miniature of this one could not be"),
+        split_miniature(config) as (whole, spans),
+    ):
         forms = {span.key_values for span in spans}
         form = forms.pop()
         if forms or form is None:
