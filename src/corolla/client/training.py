@@ -249,8 +249,6 @@ class TrainingPass:
     async def _ask_little(self, hop: Hop, value: Tensor) -> None:
         """Have a single token computed, to see whether anybody is there for more."""
         tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
-        if self._deep is not None:
-            tensors |= replace(self._deep, values=self._deep.values[:, :1]).of(hop.start, hop.end)
         message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
         reply = await self._exchange(hop, message, tensors)
         checked(
@@ -332,7 +330,10 @@ class TrainingPass:
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         began = self._view.now()
-        reply = await self._view.channels.ask(hop.peer_id, Packet(message, tensors))
+        channels = self._view.channels
+        reply = await self._view.naming.ask(
+            hop, Packet(message, tensors), self._deep, lambda packet: channels.ask(hop.peer_id, packet)
+        )
         sent = next(iter(tensors.values()))
         nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
         self._view.answered(hop, int(sent.shape[1]), nbytes, self._view.now() - began)

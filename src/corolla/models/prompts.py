@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -48,6 +49,11 @@ class BlockVectors:
     def prefix_length(self) -> int:
         """How many positions come before the first token that is sent."""
         return int(self.values.shape[1]) if self.name == "prefix" else 0
+
+    @cached_property
+    def digest(self) -> str:
+        """By what name a client and a server know the same prefix, 64 hexadecimal digits."""
+        return _digest([self.values], self.name)
 
     def of(self, start: int, end: int) -> dict[str, Tensor]:
         """Those of blocks [start, end), by name."""
@@ -201,8 +207,11 @@ def digest(vectors: Tensor, deep: Tensor | None, dtype: torch.dtype) -> str:
     Equal only for the same numbers (`vectors` [P, H], `deep` [blocks, P, H], fp32) that enter the blocks in the
     same `dtype`.
     """
-    parts = [vectors] if deep is None else [vectors, deep]
-    found = hashlib.sha256(f"{dtype} {[list(part.shape) for part in parts]}".encode())
+    return _digest([vectors] if deep is None else [vectors, deep], str(dtype))
+
+
+def _digest(parts: Sequence[Tensor], kind: str) -> str:
+    found = hashlib.sha256(f"{kind} {[list(part.shape) for part in parts]}".encode())
     for part in parts:
         found.update(part.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()

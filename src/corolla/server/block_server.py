@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,9 @@ from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.families import largest
+from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span
+from corolla.server.kept import KnownPrefix, Prefixes
 from corolla.server.peers import Diary, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.scheduler.policy import FreeCpus, ThreadChooser, run_pass
@@ -32,6 +35,7 @@ from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
+PREFIX_BYTES = 2**30
 
 
 @dataclass
@@ -87,6 +91,7 @@ class BlockServer:
         self.cpus = FreeCpus(threads)
         self.sessions = SessionStore(self.engine)
         self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
+        self.prefixes = Prefixes(PREFIX_BYTES, time.monotonic)
         self.counters = Counters()
         self.diary = Diary()
         self.draining = False
@@ -96,8 +101,15 @@ class BlockServer:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def prefill_bundles(self, prompts: Sequence[Entering]) -> None:
-        """Compute prompts once for all clients, and keep them for good. Raises `UsageError` if there is no room."""
+    async def prefill_bundles(self, bundles: Sequence[Entering | BlockVectors]) -> None:
+        """Compute prompts once for all clients, and keep them, and prefixes, for good.
+
+        Raises `UsageError` if there is no room, or for a prefix that these blocks cannot take.
+        """
+        for prefix in bundles:
+            if isinstance(prefix, BlockVectors):
+                self._keep_prefix(prefix)
+        prompts = [one for one in bundles if isinstance(one, Entering)]
         needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
         if needed >= self.budget.capacity:
             raise UsageError(
@@ -109,6 +121,14 @@ class BlockServer:
         for prompt in prompts:
             work = partial(prefill, self.span, self.pool, prompt)
             self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
+
+    def _keep_prefix(self, prefix: BlockVectors) -> None:
+        own = prefix.of(self.span.start, self.span.end)["prefix"]
+        try:
+            check_prefix(own, self.span)
+        except RequestRefused as refusal:
+            raise UsageError(f"A bundle is not for this model: {refusal}") from refusal
+        self.prefixes.everybodys[prefix.digest] = KnownPrefix(self.span.start, own)
 
     def part(self, message: OpenSession | Forward | Backward) -> Span:
         """The part of the span that the message is for. Raises `RequestRefused`."""
@@ -140,6 +160,7 @@ class BlockServer:
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
+        self.prefixes.expire()
         if self._untidy:
             _return_freed_memory()
         self._untidy = False

@@ -53,7 +53,8 @@ class TrainingRequest(Request):
         self.span = server.part(message)
         self._server = server
         self._lease = message.lease
-        self._tensors = tensors
+        prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
+        self._tensors = tensors if prefix is None else tensors | {"prefix": prefix}
 
     @cached_property
     def sequences(self) -> Sequences:

@@ -38,7 +38,7 @@ FailureCode = Literal[
     "busy",  # over a budget now; try again after `retry_after`
     "evicted",  # the session's cache is gone; replay it
     "no_lease",  # the forward's graph is gone; send the backward's inputs
-    "no_bundle",  # the server has not computed this prompt by itself; send it
+    "no_bundle",  # the server has not computed this prompt by itself, or has not got this prefix; send it
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
     "not_batchable",  # this step cannot be taken among `Steps`; send it as a `Step`
@@ -92,6 +92,9 @@ class OpenSession(Message, frozen=True):
     name: Name | None = None  # made up by the client, to be named as an `origin`
     origin: Origin | None = None
     bundle: Prefilled | None = None
+    known: Name | None = (
+        None  # the digest of `prefix`, which may be left out: a server that lacks it says "no_bundle"
+    )
 
 
 class Step(Message, frozen=True):
@@ -155,6 +158,7 @@ class Forward(Message, frozen=True):
     start: BlockIndex
     end: BlockIndex
     lease: Name | None = None
+    known: Name | None = None  # as in `OpenSession`
 
 
 class Backward(Message, frozen=True):
@@ -169,6 +173,7 @@ class Backward(Message, frozen=True):
     end: BlockIndex
     prompt_gradient: bool = False  # whether that for the deep prompts or the prefix is wanted as well
     lease: Name | None = None
+    known: Name | None = None  # as in `OpenSession`
 
 
 class Ping(Message, frozen=True):

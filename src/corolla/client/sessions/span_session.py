@@ -177,10 +177,14 @@ class SpanSession:
             origin=origin,
         )
         tensors = {} if deep is None else deep.of(self.hop.start, self.hop.end)
+        packet = Packet(message, tensors)
         try:
-            reply, self._prefilled = await ask_to_open(
-                channel, message, tensors, bundle, view.lacking_bundles
-            )
+            if bundle is None:
+                reply = await view.naming.ask(
+                    self.hop, packet, deep, lambda packet: request(channel, packet), curious=True
+                )
+            else:
+                reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
         except BaseException:
             await channel.close()
             raise

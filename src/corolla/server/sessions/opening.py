@@ -10,7 +10,6 @@ from functools import cached_property
 
 from torch import Tensor
 
-from corolla.models.prompts import GIVEN
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer, check_prefix, check_prompts, malformed
 from corolla.server.scheduler.engine import Kind
@@ -29,7 +28,8 @@ class OpenRequest:
         self._server = server
         self._client = client
         self._message = message
-        self._prompts, self._prefix = (tensors.get(name) for name in GIVEN)
+        self._prompts = tensors.get("prompts")
+        self._prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
 
     @cached_property
     def span(self) -> Span:
