@@ -187,7 +187,9 @@ class Prefixed:
         front = torch.zeros(len(ids), length, dtype=torch.long)
         cache = self.cache(len(ids) * max(rows if options["do_sample"] else 1, options.get("num_beams", 1)))
         with torch.no_grad():
-            found = self.model.generate(torch.cat([front, ids], 1), past_key_values=cache, **options)
+            found = self.model.generate(
+                torch.cat([front, ids], 1), **{cache_argument(self.model.forward): cache}, **options
+            )
         return found[:, length:]
 
     @torch.no_grad()

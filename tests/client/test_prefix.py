@@ -52,6 +52,7 @@ def test_losses_and_gradients(pair_of: PairOf, family: str, spans: tuple[tuple[i
     mask[2, 100:] = 0
     mask[3, :7] = 0
     labels = ids.masked_fill(mask == 0, -100)
+    labels[3, 7] = -100
     loss = model(ids, attention_mask=mask, labels=labels).loss
     loss.backward()
     expected = local.loss(ids, labels, mask)

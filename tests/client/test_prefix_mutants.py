@@ -18,8 +18,9 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.client.sessions.span_session import SpanSession
-from corolla.models.prompts import KeyValueForm, KeyValuePrefix
+from corolla.models.prompts import BlockVectors, KeyValuePrefix
 from corolla.server.sessions.session import Session
+from corolla.server.sessions.step import StepRequest
 from corolla.server.training import Sequences
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -30,22 +31,19 @@ def no_mistake(_patch: pytest.MonkeyPatch) -> None:
 
 
 def prefix_shifted_by_one(patch: pytest.MonkeyPatch) -> None:
-    split = KeyValueForm.split
-
-    def shifted(self: KeyValueForm, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        return split(self, prefix.roll(1, dims=0))
-
-    patch.setattr(KeyValueForm, "split", shifted)
-
-
-def tokens_stand_one_too_early(patch: pytest.MonkeyPatch) -> None:
-    """In training the positions behind a prefix are those that would follow a shorter one."""
-    make = Sequences._positions
+    """Its tokens stand one place nearer to those behind it than they should."""
+    whole, ids = Sequences._positions, StepRequest._ids.func
 
     def early(self: Sequences, device: torch.device) -> Tensor:
-        return make(self, device) - (self._before > 0)
+        return whole(self, device) - int(self._before > 0)
 
     patch.setattr(Sequences, "_positions", early)
+    patch.setattr(StepRequest, "_ids", property(lambda self: ids(self) - int(self.session.before > 0)))
+
+
+def stale_digest(patch: pytest.MonkeyPatch) -> None:
+    """Every prefix goes by the same name."""
+    patch.setattr(BlockVectors, "digest", "0" * 64)
 
 
 def frozen_token_trained(patch: pytest.MonkeyPatch) -> None:
@@ -76,7 +74,7 @@ def prefix_rolled_back(patch: pytest.MonkeyPatch) -> None:
 CAUGHT_BY: dict[Plant, tuple[str, ...]] = {
     no_mistake: (),
     prefix_shifted_by_one: ("gradients", "decoding"),
-    tokens_stand_one_too_early: ("gradients",),
+    stale_digest: ("changed",),
     frozen_token_trained: ("steps",),
     replay_without_the_prefix: ("failover",),
     prefix_rolled_back: ("rollback",),
@@ -109,6 +107,19 @@ class Checks:
         same = torch.equal(self.model.prompts.values[:, :1], before)
         self.model.prompts.load_state_dict(kept)
         return same
+
+    def changed(self) -> bool:
+        """After a step of training, another prefix counts, in training and in sessions."""
+        ids, kept = random_ids(1, 6), self.model.prompts.trained.data
+        with torch.no_grad():
+            self.model(ids)
+            self.model.generate(ids, max_new_tokens=2, do_sample=False)
+            self.model.prompts.trained.data = kept * 1.5
+            local = Prefixed(self.local.model, self.model.prompts.values)
+            near = bool((self.model(ids).logits - local.logits(ids)).abs().max() < 1e-4)
+            found = self.model.generate(ids, max_new_tokens=8, do_sample=False)
+            self.model.prompts.trained.data = kept
+        return near and torch.equal(found, local.greedy(ids, 8))
 
     def decoding(self) -> bool:
         ids = random_ids(1, 6)
