@@ -272,13 +272,17 @@ def check_prefix(prefix: Tensor | None, span: Span, *, at_most: int | None = Non
         )
 
 
-def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int) -> None:
+def check_memory(
+    span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int, copied: int = 0
+) -> None:
     """That `rows` of `tokens` new tokens, of `total` so far, can be computed in `limit` bytes at once.
 
     Raises `RequestRefused` (too_large). Without it, one client's single long request would end the process:
     memory that the kernel takes back is no exception that could be answered.
     """
-    needed = working_bytes(span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients)
+    needed = working_bytes(
+        span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients, copied=copied
+    )
     if needed > limit:
         raise RequestRefused(
             f"Computing {rows} x {tokens} tokens here would take about {needed / 2**30:.1f} GiB of "
@@ -288,12 +292,14 @@ def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradien
         )
 
 
-def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool) -> int:
+def working_bytes(
+    span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, copied: int = 0
+) -> int:
     """About what a computation takes beyond weights and cache; an estimate on the high side.
 
     Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
     are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, fused code only
-    a mask.
+    a mask. `copied` are numbers of a prefix that each block puts before its sequences.
     """
     config, size = span.config, span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
@@ -306,4 +312,4 @@ def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradie
         )
     else:
         attention = rows * tokens * total * size
-    return blocks * (activations + attention)
+    return blocks * (activations + attention + copied * size)

@@ -195,9 +195,16 @@ class Sequences:
     def sizes(self) -> dict[str, int]:
         """What their computation's memory depends on, as `block_server.working_bytes` takes it."""
         longest = max(self.lengths) + self._before
+        form = self._span.key_values if self._before else None
+        copied = 0 if form is None else len(self.lengths) * longest * form.width
         if self._span.packable:
-            return {"rows": 1, "tokens": self.tokens, "total": longest}
-        return {"rows": len(self.lengths), "tokens": longest - self._before, "total": longest}
+            return {"rows": 1, "tokens": self.tokens, "total": longest, "copied": copied}
+        return {
+            "rows": len(self.lengths),
+            "tokens": longest - self._before,
+            "total": longest,
+            "copied": copied,
+        }
 
     @property
     def work(self) -> float:
