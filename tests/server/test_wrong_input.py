@@ -144,8 +144,6 @@ CASES = [
          whole(prefix=noise(2, 4, 2 * HIDDEN + 1))),
     Case("forward, a prefix and prompts", "malformed", "prefix", forward(),
          whole(prefix=noise(2, 4, 2 * HIDDEN), prompts=noise(2, 2, HIDDEN))),
-    Case("forward, a prefix before too many sequences", "too_large", "hidden", forward(),
-         packed(noise(60, 1, HIDDEN)) | {"prefix": noise(2, 3000, 2 * HIDDEN)}),
     Case("read, more than there is", "malformed", "tokens", ReadCache(tokens=9), opened=True),
     Case("forward, positions for another batch", "malformed", "positions", forward(),
          whole(positions=torch.zeros(1, 3, dtype=torch.int64))),
