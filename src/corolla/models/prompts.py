@@ -117,6 +117,10 @@ class SoftPrompt(_Trained):
         """What each block is given of it."""
         return None if self.deep is None else BlockVectors(self.deep)
 
+    def snapshot(self) -> BlockVectors | None:
+        """The same as it is now, for sessions, which keep what they began with."""
+        return None if self.blocks is None else self.blocks.kept()
+
 
 class KeyValuePrefix(_Trained):
     """The trainable parameters of `prefix`: `trained` [blocks, P-F, D], behind the first F tokens, which are `frozen`.
@@ -141,6 +145,7 @@ class KeyValuePrefix(_Trained):
         values = values.detach().float()
         self.register_buffer("frozen", values[:, :frozen].clone())
         self.trained = nn.Parameter(values[:, frozen:].clone())
+        self._snapshot: BlockVectors | None = None
 
     @property
     def length(self) -> int:
@@ -156,6 +161,13 @@ class KeyValuePrefix(_Trained):
     def blocks(self) -> BlockVectors:
         """What each block is given."""
         return BlockVectors(self.values, "prefix")
+
+    def snapshot(self) -> BlockVectors:
+        """As a `SoftPrompt`'s; one object for as long as no number changes, which its digest is worth."""
+        values = self.values.detach().float().cpu()
+        if self._snapshot is None or not torch.equal(values, self._snapshot.values):
+            self._snapshot = BlockVectors(values, "prefix")
+        return self._snapshot
 
 
 Prompt = SoftPrompt | KeyValuePrefix

@@ -52,15 +52,14 @@ class SessionChain:
         deep: BlockVectors | None,
         front: LocalSession | None = None,
     ) -> None:
-        """`run` waits for work on the event loop. `deep` is what all the model's blocks are given besides,
+        """`run` waits for work on the event loop. `deep` is what all the model's blocks are given besides, a snapshot,
         None to take that from the first step; `front` is what this client runs itself, before these blocks."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._run = run
         self._front = front
-        self._start, self._end = start, end
-        self._deep = None if deep is None else deep.kept()
+        self._start, self._end, self._deep = start, end, deep
         self._bundle: Bundle | None = None  # the prompt that the session begins with
         self.spans: list[SpanSession] = []  # in the order of the blocks
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
@@ -109,7 +108,6 @@ class SessionChain:
         steps = self._in_chunks(on_cpu(hidden), call.start, on_cpu(call.mask), on_cpu(positions))
         return self._run(self.unless_stopped(steps)).to(hidden.device)
 
-    @torch.no_grad()
     def caches_of(self, hidden: Tensor) -> Tensor:
         """The keys and values of what enters the blocks [1, T, H], as a prefix fp32 [blocks, T, D].
 
@@ -118,21 +116,19 @@ class SessionChain:
         self.step(hidden, BlocksCall(None, None, None, None, 0))
         parts = [] if self._front is None else [self._front.read(hidden.shape[1])]
         if self._start < self._end:
-            parts.append(self._run(self._read(int(hidden.shape[1]))))
+            last = self.spans[0].history.last()
+            parts.append(self._run(self._read(Progress(last, int(hidden.shape[1]) - 1, None, None))))
         return torch.cat(parts)
 
-    async def _read(self, tokens: int) -> Tensor:
+    async def _read(self, progress: Progress) -> Tensor:
         """All spans' caches. The last token is given once more first: that finds, and mends, what is lost."""
-        entered = self.spans[0].history.inputs()
-        assert entered is not None
-        progress = Progress(entered[0][:, -1:], tokens - 1, None, None)
 
         async def attempt() -> Tensor:
             for span in self.spans:
-                span.history.truncate(tokens - 1)
+                span.history.truncate(progress.start)
             progress.begin_anew()
             await self._advance(progress)
-            return torch.cat([await span.read(tokens) for span in self.spans])
+            return torch.cat([await span.read(progress.start + 1) for span in self.spans])
 
         return await self._retry.run(attempt, what="reading caches", done=lambda: progress.reached)
 
@@ -360,11 +356,10 @@ class SessionChain:
 
     def can_give(self, tokens: int, deep: BlockVectors | None) -> bool:
         """Whether another session whose blocks are given this may begin with the first `tokens` of this one."""
-        same = deep is self._deep or (deep is not None and deep.same(self._deep))
         if self._view.verdicts.against(self._authors) is not None:
             return False
         held = min((span.history.length for span in self.spans), default=0)
-        return same and 0 < tokens <= held
+        return 0 < tokens <= held and (deep is self._deep or (deep is not None and deep.same(self._deep)))
 
     def entered(self, tokens: int) -> Tensor | None:
         """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""

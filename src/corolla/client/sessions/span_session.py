@@ -124,6 +124,10 @@ class History:
         self.order = rows if self.order is None else self.order[rows]
         self.rows = len(rows)
 
+    def last(self) -> Tensor:
+        """The input of the newest token, [R, 1, H]; there is one."""
+        return self._segments[-1].tensors(0)[0][:, -1:]
+
     def inputs(self) -> tuple[Tensor, Tensor] | None:
         """Inputs [R, length, H] and position ids [R, length]; None when there are none."""
         parts, start = [], 0
