@@ -35,7 +35,7 @@ from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
-PREFIX_BYTES = 2**30
+PREFIX_BYTES = 2**28
 
 
 @dataclass
@@ -76,10 +76,8 @@ class BlockServer:
         self.silence = silence
         self.limits = limits or PeerLimits()
         self.leases = Leases(LEASE_BYTES) if leases is None else leases
-        _ = (
-            span.cache_bytes,
-            span.key_values,
-        )  # measured by passes of its own, which do not go together with the engine's
+        # Measured by passes of its own, which do not go together with the engine's.
+        _ = span.cache_bytes, span.key_values
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )

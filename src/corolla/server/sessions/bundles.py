@@ -86,9 +86,8 @@ def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Prompt
 
 def _fits(prompt: Prompt, config: PretrainedConfig) -> bool:
     if isinstance(prompt, KeyValuePrefix):
-        return prompt.values.shape[0] == int(
-            config.num_hidden_layers
-        )  # its width is looked at with the blocks
+        # Its width is looked at with the blocks.
+        return prompt.values.shape[0] == int(config.num_hidden_layers)
     size, width = config.hidden_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
     longest = getattr(config, "max_position_embeddings", None) or prompt.length
     deep = None if prompt.deep is None else prompt.deep.shape
