@@ -22,7 +22,16 @@ GRADIENTS = 1e-4
 P = 5
 
 PairOf = Callable[..., Pair]
-DAILY = ("llama", "gemma2", "bloom", "gpt2", "gpt_oss")  # windows, alibi, learned positions, sinks
+DAILY = ("llama", "gemma2", "bloom", "gpt2")  # windows and soft caps, alibi, learned positions
+WINDOWS = (
+    "mistral",
+    "qwen2",
+    "gemma2",
+    "gemma3_text",
+    "mixtral",
+    "phi3",
+    "gpt_oss",
+)  # padding in front is refused
 families = pytest.mark.parametrize(
     "family", [one if one in DAILY else pytest.param(one, marks=pytest.mark.nightly) for one in FAMILIES]
 )
@@ -50,7 +59,8 @@ def test_losses_and_gradients(pair_of: PairOf, family: str, spans: tuple[tuple[i
     ids = random_ids(4, 150)  # more than one micro-batch
     mask = torch.ones_like(ids)
     mask[2, 100:] = 0
-    mask[3, :7] = 0
+    if family not in WINDOWS:
+        mask[3, :7] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[3, 7] = -100
     loss = model(ids, attention_mask=mask, labels=labels).loss
