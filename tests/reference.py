@@ -186,6 +186,7 @@ class Prefixed:
         length, rows = self.values.shape[1], options.get("num_return_sequences", 1)
         front = torch.zeros(len(ids), length, dtype=torch.long)
         cache = self.cache(len(ids) * max(rows if options["do_sample"] else 1, options.get("num_beams", 1)))
+        options["attention_mask"] = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
         with torch.no_grad():
             found = self.model.generate(
                 torch.cat([front, ids], 1), **{cache_argument(self.model.forward): cache}, **options
