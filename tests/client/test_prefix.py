@@ -104,7 +104,7 @@ def test_beams_and_samples_equal_the_local_models(pair_of: PairOf, family: str) 
         torch.manual_seed(5)
         found = model.generate(ids, max_new_tokens=8, **extra)
         torch.manual_seed(5)
-        assert torch.equal(found, local.generate(ids, max_new_tokens=8, **extra)), extra
+        assert torch.equal(found, local.generate(ids, max_new_tokens=8, **extra)[0]), extra
     repeated = random_ids(1, 5).repeat(1, 3)
     found = model.generate(repeated, max_new_tokens=12, prompt_lookup_num_tokens=4, **GREEDY)
     assert torch.equal(found, local.greedy(repeated, 12))
