@@ -133,6 +133,14 @@ def test_rollback_forks_and_lost_servers(pair_of: PairOf, family: str, count: in
         assert torch.equal(again, local.greedy(ids[:, :4], 3))
 
 
+def test_gradients_through_ones_own_blocks(pair_of: PairOf) -> None:
+    model, local = prefixed(pair_of("llama"), local_blocks=1)
+    ids = random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    local.loss(ids, ids).backward()
+    assert relative(model.prompts.trained.grad, local.values.grad[:, 1:]) < GRADIENTS
+
+
 def test_a_backward_is_done_by_another_server(pair_of: PairOf) -> None:
     pair = pair_of("llama", ((0, 2), (2, 4), (0, 4)))
     model, local = prefixed(pair)
