@@ -30,7 +30,7 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("keys", "values", "sinks", "slopes")),
         *(
             (name, ctypes.c_int64)
-            for name in ("heads", "kv_heads", "dim", "page", "window", "table", "threaded")
+            for name in ("heads", "kv_heads", "dim", "width", "page", "window", "table", "threaded")
         ),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
     )
@@ -78,8 +78,9 @@ class Program:
         own.table, place = pool.layout.place(block, rules.window)
         _, own.heads, _, own.dim = op.inputs[0].sizes
         own.kv_heads = op.inputs[1].sizes[1]
-        like = torch.empty(1, own.kv_heads, 1, own.dim)
-        own.keys, own.values = map(pointer, pool.store(place, like, like))
+        own.width = op.inputs[2].sizes[3]
+        like = [torch.empty(1, own.kv_heads, 1, one) for one in (own.dim, own.width)]
+        own.keys, own.values = map(pointer, pool.store(place, *like))
         own.page, own.threaded = PAGE, THREADED
         (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim)
         own.sinks, own.slopes = map(pointer, each_head)
@@ -159,7 +160,7 @@ def _needed(recording: Recording) -> list[int]:
 def _what(op: Op) -> Any:
     """What the kernel is told about an operator beside its tensors. Raises `NotCompilable`."""
     if op.kind == "attend":
-        if op.inputs[0].sizes[3] % LANES:
+        if any(one.sizes[3] % LANES for one in op.inputs):
             raise NotCompilable("heads of a width that the kernels do not have")
         return Attention()
     if op.kind == "product":

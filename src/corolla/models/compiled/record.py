@@ -160,10 +160,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """See `PackedBatch.attend`."""
-        if value.shape[-1] != query.shape[-1]:
-            raise NotCompilable("values that are not as wide as keys")
-        batch, heads, rows, width = query.shape
-        result = self._fresh(batch, rows, heads, width)
+        batch, heads, rows, _ = query.shape
+        result = self._fresh(batch, rows, heads, value.shape[-1])
         self._add("attend", result, [query, key, value], what=(block, rules))
         return result
 

@@ -55,7 +55,7 @@ _SIGNATURES = {
     "begin_team": "i",
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
-    "attend_rows": "pllpllpllppppllllllffl" + "pp" + "plp" + "i",
+    "attend_rows": "pllpllpllpppplllllllffl" + "pp" + "plp" + "i",
     "run_program": "plpppp" + "i",
 }
 

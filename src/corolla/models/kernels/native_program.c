@@ -33,7 +33,7 @@ typedef struct {
 typedef struct {
     float *keys, *values;
     const float *sinks, *slopes;
-    int64_t heads, kv_heads, dim, page, window, table, threaded;
+    int64_t heads, kv_heads, dim, width, page, window, table, threaded;
     double scale, softcap;
 } Attention;
 
@@ -72,7 +72,7 @@ static void attend(const Op *op, const Rows *tables, float *scores, int threads)
     const Rows *rows = tables + a->table;
     const int64_t *query = op->stride[0], *key = query + 2, *value = op->stride[1];
     attend_rows(op->in[0], query[0], query[1], op->in[1], key[0], key[1], op->in[2], value[0], value[1], a->keys,
-                a->values, rows->pages, rows->lengths, op->size[0], a->heads, a->kv_heads, a->dim, a->page, rows->most,
+                a->values, rows->pages, rows->lengths, op->size[0], a->heads, a->kv_heads, a->dim, a->width, a->page, rows->most,
                 (float)a->scale, (float)a->softcap, a->window, a->sinks, a->slopes, scores, rows->room, op->out,
                 rows->total * a->heads >= a->threaded ? threads : 1);
 }
