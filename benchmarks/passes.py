@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.sizes import MODEL, SHAPES
-from benchmarks.workers.local import write
+from benchmarks.workers.local import stream, write
 from corolla.cli.common import set_up_libraries
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
@@ -33,7 +33,6 @@ from corolla.models.kernels.choice import Trials
 from corolla.models.span import Span, load_span
 
 PAST, PASSES = 60, 40
-STREAM = 2**27  # float32 that are read to see how fast memory is
 
 
 def in_turns(works: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -62,18 +61,6 @@ def passes(span: Span, rows: int) -> dict[str, float]:
         run(hidden, batch, positions=torch.full((rows,), cached[0].length))
 
     return in_turns({"plain": partial(one, span.run_packed), "compiled": partial(one, span.forward_packed)})
-
-
-def stream() -> float:
-    """Bytes that torch reads from memory in a second, in the way in which it does so fastest."""
-    numbers = torch.ones(STREAM)
-    rows = numbers.view(-1, 1024)
-    works: dict[str, Callable[[], object]] = {
-        "sum": numbers.sum,
-        "max": numbers.amax,
-        "mv": partial(rows.mv, rows[0]),
-    }
-    return numbers.nbytes / min(in_turns(works).values())
 
 
 def head_of(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Linear:

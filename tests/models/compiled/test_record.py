@@ -72,6 +72,16 @@ def unused(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden * 2
 
 
+def marked(hidden: Tensor, _positions: Tensor) -> Tensor:
+    """As some families choose groups of experts."""
+    groups = hidden.view(-1, 5, 8)
+    chosen = torch.topk(groups.topk(2)[0].sum(-1), 2, sorted=False)[1]
+    mask = (
+        torch.zeros_like(groups[..., 0]).scatter_(1, chosen, 1).unsqueeze(-1).expand(-1, 5, 8).reshape(-1, 40)
+    )
+    return hidden.masked_fill(~mask.bool(), -1.5)
+
+
 OPERATIONS: dict[str, Run] = {
     "rotary": rotated,
     "interleaved": interleaved,
@@ -94,6 +104,10 @@ OPERATIONS: dict[str, Run] = {
     "layer norm": lambda h, p: functional.layer_norm(h, (WIDTH,), WEIGHT, WEIGHT - 1, 1e-5),
     "plain layer norm": lambda h, p: functional.layer_norm(h, (WIDTH,)),
     "bounds": lambda h, p: h.clamp(-1, 2) + h.clamp(max=0.5) + h.clamp_min(0) + torch.maximum(h, h[:, :1]),
+    "what is true": lambda h, p: (
+        torch.where(h > 0.5, torch.expm1(h.clamp(max=3)), h) + (h < h[:, :1]).float()
+    ),
+    "places that are marked": marked,
     "softmax": lambda h, p: functional.softmax(20 * h, -1) + functional.softmax(h[:, :3], 1).sum(1, True),
     "sum": lambda h, p: h.view(-1, 4, WIDTH // 4).sum(-1).repeat_interleave(WIDTH // 4, -1),
     "the greatest": lambda h, p: torch.cat([*h.view(-1, 2, WIDTH // 2).topk(WIDTH // 2, -1)[:1]], 2).flatten(

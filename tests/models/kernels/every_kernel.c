@@ -77,7 +77,7 @@ static void one_by_one(void) {
         int64_t kind;
         float *out;
         const void *in[3];
-        int64_t size[4], stride[3][4];
+        int64_t size[4], stride[4][4];
         double number;
         const void *what;
     } op = {.size = {1, 1, 1, 37}, .stride = {{0, 0, 0, 1}, {0, 0, 0, 1}, {0, 0, 0, 1}}, .number = 1e-5};
@@ -85,7 +85,7 @@ static void one_by_one(void) {
     fill(from, 37), fill(other, 37), fill(ones, 37);
     for (int i = 0; i < 37; i++) from[i] = 0.1f + 4 * from[i] * from[i], other[i] += 2;
     op.out = out, op.in[0] = from, op.in[1] = other, op.in[2] = ones;
-    for (op.kind = 2; op.kind < 26; op.kind++) {
+    for (op.kind = 2; op.kind < 36; op.kind++) {
         if (op.kind == 4) continue; /* of whole numbers */
         memset(out, 0, sizeof out);
         run_program(&op, 1, NULL, NULL, NULL, NULL, 1);

@@ -21,8 +21,8 @@ from corolla.models.kernels.native import library, pointer
 KINDS = (
     "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
     "neg", "abs", "square", "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh",
-    "gelu", "exp", "sin", "cos", "floor", "log", "sum", "softmax", "top", "gather", "route", "pick", "experts",
-    "combine"
+    "gelu", "exp", "sin", "cos", "floor", "log", "expm1", "nonzero", "greater", "where", "sum", "softmax", "top",
+    "gather", "scatter", "route", "pick", "experts", "combine"
 )  # fmt: skip  # by their numbers in native_program.c
 # Operators over whole lines, a tensor's last dimension; and those that give a line.
 BY_LINE, LINES = (
@@ -43,7 +43,7 @@ class _NativeOp(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p * 3),
         ("sizes", ctypes.c_int64 * DIMS),
-        ("strides", ctypes.c_int64 * DIMS * 3),  # of the output, and of two inputs
+        ("strides", ctypes.c_int64 * DIMS * 4),  # of the output, and of the inputs
         ("number", ctypes.c_double),
         ("what", ctypes.c_void_p),
     )
@@ -213,6 +213,11 @@ def _dimensions(op: Op) -> tuple[list[int], list[list[int]]]:
         return _pairs(op), []
     if op.kind in BY_LINE:
         return _lines(op)
+    if op.kind == "scatter":
+        sizes = op.inputs[1].sizes
+        strides = [op.output.strides, [0] * len(sizes), op.inputs[1].strides]
+        outer, joined = _joined(sizes[:-1], [one[:-1] for one in strides], DIMS - 1)
+        return [*outer, sizes[-1]], [[*own, one[-1]] for own, one in zip(joined, strides, strict=True)]
     views = [op.output, *op.inputs]
     return _joined(op.output.sizes, [_spread(one, op.output.sizes) for one in views], DIMS)
 

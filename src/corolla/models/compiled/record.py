@@ -33,11 +33,15 @@ HIDDEN, POSITIONS = 0, 1  # storages of what goes in
 
 # Of aten's operators, without the underscore of those that write in place.
 UNARY = (
-    "abs", "cos", "exp", "floor", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh"
+    "abs", "cos", "exp", "expm1", "floor", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin",
+    "sqrt", "tanh"
 )  # fmt: skip
 BINARY = ("add", "div", "maximum", "minimum", "mul", "sub")
 # Operators that read or write whole numbers.
-WHOLE = ("from_int", "top", "gather", "route", "pick", "experts", "combine")
+WHOLE = ("from_int", "top", "gather", "scatter", "route", "pick", "experts", "combine")
+# Operators that read or write what is true or false, which is kept as 1 or 0.
+LOGIC = ("nonzero", "greater", "where", "copy", "sub")
+FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
 SMALL = 2**14  # weights that are multiplied one by one where no kernel takes them
 POWERS = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 
@@ -258,6 +262,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(kind, result, [args[0]])
         elif name in BINARY and len(args) == 2 and not kwargs:
             self._add(name, result, [self._tensor(one, result.dtype) for one in args])
+        elif name in ("gt", "lt"):
+            both = [self._tensor(one, torch.float32) for one in args]
+            self._add("greater", result, both if name == "gt" else both[::-1])
+        elif name in ("bitwise_not", "logical_not") and args[0].dtype == torch.bool:
+            self._add("sub", result, [self._tensor(1.0), args[0]])
+        elif name == "masked_fill":
+            self._add("where", result, [self._tensor(args[one]) for one in (1, 2, 0)])
+        elif name == "where" and len(args) == 3:
+            self._add("where", result, [*map(self._tensor, args)])
+        elif name in FILLS:
+            self._add("copy", result, [self._tensor(FILLS[name])])
+        elif (
+            name == "scatter"
+            and [args[1]] in _last(args[0])
+            and not isinstance(args[3], Tensor)
+            and not kwargs
+        ):
+            if result is not args[0]:
+                self._add("copy", result, [args[0]])
+            self._add("scatter", result, [self._tensor(args[3]), args[2]])
         elif name in ("clamp", "clamp_min", "clamp_max"):
             self._clamped(name, args, kwargs, result)
         elif name == "rsub" and len(args) == 2 and not kwargs:
@@ -299,9 +323,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(
         self, kind: str, output: Tensor, inputs: Sequence[Tensor], *, number: float = 0.0, what: Any = None
     ) -> None:
-        whole = (torch.float32, torch.int64) if kind in WHOLE else (torch.float32,)
-        if any(one.dtype not in whole for one in (output, *inputs)):
+        other = torch.int64 if kind in WHOLE else torch.bool if kind in LOGIC else torch.float32
+        if any(one.dtype not in (torch.float32, other) for one in (output, *inputs)):
             raise NotCompilable(f"{kind} in another dtype than float32")
+        if any(one.dtype == torch.bool and self._is_constant(one) for one in inputs):
+            raise NotCompilable(f"{kind} of what is true or false from the start")
         views = tuple(map(self.view, inputs))
         if output.untyped_storage()._cdata not in self._storages:
             self._new(output)
@@ -310,6 +336,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _converted(self, given: Tensor, result: Tensor) -> None:
         if given.dtype == torch.int64 and result.dtype == torch.float32:
             self._add("from_int", result, [given])
+        elif result.dtype == torch.bool:
+            self._add("nonzero", result, [given])
         else:
             self._add("copy", result, [given])
 

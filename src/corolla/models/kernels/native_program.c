@@ -9,8 +9,8 @@
 
 enum { /* layout.py: KINDS */
     PRODUCT, ATTEND, MEAN, LAYER_NORM, FROM_INT, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, COPY, NEG, ABS, SQUARE,
-    CUBE, RSQRT, SQRT, RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS, FLOOR, LOG, SUM, SOFTMAX, TOP, GATHER, ROUTE, PICK,
-    EXPERTS, COMBINE
+    CUBE, RSQRT, SQRT, RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS, FLOOR, LOG, EXPM1, NONZERO, GREATER, WHERE,
+    SUM, SOFTMAX, TOP, GATHER, SCATTER, ROUTE, PICK, EXPERTS, COMBINE
 };
 
 typedef struct {
@@ -18,7 +18,7 @@ typedef struct {
     float *out;
     const void *in[3];
     int64_t size[4];
-    int64_t stride[3][4]; /* of out and of two inputs; 0 where an input is repeated */
+    int64_t stride[4][4]; /* of out and of the inputs; 0 where an input is repeated */
     double number;        /* an epsilon, or how many are the TOP */
     const void *what;     /* a Layer, an Attention, or a Layer for each of some experts */
 } Op;
@@ -178,6 +178,8 @@ INLINE float number_of(int kind, float x) {
     case COS: return cosf(x);
     case FLOOR: return floorf(x);
     case LOG: return logf(x);
+    case EXPM1: return expm1f(x);
+    case NONZERO: return x != 0; /* what is true is 1, what is false is 0 */
     default: return x; /* COPY */
     }
 }
@@ -209,7 +211,8 @@ static void line_of_one(int kind, float *to, int64_t step, const float *from, in
         break;
     switch (kind) {
         CASE(COPY) CASE(NEG) CASE(ABS) CASE(SQUARE) CASE(CUBE) CASE(RSQRT) CASE(SQRT) CASE(RECIPROCAL) CASE(RELU)
-        CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS) CASE(FLOOR) CASE(LOG)
+        CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS) CASE(FLOOR) CASE(LOG) CASE(EXPM1)
+        CASE(NONZERO)
         LANES_CASE(SILU) LANES_CASE(SIGMOID) LANES_CASE(TANH) LANES_CASE(GELU_TANH)
     }
 #undef CASE
@@ -234,6 +237,7 @@ static void line_of_two(int kind, float *to, int64_t step, const float *a, int64
         CASE(ADD, left + right) CASE(SUB, left - right) CASE(MUL, left * right) CASE(DIV, left / right)
         CASE(MAXIMUM, left > right || left != left ? left : right)
         CASE(MINIMUM, left < right || left != left ? left : right)
+        CASE(GREATER, left > right)
     }
 #undef CASE
 #undef LINE
@@ -285,11 +289,11 @@ static void find_top(int64_t *to, const float *from, int64_t count, int64_t most
 }
 
 static void line(const Op *op, int64_t number) {
-    int64_t at[3] = {0}, count = op->size[3];
+    int64_t at[4] = {0}, count = op->size[3];
     for (int dim = 2; dim >= 0; dim--) {
         int64_t index = number % op->size[dim];
         number /= op->size[dim];
-        for (int one = 0; one < 3; one++) at[one] += index * op->stride[one][dim];
+        for (int one = 0; one < 4; one++) at[one] += index * op->stride[one][dim];
     }
     float *to = op->out + at[0];
     const float *a = (const float *)op->in[0] + at[1];
@@ -298,6 +302,16 @@ static void line(const Op *op, int64_t number) {
     case SUM: *to = sum_of(a, count); break;
     case SOFTMAX: softmax(to, a, count); break;
     case TOP: find_top((int64_t *)op->out + at[0], a, count, (int64_t)op->number); break;
+    case WHERE:
+        for (int64_t i = 0; i < count; i++)
+            to[i * op->stride[0][3]] = a[i * op->stride[1][3]] != 0
+                                           ? ((const float *)op->in[1])[at[2] + i * op->stride[2][3]]
+                                           : ((const float *)op->in[2])[at[3] + i * op->stride[3][3]];
+        break;
+    case SCATTER:
+        for (int64_t i = 0; i < count; i++)
+            to[((const int64_t *)op->in[1])[at[2] + i * op->stride[2][3]] * op->stride[0][3]] = *a;
+        break;
     case GATHER:
         for (int64_t i = 0; i < count; i++)
             to[i * op->stride[0][3]] = a[((const int64_t *)op->in[1])[at[2] + i * op->stride[2][3]]];
@@ -307,7 +321,7 @@ static void line(const Op *op, int64_t number) {
         for (int64_t i = 0; i < count; i++)
             to[i * op->stride[0][3]] = (float)((const int64_t *)op->in[0])[at[1] + i * op->stride[1][3]];
         break;
-    case ADD: case SUB: case MUL: case DIV: case MAXIMUM: case MINIMUM:
+    case ADD: case SUB: case MUL: case DIV: case MAXIMUM: case MINIMUM: case GREATER:
         line_of_two((int)op->kind, to, op->stride[0][3], a, op->stride[1][3], (const float *)op->in[1] + at[2],
                     op->stride[2][3], count);
         break;
