@@ -296,7 +296,7 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
             inputs_embeds=embeddings.clone(), attention_mask=masks[2], labels=labels, use_cache=False
         ).loss
         gradients += torch.autograd.grad(loss, [embeddings])
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(*gradients, atol=1e-5 + 1e-3 * float(gradients[1].abs().max()), rtol=1e-3)
 
 
 def same_replies(model: Any, local: Any, ids: Tensor) -> None:

@@ -45,7 +45,7 @@ def layout_of(span: Span, margin: int = MARGIN) -> Layout:
     calls = _calls(span)
     windows = {block: window for block, (window, _, _) in calls}
     shapes = {call[1:] for _, call in calls}
-    if len(windows) != len(calls) or len(shapes) > 1 or set(windows.values()) == {None}:
+    if len(windows) != len(calls) or len(shapes) > 1 or set(windows.values()) <= {None}:
         return Layout()
     groups: dict[Window, list[int]] = defaultdict(list)
     for block, window in sorted(windows.items()):
