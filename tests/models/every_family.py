@@ -135,7 +135,7 @@ def tiny(family: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(family, **GIVEN.get(family, {}))
     except Exception as error:
-        raise _OwnFailure(f"no config of it can be made without a checkpoint's: {error}") from error
+        raise OwnFailure(f"no config of it can be made without a checkpoint's: {error}") from error
     text = text_part(config)
     if text is config:
         return _small(config)
@@ -163,7 +163,7 @@ def _small(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-class _OwnFailure(Exception):
+class OwnFailure(Exception):
     """The family's own config or model cannot be made, or does not run, in this release."""
 
 
@@ -221,7 +221,7 @@ def verdict(family: str) -> tuple[str, str]:
         return "refused", str(error)
     except _TooLong:
         return "hang", f"no answer for {SECONDS:.0f} s"
-    except _OwnFailure as error:
+    except OwnFailure as error:
         return "not compared", " ".join(str(error).split())
     except AssertionError as error:
         return "wrong", str(error).strip().split("\n")[0]
@@ -260,14 +260,14 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
         try:
             whole = random_model(loader.from_config, config)
         except ImportError as error:
-            raise _OwnFailure("its part for images needs a library that is not installed") from error
+            raise OwnFailure("its part for images needs a library that is not installed") from error
         ids = torch.randint(3, text.vocab_size, (2, TOKENS))
     whole.save_pretrained(folder)
     local = loader.from_pretrained(folder).eval().requires_grad_(False)
     try:
         local(ids)
     except Exception as error:
-        raise _OwnFailure(f"transformers' own model fails: {error}") from error
+        raise OwnFailure(f"transformers' own model fails: {error}") from error
     last = int(text.num_hidden_layers)
     cuts = sorted({0, 1, min(3, last), last})
     with MemorySwarm(folder, list(pairwise(cuts))) as swarm:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
-from corolla.models.attention.packing import PACKED, PackedBatch, packed
+from corolla.models.attention.packing import PackedBatch
+from corolla.models.attention.registry import PACKED, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
@@ -34,6 +36,7 @@ from corolla.models.kernels.apply import weight_bytes
 from corolla.models.parts import narrow_stand_ins, span_class
 from corolla.models.passage import Passage, WidePassage
 from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
+from corolla.models.trials import goes_one_by_one, masks_new_tokens, remembers
 
 
 class Span:
@@ -61,13 +64,14 @@ class Span:
         self.end = end
         self.packable = packable
         self._blocks = blocks
-        self._cache_name = cache_argument(model.forward)
+        self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
         )
+        self._latent = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
 
@@ -136,33 +140,46 @@ class Span:
 
     @cached_property
     def _one_by_one(self) -> bool:
-        """Whether states are continued by one token at a time only, as some families' code does it."""
-        if self._empty_cache.keeps_everything:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, 5, self.width, generator=generator).to(self.device, self.dtype)
-        cache = self.new_cache()
-        with torch.inference_mode():
-            whole = self.forward(hidden)
-            # The first pass is no continuation, and the second is the one in question.
-            self.forward(hidden[:, :2], cache=cache)
-            places = torch.arange(2, 5, device=self.device)[None]
-            arguments = {"use_cache": True, self._cache_name: cache, "position_ids": places}
-            found = self._run(hidden[:, 2:], [], arguments)
-        rounding = 1e-4 if self.dtype in (torch.float32, torch.float64) else 2e-2
-        return not torch.allclose(found, whole[:, 2:], rtol=0.0, atol=rounding * float(whole.abs().max()))
+        """Whether states are continued by one token at a time only."""
+        return not self._empty_cache.keeps_everything and goes_one_by_one(self)
+
+    @cached_property
+    def _masks_new_tokens(self) -> bool:
+        """Whether the family's code knows masks of the new tokens only."""
+        return not self._empty_cache.keeps_everything and masks_new_tokens(self)
+
+    @cached_property
+    def remembers(self) -> bool:
+        """Whether blocks have states, and snapshots bring them back."""
+        known = not self._empty_cache.keeps_everything and self._empty_cache.can_be_remembered
+        return known and remembers(self)
+
+    def go_back(
+        self, cache: SpanCache, length: int, *, mask: Tensor | None = None, prompts: Tensor | None = None
+    ) -> None:
+        """Have a cache that reaches there hold its first `length` tokens, not 0; mask and prompts as for `forward`."""
+        again = cache.go_back(length)
+        if again is not None:
+            seen = None if mask is None else mask[:, :length].to(self.device)
+            self.forward(again[0], mask=seen, positions=again[1], cache=cache, prompts=prompts)
 
     @cached_property
     def cache_bytes(self) -> tuple[int, int]:
-        """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states."""
+        """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states.
+
+        Where blocks remember states, what has passed is part of a token.
+        """
         cache, sizes = self.new_cache(), []
         probe = torch.zeros(1, 1, self.width, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
+            self.forward(probe, cache=cache)
+            if self.remembers:
+                cache.remember(turn=True)
             for _ in range(2):
-                self.forward(probe, cache=cache)
                 sizes.append(cache.nbytes)
-        token = sizes[1] - sizes[0]
-        return token, sizes[0] - token
+                self.forward(probe, cache=cache)
+        token, passed = sizes[1] - sizes[0], probe.nbytes if self.remembers else 0
+        return token, sizes[0] - (token - passed)
 
     def forward(
         self,
@@ -193,9 +210,10 @@ class Span:
         if past and positions is None and (mask is None or not self._empty_cache.keeps_everything):
             # Not every family's code counts what is cached; some others count the mask's ones.
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        arguments: dict[str, Any] = {"use_cache": cache is not None, self._cache_name: cache}
+        arguments: dict[str, Any] = {"use_cache": cache is not None, self.cache_name: cache}
         if mask is not None:
-            arguments["attention_mask"] = mask.to(torch.long)
+            new = past and self._masks_new_tokens
+            arguments["attention_mask"] = (mask[:, past:] if new else mask).to(torch.long)
         if positions is not None:
             arguments["position_ids"] = positions
         hooks: list[list[BlockHook]] = (
@@ -203,9 +221,9 @@ class Span:
         )
         real = None if mask is None else mask.bool()[:, -hidden.shape[1] :].to(hidden.device)
         with padded(real):
-            output = self._run(hidden, hooks, arguments)
+            output = self.run(hidden, hooks, arguments)
         if cache is not None:
-            cache.record(hidden.shape[0], hidden.shape[1])
+            cache.record(hidden, positions)
         return output
 
     def forward_packed(
@@ -230,7 +248,8 @@ class Span:
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            self._compiled = (compile_blocks(self) if self.crossing.plain else None,)
+            can = self.crossing.plain and not self._latent
+            self._compiled = (compile_blocks(self) if can else None,)
         return self._compiled[0]
 
     def run_packed(
@@ -243,11 +262,13 @@ class Span:
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
         hooks: list[list[BlockHook]] = [] if deep is None else packed_hooks(deep)
-        arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False}
+        arguments: dict[str, Any] = {"position_ids": positions.unsqueeze(0), "use_cache": False}
+        if self._latent and batch.pool is not None:
+            arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
         with self._attention(PACKED), packed(batch):
-            return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
+            return self.run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
 
-    def _run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
+    def run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
         """The family's own code over what crosses the cut, [R, T, W]."""
         if not self.crossing.plain:
             return self._run_wide(hidden, hooks, arguments)
@@ -264,7 +285,7 @@ class Span:
     ) -> Tensor:
         """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
         crossed = self.crossing.split(crossing, self.start)
-        cache = arguments.get(self._cache_name)
+        cache = arguments.get(self.cache_name)
         passage = WidePassage(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
         tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
         with passage.under_way():

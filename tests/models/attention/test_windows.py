@@ -167,6 +167,11 @@ def test_blocks_with_keys_of_other_shapes_share_no_store(monkeypatch: pytest.Mon
     assert layout_of(span_of("mistral")).plain
 
 
+def test_a_span_without_attention_has_pages_of_the_plain_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_calls", lambda _span: set())
+    assert layout_of(span_of("mistral")).plain
+
+
 # --- exactness ---------------------------------------------------------------------------------------------
 
 

@@ -2,29 +2,21 @@
 
 Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
 outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
-family's own code runs over them unchanged; attention reaches `attend` through transformers' registry of
-attention functions, under `PACKED`.
+family's own code runs over them unchanged; attention reaches `attend` as `registry.py` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corolla.errors import UsageError
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.kernels.native import library, pointer
 
-# No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
-PACKED = "corolla_packed"
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 LANES = 16  # heads are a multiple of this wide where a kernel reads them
@@ -159,6 +151,8 @@ class PackedBatch:
             segment.prepare()
         by_table = zip(*(segment.parts for segment in self.segments), strict=True)
         self._tables = [_Table(parts) for parts in by_table]
+        # Of blocks whose attention keeps latents: where they lie, once this pass's are there.
+        self._latents: dict[int, tuple[_Table, tuple[Tensor, Tensor]]] = {}
 
     @property
     def one_each(self) -> bool:
@@ -169,28 +163,47 @@ class PackedBatch:
         """The sequences with one new token, as one of the pool's tables has them."""
         return self._tables[table].rows()
 
+    def keep(self, block: int, latent: Tensor, rotary: Tensor) -> None:
+        """Cache the new tokens' latents [1, 1, N, L] and rotary parts [1, 1, N, E], which `attend_latents` reads."""
+        assert self.pool is not None
+        index, place = self.pool.layout.place(block, None)
+        table, cache = self._tables[index], self.pool.store(place, latent, rotary)
+        _write(table, cache, (latent, rotary))
+        self._latents[block] = table, cache
+
+    def held(self, block: int) -> list[tuple[Stretch, Tensor, Tensor]]:
+        """Each sequence's new tokens, with all latents [1, 1, S, L] and rotary parts that `keep` has cached of it."""
+        if block not in self._latents:
+            return []
+        table, cache = self._latents[block]
+        latents, rotary = (side.transpose(0, 1).unsqueeze(0) for side in cache)
+        return [(one, one.cached(latents), one.cached(rotary)) for one in table.parts]
+
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
         if self.pool is None:
-            return _side_by_side(
-                [_attend_new(one, query, key, value, rules) for one in self._tables[0].parts]
-            )
+            return side_by_side([_attend_new(one, query, key, value, rules) for one in self._tables[0].parts])
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
         as_wide = cache[0].shape[-1] == cache[1].shape[-1]  # keys and values, for the kernel
         together = bool(table.ones) and as_wide and can_attend(query, cache[0])
         if together and len(table.ones) == len(table.parts):
             return table.rows().attend(query, cache, rules, (key, value))
-        assert table.slots is not None
-        slots = table.slots.to(key.device)
-        for side, new in zip(cache, (key, value), strict=True):
-            side.index_copy_(0, slots, new[0].transpose(0, 1))
+        _write(table, cache, (key, value))
         if together:
             return _attend_mixed(table, query, cache, rules)
-        return _side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
+        return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
 
 
-def _side_by_side(parts: list[Tensor]) -> Tensor:
+def _write(table: _Table, cache: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
+    """Put the new tokens' [1, heads, N, D] where the table has slots for them."""
+    assert table.slots is not None
+    slots = table.slots.to(new[0].device)
+    for side, one in zip(cache, new, strict=True):
+        side.index_copy_(0, slots, one[0].transpose(0, 1))
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
     """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
     turned = [part.transpose(1, 2) for part in parts]
     return turned[0].contiguous() if len(turned) == 1 else torch.cat(turned, dim=1)
@@ -350,47 +363,3 @@ def _strided(tokens: Tensor) -> Tensor:
 
 def _plain(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.detach().float().contiguous()
-
-
-# --- the way from the family's code ----------------------------------------------------------------------------
-
-_batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
-
-
-@contextmanager
-def packed(batch: PackedBatch) -> Iterator[None]:
-    """Attention inside works on `batch`."""
-    token = _batch.set(batch)
-    try:
-        yield
-    finally:
-        _batch.reset(token)
-
-
-def current_batch() -> PackedBatch | None:
-    """The batch whose pass is running, if one is."""
-    return _batch.get()
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_others: Any,
-) -> tuple[Tensor, None]:
-    """An attention function as transformers' registry takes them; see `PackedBatch.attend`."""
-    batch = current_batch()
-    if batch is None:
-        raise UsageError("The blocks of a packed span were called without a packed batch.")
-    rules = Rules(scaling, sliding_window, softcap, s_aux)
-    block: Any = module.layer_idx
-    return batch.attend(block, query, key, value, rules), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

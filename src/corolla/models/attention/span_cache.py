@@ -2,11 +2,13 @@
 
 Invariant: keys and values of every position are kept, in every layer, sliding-window layers included (the window is
 applied by the mask), so they can be set back to any token. States (convolutions, recurrences) are those of the last
-token only: where there are some, a cache goes on from where it is or begins anew, and `reaches` says so.
+token only: where there are some, a cache goes on from where it is, from a snapshot (`snapshots.py`), or begins anew,
+and `reaches` says so.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, cast
@@ -15,12 +17,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
+from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
 
@@ -43,6 +48,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self.rows = 0
         self._length = 0
         self._handed: dict[Handed, Tensor] = {}
+        self._snapshots = Snapshots()
 
     def hand(self, one: Handed, new: Tensor) -> Tensor:
         """Keep what an earlier span's block has handed on for the new tokens; gives that of all tokens."""
@@ -51,9 +57,10 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._handed[one] = whole
         return whole
 
-    def record(self, rows: int, tokens: int) -> None:
-        """A pass over so many new tokens of so many rows is over."""
-        self.rows, self._length = rows, self._length + tokens
+    def record(self, hidden: Tensor, positions: Tensor | None) -> None:
+        """A pass over new tokens [R, T, W] with these position ids is over."""
+        self._snapshots.record(hidden, positions, self._length)
+        self.rows, self._length = int(hidden.shape[0]), self._length + int(hidden.shape[1])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._length
@@ -68,7 +75,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         more = sum(
             one.nbytes for name, value in vars(self).items() if name != "layers" for one in _tensors(value)
         )
-        return handed + more + sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+        layers = sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+        return handed + more + layers + self._snapshots.nbytes
 
     @property
     def keeps_everything(self) -> bool:
@@ -77,17 +85,77 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def reaches(self, length: int) -> bool:
         """Whether the cache can go on from its first `length` tokens."""
-        return not 0 < length < self._length or self.keeps_everything
+        if not 0 < length < self._length or self.keeps_everything:
+            return True
+        return self._snapshots.before(length) is not None
+
+    @property
+    def can_be_remembered(self) -> bool:
+        """Whether its layers are of kinds whose states `remember` knows how to keep."""
+        known = (LinearAttentionLayer, DynamicLayer, DynamicIndexedLayer)
+        return all(
+            isinstance(one, known) and not isinstance(one, DynamicSlidingWindowLayer) for one in self.layers
+        )
+
+    def remember(self, *, turn: bool) -> None:
+        """Take a snapshot of the states, if one is due: a `turn` begins here, or many tokens have passed."""
+        if not self.keeps_everything and self._snapshots.is_due(self._length, turn=turn):
+            self._snapshots.add(Snapshot(self._length, turn, copied(self._states())))
+
+    def go_back(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Hold the first `length` tokens, which is not 0, or the beginning of them.
+
+        Then gives inputs [R, T, W] and position ids [R, T] of the others, which are to be computed again.
+        """
+        last = None if self.keeps_everything else self._snapshots.before(length)
+        if last is None or length >= self._length:
+            self.truncate(length)
+            return None
+        again = self._snapshots.go_back(length, last)
+        for values, now in zip(copied(last.states, last.order), self._holders(), strict=False):
+            now.update(values)
+        self._cut(last.length)
+        return again
+
+    def fork(self) -> SpanCache:
+        """Another cache that goes on from here."""
+        return copy.deepcopy(self, {id(self._snapshots): self._snapshots.copy()})
+
+    def _holders(self) -> list[dict[str, Any]]:
+        """Where states are: attributes of the layers, and of a family's own cache."""
+        own = [vars(self)] if self.of_its_own else []
+        return [*own, *(vars(one) for one in self.layers[self._start :])]
+
+    def _states(self) -> list[dict[str, Any]]:
+        """Everything that blocks keep but keys and values, which can be cut off."""
+        found = []
+        for holder in self._holders():
+            if holder is vars(self):
+                found.append(
+                    {name: one for name, one in holder.items() if isinstance(one, list) and name != "layers"}
+                )
+            elif "conv_states" in holder:
+                found.append({name: one for name, one in holder.items() if name not in ("keys", "values")})
+            else:
+                found.append({})
+        return found
+
+    def _cut(self, length: int) -> None:
+        """Cut off keys and values."""
+        surplus = self._length - length
+        for layer in self.layers[self._start :]:
+            if _keeps_everything(layer):
+                layer.crop(-surplus)
+            elif isinstance(layer, DynamicLayer):
+                DynamicLayer.crop(layer, -surplus)
+        for one, whole in self._handed.items():
+            self._handed[one] = whole.narrow(one.form.tokens, 0, length)
+        self._length = length
 
     def truncate(self, length: int) -> None:
-        """Forget what stands at position `length`, which is not 0, and behind."""
-        surplus = self._length - length
-        if surplus > 0:
-            for layer in self.layers[self._start :]:
-                layer.crop(-surplus)
-            for one, whole in self._handed.items():
-                self._handed[one] = whole.narrow(one.form.tokens, 0, length)
-            self._length = length
+        """Forget what stands at position `length`, which is not 0, and behind; for what has no states."""
+        if length < self._length:
+            self._cut(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
@@ -96,6 +164,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
             self._reorder_own(beam_idx)
         for one, whole in self._handed.items():
             self._handed[one] = whole.index_select(one.form.rows, beam_idx.to(whole.device))
+        self._snapshots.select_rows(beam_idx)
         self.rows = len(beam_idx)
 
     def _reorder_own(self, rows: Tensor) -> None:

@@ -30,6 +30,10 @@ class _WatchedBatch(PackedBatch):
         super().__init__(segments, pool)
         self.calls = calls
 
+    def keep(self, block: int, latent: Tensor, rotary: Tensor) -> None:
+        self.calls.add((block, (None, latent[0, :, 0].shape, rotary[0, :, 0].shape)))
+        super().keep(block, latent, rotary)
+
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         self.calls.add((block, (rules.window, key[0, :, 0].shape, value[0, :, 0].shape)))
         return super().attend(block, query, key, value, rules)

@@ -76,7 +76,9 @@ SMALL: dict[str, int] = {
 # Of those, what is left as it is where it is smaller: few heads of an indexer give many equal scores.
 AT_MOST = ("num_experts_per_tok", "index_n_heads")
 # How many tokens something reaches, by whatever name a family has for it: the check's sequences go beyond.
-REACH = re.compile(r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent|floor|floor_scale)$")
+REACH = re.compile(
+    r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent|floor|floor_scale)$"
+)
 REACHED = 4
 # Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
 RECURRENT = {

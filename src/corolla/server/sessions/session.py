@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages, pages_for
+from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages
+from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.policy import PASS_TOKENS
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
+
+SNAPSHOT_SHARE = 8  # a session whose snapshots would need more than this part of all room has none
 
 Post = Callable[[Callable[[], None]], None]
 
@@ -111,6 +114,11 @@ class Session:
 
         Never fewer than are reserved already: pages lie with the rows until these are freed.
         """
+        if not self.span.packable:
+            whole = self._pages_of_own(rows, tokens, SNAPSHOTS if self.span.remembers else 0)
+            if whole > self._budget.capacity // SNAPSHOT_SHARE:
+                whole = self._pages_of_own(rows, tokens, 0)
+            return max(self.pages, whole)
         layout = self.pool.layout
         common = [0] * layout.tables
         if rows > 1 and self.block_tables and position:
@@ -118,9 +126,12 @@ class Session:
             kept = min(self.real_tokens(row, position) for row in set(chosen))
             common = common_pages([self.block_tables[row] for row in chosen], kept)
         pages = layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common)
-        return max(
-            self.pages, pages + rows * pages_for(self.span.cache_bytes[1] // bytes_per_token(self.span))
-        )
+        return max(self.pages, pages)
+
+    def _pages_of_own(self, rows: int, tokens: int, snapshots: int) -> int:
+        """Pages that are as large as a family's own caches of `rows` of so many tokens, by the byte."""
+        token, states = self.span.cache_bytes
+        return -(-rows * (tokens * token + states * (1 + snapshots)) // (bytes_per_token(self.span) * PAGE))
 
     def _chosen(self, order: Tensor | None) -> list[int]:
         """The cached rows that the next ones continue."""
@@ -144,7 +155,7 @@ class Session:
 
     def reaches(self, position: int, order: Tensor | None = None) -> bool:
         """Whether the cached rows in `order` can go on from column `position`: where blocks have a window, what lies
-        far behind it is given back; where they have a state, it is that of the last token."""
+        far behind it is given back; where they have a state, it is that of the last token, or of a snapshot."""
         if not self.span.packable:
             return self.plain.reaches(position)
         if not position:
@@ -160,7 +171,7 @@ class Session:
             self.prompts is not None and prompts is not None and torch.equal(self.prompts, prompts)
         )
         fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
-        fits = fits and span is self.span and span.packable and same_prompts
+        fits = fits and span is self.span and same_prompts
         return fits and self.reaches(origin.tokens)
 
     # --- on the compute thread --------------------------------------------------------------------------
@@ -170,6 +181,10 @@ class Session:
         if not other.can_give(origin, self.span, self.prompts):
             return False
         tokens = origin.tokens
+        if not self.span.packable:
+            with torch.inference_mode():
+                self.plain = other.plain.fork()
+            self._go_back(tokens, other.mask)
         for index, row in enumerate(other.block_tables):
             twin = row.fork()
             twin.truncate(other.real_tokens(index, tokens))
@@ -188,11 +203,11 @@ class Session:
         self.epoch += self.length > 0 and (order is not None or position < self.length)
         if self.span.packable:
             self._rearrange_pages(rows, position, order)
-        else:
-            self._rearrange_plain(position, order)
         if order is not None and self.mask is not None:
             self.mask = self.mask[order]
         self.mask = None if self.mask is None or not position else self.mask[:, :position]
+        if not self.span.packable:
+            self._rearrange_plain(position, order)
 
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.block_tables
@@ -217,7 +232,19 @@ class Session:
         if position == 0:
             self.plain = self.span.new_cache()
         else:
-            self.plain.truncate(position)
+            self._go_back(position, self.mask)
+
+    def _go_back(self, position: int, mask: Tensor | None) -> None:
+        with torch.inference_mode():
+            self.span.go_back(self.plain, position, mask=mask, prompts=self.prompts)
+
+    def remember(self, rows: int, *, turn: bool) -> None:
+        """Take a snapshot of the rows' states, if one is due and room was reserved (`attention/snapshots.py`)."""
+        span = self.span
+        if not span.packable and span.remembers:
+            length = self.plain.get_seq_length()
+            if self._pages_of_own(rows, length, SNAPSHOTS) <= self.pages:
+                self.plain.remember(turn=turn)
 
     # --- its end ----------------------------------------------------------------------------------------
 
