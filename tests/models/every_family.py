@@ -57,6 +57,7 @@ UNEQUAL: dict[str, int] = {
     "moe_shared_expert_intermediate_size": 56,
     "word_embed_proj_dim": 48,
     "vocab_size": 96,
+    "unpadded_vocab_size": 96,
     "vocab_size_per_layer_input": 96,
     "hidden_size_per_layer_input": 7,
     "laurel_rank": 5,
