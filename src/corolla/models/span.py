@@ -35,8 +35,15 @@ from corolla.models.families import Structure, block_key_pattern, slice_config, 
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.parts import narrow_stand_ins, span_class
 from corolla.models.passage import Passage, WidePassage
-from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
-from corolla.models.trials import goes_one_by_one, masks_new_tokens, remembers
+from corolla.models.prompts import (
+    BlockHook,
+    DeepRows,
+    KeyValueForm,
+    PromptAdder,
+    packed_hooks,
+    prepend_mask,
+)
+from corolla.models.trials import cached_form, goes_one_by_one, masks_new_tokens, measured_bytes, remembers
 
 
 class Span:
@@ -74,6 +81,7 @@ class Span:
         self._latent = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
+        self._whole = self  # of which this is a view
 
     @property
     def config(self) -> PretrainedConfig:
@@ -132,7 +140,13 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        return Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
+        view = Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
+        view._whole = self._whole
+        return view
+
+    def by_block(self, prefix: Tensor) -> dict[int, Tensor]:
+        """A prefix [blocks, P, D] of these blocks by their indices in the whole model."""
+        return dict(zip(range(self.start, self.end), prefix, strict=True))
 
     def new_cache(self) -> SpanCache:
         """An empty cache for these blocks."""
@@ -151,8 +165,7 @@ class Span:
     @cached_property
     def remembers(self) -> bool:
         """Whether blocks have states, and snapshots bring them back."""
-        known = not self._empty_cache.keeps_everything and self._empty_cache.can_be_remembered
-        return known and remembers(self)
+        return self._empty_cache.has_known_states and remembers(self)
 
     def go_back(
         self, cache: SpanCache, length: int, *, mask: Tensor | None = None, prompts: Tensor | None = None
@@ -164,22 +177,22 @@ class Span:
             self.forward(again[0], mask=seen, positions=again[1], cache=cache, prompts=prompts)
 
     @cached_property
+    def key_values(self) -> KeyValueForm | None:
+        """What each block caches of a token, found out by running one; None where that is not keys and values of one
+        form, so that no prefix can stand for them."""
+        if self._whole is not self:
+            return self._whole.key_values
+        if not self.crossing.plain or not self._empty_cache.keeps_everything:
+            return None
+        return cached_form(self)
+
+    @cached_property
     def cache_bytes(self) -> tuple[int, int]:
         """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states.
 
         Where blocks remember states, what has passed is part of a token.
         """
-        cache, sizes = self.new_cache(), []
-        probe = torch.zeros(1, 1, self.width, dtype=self.dtype, device=self.device)
-        with torch.inference_mode():
-            self.forward(probe, cache=cache)
-            if self.remembers:
-                cache.remember(turn=True)
-            for _ in range(2):
-                sizes.append(cache.nbytes)
-                self.forward(probe, cache=cache)
-        token, passed = sizes[1] - sizes[0], probe.nbytes if self.remembers else 0
-        return token, sizes[0] - (token - passed)
+        return measured_bytes(self)
 
     def forward(
         self,
@@ -189,15 +202,21 @@ class Span:
         positions: Tensor | None = None,
         cache: SpanCache | None = None,
         prompts: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """What crosses the cut before block `start` to what does after block `end - 1`, [R, T, W] to [R, T, W'].
 
         Both are hidden states, of width H, for most families. `mask` [R, past+T], bool or integer, is 0 where a
         token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
         by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
-        hidden states, counted from the cache's beginning.
-        Differentiable in `hidden` and `prompts`.
+        hidden states, counted from the cache's beginning. `prefix` [blocks, P, D] stands before all tokens, which know nothing of it: mask, positions and the cache's
+        tokens are counted from behind it. Differentiable in `hidden`, `prompts` and `prefix`.
         """
+        if prefix is not None:
+            cache = self._begun_with(prefix, int(hidden.shape[0]), cache)
+            before = cache.prefix_length
+            mask = None if mask is None else prepend_mask(mask, before)
+            positions = None if positions is None else positions + before
         past = cache.get_seq_length() if cache is not None else 0
         if cache is not None and past and hidden.shape[1] > 1 and self._one_by_one:
             steps = []
@@ -226,6 +245,14 @@ class Span:
             cache.record(hidden, positions)
         return output
 
+    def _begun_with(self, prefix: Tensor, rows: int, cache: SpanCache | None) -> SpanCache:
+        """The cache, or a new one, with the prefix before its first token."""
+        cache = self.new_cache() if cache is None else cache
+        if not cache.get_seq_length():
+            assert self.key_values is not None  # `check_prefix` asked
+            cache.begin_with(prefix.to(self.device, self.dtype), rows, self.key_values)
+        return cache
+
     def forward_packed(
         self,
         hidden: Tensor,
@@ -248,8 +275,7 @@ class Span:
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            can = self.crossing.plain and not self._latent
-            self._compiled = (compile_blocks(self) if can else None,)
+            self._compiled = (compile_blocks(self) if self.crossing.plain and not self._latent else None,)
         return self._compiled[0]
 
     def run_packed(
@@ -263,7 +289,7 @@ class Span:
         """What `forward_packed` gives, always by the family's own code."""
         hooks: list[list[BlockHook]] = [] if deep is None else packed_hooks(deep)
         arguments: dict[str, Any] = {"position_ids": positions.unsqueeze(0), "use_cache": False}
-        if self._latent and batch.pool is not None:
+        if self._latent and batch.goes_on:
             arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
         with self._attention(PACKED), packed(batch):
             return self.run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)

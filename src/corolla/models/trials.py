@@ -1,4 +1,4 @@
-"""What a family's code does with states, found by trying a span with a few tokens."""
+"""What a family's code keeps of a sequence, and does with it, found by trying a span with a few tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention.span_cache import SpanCache
+from corolla.models.prompts import KeyValueForm
 
 
 class TriedSpan(Protocol):
-    """What is asked of the span (`models/span.py: Span`); its blocks have states."""
+    """What is asked of the span (`models/span.py: Span`)."""
 
     cache_name: str
     dtype: torch.dtype
@@ -21,6 +22,9 @@ class TriedSpan(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def remembers(self) -> bool: ...
 
     def new_cache(self) -> SpanCache: ...
 
@@ -67,6 +71,29 @@ def remembers(span: TriedSpan) -> bool:
         span.go_back(cache, 4)
         found = [span.forward(hidden[order][:, at : at + 1], cache=cache) for at in (4, 5)]
     return _close(span, torch.cat(found, 1)[order], torch.cat(wanted[1:], 1))
+
+
+def measured_bytes(span: TriedSpan) -> tuple[int, int]:
+    """Memory that a token takes in the caches of all blocks, and that of their states, once for a sequence."""
+    cache, sizes = span.new_cache(), []
+    probe = torch.zeros(1, 1, span.width, dtype=span.dtype, device=span.device)
+    with torch.inference_mode():
+        span.forward(probe, cache=cache)
+        if span.remembers:
+            cache.remember(turn=True)
+        for _ in range(2):
+            sizes.append(cache.nbytes)
+            span.forward(probe, cache=cache)
+    token, passed = sizes[1] - sizes[0], probe.nbytes if span.remembers else 0
+    return token, sizes[0] - (token - passed)
+
+
+def cached_form(span: TriedSpan) -> KeyValueForm | None:
+    """The form of what each block caches of a token, if it is one, and nothing else is cached."""
+    cache = span.new_cache()
+    with torch.inference_mode():
+        span.forward(torch.zeros(1, 1, span.width, dtype=span.dtype, device=span.device), cache=cache)
+    return cache.form
 
 
 def _noise(span: TriedSpan, rows: int, tokens: int) -> Tensor:

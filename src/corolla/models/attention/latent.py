@@ -83,10 +83,11 @@ def absorbed(attention: Any, latents: Tensor, rotary: Tensor) -> Absorbed:
     """Of a module whose weights do not change, for latents [1, 1, S, L] and rotary parts [1, 1, S, E] like these."""
     known = _known.get(attention)
     if known is None or known.keys.device != latents.device:
-        width, turned = latents.shape[-1], rotary.shape[-1]
-        keys, values = attention.expand_kv(_each(latents), latents.new_zeros(1, 1, width, turned))
-        more, _ = attention.expand_kv(latents.new_zeros(1, 1, turned, width), _each(rotary))
-        known = _known[attention] = Absorbed(torch.cat([keys[0], more[0]], 1), values[0].contiguous())
+        with torch.inference_mode(False), torch.no_grad():  # training may use them too
+            width, turned = latents.shape[-1], rotary.shape[-1]
+            keys, values = attention.expand_kv(_each(latents), latents.new_zeros(1, 1, width, turned))
+            more, _ = attention.expand_kv(latents.new_zeros(1, 1, turned, width), _each(rotary))
+            known = _known[attention] = Absorbed(torch.cat([keys[0], more[0]], 1), values[0].contiguous())
     return known
 
 

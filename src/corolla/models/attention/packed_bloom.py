@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corolla.models.attention.packing import Rules
+from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.registry import current_batch
 
 

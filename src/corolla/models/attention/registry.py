@@ -14,7 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models.attention.latent import absorbed
-from corolla.models.attention.packing import PackedBatch, Rules, Stretch, attend_one, side_by_side
+from corolla.models.attention.one_token_rows import Rules
+from corolla.models.attention.packing import PackedBatch, Stretch, attend_one, side_by_side
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"

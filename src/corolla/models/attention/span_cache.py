@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
+from corolla.models.prompts import KeyValueForm, as_prefix
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
@@ -47,6 +48,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._start = start
         self.rows = 0
         self._length = 0
+        self.prefix_length = 0  # positions before all tokens
         self._handed: dict[Handed, Tensor] = {}
         self._snapshots = Snapshots()
 
@@ -56,6 +58,36 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         whole = new if past is None else torch.cat([past, new], dim=one.form.tokens)
         self._handed[one] = whole
         return whole
+
+    def begin_with(self, prefix: Tensor, rows: int, form: KeyValueForm) -> None:
+        """An empty cache holds in each row what a prefix [blocks, P, D] says; differentiable."""
+        for layer, own in zip(self.layers[self._start :], prefix, strict=True):
+            keys, values = form.split(own)
+            layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        self.prefix_length = int(prefix.shape[1])
+        self.rows, self._length = rows, self.prefix_length
+
+    def read(self, tokens: int) -> Tensor:
+        """What the first `tokens` tokens of the first row have left, as a prefix fp32 [blocks, tokens, D]."""
+        first, last = self.prefix_length, self.prefix_length + tokens
+        own = self.layers[self._start :]
+        return torch.stack(
+            [as_prefix(one.keys[0, :, first:last], one.values[0, :, first:last]) for one in own]
+        )
+
+    @property
+    def form(self) -> KeyValueForm | None:
+        """Of what is cached, where that is keys and values of one form and nothing else."""
+        own = self.layers[self._start :]
+        if self.of_its_own or self._handed or any(type(one) is not DynamicLayer for one in own):
+            return None
+        forms = {KeyValueForm.of(one.keys, one.values) for one in own if one.is_initialized}
+        return forms.pop() if len(forms) == 1 and all(one.is_initialized for one in own) else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a row that are cached, behind the prefix."""
+        return self._length - self.prefix_length
 
     def record(self, hidden: Tensor, positions: Tensor | None) -> None:
         """A pass over new tokens [R, T, W] with these position ids is over."""
@@ -85,15 +117,15 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def reaches(self, length: int) -> bool:
         """Whether the cache can go on from its first `length` tokens."""
-        if not 0 < length < self._length or self.keeps_everything:
+        if not 0 < length < self.tokens or self.keeps_everything:
             return True
         return self._snapshots.before(length) is not None
 
     @property
-    def can_be_remembered(self) -> bool:
-        """Whether its layers are of kinds whose states `remember` knows how to keep."""
+    def has_known_states(self) -> bool:
+        """Whether there are states, in layers of kinds that `remember` knows."""
         known = (LinearAttentionLayer, DynamicLayer, DynamicIndexedLayer)
-        return all(
+        return not self.keeps_everything and all(
             isinstance(one, known) and not isinstance(one, DynamicSlidingWindowLayer) for one in self.layers
         )
 
@@ -154,8 +186,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def truncate(self, length: int) -> None:
         """Forget what stands at position `length`, which is not 0, and behind; for what has no states."""
-        if length < self._length:
-            self._cut(length)
+        if length < self.tokens:
+            self._cut(self.prefix_length + length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
