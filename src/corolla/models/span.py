@@ -154,7 +154,6 @@ class Span:
 
     @cached_property
     def _one_by_one(self) -> bool:
-        """Whether states are continued by one token at a time only."""
         return not self._empty_cache.keeps_everything and goes_one_by_one(self)
 
     @cached_property
@@ -171,8 +170,7 @@ class Span:
         self, cache: SpanCache, length: int, *, mask: Tensor | None = None, prompts: Tensor | None = None
     ) -> None:
         """Have a cache that reaches there hold its first `length` tokens, not 0; mask and prompts as for `forward`."""
-        again = cache.go_back(length)
-        if again is not None:
+        if (again := cache.go_back(length)) is not None:
             seen = None if mask is None else mask[:, :length].to(self.device)
             self.forward(again[0], mask=seen, positions=again[1], cache=cache, prompts=prompts)
 
@@ -209,8 +207,9 @@ class Span:
         Both are hidden states, of width H, for most families. `mask` [R, past+T], bool or integer, is 0 where a
         token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
         by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
-        hidden states, counted from the cache's beginning. `prefix` [blocks, P, D] stands before all tokens, which know nothing of it: mask, positions and the cache's
-        tokens are counted from behind it. Differentiable in `hidden`, `prompts` and `prefix`.
+        hidden states, counted from the cache's beginning. `prefix` [blocks, P, D] stands before all tokens, which know
+        nothing of it: mask, positions and the cache's tokens are counted from behind it. Differentiable in `hidden`,
+        `prompts` and `prefix`.
         """
         if prefix is not None:
             cache = self._begun_with(prefix, int(hidden.shape[0]), cache)
