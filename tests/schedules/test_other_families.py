@@ -29,11 +29,15 @@ FIRST, EACH, NIGHTLY = 7_000, 3, 60
 
 
 def of_family(family: str, seed: int) -> Schedule:
-    """The schedule of a seed, with other clients; prompts are in front of the tokens only, if there are any."""
+    """The schedule of a seed, with other clients.
+
+    Prompts are in front of the tokens only, and there are none where a family makes more of ids than of embeddings,
+    which are all that the reference gives it.
+    """
     found = plan(seed)
+    mode = None if family == "gemma3n_text" else "ptune"
     clients = tuple(
-        replace(one, family=family, mode="ptune" if one.mode == "deep_ptune" else one.mode)
-        for one in found.clients
+        replace(one, family=family, mode=None if one.mode is None else mode) for one in found.clients
     )
     servers = tuple(replace(one, bundles=False) for one in found.servers)
     return replace(found, clients=clients, servers=servers)

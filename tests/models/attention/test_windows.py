@@ -334,8 +334,8 @@ def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:
     """A table's first token is taken for the sequence's first."""
     prepare = Segment.prepare
 
-    def whole(self: Segment) -> None:
-        prepare(self)
+    def whole(self: Segment, before: int = 0) -> None:
+        prepare(self, before)
         for part in self.parts:
             part.past = self.past
 

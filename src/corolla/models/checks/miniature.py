@@ -77,9 +77,7 @@ SMALL: dict[str, int] = {
 # Of those, what is left as it is where it is smaller: few heads of an indexer give many equal scores.
 AT_MOST = ("num_experts_per_tok", "index_n_heads")
 # How many tokens something reaches, by whatever name a family has for it: the check's sequences go beyond.
-REACH = re.compile(
-    r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent|floor|floor_scale)$"
-)
+REACH = re.compile(r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent)$")
 REACHED = 4
 # Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
 RECURRENT = {
@@ -133,8 +131,8 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
     for name in ("num_key_value_heads", "num_kv_heads"):
-        if (keys := getattr(config, name, None)) is not None:
-            setattr(small, name, max(min(2, keys), small.num_attention_heads // ratio))
+        if getattr(config, name, None) is not None:
+            setattr(small, name, max(1, small.num_attention_heads // ratio))
     if isinstance(sizes := getattr(small, "intermediate_size", None), list):
         small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
