@@ -15,13 +15,14 @@ from transformers import DeepseekV3Config
 from corolla.models.attention.latent import Absorbed, latent_blocks
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool
+from corolla.models.attention.prefixes import put
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import can_pack, split_miniature
 from corolla.models.families import structure
 from corolla.models.span import Span, load_span
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu")
-LENGTHS = (11, 6)
+LENGTHS, PREFIX = (11, 6), 3
 PUBLISHED = DeepseekV3Config(
     hidden_size=64, num_hidden_layers=1, intermediate_size=32, first_k_dense_replace=1, vocab_size=8
 )
@@ -73,6 +74,26 @@ def test_both_forms_give_the_same(monkeypatch: pytest.MonkeyPatch, spans: list[S
         in_packed_steps(spans[-1], hidden), alone(spans[-1], hidden), atol=1e-4, rtol=1e-4
     )
     assert can_pack(spans)
+
+
+def test_a_prefix_stands_before_latents(spans: list[Span]) -> None:
+    span, hidden = spans[-1], inputs(spans[-1])
+    assert span.key_values is not None
+    prefix = torch.randn(len(span.blocks), PREFIX, span.key_values.width).requires_grad_()
+    places = torch.cat([torch.arange(PREFIX, PREFIX + len(one)) for one in hidden])
+    wanted = torch.cat([span.forward(one[None], prefix=prefix)[0] for one in hidden])
+    trained = PackedBatch(segments_of(LENGTHS), prefix=span.by_block(prefix))
+    found = span.run_packed(torch.cat(hidden), trained, positions=places)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    weight = torch.randn(wanted.shape)
+    gradients = [torch.autograd.grad((one * weight).sum(), [prefix])[0] for one in (found, wanted)]
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+    with torch.inference_mode():
+        pool = pool_of(span)
+        rows = [put(span.by_block(prefix.detach()), span.key_values, pool) for _ in hidden]
+        cached = PackedBatch(segments_of(LENGTHS, rows), pool)
+        found = span.run_packed(torch.cat(hidden), cached, positions=places)
+    torch.testing.assert_close(found, wanted.detach(), atol=1e-4, rtol=1e-4)
 
 
 def not_rotated(batch: Any, block: int, latent: Tensor, rotary: Tensor) -> None:
