@@ -181,7 +181,7 @@ class PackedBatch:
             latents, rotary = (side.transpose(0, 1).unsqueeze(0) for side in (latents, rotary))
             return [(one, one.cached(latents), one.cached(rotary)) for one in table.parts]
         both = [
-            (one, *(side.narrow(2, one.begin, one.count) for side in (latents, rotary)))
+            (one, latents.narrow(2, one.begin, one.count), rotary.narrow(2, one.begin, one.count))
             for one in table.parts
         ]
         if self._prefix is None:

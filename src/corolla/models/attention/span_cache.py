@@ -160,7 +160,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def _states(self) -> list[dict[str, Any]]:
         """Everything that blocks keep but keys and values, which can be cut off."""
-        found = []
+        found: list[dict[str, Any]] = []
         for holder in self._holders():
             if holder is vars(self):
                 found.append(
