@@ -69,7 +69,8 @@ def _attend_latents(
     query = query.narrow(2, one.begin, one.count)
     short = absorbed(attention, latents, rotary)
     if not short.pays(one.count, int(latents.shape[2])):
-        return attend_one(query, *attention.expand_kv(latents, rotary), one, rules)
+        keys, values = attention.expand_kv(latents, rotary)
+        return attend_one(query, keys, values, one, rules)
     rules = replace(rules, scale=query.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
     both = torch.cat([latents, rotary], -1)
     return short.outputs(attend_one(short.queries(query), both, latents, one, rules))

@@ -160,17 +160,10 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def _states(self) -> list[dict[str, Any]]:
         """Everything that blocks keep but keys and values, which can be cut off."""
-        found: list[dict[str, Any]] = []
-        for holder in self._holders():
-            if holder is vars(self):
-                found.append(
-                    {name: one for name, one in holder.items() if isinstance(one, list) and name != "layers"}
-                )
-            elif "conv_states" in holder:
-                found.append({name: one for name, one in holder.items() if name not in ("keys", "values")})
-            else:
-                found.append({})
-        return found
+        lists = {name: one for name, one in vars(self).items() if isinstance(one, list) and name != "layers"}
+        layers = [vars(one) if "conv_states" in vars(one) else {} for one in self.layers[self._start :]]
+        rest = [{name: one for name, one in own.items() if name not in ("keys", "values")} for own in layers]
+        return [lists, *rest] if self.of_its_own else rest
 
     def _cut(self, length: int) -> None:
         """Cut off keys and values."""
