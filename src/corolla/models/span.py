@@ -21,6 +21,7 @@ from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PackedBatch
+from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.registry import PACKED, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
@@ -38,7 +39,6 @@ from corolla.models.passage import Passage, WidePassage
 from corolla.models.prompts import (
     BlockHook,
     DeepRows,
-    KeyValueForm,
     PromptAdder,
     packed_hooks,
     prepend_mask,

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.span_cache import SpanCache
-from corolla.models.prompts import KeyValueForm
 
 
 class TriedSpan(Protocol):

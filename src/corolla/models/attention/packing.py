@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
-from corolla.models.prompts import KeyValueForm
+from corolla.models.attention.prefixes import KeyValueForm
 
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 

@@ -25,10 +25,10 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from corolla.models.attention.prefixes import KeyValueForm, as_prefix
 from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
-from corolla.models.prompts import KeyValueForm, as_prefix
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
