@@ -45,6 +45,7 @@ from corolla.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
+    from corolla.tuning.evaluate import Difference, Evaluation
     from corolla.tuning.tune import TuneResult
 
 MODES = ("ptune", "deep_ptune")
@@ -274,13 +275,15 @@ def train_and_report(
         if again is not None:
             say_plainly(f"Go on with\n  {again}")
         raise typer.Exit(130)
-    console.print(result_table(result))
+    words = f"{result.steps} steps in {result.seconds:.0f} s"
+    if result.best_step != result.steps:
+        words = f"after step {result.best_step}, the best of {words}"
+    console.print(result_table(result.before, result.after, result.difference, words))
     return result
 
 
-def result_table(result: TuneResult) -> RenderableType:
-    """Held-out losses before and after, with the interval of their difference."""
-    before, after, change = result.before, result.after, result.difference
+def result_table(before: Evaluation, after: Evaluation, change: Difference, words: str) -> RenderableType:
+    """Held-out losses of the base model and the tuned one, with the interval of their difference; `words` below."""
     table = Table(title="Held-out conversations", title_justify="left", title_style="bold")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
@@ -291,7 +294,7 @@ def result_table(result: TuneResult) -> RenderableType:
     )
     for name, old, new, form in rows:
         table.add_row(name, format(old, form), format(new, form), format(new - old, "+" + form))
-    words = f"{result.steps} steps in {result.seconds:.0f} s, {before.conversations} held-out conversations"
+    words += f", {before.conversations} held-out conversations"
     if change.low is not None and change.high is not None:
         words += (
             f"; change of the replies' loss, paired 95 % interval: {change.low:+.3f} to {change.high:+.3f}"
@@ -301,9 +304,9 @@ def result_table(result: TuneResult) -> RenderableType:
 
 def show_next_step(out: Path, peers: Sequence[str] | None) -> None:
     """Where the bundle is, and how to chat with it."""
-    from corolla.tuning.bundle import CURVE_FILE
+    from corolla.tuning.report import REPORT_FILE
 
-    say_plainly(f"Bundle: {out}   loss curve: {out / CURVE_FILE}")
+    say_plainly(f"Bundle: {out}   what came of it: {out / REPORT_FILE}")
     join = [part for address in peers or () for part in ("--peers", address)]
     say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(out), *join])}")
 

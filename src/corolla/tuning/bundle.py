@@ -8,7 +8,8 @@ to the model that `bundle.json` names.
     bundle.json      model, rendering, stop, sampling, training arguments, metrics
     metrics.jsonl    one line a logged step
     loss.png         the loss curve
-    README.md        how to use it, here and elsewhere
+    report.html      see `report.py`
+    README.md        how to use it, here and elsewhere; see `card.py`
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ def save_bundle(
     config: PretrainedConfig,
     history: Sequence[dict[str, float]],
     overwrite: bool = False,
+    pages: Mapping[str, str] | None = None,
 ) -> None:
     """Write a bundle as the folder `out`. Raises `BundleError`, and leaves what was there, when it cannot.
 
-    `history` is a line of figures a logged step: "step", and "loss" or "eval_loss".
+    `history` is a line of figures a logged step: "step", and "loss" or "eval_loss"; `pages` are further files by
+    name, for people to read.
     """
     temporary: Path | None = None
     try:
@@ -102,7 +105,8 @@ def save_bundle(
             identity=bundle.model.identity,
             revision=bundle.model.revision,
         )
-        write_atomically(temporary / CARD_FILE, _card(bundle, config).encode())
+        for name, text in (pages or {}).items():
+            write_atomically(temporary / name, text.encode())
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_atomically(temporary / METRICS_FILE, lines.encode())
         draw_curve(history, temporary / CURVE_FILE, title=f"{bundle.model.name}, {bundle.mode}")
@@ -114,31 +118,6 @@ def save_bundle(
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _card(bundle: Bundle, config: PretrainedConfig) -> str:
-    """How to use the bundle, for whoever finds the folder."""
-    name, base = bundle.model.name, config._name_or_path or bundle.model.name
-    lines = [
-        f"A prompt of {bundle.prompt_tokens} tokens ({bundle.mode}) for the language model `{name}` (identity "
-        f"{bundle.model.identity[:12]}), trained with Corolla {__version__}.\n",
-        "Through a swarm that serves this model: `corolla chat THIS_FOLDER --peers …`, or "
-        f'`AutoDistributedModelForCausalLM.from_pretrained("{name}", initial_peers=[…], prompts="THIS_FOLDER")`.\n',
-    ]
-    if bundle.mode == "ptune":
-        lines.append(
-            "On a machine that holds the whole model, with peft: "
-            '`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")`, or '
-            '`AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")` where `base_model_name_or_path` of '
-            f"{PEFT_CONFIG} names a model that can be loaded there.\n"
-        )
-    if base != name:
-        lines.append(
-            f"`{name}` is no name of the Hugging Face hub. Where Corolla can open it, "
-            f'`corolla.load_tokenizer("{name}").name_or_path` '
-            "is a folder with the same weights that everything else can load: use it as BASE.\n"
-        )
-    return "\n".join(lines)
 
 
 def _put_in_place(temporary: Path, out: Path, overwrite: bool) -> None:
