@@ -62,7 +62,7 @@ class EvalJob:
 def evaluate(
     *,
     context: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    bundle: Annotated[str, typer.Argument(help="Folder of a bundle, or its name on the hub.")],
     peers: PeersOption = None,
     job: Annotated[dict[str, Any], Fields(EvalJob)],
     token: TokenOption = None,
@@ -80,18 +80,19 @@ def evaluate(
     from corolla.tuning.bundle import load_bundle
 
     to_do = EvalJob(**job)
-    described = load_bundle(bundle)
-    to_do, held_out_only = _data_of(described, to_do)
-    prepared = _prepare(described, to_do, token, cache_dir, held_out_only=held_out_only)
+    described = load_bundle(bundle, token=token)
+    folder = described.folder or Path(bundle)
+    to_do, held_out_only = chosen_data(described, to_do)
+    prepared = prepare_evaluated(described, to_do, token, cache_dir, held_out_only=held_out_only)
     options = SwarmConfig(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
-    partner = find_partner(str(bundle))
+    partner = find_partner(str(folder))
     options = replace(options, identity=client_identity(identity, invite))
     options = chosen_swarm(options, partner, None, partial(typed, context))
     with (
         joined(options.peers, partner.model, partner.revision, cache_dir) as addresses,
         AutoDistributedModelForCausalLM.from_pretrained(
             partner.model,
-            prompts=bundle,
+            prompts=folder,
             revision=partner.revision,
             token=token,
             dtype=dtype,
@@ -99,7 +100,7 @@ def evaluate(
             **replace(options, peers=tuple(addresses)).arguments(),
         ) as model,
     ):
-        evaluate_and_report(model, described, prepared, to_do, bundle)
+        evaluate_and_report(model, described, prepared, to_do, folder)
 
 
 def evaluate_and_report(
@@ -128,15 +129,22 @@ def evaluate_and_report(
     say_plainly(f"Page: {job.out}")
 
 
-def _data_of(bundle: Bundle, job: EvalJob) -> tuple[EvalJob, bool]:
+def chosen_data(bundle: Bundle, job: EvalJob) -> tuple[EvalJob, bool]:
     """What to read, and whether only what the training held out of it may be looked at. Raises `UsageError`."""
     trained: Mapping[str, Any] = bundle.training
-    if job.data is not None and job.data != trained.get("data"):
+    if job.data is not None and not _same_data(job.data, trained.get("data")):
         return job, False
     if not isinstance(trained.get("data"), str):
         raise UsageError("The bundle does not say what it was trained on: give --data.")
     names = ("data", "speaker", "persona", "split")
     return replace(job, **{name: trained.get(name) or getattr(job, name) for name in names}), True
+
+
+def _same_data(one: str, other: Any) -> bool:
+    """Whether both names mean one source: a file has many."""
+    if not isinstance(other, str) or not (Path(one).exists() and Path(other).exists()):
+        return one == other
+    return Path(one).samefile(other)
 
 
 def _settings_of(bundle: Bundle, job: EvalJob) -> TuneSettings:
@@ -155,9 +163,10 @@ def _settings_of(bundle: Bundle, job: EvalJob) -> TuneSettings:
     )
 
 
-def _prepare(
+def prepare_evaluated(
     bundle: Bundle, job: EvalJob, token: str | None, cache_dir: Path | None, *, held_out_only: bool
 ) -> Prepared:
+    """Read and render the conversations; says what was found. Raises `DataError`."""
     from corolla.data.sources import load_conversations
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.models.checkpoints.pretrained import load_tokenizer

@@ -32,7 +32,7 @@ from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.native import library
 from corolla.models.numerics import choose_dtype, dtype_name
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import BlockVectors, Prompt
 from corolla.models.span import Span
 from corolla.models.stepwise import load_prepared
 from corolla.server.block_server import BlockServer
@@ -89,7 +89,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], 
 async def _serve_span(
     config: ServerConfig,
     node: Node,
-    prompts: list[Entering],
+    prompts: list[Entering | BlockVectors],
     span: Span,
     checkpoint: Checkpoint,
     stop: asyncio.Event,
@@ -150,7 +150,7 @@ class OpenedModel:
     device: torch.device
     packable: bool
     quantization: str
-    prompts: list[SoftPrompt] = field(default_factory=list)  # of the bundles
+    prompts: list[Prompt] = field(default_factory=list)  # of the bundles
 
 
 def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
@@ -218,7 +218,7 @@ def _widened(opened: OpenedModel, span: Span) -> str:
     )
 
 
-def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering]:
+def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering | BlockVectors]:
     """The bundles' prompts where the server's first block begins. Raises `CheckpointError`."""
     if opened.prompts:
         say("Computing the bundles' prompts for all who chat with them")

@@ -77,6 +77,17 @@ class Bundle:
         del content["folder"]
         return {"format": FORMAT_VERSION, "corolla": __version__, **content}
 
+    def push_to_hub(self, name: str, *, token: str | None = None, private: bool = False) -> str:
+        """Share it as the repository `name` on the Hugging Face hub; gives its address.
+
+        Without the swarm's addresses. Raises `UsageError`, and `BundleError` when the hub does not take it.
+        """
+        from corolla.tuning.sharing import push_bundle
+
+        if self.folder is None:
+            raise UsageError("This bundle is in no folder yet: read it with corolla.load_bundle(FOLDER).")
+        return push_bundle(self, self.folder, name, token=token, private=private)
+
 
 def save_bundle(
     out: Path,
@@ -156,12 +167,19 @@ def clear_leftovers(out: Path) -> None:
         raise BundleError(f"{out.parent} cannot be written: {error.strerror or error}.") from error
 
 
-def load_bundle(folder: str | Path) -> Bundle:
-    """Read and check a bundle's description. Raises `BundleError` with one sentence."""
+def load_bundle(folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Bundle:
+    """Read and check a bundle's description: of a folder, or of a repository on the hub, such as `user/name`.
+
+    Raises `BundleError` with one sentence.
+    """
+    if not Path(folder).exists():
+        from corolla.tuning.sharing import fetch_bundle
+
+        folder = fetch_bundle(str(folder), revision=revision, token=token) or folder
     folder = Path(folder)
     path = folder / BUNDLE_FILE
     if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder, so it is not a bundle.")
+        raise BundleError(f"{folder} is no folder and no bundle on the hub.")
     if not path.is_file():
         raise BundleError(
             f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."

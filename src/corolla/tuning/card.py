@@ -62,7 +62,7 @@ def model_card(bundle: Bundle, base: str, place: str = "THIS_FOLDER") -> str:
 
 
 def _front_matter(bundle: Bundle) -> list[str]:
-    kind = {"library_name": "peft"} if bundle.mode == "ptune" else {}
+    kind = {} if bundle.mode == "deep_ptune" else {"library_name": "peft"}
     base = {"base_model": bundle.model.name} if HUB_NAME.fullmatch(bundle.model.name) else {}
     fields = {**base, **kind, "tags": ["corolla", "prompt-tuning"], "pipeline_tag": "text-generation"}
     # JSON is YAML, whatever is in a name.
@@ -70,7 +70,7 @@ def _front_matter(bundle: Bundle) -> list[str]:
 
 
 def _with_peft(bundle: Bundle, base: str, place: str) -> list[str]:
-    if bundle.mode != "ptune":
+    if bundle.mode == "deep_ptune":
         return []
     lines = [
         "On a machine that holds the whole model, with peft: "

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from corolla.errors import NonFiniteLoss
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import Prompt
 from corolla.tuning.evaluate import Evaluation
 
 ADVICE = "try a lower --lr (such as 1e-3), --prompt-init vocab, and servers and client in float32"
@@ -84,7 +84,7 @@ class Best:
 class Course(TrainerCallback):  # type: ignore[misc]
     """Watches losses; `scale` is what the learning rate is multiplied with, halved each time the run falls back."""
 
-    def __init__(self, prompt: SoftPrompt, *, patience: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, prompt: Prompt, *, patience: int | None, say: Callable[[str], None]) -> None:
         """`patience` is how many evaluations in a row may bring nothing better (None: any number)."""
         self.scale = 1.0
         self.times = 0

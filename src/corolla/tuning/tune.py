@@ -215,7 +215,7 @@ def _what_is_trained(
 def _for_prompt(model: Any, settings: TuneSettings) -> TuneSettings:
     if model.prompts is None:
         raise UsageError(
-            "The model has no prompt to train: load it with tuning_mode='ptune' or 'deep_ptune'."
+            "The model has no prompt to train: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix'."
         )
     return settings.for_mode(model.prompts.mode)
 

@@ -35,7 +35,7 @@ from corolla.errors import UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checks.forms import crossing_of, needs_ids, reads_flat_rows, values_returned
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import Prompt, prefix_length, sent_length
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
 
 
@@ -58,7 +58,8 @@ class SessionCaches:
         new = partial(model.new_session, ContextVar("unused"), max_length=None)
         return RemoteCache(
             session,
-            prompt_length=0 if model.prompts is None else model.prompts.length,
+            prompt_length=sent_length(model.prompts),
+            prefix_length=prefix_length(model.prompts),
             max_length=None,
             owner=model.blocks,
             fork=lambda cache: go_on_from(cache, new, session.chain).cache,
@@ -78,7 +79,7 @@ def in_swarm(family: Any) -> Any:
                     "initial_peers=[…]), or transformers' own from_config for one without a swarm."
                 )
             super().__init__(config)
-            self.prompts: SoftPrompt | None = None
+            self.prompts: Prompt | None = None
             self._noted = Noted()
             self._revision: str | None = None
             self._blocks = RemoteBlocks(
@@ -117,7 +118,7 @@ def in_swarm(family: Any) -> Any:
             """The blocks in the swarm; `model.blocks[i:j](hidden)` runs some of them."""
             return self._blocks
 
-        def _get_prompts(self) -> SoftPrompt | None:
+        def _get_prompts(self) -> Prompt | None:
             return self.prompts
 
         def inference_session(self, max_length: int | None = None) -> InferenceSession:
