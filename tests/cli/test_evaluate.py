@@ -52,7 +52,6 @@ def test_a_bundle_is_evaluated_as_its_training_did(
 
         page = tmp_path / "page.html"
         again = evaluated(EvalJob(examples=7, batch_size=3, out=page))
-        assert again.fingerprint().isalnum()
         assert [one.input_ids for one in again.held_out] == [one.input_ids for one in prepared.held_out]
         said = capsys.readouterr().out
         assert f"{made.before.reply_loss:.3f}" in said

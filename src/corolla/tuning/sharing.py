@@ -6,7 +6,6 @@ only the files that a bundle has.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -113,8 +112,8 @@ def fetch_bundle(
         return None
     folder = first.parent
     try:
-        deep = json.loads(first.read_text(encoding="utf-8")).get("mode") == "deep_ptune"
-    except (OSError, ValueError, AttributeError) as error:
+        deep = load_object(first).get("mode") == "deep_ptune"
+    except (OSError, ValueError) as error:
         raise BundleError(f"The {BUNDLE_FILE} of {name} cannot be read.") from error
     needed = (PROMPT_FILE, DEEP_WEIGHTS) if deep else (PROMPT_FILE, PEFT_WEIGHTS, PEFT_CONFIG)
     for file in (*needed, METRICS_FILE):
