@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,46 +36,21 @@ from corolla.models.checkpoints.prompt_files import (
     read_prompt_info,
     save_prompt,
 )
-from corolla.models.prompts import SoftPrompt
-from corolla.version import __version__
+from corolla.models.prompts import Prompt
+from corolla.tuning.described import BUNDLE_FILE as BUNDLE_FILE
+from corolla.tuning.described import CARD_FILE as CARD_FILE
+from corolla.tuning.described import CURVE_FILE as CURVE_FILE
+from corolla.tuning.described import FORMAT_VERSION, Described, smoothed
+from corolla.tuning.described import METRICS_FILE as METRICS_FILE
+from corolla.tuning.described import SAMPLING as SAMPLING
+from corolla.tuning.described import ModelInfo as ModelInfo
 
-BUNDLE_FILE = "bundle.json"
-METRICS_FILE = "metrics.jsonl"
-CURVE_FILE = "loss.png"
-CARD_FILE = "README.md"
-FORMAT_VERSION = 1
 RAW, SMOOTH, HELD_OUT = "#9db8d9", "#1f5fa8", "#c8501e"  # colours of the curve
-SAMPLING = {"temperature": 0.6, "top_k": 100, "max_new_tokens": 64}
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """Which model a prompt was trained for; `identity` as in `Checkpoint.identity`."""
-
-    name: str
-    identity: str
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(Described):
     """What `bundle.json` says; the prompt itself is read with `from_pretrained(..., prompts=folder)`."""
-
-    model: ModelInfo
-    mode: str
-    prompt_tokens: int
-    rendering: RenderSettings
-    stop: dict[str, Any]
-    training: dict[str, Any]
-    metrics: dict[str, Any]
-    sampling: dict[str, Any] = field(default_factory=lambda: dict(SAMPLING))
-    folder: Path | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `bundle.json`."""
-        content = asdict(self)
-        del content["folder"]
-        return {"format": FORMAT_VERSION, "corolla": __version__, **content}
 
     def push_to_hub(self, name: str, *, token: str | None = None, private: bool = False) -> str:
         """Share it as the repository `name` on the Hugging Face hub; gives its address.
@@ -92,7 +67,7 @@ class Bundle:
 def save_bundle(
     out: Path,
     bundle: Bundle,
-    prompt: SoftPrompt,
+    prompt: Prompt,
     *,
     config: PretrainedConfig,
     history: Sequence[dict[str, float]],
@@ -283,14 +258,3 @@ def _draw_held_out(axes: Any, points: list[tuple[int, float]]) -> None:
             ha="center",
             color=HELD_OUT,
         )
-
-
-def smoothed(values: Sequence[float], weight: float = 0.85) -> list[float]:
-    """An exponential mean without the bias towards its beginning."""
-    total = norm = 0.0
-    result = []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result

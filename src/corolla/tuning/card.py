@@ -13,7 +13,7 @@ from typing import Any
 
 from corolla.models.checkpoints.prompt_files import PEFT_CONFIG
 from corolla.text import one_line, printable
-from corolla.tuning.bundle import Bundle
+from corolla.tuning.described import Described
 from corolla.tuning.report import again_command, chat_command, figures, replies, summary, verdict
 from corolla.version import __version__
 
@@ -21,7 +21,7 @@ EXCHANGES = 3
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(bundle: Bundle, base: str, place: str = "THIS_FOLDER") -> str:
+def model_card(bundle: Described, base: str, place: str = "THIS_FOLDER") -> str:
     """Markdown with the hub's front matter.
 
     `base` is where the whole model can be loaded from, `place` what `corolla chat` is to be given.
@@ -61,7 +61,7 @@ def model_card(bundle: Bundle, base: str, place: str = "THIS_FOLDER") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(bundle: Bundle) -> list[str]:
+def _front_matter(bundle: Described) -> list[str]:
     kind = {} if bundle.mode == "deep_ptune" else {"library_name": "peft"}
     base = {"base_model": bundle.model.name} if HUB_NAME.fullmatch(bundle.model.name) else {}
     fields = {**base, **kind, "tags": ["corolla", "prompt-tuning"], "pipeline_tag": "text-generation"}
@@ -69,7 +69,7 @@ def _front_matter(bundle: Bundle) -> list[str]:
     return ["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---", ""]
 
 
-def _with_peft(bundle: Bundle, base: str, place: str) -> list[str]:
+def _with_peft(bundle: Described, base: str, place: str) -> list[str]:
     if bundle.mode == "deep_ptune":
         return []
     lines = [

@@ -20,7 +20,7 @@ from corolla.errors import BundleError
 from corolla.files import write_atomically
 from corolla.json_files import parse
 from corolla.text import printable
-from corolla.tuning.bundle import METRICS_FILE, Bundle, smoothed
+from corolla.tuning.described import METRICS_FILE, Described, smoothed
 from corolla.tuning.settings import TuneSettings
 from corolla.version import __version__
 
@@ -38,7 +38,7 @@ UNSAID = "(nothing)"
 
 
 def report_page(
-    bundle: Bundle, history: Sequence[Mapping[str, Any]], place: str, *, evaluated_on: str | None = None
+    bundle: Described, history: Sequence[Mapping[str, Any]], place: str, *, evaluated_on: str | None = None
 ) -> str:
     """The page, of what a bundle says of itself and its log.
 
@@ -87,7 +87,7 @@ def chat_command(place: str) -> str:
     return shlex.join(["corolla", "chat", place])
 
 
-def again_command(bundle: Bundle) -> str:
+def again_command(bundle: Described) -> str:
     """The command whose run would come to the same bundle."""
     said = bundle.training
     words = ["corolla", "tune", bundle.model.name, "--mode", bundle.mode]
@@ -126,7 +126,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     return f"{'Worse' if low > 0 else 'No clear change'} {among}: {interval}."
 
 
-def summary(bundle: Bundle) -> str:
+def summary(bundle: Described) -> str:
     """How it was trained, in half a sentence or more."""
     steps, best = bundle.training.get("steps"), bundle.metrics.get("step")
     parts = [f"{bundle.mode}, {bundle.prompt_tokens} prompt tokens"]
@@ -143,7 +143,7 @@ def summary(bundle: Bundle) -> str:
     return "; ".join(parts)
 
 
-def figures(bundle: Bundle) -> Iterator[dict[str, str]]:
+def figures(bundle: Described) -> Iterator[dict[str, str]]:
     """Held-out losses: `name`, `before`, `after` and `change`."""
     before, after = (_mapping(bundle.metrics.get(name)) for name in ("before", "after"))
     for name, key, form in ROWS:

@@ -26,8 +26,8 @@ from corolla.json_files import load_object
 from corolla.models.checkpoints.hub import hub_answers
 from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, PROMPT_FILE
 from corolla.text import one_line
-from corolla.tuning.bundle import BUNDLE_FILE, CARD_FILE, CURVE_FILE, METRICS_FILE, Bundle
 from corolla.tuning.card import model_card
+from corolla.tuning.described import BUNDLE_FILE, CARD_FILE, CURVE_FILE, METRICS_FILE, Described
 from corolla.tuning.report import REPORT_FILE
 
 AS_THEY_ARE = (PROMPT_FILE, PEFT_WEIGHTS, DEEP_WEIGHTS, METRICS_FILE, CURVE_FILE, REPORT_FILE)
@@ -43,7 +43,7 @@ def check_push(name: str, token: str | None) -> None:
 
 
 def push_bundle(
-    bundle: Bundle,
+    bundle: Described,
     folder: Path,
     name: str,
     *,
@@ -71,7 +71,7 @@ def push_bundle(
     return str(address)
 
 
-def _write_copy(bundle: Bundle, folder: Path, copy: Path, name: str) -> None:
+def _write_copy(bundle: Described, folder: Path, copy: Path, name: str) -> None:
     for file in AS_THEY_ARE:
         if (folder / file).is_file():
             shutil.copyfile(folder / file, copy / file)

@@ -88,7 +88,7 @@ def test_a_client_that_misreads_its_blocks_is_refused(
     wrong: str, tuples: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gpt_neo's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
-    monkeypatch.setattr(causal_lm, "values_returned", lambda _config: int(tuples))
+    monkeypatch.setattr(distributed, "values_returned", lambda _config: int(tuples))
     right = "gpt_neo" if tuples else "llama"
     for family in (right, wrong):
         config = AutoConfig.for_model(family)
