@@ -14,7 +14,7 @@ from tests.tiny_models import FAMILIES, tiny_config
 from transformers import AutoConfig
 
 from corolla.client import local_blocks
-from corolla.client.model import causal_lm, startcheck
+from corolla.client.model import distributed, startcheck
 from corolla.client.model.causal_lm import distributed_class
 from corolla.client.model.startcheck import TESTED, check_generation
 from corolla.errors import UnsupportedFamily
