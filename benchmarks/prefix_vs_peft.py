@@ -5,6 +5,7 @@ vocabulary), see the same batches in the same order and take the same steps. Pri
 the time, what travelled in a step, and how far the prefixes are apart.
 
     python benchmarks/prefix_vs_peft.py --steps 12 --runs corolla,peft,ptune
+    python benchmarks/prefix_vs_peft.py --runs first   # a chat's first token behind a prefix of 512 tokens
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ from corolla.tuning.settings import TuneSettings
 from corolla.tuning.trainer import training_arguments
 
 SLOW_LINE = 100e6 / 8  # bytes a second
+LONG, TURN, REPEATS = 512, 32, 7  # tokens of a prefix and of a chat's first turn
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,32 @@ def with_corolla(
         return Outcome(*found, numbers, values, each)
 
 
+def first_tokens(options: Any) -> str:
+    """How long a chat's first token takes behind a prefix that the servers know, beside one without."""
+    with (
+        local_swarm(options.model) as swarm,
+        AutoDistributedModelForCausalLM.from_pretrained(
+            options.model, initial_peers=swarm.peers, tuning_mode="prefix", pre_seq_len=LONG
+        ) as model,
+    ):
+        prompts, ids = model.prompts, torch.randint(100, 10_000, (1, TURN))
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for turn in range(2 * (1 + REPEATS)):
+            prefixed = bool(turn % 2)
+            model.prompts = prompts if prefixed else None
+            begun = time.monotonic()
+            with model.inference_session() as session:
+                model.generate(ids, max_new_tokens=1, do_sample=False, session=session)
+                if turn > 1:  # the first ones bring the prefix to the servers, and wake them
+                    seconds[prefixed].append(time.monotonic() - begun)
+            ids = torch.randint(100, 10_000, (1, TURN))
+    without, behind = (median(seconds[prefixed]) for prefixed in (False, True))
+    return (
+        f"first token of a chat of {TURN} tokens: {1e3 * behind:.0f} ms behind a prefix of {LONG}, "
+        f"{1e3 * without:.0f} ms without: {behind / without:.2f} times"
+    )
+
+
 def told(name: str, outcome: Outcome) -> str:
     """One line of the table."""
     line = (
@@ -180,6 +209,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-2, help="of prefixes; prompts have 1e-2")
     options = parser.parse_args()
     set_up_libraries()
+    if options.runs == "first":
+        print(first_tokens(options))
+        return
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
     settings = TuneSettings(
         steps=options.steps,

@@ -181,17 +181,21 @@ class Prefixed:
         logits = self.logits(ids, mask)[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
-    def generate(self, ids: Tensor, **options: Any) -> Tensor:
-        """As the model's own, which has the prefix cached; [R, T + new]."""
+    def generate(self, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """As the model's own, which has the prefix cached: tokens [R, T + new], and the logits [new, R, V]."""
         length, rows = self.values.shape[1], options.get("num_return_sequences", 1)
         front = torch.zeros(len(ids), length, dtype=torch.long)
         cache = self.cache(len(ids) * max(rows if options["do_sample"] else 1, options.get("num_beams", 1)))
         options["attention_mask"] = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
         with torch.no_grad():
             found = self.model.generate(
-                torch.cat([front, ids], 1), **{cache_argument(self.model.forward): cache}, **options
+                torch.cat([front, ids], 1),
+                **{cache_argument(self.model.forward): cache},
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
             )
-        return found[:, length:]
+        return found.sequences[:, length:], torch.stack(found.logits)
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, count: int) -> Tensor:

@@ -125,6 +125,7 @@ def test_what_a_prompt_begins_with(tmp_path: Path) -> None:
     assert text == job.first_text(prepared, 0) != job.first_text(prepared, 1)
 
 
+@pytest.mark.nightly
 def test_a_prefix_is_trained_into_a_bundle(tiny: Path, talks: Path, tmp_path: Path, peers: list[str]) -> None:
     out = tmp_path / "out"
     data = ["--data", str(talks), *OPTIONS, "--mode", "prefix", "--steps", "2", "--out", str(out)]

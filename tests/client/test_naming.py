@@ -12,7 +12,7 @@ from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Forward, Output
 
-FIRST, SECOND = (BlockVectors(torch.full((4, 2, 6), value), "prefix") for value in (1.0, 2.0))
+FIRST, SECOND = (BlockVectors(torch.full((4, 2, 6), value), name="prefix") for value in (1.0, 2.0))
 
 
 class Server:
@@ -84,6 +84,6 @@ async def test_other_refusals_are_not_asked_again() -> None:
 def test_a_name_stands_for_one_prefix() -> None:
     other = FIRST.values.clone()
     other[3, 1, 5] += 1e-6
-    assert BlockVectors(other, "prefix").digest != FIRST.digest
-    assert BlockVectors(FIRST.values.clone(), "prefix").digest == FIRST.digest
-    assert BlockVectors(FIRST.values.reshape(2, 4, 6), "prefix").digest != FIRST.digest
+    assert BlockVectors(other, name="prefix").digest != FIRST.digest
+    assert BlockVectors(FIRST.values.clone(), name="prefix").digest == FIRST.digest
+    assert BlockVectors(FIRST.values.reshape(2, 4, 6), name="prefix").digest != FIRST.digest

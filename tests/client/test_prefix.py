@@ -104,7 +104,7 @@ def test_beams_and_samples_equal_the_local_models(pair_of: PairOf, family: str) 
         torch.manual_seed(5)
         found = model.generate(ids, max_new_tokens=8, **extra)
         torch.manual_seed(5)
-        assert torch.equal(found, local.generate(ids, max_new_tokens=8, **extra)), extra
+        assert torch.equal(found, local.generate(ids, max_new_tokens=8, **extra)[0]), extra
     repeated = random_ids(1, 5).repeat(1, 3)
     found = model.generate(repeated, max_new_tokens=12, prompt_lookup_num_tokens=4, **GREEDY)
     assert torch.equal(found, local.greedy(repeated, 12))
@@ -131,6 +131,14 @@ def test_rollback_forks_and_lost_servers(pair_of: PairOf, family: str, count: in
         session.position = 0
         again = model.generate(ids[:, :4], max_new_tokens=3, **GREEDY)
         assert torch.equal(again, local.greedy(ids[:, :4], 3))
+
+
+def test_gradients_through_ones_own_blocks(pair_of: PairOf) -> None:
+    model, local = prefixed(pair_of("llama"), local_blocks=1)
+    ids = random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    local.loss(ids, ids).backward()
+    assert relative(model.prompts.trained.grad, local.values.grad[:, 1:]) < GRADIENTS
 
 
 def test_a_backward_is_done_by_another_server(pair_of: PairOf) -> None:

@@ -12,6 +12,7 @@ from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, TaskType, get_p
 from tests.client.conftest import Pair, random_ids
 from tests.client.test_prefix import GRADIENTS, LOGITS, P, prefixed, random_prefix
 from tests.reference import Prefixed, relative
+from tests.swarm_fixture import MemorySwarm
 from torch import Tensor
 
 from corolla.errors import BundleError
@@ -96,6 +97,23 @@ def test_steps_equal_pefts(pair_of: PairOf) -> None:
     values = unpacked(pair.local, encoder.weight.detach())
     assert relative(model.prompts.values.detach(), values) < 1e-3
     assert torch.equal(model.prompts.values[:, :1], values[:, :1])  # nobody trains that
+
+
+def test_what_an_operator_has_is_not_sent(pair_of: PairOf, tmp_path: Path) -> None:
+    pair = pair_of("llama")
+    model, local = prefixed(pair)
+    model.save_pretrained(tmp_path)
+    name = pair.swarm.checkpoint.source.location
+    with MemorySwarm(name, ()) as swarm:
+        server = swarm.servers[swarm.add(0, 4, "operator's", bundles=[tmp_path])]
+        again, ids = swarm.model(prompts=tmp_path), random_ids(1, 7)
+        again.generation_config.eos_token_id = None
+        assert torch.equal(again.generate(ids, max_new_tokens=6, do_sample=False), local.greedy(ids, 6))
+        assert not len(server.prefixes)
+        random_prefix(again, seed=4)
+        other = Prefixed(local.model, again.prompts.values)
+        assert torch.equal(again.generate(ids, max_new_tokens=6, do_sample=False), other.greedy(ids, 6))
+        assert len(server.prefixes) == 1
 
 
 def test_another_models_prefix_is_refused(pair_of: PairOf, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class RemoteBlocks:
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
         wanted = torch.is_grad_enabled() and (
-            hidden.requires_grad or (call.deep is not None and call.deep.values.requires_grad)
+            hidden.requires_grad or (call.deep is not None and call.deep.requires_grad)
         )
         if call.cache is None:
             return self._run_whole(hidden, call, wanted)

@@ -12,7 +12,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -153,7 +153,7 @@ class TrainingPass:
         self._retry = retry
         self._audits = audits
         self._start, self._end = start, end
-        self._deep = None if deep is None else replace(deep, values=deep.values.detach().float().cpu())
+        self._deep = None if deep is None else deep.detached()
         self._lend = lend
         self._micro_batches: list[MicroBatch] = []
         self._entered = torch.empty(0)  # of the form of what entered, before the backward

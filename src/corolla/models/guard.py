@@ -230,8 +230,8 @@ def check_cache(given: Any, owner: object) -> None:
     if not isinstance(given, RemoteCache):
         raise UsageError(
             f"A distributed model keeps its attention cache on the servers and cannot use a {type(given).__name__}: "
-            "leave it out (the answer carries a cache that can be passed on), or pass session=. A prefix, such as peft's "
-            "CARTRIDGE, is trained with tuning_mode='prefix' and loaded with prompts=FOLDER."
+            "leave it out (the answer carries a cache that can be passed on), or pass session=. A prefix, such as "
+            "peft's CARTRIDGE, is trained with tuning_mode='prefix' and loaded with prompts=FOLDER."
         )
     if given.owner is not owner:
         raise UsageError("This session belongs to another model; open one with model.inference_session().")

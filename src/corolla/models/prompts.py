@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -34,7 +34,6 @@ BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 GIVEN = ("prompts", "prefix")  # what blocks may be given, by the names of its tensors
 
 
-@dataclass(frozen=True)
 class BlockVectors:
     """What each block is given besides hidden states: fp32 `values` [blocks, P, D], and as which tensor they travel.
 
@@ -42,13 +41,24 @@ class BlockVectors:
     values of P tokens before those that are sent: first the keys of all heads, then the values.
     """
 
-    values: Tensor
-    name: Literal["prompts", "prefix"] = "prompts"
+    def __init__(self, *parts: Tensor, name: Literal["prompts", "prefix"] = "prompts") -> None:
+        """`parts` lie one behind the other along P; they are joined when somebody needs them, which few steps do."""
+        self._parts, self.name = parts, name
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[blocks, P, D], differentiable in the parts."""
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether somebody trains them."""
+        return any(part.requires_grad for part in self._parts)
 
     @property
     def prefix_length(self) -> int:
         """How many positions come before the first token that is sent."""
-        return int(self.values.shape[1]) if self.name == "prefix" else 0
+        return sum(int(part.shape[1]) for part in self._parts) if self.name == "prefix" else 0
 
     @cached_property
     def digest(self) -> str:
@@ -59,9 +69,13 @@ class BlockVectors:
         """Those of blocks [start, end), by name."""
         return {self.name: self.values[start:end]}
 
+    def detached(self) -> BlockVectors:
+        """The same on the CPU, which nobody trains."""
+        return BlockVectors(self.values.detach().float().cpu(), name=self.name)
+
     def kept(self) -> BlockVectors:
-        """A copy on the CPU that nobody trains."""
-        return replace(self, values=self.values.detach().float().cpu().clone())
+        """A copy of that."""
+        return BlockVectors(self.detached().values.clone(), name=self.name)
 
     def same(self, other: BlockVectors | None) -> bool:
         """Whether the other is the same in every number."""
@@ -155,18 +169,18 @@ class KeyValuePrefix(_Trained):
     @property
     def values(self) -> Tensor:
         """[blocks, P, D], differentiable in what is trained."""
-        return torch.cat([self.frozen, self.trained], dim=1)
+        return self.blocks.values
 
     @property
     def blocks(self) -> BlockVectors:
         """What each block is given."""
-        return BlockVectors(self.values, "prefix")
+        return BlockVectors(self.frozen, self.trained, name="prefix")
 
     def snapshot(self) -> BlockVectors:
         """As a `SoftPrompt`'s; one object for as long as no number changes, which its digest is worth."""
-        values = self.values.detach().float().cpu()
+        values = self.blocks.detached().values
         if self._snapshot is None or not torch.equal(values, self._snapshot.values):
-            self._snapshot = BlockVectors(values, "prefix")
+            self._snapshot = BlockVectors(values, name="prefix")
         return self._snapshot
 
 
@@ -181,36 +195,6 @@ def sent_length(prompt: Prompt | None) -> int:
 def prefix_length(prompt: Prompt | None) -> int:
     """How many positions of it come before all tokens that are run through the blocks."""
     return prompt.length if isinstance(prompt, KeyValuePrefix) else 0
-
-
-@dataclass(frozen=True)
-class KeyValueForm:
-    """What a token's keys and values in one block's cache look like."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
-
-    @staticmethod
-    def of(keys: Tensor, values: Tensor) -> KeyValueForm:
-        """That of keys [R, heads, T, key_dim] and values [R, heads, T, value_dim]."""
-        return KeyValueForm(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
-
-    @property
-    def width(self) -> int:
-        """D, the numbers that a prefix has for a position of a block."""
-        return self.heads * (self.key_dim + self.value_dim)
-
-    def split(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        """One block's prefix [P, D] as a cache has it: keys and values [1, heads, P, dim]."""
-        width, shape = self.heads * self.key_dim, (1, len(prefix), self.heads, -1)
-        keys, values = prefix[:, :width].reshape(shape), prefix[:, width:].reshape(shape)
-        return keys.transpose(1, 2), values.transpose(1, 2)
-
-
-def as_prefix(keys: Tensor, values: Tensor) -> Tensor:
-    """A block's keys and values [heads, P, dim] as a prefix of it, fp32 [P, D]."""
-    return torch.cat([one.transpose(0, 1).flatten(1).float() for one in (keys, values)], dim=1)
 
 
 def digest(vectors: Tensor, deep: Tensor | None, dtype: torch.dtype) -> str:

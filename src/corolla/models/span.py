@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
+from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
@@ -36,7 +37,6 @@ from corolla.models.passage import Passage, WidePassage
 from corolla.models.prompts import (
     BlockHook,
     DeepRows,
-    KeyValueForm,
     PromptAdder,
     packed_hooks,
     prepend_mask,

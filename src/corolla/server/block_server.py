@@ -26,7 +26,7 @@ from corolla.models.span import Span
 from corolla.server.kept import KnownPrefix, Prefixes
 from corolla.server.peers import Diary, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.policy import FreeCpus, ThreadChooser, run_pass
+from corolla.server.scheduler.threads import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.bundles import Bundle, Entering, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.store import SessionStore

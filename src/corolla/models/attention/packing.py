@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corolla.errors import UsageError
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
-from corolla.models.prompts import KeyValueForm
+from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"

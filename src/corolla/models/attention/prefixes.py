@@ -7,12 +7,42 @@ read of a sequence is what a prefix put in its place would hold. Run on the comp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, pages_for
-from corolla.models.prompts import KeyValueForm, as_prefix
+
+
+@dataclass(frozen=True)
+class KeyValueForm:
+    """What a token's keys and values in one block's cache look like."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @staticmethod
+    def of(keys: Tensor, values: Tensor) -> KeyValueForm:
+        """That of keys [R, heads, T, key_dim] and values [R, heads, T, value_dim]."""
+        return KeyValueForm(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+
+    @property
+    def width(self) -> int:
+        """D, the numbers that a prefix has for a position of a block."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+    def split(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        """One block's prefix [P, D] as a cache has it: keys and values [1, heads, P, dim]."""
+        width, shape = self.heads * self.key_dim, (1, len(prefix), self.heads, -1)
+        keys, values = prefix[:, :width].reshape(shape), prefix[:, width:].reshape(shape)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def as_prefix(keys: Tensor, values: Tensor) -> Tensor:
+    """A block's keys and values [heads, P, dim] as a prefix of it, fp32 [P, D]."""
+    return torch.cat([one.transpose(0, 1).flatten(1).float() for one in (keys, values)], dim=1)
 
 
 def put(prefix: Mapping[int, Tensor], form: KeyValueForm, pool: PagePool) -> CachedSequence:

@@ -21,9 +21,9 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from corolla.models.attention.prefixes import KeyValueForm, as_prefix
 from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
-from corolla.models.prompts import KeyValueForm, as_prefix
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]

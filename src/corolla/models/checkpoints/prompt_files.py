@@ -228,10 +228,12 @@ def _peft_config(
             "prompt_tuning_init": "RANDOM",
         }
     # Of a token's numbers in a block half are keys, which peft takes apart by the heads that are cached.
+    width = int(prompt.values.shape[2]) // 2
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return about | {
         "peft_type": "CARTRIDGE",
-        "token_dim": int(prompt.values.shape[2]) // 2,
-        "num_attention_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "token_dim": width,
+        "num_attention_heads": max(1, width // head),
         "num_frozen_tokens": int(prompt.frozen.shape[1]),
     }
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from corolla.errors import UnsupportedFamily
+from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.forms import refusing
 from corolla.models.checks.miniature import close, miniature
 from corolla.models.checks.selfcheck import split_miniature, watched
-from corolla.models.prompts import KeyValueForm
 from corolla.models.span import Span
 
 ROWS, TOKENS, PREFIX = 2, 5, 4
