@@ -15,6 +15,7 @@ from corolla.cli.evaluate import EvalJob, chosen_data, evaluate_and_report, prep
 from corolla.errors import UsageError
 from corolla.tuning.batches import prepare
 from corolla.tuning.bundle import ModelInfo, load_bundle
+from corolla.tuning.evaluate import evaluate
 from corolla.tuning.tune import TuneResult, tune
 
 
@@ -54,7 +55,9 @@ def test_a_bundle_is_evaluated_as_its_training_did(
         again = evaluated(EvalJob(examples=7, batch_size=3, out=page))
         assert [one.input_ids for one in again.held_out] == [one.input_ids for one in prepared.held_out]
         said = capsys.readouterr().out
-        assert f"{made.before.reply_loss:.3f}" in said
+        base = swarm.model()
+        found = evaluate(base, prepared.held_out, prepared.batches, 3)
+        assert f"{found.reply_loss:.3f}" in said  # without any prompt, which is not where training began
         assert f"{made.after.reply_loss:.3f}" in said
         assert "that the training held out" in said
         text = page.read_text()

@@ -155,6 +155,7 @@ def test_a_trained_classifier_is_saved_loaded_copied_and_read_by_peft(
         model.save_pretrained(tmp_path / "saved")
         again = classifier(swarm, prompts=tmp_path / "saved", num_labels=None)
         assert again.config.id2label == names
+        assert again.config.label2id == {name: index for index, name in names.items()}
         assert again.config.num_labels == 3
         assert torch.equal(again(**given).logits, expected)
         assert again.score.weight.requires_grad

@@ -38,7 +38,7 @@ def model_card(bundle: Described, base: str, place: str = "THIS_FOLDER") -> str:
         f"A prompt ({_plain(summary(bundle))}) for the language model `{name}` (identity "
         f"{_plain(bundle.model.identity[:12])}), trained with Corolla {__version__}.",
         "",
-        "| held-out conversations | base | tuned | change |",
+        "| held-out conversations | before training | after | change |",
         "|---|---|---|---|",
         *rows,
         "",

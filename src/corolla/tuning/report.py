@@ -51,6 +51,7 @@ def report_page(
         version=__version__,
         title=title if evaluated_on is None else f"{title}: evaluated on {evaluated_on}",
         summary=f"{summary(bundle)}.",
+        columns=("before training", "after") if evaluated_on is None else ("base model", "tuned"),
         figures=list(figures(bundle)),
         verdict=verdict(metrics),
         better=_number(_mapping(metrics.get("difference")).get("high")) < 0,

@@ -254,6 +254,10 @@ def classifier(
         raise UsageError(
             f"problem_type is {problem_type!r}; it must be one of {', '.join(PROBLEM_TYPES[1:])}."
         )
+    if id2label is not None and label2id is None:
+        label2id = {label: index for index, label in id2label.items()}
+    if label2id is not None and id2label is None:
+        id2label = {index: label for label, index in label2id.items()}
     changes = {
         "num_labels": num_labels,
         "id2label": id2label,
