@@ -174,8 +174,7 @@ class PackedBatch:
             )
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
-        as_wide = cache[0].shape[-1] == cache[1].shape[-1]  # keys and values, for the kernel
-        together = bool(table.ones) and as_wide and can_attend(query, cache[0])
+        together = bool(table.ones) and can_attend(query, cache)
         if together and len(table.ones) == len(table.parts):
             return table.rows().attend(query, cache, rules, (key, value))
         assert table.slots is not None
@@ -216,7 +215,7 @@ def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], ru
 
 def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """Sequences with one new token beside others that have more."""
-    result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    result = query.new_empty(1, query.shape[2], query.shape[1], cache[1].shape[2])
     places = torch.tensor([one.begin for one in table.ones])
     result[:, places] = table.rows().attend(query[:, :, places], cache, rules, None)
     for one in table.parts:
