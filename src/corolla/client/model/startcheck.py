@@ -89,7 +89,8 @@ def _different_outputs(whole: Any, model: Any) -> str | None:
     ids = torch.randint(3, 64, (ROWS, TOKENS))
     mask = torch.ones_like(ids)
     ids[0, :PADDED] = mask[0, :PADDED] = 0
-    outputs, gradients = [], []
+    outputs: list[Tensor] = []
+    gradients: list[Tensor] = []
     weight = torch.randn(ROWS, 1)
     for one in (whole, model):
         found = one(input_ids=ids, attention_mask=mask, use_cache=False)[0]
