@@ -143,7 +143,7 @@ def chosen_data(bundle: Bundle, job: EvalJob) -> tuple[EvalJob, bool]:
 def _same_data(one: str, other: Any) -> bool:
     """Whether both names mean one source: a file has many."""
     if not isinstance(other, str) or not (Path(one).exists() and Path(other).exists()):
-        return one == other
+        return bool(one == other)
     return Path(one).samefile(other)
 
 

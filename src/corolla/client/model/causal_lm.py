@@ -155,8 +155,9 @@ def _part_of(checkpoint: Checkpoint, only: str | None, chosen: Chosen) -> Any:
         part: Any = distributed_class(name)
         check_generation(config, part)
     else:
-        part = in_swarm(chosen(config))
-        check_outputs(config, chosen(config), part)
+        family: Any = chosen(config)
+        part = in_swarm(family)
+        check_outputs(config, family, part)
     return part
 
 
