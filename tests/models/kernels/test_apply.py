@@ -72,7 +72,8 @@ def test_a_family_computes_the_same(family: str, quantization: Quantization) -> 
     for expected, found in (outputs, gradients):
         error = float((found - expected).norm() / expected.norm())
         if quantization == "none":
-            assert error < 3e-5  # what rows of other batches differ by too; gpt_oss with AVX2: 1.2e-5
+            # Rounding: from float64, gradients of gpt_oss are 8e-6 away in torch's float32, and 6e-6 in ours (AVX2).
+            assert error < 3e-5
         elif replaced > 1:
             assert error > 1e-4
             assert bool(found.isfinite().all())
