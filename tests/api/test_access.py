@@ -135,7 +135,7 @@ def test_no_web_page_from_elsewhere_may_ask(world: World) -> None:
         assert about["error"]["type"] == "permission_error"
         assert "access-control-allow-origin" not in answer
     plain = asked(world, path, method="POST", headers={"Content-Type": "text/plain"}, body=body)
-    assert plain[0] == 400, "a page's form could send it"
+    assert plain[0] == 415, "a page's form could send it"
 
 
 def test_every_refusal_has_openai_s_form(world: World) -> None:

@@ -47,6 +47,9 @@ class ContentPart(Open):
     text: str | None = None
 
 
+Content = str | Annotated[list[ContentPart], Field(min_length=1)]
+
+
 class CalledFunction(Open):
     """What a call in the history names."""
 
@@ -66,7 +69,7 @@ class Message(Open):
     """One of the conversation so far."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: Content | None = None
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
@@ -156,6 +159,10 @@ class Sampled(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # They ask for nothing here.
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
+    safety_identifier: str | None = None
     user: str | None = None
 
 
@@ -179,11 +186,8 @@ class ChatRequest(Sampled):
     modalities: Any = None
     moderation: Any = None
     prediction: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
     reasoning_effort: Any = None
-    safety_identifier: Any = None
     service_tier: Any = None
     store: Any = None
     verbosity: Any = None
@@ -210,7 +214,8 @@ class CompletionRequest(Sampled):
 
 # By name: the values that ask for nothing special, and why others are refused.
 _NOTHING: tuple[Any, ...] = (None,)
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+Refusals = dict[str, tuple[tuple[Any, ...], str]]
+_REFUSED: Refusals = {
     "audio": (_NOTHING, "the model says texts only"),
     "best_of": ((None, 1), "ask for as many replies as you want with n"),
     "function_call": ((None, "none", "auto"), "it has become tool_choice"),
@@ -229,9 +234,9 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_supported(request: BaseModel) -> None:
+def check_supported(request: BaseModel, refusals: Refusals = _REFUSED) -> None:
     """Raises `ApiFailure` for a parameter that asks for what is not done here."""
-    for name, (harmless, why) in _REFUSED.items():
+    for name, (harmless, why) in refusals.items():
         value = getattr(request, name, None)
         if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
             raise unsupported(name, why)
