@@ -162,7 +162,9 @@ def _invalid(error: RequestValidationError) -> ApiFailure:
         # Of the kinds of value that a parameter may have, the one that fits best says what is wrong.
         same = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
         places = [_place(one, error.body) for one in same]
-        fit = [(not one["type"].endswith("_type"), len(place)) for one, place in zip(same, places, strict=True)]
+        fit = [
+            (not one["type"].endswith("_type"), len(place)) for one, place in zip(same, places, strict=True)
+        ]
         best = fit.index(max(fit))
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places[best])
         param = one_line(param.removeprefix("."), characters=200)

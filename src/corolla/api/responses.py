@@ -14,8 +14,8 @@ from corolla.api.failures import ApiFailure, unsupported, wrong
 from corolla.api.generation import Ended, Piece, Run, Wish
 from corolla.api.partners import Partner
 from corolla.api.requests import (
-    INT64,
     MOST_MESSAGES,
+    MOST_TOKENS,
     ChatRequest,
     Content,
     FunctionName,
@@ -64,7 +64,7 @@ class ResponsesRequest(Sampled):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     text: TextConfig | None = None
     # What asks for nothing, or is refused.
     background: Any = None
