@@ -83,6 +83,7 @@ class Api:
 
     def __post_init__(self) -> None:
         self.swarm = SwarmState(self.partners)
+        self.metrics.watch(self.partners.base.model.blocks.connection)
 
     def drain(self) -> None:
         """Begin nothing more, and let what has no end of its own come to one. On the event loop."""
