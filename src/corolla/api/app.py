@@ -179,7 +179,7 @@ def _place(error: dict[str, Any], body: Any) -> list[str | int]:
     """Where in a request something is wrong, without the names of the kinds of value that were tried."""
     source, *path = error["loc"]
     if source != "body":
-        return path
+        return list(path)
     found: list[str | int] = []
     for part in path:
         inside = isinstance(body, dict) and part in body
