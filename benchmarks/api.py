@@ -33,6 +33,9 @@ from corolla.client.model.loading import load_tokenizer
 MODEL = "smollm2"
 TOKENS = 32  # of a reply
 BEHIND, TURNS = 2000, 7  # tokens of the conversation that goes on, and how often each is measured
+LONG = (
+    1  # sentences of a new message; the more there are, the more of the time is attention to what lies behind
+)
 MAIN = "from corolla.cli.main import main; main()"
 
 
@@ -117,6 +120,7 @@ def sessions(model: Any, tokenizer: Any, count: int) -> tuple[float, list[str]]:
 
 
 def compare_streams(url: str, peers: Sequence[str], counts: Sequence[int], beside: Sequence[str]) -> None:
+    """Print the rates."""
     tokenizer = load_tokenizer(MODEL)
     with AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=list(peers)) as model:
         for count in counts:
@@ -148,7 +152,10 @@ async def first_tokens(url: str) -> tuple[list[float], list[float], int]:
     tokenizer = load_tokenizer(MODEL)
     goes_on, new, news = [], [], 0
     for turn in range(TURNS):
-        talk += [{"role": "assistant", "content": said}, {"role": "user", "content": f"{turn}: {words * 3}"}]
+        talk += [
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": f"{turn}: {words * LONG}"},
+        ]
         seconds, said, usage = await stream(url, MODEL, talk, 4)
         known = usage["prompt_tokens_details"]["cached_tokens"]
         news = usage["prompt_tokens"] - known
@@ -160,6 +167,30 @@ async def first_tokens(url: str) -> tuple[list[float], list[float], int]:
         assert abs(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] - news) < 32
         new.append(seconds)
     return goes_on[1:], new[1:], news
+
+
+@torch.no_grad()
+def python_first(model: Any, news: int) -> tuple[float, float]:
+    """The same two from a Python client: seconds to a token behind `news` new ones, with and without 2,000 behind."""
+    goes_on, new = [], []
+    ids = torch.randint(100, 40_000, (1, BEHIND + news * TURNS), generator=torch.Generator().manual_seed(1))
+
+    def once(session: Any, first: int, last: int) -> float:
+        began = time.perf_counter()
+        mask = torch.ones(1, last, dtype=torch.long)
+        model.generate(
+            ids[:, first:last], attention_mask=mask, session=session, max_new_tokens=1, do_sample=False
+        )
+        return time.perf_counter() - began
+
+    with model.inference_session(max_length=4096) as session:
+        once(session, 0, BEHIND)
+        for turn in range(TURNS):
+            session.position = BEHIND + turn * news
+            goes_on.append(once(session, session.position, session.position + news))
+            with model.inference_session(max_length=512) as fresh:
+                new.append(once(fresh, 0, news))
+    return median(goes_on[1:]), median(new[1:])
 
 
 def clipped(tokenizer: Any, text: str, tokens: int) -> str:
@@ -182,6 +213,13 @@ def main() -> None:
                 f"first token, {BEHIND} tokens behind: {median(goes_on):.3f} s; a new chat of as many new tokens "
                 f"({news}) {median(new):.3f} s: {median(goes_on) / median(new):.2f} (bar 1.3)",
                 flush=True,
+            )
+            with AutoDistributedModelForCausalLM.from_pretrained(
+                MODEL, initial_peers=list(swarm.peers)
+            ) as model:
+                behind, alone = python_first(model, news)
+            print(
+                f"  the same from Python: {behind:.3f} s and {alone:.3f} s: {behind / alone:.2f}", flush=True
             )
         if chosen.streams:
             compare_streams(url, swarm.peers, chosen.streams, chosen.beside)

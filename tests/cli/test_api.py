@@ -61,6 +61,7 @@ def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) ->
         assert found == expected
         reply = client.chat.completions.create(model="poet", messages=talk, max_tokens=5)
         assert reply.choices[0].message.content is not None
+        figures = urlopen(f"{server.about['url']}/metrics").read().decode()
         long = client.chat.completions.create(
             model="model", messages=talk, temperature=0, max_tokens=40, stream=True
         )
@@ -68,7 +69,6 @@ def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) ->
         assert first.id
         stop(server)  # what is under way is brought to its end
         assert "".join(chunk.choices[0].delta.content or "" for chunk in long) == expected
-        figures = urlopen(f"{server.about['url']}/metrics").read().decode()
     assert 'corolla_api_servers{state="serving"} ' in figures
     assert re.search(r'corolla_api_retries_total\{cause="peer_[a-z]+"\} [1-9]', figures), (
         "a server was killed"

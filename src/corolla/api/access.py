@@ -32,7 +32,7 @@ MOST_DRAINED = 128 * 2**20  # of a body that is refused, so that the client gets
 BODY_SECONDS = 30.0
 SEND_SECONDS = 60.0
 DAY, MINUTE = 86_400.0, 60.0
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/swarm", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/swarm", "/runs", "/favicon.ico"})
 ENDLESS = frozenset({"/api/swarm/events"})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", ""})
 

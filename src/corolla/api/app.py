@@ -30,6 +30,7 @@ from corolla.api.pages import add_pages
 from corolla.api.partners import Partner, Partners
 from corolla.api.requests import ChatRequest, CompletionRequest, Sampled
 from corolla.api.responses import ResponsesRequest, ask_responses
+from corolla.api.runs import Runs
 from corolla.api.streaming import Answer, failure, refused, streamed, unless_gone
 from corolla.api.swarm_state import SwarmState
 from corolla.text import one_line
@@ -121,7 +122,7 @@ def create_app(api: Api) -> Any:
     _add_models(app, api)
     _add_replies(app, api)
     _add_health(app, api)
-    add_pages(app, api.conversations, api.swarm, api.partners.base.name)
+    add_pages(app, api.conversations, api.swarm, Runs(api.partners.folder), api.partners.base.name)
     if api.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(api.origins), allow_methods=["*"], allow_headers=["*"]
