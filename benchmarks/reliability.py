@@ -49,13 +49,15 @@ def schedules(lines: Lines) -> str:
         f"{counted:,} schedules that count, none failed, in {line['seconds'] / 60:.0f} minutes of one core; "
         f"{line['missed']:,} more in which no client felt anything; {line['gave_up']} clients rightly gave up."
     )
-    works = _table(["work that was disturbed", "without prompts", "ptune", "deep_ptune"], _works(line))
+    works = _table(
+        ["work that was disturbed", "without prompts", "ptune", "deep_ptune", "prefix"], _works(line)
+    )
     return f"{said}\n\n{_table(['fault', 'hit', 'felt by a client', 'recovered'], rows)}\n\n{works}\n\n{_source(line)}"
 
 
 def _works(line: Line) -> list[list[str]]:
     names = list(dict.fromkeys(name.rpartition(", ")[0] for name in sorted(line["works"])))
-    modes = ("no prompts", "ptune", "deep_ptune")
+    modes = ("no prompts", "ptune", "deep_ptune", "prefix")
     return [[name, *(f"{line['works'].get(f'{name}, {mode}', 0):,}" for mode in modes)] for name in names]
 
 

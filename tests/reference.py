@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from corolla.models.cache import cache_argument
 
 TIE = 1e-4
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
@@ -145,3 +147,60 @@ def relative(found: Tensor | None, expected: Tensor | None) -> float:
 def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
     """Token ids [rows, length] without the special ones."""
     return torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Prefixed:
+    """A local model whose cache holds a prefix before its first token; plainly written."""
+
+    def __init__(self, model: Any, values: Tensor) -> None:
+        self.model = model
+        self.values = values.detach().clone().requires_grad_()  # [blocks, P, keys and then values]
+
+    def cache(self, rows: int) -> DynamicCache:
+        heads, dim = self._shape
+        cache = DynamicCache(config=self.model.config)
+        for index, own in enumerate(self.values):
+            keys, values = own.view(own.shape[0], 2, heads, dim).permute(1, 2, 0, 3).unsqueeze(1)
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return cache
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        with torch.no_grad():
+            cache = self.model(torch.tensor([[5]]), use_cache=True).past_key_values
+        return cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(ids) if mask is None else mask
+        whole = F.pad(mask, (self.values.shape[1], 0), value=1)
+        name = cache_argument(self.model.forward)
+        arguments = {name: self.cache(ids.shape[0]), "use_cache": True}
+        return self.model(ids, attention_mask=whole, **arguments).logits
+
+    def loss(self, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        logits = self.logits(ids, mask)[:, :-1].float()
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    def generate(self, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """As the model's own, which has the prefix cached: tokens [R, T + new], and the logits [new, R, V]."""
+        length, rows = self.values.shape[1], options.get("num_return_sequences", 1)
+        front = torch.zeros(len(ids), length, dtype=torch.long)
+        cache = self.cache(len(ids) * max(rows if options["do_sample"] else 1, options.get("num_beams", 1)))
+        options["attention_mask"] = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
+        with torch.no_grad():
+            found = self.model.generate(
+                torch.cat([front, ids], 1),
+                **{cache_argument(self.model.forward): cache},
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            )
+        return found.sequences[:, length:], torch.stack(found.logits)
+
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, count: int) -> Tensor:
+        """The likeliest tokens, each after a pass over all before it."""
+        for _ in range(count):
+            best = self.logits(ids)[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, best], 1)
+        return ids

@@ -27,7 +27,7 @@ from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.sessions.bundles import Entering, before_span, read_bundles
+from corolla.server.sessions.bundles import before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
@@ -88,7 +88,7 @@ class MemorySwarm:
         return self.loop.run(self._add(span, peer_id, throughput, quantization, prompts))
 
     async def _add(
-        self, span: Any, peer_id: str | None, throughput: float, quantization: str, prompts: list[Entering]
+        self, span: Any, peer_id: str | None, throughput: float, quantization: str, prompts: list[Any]
     ) -> str:
         transport = self.network.transport(peer_id)
         layout = layout_of(span, self.margin)

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Refused
 from tests.e2e.processes import COROLLA, corolla, environment
-from tests.tuning.tiny_setup import conversations, write_model
+from tests.tuning.tiny_setup import byte_tokenizer, conversations, settings, write_model
 
 from corolla.cli.local_swarm import local_swarm
+from corolla.cli.tune import TuneJob
+from corolla.tuning.batches import prepare
 from corolla.tuning.bundle import load_bundle
 
 OPTIONS = [
@@ -60,7 +62,7 @@ def peers(tiny: Path) -> Iterator[list[str]]:
     ("arguments", "words"),
     [
         (["--prompt-tokens", "0"], "--prompt-tokens is 0"),
-        (["--mode", "lora"], "ptune or deep_ptune"),
+        (["--mode", "lora"], "ptune, deep_ptune, prefix"),
         (["--prompt-init", "zeros"], "vocab, text, random"),
         (["--prompt-init", "text"], "--prompt-text"),
         (["--steps", "0"], "--steps is 0"),
@@ -101,6 +103,32 @@ def test_a_model_or_data_that_cannot_be_used_is_one_sentence(
     wrong = [str(tiny), *data, "--out", "new", "--held-out", "5", "--peers", "nonsense"]
     assert "nonsense" in refused("tune", *wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "empty.jsonl", "folder"]
+
+
+def test_what_a_prompt_begins_with(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Tea at noon.")
+    prepared = prepare(byte_tokenizer(), settings(), conversations())
+    assert TuneJob().begins_with == "vocab"
+    assert TuneJob(prompt_text="Hello").first_text(prepared, 0) == "Hello"
+    assert TuneJob(prompt_text=str(tmp_path / "notes.txt")).first_text(prepared, 0) == "Tea at noon."
+    job = TuneJob(mode="prefix", prompt_tokens=40)
+    assert (job.begins_with, job.notes()["prompt_init"]) == ("conversations", "conversations")
+    text = job.first_text(prepared, 0)
+    rendered = [prepared.renderer.tokenizer.decode(one.input_ids) for one in prepared.train]
+    assert any(text.startswith(one) for one in rendered)
+    assert len(prepared.renderer.tokenizer(text).input_ids) >= 40
+    assert text == job.first_text(prepared, 0) != job.first_text(prepared, 1)
+
+
+@pytest.mark.nightly
+def test_a_prefix_is_trained_into_a_bundle(tiny: Path, talks: Path, tmp_path: Path, peers: list[str]) -> None:
+    out = tmp_path / "out"
+    data = ["--data", str(talks), *OPTIONS, "--mode", "prefix", "--steps", "2", "--out", str(out)]
+    ended = corolla("tune", str(tiny), *peers, *data)
+    assert ended.returncode == 0, ended.stderr
+    bundle = load_bundle(out)
+    assert (bundle.mode, bundle.prompt_tokens) == ("prefix", 4)
+    assert "prefix, 4 prompt tokens" in ended.stdout
 
 
 @pytest.mark.nightly

@@ -16,7 +16,9 @@ LOGITS = 1e-4
 GRADIENTS = 1e-4
 
 PairOf = Callable[..., Pair]
-both_swarms = pytest.mark.parametrize("spans", [TWO, THREE], ids=["two servers", "three servers"])
+both_swarms = pytest.mark.parametrize(
+    "spans", [pytest.param(TWO, marks=pytest.mark.nightly), THREE], ids=["two servers", "three servers"]
+)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

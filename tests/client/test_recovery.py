@@ -16,7 +16,7 @@ from tests.schedules.world import DTYPE, ServerPlan, SimulatedSwarm, checkpoint_
 
 from corolla.client.model.arguments import from_pretrained
 from corolla.client.model.causal_lm import load_distributed
-from corolla.client.sessions import chain
+from corolla.client.sessions import span_session
 from corolla.errors import SwarmUnavailable
 
 LONG = {"max_new_tokens": 40, "do_sample": False}
@@ -100,7 +100,7 @@ def test_only_the_server_that_lost_its_cache_is_replayed_in_one_piece(bench: Ben
 
 @ONE_EACH
 def test_a_long_history_is_replayed_in_large_chunks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain, "REPLAY_TOKENS", 32)
+    monkeypatch.setattr(span_session, "REPLAY_TOKENS", 32)
     session, expected, _ = begun(bench)
     bench.injector.fail_at(Fault("restart", "b", n=3))
     bench.model.generate(None, session=session, **SHORT)

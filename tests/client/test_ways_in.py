@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def peft_of(model: Any, vectors: torch.Tensor) -> Any:
 
 
 def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
-    """Fresh models on the pair's swarm; the local one is read anew, since peft changes it."""
+    """Fresh models on the pair's swarm; the local one is a copy, since peft changes it."""
     arguments = {} if column in ("none", "peft prompt") else {"tuning_mode": column, "pre_seq_len": P}
     bare = pair.model(**arguments)
-    whole = local_model(pair.swarm.checkpoint.name)
+    whole = deepcopy(pair.local)
     for one in (bare, whole):
         one.generation_config.eos_token_id = None
         one.generation_config.pad_token_id = 0

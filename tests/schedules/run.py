@@ -86,7 +86,7 @@ def client_model(work: Workload, root: Path, index: int, connection: SwarmConnec
         place.append(model)
     model = place[0]
     model.blocks.connection = connection
-    model.prompts = prompt_of(work, model.config.hidden_size, model.config.num_hidden_layers)
+    model.prompts = prompt_of(work, model.config)
     return model
 
 

@@ -27,7 +27,7 @@ def lines_of(outcome: Outcome, seconds: float) -> list[str]:
 
 
 def disturbed(outcome: Outcome) -> list[str]:
-    """How many clients at each kind of work, without prompts, with ptune and with deep_ptune."""
+    """How many clients at each kind of work, without prompts, and with each kind."""
     counts = [[outcome.works[f"{kind}, {mode or 'no prompts'}"] for mode in MODES] for kind in WORKLOADS]
     return [f"{kind} {' / '.join(map(str, each))}" for kind, each in zip(WORKLOADS, counts, strict=True)]
 

@@ -57,7 +57,7 @@ def test_schedules_draw_every_kind_of_fault_and_all_work() -> None:
     assert {fault.kind for one in drawn for fault in one.faults} == set(KINDS)
     assert {(work.mode, work.kind) for one in drawn for work in one.clients} == {
         (mode, kind)
-        for mode in (None, "ptune", "deep_ptune")
+        for mode in (None, "ptune", "deep_ptune", "prefix")
         for kind in ("greedy", "sampled", "beams", "rollback", "fork", "training")
     }
     assert any(fault.peer is None for one in drawn for fault in one.faults)

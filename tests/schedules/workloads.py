@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corolla.models.prompts import SoftPrompt
-from tests.reference import Prompted, blocks_of, local_model
+from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
+from tests.reference import Prefixed, Prompted, blocks_of, local_model
 from tests.tiny_models import VOCABULARY
 
 PROMPT = 3
 WORKLOADS = ("greedy", "sampled", "beams", "rollback", "fork", "training")
-MODES = (None, "ptune", "deep_ptune")
+MODES = (None, "ptune", "deep_ptune", "prefix")
 VARIANTS = 6  # of each workload: references are computed once a process
 
 
@@ -42,11 +42,17 @@ def ids_of(draw: random.Random, rows: int, length: int) -> Tensor:
     return torch.tensor([[draw.randrange(3, 250) for _ in range(length)] for _ in range(rows)])
 
 
-def prompt_of(work: Workload, hidden: int, blocks: int) -> SoftPrompt | None:
+def prompt_of(work: Workload, config: Any) -> Prompt | None:
     """The prompt that a workload starts from."""
     if work.mode is None:
         return None
     generator = torch.Generator().manual_seed(work.variant)
+    hidden, blocks = config.hidden_size, config.num_hidden_layers
+    if work.mode == "prefix":
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = 1 if getattr(config, "multi_query", False) else heads
+        head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+        return KeyValuePrefix(torch.randn(blocks, PROMPT, 2 * heads * head, generator=generator) * 0.5)
     prompt = SoftPrompt(
         torch.randn(PROMPT, hidden, generator=generator) * 0.3,
         blocks if work.mode == "deep_ptune" else 0,
@@ -97,7 +103,7 @@ class SwarmChat:
 class LocalChat:
     """The same, computed anew each time by the whole model."""
 
-    def __init__(self, model: Any, prompt: SoftPrompt | None, ids: Tensor | None = None) -> None:
+    def __init__(self, model: Any, prompt: Prompt | None, ids: Tensor | None = None) -> None:
         self.model, self.prompt, self.ids = model, prompt, ids
         self.logits = torch.empty(0)
 
@@ -115,6 +121,10 @@ class LocalChat:
 
     def _prompted(self, ids: Tensor, settings: dict[str, Any]) -> Tensor:
         assert self.prompt is not None
+        if isinstance(self.prompt, KeyValuePrefix):
+            values = self.prompt.values.to(torch.float64)
+            whole, self.logits = Prefixed(self.model, values).generate(ids, **settings)
+            return whole[:, ids.shape[1] :]
         embedded = self.model.get_input_embeddings()(ids)
         front = self.prompt.input.detach().to(embedded.dtype).expand(ids.shape[0], -1, -1)
         whole = torch.cat([front, embedded], 1)
@@ -192,7 +202,7 @@ def training(model: Any, prompt: Any, loss_of: Any, work: Workload) -> Iterator[
     """Steps of an optimizer; each gives its loss, the last thing is the final prompt (or input gradients)."""
     draw = random.Random(f"{work.kind}-{work.variant}")
     # Deep prompts' gradients travel in float32, so those of several micro-batches are not summed to 1e-9.
-    several = (6, 100) if work.mode != "deep_ptune" else (5, 60)
+    several = (5, 60) if work.mode in ("deep_ptune", "prefix") else (6, 100)
     rows, length = [(2, 12), (3, 20), several][work.variant % 3]
     steps = draw.randint(2, 4) if length < 100 else 2
     if prompt is None:
@@ -236,7 +246,7 @@ def in_the_swarm(model: Any, work: Workload) -> Iterator[Tensor]:
         loss: Tensor = model(ids, attention_mask=mask, labels=labels).loss
         return loss
 
-    own = None if prompts is None else (prompts.input, prompts.deep)
+    own = None if prompts is None else list(prompts.parameters())
     yield from training(model, own, loss_of, work)
 
 
@@ -252,11 +262,13 @@ def whole_model(family: str, folder: Path) -> Any:
 def expected(work: Workload, folder: Path) -> list[Tensor]:
     """What the workload must give."""
     model = whole_model(work.family, folder)
-    prompt = prompt_of(work, model.config.hidden_size, model.config.num_hidden_layers)
+    prompt = prompt_of(work, model.config)
     if work.kind != "training":
         return [tokens.clone() for tokens in chatting(LocalChat(model, prompt), work)]
     if prompt is None:
         return list(training(model, None, None, work))
+    if isinstance(prompt, KeyValuePrefix):
+        return list(training(model, [prompt.trained], partial(_prefixed_loss, model, prompt), work))
     local = Prompted(model, prompt.input, prompt.deep)
 
     def loss_of(ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -264,6 +276,14 @@ def expected(work: Workload, folder: Path) -> list[Tensor]:
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
     return list(training(model, (local.vectors, local.deep), loss_of, work))
+
+
+def _prefixed_loss(model: Any, prompt: KeyValuePrefix, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """With the prompt's first token as it is, and gradients for the others."""
+    local = Prefixed(model, prompt.frozen)
+    local.values = torch.cat([prompt.frozen, prompt.trained], 1).double()
+    logits = local.logits(ids, mask)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
 def same(found: Tensor, due: Tensor) -> bool:

@@ -21,9 +21,11 @@ from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.forms import crossing_of
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
+from corolla.server.kept import KnownPrefix
 from corolla.server.sessions.bundles import Entering, before_span, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.directory.directory import ServerRecord
@@ -64,9 +66,9 @@ def checkpoint_of(family: str, root: Path) -> Checkpoint:
 
 
 @cache
-def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[Entering]:
+def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[Entering | BlockVectors]:
     """A workload's prompt as it enters a server's first block."""
-    prompt = prompt_of(work, checkpoint.config.hidden_size, BLOCKS)
+    prompt = prompt_of(work, checkpoint.config)
     prompts = [] if prompt is None else [prompt]
     how = {"dtype": DTYPE, "device": torch.device("cpu"), "quantization": "none"}
     return before_span(checkpoint, prompts, start, **how)
@@ -205,6 +207,9 @@ class SimulatedSwarm:
         (engine,) = engines
         engine.start()
         for one in self._entering(start) if plan.bundles else []:
+            if isinstance(one, BlockVectors):
+                server.prefixes.everybodys[one.digest] = KnownPrefix(0, one.values)
+                continue
             server.budget.set_aside(1)
             server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet
         transport = self.network.transport(peer)
@@ -223,7 +228,7 @@ class SimulatedSwarm:
         self._up[peer] = _Running(server, engine, record)
         self._look()
 
-    def _entering(self, start: int) -> list[Entering]:
+    def _entering(self, start: int) -> list[Entering | BlockVectors]:
         found = [one for work in self._clients for one in entering(self.checkpoint, work, start)]
         return list({one.name: one for one in found}.values())
 

@@ -274,7 +274,7 @@ async def test_a_peer_within_its_share_overtakes_one_beyond_it() -> None:
 
 
 def lease(nbytes: int) -> Lease:
-    return Lease((0, 1), torch.zeros(1), torch.zeros(1), None, nbytes, tokens=1)
+    return Lease((0, 1), torch.zeros(1), torch.zeros(1), {}, nbytes, tokens=1)
 
 
 def test_leases_of_a_modest_peer_survive_a_greedy_one() -> None:

@@ -29,7 +29,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler import policy
+from corolla.server.scheduler import speeds
 from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind
 from corolla.server.sessions.step import StepRequest
 from corolla.swarm.channel import Channel, request
@@ -159,8 +159,8 @@ async def test_a_long_prompt_is_cut_while_others_generate(
     world: OneServer, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
-    monkeypatch.setattr(policy, "SPLIT_SHARE", float("inf") if apart else 0.0)
-    monkeypatch.setattr(policy, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
+    monkeypatch.setattr(speeds, "SPLIT_SHARE", float("inf") if apart else 0.0)
+    monkeypatch.setattr(speeds, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
     long, *others = await clients_of(world, 4)
     await at_once(world, *(one.step(9) for one in others))
     await at_once(world, *(one.step(1) for one in others))
@@ -176,9 +176,9 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    both = [(3, 0), (0, policy.LEAST_PREFILL_TOKENS)] * 5
+    both = [(3, 0), (0, speeds.LEAST_PREFILL_TOKENS)] * 5
     if not apart:
-        both = [(3, policy.LEAST_PREFILL_TOKENS)] * 5
+        both = [(3, speeds.LEAST_PREFILL_TOKENS)] * 5
     counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
     assert list(counts)[: len(both)] == both
     for one in (long, *others):
@@ -219,7 +219,7 @@ def _waiting(world: OneServer) -> int:
 
 
 def test_what_a_decode_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
-    times = policy.PassTimes()
+    times = speeds.PassTimes()
     for _ in range(20):
         times.passed(16, 0.032)  # 2 ms a token
         times.passed(1, 0.015)

@@ -27,7 +27,7 @@ PROMPTS = noise(BLOCKS, 3, HIDDEN, seed=3)
 
 
 def lease(nbytes: int = 10) -> Lease:
-    return Lease((0, 1), torch.zeros(1), torch.zeros(1), None, nbytes, tokens=1)
+    return Lease((0, 1), torch.zeros(1), torch.zeros(1), {}, nbytes, tokens=1)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from corolla.wire.messages import (
     Alive,
     AnyMessage,
     Backward,
+    CacheContents,
     ClientMessage,
     Closed,
     CloseSession,
@@ -43,6 +44,7 @@ from corolla.wire.messages import (
     Part,
     Ping,
     Prefilled,
+    ReadCache,
     ServerMessage,
     ServerStatus,
     Step,
@@ -58,6 +60,7 @@ def hidden(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
 
 
 PROMPTS = hidden(torch.float32, N, P, H)
+PREFIX = hidden(torch.float32, N, P, 4 * H)
 POSITIONS = torch.arange(R * T).reshape(R, T)
 EVERYTHING: list[Packet] = [
     Packet(OpenSession(model="m", start=2, end=8, rows=R, max_tokens=9)),
@@ -77,6 +80,9 @@ EVERYTHING: list[Packet] = [
             model="m", start=2, end=8, rows=R, max_tokens=9, bundle=Prefilled(digest="0" * 64, deep=True)
         )
     ),
+    Packet(OpenSession(model="m", start=2, end=8, rows=R, max_tokens=9, known="0" * 64), {"prefix": PREFIX}),
+    Packet(ReadCache(tokens=P)),
+    Packet(CacheContents(), {"prefix": PREFIX}),
     Packet(CloseSession()),
     Packet(
         Forward(model="m", start=0, end=N),
@@ -112,6 +118,15 @@ EVERYTHING: list[Packet] = [
     ),
     Packet(Outputs(failures=(("1" * 16, Failure(code="evicted", message="gone")),)), {"hidden": hidden()}),
     Packet(Gradients(), {"grad": hidden(), "prompts": PROMPTS}),
+    Packet(Gradients(), {"grad": hidden(), "prefix": PREFIX}),
+    Packet(
+        Forward(model="m", start=0, end=N, known="0" * 64),
+        {"hidden": hidden()[:1], "lengths": torch.tensor([T]), "prefix": PREFIX},
+    ),
+    Packet(
+        Backward(model="m", start=0, end=N, prompt_gradient=True, known="0" * 64),
+        {"hidden": hidden()[:1], "lengths": torch.tensor([T]), "grad": hidden()[:1]},
+    ),
     Packet(Closed()),
     Packet(Alive(ahead=3)),
     Packet(

@@ -10,6 +10,7 @@ from corolla.errors import ProtocolError
 from corolla.wire.messages import (
     Alive,
     Backward,
+    CacheContents,
     ClientMessage,
     Closed,
     CloseSession,
@@ -24,6 +25,7 @@ from corolla.wire.messages import (
     Outputs,
     Part,
     Ping,
+    ReadCache,
     ServerMessage,
     ServerStatus,
     Step,
@@ -33,6 +35,7 @@ from corolla.wire.session import CLIENT_TURN, TRANSITIONS, Conversation, State, 
 
 OPEN = OpenSession(model="m", start=0, end=1, rows=1, max_tokens=1)
 STEP, CLOSE, PING = Step(position=0), CloseSession(), Ping()
+READ, CONTENTS = ReadCache(tokens=1), CacheContents()
 FORWARD = Forward(model="m", start=0, end=1)
 BACKWARD = Backward(model="m", start=0, end=1)
 STATUS = ServerStatus(
@@ -49,8 +52,8 @@ STATUS = ServerStatus(
 )
 STEPS, OUTPUTS = Steps(parts=(Part(name="0" * 16, position=0, rows=1),)), Outputs()
 OPENED, OUTPUT, GRADIENTS, CLOSED, ALIVE = Opened(), Output(), Gradients(), Closed(), Alive()
-ASKED = [OPEN, STEP, STEPS, CLOSE, PING, FORWARD, BACKWARD]
-ALL = [*ASKED, OPENED, OUTPUT, OUTPUTS, GRADIENTS, CLOSED, ALIVE, STATUS]
+ASKED = [OPEN, STEP, STEPS, READ, CLOSE, PING, FORWARD, BACKWARD]
+ALL = [*ASKED, OPENED, OUTPUT, OUTPUTS, GRADIENTS, CONTENTS, CLOSED, ALIVE, STATUS]
 
 
 def failure(code: str) -> Failure:
@@ -77,7 +80,8 @@ LEGAL = {
     (): {OPEN, STEPS, FORWARD, BACKWARD, PING},
     (STEPS,): {OUTPUTS, ALIVE},
     (OPEN,): {OPENED, ALIVE},
-    (OPEN, OPENED): {STEP, CLOSE, PING},
+    (OPEN, OPENED): {STEP, READ, CLOSE, PING},
+    (OPEN, OPENED, READ): {CONTENTS, ALIVE},
     (OPEN, OPENED, STEP): {OUTPUT, ALIVE},
     (OPEN, OPENED, CLOSE): {CLOSED, ALIVE},
     (OPEN, OPENED, PING): {STATUS, ALIVE},
@@ -123,6 +127,9 @@ def test_other_refusals() -> None:
     assert after(STEPS, failure("busy")) is after(STEPS, OUTPUTS) is State.IDLE
     assert after(BACKWARD, failure("no_lease"), BACKWARD, GRADIENTS) is State.IDLE
     assert after(OPEN, OPENED, PING, failure("internal")) is State.OPEN
+    assert (
+        after(OPEN, OPENED, READ, failure("too_large")) is after(OPEN, OPENED, READ, CONTENTS) is State.OPEN
+    )
     assert after(OPEN, OPENED, CLOSE, failure("evicted")) is State.IDLE
 
 

@@ -23,7 +23,6 @@ from corolla.client.model import saving
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.replies import reply_ends
 from corolla.errors import CorollaError, UsageError
-from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.limits import context_limit
 from corolla.text import get_logger, one_line
 from corolla.tuning.bundle import BUNDLE_FILE, Bundle, load_bundle
@@ -128,8 +127,7 @@ class Partners:
         assert self.folder is not None
         folder = self.folder / name
         bundle = load_bundle(folder)
-        width = int(self.base.model.get_input_embeddings().weight.shape[1])
-        prompt = load_prompt(folder, model_name=self.base.name, identity=self._identity, peft_width=width)
+        prompt = saving.saved_prompt(self.base.model, folder, name=self.base.name, identity=self._identity)
         model = with_prompt(self.base.model, prompt, saving.read_tables(folder), folder)
         renderer = Renderer(self._tokenizer, bundle.rendering)
         SamplingSettings.from_dict(bundle.sampling)  # says what is wrong with it

@@ -6,6 +6,7 @@ Invariant: what is wrong with the arguments or the data is said before a server 
 from __future__ import annotations
 
 import contextlib
+import random
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
     from corolla.tuning.tune import TuneResult
 
-MODES = ("ptune", "deep_ptune")
-INITS = ("vocab", "text", "random")
+MODES = ("ptune", "deep_ptune", "prefix")
+INITS = ("vocab", "text", "random", "conversations")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,17 @@ class TuneJob:
     persona: Annotated[bool, "PersonaChat: put the personality in front."] = False
     split: Annotated[str | None, "Hub data: which split, such as train."] = None
     out: Annotated[Path, "Where the bundle goes."] = Path("bundle")
-    mode: Annotated[str, "ptune or deep_ptune (a prompt for each block besides)."] = "ptune"
+    mode: Annotated[
+        str, "ptune, deep_ptune (a prompt for each block besides) or prefix (keys and values for each block)."
+    ] = "ptune"
     prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
-    prompt_init: Annotated[str, "Start from vocab, text or random."] = "vocab"
-    prompt_text: Annotated[str | None, "The text to start from."] = None
+    prompt_init: Annotated[
+        str | None,
+        "Start from vocab, text, random or conversations (default: vocab, of a prefix conversations).",
+    ] = None
+    prompt_text: Annotated[
+        str | None, "--prompt-text", "--init-text", "The text to start from, or a file that holds it."
+    ] = None
     model: str = "smollm2"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -72,19 +80,40 @@ class TuneJob:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise UsageError(f"--mode is {self.mode!r}; it must be {' or '.join(MODES)}.")
+            raise UsageError(f"--mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         if self.prompt_tokens < 1:
             raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prompt needs at least 1 token.")
-        if self.prompt_init not in INITS:
+        if self.prompt_init not in (None, *INITS):
             raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
-        if (self.prompt_init == "text") != bool(self.prompt_text):
+        if self.prompt_init is not None and (self.prompt_init == "text") != bool(self.prompt_text):
             raise UsageError("--prompt-init text and --prompt-text TEXT go together.")
+
+    @property
+    def begins_with(self) -> str:
+        """What the prompt is started from, one of `INITS`."""
+        if self.prompt_init is None:
+            return "text" if self.prompt_text else "conversations" if self.mode == "prefix" else "vocab"
+        return self.prompt_init
+
+    def first_text(self, prepared: Prepared, seed: int) -> str | None:
+        """The text that the prompt is started from, if it is a text. Raises `UsageError`."""
+        if self.begins_with == "conversations":
+            return conversations_text(prepared, self.prompt_tokens, seed)
+        if self.prompt_text is None or not _is_file(self.prompt_text):
+            return self.prompt_text
+        try:
+            return Path(self.prompt_text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.prompt_text} cannot be read as text (UTF-8).") from error
 
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
         names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
         swarm = to_saved(SwarmConfig(peers=self.client.peers, trust=self.client.trust))
-        return {name: getattr(self, name) for name in names} | {"swarm": swarm}
+        return {name: getattr(self, name) for name in names} | {
+            "prompt_init": self.begins_with,
+            "swarm": swarm,
+        }
 
 
 @with_fields
@@ -248,8 +277,8 @@ def train_and_report(
         job.model,
         tuning_mode=job.mode,
         pre_seq_len=job.prompt_tokens,
-        prompt_init=job.prompt_init,
-        prompt_text=job.prompt_text,
+        prompt_init="text" if job.begins_with == "conversations" else job.begins_with,
+        prompt_text=job.first_text(prepared, settings.seed),
         dtype=job.dtype,
         revision=job.revision,
         token=job.token,
@@ -306,6 +335,23 @@ def show_next_step(out: Path, peers: Sequence[str] | None) -> None:
     say_plainly(f"Bundle: {out}   loss curve: {out / CURVE_FILE}")
     join = [part for address in peers or () for part in ("--peers", address)]
     say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(out), *join])}")
+
+
+def conversations_text(prepared: Prepared, tokens: int, seed: int) -> str:
+    """Rendered examples of the training split, chosen by the seed, of so many tokens or as many as there are."""
+    ids: list[int] = []
+    for example in random.Random(seed).sample(prepared.train, len(prepared.train)):
+        ids += example.input_ids
+        if len(ids) >= tokens:
+            break
+    return str(prepared.renderer.tokenizer.decode(ids))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or no name at all
+        return False
 
 
 def _unescaped(text: str) -> str:

@@ -40,13 +40,13 @@ class LocalBlocks:
             return self._span.view(start, end).new_cache()
 
     def run(self, hidden: Tensor, call: BlocksCall, start: int, end: int, cache: SpanCache | None) -> Tensor:
-        """Blocks [start, end) on hidden states [R, T, H]; differentiable in them and the deep prompts."""
+        """Blocks [start, end) on hidden states [R, T, H]; differentiable in them and what blocks are given besides."""
         rows = int(hidden.shape[0])
         positions = None if call.positions is None else call.positions.expand(rows, -1)
-        deep = None if call.deep is None else call.deep[start:end]
+        given = {} if call.deep is None else call.deep.of(start, end)
         with self._lock:
             return self._span.view(start, end).forward(
-                hidden, mask=call.mask, positions=positions, cache=cache, prompts=deep
+                hidden, mask=call.mask, positions=positions, cache=cache, **given
             )
 
 
@@ -72,7 +72,7 @@ class LocalSession:
             self.entered.truncate(call.start)
             self._go_back(call.start)
             self._arrange(int(hidden.shape[0]))
-            if self._cache.get_seq_length() < call.start:
+            if self._cache.tokens < call.start:
                 self._replay(call)
             self.entered.append(hidden.detach(), call.positions)
             return self._blocks.run(hidden, call, self._start, self._end, self._cache)
@@ -106,9 +106,14 @@ class LocalSession:
             repeat = torch.arange(cached).repeat_interleave(rows // cached)
             order = repeat if order is None else order[repeat]
         if order is not None:
-            if self._cache.get_seq_length():
+            if self._cache.tokens:
                 self._cache.reorder_cache(order)
             self.entered.select_rows(order)
+
+    def read(self, tokens: int) -> Tensor:
+        """The first `tokens` tokens' keys and values, as a prefix fp32 [blocks, tokens, D]."""
+        with self._lock:
+            return self._cache.read(tokens)
 
     def begin_as(self, other: LocalSession, tokens: int) -> None:
         """Hold the first `tokens` of what the other does; nothing is shared that either changes."""

@@ -23,6 +23,7 @@ from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
 from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
 from corolla.models.crossing import Crossing
+from corolla.models.prompts import BlockVectors
 
 
 class RemoteBlocks:
@@ -79,7 +80,7 @@ class RemoteBlocks:
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         return self.run(hidden, BlocksCall(mask, positions, None, None, 0))
 
-    def open_chain(self, deep: Tensor | None = None) -> SessionChain:
+    def open_chain(self, deep: BlockVectors | None = None) -> SessionChain:
         """A session over these blocks, with nothing in it yet; see `SessionChain`."""
         front = None
         if self.local is not None and self.start < self.remote_start:
@@ -105,13 +106,14 @@ class RemoteBlocks:
             return self._run_whole(hidden, call, wanted)
         if call.start == 0 and (wanted or call.cache.lazy):
             output = self._run_whole(hidden, call, wanted)
-            deep = None if call.deep is None else call.deep.detach().clone()  # training goes on with it
+            deep = None if call.deep is None else call.deep.kept()  # training goes on with it
             call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None, deep=deep))
             return output
         output = self._step(hidden, call)
         if not wanted:
             return output
-        once: Tensor = _NoGradients.apply(output, hidden, call.deep)  # type: ignore[no-untyped-call]
+        values = None if call.deep is None else call.deep.values
+        once: Tensor = _NoGradients.apply(output, hidden, values)  # type: ignore[no-untyped-call]
         return once
 
     def _run_whole(self, hidden: Tensor, call: BlocksCall, wanted: bool) -> Tensor:
@@ -120,7 +122,7 @@ class RemoteBlocks:
             if self.remote_start == self.end:
                 return hidden
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
-            hidden, call.deep, self, call.mask, call.positions, wanted
+            hidden, None if call.deep is None else call.deep.values, self, call, wanted
         )
         return output
 
@@ -194,10 +196,9 @@ class _RemoteForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        deep: Tensor | None,
+        values: Tensor | None,  # of `call.deep`, where autograd sees them
         blocks: RemoteBlocks,
-        mask: Tensor | None,
-        positions: Tensor | None,
+        call: BlocksCall,
         lend: bool,
     ) -> Tensor:
         connection = blocks.connection
@@ -207,15 +208,16 @@ class _RemoteForward(torch.autograd.Function):
             connection.audits,
             start=blocks.remote_start,
             end=blocks.end,
-            deep=deep,
+            deep=call.deep,
             lend=lend,
         )
-        output = connection.run(training.forward(on_cpu(hidden), on_cpu(mask), on_cpu(positions)))
-        ctx.training, ctx.connection, ctx.deep = training, connection, deep
+        work = training.forward(on_cpu(hidden), on_cpu(call.mask), on_cpu(call.positions))
+        output = connection.run(work)
+        ctx.training, ctx.connection, ctx.values = training, connection, values
         return output.to(hidden.device)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         if torch.is_grad_enabled():  # by `create_graph` only
             raise UsageError(
                 "Gradients of gradients do not go through the swarm: leave out create_graph=True, and what needs it "
@@ -223,7 +225,7 @@ class _RemoteForward(torch.autograd.Function):
             )
         work = ctx.training.backward(on_cpu(grad))  # type: ignore[attr-defined]
         grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]
-        deep: Tensor | None = ctx.deep  # type: ignore[attr-defined]
-        if deep is not None and grad_deep is not None:
-            grad_deep = grad_deep.to(deep.device, deep.dtype)
-        return grad_hidden.to(grad.device), grad_deep, None, None, None, None
+        values: Tensor | None = ctx.values  # type: ignore[attr-defined]
+        if values is not None and grad_deep is not None:
+            grad_deep = grad_deep.to(values.device, values.dtype)
+        return grad_hidden.to(grad.device), grad_deep, None, None, None

@@ -24,6 +24,7 @@ from corolla.client.sessions.span_session import History
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, RequestRefused
 from corolla.models.kernels.helpers import SPINNING
+from corolla.models.prompts import BlockVectors
 from corolla.swarm.channel import checked
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.failures import Remedy, meaning
@@ -54,13 +55,11 @@ class MicroBatch:
     positions: Tensor | None  # int64 [1, N]; None when every sequence counts from 0
     stages: list[Stage] = field(default_factory=list)
 
-    def extra(self, deep: Tensor | None, start: int, end: int) -> dict[str, Tensor]:
-        tensors = {
-            "lengths": self.lengths,
-            "positions": self.positions,
-            "prompts": None if deep is None else deep[start:end],
-        }
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    def extra(self, deep: BlockVectors | None, start: int, end: int) -> dict[str, Tensor]:
+        tensors = {"lengths": self.lengths}
+        if self.positions is not None:
+            tensors["positions"] = self.positions
+        return tensors | ({} if deep is None else deep.of(start, end))
 
     def packed(self, batch: Tensor) -> Tensor:
         """This micro-batch's tokens [1, N, H] of a batch [R, T, H]."""
@@ -113,7 +112,7 @@ def step_answer(
     hop: Hop,
     history: History,
     mask: Tensor | None,
-    deep: Tensor | None,
+    deep: BlockVectors | None,
     output: Tensor,
     draw: random.Random,
 ) -> Answer | None:
@@ -146,16 +145,15 @@ class TrainingPass:
         *,
         start: int,
         end: int,
-        deep: Tensor | None,
+        deep: BlockVectors | None,
         lend: bool,
     ) -> None:
-        """`deep` holds the deep prompts of all the model's blocks, fp32 [blocks, P, H]; `lend` says that a
-        backward will follow."""
+        """`deep` are of all the model's blocks; `lend` says that a backward will follow."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._start, self._end = start, end
-        self._deep = None if deep is None else deep.detach().float().cpu()
+        self._deep = None if deep is None else deep.detached()
         self._lend = lend
         self._micro_batches: list[MicroBatch] = []
         self._entered = torch.empty(0)  # of the form of what entered, before the backward
@@ -180,7 +178,7 @@ class TrainingPass:
         )
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients for the inputs [R, T, H] and, with deep prompts, for those [blocks, P, H], fp32.
+        """Gradients for the inputs [R, T, H] and, where blocks are given more, for that [blocks, P, D], fp32.
 
         As `forward`, raises `LyingServer` when an audit has condemned a peer meanwhile.
         """
@@ -190,7 +188,7 @@ class TrainingPass:
             return await self._backward(micro, micro.packed(grad))
 
         results = await _together(one, self._micro_batches)
-        deep_grad = None if self._deep is None else torch.zeros_like(self._deep)
+        deep_grad = None if self._deep is None else torch.zeros_like(self._deep.values)
         if deep_grad is not None:
             for _, pieces in results:  # in the order of the batch, so that sums are the same every time
                 for hop, piece in pieces:
@@ -251,7 +249,6 @@ class TrainingPass:
     async def _ask_little(self, hop: Hop, value: Tensor) -> None:
         """Have a single token computed, to see whether anybody is there for more."""
         tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
-        tensors |= {} if self._deep is None else {"prompts": self._deep[hop.start : hop.end, :1]}
         message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
         reply = await self._exchange(hop, message, tensors)
         checked(
@@ -292,13 +289,12 @@ class TrainingPass:
         reply = await self._redeem(stage, grad)
         if reply is None:
             reply = await self._exchange(hop, self._backward_message(hop, None), tensors)
-        piece = None
-        if self._deep is not None:
-            piece = checked(reply, "prompts", self._deep[hop.start : hop.end], hop.peer_id)
+        pieces = {}
+        for name, sent in ({} if self._deep is None else self._deep.of(hop.start, hop.end)).items():
+            pieces[name] = checked(reply, name, sent, hop.peer_id)
         value = checked(reply, "grad", stage.inputs, hop.peer_id)
-        claimed = {"grad": value} | ({} if piece is None else {"prompts": piece})
-        self._show(Answer(hop, "backward", tensors, claimed))
-        return value, piece
+        self._show(Answer(hop, "backward", tensors, {"grad": value} | pieces))
+        return value, next(iter(pieces.values()), None)
 
     async def _redeem(self, stage: Stage, grad: Tensor) -> Packet | None:
         """The gradients through the graph that the server kept; None when it has not kept it."""
@@ -334,7 +330,10 @@ class TrainingPass:
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         began = self._view.now()
-        reply = await self._view.channels.ask(hop.peer_id, Packet(message, tensors))
+        channels = self._view.channels
+        reply = await self._view.naming.ask(
+            hop, Packet(message, tensors), self._deep, lambda packet: channels.ask(hop.peer_id, packet)
+        )
         sent = next(iter(tensors.values()))
         nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
         self._view.answered(hop, int(sent.shape[1]), nbytes, self._view.now() - began)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from corolla.errors import SessionLimit, UsageError
+from corolla.models.prompts import BlockVectors
 
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
@@ -28,10 +29,15 @@ class BlocksCall:
 
     mask: Tensor | None  # bool [R, S], S tokens so far; None when all are real
     positions: Tensor | None  # int64 [R, T]; None when they are start, start+1, …
-    deep: Tensor | None  # fp32 [blocks, P, H]
+    deep: BlockVectors | None  # a prefix is before all tokens, and counted in nothing here
     cache: RemoteCache | None
-    start: int  # position of the first of the T tokens, prompt included
+    start: int  # position of the first of the T tokens, soft prompt included
     prompt: Tensor | None = None  # fp32 [P, H], what the first of the T tokens are, where they are a prompt
+
+    @property
+    def prefix_length(self) -> int:
+        """How many positions of a prefix come before all tokens."""
+        return 0 if self.deep is None else self.deep.prefix_length
 
     def select_rows(self, rows: Tensor) -> BlocksCall:
         """The same for the rows that int64 [R'] names, wherever it says something of rows."""
@@ -129,18 +135,22 @@ class RemoteCache(_OneGrowingLayer):
         session: BlocksSession,
         *,
         prompt_length: int,
+        prefix_length: int = 0,
         max_length: int | None,
         owner: object = None,
         fork: Callable[[RemoteCache], RemoteCache] | None = None,
         lazy: bool = False,
     ) -> None:
-        """`owner` is what all caches of a model have in common; `fork` makes another one that goes on from it.
+        """`prompt_length` tokens of a prompt are run before the user's; `prefix_length` positions come before those.
+
+        `owner` is what all caches of a model have in common; `fork` makes another one that goes on from it.
 
         A `lazy` cache is of a call that may never be continued: servers are given it when it is.
         """
         super().__init__()
         self.session = session
         self.prompt_length = prompt_length
+        self.prefix_length = prefix_length
         self.max_length = max_length
         self.owner = owner
         self.lazy = lazy
@@ -341,12 +351,16 @@ class RemoteCache(_OneGrowingLayer):
 
 
 class PromptedView(_OneGrowingLayer):
-    """A `RemoteCache` whose lengths include the prompt once it has been run."""
+    """A `RemoteCache` whose lengths include the prompt once it has been run, and a prefix always.
 
-    def __init__(self, cache: RemoteCache) -> None:
+    Without a cache it is that of a call which nobody continues, behind a prefix.
+    """
+
+    def __init__(self, cache: RemoteCache | None, prefix_length: int = 0) -> None:
         super().__init__()
-        self.cache = cache
-        self.past = cache.length + cache.prompt_length if cache.length else 0
+        self.past = prefix_length
+        if cache is not None:
+            self.past = cache.prefix_length + (cache.length + cache.prompt_length if cache.length else 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.past

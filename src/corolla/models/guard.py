@@ -230,7 +230,8 @@ def check_cache(given: Any, owner: object) -> None:
     if not isinstance(given, RemoteCache):
         raise UsageError(
             f"A distributed model keeps its attention cache on the servers and cannot use a {type(given).__name__}: "
-            "leave it out (the answer carries a cache that can be passed on), or pass session=."
+            "leave it out (the answer carries a cache that can be passed on), or pass session=. A prefix, such as "
+            "peft's CARTRIDGE, is trained with tuning_mode='prefix' and loaded with prompts=FOLDER."
         )
     if given.owner is not owner:
         raise UsageError("This session belongs to another model; open one with model.inference_session().")
@@ -315,6 +316,18 @@ def _check_positions(positions: Tensor, past: int, new: int) -> None:
             f"The position ids begin at {int(positions.flatten()[0])}, but the session holds {past} tokens and this "
             f"call brings {new}: pass the tokens that come after the cached ones, with the positions from {past} on."
         )
+
+
+def real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """The padding mask as bool, or None when no token is padding.
+
+    With explicit positions an all-ones mask stays: without one, some families would read position ids that
+    start anew as packed sequences.
+    """
+    if mask is None:
+        return None
+    mask = mask.bool()
+    return None if bool(mask.all()) and positions is None else mask
 
 
 def check_gaps(mask: Tensor | None, positions: Tensor | None, config: Any) -> None:

@@ -4,8 +4,13 @@ Invariant: a prompt of P tokens stands at positions 0…P-1 of every row, before
 before its padding; training, prefill and cached decoding all go through the functions below, so the same
 prompt means the same thing in each. Prompts are fp32; they are cast to the activations' dtype on use.
 
+A prefix has no tokens: it is what the caches would hold of P tokens at positions 0…P-1, for each block. Those that
+come after it stand at P, P+1, …, and are counted from 0 wherever they travel; whoever runs blocks puts it in front.
+
 Soft prompts: Lester et al. 2021 (arXiv:2104.08691), `ptune`. Deep prompts, one for each block: Li and Liang
 2021 (arXiv:2101.00190) and Liu et al. 2021 (arXiv:2110.07602), in the additive form of Petals, `deep_ptune`.
+Prefixes: keys and values themselves, as Li and Liang's without its projection; with a frozen first token and started
+from a text's caches as in Eyuboglu et al. 2025 (arXiv:2506.06266), `prefix`.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +31,73 @@ from corolla.errors import UsageError
 BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
-class SoftPrompt(nn.Module):
+GIVEN = ("prompts", "prefix")  # what blocks may be given, by the names of its tensors
+
+
+class BlockVectors:
+    """What each block is given besides hidden states: fp32 `values` [blocks, P, D], and as which tensor they travel.
+
+    `prompts` are added to the hidden states of positions 0…P-1 (D is the blocks' width); a `prefix` is the keys and
+    values of P tokens before those that are sent: first the keys of all heads, then the values.
+    """
+
+    def __init__(self, *parts: Tensor, name: Literal["prompts", "prefix"] = "prompts") -> None:
+        """`parts` lie one behind the other along P; they are joined when somebody needs them, which few steps do."""
+        self._parts, self.name = parts, name
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[blocks, P, D], differentiable in the parts."""
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether somebody trains them."""
+        return any(part.requires_grad for part in self._parts)
+
+    @property
+    def prefix_length(self) -> int:
+        """How many positions come before the first token that is sent."""
+        return sum(int(part.shape[1]) for part in self._parts) if self.name == "prefix" else 0
+
+    @cached_property
+    def digest(self) -> str:
+        """By what name a client and a server know the same prefix, 64 hexadecimal digits."""
+        return _digest([self.values], self.name)
+
+    def of(self, start: int, end: int) -> dict[str, Tensor]:
+        """Those of blocks [start, end), by name."""
+        return {self.name: self.values[start:end]}
+
+    def detached(self) -> BlockVectors:
+        """The same on the CPU, which nobody trains."""
+        return BlockVectors(self.values.detach().float().cpu(), name=self.name)
+
+    def kept(self) -> BlockVectors:
+        """A copy of that."""
+        return BlockVectors(self.detached().values.clone(), name=self.name)
+
+    def same(self, other: BlockVectors | None) -> bool:
+        """Whether the other is the same in every number."""
+        return self is other or (
+            other is not None and self.name == other.name and torch.equal(self.values, other.values)
+        )
+
+
+class _Trained(nn.Module):
+    """What is trained of a model; moves with it, but is never narrower than fp32: small steps would be lost."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            narrow = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device) if narrow else moved
+
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class SoftPrompt(_Trained):
     """The trainable parameters: `input` [P, H] and, for deep prompts, `deep` [blocks, P, H]; fp32."""
 
     input: nn.Parameter
@@ -44,17 +116,6 @@ class SoftPrompt(nn.Module):
         else:
             self.register_parameter("deep", None)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SoftPrompt:
-        """Moves with its model, but is never narrower than fp32 (`model.half()`): small steps would be lost."""
-
-        def kept(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            narrow = moved.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(moved.device) if narrow else moved
-
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     @property
     def length(self) -> int:
         """P, the number of prompt positions."""
@@ -65,6 +126,76 @@ class SoftPrompt(nn.Module):
         """`ptune` or `deep_ptune`."""
         return "ptune" if self.deep is None else "deep_ptune"
 
+    @property
+    def blocks(self) -> BlockVectors | None:
+        """What each block is given of it."""
+        return None if self.deep is None else BlockVectors(self.deep)
+
+    def snapshot(self) -> BlockVectors | None:
+        """The same as it is now, for sessions, which keep what they began with."""
+        return None if self.blocks is None else self.blocks.kept()
+
+
+class KeyValuePrefix(_Trained):
+    """The trainable parameters of `prefix`: `trained` [blocks, P-F, D], behind the first F tokens, which are `frozen`.
+
+    Of each block and position the keys of all heads and then the values, fp32, as the attention cache holds them
+    (keys after rotary positions).
+    """
+
+    trained: nn.Parameter
+    frozen: Tensor
+    mode = "prefix"
+    input = None  # nothing is put before the embeddings
+
+    def __init__(self, values: Tensor, frozen: int = 1) -> None:
+        """Start from `values` [blocks, P, D]. Raises `UsageError` when nothing is left to train."""
+        super().__init__()
+        if not 0 <= frozen < values.shape[1]:
+            raise UsageError(
+                f"A prefix of {values.shape[1]} tokens whose first {frozen} stay as they are has nothing to train: "
+                f"give pre_seq_len={frozen + 1} or more."
+            )
+        values = values.detach().float()
+        self.register_buffer("frozen", values[:, :frozen].clone())
+        self.trained = nn.Parameter(values[:, frozen:].clone())
+        self._snapshot: BlockVectors | None = None
+
+    @property
+    def length(self) -> int:
+        """P, the number of positions."""
+        return int(self.frozen.shape[1] + self.trained.shape[1])
+
+    @property
+    def values(self) -> Tensor:
+        """[blocks, P, D], differentiable in what is trained."""
+        return self.blocks.values
+
+    @property
+    def blocks(self) -> BlockVectors:
+        """What each block is given."""
+        return BlockVectors(self.frozen, self.trained, name="prefix")
+
+    def snapshot(self) -> BlockVectors:
+        """As a `SoftPrompt`'s; one object for as long as no number changes, which its digest is worth."""
+        values = self.blocks.detached().values
+        if self._snapshot is None or not torch.equal(values, self._snapshot.values):
+            self._snapshot = BlockVectors(values, name="prefix")
+        return self._snapshot
+
+
+Prompt = SoftPrompt | KeyValuePrefix
+
+
+def sent_length(prompt: Prompt | None) -> int:
+    """How many tokens of it are run through the blocks, before the user's."""
+    return prompt.length if isinstance(prompt, SoftPrompt) else 0
+
+
+def prefix_length(prompt: Prompt | None) -> int:
+    """How many positions of it come before all tokens that are run through the blocks."""
+    return prompt.length if isinstance(prompt, KeyValuePrefix) else 0
+
 
 def digest(vectors: Tensor, deep: Tensor | None, dtype: torch.dtype) -> str:
     """By what name a client and a server know the same prompt, 64 hexadecimal digits.
@@ -72,8 +203,11 @@ def digest(vectors: Tensor, deep: Tensor | None, dtype: torch.dtype) -> str:
     Equal only for the same numbers (`vectors` [P, H], `deep` [blocks, P, H], fp32) that enter the blocks in the
     same `dtype`.
     """
-    parts = [vectors] if deep is None else [vectors, deep]
-    found = hashlib.sha256(f"{dtype} {[list(part.shape) for part in parts]}".encode())
+    return _digest([vectors] if deep is None else [vectors, deep], str(dtype))
+
+
+def _digest(parts: Sequence[Tensor], kind: str) -> str:
+    found = hashlib.sha256(f"{kind} {[list(part.shape) for part in parts]}".encode())
     for part in parts:
         found.update(part.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
@@ -96,12 +230,15 @@ def prepend_positions(positions: Tensor, length: int) -> Tensor:
     return torch.cat([own.expand(positions.shape[0], -1), positions + length], dim=1)
 
 
-def place_prompt(base: nn.Module, named: dict[str, Any], prompt: SoftPrompt, *, in_front: bool) -> None:
-    """Rewrite the base model's arguments for a prompt that comes before the user's first token."""
+def place_prompt(base: nn.Module, named: dict[str, Any], prompt: Prompt, *, in_front: bool) -> None:
+    """Rewrite the base model's arguments for a prompt that comes before the user's first token.
+
+    `in_front`, its vectors are part of this call; otherwise they are cached, or are a prefix, which is as if cached.
+    """
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None:
         named["attention_mask"] = prepend_mask(mask, prompt.length)
-    if not in_front:
+    if not in_front or isinstance(prompt, KeyValuePrefix):
         if positions is not None:
             named["position_ids"] = positions + prompt.length
         return
@@ -215,6 +352,15 @@ def packed_hooks(deep: DeepRows) -> list[list[BlockHook]]:
     return [[adder(vectors)] for vectors in deep.vectors]
 
 
+def initial_ids(length: int, token_ids: Tensor | None, *, vocab_size: int, seed: int) -> Tensor:
+    """`length` tokens to start a prompt from, int64: a text's, repeated or cut, or sampled without replacement."""
+    if token_ids is None:
+        generator = torch.Generator().manual_seed(seed)
+        token_ids = torch.randperm(vocab_size, generator=generator)[:length]
+    repeats = -(-length // token_ids.numel())
+    return token_ids.flatten().repeat(repeats)[:length]
+
+
 def initial_vectors(
     embedding: nn.Module, length: int, *, token_ids: Tensor | None = None, vocab_size: int = 0, seed: int = 0
 ) -> Tensor:
@@ -223,11 +369,7 @@ def initial_vectors(
     With `token_ids` (a text's), those, repeated or cut to `length`; otherwise tokens sampled from the
     vocabulary without replacement under `seed`.
     """
-    if token_ids is None:
-        generator = torch.Generator().manual_seed(seed)
-        token_ids = torch.randperm(vocab_size, generator=generator)[:length]
-    repeats = -(-length // token_ids.numel())
-    chosen = token_ids.flatten().repeat(repeats)[:length]
+    chosen = initial_ids(length, token_ids, vocab_size=vocab_size, seed=seed)
     device = next(embedding.parameters()).device
     with torch.no_grad():
         vectors: Tensor = embedding(chosen.to(device))

@@ -37,10 +37,13 @@ from corolla.models.cache import (
 from corolla.models.crossing import Crossing
 from corolla.models.private_config import with_attention
 from corolla.models.prompts import (
+    Prompt,
     SoftPrompt,
     nothing_in_front,
     place_prompt,
     place_prompt_by_ids,
+    prefix_length,
+    sent_length,
     stands_in_front,
 )
 
@@ -139,7 +142,7 @@ class BlocksLayer(nn.Module):
         positions = call.positions
         if positions is None:
             positions = torch.arange(call.start, call.start + count, device=hidden.device)
-        positions = positions.expand(rows, -1)
+        positions = positions.expand(rows, -1) + call.prefix_length
         real = None if call.mask is None else call.mask[:, -count:].to(positions.device)
         edge.check(positions, real, cached=call.cache is not None)
 
@@ -199,7 +202,7 @@ class BaseModelHooks:
         self,
         base: PreTrainedModel,
         *,
-        prompts: Callable[[], SoftPrompt | None],
+        prompts: Callable[[], Prompt | None],
         caches: Caches | None,
         reads_flat_rows: Callable[[], bool] = lambda: False,
         needs_ids: bool = False,
@@ -234,27 +237,31 @@ class BaseModelHooks:
             flat.split_call(named)
         prompt = self._prompts()
         self._check_tokens(base, named, cache, prompt)
-        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        ids, users_mask = named.get("input_ids"), named.get("attention_mask")
         first = cache is None or cache.length == 0
-        prepended = prompt.length if prompt is not None and first else 0
-        if prompt is not None and first and self._needs_ids:
+        prepended = sent_length(prompt) if first else 0
+        if isinstance(prompt, SoftPrompt) and first and self._needs_ids:
             place_prompt_by_ids(named, prompt, getattr(base.config, "pad_token_id", None) or 0)
         elif prompt is not None:
             place_prompt(base, named, prompt, in_front=first)
         guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
-        view = None if cache is None else cache.with_prompt(self._own_cache)
+        before = prefix_length(prompt)
+        view = PromptedView(None, before) if before else None
+        if cache is not None:
+            view = cache.with_prompt(self._own_cache)
         named[self._cache_name] = view
         named["use_cache"] = view is not None
+        mask, positions = named.get("attention_mask"), named.get("position_ids")
         call = BlocksCall(
-            mask=_real_mask(named.get("attention_mask"), named.get("position_ids")),
-            positions=named.get("position_ids"),
-            deep=None if prompt is None else prompt.deep,
+            mask=guard.real_mask(None if mask is None else mask[:, before:], positions),
+            positions=None if positions is None else positions - before,
+            deep=None if prompt is None else prompt.blocks,
             cache=cache,
-            start=0 if view is None else view.past,
+            start=0 if view is None else view.past - before,
             prompt=prompt.input if prompt is not None and first else None,
         )
         call = _without_plain_positions(call, guard.shape(named, may_be_empty=True)[1])
-        entered = _Entered(_call.set(call), cache, ids, mask, rows, new_tokens, prepended, flat)
+        entered = _Entered(_call.set(call), cache, ids, users_mask, rows, new_tokens, prepended, flat)
         self._entered.set((*self._entered.get(), entered))
         return (), named
 
@@ -291,7 +298,7 @@ class BaseModelHooks:
         return FlatRows.of(positions, rows) if self._reads_flat_rows() else None
 
     def _check_tokens(
-        self, base: Any, named: dict[str, Any], cache: RemoteCache | None, prompt: SoftPrompt | None
+        self, base: Any, named: dict[str, Any], cache: RemoteCache | None, prompt: Prompt | None
     ) -> None:
         """Everything that the new tokens may be too many for, and ids that the model does not know."""
         embedding = guard.embedding_of(base)
@@ -302,7 +309,7 @@ class BaseModelHooks:
             guard.check_embeddings(named["inputs_embeds"], embedding)
         length = 0 if prompt is None else prompt.length
         if cache is not None:
-            if cache.length and cache.prompt_length != length:
+            if cache.length and cache.prompt_length + cache.prefix_length != length:
                 raise UsageError(
                     "The model's prompt is not the one that this session began with; open another session."
                 )
@@ -328,18 +335,6 @@ class BaseModelHooks:
         return _users_view(output, entered)
 
 
-def _real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-    """The padding mask as bool, or None when no token is padding.
-
-    With explicit positions an all-ones mask stays: without one, some families would read position ids that
-    start anew as packed sequences.
-    """
-    if mask is None:
-        return None
-    mask = mask.bool()
-    return None if bool(mask.all()) and positions is None else mask
-
-
 def _without_plain_positions(call: BlocksCall, count: int) -> BlocksCall:
     """Drop position ids (and then an all-ones mask) that say no more than the default."""
     if call.positions is None:
@@ -361,7 +356,7 @@ def _users_view(output: Any, entered: _Entered) -> Any:
 
 
 def _trim(item: Any, entered: _Entered) -> Any:
-    if isinstance(item, PromptedView):
+    if isinstance(item, PromptedView):  # of a call without a cache, behind a prefix, nothing is to be had
         return entered.cache
     if isinstance(item, Tensor) and item.ndim == 3:
         item = item[:, entered.prompt_tokens :] if entered.prompt_tokens else item

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
+from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
@@ -33,7 +34,13 @@ from corolla.models.families import Structure, block_key_pattern, slice_config, 
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.parts import narrow_stand_ins, span_class
 from corolla.models.passage import Passage, WidePassage
-from corolla.models.prompts import BlockHook, DeepRows, PromptAdder, packed_hooks
+from corolla.models.prompts import (
+    BlockHook,
+    DeepRows,
+    PromptAdder,
+    packed_hooks,
+    prepend_mask,
+)
 
 
 class Span:
@@ -70,6 +77,7 @@ class Span:
         )
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
+        self._whole = self  # of which this is a view
 
     @property
     def config(self) -> PretrainedConfig:
@@ -128,7 +136,13 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        return Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
+        view = Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
+        view._whole = self._whole
+        return view
+
+    def by_block(self, prefix: Tensor) -> dict[int, Tensor]:
+        """A prefix [blocks, P, D] of these blocks by their indices in the whole model."""
+        return dict(zip(range(self.start, self.end), prefix, strict=True))
 
     def new_cache(self) -> SpanCache:
         """An empty cache for these blocks."""
@@ -153,6 +167,19 @@ class Span:
         return not torch.allclose(found, whole[:, 2:], rtol=0.0, atol=rounding * float(whole.abs().max()))
 
     @cached_property
+    def key_values(self) -> KeyValueForm | None:
+        """What each block caches of a token, found out by running one; None where that is not keys and values of one
+        form, so that no prefix can stand for them."""
+        if self._whole is not self:
+            return self._whole.key_values
+        if not self.crossing.plain or not self._empty_cache.keeps_everything:
+            return None
+        cache = self.new_cache()
+        with torch.inference_mode():
+            self.forward(torch.zeros(1, 1, self.width, dtype=self.dtype, device=self.device), cache=cache)
+        return cache.form
+
+    @cached_property
     def cache_bytes(self) -> tuple[int, int]:
         """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states."""
         cache, sizes = self.new_cache(), []
@@ -172,6 +199,7 @@ class Span:
         positions: Tensor | None = None,
         cache: SpanCache | None = None,
         prompts: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """What crosses the cut before block `start` to what does after block `end - 1`, [R, T, W] to [R, T, W'].
 
@@ -179,8 +207,14 @@ class Span:
         token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
         by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
         hidden states, counted from the cache's beginning.
-        Differentiable in `hidden` and `prompts`.
+        `prefix` [blocks, P, D] stands before all tokens, which know nothing of it: mask, positions and the cache's
+        tokens are counted from behind it. Differentiable in `hidden`, `prompts` and `prefix`.
         """
+        if prefix is not None:
+            cache = self._begun_with(prefix, int(hidden.shape[0]), cache)
+            before = cache.prefix_length
+            mask = None if mask is None else prepend_mask(mask, before)
+            positions = None if positions is None else positions + before
         past = cache.get_seq_length() if cache is not None else 0
         if cache is not None and past and hidden.shape[1] > 1 and self._one_by_one:
             steps = []
@@ -207,6 +241,14 @@ class Span:
         if cache is not None:
             cache.record(hidden.shape[0], hidden.shape[1])
         return output
+
+    def _begun_with(self, prefix: Tensor, rows: int, cache: SpanCache | None) -> SpanCache:
+        """The cache, or a new one, with the prefix before its first token."""
+        cache = self.new_cache() if cache is None else cache
+        if not cache.get_seq_length():
+            assert self.key_values is not None  # `check_prefix` asked
+            cache.begin_with(prefix.to(self.device, self.dtype), rows, self.key_values)
+        return cache
 
     def forward_packed(
         self,

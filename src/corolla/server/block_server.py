@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,12 @@ from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.families import largest
+from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span
+from corolla.server.kept import KnownPrefix, Prefixes
 from corolla.server.peers import Diary, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.policy import FreeCpus, ThreadChooser, run_pass
+from corolla.server.scheduler.threads import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.bundles import Bundle, Entering, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.store import SessionStore
@@ -32,6 +35,7 @@ from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
+PREFIX_BYTES = 2**28
 
 
 @dataclass
@@ -72,7 +76,8 @@ class BlockServer:
         self.silence = silence
         self.limits = limits or PeerLimits()
         self.leases = Leases(LEASE_BYTES) if leases is None else leases
-        _ = span.cache_bytes  # measured by passes of its own, which do not go together with the engine's
+        # Measured by passes of its own, which do not go together with the engine's.
+        _ = span.cache_bytes, span.key_values
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )
@@ -84,6 +89,7 @@ class BlockServer:
         self.cpus = FreeCpus(threads)
         self.sessions = SessionStore(self.engine)
         self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
+        self.prefixes = Prefixes(PREFIX_BYTES, time.monotonic)
         self.counters = Counters()
         self.diary = Diary()
         self.draining = False
@@ -93,8 +99,15 @@ class BlockServer:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def prefill_bundles(self, prompts: Sequence[Entering]) -> None:
-        """Compute prompts once for all clients, and keep them for good. Raises `UsageError` if there is no room."""
+    async def prefill_bundles(self, bundles: Sequence[Entering | BlockVectors]) -> None:
+        """Compute prompts once for all clients, and keep them, and prefixes, for good.
+
+        Raises `UsageError` if there is no room, or for a prefix that these blocks cannot take.
+        """
+        for prefix in bundles:
+            if isinstance(prefix, BlockVectors):
+                self._keep_prefix(prefix)
+        prompts = [one for one in bundles if isinstance(one, Entering)]
         needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
         if needed >= self.budget.capacity:
             raise UsageError(
@@ -106,6 +119,14 @@ class BlockServer:
         for prompt in prompts:
             work = partial(prefill, self.span, self.pool, prompt)
             self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
+
+    def _keep_prefix(self, prefix: BlockVectors) -> None:
+        own = prefix.of(self.span.start, self.span.end)["prefix"]
+        try:
+            check_prefix(own, self.span)
+        except RequestRefused as refusal:
+            raise UsageError(f"A bundle is not for this model: {refusal}") from refusal
+        self.prefixes.everybodys[prefix.digest] = KnownPrefix(self.span.start, own)
 
     def part(self, message: OpenSession | Forward | Backward) -> Span:
         """The part of the span that the message is for. Raises `RequestRefused`."""
@@ -137,6 +158,7 @@ class BlockServer:
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
+        self.prefixes.expire()
         if self._untidy:
             _return_freed_memory()
         self._untidy = False
@@ -226,13 +248,39 @@ def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = N
         )
 
 
-def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int) -> None:
+def check_prefix(prefix: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
+    """A prefix [blocks, P, D] for exactly the span's blocks, or none; P may be bounded. Raises `RequestRefused`."""
+    if prefix is None:
+        return
+    form = span.key_values
+    if form is None:
+        raise malformed(
+            "prefix",
+            f"Blocks of {span.config.model_type} models keep other things than keys and values of one form, so no "
+            "prefix can stand for them: use a prompt.",
+        )
+    if prefix.shape[0] != span.end - span.start or prefix.shape[2] != form.width:
+        raise malformed(
+            "prefix", f"A prefix for these blocks is {span.end - span.start} by tokens by {form.width}."
+        )
+    if at_most is not None and prefix.shape[1] > at_most:
+        raise malformed(
+            "prefix",
+            f"A prefix of {prefix.shape[1]} tokens is more than the {at_most} that can be cached here.",
+        )
+
+
+def check_memory(
+    span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int, copied: int = 0
+) -> None:
     """That `rows` of `tokens` new tokens, of `total` so far, can be computed in `limit` bytes at once.
 
     Raises `RequestRefused` (too_large). Without it, one client's single long request would end the process:
     memory that the kernel takes back is no exception that could be answered.
     """
-    needed = working_bytes(span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients)
+    needed = working_bytes(
+        span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients, copied=copied
+    )
     if needed > limit:
         raise RequestRefused(
             f"Computing {rows} x {tokens} tokens here would take about {needed / 2**30:.1f} GiB of "
@@ -242,12 +290,14 @@ def check_memory(span: Span, *, rows: int, tokens: int, total: int, with_gradien
         )
 
 
-def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool) -> int:
+def working_bytes(
+    span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, copied: int = 0
+) -> int:
     """About what a computation takes beyond weights and cache; an estimate on the high side.
 
     Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
     are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, fused code only
-    a mask.
+    a mask. `copied` are numbers of a prefix that each block puts before its sequences.
     """
     config, size = span.config, span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
@@ -260,4 +310,4 @@ def working_bytes(span: Span, *, rows: int, tokens: int, total: int, with_gradie
         )
     else:
         attention = rows * tokens * total * size
-    return blocks * (activations + attention)
+    return blocks * (activations + attention + copied * size)

@@ -19,6 +19,7 @@ from corolla.server.block_server import BlockServer
 from corolla.server.peers import InFlight
 from corolla.server.sessions.kv_cache import IDLE_SECONDS
 from corolla.server.sessions.opening import OpenRequest
+from corolla.server.sessions.reading import ReadRequest
 from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest
 from corolla.server.sessions.steps import StepsRequest
@@ -37,6 +38,7 @@ from corolla.wire.messages import (
     Message,
     OpenSession,
     Ping,
+    ReadCache,
     Step,
     Steps,
 )
@@ -64,6 +66,7 @@ REQUESTS: dict[type[Message], Callable[[BlockServer, Client, Any, Any], Answered
     OpenSession: OpenRequest,
     Step: StepRequest.of,
     Steps: StepsRequest,
+    ReadCache: ReadRequest,
     Forward: ForwardRequest,
     Backward: BackwardRequest,
 }

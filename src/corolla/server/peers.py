@@ -20,7 +20,8 @@ from cachetools import TTLCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.policy import PeerHistory
+from corolla.server.kept import Kept
+from corolla.server.scheduler.shares import PeerHistory
 from corolla.text import get_logger, one_line
 
 log = get_logger(__name__)
@@ -291,61 +292,27 @@ class Lease:
     blocks: tuple[int, int]
     output: Tensor
     hidden: Tensor
-    prompts: Tensor | None
+    given: dict[str, Tensor]  # what blocks were given besides, by name
     nbytes: int
     tokens: int
 
 
-class Leases:
-    """All leases of a server, least recently made first.
-
-    Where there is no room, the peer that has most loses its oldest: nobody can drive out others' leases by
-    making many.
-    """
+class Leases(Kept[Lease]):
+    """All leases of a server."""
 
     def __init__(self, budget: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`budget` in bytes of saved activations."""
-        self.budget = budget
+        super().__init__(budget, seconds=LEASE_SECONDS, most=MOST_LEASES, clock=clock)
         self._bytes_a_token = 0.0
-        self._kept: TTLCache[tuple[str, str], Lease] = TTLCache(math.inf, LEASE_SECONDS, timer=clock)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    @property
-    def held(self) -> int:
-        """Bytes of all leases."""
-        return sum(lease.nbytes for lease in self._kept.values())
 
     def may_fit(self, tokens: int) -> bool:
         """Whether the graph of so many tokens is worth making, by what the last one took."""
         return tokens * self._bytes_a_token <= self.budget
 
-    def keep(self, peer: str, key: str, lease: Lease) -> None:
-        """Keep it, at the expense of others; one that is larger than the budget is let go."""
-        self._bytes_a_token = lease.nbytes / lease.tokens
-        self._kept.pop((peer, key), None)
-        if lease.nbytes > self.budget:
-            return
-        self._kept[peer, key] = lease
-        while self.held > self.budget or len(self._kept) > MOST_LEASES:
-            self._drop_one()
-
-    def _drop_one(self) -> None:
-        by_peer: Counter[str] = Counter()  # bytes
-        for (peer, _), lease in self._kept.items():
-            by_peer[peer] += lease.nbytes
-        most = max(by_peer, key=by_peer.__getitem__)
-        del self._kept[next(name for name in self._kept if name[0] == most)]
-
-    def take(self, peer: str, key: str) -> Lease | None:
-        """The peer's lease, which is kept no longer; None when there is none."""
-        lease: Lease | None = self._kept.pop((peer, key), None)
-        return lease
-
-    def expire(self) -> None:
-        """Let go of what is too old."""
-        self._kept.expire()
+    def keep(self, peer: str, key: str, one: Lease) -> None:
+        """See `Kept`."""
+        self._bytes_a_token = one.nbytes / one.tokens
+        super().keep(peer, key, one)
 
 
 class Diary:

@@ -32,14 +32,14 @@ from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.native import library
 from corolla.models.numerics import choose_dtype, dtype_name
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import BlockVectors, Prompt
 from corolla.models.span import Span
 from corolla.models.stepwise import load_prepared
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.peers import Budgets, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.policy import LEAST_TIMED
+from corolla.server.scheduler.speeds import LEAST_TIMED
 from corolla.server.sessions.bundles import Entering, before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.session import default_capacity
@@ -96,7 +96,7 @@ async def serve(
 async def _serve_span(
     config: ServerConfig,
     node: Node,
-    prompts: list[Entering],
+    prompts: list[Entering | BlockVectors],
     span: Span,
     checkpoint: Checkpoint,
     stop: asyncio.Event,
@@ -161,7 +161,7 @@ class OpenedModel:
     device: torch.device
     packable: bool
     quantization: str
-    prompts: list[SoftPrompt] = field(default_factory=list)  # of the bundles
+    prompts: list[Prompt] = field(default_factory=list)  # of the bundles
 
 
 def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
@@ -229,7 +229,7 @@ def _widened(opened: OpenedModel, span: Span) -> str:
     )
 
 
-def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering]:
+def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering | BlockVectors]:
     """The bundles' prompts where the server's first block begins. Raises `CheckpointError`."""
     if opened.prompts:
         say("Computing the bundles' prompts for all who chat with them")

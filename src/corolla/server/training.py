@@ -19,12 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.kernels.helpers import SPINNING
-from corolla.models.prompts import DeepRows
+from corolla.models.prompts import GIVEN, DeepRows
 from corolla.models.span import Span
 from corolla.server.block_server import (
     BlockServer,
     check_hidden,
     check_memory,
+    check_prefix,
     check_prompts,
     malformed,
     working_bytes,
@@ -52,7 +53,8 @@ class TrainingRequest(Request):
         self.span = server.part(message)
         self._server = server
         self._lease = message.lease
-        self._tensors = tensors
+        prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
+        self._tensors = tensors if prefix is None else tensors | {"prefix": prefix}
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -180,6 +182,10 @@ class Sequences:
         """Raises `RequestRefused` for tensors that do not fit the span."""
         check_hidden(tensors["hidden"], span)
         check_prompts(tensors.get("prompts"), span)
+        check_prefix(tensors.get("prefix"), span)
+        if all(name in tensors for name in GIVEN):
+            raise malformed("prefix", "Sequences have deep prompts or a prefix, not both.")
+        self._before = int(tensors["prefix"].shape[1]) if "prefix" in tensors else 0
         self.lengths = _checked_lengths(tensors)
         self.tokens = sum(self.lengths)
         self._span = span
@@ -188,35 +194,43 @@ class Sequences:
     @property
     def sizes(self) -> dict[str, int]:
         """What their computation's memory depends on, as `block_server.working_bytes` takes it."""
-        longest = max(self.lengths)
+        longest = max(self.lengths) + self._before
+        form = self._span.key_values if self._before else None
+        copied = 0 if form is None else len(self.lengths) * longest * form.width
         if self._span.packable:
-            return {"rows": 1, "tokens": self.tokens, "total": longest}
-        return {"rows": len(self.lengths), "tokens": longest, "total": longest}
+            return {"rows": 1, "tokens": self.tokens, "total": longest, "copied": copied}
+        return {
+            "rows": len(self.lengths),
+            "tokens": longest - self._before,
+            "total": longest,
+            "copied": copied,
+        }
 
     @property
     def work(self) -> float:
         """What their forward takes, in tokens whose attention is over next to nothing."""
         # In a block, a token takes some 24 H^2 operations for products with weights, and 2 H for each that it sees.
-        return self.tokens + sum(length**2 for length in self.lengths) / (12 * self._span.hidden_size)
+        seen = sum(length * (length + 2 * self._before) for length in self.lengths)
+        return self.tokens + seen / (12 * self._span.hidden_size)
 
     def forward(self) -> Tensor:
         """Outputs [1, T, H] on the CPU, in the dtype of the inputs."""
         with torch.inference_mode():
-            output = self._run(self._moved(self._tensors["hidden"]), self._prompts(False))
+            output = self._run(self._moved(self._tensors["hidden"]), self._given(False))
         return self._answer(output)
 
     def forward_kept(self) -> tuple[Tensor, Lease]:
         """As `forward`, with the graph for a backward."""
-        hidden, prompts = self._moved(self._tensors["hidden"]).requires_grad_(), self._prompts(True)
+        hidden, given = self._moved(self._tensors["hidden"]).requires_grad_(), self._given(True)
         saved = Saved([*self._span.blocks.parameters(), *self._span.blocks.buffers()])
         with torch.enable_grad(), saved.counting():
-            output = self._run(hidden, prompts)
+            output = self._run(hidden, given)
         nbytes = saved.nbytes + output.nbytes + hidden.nbytes
         blocks = (self._span.start, self._span.end)
-        return self._answer(output.detach()), Lease(blocks, output, hidden, prompts, nbytes, self.tokens)
+        return self._answer(output.detach()), Lease(blocks, output, hidden, given, nbytes, self.tokens)
 
     def backward(self, prompt_gradient: bool, grad: Tensor) -> dict[str, Tensor]:
-        """Gradients for the inputs and, where wanted, the deep prompts (float32), on the CPU."""
+        """Gradients for the inputs and, where wanted, what blocks are given besides (float32), on the CPU."""
         _, lease = self.forward_kept()
         return backward_of(lease, grad, prompt_gradient)
 
@@ -226,25 +240,28 @@ class Sequences:
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._span.device, self._span.dtype).detach()
 
-    def _prompts(self, with_gradient: bool) -> Tensor | None:
-        prompts = self._tensors.get("prompts")
-        if prompts is None:
-            return None
-        # The sequences' gradients are summed in this dtype; in a float64 span no digit is lost.
-        dtype = torch.promote_types(prompts.dtype, self._span.dtype)
-        return prompts.to(self._span.device, dtype).detach().requires_grad_(with_gradient)
+    def _given(self, with_gradient: bool) -> dict[str, Tensor]:
+        """Deep prompts or a prefix, by name."""
+        found = {}
+        for name in GIVEN:
+            if name in self._tensors:
+                sent = self._tensors[name]
+                # The sequences' gradients are summed in this dtype; in a float64 span no digit is lost.
+                dtype = torch.promote_types(sent.dtype, self._span.dtype)
+                found[name] = sent.to(self._span.device, dtype).detach().requires_grad_(with_gradient)
+        return found
 
-    def _run(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+    def _run(self, hidden: Tensor, given: dict[str, Tensor]) -> Tensor:
         if not self._span.packable:
-            return self._run_padded(hidden, prompts)
+            return self._run_padded(hidden, given)
         segments = segments_of(self.lengths)
-        deep = None
+        prompts, prefix, deep = given.get("prompts"), given.get("prefix"), None
         if prompts is not None:
             deep = DeepRows.of([(one.begin, 0, one.count) for one in segments], [prompts] * len(segments))
         output = self._span.forward_packed(
             hidden[0],
-            PackedBatch(segments),
-            positions=self._positions(hidden.device),
+            PackedBatch(segments, prefix=None if prefix is None else self._span.by_block(prefix)),
+            positions=self._positions(hidden.device) + self._before,
             deep=deep,
         )
         return output.unsqueeze(0)
@@ -255,7 +272,7 @@ class Sequences:
             return given[0].to(device)
         return torch.cat([torch.arange(length, device=device) for length in self.lengths])
 
-    def _run_padded(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+    def _run_padded(self, hidden: Tensor, given: dict[str, Tensor]) -> Tensor:
         rows = pad_sequence(list(torch.split(hidden[0], self.lengths)), batch_first=True)
         places = torch.arange(rows.shape[1], device=hidden.device)
         real = places < torch.tensor(self.lengths, device=hidden.device)[:, None]
@@ -264,7 +281,7 @@ class Sequences:
             parts = torch.split(self._positions(hidden.device), self.lengths)
             positions = pad_sequence(list(parts), batch_first=True)
         mask = None if bool(real.all()) and positions is None else real
-        output = self._span.forward(rows, mask=mask, positions=positions, prompts=prompts)
+        output = self._span.forward(rows, mask=mask, positions=positions, cache=None, **given)
         return output[real].unsqueeze(0)
 
 
@@ -302,14 +319,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 def backward_of(lease: Lease, grad: Tensor, prompt_gradient: bool) -> dict[str, Tensor]:
     """Gradients through a graph, which is used up, given that of its output [1, T, H]; on the CPU."""
-    wanted = [lease.hidden]
-    if prompt_gradient and lease.prompts is not None:
-        wanted.append(lease.prompts)
+    given = lease.given if prompt_gradient else {}
+    wanted = [lease.hidden, *given.values()]
     grads = torch.autograd.grad(lease.output, wanted, grad.to(lease.output.device, lease.output.dtype))
-    answer = {"grad": grads[0].to("cpu", grad.dtype)}
-    if len(grads) > 1:
-        answer["prompts"] = grads[1].to("cpu", torch.float32)
-    return answer
+    found = {name: one.to("cpu", torch.float32) for name, one in zip(given, grads[1:], strict=True)}
+    return {"grad": grads[0].to("cpu", grad.dtype)} | found
 
 
 def _checked_lengths(tensors: dict[str, Tensor]) -> list[int]:

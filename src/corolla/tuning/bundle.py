@@ -125,7 +125,7 @@ def _card(bundle: Bundle, config: PretrainedConfig) -> str:
         "Through a swarm that serves this model: `corolla chat THIS_FOLDER --peers …`, or "
         f'`AutoDistributedModelForCausalLM.from_pretrained("{name}", initial_peers=[…], prompts="THIS_FOLDER")`.\n',
     ]
-    if bundle.mode == "ptune":
+    if bundle.mode != "deep_ptune":
         lines.append(
             "On a machine that holds the whole model, with peft: "
             '`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")`, or '

@@ -178,7 +178,7 @@ def _what_is_trained(
     """Everything that the losses depend on, but for the prompt's first values."""
     if model.prompts is None:
         raise UsageError(
-            "The model has no prompt to train: load it with tuning_mode='ptune' or 'deep_ptune'."
+            "The model has no prompt to train: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix'."
         )
     return {
         **_as_chosen(settings, prepared).decisive(),

@@ -5,7 +5,8 @@ session is judged by `wire/session.py` (legal order) and by the server (its own 
 Tensors do not live in messages: a frame carries them beside the message, by name (`wire/frames.py`).
 Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
 R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, D the hidden size, H and W
-widths of what crosses a cut, mostly the hidden size, P prompt tokens, N blocks and K packed sequences.
+widths of what crosses a cut, mostly the hidden size, P prompt tokens, N blocks and K packed sequences; Q positions of
+a prefix, and E numbers that it has for each.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Annotated, Literal
 import msgspec
 
 # Peers refuse another major protocol version with a typed failure; fields may only be added with a new one.
-PROTOCOL_VERSION = 4
-PROTOCOL_NAME = "corolla/4"
+PROTOCOL_VERSION = 5
+PROTOCOL_NAME = "corolla/5"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
@@ -37,7 +38,7 @@ FailureCode = Literal[
     "busy",  # over a budget now; try again after `retry_after`
     "evicted",  # the session's cache is gone; replay it
     "no_lease",  # the forward's graph is gone; send the backward's inputs
-    "no_bundle",  # the server has not computed this prompt by itself; send it
+    "no_bundle",  # the server has not computed this prompt by itself, or has not got this prefix; send it
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
     "not_batchable",  # this step cannot be taken among `Steps`; send it as a `Step`
@@ -78,9 +79,9 @@ class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OpenSession(Message, frozen=True):
     """Reserve an attention cache for `rows` sequences over blocks [start, end) of `model`.
 
-    `max_tokens` counts what the caches must hold, prompts included. A deep prompt travels here, once, so
-    that whoever replays the session cannot forget it. With an `origin` the columns of `bundle` are the
-    origin's own.
+    `max_tokens` counts what the caches must hold, prompts included. A deep prompt or a prefix travels here, once, so
+    that whoever replays the session cannot forget it; what comes behind a prefix is counted from 0. With an `origin`
+    the columns of `bundle` are the origin's own.
     """
 
     model: Identity
@@ -91,6 +92,9 @@ class OpenSession(Message, frozen=True):
     name: Name | None = None  # made up by the client, to be named as an `origin`
     origin: Origin | None = None
     bundle: Prefilled | None = None
+    known: Name | None = (
+        None  # the digest of `prefix`, which may be left out: a server that lacks it says "no_bundle"
+    )
 
 
 class Step(Message, frozen=True):
@@ -128,6 +132,12 @@ class Steps(Message, frozen=True):
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=MOST_PARTS)]
 
 
+class ReadCache(Message, frozen=True):
+    """Ask for the keys and values of the session's first `tokens` tokens, of its only row, as a prefix has them."""
+
+    tokens: Positive
+
+
 class CloseSession(Message, frozen=True):
     """Free the session's cache; the stream may then be used for another session.
 
@@ -148,6 +158,7 @@ class Forward(Message, frozen=True):
     start: BlockIndex
     end: BlockIndex
     lease: Name | None = None
+    known: Name | None = None  # as in `OpenSession`
 
 
 class Backward(Message, frozen=True):
@@ -160,8 +171,9 @@ class Backward(Message, frozen=True):
     model: Identity
     start: BlockIndex
     end: BlockIndex
-    prompt_gradient: bool = False  # whether the gradient for the deep prompts is wanted as well
+    prompt_gradient: bool = False  # whether that for the deep prompts or the prefix is wanted as well
     lease: Name | None = None
+    known: Name | None = None  # as in `OpenSession`
 
 
 class Ping(Message, frozen=True):
@@ -182,6 +194,10 @@ class Opened(Message, frozen=True):
 
 class Output(Message, frozen=True):
     """The hidden states after the blocks that were asked for."""
+
+
+class CacheContents(Message, frozen=True):
+    """The answer to `ReadCache`."""
 
 
 class Gradients(Message, frozen=True):
@@ -228,8 +244,10 @@ class Outputs(Message, frozen=True):
     failures: Annotated[tuple[tuple[Name, Failure], ...], msgspec.Meta(max_length=MOST_PARTS)] = ()
 
 
-ClientMessage = OpenSession | Step | Steps | CloseSession | Forward | Backward | Ping
-ServerMessage = Opened | Output | Outputs | Gradients | Closed | Alive | ServerStatus | Failure
+ClientMessage = OpenSession | Step | Steps | ReadCache | CloseSession | Forward | Backward | Ping
+ServerMessage = (
+    Opened | Output | Outputs | CacheContents | Gradients | Closed | Alive | ServerStatus | Failure
+)
 AnyMessage = ClientMessage | ServerMessage
 
 HEARTBEAT_SECONDS = 1.0
@@ -243,8 +261,9 @@ SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is
 #   …_scales   float32, of a compressed tensor, B a token (compression.py)
 #   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
+#   prefix     float32 keys and values of Q positions before all tokens, for each of the N blocks (models/prompts.py)
 TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
-    OpenSession: {"prompts": ("N P D", False)},
+    OpenSession: {"prompts": ("N P D", False), "prefix": ("N Q E", False)},
     Step: {
         "hidden": ("R T H", True),
         "hidden_scales": ("R T B", False),
@@ -259,6 +278,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "lengths": ("K", True),
         "positions": ("R T", False),
         "prompts": ("N P D", False),
+        "prefix": ("N Q E", False),
     },
     Backward: {
         "grad": ("R T H", True),
@@ -268,7 +288,9 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "lengths": ("K", False),
         "positions": ("R T", False),
         "prompts": ("N P D", False),
+        "prefix": ("N Q E", False),
     },
+    CacheContents: {"prefix": ("N Q E", True)},
     Opened: {"hidden": ("R T H", False), "hidden_scales": ("R T B", False)},
     Output: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
     Outputs: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
@@ -276,5 +298,6 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "grad": ("R T H", True),
         "grad_scales": ("R T B", False),
         "prompts": ("N P D", False),
+        "prefix": ("N Q E", False),
     },
 }

@@ -25,6 +25,7 @@ from corolla.wire.failures import meaning
 from corolla.wire.messages import (
     Alive,
     Backward,
+    CacheContents,
     Closed,
     CloseSession,
     Failure,
@@ -36,6 +37,7 @@ from corolla.wire.messages import (
     Output,
     Outputs,
     Ping,
+    ReadCache,
     ServerStatus,
     Step,
     Steps,
@@ -50,6 +52,7 @@ class State(Enum):
     OPEN = "open session"
     STEPPING = "computing a step"
     CLOSING = "closing a session"
+    READING = "reading a session's cache"
     STEPPING_MANY = "computing steps of several sessions"
     FORWARD = "computing a forward pass"
     BACKWARD = "computing a backward pass"
@@ -67,8 +70,14 @@ TRANSITIONS: dict[State, dict[type[Message], State]] = {
         Ping: State.PING,
     },
     State.OPENING: {Opened: State.OPEN, Alive: State.OPENING, Failure: State.IDLE},
-    State.OPEN: {Step: State.STEPPING, CloseSession: State.CLOSING, Ping: State.PING_OPEN},
+    State.OPEN: {
+        Step: State.STEPPING,
+        ReadCache: State.READING,
+        CloseSession: State.CLOSING,
+        Ping: State.PING_OPEN,
+    },
     State.STEPPING: {Output: State.OPEN, Alive: State.STEPPING, Failure: State.IDLE},
+    State.READING: {CacheContents: State.OPEN, Alive: State.READING, Failure: State.OPEN},
     State.CLOSING: {Closed: State.IDLE, Alive: State.CLOSING, Failure: State.IDLE},
     State.STEPPING_MANY: {Outputs: State.IDLE, Alive: State.STEPPING_MANY, Failure: State.IDLE},
     State.FORWARD: {Output: State.IDLE, Alive: State.FORWARD, Failure: State.IDLE},

@@ -42,6 +42,7 @@ _ALLOWED_DTYPES: dict[str, tuple[str, ...]] = {
     "hidden_scales": ("float32",),
     "grad_scales": ("float32",),
     "prompts": _FLOATING,
+    "prefix": _FLOATING,
     "mask": ("bool",),
     "positions": ("int64",),
     "rows": ("int64",),

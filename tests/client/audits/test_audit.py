@@ -32,6 +32,7 @@ from tests.tiny_models import write_tiny
 from corolla.client.audits.auditor import MOST_WAITING
 from corolla.client.audits.own_blocks import OwnBlocks
 from corolla.errors import LyingServer, UsageError
+from corolla.models.prompts import KeyValuePrefix
 from corolla.wire.messages import Gradients, Output
 
 
@@ -67,6 +68,25 @@ def test_a_server_that_skips_a_block_is_found(swarm_of: Callable[..., LyingSwarm
     skip_a_block(swarm, "a")
     for work in (decode, train):
         until_found(audited(swarm, 0.2, own=True), work)
+
+
+def test_what_a_prefix_makes_of_it_is_checked_too(swarm_of: Callable[..., LyingSwarm]) -> None:
+    """By another server and by the client itself, in training and in sessions."""
+    swarm = swarm_of("ab")
+    form = swarm.servers["a"].span.key_values
+    assert form is not None
+    model, ids = audited(swarm, 1.0, own=True), random_ids(2, 24)
+    values = torch.randn(4, 5, form.width, generator=torch.Generator().manual_seed(1))
+    model.prompts = KeyValuePrefix(values)
+    model(ids, labels=ids).loss.backward()
+    decode(model)
+    counts = settle(model).counts
+    assert counts.right >= 4
+    assert not counts.wrong
+    assert not counts.unclear
+    swarm.lie("a", changed(Gradients, noisy(0.5))())
+    model(ids, labels=ids).loss.backward()
+    assert settle(model).counts.wrong == 1
 
 
 def test_the_session_goes_on_after_the_lie_with_the_others(

@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import (
-    OneTokenRows,
-    PackedBatch,
-    Rules,
-    Stretch,
-    attend_one,
-    can_attend,
-    segments_of,
-)
+from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
+from corolla.models.attention.packing import PackedBatch, Stretch, attend_one, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.kernels.native import library
 
@@ -113,7 +106,7 @@ def test_heads_of_every_number_and_width(shape: tuple[int, int, int]) -> None:
 
 
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corolla.models.attention.packing.THREADED", 0)
+    monkeypatch.setattr("corolla.models.attention.one_token_rows.THREADED", 0)
     results = [attended(Rules(window=30), threads)[0] for threads in (1, 2, 3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -15,7 +15,8 @@ from tests.tiny_models import write_tiny
 from torch import Tensor
 
 from corolla.models.attention import windows
-from corolla.models.attention.packing import PackedBatch, Rules, Segment, Stretch, segments_of
+from corolla.models.attention.one_token_rows import Rules
+from corolla.models.attention.packing import PackedBatch, Segment, Stretch, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.server.scheduler.policy import (
+from corolla.server.scheduler.threads import (
     LARGE_BATCH,
     MOST_TOKENS,
     Contest,

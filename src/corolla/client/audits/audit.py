@@ -17,6 +17,7 @@ from torch import Tensor
 
 from corolla.client.servers import What
 from corolla.config import WireFormat
+from corolla.models.prompts import GIVEN
 from corolla.swarm.directory.routing import Hop
 
 
@@ -25,8 +26,8 @@ class Answer:
     """What one server answered, and to what.
 
     `inputs` are the tensors of a `Forward`, or of a `Backward` without a lease; `claimed` holds `hidden`
-    [1, N, H], or `grad` [1, N, H] and perhaps `prompts` [blocks, P, H]. `newest` bool [N] says which tokens
-    were answered, where the others are only what came before them.
+    [1, N, H], or `grad` [1, N, H] and perhaps one of `prompts` and `prefix` [blocks, P, D]. `newest` bool [N] says
+    which tokens were answered, where the others are only what came before them.
     """
 
     hop: Hop
@@ -136,8 +137,11 @@ def deviation(answer: Answer, claimed: dict[str, Tensor], reference: dict[str, T
     given = answer.inputs["grad" if answer.backward else "hidden"]
     name = "grad" if answer.backward else "hidden"
     found = [_apart(*(_rows(one, answer.newest) for one in (claimed[name], reference[name], given)))]
-    if "prompts" in reference and "prompts" in claimed:
-        found.append(_apart(_rows(claimed["prompts"], None), _rows(reference["prompts"], None), None))
+    found += [
+        _apart(_rows(claimed[more], None), _rows(reference[more], None), None)
+        for more in GIVEN
+        if more in reference and more in claimed
+    ]
     return Deviation(max(one.typical for one in found), max(one.worst for one in found))
 
 

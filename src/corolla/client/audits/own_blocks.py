@@ -16,6 +16,7 @@ from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import supported, use_kernels
 from corolla.models.numerics import dtype_name
+from corolla.models.prompts import GIVEN
 from corolla.models.span import Span, load_span
 
 CPU = torch.device("cpu")
@@ -72,19 +73,21 @@ class OwnBlocks:
         """What `answer.claimed` should be, in the arithmetic that `kind_for` gave."""
         span = self._load(answer.hop.start, answer.hop.end, kind)
         hidden = answer.inputs["hidden"].to(self._dtype).requires_grad_(answer.backward)
-        prompts = answer.inputs.get("prompts")
-        if prompts is not None:
-            prompts = prompts.detach().requires_grad_(answer.backward)
+        given = {
+            name: answer.inputs[name].detach().requires_grad_(answer.backward)
+            for name in GIVEN
+            if name in answer.inputs
+        }
         with torch.set_grad_enabled(answer.backward):
-            output = _each_sequence(span, hidden, prompts, answer.inputs)
+            output = _each_sequence(span, hidden, given, answer.inputs)
         if not answer.backward:
             return {"hidden": output}
-        wanted = [hidden] if prompts is None or "prompts" not in answer.claimed else [hidden, prompts]
-        grads = torch.autograd.grad(output, wanted, answer.inputs["grad"].to(self._dtype))
-        return dict(zip(("grad", "prompts"), grads, strict=False))
+        wanted = {"grad": hidden} | {name: one for name, one in given.items() if name in answer.claimed}
+        grads = torch.autograd.grad(output, list(wanted.values()), answer.inputs["grad"].to(self._dtype))
+        return dict(zip(wanted, grads, strict=True))
 
 
-def _each_sequence(span: Span, hidden: Tensor, prompts: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
+def _each_sequence(span: Span, hidden: Tensor, given: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
     """The packed sequences one by one, [1, N, H]."""
     lengths = inputs["lengths"].tolist()
     parts = torch.split(hidden, lengths, dim=1)
@@ -95,5 +98,5 @@ def _each_sequence(span: Span, hidden: Tensor, prompts: Tensor | None, inputs: d
     for part, ids in zip(parts, positions, strict=True):
         # With position ids of its own a family may take a sequence without a mask for packed ones.
         mask = None if ids is None else torch.ones(part.shape[:2], dtype=torch.bool)
-        outputs.append(span.forward(part, mask=mask, positions=ids, prompts=prompts))
+        outputs.append(span.forward(part, mask=mask, positions=ids, cache=None, **given))
     return torch.cat(outputs, dim=1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from corolla.client.audits.audit import Answer, is_coarser
 from corolla.client.view import SwarmView
 from corolla.errors import MissingBlocks, RemoteError, SwarmUnavailable
+from corolla.models.prompts import GIVEN
 from corolla.swarm.channel import checked
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop, find_route
@@ -93,21 +94,22 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
     if not answer.backward:
         return Opinion({"hidden": value}, tuple(hops))
     grad, pieces = answer.inputs["grad"], []
-    wanted = "prompts" in answer.claimed
+    wanted = next((name for name in GIVEN if name in answer.claimed), None)
     for hop, inputs in zip(reversed(hops), reversed(asked), strict=True):
-        order = Backward(model=view.model, start=hop.start, end=hop.end, prompt_gradient=wanted)
+        order = Backward(model=view.model, start=hop.start, end=hop.end, prompt_gradient=wanted is not None)
         reply = await view.channels.ask(hop.peer_id, Packet(order, inputs | {"grad": grad}))
         grad = checked(reply, "grad", inputs["hidden"], hop.peer_id)
-        if wanted:
-            pieces.append(checked(reply, "prompts", inputs["prompts"], hop.peer_id))
-    values = {"grad": grad} | ({"prompts": torch.cat(pieces[::-1])} if wanted else {})
+        if wanted is not None:
+            pieces.append(checked(reply, wanted, inputs[wanted], hop.peer_id))
+    values = {"grad": grad} | ({} if wanted is None else {wanted: torch.cat(pieces[::-1])})
     return Opinion(values, tuple(hops))
 
 
 def _part(answer: Answer, hop: Hop) -> dict[str, Tensor]:
     """The answer's inputs for some of its blocks; hidden states and gradients excepted."""
     inputs = {name: one for name, one in answer.inputs.items() if name not in ("hidden", "grad")}
-    if "prompts" in inputs:
-        first = hop.start - answer.hop.start
-        inputs["prompts"] = inputs["prompts"][first : first + hop.end - hop.start]
+    first = hop.start - answer.hop.start
+    for name in GIVEN:
+        if name in inputs:
+            inputs[name] = inputs[name][first : first + hop.end - hop.start]
     return inputs

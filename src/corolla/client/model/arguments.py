@@ -89,7 +89,7 @@ _IGNORED = frozenset({"low_cpu_mem_usage", "torchscript", "tqdm_class"})  # what
 _DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")  # all of them one device here
 
 
-TUNING_MODES = (None, "ptune", "deep_ptune")
+TUNING_MODES = (None, "ptune", "deep_ptune", "prefix")
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,23 @@ class LoadRequest:
     def __post_init__(self) -> None:
         mode, length, init = self.tuning_mode, self.pre_seq_len, self.prompt_init
         if mode not in TUNING_MODES:
-            raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune' or 'deep_ptune'.")
+            raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune', 'deep_ptune' or 'prefix'.")
         if mode is not None and length < 1:
             raise UsageError(
                 f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
             )
         if init not in ("vocab", "text", "random"):
             raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
+        if mode == "prefix" and length < 2:
+            raise UsageError(
+                "tuning_mode='prefix' keeps its first token as it is, so it needs at least 2, but pre_seq_len is "
+                f"{length}."
+            )
+        if mode == "prefix" and init == "random":
+            raise UsageError(
+                "A prefix of random keys and values is hardly trained: give prompt_init='text' with a prompt_text, or "
+                "'vocab'."
+            )
         if mode is not None and self.prompts is not None:
             raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
 
@@ -156,7 +166,8 @@ def from_pretrained(
     Args:
         name: A hub name, a local folder, a .gguf file, or `smollm2`.
         initial_peers: The addresses to join through, which `corolla bootstrap` and `corolla serve` print.
-        tuning_mode: None, "ptune" (a prompt before the input) or "deep_ptune" (and one before each block).
+        tuning_mode: None, "ptune" (a prompt before the input), "deep_ptune" (and one before each block) or "prefix"
+            (keys and values before those of each block, started from what the swarm computes for a text).
         pre_seq_len: How many prompt tokens.
         prompt_init: What a new prompt starts as: "vocab", "text" (with `prompt_text`) or "random", under `seed`.
         prompts: The folder of a saved prompt: a bundle, what a trainer wrote, or one of peft's prompt tuning.

@@ -45,7 +45,7 @@ from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.forms import crossing_of, needs_ids, reads_flat_rows, values_returned
 from corolla.models.guard import watch_losses
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import Prompt, prefix_length, sent_length
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
 from corolla.text import get_logger
 
@@ -73,7 +73,8 @@ class SessionCaches:
         new = partial(model.new_session, ContextVar("unused"), max_length=None)
         return RemoteCache(
             session,
-            prompt_length=0 if model.prompts is None else model.prompts.length,
+            prompt_length=sent_length(model.prompts),
+            prefix_length=prefix_length(model.prompts),
             max_length=None,
             owner=model.blocks,
             fork=lambda cache: go_on_from(cache, new, session.chain).cache,
@@ -103,7 +104,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                     "initial_peers=[…]), or AutoModelForCausalLM.from_config for one without a swarm."
                 )
             super().__init__(config)
-            self.prompts: SoftPrompt | None = None
+            self.prompts: Prompt | None = None
             self._noted = Noted()
             self._revision: str | None = None
             self._blocks = RemoteBlocks(
@@ -141,7 +142,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             """The blocks in the swarm; `model.blocks[i:j](hidden)` runs some of them."""
             return self._blocks
 
-        def _get_prompts(self) -> SoftPrompt | None:
+        def _get_prompts(self) -> Prompt | None:
             return self.prompts
 
         def inference_session(self, max_length: int | None = None) -> InferenceSession:

@@ -28,12 +28,13 @@ from corolla.models import prompts as prompt_math
 from corolla.models.checkpoints import pretrained
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
-from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.checks.forms import crossing_of
-from corolla.models.guard import switch_off_outputs
+from corolla.models.checks.prefixes import check_prefix
+from corolla.models.guard import check_reach, position_limit, switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
+from corolla.models.shell import check_cached_length, what_enters
 from corolla.swarm.node import EventLoopThread, Node
 from corolla.text import get_logger, well_formed
 
@@ -86,16 +87,17 @@ def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> Gene
     return config
 
 
-def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> SoftPrompt | None:
+def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> Prompt | None:
     """The saved prompt that was asked for, or one to start training from. Raises `BundleError`, `UsageError`."""
     if request.prompts is not None:
-        width = int(model.get_input_embeddings().weight.shape[1])
-        saved = load_prompt(
-            request.prompts, model_name=checkpoint.name, identity=checkpoint.identity, peft_width=width
+        saved = saving.saved_prompt(
+            model, request.prompts, name=checkpoint.name, identity=checkpoint.identity
         )
         return saved.to(model.device)
     if request.tuning_mode is None:
         return None
+    if request.tuning_mode == "prefix":
+        return _first_prefix(model, checkpoint, request).to(model.device)
     blocks = checkpoint.num_blocks if request.tuning_mode == "deep_ptune" else 0
     vectors = _first_vectors(model.get_input_embeddings(), checkpoint, request)
     return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
@@ -103,7 +105,7 @@ def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> So
 
 def _first_vectors(embedding: Any, checkpoint: Checkpoint, request: LoadRequest) -> Tensor:
     """A text's embeddings, sampled vocabulary, or noise of their scale; [P, H]."""
-    length, text, seed = request.pre_seq_len, request.prompt_text, request.seed
+    length, seed = request.pre_seq_len, request.seed
     if request.prompt_init == "random":
         weight: Tensor = embedding.weight
         return prompt_math.random_vectors(length, weight.shape[1], std=float(weight.float().std()), seed=seed)
@@ -111,12 +113,34 @@ def _first_vectors(embedding: Any, checkpoint: Checkpoint, request: LoadRequest)
         return prompt_math.initial_vectors(
             embedding, length, vocab_size=checkpoint.config.vocab_size, seed=seed
         )
-    if not text:
+    return prompt_math.initial_vectors(embedding, length, token_ids=_text_ids(checkpoint, request))
+
+
+def _text_ids(checkpoint: Checkpoint, request: LoadRequest) -> Tensor:
+    """The tokens of the text to start from, int64 [1, n]. Raises `UsageError`."""
+    if not request.prompt_text:
         raise UsageError("prompt_init='text' needs prompt_text, the text to start from.")
     tokenizer = pretrained.load_tokenizer(checkpoint)
-    ids = tokenizer(well_formed(text), return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(well_formed(request.prompt_text), return_tensors="pt").input_ids
     check_tokens(ids[0].tolist(), tokenizer, checkpoint.config, checkpoint.name)
-    return prompt_math.initial_vectors(embedding, length, token_ids=ids)
+    return ids
+
+
+def _first_prefix(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> KeyValuePrefix:
+    """What the swarm's caches hold of a text's first tokens, or of sampled vocabulary."""
+    check_prefix(checkpoint.config)
+    ids = _text_ids(checkpoint, request) if request.prompt_init == "text" else None
+    chosen = prompt_math.initial_ids(
+        request.pre_seq_len, ids, vocab_size=checkpoint.config.vocab_size, seed=request.seed
+    )
+    holder = model.blocks_holder[0]
+    check_reach(len(chosen), position_limit(holder, model.get_input_embeddings(), model.config))
+    check_cached_length(model, len(chosen))
+    chain = model.blocks.open_chain()
+    try:
+        return KeyValuePrefix(chain.caches_of(what_enters(holder, chosen[None].to(model.device))))
+    finally:
+        model.blocks.connection.run(chain.close())
 
 
 def load_shell(

@@ -22,7 +22,9 @@ from transformers import PretrainedConfig
 from corolla.errors import BundleError, UsageError
 from corolla.files import write_atomically
 from corolla.models import families
-from corolla.models.checkpoints.prompt_files import save_prompt
+from corolla.models.checkpoints.prompt_files import load_prompt, save_prompt
+from corolla.models.checks.prefixes import check_prefix
+from corolla.models.prompts import KeyValuePrefix, Prompt
 
 TABLES = "model.safetensors"
 PROMPTS = "prompts."  # what the names of a prompt's tensors begin with
@@ -47,7 +49,7 @@ def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
             revision=model._revision,
         )
         if for_trainer:
-            changed |= {PROMPTS + name: one for name, one in model.prompts.named_parameters()}
+            changed |= {PROMPTS + name: one for name, one in model.prompts.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if changed:
@@ -81,6 +83,18 @@ def refuse_blocks(config: PretrainedConfig, state: Mapping[str, Any]) -> None:
             f"This state holds weights of blocks ({block}), which are on the servers: leave them out to load the "
             "client's part, or serve the other checkpoint with `corolla serve`."
         )
+
+
+def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Prompt:
+    """The prompt in `folder` for a model of that name and identity.
+
+    Raises `BundleError`, and `UnsupportedFamily` for a prefix that the model's blocks cannot take.
+    """
+    shape = (int(model.get_input_embeddings().weight.shape[1]), len(model.blocks))
+    prompt = load_prompt(folder, model_name=name, identity=identity, peft_shape=shape)
+    if isinstance(prompt, KeyValuePrefix):
+        check_prefix(model.config)
+    return prompt
 
 
 def read_tables(folder: Path) -> dict[str, Tensor]:

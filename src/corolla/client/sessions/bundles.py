@@ -77,26 +77,23 @@ class PrefilledPrompt:
 
 
 async def ask_to_open(
-    channel: Channel,
-    message: OpenSession,
-    tensors: dict[str, Tensor],
-    bundle: Bundle | None,
-    lacking: dict[str, str],
+    channel: Channel, packet: Packet, bundle: Bundle, lacking: dict[str, str]
 ) -> tuple[Packet, PrefilledPrompt | None]:
     """The answer to an opening that names `bundle`, and what the server has of that.
 
     Deep prompts are sent only to a server that has not got them; which ones those are stands in `lacking`, peers
     with the digest that each refused last, so that it is asked once.
     """
-    peer = channel.peer_id
-    if bundle is None or lacking.get(peer) == bundle.name.digest:
-        return await request(channel, Packet(message, tensors)), None
+    peer, message = channel.peer_id, packet.message
+    assert isinstance(message, OpenSession)
+    if lacking.get(peer) == bundle.name.digest:
+        return await request(channel, packet), None
     named = msgspec.structs.replace(message, bundle=bundle.name)
     try:
-        reply = await request(channel, Packet(named, {} if bundle.name.deep else tensors))
+        reply = await request(channel, Packet(named, {} if bundle.name.deep else packet.tensors))
     except RequestRefused as refusal:
         if meaning(refusal).remedy is not Remedy.SEND_MORE:
             raise
         lacking[peer] = bundle.name.digest
-        return await request(channel, Packet(message, tensors)), None
+        return await request(channel, packet), None
     return reply, bundle.prefilled(reply, peer) if message.origin is None else None

@@ -24,10 +24,10 @@ from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
 from corolla.errors import RemoteError, UsageError
 from corolla.models.cache import BlocksCall, on_cpu
+from corolla.models.prompts import BlockVectors
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.messages import SILENCE_SECONDS, Origin, Step
 
-REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 MESSAGE_BYTES = 32 * 1024 * 1024  # hidden states that one message carries at most
 
 T = TypeVar("T")
@@ -49,18 +49,17 @@ class SessionChain:
         *,
         start: int,
         end: int,
-        deep: Tensor | None,
+        deep: BlockVectors | None,
         front: LocalSession | None = None,
     ) -> None:
-        """`run` waits for work on the event loop. `deep` are the deep prompts of all the model's blocks [N, P, H],
-        None to take them from the first step; `front` is what this client runs itself, before these blocks."""
+        """`run` waits for work on the event loop. `deep` is what all the model's blocks are given besides, a snapshot,
+        None to take that from the first step; `front` is what this client runs itself, before these blocks."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._run = run
         self._front = front
-        self._start, self._end = start, end
-        self._deep = _kept(deep)
+        self._start, self._end, self._deep = start, end, deep
         self._bundle: Bundle | None = None  # the prompt that the session begins with
         self.spans: list[SpanSession] = []  # in the order of the blocks
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
@@ -109,6 +108,30 @@ class SessionChain:
         steps = self._in_chunks(on_cpu(hidden), call.start, on_cpu(call.mask), on_cpu(positions))
         return self._run(self.unless_stopped(steps)).to(hidden.device)
 
+    def caches_of(self, hidden: Tensor) -> Tensor:
+        """The keys and values of what enters the blocks [1, T, H], as a prefix fp32 [blocks, T, D].
+
+        For a session that has taken no step. Raises as `step`.
+        """
+        self.step(hidden, BlocksCall(None, None, None, None, 0))
+        parts = [] if self._front is None else [self._front.read(hidden.shape[1])]
+        if self._start < self._end:
+            last = self.spans[0].history.last()
+            parts.append(self._run(self._read(Progress(last, int(hidden.shape[1]) - 1, None, None))))
+        return torch.cat(parts)
+
+    async def _read(self, progress: Progress) -> Tensor:
+        """All spans' caches. The last token is given once more first: that finds, and mends, what is lost."""
+
+        async def attempt() -> Tensor:
+            for span in self.spans:
+                span.history.truncate(progress.start)
+            progress.begin_anew()
+            await self._advance(progress)
+            return torch.cat([await span.read(progress.start + 1) for span in self.spans])
+
+        return await self._retry.run(attempt, what="reading caches", done=lambda: progress.reached)
+
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which ends with `CancelledError` as soon as the session is stopped."""
         if self.stopped:
@@ -132,10 +155,10 @@ class SessionChain:
         gives, so not if activations are rounded on the way, nor behind blocks that run here.
         """
         if self._deep is None and not self.spans:
-            self._deep = _kept(call.deep)
+            self._deep = None if call.deep is None else call.deep.kept()
         self._bundle = None
         if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
-            self._bundle = Bundle.of(call.prompt, self._deep, hidden)
+            self._bundle = Bundle.of(call.prompt, None if self._deep is None else self._deep.values, hidden)
 
     async def _in_chunks(
         self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
@@ -247,7 +270,7 @@ class SessionChain:
                 await span.open(
                     self._view, rows=rows, max_tokens=self._reserved, deep=self._deep, bundle=self._bundle
                 )
-                await self._replay(lost.history, span, rest, progress)
+                await span.replay(lost.history, rest, progress, self._reserved)
                 return span, rest, await self._step(span, progress)
             except BaseException:
                 await span.drop()
@@ -267,22 +290,6 @@ class SessionChain:
         self.spans[progress.done : progress.done + 1] = [span, *later]
         await lost.drop()
         return span, output
-
-    async def _replay(self, history: History, span: SpanSession, rest: History, progress: Progress) -> None:
-        """Give a span what its history says; its outputs are noted in `rest`, the history of what comes after it."""
-        past, mask = history.inputs(), progress.mask
-        if past is None:
-            return
-        hidden, positions = past
-        width = max(1, REPLAY_TOKENS // hidden.shape[0])
-        for start in range(0, hidden.shape[1], width):
-            stop = min(start + width, hidden.shape[1])
-            ids = positions[:, start:stop]
-            message = Step(position=start, reserve=self._reserved)
-            covered = None if mask is None else mask[:, :stop]
-            value = await span.step(hidden[:, start:stop], message, covered, ids)
-            rest.append(value, ids)
-            progress.replayed_up_to(stop)
 
     def _note_author(self, hop: Hop) -> None:
         self._authors[hop.peer_id] = min(hop.start, self._authors.get(hop.peer_id, hop.start))
@@ -347,15 +354,12 @@ class SessionChain:
         if not shared:
             await span.drop()
 
-    def can_give(self, tokens: int, deep: Tensor | None) -> bool:
-        """Whether another session with these deep prompts may begin with the first `tokens` of this one."""
-        same = deep is self._deep or (
-            deep is not None and self._deep is not None and torch.equal(deep, self._deep)
-        )
+    def can_give(self, tokens: int, deep: BlockVectors | None) -> bool:
+        """Whether another session whose blocks are given this may begin with the first `tokens` of this one."""
         if self._view.verdicts.against(self._authors) is not None:
             return False
         held = min((span.history.length for span in self.spans), default=0)
-        return same and 0 < tokens <= held
+        return 0 < tokens <= held and (deep is self._deep or (deep is not None and deep.same(self._deep)))
 
     def entered(self, tokens: int) -> Tensor | None:
         """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""
@@ -393,7 +397,3 @@ class SessionChain:
 def _nobody_s(start: int, end: int, history: History) -> SpanSession:
     """Blocks that no server holds yet."""
     return SpanSession(Hop("", start, end), history)
-
-
-def _kept(deep: Tensor | None) -> Tensor | None:
-    return None if deep is None else deep.detach().float().cpu().clone()

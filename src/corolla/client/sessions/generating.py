@@ -160,7 +160,7 @@ def prepare_room(
     if not isinstance(cache, RemoteCache):
         return max_cache_length
     if generation_config.use_cache:
-        check_cached_length(model, cache.prompt_length + max_cache_length)
+        check_cached_length(model, prompt + max_cache_length)
         cache.reserve(max_cache_length)
     else:
         del model_kwargs[model.cache_name]

@@ -24,14 +24,15 @@ KEPT_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H].
+    """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H] or a prefix's
+    digest.
 
     `version` is the chain's, read before the tokens: another thread may take some back meanwhile.
     """
 
     ids: Tensor
     chain: SessionChain
-    prompt: Tensor | None
+    prompt: Tensor | str | None
     version: int
 
     def common(self, ids: Tensor) -> int:
@@ -69,7 +70,7 @@ class PrefixIndex:
                 kept.pop(0)
             self._kept = kept
 
-    def find(self, ids: Tensor, prompt: Tensor | None) -> tuple[Prefix, int] | None:
+    def find(self, ids: Tensor, prompt: Tensor | str | None) -> tuple[Prefix, int] | None:
         """The session that shares most first tokens with int64 [n], at most n - 1, and how many."""
         best: tuple[Prefix, int] | None = None
         for one in self._prefixes():
@@ -90,7 +91,7 @@ class PrefixIndex:
                 yield prefix
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other)
+def _same(one: Tensor | str | None, other: Tensor | str | None) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other

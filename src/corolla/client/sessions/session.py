@@ -23,7 +23,7 @@ from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import Prompt, SoftPrompt, prefix_length, sent_length
 from corolla.swarm.directory.routing import Hop
 
 ActiveSession = ContextVar["InferenceSession | None"]
@@ -50,7 +50,7 @@ class InferenceSession:
     def __init__(
         self,
         blocks: RemoteBlocks,
-        prompt: SoftPrompt | None,
+        prompt: Prompt | None,
         active: ActiveSession,
         *,
         max_length: int | None,
@@ -69,11 +69,17 @@ class InferenceSession:
             InferenceSession, blocks, prompt, active, max_length=max_length, embed=embed, entering=entering
         )
         self._embed, self._entering = embed, entering
-        self._prompt_input = None if prompt is None else prompt.input.detach().clone()
-        self._chain = blocks.open_chain(None if prompt is None else prompt.deep)
+        given = None if prompt is None else prompt.snapshot()
+        self._prompt_key: Tensor | str | None = None
+        if isinstance(prompt, SoftPrompt):
+            self._prompt_key = prompt.input.detach().clone()
+        elif given is not None:
+            self._prompt_key = given.digest
+        self._chain = blocks.open_chain(given)
         self.cache = RemoteCache(
             self._chain,
-            prompt_length=0 if prompt is None else prompt.length,
+            prompt_length=sent_length(prompt),
+            prefix_length=prefix_length(prompt),
             max_length=max_length,
             owner=blocks,
             fork=partial(_forked, self._new, self._chain),
@@ -193,7 +199,7 @@ class InferenceSession:
         """Where another session of this client has begun with the same tokens, take them over from it."""
         if ids.shape[0] != 1:
             return
-        found = self._connection.prefixes.find(ids[0].detach().cpu(), self._prompt_input)
+        found = self._connection.prefixes.find(ids[0].detach().cpu(), self._prompt_key)
         if found is None:
             return
         prefix, tokens = found
@@ -211,7 +217,7 @@ class InferenceSession:
         version, ids = self._chain.version, self.cache.ids
         if ids is None or ids.shape[0] != 1 or self.cache.mask is not None or bool((ids < 0).any()):
             return None
-        return Prefix(ids[0], self._chain, self._prompt_input, version)
+        return Prefix(ids[0], self._chain, self._prompt_key, version)
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""

@@ -16,12 +16,24 @@ from torch import Tensor
 from corolla.client.sessions.bundles import Bundle, PrefilledPrompt, ask_to_open
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
-from corolla.errors import RemoteError, RequestRefused
+from corolla.errors import ProtocolError, RemoteError, RequestRefused
+from corolla.models.prompts import BlockVectors
 from corolla.swarm.channel import Channel, checked, request
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.failures import Remedy, keeps_session, meaning
 from corolla.wire.frames import Packet
-from corolla.wire.messages import SILENCE_SECONDS, CloseSession, Opened, OpenSession, Origin, Part, Step
+from corolla.wire.messages import (
+    SILENCE_SECONDS,
+    CloseSession,
+    Opened,
+    OpenSession,
+    Origin,
+    Part,
+    ReadCache,
+    Step,
+)
+
+REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,10 @@ class History:
         self.order = rows if self.order is None else self.order[rows]
         self.rows = len(rows)
 
+    def last(self) -> Tensor:
+        """The input of the newest token, [R, 1, H]; there is one."""
+        return self._segments[-1].tensors(0)[0][:, -1:]
+
     def inputs(self) -> tuple[Tensor, Tensor] | None:
         """Inputs [R, length, H] and position ids [R, length]; None when there are none."""
         parts, start = [], 0
@@ -149,7 +165,7 @@ class SpanSession:
         *,
         rows: int,
         max_tokens: int,
-        deep: Tensor | None,
+        deep: BlockVectors | None,
         origin: Origin | None = None,
         bundle: Bundle | None = None,
     ) -> bool:
@@ -164,11 +180,15 @@ class SpanSession:
             name=self.name,
             origin=origin,
         )
-        tensors = {} if deep is None else {"prompts": deep[self.hop.start : self.hop.end]}
+        tensors = {} if deep is None else deep.of(self.hop.start, self.hop.end)
+        packet = Packet(message, tensors)
         try:
-            reply, self._prefilled = await ask_to_open(
-                channel, message, tensors, bundle, view.lacking_bundles
-            )
+            if bundle is None:
+                reply = await view.naming.ask(
+                    self.hop, packet, deep, lambda packet: request(channel, packet), curious=True
+                )
+            else:
+                reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
         except BaseException:
             await channel.close()
             raise
@@ -202,6 +222,45 @@ class SpanSession:
         self._prefilled = None
         self.history.append(hidden, positions, known=0 if prefilled is None else prefilled.columns)
         return output if prefilled is None else prefilled.with_outputs(output)
+
+    async def replay(self, history: History, rest: History, progress: Progress, reserve: int) -> None:
+        """Give the server what the history says; its outputs are noted in `rest`, the history of what comes after it.
+
+        `progress` is the step that comes next, with its mask.
+        """
+        past, mask = history.inputs(), progress.mask
+        if past is None:
+            return
+        hidden, positions = past
+        width = max(1, REPLAY_TOKENS // hidden.shape[0])
+        for start in range(0, hidden.shape[1], width):
+            stop = min(start + width, hidden.shape[1])
+            ids = positions[:, start:stop]
+            covered = None if mask is None else mask[:, :stop]
+            message = Step(position=start, reserve=reserve)
+            value = await self.step(hidden[:, start:stop], message, covered, ids)
+            rest.append(value, ids)
+            progress.replayed_up_to(stop)
+
+    async def read(self, tokens: int) -> Tensor:
+        """What the server's caches hold of the first `tokens` tokens, as a prefix fp32 [blocks, tokens, D].
+
+        After an error the server's cache is given up.
+        """
+        assert self.channel is not None
+        try:
+            reply = await request(self.channel, Packet(ReadCache(tokens=tokens), {}))
+            found = reply.tensors.get("prefix")
+            if found is None or found.shape[:2] != (self.hop.end - self.hop.start, tokens):
+                raise ProtocolError(
+                    f"{self.hop.peer_id} did not answer with the keys and values of {tokens} tokens.",
+                    field="prefix",
+                    peer_id=self.hop.peer_id,
+                )
+        except BaseException:
+            await self.drop()
+            raise
+        return found.float()
 
     async def _ask(self, step: Step, tensors: dict[str, Tensor]) -> Tensor:
         hidden = tensors["hidden"]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corolla.models.attention.packing import Rules, current_batch
+from corolla.models.attention.one_token_rows import Rules
+from corolla.models.attention.packing import current_batch
 
 
 class PackedBloomAttention(nn.Module):

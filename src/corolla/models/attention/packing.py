@@ -8,7 +8,7 @@ attention functions, under `PACKED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,26 +20,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
+from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
-from corolla.models.kernels.native import library, pointer
+from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
-
-LANES = 16  # heads are a multiple of this wide where a kernel reads them
-THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How one block's scores become weights, beyond the plain softmax(scale · q·k)."""
-
-    scale: float | None = None
-    window: int | None = None  # a token sees this many newest ones, itself included
-    softcap: float | None = None
-    sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
-    slopes: Tensor | None = None  # [heads], alibi
 
 
 @dataclass
@@ -108,10 +95,10 @@ class Segment:
         """The packed token behind the last one."""
         return self.begin + self.count
 
-    def prepare(self) -> None:
-        """Take slots for the new tokens; once, before the first block."""
+    def prepare(self, before: int = 0) -> None:
+        """Take slots for the new tokens; once, before the first block. A prefix is `before` what is not cached."""
         if self.sequence is None:
-            self.parts = [Stretch(self.begin, self.count)]
+            self.parts = [Stretch(self.begin, self.count, past=before)]
             return
         self.past, self.prepared = self.sequence.length, True
         self.parts = [
@@ -151,12 +138,19 @@ class _Table:
 class PackedBatch:
     """The segments of one pass, in the order of their tokens."""
 
-    def __init__(self, segments: Sequence[Segment], pool: PagePool | None = None) -> None:
-        """`pool` is where the sequences are cached; without one, nothing is."""
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        pool: PagePool | None = None,
+        prefix: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """`pool` is where the sequences are cached; without one, nothing is, and `prefix` [P, D] may say of each
+        block what stands before every sequence."""
         self.segments = list(segments)
         self.pool = pool
+        self._prefix = prefix
         for segment in self.segments:
-            segment.prepare()
+            segment.prepare(0 if prefix is None else len(next(iter(prefix.values()))))
         by_table = zip(*(segment.parts for segment in self.segments), strict=True)
         self._tables = [_Table(parts) for parts in by_table]
 
@@ -172,8 +166,11 @@ class PackedBatch:
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
         if self.pool is None:
+            before = None
+            if self._prefix is not None:
+                before = KeyValueForm.of(key, value).split(self._prefix[block].to(key.dtype))
             return _side_by_side(
-                [_attend_new(one, query, key, value, rules) for one in self._tables[0].parts]
+                [_attend_new(one, query, key, value, rules, before) for one in self._tables[0].parts]
             )
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
@@ -196,9 +193,18 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
     return turned[0].contiguous() if len(turned) == 1 else torch.cat(turned, dim=1)
 
 
-def _attend_new(one: Stretch, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
-    """A stretch over its own new tokens."""
+def _attend_new(
+    one: Stretch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rules: Rules,
+    before: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """A stretch over its own new tokens, and what is before them."""
     query, key, value = (tensor.narrow(2, one.begin, one.count) for tensor in (query, key, value))
+    if before is not None:
+        key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
     return attend_one(query, key, value, one, rules)
 
 
@@ -276,80 +282,6 @@ def _attend_plainly(
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=wide).to(values.dtype)
     return torch.matmul(weights[..., : keys.shape[2]], values)
-
-
-# --- sequences with one new token each, in one call of a kernel -----------------------------------------------
-
-
-class OneTokenRows:
-    """Rows that have been given one token each, as the kernel reads them; prepared once for all blocks of a pass."""
-
-    def __init__(self, rows: Sequence[BlockTable]) -> None:
-        """`rows` already count their new token."""
-        used = [pages_for(row.length) for row in rows]
-        self._most = max(used)
-        table = [
-            row.pages[:count] + [0] * (self._most - count) for row, count in zip(rows, used, strict=True)
-        ]
-        self._pages = torch.tensor(table, dtype=torch.int32)
-        self._lengths = torch.tensor([row.length for row in rows])
-        self._count = len(rows)
-        self._total = sum(row.length for row in rows)
-        # Scores of one head, with space behind the longest row's.
-        self.room = -(-max(row.length for row in rows) // LANES) * LANES
-
-    def described(self) -> tuple[int | None, ...]:
-        """Pages and lengths, pages of a row in the table, a head's room and the sum: see `run_program`."""
-        return (pointer(self._pages), pointer(self._lengths), self._most, self.room, self._total)
-
-    def attend(
-        self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """[1, R, heads, D] for `query` [1, heads, R, D] over a block's `cache`, two of [slots, kv_heads, D].
-
-        `new` are the tokens' keys and values [1, kv_heads, R, D] if they have yet to be put into the cache.
-        """
-        heads, dim, kv_heads = query.shape[1], query.shape[3], cache[0].shape[1]
-        threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
-        scores = torch.empty(threads, heads // kv_heads, self.room)
-        result = torch.empty(1, self._count, heads, dim)
-        tokens = [_strided(one) for one in (query, *(new or ()))]
-        numbers, sinks, slopes = kernel_rules(rules, dim)
-        kernels = library()
-        assert kernels is not None  # `can_attend` asked
-        kernels.attend_rows(
-            *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
-            *(() if new else (None, 0, 0) * 2),
-            *(pointer(one) for one in (*cache, self._pages, self._lengths)),
-            *(self._count, heads, kv_heads, dim, PAGE, self._most),
-            *(*numbers, pointer(sinks), pointer(slopes)),
-            *(pointer(scores), self.room, pointer(result), threads),
-        )
-        return result
-
-
-def kernel_rules(rules: Rules, dim: int) -> tuple[tuple[float, float, int], Tensor | None, Tensor | None]:
-    """Rules for heads `dim` wide as the kernels take them: scale, softcap and window, 0 for none; sinks and slopes."""
-    scale = dim**-0.5 if rules.scale is None else rules.scale
-    return (scale, rules.softcap or 0.0, rules.window or 0), _plain(rules.sinks), _plain(rules.slopes)
-
-
-def can_attend(query: Tensor, cache: Tensor) -> bool:
-    """Whether the kernel computes attention of this kind here."""
-    return (
-        query.dtype == cache.dtype == torch.float32
-        and query.device.type == "cpu"
-        and query.shape[-1] % LANES == 0
-        and library() is not None
-    )
-
-
-def _strided(tokens: Tensor) -> Tensor:
-    return tokens if tokens.stride(3) == 1 else tokens.contiguous()
-
-
-def _plain(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().float().contiguous()
 
 
 # --- the way from the family's code ----------------------------------------------------------------------------

@@ -179,6 +179,10 @@ class PagePool:
             self._stores[place] = (self._new_store(keys), self._new_store(values))
         return self._stores[place]
 
+    def kept(self, place: int) -> tuple[Tensor, Tensor]:
+        """What the block at that place has kept, as `store` gives it."""
+        return self._stores[place]
+
     def _new_store(self, like: Tensor) -> Tensor:
         # An ordinary tensor, so that it can be written both in and outside of inference mode.
         with torch.inference_mode(False):

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from corolla.models.attention.prefixes import KeyValueForm, as_prefix
 from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
 
@@ -42,6 +43,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._start = start
         self.rows = 0
         self._length = 0
+        self.prefix_length = 0  # positions before all tokens
         self._handed: dict[Handed, Tensor] = {}
 
     def hand(self, one: Handed, new: Tensor) -> Tensor:
@@ -50,6 +52,36 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         whole = new if past is None else torch.cat([past, new], dim=one.form.tokens)
         self._handed[one] = whole
         return whole
+
+    def begin_with(self, prefix: Tensor, rows: int, form: KeyValueForm) -> None:
+        """An empty cache holds in each row what a prefix [blocks, P, D] says; differentiable."""
+        for layer, own in zip(self.layers[self._start :], prefix, strict=True):
+            keys, values = form.split(own)
+            layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        self.prefix_length = int(prefix.shape[1])
+        self.record(rows, self.prefix_length)
+
+    def read(self, tokens: int) -> Tensor:
+        """What the first `tokens` tokens of the first row have left, as a prefix fp32 [blocks, tokens, D]."""
+        first, last = self.prefix_length, self.prefix_length + tokens
+        own = self.layers[self._start :]
+        return torch.stack(
+            [as_prefix(one.keys[0, :, first:last], one.values[0, :, first:last]) for one in own]
+        )
+
+    @property
+    def form(self) -> KeyValueForm | None:
+        """Of what is cached, where that is keys and values of one form and nothing else."""
+        own = self.layers[self._start :]
+        if self.of_its_own or self._handed or any(type(one) is not DynamicLayer for one in own):
+            return None
+        forms = {KeyValueForm.of(one.keys, one.values) for one in own if one.is_initialized}
+        return forms.pop() if len(forms) == 1 and all(one.is_initialized for one in own) else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a row that are cached, behind the prefix."""
+        return self._length - self.prefix_length
 
     def record(self, rows: int, tokens: int) -> None:
         """A pass over so many new tokens of so many rows is over."""
@@ -77,17 +109,17 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def reaches(self, length: int) -> bool:
         """Whether the cache can go on from its first `length` tokens."""
-        return not 0 < length < self._length or self.keeps_everything
+        return not 0 < length < self.tokens or self.keeps_everything
 
     def truncate(self, length: int) -> None:
         """Forget what stands at position `length`, which is not 0, and behind."""
-        surplus = self._length - length
+        surplus = self.tokens - length
         if surplus > 0:
             for layer in self.layers[self._start :]:
                 layer.crop(-surplus)
             for one, whole in self._handed.items():
                 self._handed[one] = whole.narrow(one.form.tokens, 0, length)
-            self._length = length
+            self._length -= surplus
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""

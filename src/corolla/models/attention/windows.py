@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import PackedBatch, Rules, Segment, segments_of
+from corolla.models.attention.one_token_rows import Rules
+from corolla.models.attention.packing import PackedBatch, Segment, segments_of
 from corolla.models.attention.pages import MARGIN, CachedSequence, Layout, PagePool
 from corolla.models.span import Span
 

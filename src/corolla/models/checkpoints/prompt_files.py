@@ -1,11 +1,11 @@
-"""Prompts on disk: safetensors and JSON, in peft's own adapter layout where peft has one (`ptune`).
+"""Prompts on disk: safetensors and JSON, in peft's own adapter layout where peft has one (`ptune`, `prefix`).
 
 Invariant: a prompt is read back only for the model identity that it was trained for; files are replaced
 whole or not at all.
 
     prompt.json                  which model, which mode, which shapes
-    adapter_config.json          ptune: what peft reads
-    adapter_model.safetensors    ptune: `prompt_embeddings` [P, H]
+    adapter_config.json          ptune, prefix: what peft reads
+    adapter_model.safetensors    ptune: `prompt_embeddings` [P, H]; prefix: [P, blocks × D], as peft's CARTRIDGE
     prompts.safetensors          deep_ptune: `input` [P, H] and `deep` [blocks, P, H]
 """
 
@@ -23,18 +23,19 @@ from corolla.errors import BundleError, CheckpointError
 from corolla.files import write_atomically, write_json
 from corolla.json_files import load_object
 from corolla.models.checkpoints.source import read_json
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
 
 PROMPT_FILE = "prompt.json"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DEEP_WEIGHTS = "prompts.safetensors"
+PREFIX_TYPES = ("CARTRIDGE", "PREFIX_TUNING")  # peft's, the latter's projection is applied when it is saved
 FORMAT_VERSION = 1
 
 
 def save_prompt(
     folder: Path,
-    prompt: SoftPrompt,
+    prompt: Prompt,
     *,
     config: PretrainedConfig,
     model_name: str,
@@ -47,13 +48,14 @@ def save_prompt(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        vectors = prompt.input.detach().float().cpu().contiguous()
-        if prompt.deep is None:
+        given = None if prompt.blocks is None else prompt.blocks.values.detach().float().cpu()
+        if isinstance(prompt, SoftPrompt) and given is not None:
+            vectors = prompt.input.detach().float().cpu().contiguous()
+            write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": given.contiguous()}))
+        else:
+            vectors = _peft_vectors(prompt)
             write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors}))
             write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name, revision))
-        else:
-            deep = prompt.deep.detach().float().cpu().contiguous()
-            write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": deep}))
         write_json(
             folder / PROMPT_FILE,
             {
@@ -63,21 +65,23 @@ def save_prompt(
                 "mode": prompt.mode,
                 "prompt_tokens": prompt.length,
                 "hidden_size": int(vectors.shape[1]),
-                "blocks": 0 if prompt.deep is None else int(prompt.deep.shape[0]),
+                "blocks": 0 if given is None else int(given.shape[0]),
             },
         )
     except OSError as error:
         raise BundleError(f"The prompt could not be saved to {folder}: {error.strerror or error}.") from error
 
 
-def load_prompt(folder: Path, *, model_name: str, identity: str, peft_width: int | None = None) -> SoftPrompt:
+def load_prompt(
+    folder: Path, *, model_name: str, identity: str, peft_shape: tuple[int, int] | None = None
+) -> Prompt:
     """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read.
 
-    With `peft_width`, the model's H, a folder that peft itself wrote is read, too; nobody can tell for which model
-    that was, as long as it is as wide.
+    With `peft_shape`, the model's width H and number of blocks, a folder that peft itself wrote is read, too; nobody
+    can tell for which model that was, as long as it is as wide and deep.
     """
-    if peft_width is not None and not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists():
-        return _load_peft_prompt(folder, model_name, peft_width)
+    if peft_shape is not None and not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists():
+        return _load_peft_prompt(folder, model_name, *peft_shape)
     about = read_prompt_info(folder)
     if about["identity"] != identity:
         raise BundleError(
@@ -91,6 +95,8 @@ def load_prompt(folder: Path, *, model_name: str, identity: str, peft_width: int
     shape = (about["prompt_tokens"], about["hidden_size"])
     if vectors is None or tuple(vectors.shape) != shape or deep_mode != (deep is not None):
         raise BundleError(f"The prompt in {folder} is not what its {PROMPT_FILE} says; copy it again.")
+    if about["mode"] == "prefix":
+        return _prefix_of(folder, vectors, about["blocks"], _frozen_tokens(_peft_info(folder)))
     if deep is None:
         return SoftPrompt(vectors)
     if deep.ndim != 3 or deep.shape[:2] != (about["blocks"], about["prompt_tokens"]):
@@ -101,17 +107,43 @@ def load_prompt(folder: Path, *, model_name: str, identity: str, peft_width: int
     return prompt
 
 
-def _load_peft_prompt(folder: Path, model_name: str, width: int) -> SoftPrompt:
+def _peft_vectors(prompt: Prompt) -> Tensor:
+    """What peft calls `prompt_embeddings`: [P, H], or of a prefix [P, blocks × D]."""
+    if isinstance(prompt, SoftPrompt):
+        return prompt.input.detach().float().cpu().contiguous()
+    return prompt.values.detach().float().cpu().transpose(0, 1).flatten(1).contiguous()
+
+
+def _prefix_of(folder: Path, vectors: Tensor, blocks: int, frozen: int) -> KeyValuePrefix:
+    """The other way round. Raises `BundleError`."""
+    if blocks < 1 or vectors.shape[1] % blocks or not 0 <= frozen < vectors.shape[0]:
+        raise BundleError(f"The prefix in {folder} is not what its files say; copy it again.")
+    return KeyValuePrefix(vectors.reshape(len(vectors), blocks, -1).transpose(0, 1), frozen)
+
+
+def _peft_info(folder: Path) -> dict[str, Any]:
     path = folder / PEFT_CONFIG
     try:
         about = read_json(path)
-        kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
-    except (CheckpointError, KeyError, RecursionError) as error:
+        _ = about["peft_type"]
+    except (CheckpointError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read; copy the folder again.") from error
-    if kind != "PROMPT_TUNING" or parts != 1:
+    return about
+
+
+def _frozen_tokens(about: dict[str, Any]) -> int:
+    """How many first tokens peft leaves as they are: of a CARTRIDGE one, if it says nothing, and otherwise none."""
+    found = about.get("num_frozen_tokens", 1) if about["peft_type"] == "CARTRIDGE" else 0
+    return found if isinstance(found, int) else -1
+
+
+def _load_peft_prompt(folder: Path, model_name: str, width: int, blocks: int) -> Prompt:
+    about = _peft_info(folder)
+    kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
+    if kind not in ("PROMPT_TUNING", *PREFIX_TYPES) or parts != 1:
         raise BundleError(
-            f"{folder} holds peft's {kind}, and prompts= takes PROMPT_TUNING: load it with "
-            "PeftModel.from_pretrained(model, folder), if it leaves the blocks alone."
+            f"{folder} holds peft's {kind}, and prompts= takes PROMPT_TUNING, {' or '.join(PREFIX_TYPES)}: load it "
+            "with PeftModel.from_pretrained(model, folder), if it leaves the blocks alone."
         )
     if not (folder / PEFT_WEIGHTS).exists():
         raise BundleError(f"{folder} lacks {PEFT_WEIGHTS}: copy it again, or save it with safetensors.")
@@ -124,6 +156,13 @@ def _load_peft_prompt(folder: Path, model_name: str, width: int) -> SoftPrompt:
             f"{folder} holds more than a prompt ({min(tensors)}): load it with "
             "PeftModel.from_pretrained(model, folder)."
         )
+    if kind in PREFIX_TYPES:
+        if about.get("num_layers") != blocks:
+            raise BundleError(
+                f"The prefix in {folder} is for a model of {about.get('num_layers')} blocks "
+                f"({about.get('base_model_name_or_path')}), and {model_name} has {blocks}: load it with its own model."
+            )
+        return _prefix_of(folder, vectors, blocks, _frozen_tokens(about))
     if vectors.shape[1] != width:
         raise BundleError(
             f"The prompt in {folder} is for a model of width {vectors.shape[1]} "
@@ -156,20 +195,32 @@ def read_prompt_info(folder: Path) -> dict[str, Any]:
 
 
 def _peft_config(
-    prompt: SoftPrompt, config: PretrainedConfig, model_name: str, revision: str | None
+    prompt: Prompt, config: PretrainedConfig, model_name: str, revision: str | None
 ) -> dict[str, Any]:
-    return {
-        "peft_type": "PROMPT_TUNING",
+    about = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config._name_or_path or model_name,
         "revision": revision,
         "inference_mode": True,
         "num_virtual_tokens": prompt.length,
-        "token_dim": int(prompt.input.shape[1]),
         "num_transformer_submodules": 1,
-        "num_attention_heads": config.num_attention_heads,
         "num_layers": config.num_hidden_layers,
-        "prompt_tuning_init": "RANDOM",
+    }
+    if isinstance(prompt, SoftPrompt):
+        return about | {
+            "peft_type": "PROMPT_TUNING",
+            "token_dim": int(prompt.input.shape[1]),
+            "num_attention_heads": config.num_attention_heads,
+            "prompt_tuning_init": "RANDOM",
+        }
+    # Of a token's numbers in a block half are keys, which peft takes apart by the heads that are cached.
+    width = int(prompt.values.shape[2]) // 2
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return about | {
+        "peft_type": "CARTRIDGE",
+        "token_dim": width,
+        "num_attention_heads": max(1, width // head),
+        "num_frozen_tokens": int(prompt.frozen.shape[1]),
     }
 
 

@@ -99,7 +99,7 @@ def _spans(folder: Path, depth: int) -> list[Span]:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What entered the first block and left the last, flat, one of each a call."""
 
     entered: list[Tensor] = field(default_factory=list)
@@ -108,13 +108,13 @@ class _Seen:
 
 
 @contextmanager
-def _watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) -> Iterator[_Seen]:
+def watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) -> Iterator[Seen]:
     """With `grad`, what is given to the blocks from outside comes from nowhere and needs gradients."""
     blocks: Any = whole.get_submodule(blocks_prefix(whole.config))
     hidden = argument_names(blocks[0])[0]
     from_outside = [(hidden, 0), *((side.name, side.place) for side in crossing.sides)]
     shared = {side.name for side in crossing.sides if not side.each}
-    seen = _Seen()
+    seen = Seen()
 
     def entering(
         _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -188,7 +188,7 @@ def _cut_again(spans: list[Span]) -> list[Span]:
 
 
 def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
-    with _watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     real = slice(None) if mask is None else mask.bool()
     return torch.equal(_chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real])
@@ -202,7 +202,7 @@ def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor
     ids = ids[:, :CACHED] % 3 + 3
     mask = torch.ones_like(ids)
     mask[0, :PROMPT] = mask[1, -PROMPT:] = 0
-    with _watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, real in enumerate(mask.bool()):
         alone = seen.entered[0][row, real][None]
@@ -218,7 +218,7 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
     There are families whose own code gives something else token by token than at once; then, with what it gives so.
     """
     ids, mask = ids[:, :CACHED], mask[:, :CACHED]
-    with _watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     caches, found = [span.new_cache() for span in spans], []
     for start, end in PIECES:
@@ -237,7 +237,7 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
 def _own_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> Tensor:
     """What leaves the last block of the whole with a cache of its own, in the same pieces."""
     cache: Any = None
-    with _watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].crossing) as seen:
         for start, end in PIECES:
             arguments: dict[str, Any] = {cache_argument(whole.forward): cache, "use_cache": True}
             cache = take_cache(
@@ -266,7 +266,7 @@ def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, ma
 
 def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> bool:
     crossing = spans[0].crossing
-    with _watched(whole, crossing, grad=True) as seen:
+    with watched(whole, crossing, grad=True) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape)
     distinct = {id(one): one for given in seen.given for one in given.values()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import OneTokenRows
+from corolla.models.attention.one_token_rows import OneTokenRows
 from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op, View
 from corolla.models.kernels.native import library, pointer
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla.models.attention.packing import LANES, THREADED, PackedBatch, kernel_rules
+from corolla.models.attention.one_token_rows import LANES, THREADED, kernel_rules
+from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import PAGE, PagePool
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from corolla.models.attention.packing import Rules
+from corolla.models.attention.one_token_rows import Rules
 from corolla.models.kernels.fused import FusedPart
 from corolla.models.kernels.packed import FrozenLinear
 

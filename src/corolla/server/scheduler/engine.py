@@ -20,17 +20,9 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.policy import (
-    LET_IN_TOKENS,
-    PASS_TOKENS,
-    PROMPT_CREDIT,
-    PassTimes,
-    PeerHistory,
-    RunPass,
-    Shares,
-    Speed,
-    run_pass,
-)
+from corolla.server.scheduler.shares import PeerHistory, Shares
+from corolla.server.scheduler.speeds import PASS_TOKENS, PassTimes, Speed
+from corolla.server.scheduler.threads import RunPass, run_pass
 from corolla.text import get_logger
 
 T = TypeVar("T")
@@ -42,6 +34,8 @@ GATHER_SECONDS = 0.008  # what a decode step waits at most for those of others t
 # Without a request that is computed alone (training), until the server tidies up; longer than most clients take
 # between a forward and its backward, which would have to ask the system for all of its memory again.
 QUIET_SECONDS = 2.0
+LET_IN_TOKENS = 128  # that a piece of prompts that comes in between takes at most
+PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
 GOING_AWAY = "This server is going away; use another."
 
 
@@ -67,7 +61,7 @@ class Request:
         self.kind = kind
         self.peer = peer
         self.session = session
-        self.work = 0.0  # of one that is computed alone: see `policy.Speed`
+        self.work = 0.0  # of one that is computed alone: see `speeds.Speed`
         self.arrived = 0.0  # by the engine's clock
         self.begun = False
         self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

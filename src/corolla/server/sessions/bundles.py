@@ -22,7 +22,7 @@ from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.front import entering
 from corolla.models.kernels.apply import use_kernels
-from corolla.models.prompts import DeepRows, SoftPrompt, digest
+from corolla.models.prompts import BlockVectors, DeepRows, KeyValuePrefix, Prompt, SoftPrompt, digest
 from corolla.models.span import Span, load_span
 from corolla.wire.messages import Prefilled
 
@@ -71,9 +71,9 @@ class Bundle:
         return None if self.deep is None else self.deep[span.start - self.start : span.end - self.start]
 
 
-def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[SoftPrompt]:
+def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Prompt]:
     """The prompts of these bundles. Raises `BundleError` for one that is not for this model."""
-    prompts = []
+    prompts: list[Prompt] = []
     for folder in folders:
         prompt = load_prompt(folder, model_name=checkpoint.name, identity=checkpoint.identity)
         if not _fits(prompt, checkpoint.config):
@@ -84,7 +84,10 @@ def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[SoftPr
     return prompts
 
 
-def _fits(prompt: SoftPrompt, config: PretrainedConfig) -> bool:
+def _fits(prompt: Prompt, config: PretrainedConfig) -> bool:
+    if isinstance(prompt, KeyValuePrefix):
+        # Its width is looked at with the blocks.
+        return prompt.values.shape[0] == int(config.num_hidden_layers)
     size, width = config.hidden_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
     longest = getattr(config, "max_position_embeddings", None) or prompt.length
     deep = None if prompt.deep is None else prompt.deep.shape
@@ -97,31 +100,33 @@ def _fits(prompt: SoftPrompt, config: PretrainedConfig) -> bool:
 
 def before_span(
     checkpoint: Checkpoint,
-    prompts: Sequence[SoftPrompt],
+    prompts: Sequence[Prompt],
     start: int,
     *,
     dtype: torch.dtype,
     device: torch.device,
     quantization: str,
-) -> list[Entering]:
-    """The prompts as they enter block `start`, once for each dtype that clients may compute in.
+) -> list[Entering | BlockVectors]:
+    """The prompts as they enter block `start`, once for each dtype that clients may compute in; prefixes as they are.
 
     One block at a time is read and run, in the server's own arithmetic. Raises `CheckpointError`.
     """
+    prefixes = [prompt.blocks.kept() for prompt in prompts if isinstance(prompt, KeyValuePrefix)]
+    soft = [prompt for prompt in prompts if isinstance(prompt, SoftPrompt)]
     found: dict[str, Entering] = {}
-    for kind in _client_dtypes(dtype) if prompts else ():
-        for prompt, hidden in zip(prompts, entering(checkpoint, prompts, kind), strict=True):
+    for kind in _client_dtypes(dtype) if soft else ():
+        for prompt, hidden in zip(soft, entering(checkpoint, soft, kind), strict=True):
             deep = None if prompt.deep is None else prompt.deep.detach()
             name = digest(prompt.input, deep, kind)
             found[name] = Entering(name, hidden, deep, kind)
     if not found:
-        return []
+        return [*prefixes]
     for index in range(start):
         block = load_span(checkpoint, index, index + 1, dtype=dtype, device=device)
         use_kernels(block.model, quantization, device)
         for name, one in found.items():
             found[name] = one.through(block, PackedBatch([Segment(0, len(one.hidden))]))
-    return list(found.values())
+    return [*found.values(), *prefixes]
 
 
 def _client_dtypes(dtype: torch.dtype) -> list[torch.dtype]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from corolla.models.span import Span
-from corolla.server.block_server import BlockServer, check_prompts
+from corolla.server.block_server import BlockServer, check_prefix, check_prompts, malformed
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions.bundles import Bundle, find
 from corolla.server.sessions.session import Client, Session
@@ -29,6 +29,7 @@ class OpenRequest:
         self._client = client
         self._message = message
         self._prompts = tensors.get("prompts")
+        self._prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
 
     @cached_property
     def span(self) -> Span:
@@ -47,6 +48,10 @@ class OpenRequest:
         most = self._server.pool.layout.cached_of(self._message.max_tokens)
         if self.bundle is None:  # whose prompts are its own
             check_prompts(self._prompts, span, at_most=most)
+        limit = self._server.budget.tokens(self._server.budget.capacity)
+        check_prefix(self._prefix, span, at_most=limit)
+        if self._prefix is not None and (self._prompts is not None or self.bundle is not None):
+            raise malformed("prefix", "A session begins with a prompt or with a prefix, not with both.")
 
     async def run(self) -> Packet:
         """The answer to a client whose session is open now."""
@@ -74,6 +79,7 @@ class OpenRequest:
             server.pool,
             server.engine.post,
             prompts=None if prompts is None else prompts.to(self.span.device),
+            prefix=self._prefix,
             peer=self._client.peer,
             name=self._message.name,
         )

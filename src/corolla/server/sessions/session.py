@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages, pages_for
+from corolla.models.attention.prefixes import put, take
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
-from corolla.server.scheduler.policy import PASS_TOKENS
+from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 
@@ -44,15 +45,19 @@ class Session:
         post: Post,
         *,
         prompts: Tensor | None,
+        prefix: Tensor | None = None,
         peer: str = "",
         name: str | None = None,
     ) -> None:
         """`peer` is whose session it is, who may call it `name`; `prompts` are the deep prompts [blocks, P, H] of
-        these blocks; `post` hands work to the compute thread."""
+        these blocks, `prefix` [blocks, P, D] is what stands before every row; `post` hands work to the compute
+        thread."""
         self.span = span
         self.peer = peer
         self.name = name
         self.prompts = prompts
+        self.prefix = prefix
+        self.before = 0 if prefix is None else int(prefix.shape[1])  # positions that come before column 0
         self.pool = pool
         self.rows = 0  # sequences
         self.length = 0  # columns: tokens a row, padding included
@@ -66,6 +71,7 @@ class Session:
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
         self.block_tables: list[CachedSequence] = []  # of a family that can be packed
+        self._begun: CachedSequence | None = None  # the prefix, from which its rows begin
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -111,13 +117,15 @@ class Session:
 
         Never fewer than are reserved already: pages lie with the rows until these are freed.
         """
-        layout = self.pool.layout
-        common = [0] * layout.tables
+        layout, before = self.pool.layout, self.before
+        common = [before // PAGE] * layout.tables
         if rows > 1 and self.block_tables and position:
             chosen = self._chosen(order)
-            kept = min(self.real_tokens(row, position) for row in set(chosen))
+            kept = min(self.cached_tokens(row, position) for row in set(chosen))
             common = common_pages([self.block_tables[row] for row in chosen], kept)
-        pages = layout.most_pages(rows, tokens, tokens - position, PASS_TOKENS, common)
+        pages = layout.most_pages(rows, before + tokens, tokens - position, PASS_TOKENS, common)
+        # The prefix's own pages stay when all rows have a copy of its last one, or have left it behind.
+        pages += layout.tables * (pages_for(before) if not layout.plain else int(before % PAGE > 0))
         return max(
             self.pages, pages + rows * pages_for(self.span.cache_bytes[1] // bytes_per_token(self.span))
         )
@@ -129,6 +137,10 @@ class Session:
     def real_tokens(self, row: int, columns: int) -> int:
         """How many of a row's first `columns` cached columns are tokens, not padding."""
         return columns if self.mask is None else int(self.mask[row, :columns].sum())
+
+    def cached_tokens(self, row: int, columns: int) -> int:
+        """The length of a row's sequence with its first `columns` columns: the prefix and the tokens among them."""
+        return self.before + self.real_tokens(row, columns)
 
     def same_past(self, mask: Tensor | None, position: int, order: Tensor | None) -> bool:
         """Whether a step's mask [R, S] says of the cached columns what was true when they were computed."""
@@ -150,29 +162,28 @@ class Session:
         if not position:
             return True
         chosen = [
-            (self.block_tables[row], self.real_tokens(row, position)) for row in set(self._chosen(order))
+            (self.block_tables[row], self.cached_tokens(row, position)) for row in set(self._chosen(order))
         ]
         return all(row.reaches(kept) for row, kept in chosen)
 
-    def can_give(self, origin: Origin, span: Span, prompts: Tensor | None) -> bool:
-        """Whether another session over `span` with these prompts may begin as `origin` says."""
-        same_prompts = self.prompts is prompts is None or (
-            self.prompts is not None and prompts is not None and torch.equal(self.prompts, prompts)
-        )
+    def can_give(self, origin: Origin, other: Session) -> bool:
+        """Whether another session over the same span, with the same prompts, may begin as `origin` says."""
+        same_prompts = _same(self.prompts, other.prompts) and _same(self.prefix, other.prefix)
         fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
-        fits = fits and span is self.span and span.packable and same_prompts
+        fits = fits and other.span is self.span and self.span.packable and same_prompts
         return fits and self.reaches(origin.tokens)
 
     # --- on the compute thread --------------------------------------------------------------------------
 
     def begin_as(self, other: Session, origin: Origin) -> bool:
         """Hold what another session does, on its pages; False, and nothing changes, if it is not as `origin` says."""
-        if not other.can_give(origin, self.span, self.prompts):
+        if not other.can_give(origin, self):
             return False
+        self._begun = None if other._begun is None else other._begun.fork()
         tokens = origin.tokens
         for index, row in enumerate(other.block_tables):
             twin = row.fork()
-            twin.truncate(other.real_tokens(index, tokens))
+            twin.truncate(other.cached_tokens(index, tokens))
             self.block_tables.append(twin)
         self.rows, self.length = other.rows, tokens
         self.mask = None if other.mask is None else other.mask[:, :tokens]
@@ -182,6 +193,21 @@ class Session:
         """Hold in each of `rows` rows what `row` does, on its pages."""
         self.block_tables = [row.fork() for _ in range(rows)]
         self.rows, self.length = rows, row.length
+
+    def lay_prefix(self) -> None:
+        """Have the prefix in pages, once, for all rows to begin with."""
+        form = self.span.key_values
+        if self.prefix is not None and self._begun is None and form is not None and self.span.packable:
+            self._begun = put(self.span.by_block(self.prefix), form, self.pool)
+
+    def read(self, tokens: int) -> Tensor:
+        """What the only row's first `tokens` tokens have left in the caches, as a prefix fp32 [blocks, tokens, D]."""
+        form = self.span.key_values
+        assert form is not None  # `ReadRequest` asked
+        if self.span.packable:
+            blocks = range(self.span.start, self.span.end)
+            return take(self.block_tables[0], blocks, self.before, self.before + tokens, form)
+        return self.plain.read(tokens)
 
     def rearrange(self, rows: int, position: int, order: Tensor | None) -> None:
         """Reorder or repeat the cached rows, then forget what stands from column `position` on."""
@@ -197,16 +223,20 @@ class Session:
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.block_tables
         if position == 0 or not before:
-            self.block_tables = [CachedSequence(self.pool) for _ in range(rows)]
+            self.lay_prefix()
+            begun = self._begun
+            self.block_tables = [
+                CachedSequence(self.pool) if begun is None else begun.fork() for _ in range(rows)
+            ]
         elif order is not None:
             self.block_tables = []
             for source in order.tolist():
                 row = before[source].fork()
-                row.truncate(self.real_tokens(source, position))
+                row.truncate(self.cached_tokens(source, position))
                 self.block_tables.append(row)
         else:
             for index, row in enumerate(before):
-                row.truncate(self.real_tokens(index, position))
+                row.truncate(self.cached_tokens(index, position))
             return
         for row in before:
             row.free()
@@ -240,10 +270,16 @@ class Session:
     def _free(self) -> None:
         for row in self.block_tables:
             row.free()
-        self.block_tables = []
+        if self._begun is not None:
+            self._begun.free()
+        self.block_tables, self._begun = [], None
         self.plain = self.span.new_cache()
-        self.prompts = self.mask = None  # an evicted session's stream may stay open for long
+        self.prompts = self.prefix = self.mask = None  # an evicted session's stream may stay open for long
         self.length = self.rows = 0
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def default_capacity(span: Span, free_bytes: int, layout: Layout) -> int:

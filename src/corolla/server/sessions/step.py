@@ -19,7 +19,7 @@ from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
 from corolla.server.scheduler.engine import Kind, Request
-from corolla.server.scheduler.policy import PASS_TOKENS
+from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
@@ -97,7 +97,7 @@ class StepRequest(Request):
             self.session.span,
             rows=self.rows,
             tokens=min(_columns(PASS_TOKENS, self.rows), self.count),
-            total=self._position + self.count,
+            total=self.session.before + self._position + self.count,
             with_gradients=False,
             limit=self._server.working_bytes,
         )
@@ -176,7 +176,7 @@ class StepRequest(Request):
         ids = self._positions
         if ids is None:
             ids = torch.arange(self._position, self._position + self.count).repeat(self.rows)
-        return self._packed(ids.reshape(-1))
+        return self._packed(ids.reshape(-1)) + self.session.before
 
     def _packed(self, flat: Tensor) -> Tensor:
         return flat if self._places is None else flat[self._places]
@@ -221,7 +221,8 @@ class StepRequest(Request):
             here, stop = max(first, start), min(last, end)
             if here < stop:
                 cached = self.session.block_tables[row]
-                self.segments.append(Segment(begin + here - first, stop - here, cached, self.room))
+                room = self.session.before + self.room
+                self.segments.append(Segment(begin + here - first, stop - here, cached, room))
             start = end
         return self._inputs[first:last], self._ids[first:last]
 
@@ -253,6 +254,7 @@ class StepRequest(Request):
                 positions=None if positions is None else positions[:, begin:end].to(device),
                 cache=session.plain,
                 prompts=session.prompts,
+                prefix=session.prefix,
             )
         self._outputs[:, begin:end] = output
         self._at = self.rows * end

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.server.world import Blocker
 
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.policy import KNOWN_SECONDS, MOST_REMEMBERED, PeerHistory, Shares, Speed
+from corolla.server.scheduler.shares import KNOWN_SECONDS, MOST_REMEMBERED, PeerHistory, Shares
 
 JOB_SECONDS = 0.002
 
@@ -105,14 +105,6 @@ def test_a_history_is_bounded_and_made_of_time() -> None:
     assert history.known("steady")
     assert not history.known("passer-1")
     assert len(history) == MOST_REMEMBERED
-
-
-def test_an_estimate_is_what_work_took_at_best() -> None:
-    speed = Speed()
-    for seconds in [9.0, 1.0] * 10:
-        speed.took(1000, seconds)
-        speed.took(1, seconds)  # says little
-    assert speed.seconds_of(5000) == 5.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.floats(0.001, 1.0)), min_size=50, max_size=300))

@@ -1,0 +1,62 @@
+"""Prefixes travel once: a server that has one is told its name, and sent it when it says that it has not.
+
+Invariant: a name stands for one prefix, number for number: what is computed does not depend on which was sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from torch import Tensor
+
+from corolla.errors import RequestRefused
+from corolla.models.prompts import BlockVectors
+from corolla.swarm.directory.routing import Hop
+from corolla.wire.failures import Remedy, meaning
+from corolla.wire.frames import Packet
+from corolla.wire.messages import Backward, Forward, OpenSession
+
+Send = Callable[[Packet], Awaitable[Packet]]
+
+
+class Naming:
+    """What this client knows of its servers' prefixes. On the event loop only."""
+
+    def __init__(self) -> None:
+        # Of each server's blocks, the digest that was last spoken of, and whether the server has it.
+        self._last: dict[Hop, tuple[str, bool]] = {}
+
+    async def ask(
+        self,
+        hop: Hop,
+        packet: Packet,
+        given: BlockVectors | None,
+        send: Send,
+        *,
+        curious: bool = False,
+    ) -> Packet:
+        """The answer to a request with what blocks are `given`. Raises as `send`.
+
+        `curious` asks a server by name first, though it was not sent the prefix: its operator may have given it one.
+        """
+        message = packet.message
+        if given is None or given.name not in packet.tensors or given.name != "prefix":
+            return await send(packet)
+        assert isinstance(message, OpenSession | Forward | Backward)
+        named = Packet(msgspec.structs.replace(message, known=given.digest), packet.tensors)
+        digest, has_it = self._last.get(hop, ("", False))
+        if has_it if digest == given.digest else curious:
+            try:
+                return await send(Packet(named.message, _without_prefix(packet.tensors)))
+            except RequestRefused as refusal:
+                if meaning(refusal).remedy is not Remedy.SEND_MORE:
+                    raise
+        self._last[hop] = (given.digest, False)
+        reply = await send(named)
+        self._last[hop] = (given.digest, True)
+        return reply
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: one for name, one in tensors.items() if name != "prefix"}
