@@ -12,6 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
+def on_config(config: Any) -> Any:
+    """With all pages that mkdocs.yml does not name."""
+    pages = [
+        path.relative_to(config.docs_dir).as_posix() for path in sorted(Path(config.docs_dir).rglob("*.md"))
+    ]
+    missing = [page for page in pages if page not in str(config.nav)]
+    for name, group in (("Decisions", True), ("More", False)):
+        found = [page for page in missing if page.startswith("decisions/") == group]
+        config.nav += [{name: found}] if found else []
+    return config
+
+
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """The page's text as the site has it."""
     place = posixpath.dirname(page.file.src_uri)
