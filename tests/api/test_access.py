@@ -163,6 +163,18 @@ def test_the_dashboard_shows_figures_that_there_are(world: World) -> None:
     assert {name for name in named if f"{name} " not in text and f"{name}{{" not in text} == set()
 
 
+def test_retries_are_counted_by_cause(worlds: Worlds) -> None:
+    world = worlds.make("retries", spans=((0, 4), (0, 4)))
+    world.client().chat.completions.create(model=BASE, messages=ASK, max_tokens=3)
+    assert "corolla_api_retries_total{" not in asked(world, "/metrics")[1]
+    counted = world.swarm.counted()
+    world.swarm.kill(max(counted, key=lambda peer: counted[peer]))
+    talk = [*ASK, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And?"}]
+    world.client().chat.completions.create(model=BASE, messages=talk, max_tokens=3)
+    text = asked(world, "/metrics")[1]
+    assert re.search(r'corolla_api_retries_total\{cause="peer_[a-z]+"\} [1-9]', text), text
+
+
 def test_figures_for_prometheus(world: World) -> None:
     world.client().chat.completions.create(model=BASE, messages=ASK, max_tokens=3, temperature=0)
     status, text, headers = asked(world, "/metrics")
