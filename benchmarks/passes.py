@@ -1,75 +1,138 @@
 """What a generation pass takes by the family's own code, and as one call (`corolla.models.compiled`), in turns.
 
-    python -m benchmarks.passes [--threads N] [--quantization none | int8] [--rows 1 2 8 32 64]
+    python -m benchmarks.passes [--shape gemma3 | qwen3 | moe] [--dtype bfloat16] [--threads N]
+                                [--quantization none | int8] [--rows 1 2 8 32 64]
 
-The first half of SmolLM2's blocks, every row with 60 tokens behind it; medians of 60 passes. Printed, not kept.
+All blocks of a shape of `sizes.SHAPES`, with random weights, or the first half of SmolLM2's; every row with 60 tokens
+behind it. Then the head's product, beside transformers' own, and for one row how fast weights were read, beside how
+fast this machine reads memory in the same run. Medians of 40 passes. Printed, not kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.sizes import MODEL
+from benchmarks.sizes import MODEL, SHAPES
+from benchmarks.workers.local import stream, write
 from corolla.cli.common import set_up_libraries
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
-from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.kernels.apply import pack_linears
+from corolla.models.kernels.apply import exact_linear, pack_linears, weight_bytes
+from corolla.models.kernels.choice import Trials
 from corolla.models.span import Span, load_span
 
-PAST, PASSES = 60, 60
+PAST, PASSES = 60, 40
 
 
-def measure(span: Span, rows: int) -> tuple[float, float]:
+def in_turns(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(PASSES):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def passes(span: Span, rows: int) -> dict[str, float]:
     """Seconds of a pass by the family's code, and as one call."""
     pool = PagePool(rows * pages_for(PAST + 2 * PASSES), dtype=span.dtype, device=span.device)
     cached = [CachedSequence(pool) for _ in range(rows)]
-    past = torch.randn(rows * PAST, span.hidden_size)
+    past = torch.randn(rows * PAST, span.width)
     span.run_packed(
         past, PackedBatch(segments_of([PAST] * rows, cached), pool), positions=torch.arange(PAST).repeat(rows)
     )
-    hidden = torch.randn(rows, span.hidden_size)
-    ways: tuple[Callable[..., Tensor], ...] = (span.run_packed, span.forward_packed)
-    times: tuple[list[float], ...] = ([], [])
-    for step in range(PASSES):
-        for way, own in zip(ways, times, strict=True):
-            positions = torch.full((rows,), PAST + step)
-            started = time.perf_counter()
-            way(hidden, PackedBatch(segments_of([1] * rows, cached), pool), positions=positions)
-            own.append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
+    hidden = torch.randn(rows, span.width)
+
+    def one(run: Callable[..., Tensor]) -> None:
+        batch = PackedBatch(segments_of([1] * rows, cached), pool)
+        run(hidden, batch, positions=torch.full((rows,), cached[0].length))
+
+    return in_turns({"plain": partial(one, span.run_packed), "compiled": partial(one, span.forward_packed)})
+
+
+def head_of(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Linear:
+    """A head of the checkpoint's size with weights as `dtype` has them, computing in float32."""
+    config = checkpoint.config
+    weight = torch.randn(config.vocab_size, config.hidden_size).to(dtype).float()
+    head = nn.Linear(1, 1, bias=False)
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    return head
+
+
+def read_bytes(span: Span) -> int:
+    """Bytes of weights that one token needs: of a mixture, those of the experts that it is sent to."""
+    whole = weight_bytes(span.blocks)
+    config = span.config
+    chosen, count = (getattr(config, name, 0) for name in ("num_experts_per_tok", "num_local_experts"))
+    experts = [one for name, one in span.blocks.named_modules() if name.endswith("experts")]
+    return whole - sum(weight_bytes(one) * (count - chosen) // count for one in experts)
+
+
+def report(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    packable = check_family(checkpoint.config)
+    blocks = checkpoint.num_blocks if arguments.shape else checkpoint.num_blocks // 2
+    span = load_span(checkpoint, 0, blocks, dtype=torch.float32, packable=packable)
+    pack_linears(span.model, quantization=arguments.quantization)
+    if span.compile() is None:
+        print("These blocks are not compiled here.")
+    speed = stream()
+    print(f"memory is read at {speed / 1e9:.1f} GB/s")
+    for rows in arguments.rows:
+        found = passes(span, rows)
+        print(
+            f"{rows:3} rows: {1000 * found['plain']:6.2f} ms by the family's code, "
+            f"{1000 * found['compiled']:6.2f} as one call, {found['plain'] / found['compiled']:.2f}x",
+            flush=True,
+        )
+        if rows == 1:
+            _share("blocks", read_bytes(span), found["compiled"], speed)
+    head = head_of(checkpoint, getattr(torch, arguments.dtype))
+    product = exact_linear(head.weight, None, trials=Trials())
+    for rows in arguments.rows:
+        value = torch.randn(rows, head.weight.shape[1])
+        found = in_turns({"plain": partial(F.linear, value, head.weight), "ours": partial(product, value)})
+        print(
+            f"head, {rows:3} rows: {1000 * found['plain']:6.2f} ms by torch, {1000 * found['ours']:6.2f} ours"
+        )
+        if rows == 1:
+            _share("head", product.weight_bytes(), found["ours"], speed)
+
+
+def _share(what: str, read: int, seconds: float, speed: float) -> None:
+    print(
+        f"          {what}: {read / 1e6:.0f} MB at {read / seconds / 1e9:.1f} GB/s, {read / seconds / speed:.0%}"
+    )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quantization", choices=("none", "int8"), default="none")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 64])
     arguments = parser.parse_args()
     set_up_libraries()
     torch.set_num_threads(arguments.threads)
-    checkpoint = open_checkpoint(MODEL)
-    packable = check_family(checkpoint.config)
-    span = load_span(checkpoint, 0, checkpoint.num_blocks // 2, dtype=torch.float32, packable=packable)
-    pack_linears(span.model, quantization=arguments.quantization)
-    if span.compile() is None:
-        raise SystemExit("These blocks are not compiled here; there may be no C compiler.")
-    with torch.inference_mode():
-        for rows in arguments.rows:
-            plain, compiled = measure(span, rows)
-            print(
-                f"{rows:3} rows: {1000 * plain:6.2f} ms by the family's code, {1000 * compiled:6.2f} as one call, "
-                f"{plain / compiled:.2f}x",
-                flush=True,
-            )
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        if arguments.shape:
+            write(arguments.shape, arguments.dtype, folder)
+        report(open_checkpoint(folder if arguments.shape else MODEL), arguments)
 
 
 if __name__ == "__main__":

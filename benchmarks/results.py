@@ -82,6 +82,16 @@ def chosen(line: dict[str, Any]) -> str:
     return f"{how}; idle threads {waiting}"
 
 
+def of_memory(line: dict[str, Any]) -> str:
+    """Which share of what memory gives a line's decoding has reached; empty where that was not measured."""
+    about = line.get("details", {}).get("memory")
+    if about is None:
+        return ""
+    read, speed = about["bytes a token"], about["bytes a second"]
+    share = line["ours"] * read / speed
+    return f"{read / 1e6:.0f} MB a token, {share:.0%} of the {speed / 1e9:.1f} GB/s that memory gives"
+
+
 def not_measured(figure: Figure, reason: str) -> dict[str, Any]:
     """The same for a figure that could not be measured."""
     return {"figure": figure.name, "not_measured": reason}

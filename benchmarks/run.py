@@ -20,7 +20,7 @@ from benchmarks.bench import CLIENT_ENV, Bench, Options
 from benchmarks.figures import Line, measure
 from benchmarks.growth import Growth
 from benchmarks.processes import NotMeasured
-from benchmarks.results import RESULTS, append, chosen, conditions, describe, line_of, not_measured
+from benchmarks.results import RESULTS, append, chosen, conditions, describe, line_of, not_measured, of_memory
 from corolla.errors import CorollaError
 
 LINES: list[Line] = [*generation.LINES, *sessions.LINES, *training.LINES, *memory.LINES, *shapes.LINES]
@@ -57,6 +57,8 @@ class Run:
             self._append(result)
         if how := chosen(found[0]):
             print(f"{'':24} baseline: {how}", flush=True)
+        if share := of_memory(found[0]):
+            print(f"{'':24} {share}", flush=True)
 
     def growth(self, item: Growth) -> None:
         """Measure a plot's points and note them as one line."""

@@ -29,6 +29,13 @@ def decode(bench: Bench, shape: str, dtype: str, sessions: int) -> Pair:
         client, ours, kind, "decode", folder=folder.name, rows=sessions, tokens=tokens
     )
 
+    if sessions == 1:
+        reading = bench.any_local()
+        pair.details["memory"] = {
+            "bytes a token": reading.ask("token_bytes", folder=folder.name),
+            "bytes a second": reading.ask("stream"),
+        }
+
     def clean_up() -> None:
         bench.end_swarm()
         folder.cleanup()

@@ -7,8 +7,9 @@ all cores.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.workers import loops
 from benchmarks.workers.protocol import obey
 
 ATTENTION = ("sdpa", "eager")
+STREAM, STREAM_ROUNDS = 2**26, 8  # float32 that are read to see how fast memory is
 
 
 @cache
@@ -105,6 +107,34 @@ def write(shape: str, dtype: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
 
 
+def token_bytes(folder: str) -> int:
+    """Bytes of weights that one token needs, as the checkpoint has them: of a mixture, those of its own experts."""
+    from transformers import AutoConfig
+
+    config, model = AutoConfig.from_pretrained(folder), model_in(folder)
+    numbers = sum(one.numel() for one in model.parameters())  # a table that is tied counts once
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    numbers -= 0 if table is head else table.numel()
+    count = getattr(config, "num_local_experts", 0)
+    experts = sum(one.numel() for name, one in model.named_parameters() if ".experts." in name)
+    if count:
+        numbers -= experts * (count - config.num_experts_per_tok) // count
+    return int(numbers * torch.empty(0, dtype=config.dtype).itemsize)
+
+
+def stream() -> float:
+    """Bytes that torch reads from memory in a second, in the way in which it does so fastest."""
+    numbers = torch.ones(STREAM)
+    rows = numbers.view(-1, 1024)
+    best = float("inf")
+    for work in (numbers.sum, numbers.amax, partial(rows.mv, rows[0])):
+        for _ in range(STREAM_ROUNDS):
+            started = time.perf_counter()
+            work()
+            best = min(best, time.perf_counter() - started)
+    return numbers.nbytes / best
+
+
 def cut(blocks: int, folder: str) -> None:
     """Write the model with its first blocks only, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,5 +189,5 @@ def _padded(batch: dict[str, Tensor], to_max: bool) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count() or 1)
-    commands = (use, cut, write, decode, prefill, train, chitchat)
+    commands = (use, cut, write, token_bytes, stream, decode, prefill, train, chitchat)
     obey({command.__name__: command for command in commands})

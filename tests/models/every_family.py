@@ -57,6 +57,7 @@ UNEQUAL: dict[str, int] = {
     "moe_shared_expert_intermediate_size": 56,
     "word_embed_proj_dim": 48,
     "vocab_size": 96,
+    "unpadded_vocab_size": 96,
     "vocab_size_per_layer_input": 96,
     "hidden_size_per_layer_input": 7,
     "laurel_rank": 5,
@@ -135,7 +136,7 @@ def tiny(family: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(family, **GIVEN.get(family, {}))
     except Exception as error:
-        raise _OwnFailure(f"no config of it can be made without a checkpoint's: {error}") from error
+        raise OwnFailure(f"no config of it can be made without a checkpoint's: {error}") from error
     text = text_part(config)
     if text is config:
         return _small(config)
@@ -163,7 +164,7 @@ def _small(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-class _OwnFailure(Exception):
+class OwnFailure(Exception):
     """The family's own config or model cannot be made, or does not run, in this release."""
 
 
@@ -221,7 +222,7 @@ def verdict(family: str) -> tuple[str, str]:
         return "refused", str(error)
     except _TooLong:
         return "hang", f"no answer for {SECONDS:.0f} s"
-    except _OwnFailure as error:
+    except OwnFailure as error:
         return "not compared", " ".join(str(error).split())
     except AssertionError as error:
         return "wrong", str(error).strip().split("\n")[0]
@@ -260,14 +261,14 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
         try:
             whole = random_model(loader.from_config, config)
         except ImportError as error:
-            raise _OwnFailure("its part for images needs a library that is not installed") from error
+            raise OwnFailure("its part for images needs a library that is not installed") from error
         ids = torch.randint(3, text.vocab_size, (2, TOKENS))
     whole.save_pretrained(folder)
     local = loader.from_pretrained(folder).eval().requires_grad_(False)
     try:
         local(ids)
     except Exception as error:
-        raise _OwnFailure(f"transformers' own model fails: {error}") from error
+        raise OwnFailure(f"transformers' own model fails: {error}") from error
     last = int(text.num_hidden_layers)
     cuts = sorted({0, 1, min(3, last), last})
     with MemorySwarm(folder, list(pairwise(cuts))) as swarm:
@@ -296,7 +297,7 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
             inputs_embeds=embeddings.clone(), attention_mask=masks[2], labels=labels, use_cache=False
         ).loss
         gradients += torch.autograd.grad(loss, [embeddings])
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(*gradients, atol=1e-5 + 1e-3 * float(gradients[1].abs().max()), rtol=1e-3)
 
 
 def same_replies(model: Any, local: Any, ids: Tensor) -> None:

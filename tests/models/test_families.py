@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.tiny_models import FAMILIES, tiny_config
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     Gemma3Config,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from corolla.errors import UnsupportedFamily
+from corolla.models import families
 from corolla.models.checks.forms import values_returned
 from corolla.models.families import (
     block_key_pattern,
@@ -54,6 +56,14 @@ def test_whether_layers_return_tuples(family: str) -> None:
     block.register_forward_hook(lambda _block, _arguments, output: outputs.append(output))
     model(torch.tensor([[3, 4, 5]]))
     assert isinstance(outputs[0], tuple) == bool(values_returned(config))
+
+
+def test_a_list_that_is_as_long_as_the_blocks_by_chance_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(families, "_inspected", {})
+    config = AutoConfig.for_model("gemma3n_text", altup_num_inputs=2)
+    assert structure(config).prefix == "model.layers"
 
 
 def test_slicing_a_config_cuts_its_lists() -> None:

@@ -21,7 +21,7 @@ from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from tests.faults import Hit, Injector, describe
 from tests.schedules.plan import Schedule, plan
-from tests.schedules.workloads import Workload, expected, in_the_swarm, prompt_of, same
+from tests.schedules.workloads import ROUNDED, Workload, expected, in_the_swarm, prompt_of, same
 from tests.schedules.world import DTYPE, SimulatedSwarm, checkpoint_of
 
 DEFAULT_PATIENCE = SwarmConfig().patience
@@ -198,7 +198,8 @@ class _Run:
         wanted = next(due, None)
         if found is None and wanted is None:
             return False
-        if found is None or wanted is None or not same(found, wanted):
+        rounding = ROUNDED.get(self.schedule.clients[index].family, 0.0)
+        if found is None or wanted is None or not same(found, wanted, rounding):
             raise _wrong(self.schedule, f"client {index} got\n{found}\ninstead of\n{wanted}", self.injector)
         return True
 

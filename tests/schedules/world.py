@@ -21,6 +21,7 @@ from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.forms import crossing_of
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.families import slice_config
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
@@ -33,8 +34,9 @@ from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
+from tests.models.every_family import tiny
 from tests.schedules.workloads import Workload, prompt_of
-from tests.tiny_models import write_tiny
+from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model, write_tiny
 from tests.virtual_time import SimulatedEngine, VirtualLoopThread
 
 DTYPE = torch.float64
@@ -60,8 +62,14 @@ class ServerPlan:
 def checkpoint_of(family: str, root: Path) -> Checkpoint:
     """The family's tiny model, in this process's folder."""
     folder = root / family
-    if not folder.exists():
+    if not folder.exists() and family in FAMILIES:
         write_tiny(family, folder, layers=BLOCKS, dtype=DTYPE)
+    elif not folder.exists():
+        config = slice_config(tiny(family), 0, BLOCKS)
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if hasattr(config, name):
+                setattr(config, name, VOCABULARY)
+        tiny_model(config, dtype=DTYPE).save_pretrained(folder)
     return open_checkpoint(str(folder))
 
 

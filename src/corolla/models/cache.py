@@ -293,8 +293,13 @@ class RemoteCache(_OneGrowingLayer):
             return None
         return int(ids.shape[1]) - self.length
 
-    def announce(self, prepared: dict[str, Any]) -> None:
-        """The next forward should bring what `generate` has prepared for it."""
+    def announce(self, prepared: dict[str, Any], mask: Tensor | None) -> None:
+        """The next forward should bring what `generate` has prepared for it; `mask` is of all tokens, if there is one.
+
+        Families of recurrences alone leave it out of later steps, but servers tell rows apart by it.
+        """
+        if prepared.get("attention_mask") is None and mask is not None:
+            prepared["attention_mask"] = mask
         given = prepared.get("inputs_embeds")
         given = prepared.get("input_ids") if given is None else given
         self.announced = None if given is None or not self.whole else int(given.shape[1])

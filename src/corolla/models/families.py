@@ -163,7 +163,16 @@ def _inspect(config: PretrainedConfig) -> Structure:
         ) from error
     base_name = str(causal_class.base_model_prefix)
     prefix = f"{base_name}." if hasattr(model, base_name) else ""
-    path = prefix + _shallowest_list(getattr(model, base_name, model), 1, config.model_type)
+    lists = _lists_of(getattr(model, base_name, model), 1)
+    if len(lists) > 1:  # that have one part here; the blocks are those of which a deeper model has more
+        with torch.device("meta"):
+            deeper: Any = causal_class(slice_config(config, 0, 2))
+        lists = [one for one in lists if one in _lists_of(getattr(deeper, base_name, deeper), 2)]
+    if len(lists) != 1:
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split: their blocks are not one list of layers."
+        )
+    path = prefix + lists[0]
     owner, _, attribute = path.rpartition(".")
     holder = model.get_submodule(owner)
     if not isinstance(holder, PreTrainedModel):
@@ -193,8 +202,9 @@ def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return causal_class
 
 
-def _shallowest_list(base: nn.Module, depth: int, model_type: str) -> str:
-    """Path of the one list of modules with weights that is nearest to the root of a base model of `depth` blocks."""
+def _lists_of(base: nn.Module, depth: int) -> list[str]:
+    """Paths of the lists of `depth` modules with weights that are nearest to the root of a base model of as many
+    blocks; where there is one list only, of any length."""
     found = [
         (name, len(module))
         for name, module in base.named_modules()
@@ -204,9 +214,4 @@ def _shallowest_list(base: nn.Module, depth: int, model_type: str) -> str:
     lists = [(name, length) for name, length in found if name.count(".") == least]
     if len(lists) > 1:  # of something else that there are several of
         lists = [one for one in lists if one[1] == depth]
-    if len(lists) != 1:
-        raise UnsupportedFamily(
-            f"Models of type {model_type} cannot be split: their blocks are not one list of layers."
-        )
-    path: str = lists[0][0]
-    return path
+    return [name for name, _ in lists]

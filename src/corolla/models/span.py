@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
+from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
-from corolla.models.attention.packing import PACKED, PackedBatch, packed
+from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.prefixes import KeyValueForm
+from corolla.models.attention.registry import PACKED, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
@@ -41,6 +43,7 @@ from corolla.models.prompts import (
     packed_hooks,
     prepend_mask,
 )
+from corolla.models.trials import cached_form, goes_one_by_one, masks_new_tokens, measured_bytes, remembers
 
 
 class Span:
@@ -68,13 +71,14 @@ class Span:
         self.end = end
         self.packable = packable
         self._blocks = blocks
-        self._cache_name = cache_argument(model.forward)
+        self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         self._block_config: Any = next(
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
         )
+        self._latent = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
         self._whole = self  # of which this is a view
@@ -150,21 +154,25 @@ class Span:
 
     @cached_property
     def _one_by_one(self) -> bool:
-        """Whether states are continued by one token at a time only, as some families' code does it."""
-        if self._empty_cache.keeps_everything:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, 5, self.width, generator=generator).to(self.device, self.dtype)
-        cache = self.new_cache()
-        with torch.inference_mode():
-            whole = self.forward(hidden)
-            # The first pass is no continuation, and the second is the one in question.
-            self.forward(hidden[:, :2], cache=cache)
-            places = torch.arange(2, 5, device=self.device)[None]
-            arguments = {"use_cache": True, self._cache_name: cache, "position_ids": places}
-            found = self._run(hidden[:, 2:], [], arguments)
-        rounding = 1e-4 if self.dtype in (torch.float32, torch.float64) else 2e-2
-        return not torch.allclose(found, whole[:, 2:], rtol=0.0, atol=rounding * float(whole.abs().max()))
+        return not self._empty_cache.keeps_everything and goes_one_by_one(self)
+
+    @cached_property
+    def _masks_new_tokens(self) -> bool:
+        """Whether the family's code knows masks of the new tokens only."""
+        return not self._empty_cache.keeps_everything and masks_new_tokens(self)
+
+    @cached_property
+    def remembers(self) -> bool:
+        """Whether blocks have states, and snapshots bring them back."""
+        return self._empty_cache.has_known_states and remembers(self)
+
+    def go_back(
+        self, cache: SpanCache, length: int, *, mask: Tensor | None = None, prompts: Tensor | None = None
+    ) -> None:
+        """Have a cache that reaches there hold its first `length` tokens, not 0; mask and prompts as for `forward`."""
+        if (again := cache.go_back(length)) is not None:
+            seen = None if mask is None else mask[:, :length].to(self.device)
+            self.forward(again[0], mask=seen, positions=again[1], cache=cache, prompts=prompts)
 
     @cached_property
     def key_values(self) -> KeyValueForm | None:
@@ -174,22 +182,15 @@ class Span:
             return self._whole.key_values
         if not self.crossing.plain or not self._empty_cache.keeps_everything:
             return None
-        cache = self.new_cache()
-        with torch.inference_mode():
-            self.forward(torch.zeros(1, 1, self.width, dtype=self.dtype, device=self.device), cache=cache)
-        return cache.form
+        return cached_form(self)
 
     @cached_property
     def cache_bytes(self) -> tuple[int, int]:
-        """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states."""
-        cache, sizes = self.new_cache(), []
-        probe = torch.zeros(1, 1, self.width, dtype=self.dtype, device=self.device)
-        with torch.inference_mode():
-            for _ in range(2):
-                self.forward(probe, cache=cache)
-                sizes.append(cache.nbytes)
-        token = sizes[1] - sizes[0]
-        return token, sizes[0] - token
+        """Memory of a sequence in the caches of all blocks, measured: that of each token, and that of its states.
+
+        Where blocks remember states, what has passed is part of a token.
+        """
+        return measured_bytes(self)
 
     def forward(
         self,
@@ -206,9 +207,9 @@ class Span:
         Both are hidden states, of width H, for most families. `mask` [R, past+T], bool or integer, is 0 where a
         token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
         by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
-        hidden states, counted from the cache's beginning.
-        `prefix` [blocks, P, D] stands before all tokens, which know nothing of it: mask, positions and the cache's
-        tokens are counted from behind it. Differentiable in `hidden`, `prompts` and `prefix`.
+        hidden states, counted from the cache's beginning. `prefix` [blocks, P, D] stands before all tokens, which know
+        nothing of it: mask, positions and the cache's tokens are counted from behind it. Differentiable in `hidden`,
+        `prompts` and `prefix`.
         """
         if prefix is not None:
             cache = self._begun_with(prefix, int(hidden.shape[0]), cache)
@@ -227,9 +228,10 @@ class Span:
         if past and positions is None and (mask is None or not self._empty_cache.keeps_everything):
             # Not every family's code counts what is cached; some others count the mask's ones.
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        arguments: dict[str, Any] = {"use_cache": cache is not None, self._cache_name: cache}
+        arguments: dict[str, Any] = {"use_cache": cache is not None, self.cache_name: cache}
         if mask is not None:
-            arguments["attention_mask"] = mask.to(torch.long)
+            new = past and self._masks_new_tokens
+            arguments["attention_mask"] = (mask[:, past:] if new else mask).to(torch.long)
         if positions is not None:
             arguments["position_ids"] = positions
         hooks: list[list[BlockHook]] = (
@@ -237,9 +239,9 @@ class Span:
         )
         real = None if mask is None else mask.bool()[:, -hidden.shape[1] :].to(hidden.device)
         with padded(real):
-            output = self._run(hidden, hooks, arguments)
+            output = self.run(hidden, hooks, arguments)
         if cache is not None:
-            cache.record(hidden.shape[0], hidden.shape[1])
+            cache.record(hidden, positions)
         return output
 
     def _begun_with(self, prefix: Tensor, rows: int, cache: SpanCache | None) -> SpanCache:
@@ -272,7 +274,7 @@ class Span:
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            self._compiled = (compile_blocks(self) if self.crossing.plain else None,)
+            self._compiled = (compile_blocks(self) if self.crossing.plain and not self._latent else None,)
         return self._compiled[0]
 
     def run_packed(
@@ -285,11 +287,13 @@ class Span:
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
         hooks: list[list[BlockHook]] = [] if deep is None else packed_hooks(deep)
-        arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False}
+        arguments: dict[str, Any] = {"position_ids": positions.unsqueeze(0), "use_cache": False}
+        if self._latent and batch.goes_on:
+            arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
         with self._attention(PACKED), packed(batch):
-            return self._run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
+            return self.run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
 
-    def _run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
+    def run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
         """The family's own code over what crosses the cut, [R, T, W]."""
         if not self.crossing.plain:
             return self._run_wide(hidden, hooks, arguments)
@@ -306,7 +310,7 @@ class Span:
     ) -> Tensor:
         """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
         crossed = self.crossing.split(crossing, self.start)
-        cache = arguments.get(self._cache_name)
+        cache = arguments.get(self.cache_name)
         passage = WidePassage(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
         tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
         with passage.under_way():

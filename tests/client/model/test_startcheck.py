@@ -70,9 +70,19 @@ def test_a_release_that_calls_the_cache_otherwise_is_refused() -> None:
         return prepared
 
     kind = broken("llama", prepare_inputs_for_generation=prepare)
-    with pytest.raises(UnsupportedFamily, match=re.escape(f"pip install '{TESTED}'")) as refusal:
+    with pytest.raises(UnsupportedFamily, match="does not generate what it should") as refusal:
         check_generation(tiny_config("llama"), kind)
     assert "\n" not in str(refusal.value)
+    assert "pip install" not in str(refusal.value)
+
+
+def test_a_release_that_is_not_tested_is_told_which_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        raise TypeError("unexpected keyword argument 'cache'")
+
+    monkeypatch.setattr(startcheck, "TESTED", "transformers>=99")
+    with pytest.raises(UnsupportedFamily, match=re.escape("pip install 'transformers>=99'")):
+        check_generation(tiny_config("llama"), broken("llama", generate=generate))
 
 
 def test_a_release_that_raises_is_refused() -> None:

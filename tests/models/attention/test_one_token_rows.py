@@ -35,17 +35,19 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def cached_rows(pool: PagePool, kv_heads: int = KV_HEADS, dim: int = DIM) -> list[CachedSequence]:
+def cached_rows(
+    pool: PagePool, kv_heads: int = KV_HEADS, dim: int = DIM, width: int | None = None
+) -> list[CachedSequence]:
     """Rows one token short of `LENGTHS`, taken in turns, so that their pages do not follow each other."""
     rows = [CachedSequence(pool) for _ in LENGTHS]
-    store = pool.store(0, noise(1, kv_heads, 1, dim, seed=0), noise(1, kv_heads, 1, dim, seed=0))
+    store = pool.store(0, noise(1, kv_heads, 1, dim, seed=0), noise(1, kv_heads, 1, width or dim, seed=0))
     for turn in range(max(LENGTHS)):
         for row, length in zip(rows, LENGTHS, strict=True):
             if row.length < length - 1:
                 row.length += 1
                 slots = row.tables[0].grow(1)
                 for index, side in enumerate(store):
-                    side[slots] = noise(1, kv_heads, dim, seed=1000 * turn + 10 * length + index)
+                    side[slots] = noise(1, *side.shape[1:], seed=1000 * turn + 10 * length + index)
     return rows
 
 
@@ -55,16 +57,20 @@ def parts_of(batch: PackedBatch) -> list[Stretch]:
 
 
 def attended(
-    rules: Rules, threads: int = 1, shape: tuple[int, int, int] = (HEADS, KV_HEADS, DIM)
+    rules: Rules,
+    threads: int = 1,
+    shape: tuple[int, int, int] = (HEADS, KV_HEADS, DIM),
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel gives, and what each row gives by itself."""
+    """What the kernel gives, and what each row gives by itself; values as wide as keys, or `width`."""
     heads, kv_heads, dim = shape
     pool = PagePool(64, dtype=torch.float32, device=torch.device("cpu"))
-    rows = cached_rows(pool, kv_heads, dim)
+    rows = cached_rows(pool, kv_heads, dim, width)
     count = len(rows)
     # As projections give them: heads and tokens in strides of their own.
     query = noise(1, count, heads, dim, seed=1).transpose(1, 2)
-    key, value = (noise(1, count, kv_heads, dim, seed=seed).transpose(1, 2) for seed in (2, 3))
+    key = noise(1, count, kv_heads, dim, seed=2).transpose(1, 2)
+    value = noise(1, count, kv_heads, width or dim, seed=3).transpose(1, 2)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -105,6 +111,13 @@ def test_heads_of_every_number_and_width(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(together, alone, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dim", "width"), [(48, 32), (16, 80), (192, 128)])
+def test_values_that_are_not_as_wide_as_keys(dim: int, width: int) -> None:
+    together, alone = attended(RULES["window and sinks"], shape=(HEADS, KV_HEADS, dim), width=width)
+    assert together.shape[-1] == width
+    torch.testing.assert_close(together, alone, atol=2e-6, rtol=1e-5)
+
+
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corolla.models.attention.one_token_rows.THREADED", 0)
     results = [attended(Rules(window=30), threads)[0] for threads in (1, 2, 3)]
@@ -139,12 +152,18 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width"),
-    [(torch.float64, DIM), (torch.bfloat16, DIM), (torch.float32, 24)],
+    ("dtype", "dim", "width"),
+    [
+        (torch.float64, DIM, DIM),
+        (torch.bfloat16, DIM, DIM),
+        (torch.float32, 24, DIM),
+        (torch.float32, DIM, 24),
+    ],
 )
-def test_what_it_does_not_compute_is_left_to_torch(dtype: torch.dtype, width: int) -> None:
-    query, cache = torch.zeros(1, HEADS, 1, width, dtype=dtype), torch.zeros(16, KV_HEADS, width, dtype=dtype)
-    assert not can_attend(query, cache)
+def test_what_it_does_not_compute_is_left_to_torch(dtype: torch.dtype, dim: int, width: int) -> None:
+    query = torch.zeros(1, HEADS, 1, dim, dtype=dtype)
+    keys, values = (torch.zeros(16, KV_HEADS, one, dtype=dtype) for one in (dim, width))
+    assert not can_attend(query, (keys, values))
 
 
 def test_a_row_that_does_not_look_at_its_pages_is_seen() -> None:

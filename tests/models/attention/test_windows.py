@@ -168,6 +168,11 @@ def test_blocks_with_keys_of_other_shapes_share_no_store(monkeypatch: pytest.Mon
     assert layout_of(span_of("mistral")).plain
 
 
+def test_a_span_without_attention_has_pages_of_the_plain_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_calls", lambda _span: set())
+    assert layout_of(span_of("mistral")).plain
+
+
 # --- exactness ---------------------------------------------------------------------------------------------
 
 
@@ -329,8 +334,8 @@ def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:
     """A table's first token is taken for the sequence's first."""
     prepare = Segment.prepare
 
-    def whole(self: Segment) -> None:
-        prepare(self)
+    def whole(self: Segment, before: int = 0) -> None:
+        prepare(self, before)
         for part in self.parts:
             part.past = self.past
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.every_family import tiny
 from tests.tiny_models import FAMILIES, tiny_config
 from torch import Tensor
 from transformers import AutoConfig, OlmoForCausalLM
@@ -19,7 +20,7 @@ from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.packing import Stretch, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
-from corolla.models.checks.miniature import LAYERS, miniature, random_model
+from corolla.models.checks.miniature import EDGE, LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import supported, use_kernels
 from corolla.models.span import load_span
@@ -96,6 +97,30 @@ def test_families_whose_blocks_keep_a_state_are_not_packed(monkeypatch: pytest.M
     monkeypatch.setattr(selfcheck, "_passed", {})
     monkeypatch.setattr(LinearAttentionLayer, "update_recurrent_state", lambda _self, states, *_more: states)
     with pytest.raises(UnsupportedFamily, match="in cached steps"):
+        check_family(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "reach"),
+    [("llama4_text", "attention_chunk_size"), ("minimax", "block_size"), ("gpt_neo", "window_size")],
+)
+def test_the_checks_sequences_go_beyond_what_blocks_reach(family: str, reach: str) -> None:
+    config = AutoConfig.for_model(family)
+    assert getattr(config, reach) > getattr(miniature(config), reach)
+    assert getattr(miniature(config), reach) < EDGE
+
+
+def test_attention_in_chunks_is_not_packed_however_long_they_are() -> None:
+    config = tiny("llama4_text")
+    config.attention_chunk_size = 8192
+    assert not check_family(config)
+
+
+def test_few_heads_of_an_indexer_stay_few() -> None:
+    config = tiny("deepseek_v32")
+    assert miniature(config).index_n_heads == 16
+    config.index_n_heads = 2
+    with pytest.raises(UnsupportedFamily, match="something else than whole"):
         check_family(config)
 
 

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compile
 WIDTH = 40  # no multiple of any vector
 ROWS = (3, 5)
 WEIGHT = torch.linspace(0.5, 1.5, WIDTH)
+TALL = torch.stack([WEIGHT] * 3)
+MATRIX = torch.linspace(-0.5, 1.5, WIDTH * WIDTH).view(WIDTH, WIDTH)
 
 Run = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,6 +72,16 @@ def unused(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden * 2
 
 
+def marked(hidden: Tensor, _positions: Tensor) -> Tensor:
+    """As some families choose groups of experts."""
+    groups = hidden.view(-1, 5, 8)
+    chosen = torch.topk(groups.topk(2)[0].sum(-1), 2, sorted=False)[1]
+    mask = (
+        torch.zeros_like(groups[..., 0]).scatter_(1, chosen, 1).unsqueeze(-1).expand(-1, 5, 8).reshape(-1, 40)
+    )
+    return hidden.masked_fill(~mask.bool(), -1.5)
+
+
 OPERATIONS: dict[str, Run] = {
     "rotary": rotated,
     "interleaved": interleaved,
@@ -91,6 +103,21 @@ OPERATIONS: dict[str, Run] = {
     "silu of what is scattered": lambda h, p: torch.cat([functional.silu(h[:, ::2])] * 2, 1) + h,
     "layer norm": lambda h, p: functional.layer_norm(h, (WIDTH,), WEIGHT, WEIGHT - 1, 1e-5),
     "plain layer norm": lambda h, p: functional.layer_norm(h, (WIDTH,)),
+    "bounds": lambda h, p: h.clamp(-1, 2) + h.clamp(max=0.5) + h.clamp_min(0) + torch.maximum(h, h[:, :1]),
+    "what is true": lambda h, p: (
+        torch.where(h > 0.5, torch.expm1(h.clamp(max=3)), h) + (h < h[:, :1]).float()
+    ),
+    "places that are marked": marked,
+    "softmax": lambda h, p: functional.softmax(20 * h, -1) + functional.softmax(h[:, :3], 1).sum(1, True),
+    "sum": lambda h, p: h.view(-1, 4, WIDTH // 4).sum(-1).repeat_interleave(WIDTH // 4, -1),
+    "the greatest": lambda h, p: torch.cat([*h.view(-1, 2, WIDTH // 2).topk(WIDTH // 2, -1)[:1]], 2).flatten(
+        1
+    ),
+    "numbers at places": lambda h, p: torch.gather(h, 1, torch.topk(-h, WIDTH)[1]),
+    "the greatest in any order": lambda h, p: h + torch.topk(h / 64, 3, sorted=False)[0].sum(1, True),
+    "a product that no kernel takes": lambda h, p: h + functional.linear(h / 64, TALL).sum(-1, True),
+    "a product and a bias": lambda h, p: functional.linear(h, MATRIX, WEIGHT),
+    "scaled by positions": lambda h, p: h * (1 + 0.1 * torch.log(1 + torch.floor(p / 8)))[:, None],
     "positions": lambda h, p: h + p[:, None].float(),
 }
 
@@ -119,11 +146,23 @@ def test_large_operators_are_shared_by_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_what_is_no_number_and_what_is_equal_are_chosen_as_torch_does() -> None:
+    def run(hidden: Tensor, _positions: Tensor) -> Tensor:
+        return torch.cat([hidden.clamp(-1, 1)[:, :2], hidden.topk(2)[0], hidden.topk(WIDTH)[0][:, 2:-2]], 1)
+
+    own = compiled(run)
+    for special in (torch.nan, torch.inf, -torch.inf, 0.0):
+        hidden, positions = inputs(4)
+        hidden[1, :3] = hidden[2, 7] = special
+        torch.testing.assert_close(own(hidden, positions), run(hidden, positions), equal_nan=True)
+
+
 def test_every_operator_is_among_these() -> None:
     tried: set[str] = set()
     for run in OPERATIONS.values():
         tried |= {op.kind for op in record(lambda h, p, _, run=run: run(h, p), *inputs(3)).ops}
-    assert set(KINDS) - tried == {"product", "attend"}  # those are in test_compile.py
+    others = {"product", "attend", "route", "pick", "experts", "combine"}
+    assert set(KINDS) - tried == others  # those are in test_compile.py
 
 
 REFUSED: dict[str, tuple[Run, str]] = {

@@ -36,7 +36,7 @@ static void narrow(int form, int half, int shift) {
     print("widen", form, half, wide, OUT * IN);
     for (int rows = 1; rows <= MOST; rows += rows < 4 ? 1 : 5) {
         fill(x, rows * IN);
-        narrow_product(form, values, steps, offsets, half, shift, IN, OUT, x, y, rows, 1);
+        narrow_product(form, values, steps, offsets, half, shift, IN, OUT, NULL, x, y, rows, 1);
         print("product", form, rows, y, rows * OUT);
     }
 }
@@ -58,17 +58,18 @@ static void bytes(void) {
     }
 }
 
-static void attention(int dim, float softcap, int64_t window) {
+static void attention(int dim, int width, float softcap, int64_t window) {
     enum { ROWS = 3, HEADS = 6, KV = 2, PAGE = 16, PAGES = 3, ROOM = 48 };
     static float query[ROWS * HEADS * 80], key[ROWS * KV * 80], value[ROWS * KV * 80], out[ROWS * HEADS * 80];
     static float keys[9 * PAGE * KV * 80], values[9 * PAGE * KV * 80], scores[HEADS / KV * ROOM], sinks[HEADS];
     static const int32_t pages[ROWS * PAGES] = {4, 0, 0, 7, 2, 0, 1, 8, 5};
     static const int64_t lengths[ROWS] = {1, 20, 41};
-    fill(query, ROWS * HEADS * dim), fill(key, ROWS * KV * dim), fill(value, ROWS * KV * dim);
-    fill(keys, 9 * PAGE * KV * dim), fill(values, 9 * PAGE * KV * dim), fill(sinks, HEADS);
-    attend_rows(query, dim, HEADS * dim, key, dim, KV * dim, value, dim, KV * dim, keys, values, pages, lengths, ROWS,
-                HEADS, KV, dim, PAGE, PAGES, 0.3f, softcap, window, sinks, window ? sinks : NULL, scores, ROOM, out, 1);
-    print("attend", dim, (int)window, out, ROWS * HEADS * dim);
+    fill(query, ROWS * HEADS * dim), fill(key, ROWS * KV * dim), fill(value, ROWS * KV * width);
+    fill(keys, 9 * PAGE * KV * dim), fill(values, 9 * PAGE * KV * width), fill(sinks, HEADS);
+    attend_rows(query, dim, HEADS * dim, key, dim, KV * dim, value, width, KV * width, keys, values, pages, lengths,
+                ROWS, HEADS, KV, dim, width, PAGE, PAGES, 0.3f, softcap, window, sinks, window ? sinks : NULL, scores,
+                ROOM, out, 1);
+    print("attend", dim + width, (int)window, out, ROWS * HEADS * width);
 }
 
 static void one_by_one(void) {
@@ -76,7 +77,7 @@ static void one_by_one(void) {
         int64_t kind;
         float *out;
         const void *in[3];
-        int64_t size[4], stride[3][4];
+        int64_t size[4], stride[4][4];
         double number;
         const void *what;
     } op = {.size = {1, 1, 1, 37}, .stride = {{0, 0, 0, 1}, {0, 0, 0, 1}, {0, 0, 0, 1}}, .number = 1e-5};
@@ -84,7 +85,7 @@ static void one_by_one(void) {
     fill(from, 37), fill(other, 37), fill(ones, 37);
     for (int i = 0; i < 37; i++) from[i] = 0.1f + 4 * from[i] * from[i], other[i] += 2;
     op.out = out, op.in[0] = from, op.in[1] = other, op.in[2] = ones;
-    for (op.kind = 2; op.kind < 26; op.kind++) {
+    for (op.kind = 2; op.kind < 36; op.kind++) {
         if (op.kind == 4) continue; /* of whole numbers */
         memset(out, 0, sizeof out);
         run_program(&op, 1, NULL, NULL, NULL, NULL, 1);
@@ -96,7 +97,8 @@ int main(void) {
     for (int half = 0; half < 2; half++) narrow(BYTES, half, 5), narrow(BYTES, half, 4), narrow(NIBBLES, half, 5);
     narrow(FLOAT32, 0, 0), narrow(BFLOAT16, 0, 0), narrow(FLOAT16, 0, 0);
     bytes();
-    attention(16, 0, 0), attention(64, 2, 0), attention(80, 0, 7), attention(32, 0, 16);
+    attention(16, 16, 0, 0), attention(64, 64, 2, 0), attention(80, 80, 0, 7), attention(32, 32, 0, 16);
+    attention(48, 32, 0, 0), attention(16, 80, 0, 7);
     one_by_one();
     return 0;
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from corolla.models.kernels.apply import pack_linears, weight_bytes
 from corolla.models.kernels.experts import Experts
 
-FAMILIES = ["mixtral", "qwen3_moe"]
+FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss"]
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -24,9 +24,7 @@ def experts_of(family: str) -> tuple[nn.Module, nn.Module]:
 
     def parent() -> nn.Module:
         model: Any = tiny_model(config).requires_grad_(False)
-        found = next(
-            one for one in model.modules() if hasattr(one, "gate_up_proj") and hasattr(one, "act_fn")
-        )
+        found = next(one for one in model.modules() if hasattr(one, "_apply_gate"))
         return nn.ModuleDict({"experts": found})
 
     plain, other = parent(), parent()
@@ -49,8 +47,8 @@ def test_they_compute_what_the_familys_do(family: str, rows: int) -> None:
     plain, packed = experts_of(family)
     assert pack_linears(packed) == 1
     assert isinstance(packed.experts, Experts)
-    count, _, width = plain.experts.gate_up_proj.shape  # type: ignore[union-attr,misc]
-    values, index, weights = sent(rows, int(count), int(width))
+    count, width = len(packed.experts.down_proj), packed.experts.down_proj[0].out_features
+    values, index, weights = sent(rows, count, width)
     results = []
     for model in (plain, packed):
         given, by = values.clone().requires_grad_(), weights.clone().requires_grad_()

@@ -200,7 +200,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
                     kwargs["next_sequence_length"] = new
             prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
             if isinstance(cache, RemoteCache):
-                cache.announce(prepared)
+                cache.announce(prepared, kwargs.get("attention_mask"))
             return prepared
 
         def _prepare_cache_for_generation(

@@ -10,6 +10,7 @@ wrong words and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.versions import require_version
 
 from corolla.client.local_blocks import LocalBlocks
 from corolla.client.model.objects import SharedConnection
@@ -54,10 +56,18 @@ def check_generation(config: PretrainedConfig, distributed: Any) -> None:
     if difference is not None:
         raise UnsupportedFamily(
             f"With transformers {transformers.__version__}, a miniature of this {config.model_type} model does not "
-            f"generate what it should ({difference}), so nothing is generated with it; Corolla is tested with "
-            f"{TESTED}: pip install '{TESTED}'"
+            f"generate what it should ({difference}), so nothing is generated with it{_other_release()}"
         )
     _passed.add(key)
+
+
+def _other_release() -> str:
+    """What may help, where this release is none that Corolla is tested with."""
+    try:
+        require_version(TESTED)
+    except ImportError:
+        return f"; Corolla is tested with {TESTED}: pip install '{TESTED}'"
+    return ""
 
 
 def _difference(config: PretrainedConfig, distributed: Any) -> str | None:
@@ -118,7 +128,9 @@ def _last_logits(whole: Any, ids: Tensor, mask: Tensor) -> Tensor:
     if not whole._is_stateful:
         return cast(Tensor, whole(input_ids=ids, attention_mask=mask).logits[:, -1:])
     cache = take_cache(dict(whole(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)))
-    arguments = {cache_argument(whole.forward): cache, "attention_mask": mask}
+    arguments: dict[str, Any] = {cache_argument(whole.forward): cache, "attention_mask": mask}
+    if "position_ids" in signature(whole.forward).parameters:  # not every family's code counts what is cached
+        arguments["position_ids"] = torch.full((ROWS, 1), TOKENS - 1)
     return cast(Tensor, whole(input_ids=ids[:, -1:], **arguments).logits)
 
 

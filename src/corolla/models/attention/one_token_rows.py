@@ -53,14 +53,14 @@ class OneTokenRows:
     def attend(
         self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """[1, R, heads, D] for `query` [1, heads, R, D] over a block's `cache`, two of [slots, kv_heads, D].
+        """[1, R, heads, V] for `query` [1, heads, R, D] over a block's `cache`, [slots, kv_heads, D] and [.., .., V].
 
-        `new` are the tokens' keys and values [1, kv_heads, R, D] if they have yet to be put into the cache.
+        `new` are the tokens' keys and values [1, kv_heads, R, D or V] if they have yet to be put into the cache.
         """
-        heads, dim, kv_heads = query.shape[1], query.shape[3], cache[0].shape[1]
+        heads, dim, kv_heads, width = query.shape[1], query.shape[3], cache[0].shape[1], cache[1].shape[-1]
         threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
         scores = torch.empty(threads, heads // kv_heads, self.room)
-        result = torch.empty(1, self._count, heads, dim)
+        result = torch.empty(1, self._count, heads, width)
         tokens = [_strided(one) for one in (query, *(new or ()))]
         numbers, sinks, slopes = kernel_rules(rules, dim)
         kernels = library()
@@ -69,7 +69,7 @@ class OneTokenRows:
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
             *(() if new else (None, 0, 0) * 2),
             *(pointer(one) for one in (*cache, self._pages, self._lengths)),
-            *(self._count, heads, kv_heads, dim, PAGE, self._most),
+            *(self._count, heads, kv_heads, dim, width, PAGE, self._most),
             *(*numbers, pointer(sinks), pointer(slopes)),
             *(pointer(scores), self.room, pointer(result), threads),
         )
@@ -82,12 +82,12 @@ def kernel_rules(rules: Rules, dim: int) -> tuple[tuple[float, float, int], Tens
     return (scale, rules.softcap or 0.0, rules.window or 0), _plain(rules.sinks), _plain(rules.slopes)
 
 
-def can_attend(query: Tensor, cache: Tensor) -> bool:
+def can_attend(query: Tensor, cache: tuple[Tensor, Tensor]) -> bool:
     """Whether the kernel computes attention of this kind here."""
     return (
-        query.dtype == cache.dtype == torch.float32
+        query.dtype == cache[0].dtype == torch.float32
         and query.device.type == "cpu"
-        and query.shape[-1] % LANES == 0
+        and not any(one.shape[-1] % LANES for one in cache)
         and library() is not None
     )
 

@@ -2,30 +2,22 @@
 
 Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
 outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
-family's own code runs over them unchanged; attention reaches `attend` through transformers' registry of
-attention functions, under `PACKED`.
+family's own code runs over them unchanged; attention reaches `attend` as `registry.py` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corolla.errors import UsageError
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.attention.prefixes import KeyValueForm
 
-# No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
-PACKED = "corolla_packed"
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 
@@ -153,15 +145,51 @@ class PackedBatch:
             segment.prepare(0 if prefix is None else len(next(iter(prefix.values()))))
         by_table = zip(*(segment.parts for segment in self.segments), strict=True)
         self._tables = [_Table(parts) for parts in by_table]
+        # Of blocks whose attention keeps latents: where they lie, once this pass's are there.
+        self._latents: dict[int, tuple[_Table, tuple[Tensor, Tensor]]] = {}
 
     @property
     def one_each(self) -> bool:
         """Whether this is generation and nothing else: each sequence has one new token, and is cached."""
         return self.pool is not None and all(one.count == 1 for one in self.segments)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether sequences see more than the pass's tokens, before or after it."""
+        return self.pool is not None or self._prefix is not None
+
     def rows(self, table: int) -> OneTokenRows:
         """The sequences with one new token, as one of the pool's tables has them."""
         return self._tables[table].rows()
+
+    def keep(self, block: int, latent: Tensor, rotary: Tensor) -> None:
+        """Cache the new tokens' latents [1, 1, N, L] and rotary parts [1, 1, N, E], which `held` gives."""
+        if self.pool is None:
+            self._latents[block] = self._tables[0], (latent, rotary)
+            return
+        index, place = self.pool.layout.place(block, None)
+        table, cache = self._tables[index], self.pool.store(place, latent, rotary)
+        _write(table, cache, (latent, rotary))
+        self._latents[block] = table, cache
+
+    def held(self, block: int) -> list[tuple[Stretch, Tensor, Tensor]]:
+        """Each sequence's new tokens, with all its latents [1, 1, S, L] and rotary parts, if `keep` was given any."""
+        if block not in self._latents:
+            return []
+        table, (latents, rotary) = self._latents[block]
+        if self.pool is not None:
+            latents, rotary = (side.transpose(0, 1).unsqueeze(0) for side in (latents, rotary))
+            return [(one, one.cached(latents), one.cached(rotary)) for one in table.parts]
+        both = [
+            (one, latents.narrow(2, one.begin, one.count), rotary.narrow(2, one.begin, one.count))
+            for one in table.parts
+        ]
+        if self._prefix is None:
+            return both
+        first, second = KeyValueForm.of(latents, rotary).split(self._prefix[block].to(latents.dtype))
+        return [
+            (one, torch.cat([first, new], 2), torch.cat([second, turned], 2)) for one, new, turned in both
+        ]
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
@@ -169,25 +197,29 @@ class PackedBatch:
             before = None
             if self._prefix is not None:
                 before = KeyValueForm.of(key, value).split(self._prefix[block].to(key.dtype))
-            return _side_by_side(
+            return side_by_side(
                 [_attend_new(one, query, key, value, rules, before) for one in self._tables[0].parts]
             )
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
-        as_wide = cache[0].shape[-1] == cache[1].shape[-1]  # keys and values, for the kernel
-        together = bool(table.ones) and as_wide and can_attend(query, cache[0])
+        together = bool(table.ones) and can_attend(query, cache)
         if together and len(table.ones) == len(table.parts):
             return table.rows().attend(query, cache, rules, (key, value))
-        assert table.slots is not None
-        slots = table.slots.to(key.device)
-        for side, new in zip(cache, (key, value), strict=True):
-            side.index_copy_(0, slots, new[0].transpose(0, 1))
+        _write(table, cache, (key, value))
         if together:
             return _attend_mixed(table, query, cache, rules)
-        return _side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
+        return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
 
 
-def _side_by_side(parts: list[Tensor]) -> Tensor:
+def _write(table: _Table, cache: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
+    """Put the new tokens' [1, heads, N, D] where the table has slots for them."""
+    assert table.slots is not None
+    slots = table.slots.to(new[0].device)
+    for side, one in zip(cache, new, strict=True):
+        side.index_copy_(0, slots, one[0].transpose(0, 1))
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
     """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
     turned = [part.transpose(1, 2) for part in parts]
     return turned[0].contiguous() if len(turned) == 1 else torch.cat(turned, dim=1)
@@ -216,7 +248,7 @@ def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], ru
 
 def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """Sequences with one new token beside others that have more."""
-    result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    result = query.new_empty(1, query.shape[2], query.shape[1], cache[1].shape[2])
     places = torch.tensor([one.begin for one in table.ones])
     result[:, places] = table.rows().attend(query[:, :, places], cache, rules, None)
     for one in table.parts:
@@ -282,47 +314,3 @@ def _attend_plainly(
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=wide).to(values.dtype)
     return torch.matmul(weights[..., : keys.shape[2]], values)
-
-
-# --- the way from the family's code ----------------------------------------------------------------------------
-
-_batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
-
-
-@contextmanager
-def packed(batch: PackedBatch) -> Iterator[None]:
-    """Attention inside works on `batch`."""
-    token = _batch.set(batch)
-    try:
-        yield
-    finally:
-        _batch.reset(token)
-
-
-def current_batch() -> PackedBatch | None:
-    """The batch whose pass is running, if one is."""
-    return _batch.get()
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_others: Any,
-) -> tuple[Tensor, None]:
-    """An attention function as transformers' registry takes them; see `PackedBatch.attend`."""
-    batch = current_batch()
-    if batch is None:
-        raise UsageError("The blocks of a packed span were called without a packed batch.")
-    rules = Rules(scaling, sliding_window, softcap, s_aux)
-    block: Any = module.layer_idx
-    return batch.attend(block, query, key, value, rules), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

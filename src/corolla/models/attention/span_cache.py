@@ -2,11 +2,13 @@
 
 Invariant: keys and values of every position are kept, in every layer, sliding-window layers included (the window is
 applied by the mask), so they can be set back to any token. States (convolutions, recurrences) are those of the last
-token only: where there are some, a cache goes on from where it is or begins anew, and `reaches` says so.
+token only: where there are some, a cache goes on from where it is, from a snapshot (`snapshots.py`), or begins anew,
+and `reaches` says so.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, cast
@@ -15,13 +17,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 from corolla.models.attention.prefixes import KeyValueForm, as_prefix
+from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
 from corolla.models.crossing import Handed
 
@@ -45,6 +50,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._length = 0
         self.prefix_length = 0  # positions before all tokens
         self._handed: dict[Handed, Tensor] = {}
+        self._snapshots = Snapshots()
 
     def hand(self, one: Handed, new: Tensor) -> Tensor:
         """Keep what an earlier span's block has handed on for the new tokens; gives that of all tokens."""
@@ -59,7 +65,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
             keys, values = form.split(own)
             layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
         self.prefix_length = int(prefix.shape[1])
-        self.record(rows, self.prefix_length)
+        self.rows, self._length = rows, self.prefix_length
 
     def read(self, tokens: int) -> Tensor:
         """What the first `tokens` tokens of the first row have left, as a prefix fp32 [blocks, tokens, D]."""
@@ -83,9 +89,10 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         """Tokens a row that are cached, behind the prefix."""
         return self._length - self.prefix_length
 
-    def record(self, rows: int, tokens: int) -> None:
-        """A pass over so many new tokens of so many rows is over."""
-        self.rows, self._length = rows, self._length + tokens
+    def record(self, hidden: Tensor, positions: Tensor | None) -> None:
+        """A pass over new tokens [R, T, W] with these position ids is over."""
+        self._snapshots.record(hidden, positions, self._length)
+        self.rows, self._length = int(hidden.shape[0]), self._length + int(hidden.shape[1])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._length
@@ -100,7 +107,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         more = sum(
             one.nbytes for name, value in vars(self).items() if name != "layers" for one in _tensors(value)
         )
-        return handed + more + sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+        layers = sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
+        return handed + more + layers + self._snapshots.nbytes
 
     @property
     def keeps_everything(self) -> bool:
@@ -109,17 +117,70 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def reaches(self, length: int) -> bool:
         """Whether the cache can go on from its first `length` tokens."""
-        return not 0 < length < self.tokens or self.keeps_everything
+        if not 0 < length < self.tokens or self.keeps_everything:
+            return True
+        return self._snapshots.before(length) is not None
+
+    @property
+    def has_known_states(self) -> bool:
+        """Whether there are states, in layers of kinds that `remember` knows."""
+        known = (LinearAttentionLayer, DynamicLayer, DynamicIndexedLayer)
+        return not self.keeps_everything and all(
+            isinstance(one, known) and not isinstance(one, DynamicSlidingWindowLayer) for one in self.layers
+        )
+
+    def remember(self, *, turn: bool) -> None:
+        """Take a snapshot of the states, if one is due: a `turn` begins here, or many tokens have passed."""
+        if not self.keeps_everything and self._snapshots.is_due(self._length, turn=turn):
+            self._snapshots.add(Snapshot(self._length, turn, copied(self._states())))
+
+    def go_back(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Hold the first `length` tokens, which is not 0, or the beginning of them.
+
+        Then gives inputs [R, T, W] and position ids [R, T] of the others, which are to be computed again.
+        """
+        last = None if self.keeps_everything else self._snapshots.before(length)
+        if last is None or length >= self._length:
+            self.truncate(length)
+            return None
+        again = self._snapshots.go_back(length, last)
+        for values, now in zip(copied(last.states, last.order), self._holders(), strict=False):
+            now.update(values)
+        self._cut(last.length)
+        return again
+
+    def fork(self) -> SpanCache:
+        """Another cache that goes on from here."""
+        return copy.deepcopy(self, {id(self._snapshots): self._snapshots.copy()})
+
+    def _holders(self) -> list[dict[str, Any]]:
+        """Where states are: attributes of the layers, and of a family's own cache."""
+        own = [vars(self)] if self.of_its_own else []
+        return [*own, *(vars(one) for one in self.layers[self._start :])]
+
+    def _states(self) -> list[dict[str, Any]]:
+        """Everything that blocks keep but keys and values, which can be cut off."""
+        lists = {name: one for name, one in vars(self).items() if isinstance(one, list) and name != "layers"}
+        layers = [vars(one) if "conv_states" in vars(one) else {} for one in self.layers[self._start :]]
+        rest = [{name: one for name, one in own.items() if name not in ("keys", "values")} for own in layers]
+        return [lists, *rest] if self.of_its_own else rest
+
+    def _cut(self, length: int) -> None:
+        """Cut off keys and values."""
+        surplus = self._length - length
+        for layer in self.layers[self._start :]:
+            if _keeps_everything(layer):
+                layer.crop(-surplus)
+            elif isinstance(layer, DynamicLayer):
+                DynamicLayer.crop(layer, -surplus)
+        for one, whole in self._handed.items():
+            self._handed[one] = whole.narrow(one.form.tokens, 0, length)
+        self._length = length
 
     def truncate(self, length: int) -> None:
-        """Forget what stands at position `length`, which is not 0, and behind."""
-        surplus = self.tokens - length
-        if surplus > 0:
-            for layer in self.layers[self._start :]:
-                layer.crop(-surplus)
-            for one, whole in self._handed.items():
-                self._handed[one] = whole.narrow(one.form.tokens, 0, length)
-            self._length -= surplus
+        """Forget what stands at position `length`, which is not 0, and behind; for what has no states."""
+        if length < self.tokens:
+            self._cut(self.prefix_length + length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
@@ -128,6 +189,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
             self._reorder_own(beam_idx)
         for one, whole in self._handed.items():
             self._handed[one] = whole.index_select(one.form.rows, beam_idx.to(whole.device))
+        self._snapshots.select_rows(beam_idx)
         self.rows = len(beam_idx)
 
     def _reorder_own(self, rows: Tensor) -> None:

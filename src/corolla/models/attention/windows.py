@@ -31,6 +31,10 @@ class _WatchedBatch(PackedBatch):
         super().__init__(segments, pool)
         self.calls = calls
 
+    def keep(self, block: int, latent: Tensor, rotary: Tensor) -> None:
+        self.calls.add((block, (None, latent[0, :, 0].shape, rotary[0, :, 0].shape)))
+        super().keep(block, latent, rotary)
+
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         self.calls.add((block, (rules.window, key[0, :, 0].shape, value[0, :, 0].shape)))
         return super().attend(block, query, key, value, rules)
@@ -46,7 +50,7 @@ def layout_of(span: Span, margin: int = MARGIN) -> Layout:
     calls = _calls(span)
     windows = {block: window for block, (window, _, _) in calls}
     shapes = {call[1:] for _, call in calls}
-    if len(windows) != len(calls) or len(shapes) > 1 or set(windows.values()) == {None}:
+    if len(windows) != len(calls) or len(shapes) > 1 or set(windows.values()) <= {None}:
         return Layout()
     groups: dict[Window, list[int]] = defaultdict(list)
     for block, window in sorted(windows.items()):

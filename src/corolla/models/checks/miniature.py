@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -37,11 +38,10 @@ SMALL: dict[str, int] = {
     "shared_expert_intermediate_size": 32,
     "word_embed_proj_dim": 64,
     "vocab_size": 64,
+    "unpadded_vocab_size": 64,
     "num_local_experts": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "sliding_window": 4,
-    "keep_window_size": 4,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 96,
     "rotary_dim": 8,
@@ -73,9 +73,12 @@ SMALL: dict[str, int] = {
     "state_size": 16,
     "n_groups": 2,
     "time_step_rank": 8,
-    "mamba_chunk_size": 4,
-    "chunk_size": 4,
 }
+# Of those, what is left as it is where it is smaller: few heads of an indexer give many equal scores.
+AT_MOST = ("num_experts_per_tok", "index_n_heads")
+# How many tokens something reaches, by whatever name a family has for it: the check's sequences go beyond.
+REACH = re.compile(r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent)$")
+REACHED = 4
 # Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
 RECURRENT = {
     "mamba_n_heads": "mamba_d_head",
@@ -121,7 +124,10 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     ratio = _heads_per_key(config)
     for name, size in SMALL.items():
         if _is_size(config, name):
-            setattr(small, name, min(size, getattr(config, name)) if name == "num_experts_per_tok" else size)
+            setattr(small, name, min(size, getattr(config, name)) if name in AT_MOST else size)
+    for name in vars(config):
+        if REACH.search(name) and _is_size(config, name):
+            setattr(small, name, min(REACHED, getattr(config, name)))
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
     for name in ("num_key_value_heads", "num_kv_heads"):

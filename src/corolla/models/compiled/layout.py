@@ -19,10 +19,18 @@ from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op,
 from corolla.models.kernels.native import library, pointer
 
 KINDS = (
-    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "copy", "neg", "abs", "square",
-    "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh", "gelu", "exp", "sin", "cos"
+    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
+    "neg", "abs", "square", "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh",
+    "gelu", "exp", "sin", "cos", "floor", "log", "expm1", "nonzero", "greater", "where", "sum", "softmax", "top",
+    "gather", "scatter", "route", "pick", "experts", "combine"
 )  # fmt: skip  # by their numbers in native_program.c
-BY_LINE = ("mean", "layer_norm")  # operators over whole lines, a tensor's last dimension
+# Operators over whole lines, a tensor's last dimension; and those that give a line.
+BY_LINE, LINES = (
+    ("mean", "sum", "softmax", "top", "layer_norm", "gather"),
+    ("softmax", "top", "layer_norm", "gather"),
+)
+PRODUCTS = ("product", "experts")
+BY_ROWS = (*PRODUCTS, "route", "pick", "combine")  # whose tensors all lie together
 DIMS = 4  # of an operator, once neighbours that lie together are one
 ALIGNED = 16  # floats
 
@@ -35,7 +43,7 @@ class _NativeOp(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p * 3),
         ("sizes", ctypes.c_int64 * DIMS),
-        ("strides", ctypes.c_int64 * DIMS * 3),  # of the output, and of two inputs
+        ("strides", ctypes.c_int64 * DIMS * 4),  # of the output, and of the inputs
         ("number", ctypes.c_double),
         ("what", ctypes.c_void_p),
     )
@@ -56,19 +64,23 @@ class LaidOut:
         self,
         ops: Pairs,
         lengths: list[int],
+        whole: set[int],
         constants: dict[int, Tensor],
         output: View,
         take: Callable[[int], Tensor],
     ) -> None:
         """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements.
 
+        `whole` are the storages of int64.
+
         `take` gives at least so many float32 of memory, which nobody else uses while this runs.
         """
-        ops = _plain(ops, lengths)
+        ops = _plain(ops, lengths, whole)
+        floats = [length * (2 if at in whole else 1) for at, length in enumerate(lengths)]
         places, size = _places(
-            [op for op, _ in ops], lengths, fixed={POSITIONS, *constants}, kept={HIDDEN, output.storage}
+            [op for op, _ in ops], floats, fixed={POSITIONS, *constants}, kept={HIDDEN, output.storage}
         )
-        inputs = [op.inputs[0] for op, _ in ops if op.kind == "product"]
+        inputs = [op.inputs[0] for op, _ in ops if op.kind in PRODUCTS]
         widest = max((prod(one.sizes) for one in inputs), default=0)  # activations in 8 bits, one a byte
         rows = max((prod(one.sizes[:-1]) for one in inputs), default=0)
         arena = take(size + -(-widest // 4) + rows)
@@ -79,7 +91,7 @@ class LaidOut:
         begins = {storage: arena.data_ptr() + at * arena.itemsize for storage, at in places.items()}
         outside = {POSITIONS: self._positions} | constants
         begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
-        self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins) for op, what in ops))
+        self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins, whole) for op, what in ops))
         self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
         heads = [(op.inputs[0].sizes[1], op.inputs[1].sizes[1]) for op, _ in ops if op.kind == "attend"]
         self._sharing = max((own // kv for own, kv in heads), default=0)  # heads with the same keys
@@ -103,11 +115,11 @@ class LaidOut:
         return torch.empty(threads * self._sharing * max((one.room for one in tables), default=0))
 
 
-def _native(op: Op, what: Any, begins: dict[int, int]) -> _NativeOp:
+def _native(op: Op, what: Any, begins: dict[int, int], whole: set[int]) -> _NativeOp:
     """An operator for the kernel; `begins` is where each storage does."""
 
     def place(view: View) -> int:
-        width = 8 if view.storage == POSITIONS else 4
+        width = 8 if view.storage in whole else 4
         return begins[view.storage] + view.offset * width
 
     native = _NativeOp(KINDS.index(op.kind), place(op.output), number=op.number)
@@ -121,17 +133,20 @@ def _native(op: Op, what: Any, begins: dict[int, int]) -> _NativeOp:
     return native
 
 
-def _plain(ops: Pairs, lengths: list[int]) -> Pairs:
+def _plain(ops: Pairs, lengths: list[int], whole: set[int]) -> Pairs:
     """The same, with copies of what products and attention cannot read as it lies; `lengths` grows by theirs."""
     found: list[tuple[Op, Any]] = []
     for op, what in ops:
         inputs = list(op.inputs)
-        for at, view in enumerate(inputs if op.kind in ("product", "attend") else ()):
-            if not (_is_contiguous(view) if op.kind == "product" else view.strides[-1] == 1):
-                inputs[at] = _contiguous(len(lengths), view.sizes)
-                lengths.append(prod(view.sizes))
-                found.append((Op("copy", inputs[at], (view,)), None))
-        if op.kind in ("product", "attend") and not _is_contiguous(op.output):
+        for at, view in enumerate(inputs if op.kind in (*BY_ROWS, "attend") else ()):
+            if _is_contiguous(view) if op.kind in BY_ROWS else view.strides[-1] == 1:
+                continue
+            if view.storage in whole:
+                raise NotCompilable("whole numbers that do not lie together")
+            inputs[at] = _contiguous(len(lengths), view.sizes)
+            lengths.append(prod(view.sizes))
+            found.append((Op("copy", inputs[at], (view,)), None))
+        if op.kind in (*BY_ROWS, "attend") and not _is_contiguous(op.output):
             raise NotCompilable("a product that does not lie together")
         found.append((replace(op, inputs=tuple(inputs)), what))
     return found
@@ -194,20 +209,39 @@ def _dimensions(op: Op) -> tuple[list[int], list[list[int]]]:
             [stride for one in pair for stride in one.strides[1:3]] for pair in (op.inputs[:2], op.inputs[2:])
         ]
         return [op.inputs[0].sizes[2], 0, 0, 0], [both[0], [*both[1], 0, 0]]
+    if op.kind in BY_ROWS:
+        return _pairs(op), []
     if op.kind in BY_LINE:
         return _lines(op)
+    if op.kind == "scatter":
+        sizes = op.inputs[1].sizes
+        strides = [op.output.strides, [0] * len(sizes), op.inputs[1].strides]
+        outer, joined = _joined(sizes[:-1], [one[:-1] for one in strides], DIMS - 1)
+        return [*outer, sizes[-1]], [[*own, one[-1]] for own, one in zip(joined, strides, strict=True)]
     views = [op.output, *op.inputs]
     return _joined(op.output.sizes, [_spread(one, op.output.sizes) for one in views], DIMS)
 
 
+def _pairs(op: Op) -> list[int]:
+    """Pairs of a token and an expert, experts, numbers of a token, and experts of each token."""
+    pairs = prod(op.inputs[0].sizes) if op.kind == "route" else op.inputs[1].sizes[0] - int(op.number) - 1
+    tokens = prod((op.inputs[0] if op.kind == "pick" else op.output).sizes[:-1])
+    return [pairs, int(op.number), op.output.sizes[-1], pairs // tokens]
+
+
 def _lines(op: Op) -> tuple[list[int], list[list[int]]]:
     given, output = op.inputs[0], op.output
-    if given.strides[-1] != 1 or (op.kind == "layer_norm" and output.strides[-1] != 1):
+    others = (output, *op.inputs[1:2]) if op.kind == "gather" else (output,)
+    last = [
+        one.strides[-1] if one.sizes[-1] > 1 else 1 for one in (given, *(others if op.kind in LINES else ()))
+    ]
+    if any(one != 1 for one in last):
         raise NotCompilable(f"a {op.kind} of what does not lie together")
     outer = given.sizes[:-1]
-    strides = [one.strides[: len(outer)] for one in (output, given)]
-    sizes, joined = _joined(outer, strides, DIMS - 1)
-    return [*sizes, given.sizes[-1]], [[*one, 1] for one in joined]
+    views = (output, given, *others[1:])
+    sizes, joined = _joined(outer, [one.strides[: len(outer)] for one in views], DIMS - 1)
+    count = (output if op.kind == "gather" else given).sizes[-1]
+    return [*sizes, count], [[*one, 1] for one in joined]
 
 
 def _spread(view: View, sizes: tuple[int, ...]) -> list[int]:

@@ -19,7 +19,8 @@ from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import PAGE, PagePool
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View
-from corolla.models.kernels.native import pointer
+from corolla.models.kernels.native import Layer, pointer
+from corolla.models.kernels.packed import FrozenLinear
 
 
 class Attention(ctypes.Structure):
@@ -29,7 +30,7 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("keys", "values", "sinks", "slopes")),
         *(
             (name, ctypes.c_int64)
-            for name in ("heads", "kv_heads", "dim", "page", "window", "table", "threaded")
+            for name in ("heads", "kv_heads", "dim", "width", "page", "window", "table", "threaded")
         ),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
     )
@@ -77,8 +78,9 @@ class Program:
         own.table, place = pool.layout.place(block, rules.window)
         _, own.heads, _, own.dim = op.inputs[0].sizes
         own.kv_heads = op.inputs[1].sizes[1]
-        like = torch.empty(1, own.kv_heads, 1, own.dim)
-        own.keys, own.values = map(pointer, pool.store(place, like, like))
+        own.width = op.inputs[2].sizes[3]
+        like = [torch.empty(1, own.kv_heads, 1, one) for one in (own.dim, own.width)]
+        own.keys, own.values = map(pointer, pool.store(place, *like))
         own.page, own.threaded = PAGE, THREADED
         (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim)
         own.sinks, own.slopes = map(pointer, each_head)
@@ -94,7 +96,8 @@ class Program:
         both = zip(self._first.lengths, self._second.lengths, strict=True)
         lengths = [self._at(rows, *own) if at in used else 0 for at, own in enumerate(both)]
         output = self._view(self._first.output, self._second.output, rows)
-        return LaidOut(ops, lengths, self._first.constants, output, partial(self._take, rows))
+        whole = self._first.whole
+        return LaidOut(ops, lengths, whole, self._first.constants, output, partial(self._take, rows))
 
     def _take(self, rows: int, length: int) -> Tensor:
         """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
@@ -157,12 +160,18 @@ def _needed(recording: Recording) -> list[int]:
 def _what(op: Op) -> Any:
     """What the kernel is told about an operator beside its tensors. Raises `NotCompilable`."""
     if op.kind == "attend":
-        if op.inputs[0].sizes[3] % LANES:
+        if any(one.sizes[3] % LANES for one in op.inputs):
             raise NotCompilable("heads of a width that the kernels do not have")
         return Attention()
-    if op.kind != "product":
-        return None
-    layer = op.what.native()
-    if layer is None:
+    if op.kind == "product":
+        return _layer(op.what)
+    if op.kind == "experts":
+        return (Layer * len(op.what))(*map(_layer, op.what))
+    return None
+
+
+def _layer(layer: FrozenLinear) -> Layer:
+    found = layer.native()
+    if found is None:
         raise NotCompilable("a weight that has no form for the kernels")
-    return layer
+    return found

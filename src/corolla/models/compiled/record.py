@@ -22,7 +22,10 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from corolla.models.attention.one_token_rows import Rules
+from corolla.models.kernels.experts import Experts
 from corolla.models.kernels.fused import FusedPart
+from corolla.models.kernels.int8 import Int8Linear
+from corolla.models.kernels.narrow import NarrowLinear, as_it_is
 from corolla.models.kernels.packed import FrozenLinear
 
 UNKNOWN = "unknown"  # an operator that is not understood; `what` says why
@@ -30,9 +33,16 @@ HIDDEN, POSITIONS = 0, 1  # storages of what goes in
 
 # Of aten's operators, without the underscore of those that write in place.
 UNARY = (
-    "abs", "cos", "exp", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh"
+    "abs", "cos", "exp", "expm1", "floor", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin",
+    "sqrt", "tanh"
 )  # fmt: skip
-BINARY = ("add", "div", "mul", "sub")
+BINARY = ("add", "div", "maximum", "minimum", "mul", "sub")
+# Operators that read or write whole numbers.
+WHOLE = ("from_int", "top", "gather", "scatter", "route", "pick", "experts", "combine")
+# Operators that read or write what is true or false, which is kept as 1 or 0.
+LOGIC = ("nonzero", "greater", "where", "copy", "sub")
+FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
+SMALL = 2**14  # weights that are multiplied one by one where no kernel takes them
 POWERS = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 
 
@@ -52,7 +62,7 @@ class View:
 
 @dataclass(frozen=True)
 class Op:
-    """One operator. `number` and `what` are its own: an epsilon, a frozen layer, a block and its rules."""
+    """One operator. `number` and `what` are its own: an epsilon, a frozen layer or several, a block and its rules."""
 
     kind: str
     output: View
@@ -69,6 +79,7 @@ class Recording:
     # By storage: weights, and what came of them alone.
     constants: dict[int, Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)  # of each storage, in elements
+    whole: set[int] = field(default_factory=set)  # storages of int64; all others are float32
     output: View | None = None
 
 
@@ -114,6 +125,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen.append(tensor)
         self._storages[storage._cdata] = number = len(self.found.lengths)
         self.found.lengths.append(storage.nbytes() // tensor.itemsize)
+        if tensor.dtype == torch.int64:
+            self.found.whole.add(number)
         return number
 
     def _is_constant(self, tensor: Tensor) -> bool:
@@ -124,18 +137,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def watching_products(self) -> Iterator[None]:
-        """Frozen layers are operators of their own; what they do inside is theirs."""
+        """Frozen layers and experts are operators of their own; what they do inside is theirs."""
 
         # torch tells of the layers of all threads; other spans may be at work on theirs.
         own = threading.get_ident()
 
         def begins(layer: nn.Module, _arguments: tuple[Any, ...]) -> None:
-            self._inside += _is_product(layer) and threading.get_ident() == own
+            self._inside += _is_ours(layer) and threading.get_ident() == own
 
         def ends(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            if _is_product(layer) and threading.get_ident() == own:
+            if _is_ours(layer) and threading.get_ident() == own:
                 self._inside -= 1
-                self._add("product", output, [arguments[0]], what=layer)
+                if self._inside:
+                    return  # an expert
+                if isinstance(layer, Experts):
+                    self._experts(layer, arguments, output)
+                elif isinstance(layer, FrozenLinear):
+                    self._product(layer, arguments[0], output)
 
         handles = [register_module_forward_pre_hook(begins), register_module_forward_hook(ends)]
         try:
@@ -146,13 +164,47 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """See `PackedBatch.attend`."""
-        if value.shape[-1] != query.shape[-1]:
-            raise NotCompilable("values that are not as wide as keys")
-        self._inside += 1
-        result = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        self._inside -= 1
+        batch, heads, rows, _ = query.shape
+        result = self._fresh(batch, rows, heads, value.shape[-1])
         self._add("attend", result, [query, key, value], what=(block, rules))
         return result
+
+    def _fresh(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for what an operator of ours gives."""
+        self._inside += 1
+        try:
+            return torch.zeros(shape, dtype=dtype)
+        finally:
+            self._inside -= 1
+
+    def _product(self, layer: FrozenLinear, value: Tensor, output: Tensor) -> None:
+        """A frozen layer's product, by its kernel where it has one."""
+        rounded = isinstance(layer, Int8Linear)
+        if layer.native() is not None or rounded or layer.in_features * layer.out_features > SMALL:
+            self._add("product", output, [value], what=layer)
+            return
+        terms = value.unsqueeze(-2) * layer.weight
+        self._add("sum", output, [terms])
+        if layer.bias is not None:
+            self._add("add", output, [output, layer.bias])
+
+    def _experts(self, layer: Experts, arguments: tuple[Any, ...], output: Tensor) -> None:
+        """Tokens are put in the order of the experts that they are sent to, and each expert is read once."""
+        if len(arguments) != 3:
+            raise NotCompilable("experts that are called otherwise")
+        rows, chosen, weights = arguments
+        rows = rows.reshape(-1, rows.shape[-1])
+        pairs, count, width = chosen.numel(), len(layer.down_proj), int(layer.gate_up_proj[0].out_features)  # type: ignore[arg-type]
+        order = self._fresh(count + 1 + pairs, dtype=torch.int64)
+        self._add("route", order, [chosen], number=count)
+        picked = self._fresh(pairs, rows.shape[1])
+        self._add("pick", picked, [rows, order], number=count)
+        inner = self._fresh(pairs, width)
+        self._add("experts", inner, [picked, order], number=count, what=layer.gate_up_proj)
+        gated = layer.gate(inner)
+        found = self._fresh(pairs, rows.shape[1])
+        self._add("experts", found, [gated, order], number=count, what=layer.down_proj)
+        self._add("combine", output, [found, order, weights], number=count)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -209,7 +261,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else "gelu"
             self._add(kind, result, [args[0]])
         elif name in BINARY and len(args) == 2 and not kwargs:
-            self._add(name, result, [self._tensor(one) for one in args])
+            self._add(name, result, [self._tensor(one, result.dtype) for one in args])
+        elif name in ("gt", "lt"):
+            both = [self._tensor(one, torch.float32) for one in args]
+            self._add("greater", result, both if name == "gt" else both[::-1])
+        elif name in ("bitwise_not", "logical_not") and args[0].dtype == torch.bool:
+            self._add("sub", result, [self._tensor(1.0), args[0]])
+        elif name == "masked_fill":
+            self._add("where", result, [self._tensor(args[one]) for one in (1, 2, 0)])
+        elif name == "where" and len(args) == 3:
+            self._add("where", result, [*map(self._tensor, args)])
+        elif name in FILLS:
+            self._add("copy", result, [self._tensor(FILLS[name])])
+        elif (
+            name == "scatter"
+            and [args[1]] in _last(args[0])
+            and not isinstance(args[3], Tensor)
+            and not kwargs
+        ):
+            if result is not args[0]:
+                self._add("copy", result, [args[0]])
+            self._add("scatter", result, [self._tensor(args[3]), args[2]])
+        elif name in ("clamp", "clamp_min", "clamp_max"):
+            self._clamped(name, args, kwargs, result)
         elif name == "rsub" and len(args) == 2 and not kwargs:
             self._add("sub", result, [self._tensor(one) for one in reversed(args)])
         elif name == "pow" and isinstance(args[1], int | float) and float(args[1]) in POWERS:
@@ -220,8 +294,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._joined(args[0], torch.split(result, sizes, dim))
         elif name == "stack":
             self._joined(args[0], result.unbind(args[1] if len(args) > 1 else 0))
-        elif name == "mean" and list(args[1]) in ([-1], [args[0].dim() - 1]) and not kwargs.get("dtype"):
-            self._add("mean", result, [args[0]])
+        elif name in ("mean", "sum") and list(*args[1:2]) in _last(args[0]) and not kwargs.get("dtype"):
+            self._add(name, result, [args[0]])
+        elif name == "_softmax" and [args[1]] in _last(args[0]) and not args[2]:
+            self._add("softmax", result, [args[0]])
+        elif name == "topk" and [*args[2:3], -1][:1] in _last(args[0]) and all(args[3:4]):
+            self._add("top", result[1], [args[0]], number=args[1])
+            self._add("gather", result[0], [args[0], result[1]])
+        elif name == "gather" and [args[1]] in _last(args[0]) and args[0].shape[:-1] == args[2].shape[:-1]:
+            self._add("gather", result, [args[0], args[2]])
+        elif (
+            name in ("mm", "addmm")
+            and self._is_constant(args[-1])
+            and args[-1].t().is_contiguous()
+            and not kwargs
+        ):
+            layer = NarrowLinear(as_it_is(args[-1].t()), args[0] if name == "addmm" else None)
+            with self:
+                self._product(layer, args[-2], result)
         elif name == "native_layer_norm" and len(args[1]) == 1:
             scale, shift = (self._or_plain(one, args[0], at) for at, one in enumerate(args[2:4]))
             self._add("layer_norm", result[0], [args[0], scale, shift], number=float(args[4]))
@@ -233,8 +323,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(
         self, kind: str, output: Tensor, inputs: Sequence[Tensor], *, number: float = 0.0, what: Any = None
     ) -> None:
-        if any(one.dtype != torch.float32 for one in (output, *inputs)):
+        other = torch.int64 if kind in WHOLE else torch.bool if kind in LOGIC else torch.float32
+        if any(one.dtype not in (torch.float32, other) for one in (output, *inputs)):
             raise NotCompilable(f"{kind} in another dtype than float32")
+        if any(one.dtype == torch.bool and self._is_constant(one) for one in inputs):
+            raise NotCompilable(f"{kind} of what is true or false from the start")
         views = tuple(map(self.view, inputs))
         if output.untyped_storage()._cdata not in self._storages:
             self._new(output)
@@ -242,19 +335,35 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _converted(self, given: Tensor, result: Tensor) -> None:
         if given.dtype == torch.int64 and result.dtype == torch.float32:
-            view = self.view(given)
-            self._new(result)
-            self.found.ops.append(Op("from_int", self.view(result), (view,)))
+            self._add("from_int", result, [given])
+        elif result.dtype == torch.bool:
+            self._add("nonzero", result, [given])
         else:
             self._add("copy", result, [given])
+
+    def _clamped(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        bounds = [kwargs.get("min"), kwargs.get("max")]
+        if name == "clamp":
+            bounds[: len(args) - 1] = args[1:]
+        else:
+            bounds[name == "clamp_max"] = args[1] if len(args) > 1 else bounds[name == "clamp_max"]
+        given = args[0]
+        for kind, bound in zip(("maximum", "minimum"), bounds, strict=True):
+            if bound is not None:
+                self._add(kind, result, [given, self._tensor(bound)])
+                given = result
 
     def _joined(self, parts: Sequence[Tensor], places: Sequence[Tensor]) -> None:
         for part, place in zip(parts, places, strict=True):
             self._add("copy", place, [part])
 
-    def _tensor(self, value: Tensor | float) -> Tensor:
+    def _tensor(self, value: Tensor | float, wanted: torch.dtype = torch.float32) -> Tensor:
         if not isinstance(value, Tensor):
             return torch.tensor(float(value), dtype=torch.float32)
+        if value.dtype == torch.int64 and wanted == torch.float32 and not self._is_constant(value):
+            made = self._fresh(*value.shape)
+            self._add("from_int", made, [value])
+            return made
         return value.float() if self._is_constant(value) else value
 
     def _or_plain(self, given: Tensor | None, like: Tensor, plain: int) -> Tensor:
@@ -264,8 +373,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return torch.full(like.shape[-1:], 1.0 - plain)
 
 
-def _is_product(layer: nn.Module) -> bool:
-    return isinstance(layer, FrozenLinear) and not isinstance(layer, FusedPart)
+def _is_ours(layer: nn.Module) -> bool:
+    return isinstance(layer, FrozenLinear | Experts) and not isinstance(layer, FusedPart)
+
+
+def _last(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Both names of a tensor's last dimension, as operators are given them."""
+    return [-1], [tensor.dim() - 1]
 
 
 def _flat(values: Sequence[Any]) -> Iterator[Any]:

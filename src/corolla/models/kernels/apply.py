@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from corolla.config import QUANTIZATIONS
 from corolla.errors import UsageError
@@ -73,8 +74,9 @@ def supported(device: torch.device | str, dtype: torch.dtype, quantization: Quan
 def pack_linears(module: nn.Module, *, quantization: Quantization = "none", pieces: int | None = None) -> int:
     """Replace the frozen linear layers, and a mixture's experts, below `module` in place; returns how many.
 
-    Subclasses of `nn.Linear`, layers with hooks, trainable weights, weights that several layers share, and
-    other devices or dtypes are left alone. `pieces` is `Int8Linear`'s. Raises `UsageError` when this machine
+    Linear layers are torch's, and transformers' `Conv1D`. Subclasses of either, layers with hooks, trainable
+    weights, weights that several layers share, and other devices or dtypes are left alone. `pieces` is
+    `Int8Linear`'s. Raises `UsageError` when this machine
     has no int8 kernel.
     """
     if quantization not in get_args(Quantization):
@@ -146,8 +148,12 @@ def _replaceable(module: nn.Module, here: Callable[[Tensor], bool]) -> set[str]:
 def _replace(module: nn.Module, names: set[str], make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     for name in sorted(names):
         layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        module.set_submodule(name, make(layer.weight, layer.bias))
+        turned = isinstance(layer, Conv1D)
+        assert isinstance(layer, nn.Linear | Conv1D)
+        made = make(layer.weight.t() if turned else layer.weight, layer.bias)
+        if isinstance(made, FrozenLinear):
+            made.turned = turned
+        module.set_submodule(name, made)
         del layer
 
 
@@ -165,6 +171,8 @@ def linear_of(narrow: Narrow, bias: Tensor | None, *, trials: Trials) -> FrozenL
 def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:
     """Replace these children of `parent` by parts of one group; False when their shapes do not allow it."""
     layers = [parent.get_submodule(name) for name in names]
+    if any(isinstance(layer, Conv1D) for layer in layers):
+        return False
     widths = {layer.in_features for layer in layers}
     if len(widths) > 1 or len({layer.bias is None for layer in layers}) > 1:
         return False
@@ -180,9 +188,9 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:
     return True
 
 
-def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> TypeGuard[nn.Linear]:
+def _is_replaceable(layer: nn.Module, owners: Counter[int]) -> TypeGuard[nn.Linear | Conv1D]:
     return (
-        type(layer) is nn.Linear
+        type(layer) in (nn.Linear, Conv1D)
         and not any(one.requires_grad or owners[id(one)] > 1 for one in layer.parameters())
         and not (layer._forward_hooks or layer._forward_pre_hooks)
     )

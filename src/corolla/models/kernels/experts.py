@@ -18,9 +18,11 @@ from corolla.text import get_logger
 
 log = get_logger(__name__)
 
-WEIGHTS = {"gate_up_proj", "down_proj"}  # [experts, 2 * I, H] and [experts, H, I]
+# [experts, 2 * I, H] and [experts, H, I], or each the other way round; there may be a bias [experts, out] of each.
+WEIGHTS = ("gate_up_proj", "down_proj")
+BIASES = tuple(f"{name}_bias" for name in WEIGHTS)
 # What transformers says of such a module, where it is of the usual kind.
-USUAL = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False}
+USUAL = {"has_gate": True, "has_post_expert_norm": False}
 TRIED_ROWS = 3
 SAME = 1e-4  # of the largest output
 
@@ -31,30 +33,43 @@ Expert = Callable[[int, Tensor], Tensor]  # of its number and the rows sent to i
 class Experts(nn.Module):
     """Called as a family's own: rows [N, H], the experts of each int64 [N, k], their weights [N, k]; gives [N, H]."""
 
-    def __init__(self, gate: nn.Module, gate_up: list[FrozenLinear], down: list[FrozenLinear]) -> None:
+    def __init__(self, gate: nn.Module, gate_up: _Stack, down: _Stack) -> None:
         """`gate` is the family's module, for what stands between the two products; its weights may be gone."""
         super().__init__()
-        self.gate_up_proj, self.down_proj = _Stack(gate_up), _Stack(down)
+        self.gate_up_proj, self.down_proj = gate_up, down
         self._gate = (gate,)  # in a tuple: not part of the model any more
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See the class; differentiable in rows and weights."""
         return routed(hidden_states, top_k_index, top_k_weights, self._expert, len(self.down_proj))
 
+    def gate(self, inner: Tensor) -> Tensor:
+        """What stands between the two products, [n, 2 * I] to [n, I]: the family's own code."""
+        own: Any = self._gate[0]
+        found: Tensor = own._apply_gate(inner)
+        return found
+
     def _expert(self, number: int, rows: Tensor) -> Tensor:
-        gate: Any = self._gate[0]
-        found: Tensor = self.down_proj[number](gate._apply_gate(self.gate_up_proj[number](rows)))
+        found: Tensor = self.down_proj[number](self.gate(self.gate_up_proj[number](rows)))
         return found
 
 
 class _Stack(nn.ModuleList):
-    """One layer an expert, saved as the one tensor that it was."""
+    """One layer an expert, saved as the one tensor, or two, that it was."""
+
+    def __init__(self, layers: list[FrozenLinear], *, transposed: bool) -> None:
+        super().__init__(layers)
+        self._transposed = transposed
 
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
         destination = {} if destination is None else destination
-        destination[prefix.removesuffix(".")] = torch.stack([layer.weight for layer in self])  # type: ignore[misc]
+        name = prefix.removesuffix(".")
+        weights = torch.stack([layer.weight for layer in self])  # type: ignore[misc]
+        destination[name] = weights.mT.contiguous() if self._transposed else weights
+        if self[0].bias is not None:
+            destination[f"{name}_bias"] = torch.stack([layer.bias for layer in self])  # type: ignore[misc]
         return destination
 
 
@@ -84,7 +99,8 @@ def replace_experts(parent: nn.Module, make: Make) -> int:
 
 def _is_understood(module: Any) -> bool:
     weights = dict(module.named_parameters())
-    if weights.keys() != WEIGHTS or any(getattr(module, name, None) != one for name, one in USUAL.items()):
+    names = {*WEIGHTS, *(BIASES if getattr(module, "has_bias", False) else ())}
+    if weights.keys() != names or any(getattr(module, name, None) != one for name, one in USUAL.items()):
         return False
     if module._forward_hooks or module._forward_pre_hooks or not hasattr(module, "_apply_gate"):
         return False
@@ -93,18 +109,26 @@ def _is_understood(module: Any) -> bool:
     return _is_same(module)
 
 
+def _linear(module: Any, name: str, number: int) -> tuple[Tensor, Tensor | None]:
+    """An expert's weight [out, in] and bias [out]."""
+    weight = getattr(module, name)[number]
+    bias = getattr(module, f"{name}_bias", None)
+    return weight.t() if module.is_transposed else weight, None if bias is None else bias[number]
+
+
 @torch.no_grad()
 def _is_same(module: Any) -> bool:
     """Whether `routed` does with the module's weights what the module does."""
-    gate_up, down = module.gate_up_proj, module.down_proj
-    count, _, width = gate_up.shape
+    count = len(module.down_proj)
+    width = _linear(module, WEIGHTS[0], 0)[0].shape[1]
     generator = torch.Generator().manual_seed(count)
     rows = torch.randn(TRIED_ROWS, width, generator=generator)
     chosen = torch.rand(TRIED_ROWS, count, generator=generator).topk(min(2, count))
 
     def expert(number: int, rows: Tensor) -> Tensor:
-        gated: Tensor = module._apply_gate(F.linear(rows, gate_up[number]))
-        return F.linear(gated, down[number])
+        up, down = (_linear(module, name, number) for name in WEIGHTS)
+        gated: Tensor = module._apply_gate(F.linear(rows, *up))
+        return F.linear(gated, *down)
 
     try:
         wanted = module(rows, chosen.indices, chosen.values)
@@ -119,7 +143,10 @@ def _is_same(module: Any) -> bool:
 
 
 def _made(module: Any, make: Make) -> Experts:
-    layers = {name: [make(weight, None) for weight in getattr(module, name)] for name in sorted(WEIGHTS)}
+    stacks = []
     for name in WEIGHTS:
-        delattr(module, name)  # freed, but for what the layers keep as it was
-    return Experts(module, layers["gate_up_proj"], layers["down_proj"])
+        layers = [make(*_linear(module, name, number)) for number in range(len(getattr(module, name)))]
+        stacks.append(_Stack(layers, transposed=module.is_transposed))
+        for own in {name, f"{name}_bias"} & dict(module.named_parameters()).keys():
+            delattr(module, own)  # freed, but for what the layers keep as it was
+    return Experts(module, *stacks)

@@ -233,9 +233,9 @@ class NarrowLinear(FrozenLinear):
             return product(value, self.narrow.widened(), self.bias, way)
         value = value.contiguous()
         result = value.new_empty(*value.shape[:-1], self.out_features)
-        threads = torch.get_num_threads()
-        _kernels().narrow_product(*self._described, pointer(value), pointer(result), rows, threads)
-        return result if self.bias is None else result.add_(self.bias)
+        given = pointer(self.bias), pointer(value), pointer(result), rows, torch.get_num_threads()
+        _kernels().narrow_product(*self._described, *given)
+        return result
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
         return product_back(gradient, self.narrow.widened(), self.ways.backward)

@@ -42,6 +42,7 @@ typedef struct {
     int half_steps;      /* whether steps and offsets are float16 */
     int shift;           /* a group is 2^shift columns, 16 at least */
     int64_t in, out;
+    const float *bias;   /* [out]; may be NULL */
 } Weight;
 
 #define OUTS 4  /* outputs that are computed side by side */
@@ -216,46 +217,54 @@ INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const fl
 #undef PRODUCT
 }
 
-INLINE void product(int form, int64_t group, const Weight *w, const float *x, float *y, int64_t rows, int threads) {
-    int cpu = this_cpu();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        keep_apart(cpu);
-        float totals[is_grouped(form) ? FEW * rounded_up(w->in / group) : 1];
-        if (is_grouped(form) && w->offsets && rows <= FEW) add_groups(x, w->in, group, (int)rows, totals);
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < w->out; first += OUTS) {
-            if (rows == 1) product_of_few(form, group, w, x, totals, y, first, 1);
-            if (rows == 2) product_of_few(form, group, w, x, totals, y, first, 2);
-            if (rows <= FEW) continue;
-            if (form == FLOAT32) {
-                product_of_many((const float *)w->values + first * w->in, w->in, w->out, x, y + first, (int)rows);
-                continue;
-            }
+INLINE void product(int form, int64_t group, const Weight *w, const float *x, float *y, int64_t rows) {
+    float totals[is_grouped(form) ? FEW * rounded_up(w->in / group) : 1];
+    if (is_grouped(form) && w->offsets && rows <= FEW) add_groups(x, w->in, group, (int)rows, totals);
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < w->out; first += OUTS) {
+        if (rows == 1) product_of_few(form, group, w, x, totals, y, first, 1);
+        else if (rows == 2) product_of_few(form, group, w, x, totals, y, first, 2);
+        else if (form == FLOAT32)
+            product_of_many((const float *)w->values + first * w->in, w->in, w->out, x, y + first, (int)rows);
+        else {
             float wide[OUTS * w->in] __attribute__((aligned(64)));
             for (int o = 0; o < OUTS; o++) widen_row(form, w, first + o, wide + o * w->in);
             product_of_many(wide, w->in, w->out, x, y + first, (int)rows);
         }
+        for (int64_t r = 0; r < rows && w->bias; r++)
+            for (int o = 0; o < OUTS; o++) y[r * w->out + first + o] += w->bias[first + o];
     }
 }
 
-/* y [rows, out] = x [rows, in] times the weight [out, in]. `out` is a multiple of OUTS, `in` of 16 and of the group,
- * which is 32 columns for NIBBLES, and 16 or 32 for BYTES. */
+/* y [rows, out] = x [rows, in] times the weight [out, in], and the bias. `out` is a multiple of OUTS, `in` of 16 and of
+ * the group, which is 32 columns for NIBBLES, and 16 or 32 for BYTES. To be called by every thread of a team, which
+ * share the outputs and do not wait for each other at the end. */
+void narrow_share(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
+                  int64_t in, int64_t out, const float *bias, const float *x, float *y, int64_t rows) {
+    Weight w = {values, steps, offsets, half_steps, shift, in, out, bias};
+    if (form == FLOAT32) product(FLOAT32, 0, &w, x, y, rows);
+    else if (form == BFLOAT16) product(BFLOAT16, 0, &w, x, y, rows);
+    else if (form == FLOAT16) product(FLOAT16, 0, &w, x, y, rows);
+    else if (form == NIBBLES) product(NIBBLES, 32, &w, x, y, rows);
+    else if (shift == 5) product(BYTES, 32, &w, x, y, rows);
+    else product(BYTES, 16, &w, x, y, rows);
+}
+
+/* The same by `threads` threads. */
 void narrow_product(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
-                    int64_t in, int64_t out, const float *x, float *y, int64_t rows, int threads) {
-    Weight w = {values, steps, offsets, half_steps, shift, in, out};
-    if (form == FLOAT32) product(FLOAT32, 0, &w, x, y, rows, threads);
-    else if (form == BFLOAT16) product(BFLOAT16, 0, &w, x, y, rows, threads);
-    else if (form == FLOAT16) product(FLOAT16, 0, &w, x, y, rows, threads);
-    else if (form == NIBBLES) product(NIBBLES, 32, &w, x, y, rows, threads);
-    else if (shift == 5) product(BYTES, 32, &w, x, y, rows, threads);
-    else product(BYTES, 16, &w, x, y, rows, threads);
+                    int64_t in, int64_t out, const float *bias, const float *x, float *y, int64_t rows, int threads) {
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+        narrow_share(form, values, steps, offsets, half_steps, shift, in, out, bias, x, y, rows);
+    }
 }
 
 /* The weight as float32 [out, in]. */
 void narrow_widen(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
                   int64_t in, int64_t out, float *to, int threads) {
-    Weight w = {values, steps, offsets, half_steps, shift, in, out};
+    Weight w = {values, steps, offsets, half_steps, shift, in, out, NULL};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < out; row++) {
         if (form == FLOAT32) widen_row(FLOAT32, &w, row, to + row * in);

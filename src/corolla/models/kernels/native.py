@@ -50,12 +50,12 @@ FORMS = {
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 _WEIGHT = "ipppiill"
 _SIGNATURES = {
-    "narrow_product": _WEIGHT + "ppli",
+    "narrow_product": _WEIGHT + "pppli",
     "narrow_widen": _WEIGHT + "pi",
     "begin_team": "i",
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
-    "attend_rows": "pllpllpllppppllllllffl" + "pp" + "plp" + "i",
+    "attend_rows": "pllpllpllpppplllllllffl" + "pp" + "plp" + "i",
     "run_program": "plpppp" + "i",
 }
 
@@ -180,7 +180,7 @@ def _computes(found: ctypes.CDLL) -> bool:
     weight = (FORMS["bytes"], pointer(values), pointer(steps), None, 0, 5, 64, 8)
     for rows in (1, 3):  # the weight is read in two ways
         given, result = torch.linspace(-1, 1, rows * 64).view(rows, 64), torch.empty(rows, 8)
-        found.narrow_product(*weight, pointer(given), pointer(result), rows, 2)
+        found.narrow_product(*weight, None, pointer(given), pointer(result), rows, 2)
         if not torch.allclose(result, given @ wanted.T, atol=1e-3):
             return False
     return _multiplies_bytes(found)

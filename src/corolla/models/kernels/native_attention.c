@@ -7,7 +7,8 @@
 #include "native.h"
 
 typedef struct {
-    int64_t heads, kv_heads, dim; /* dim: a multiple of LANES */
+    int64_t heads, kv_heads;
+    int64_t dim, width;           /* of keys and of values: multiples of LANES */
     int64_t page, most;           /* tokens of a page; pages of a row in the table */
     float scale, softcap;         /* softcap: 0 for none */
     int64_t window;               /* newest tokens that are seen; 0 for all */
@@ -42,17 +43,18 @@ typedef struct {
     int64_t count, token;
 } Run;
 
-/* Where a row's token `at` has its numbers. */
-INLINE const float *place_of(const Attention *a, const float *cache, const int32_t *pages, int64_t at, int64_t kv) {
-    return cache + ((pages[at / a->page] * a->page + at % a->page) * a->kv_heads + kv) * a->dim;
+/* Where a row's token `at` has its numbers, `dim` for each head. */
+INLINE const float *place_of(const Attention *a, const float *cache, const int32_t *pages, int64_t at, int64_t kv,
+                             int64_t dim) {
+    return cache + ((pages[at / a->page] * a->page + at % a->page) * a->kv_heads + kv) * dim;
 }
 
 /* Those from token `at` on, up to the end of its page or the row. */
 INLINE Run run_from(const Attention *a, const float *cache, const int32_t *pages, int64_t at, int64_t length,
-                    int64_t kv) {
+                    int64_t kv, int64_t dim) {
     int64_t left = a->page - at % a->page, more = length - at;
-    const float *next = place_of(a, cache, pages, left < more ? at + left : at, kv);
-    return (Run){place_of(a, cache, pages, at, kv), next, left < more ? left : more, a->kv_heads * a->dim};
+    const float *next = place_of(a, cache, pages, left < more ? at + left : at, kv, dim);
+    return (Run){place_of(a, cache, pages, at, kv, dim), next, left < more ? left : more, a->kv_heads * dim};
 }
 
 #define AHEAD 6 /* tokens by which memory is asked before it is needed: a head's part of each is a place of its own,
@@ -86,7 +88,7 @@ INLINE void score(const Attention *a, Run keys, const float *query, int64_t head
     }
 }
 
-/* out [few][dim] = weights [few][room] times the values of all tokens from `begin` to `length`, of `lanes` * LANES
+/* out [few][width] = weights [few][room] times the values of all tokens from `begin` to `length`, of `lanes` * LANES
  * numbers of each from `own` on. Inlined with `lanes` and `few` as constants, sums stay in registers, and values are
  * read once for `few` heads. */
 INLINE void mix(const Attention *a, const float *values, const int32_t *pages, int64_t begin, int64_t length,
@@ -94,7 +96,7 @@ INLINE void mix(const Attention *a, const float *values, const int32_t *pages, i
                 const int few) {
     vf sums[4][4] = {{{0}}};
     for (int64_t at = begin; at < length;) {
-        Run run = run_from(a, values, pages, at, length, kv);
+        Run run = run_from(a, values, pages, at, length, kv, a->width);
         run.next += own, run.data += own;
         for (int64_t i = 0; i < run.count; i++) {
             const float *value = run.data + i * run.token;
@@ -106,35 +108,36 @@ INLINE void mix(const Attention *a, const float *values, const int32_t *pages, i
         at += run.count;
     }
     for (int g = 0; g < few; g++)
-        for (int l = 0; l < lanes; l++) store(out + g * a->dim + own + l * LANES, sums[g][l]);
+        for (int l = 0; l < lanes; l++) store(out + g * a->width + own + l * LANES, sums[g][l]);
 }
 
 #define HEADS (REGISTERS > 16 ? 4 : 3) /* whose sums, four vectors each, fit into registers */
 
-/* All of out [few][dim]. */
+/* All of out [few][width]. */
 INLINE void mix_heads(const Attention *a, const float *values, const int32_t *pages, int64_t begin, int64_t length,
                       int64_t kv, const float *weights, int64_t room, float *out, const int few) {
     int64_t own = 0;
-    for (; own + 4 * LANES <= a->dim; own += 4 * LANES)
+    for (; own + 4 * LANES <= a->width; own += 4 * LANES)
         mix(a, values, pages, begin, length, kv, weights, room, out, own, 4, few);
-    for (; own < a->dim; own += LANES) mix(a, values, pages, begin, length, kv, weights, room, out, own, 1, few);
+    for (; own < a->width; own += LANES) mix(a, values, pages, begin, length, kv, weights, room, out, own, 1, few);
 }
 
-/* One row's heads that share the keys of `kv`: query and out [group][dim], scores [group][room]. */
+/* One row's heads that share the keys of `kv`: query [group][dim], out [group][width], scores
+ * [group][room]. */
 INLINE void attend_group(const Attention *a, const float *keys, const float *values, const int32_t *pages,
                          int64_t length, int64_t kv, const float *query, int64_t head_stride, float *out,
                          float *scores, int64_t room) {
-    int64_t group = a->heads / a->kv_heads, dim = a->dim;
+    int64_t group = a->heads / a->kv_heads, dim = a->dim, width = a->width;
     int64_t begin = a->window && length > a->window ? length - a->window : 0;
     for (int64_t at = begin; at < length;) {
-        Run run = run_from(a, keys, pages, at, length, kv);
+        Run run = run_from(a, keys, pages, at, length, kv, dim);
         if (dim == 64) score(a, run, query, head_stride, scores + at - begin, room, 64);
         else if (dim == 128) score(a, run, query, head_stride, scores + at - begin, room, 128);
         else score(a, run, query, head_stride, scores + at - begin, room, dim);
         at += run.count;
     }
     for (int64_t g = 0; g < group;) {
-        float *weights = scores + g * room, *to = out + g * dim;
+        float *weights = scores + g * room, *to = out + g * width;
         int64_t few = group - g < HEADS ? group - g : HEADS;
         float totals[HEADS];
         for (int64_t i = 0; i < few; i++) totals[i] = weigh(a, weights + i * room, begin, length, kv * group + g + i);
@@ -145,7 +148,7 @@ INLINE void attend_group(const Attention *a, const float *keys, const float *val
         else MIX(4);
 #undef MIX
         for (int64_t i = 0; i < few; i++)
-            for (int64_t d = 0; d < dim; d += LANES) store(to + i * dim + d, load(to + i * dim + d) / totals[i]);
+            for (int64_t d = 0; d < width; d += LANES) store(to + i * width + d, load(to + i * width + d) / totals[i]);
         g += few;
     }
 }
@@ -157,23 +160,23 @@ typedef struct {
 } Tokens;
 
 /* The last token of a row, whose key or value is new, to its place on the row's pages. */
-INLINE void keep(const Attention *a, float *cache, const int32_t *pages, int64_t length, int64_t kv, Tokens from,
-                 int64_t row) {
+INLINE void keep(const Attention *a, float *cache, const int32_t *pages, int64_t length, int64_t kv, int64_t dim,
+                 Tokens from, int64_t row) {
     int64_t at = length - 1;
-    float *to = (float *)place_of(a, cache, pages, at, kv);
-    for (int64_t d = 0; d < a->dim; d += LANES) store(to + d, load(from.data + kv * from.head + row * from.row + d));
+    float *to = (float *)place_of(a, cache, pages, at, kv, dim);
+    for (int64_t d = 0; d < dim; d += LANES) store(to + d, load(from.data + kv * from.head + row * from.row + d));
 }
 
-/* out [rows, heads, dim]: each row's query over the `lengths` tokens on its pages, int32 [rows, most] of caches
- * [slots, kv_heads, dim]. New keys and values, if there are any, are put there first. `scores` is
+/* out [rows, heads, width]: each row's query over the `lengths` tokens on its pages, int32 [rows, most] of caches
+ * [slots, kv_heads, dim] for keys and [slots, kv_heads, width] for values. New keys and values, if there are any, are put there first. `scores` is
  * [threads, heads / kv_heads, room] of scratch, room a multiple of LANES and at least the greatest length. */
 void attend_rows(const float *query, int64_t query_head, int64_t query_row, const float *key, int64_t key_head,
                  int64_t key_row, const float *value, int64_t value_head, int64_t value_row, float *keys,
                  float *values, const int32_t *pages, const int64_t *lengths, int64_t rows, int64_t heads,
-                 int64_t kv_heads, int64_t dim, int64_t page, int64_t most, float scale, float softcap,
+                 int64_t kv_heads, int64_t dim, int64_t width, int64_t page, int64_t most, float scale, float softcap,
                  int64_t window, const float *sinks, const float *slopes, float *scores, int64_t room, float *out,
                  int threads) {
-    Attention a = {heads, kv_heads, dim, page, most, scale, softcap, window, sinks, slopes};
+    Attention a = {heads, kv_heads, dim, width, page, most, scale, softcap, window, sinks, slopes};
     Tokens new_keys = {key, key_head, key_row}, new_values = {value, value_head, value_row};
     int64_t group = heads / kv_heads;
     int cpu = this_cpu();
@@ -184,12 +187,12 @@ void attend_rows(const float *query, int64_t query_head, int64_t query_row, cons
         for (int64_t one = 0; one < rows * kv_heads; one++) {
             int64_t row = one / kv_heads, kv = one % kv_heads;
             if (key) {
-                keep(&a, keys, pages + row * most, lengths[row], kv, new_keys, row);
-                keep(&a, values, pages + row * most, lengths[row], kv, new_values, row);
+                keep(&a, keys, pages + row * most, lengths[row], kv, dim, new_keys, row);
+                keep(&a, values, pages + row * most, lengths[row], kv, width, new_values, row);
             }
             attend_group(&a, keys, values, pages + row * most, lengths[row], kv,
                          query + row * query_row + kv * group * query_head, query_head,
-                         out + (row * heads + kv * group) * dim, scores + thread_number() * group * room, room);
+                         out + (row * heads + kv * group) * width, scores + thread_number() * group * room, room);
         }
     }
 }

@@ -84,21 +84,29 @@ INLINE void int8_rows(const Int8Weight *w, int64_t first, const int blocks, cons
 }
 
 /* y [rows, out] = x [rows, in] times the weight [out, in]; out a multiple of BLOCK, in of 16. `codes` and `steps`
- * are [rows, in] and [rows] of scratch. */
+ * are [rows, in] and [rows] of scratch. To be called by every thread of a team, which do not wait at the end. */
+void int8_share(const int8_t *values, const float *scales, const int32_t *sums, const float *bias, int64_t in,
+                int64_t out, const float *x, uint8_t *codes, float *steps, float *y, int64_t rows, float levels,
+                float least) {
+    Int8Weight w = {values, scales, bias, sums, in, out};
+    int64_t blocks = out / BLOCK;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) int8_row(x + r * in, in, levels, least, codes + r * in, steps + r);
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < blocks; first += 2) {
+        if (first + 1 < blocks) int8_rows(&w, BLOCK * first, 2, codes, steps, y, rows);
+        else int8_rows(&w, BLOCK * first, 1, codes, steps, y, rows);
+    }
+}
+
+/* The same by `threads` threads. */
 void int8_product(const int8_t *values, const float *scales, const int32_t *sums, const float *bias, int64_t in,
                   int64_t out, const float *x, uint8_t *codes, float *steps, float *y, int64_t rows, float levels,
                   float least, int threads) {
-    Int8Weight w = {values, scales, bias, sums, in, out};
     int cpu = this_cpu();
-    int64_t blocks = out / BLOCK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         keep_apart(cpu);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) int8_row(x + r * in, in, levels, least, codes + r * in, steps + r);
-#pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < blocks / 2; pair++)
-            int8_rows(&w, 2 * BLOCK * pair, 2, codes, steps, y, rows);
+        int8_share(values, scales, sums, bias, in, out, x, codes, steps, y, rows, levels, least);
     }
-    if (blocks % 2) int8_rows(&w, BLOCK * (blocks - 1), 1, codes, steps, y, rows);
 }

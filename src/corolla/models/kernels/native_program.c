@@ -8,8 +8,9 @@
 #include "native.h"
 
 enum { /* layout.py: KINDS */
-    PRODUCT, ATTEND, MEAN, LAYER_NORM, FROM_INT, ADD, SUB, MUL, DIV, COPY, NEG, ABS, SQUARE, CUBE, RSQRT, SQRT,
-    RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS
+    PRODUCT, ATTEND, MEAN, LAYER_NORM, FROM_INT, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, COPY, NEG, ABS, SQUARE,
+    CUBE, RSQRT, SQRT, RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS, FLOOR, LOG, EXPM1, NONZERO, GREATER, WHERE,
+    SUM, SOFTMAX, TOP, GATHER, SCATTER, ROUTE, PICK, EXPERTS, COMBINE
 };
 
 typedef struct {
@@ -17,9 +18,9 @@ typedef struct {
     float *out;
     const void *in[3];
     int64_t size[4];
-    int64_t stride[3][4]; /* of out and of two inputs; 0 where an input is repeated */
-    double number;        /* an epsilon */
-    const void *what;     /* a Layer or an Attention */
+    int64_t stride[4][4]; /* of out and of the inputs; 0 where an input is repeated */
+    double number;        /* an epsilon, or how many are the TOP */
+    const void *what;     /* a Layer, an Attention, or a Layer for each of some experts */
 } Op;
 
 typedef struct {
@@ -32,7 +33,7 @@ typedef struct {
 typedef struct {
     float *keys, *values;
     const float *sinks, *slopes;
-    int64_t heads, kv_heads, dim, page, window, table, threaded;
+    int64_t heads, kv_heads, dim, width, page, window, table, threaded;
     double scale, softcap;
 } Attention;
 
@@ -46,19 +47,24 @@ typedef struct { /* one table's rows, as in attend_rows */
 
 /* --- products and attention ----------------------------------------------------------------------------- */
 
+/* y [rows, out] = x [rows, in] by a layer; to be called by every thread of a team. Both kinds of scratch are for these
+ * rows alone, so the next product may begin while other threads are still at this one. */
+static void share_product(const Layer *w, const float *x, float *y, int64_t rows, uint8_t *codes, float *steps) {
+    if (w->form == INT8)
+        int8_share(w->values, w->steps, w->offsets, w->bias, w->in, w->out, x, codes, steps, y, rows, (float)w->levels,
+                   (float)w->least);
+    else
+        narrow_share((int)w->form, w->values, w->steps, w->offsets, (int)w->half_steps, (int)w->shift, w->in, w->out,
+                     w->bias, x, y, rows);
+}
+
 static void multiply(const Op *op, uint8_t *codes, float *steps, int threads) {
-    const Layer *w = op->what;
-    int64_t rows = op->size[0];
-    if (w->form == INT8) {
-        int8_product(w->values, w->steps, w->offsets, w->bias, w->in, w->out, op->in[0], codes, steps, op->out, rows,
-                     (float)w->levels, (float)w->least, threads);
-        return;
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+        share_product(op->what, op->in[0], op->out, op->size[0], codes, steps);
     }
-    narrow_product((int)w->form, w->values, w->steps, w->offsets, (int)w->half_steps, (int)w->shift, w->in, w->out,
-                   op->in[0], op->out, rows, threads);
-    if (w->bias)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < w->out; i++) op->out[r * w->out + i] += w->bias[i];
 }
 
 static void attend(const Op *op, const Rows *tables, float *scores, int threads) {
@@ -66,9 +72,75 @@ static void attend(const Op *op, const Rows *tables, float *scores, int threads)
     const Rows *rows = tables + a->table;
     const int64_t *query = op->stride[0], *key = query + 2, *value = op->stride[1];
     attend_rows(op->in[0], query[0], query[1], op->in[1], key[0], key[1], op->in[2], value[0], value[1], a->keys,
-                a->values, rows->pages, rows->lengths, op->size[0], a->heads, a->kv_heads, a->dim, a->page, rows->most,
+                a->values, rows->pages, rows->lengths, op->size[0], a->heads, a->kv_heads, a->dim, a->width, a->page, rows->most,
                 (float)a->scale, (float)a->softcap, a->window, a->sinks, a->slopes, scores, rows->room, op->out,
                 rows->total * a->heads >= a->threaded ? threads : 1);
+}
+
+/* --- experts ---------------------------------------------------------------------------------------------- */
+
+/* Each token is sent to `each` experts; token and expert are a pair. Pairs in the order of their experts, those of no
+ * expert last: where each expert's begin [experts + 1], then the pairs [pairs]. */
+static void route(const Op *op) {
+    int64_t pairs = op->size[0], experts = op->size[1], *begins = (int64_t *)op->out, *order = begins + experts + 1;
+    const int64_t *chosen = op->in[0];
+    memset(begins, 0, (size_t)(experts + 1) * sizeof *begins);
+    for (int64_t pair = 0; pair < pairs; pair++)
+        if (chosen[pair] >= 0 && chosen[pair] < experts) begins[chosen[pair] + 1]++;
+    for (int64_t one = 0; one < experts; one++) begins[one + 1] += begins[one];
+    int64_t last = begins[experts];
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        int known = chosen[pair] >= 0 && chosen[pair] < experts;
+        order[known ? begins[chosen[pair]]++ : last++] = pair;
+    }
+    for (int64_t one = experts - 1; one > 0; one--) begins[one] = begins[one - 1]; /* they have moved to their ends */
+    begins[0] = 0;
+}
+
+/* The tokens' numbers, pair by pair. */
+static void pick(const Op *op) {
+    int64_t pairs = op->size[0], experts = op->size[1], width = op->size[2], each = op->size[3];
+    const int64_t *order = (const int64_t *)op->in[1] + experts + 1;
+    for (int64_t at = 0; at < pairs; at++)
+        memcpy(op->out + at * width, (const float *)op->in[0] + order[at] / each * width, (size_t)width * sizeof(float));
+}
+
+/* Each expert is read once, for all pairs that are its. */
+static void multiply_experts(const Op *op, uint8_t *codes, float *steps, int threads) {
+    int64_t experts = op->size[1];
+    const int64_t *begins = op->in[1];
+    const Layer *layers = op->what;
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+        for (int64_t one = 0; one < experts; one++) {
+            const Layer *w = layers + one;
+            int64_t begin = begins[one], rows = begins[one + 1] - begin;
+            if (rows)
+                share_product(w, (const float *)op->in[0] + begin * w->in, op->out + begin * w->out, rows,
+                              codes + begin * w->in, steps + begin);
+        }
+    }
+}
+
+#define COLUMNS 256 /* of a result, which one thread adds up */
+
+/* For each token what its experts gave, times their weights, added up by the experts' numbers. */
+static void combine(const Op *op, int threads) {
+    int64_t pairs = op->size[0], experts = op->size[1], width = op->size[2], each = op->size[3];
+    const float *from = op->in[0], *weights = op->in[2];
+    const int64_t *begins = op->in[1], *order = begins + experts + 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && pairs * width >= SHARED)
+    for (int64_t first = 0; first < width; first += COLUMNS) {
+        int64_t end = first + COLUMNS < width ? first + COLUMNS : width;
+        for (int64_t row = 0; row < pairs / each; row++)
+            memset(op->out + row * width + first, 0, (size_t)(end - first) * sizeof(float));
+        for (int64_t at = 0; at < begins[experts]; at++) {
+            float *to = op->out + order[at] / each * width, weight = weights[order[at]];
+            for (int64_t i = first; i < end; i++) to[i] += weight * from[at * width + i];
+        }
+    }
 }
 
 /* --- numbers one by one --------------------------------------------------------------------------------- */
@@ -104,6 +176,10 @@ INLINE float number_of(int kind, float x) {
     case EXP: return expf(x);
     case SIN: return sinf(x);
     case COS: return cosf(x);
+    case FLOOR: return floorf(x);
+    case LOG: return logf(x);
+    case EXPM1: return expm1f(x);
+    case NONZERO: return x != 0; /* what is true is 1, what is false is 0 */
     default: return x; /* COPY */
     }
 }
@@ -135,7 +211,8 @@ static void line_of_one(int kind, float *to, int64_t step, const float *from, in
         break;
     switch (kind) {
         CASE(COPY) CASE(NEG) CASE(ABS) CASE(SQUARE) CASE(CUBE) CASE(RSQRT) CASE(SQRT) CASE(RECIPROCAL) CASE(RELU)
-        CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS)
+        CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS) CASE(FLOOR) CASE(LOG) CASE(EXPM1)
+        CASE(NONZERO)
         LANES_CASE(SILU) LANES_CASE(SIGMOID) LANES_CASE(TANH) LANES_CASE(GELU_TANH)
     }
 #undef CASE
@@ -144,15 +221,24 @@ static void line_of_one(int kind, float *to, int64_t step, const float *from, in
 
 static void line_of_two(int kind, float *to, int64_t step, const float *a, int64_t of_a, const float *b, int64_t of_b,
                         int64_t count) {
-#define LINE(STEP, A, B, SIGN) for (int64_t i = 0; i < count; i++) to[i * (STEP)] = a[i * (A)] SIGN b[i * (B)]
-#define CASE(KIND, SIGN)                                                    \
-    case KIND:                                                              \
-        if (step == 1 && of_a == 1 && of_b == 1) LINE(1, 1, 1, SIGN);       \
-        else if (step == 1 && of_a == 1 && of_b == 0) LINE(1, 1, 0, SIGN);  \
-        else if (step == 1 && of_a == 0 && of_b == 1) LINE(1, 0, 1, SIGN);  \
-        else LINE(step, of_a, of_b, SIGN);                                  \
+#define LINE(STEP, A, B, RESULT)                                    \
+    for (int64_t i = 0; i < count; i++) {                           \
+        float left = a[i * (A)], right = b[i * (B)];                \
+        to[i * (STEP)] = RESULT;                                    \
+    }
+#define CASE(KIND, RESULT)                                                    \
+    case KIND:                                                                \
+        if (step == 1 && of_a == 1 && of_b == 1) LINE(1, 1, 1, RESULT)        \
+        else if (step == 1 && of_a == 1 && of_b == 0) LINE(1, 1, 0, RESULT)   \
+        else if (step == 1 && of_a == 0 && of_b == 1) LINE(1, 0, 1, RESULT)   \
+        else LINE(step, of_a, of_b, RESULT)                                   \
         break;
-    switch (kind) { CASE(ADD, +) CASE(SUB, -) CASE(MUL, *) CASE(DIV, /) }
+    switch (kind) { /* of two numbers, one that is none wins */
+        CASE(ADD, left + right) CASE(SUB, left - right) CASE(MUL, left * right) CASE(DIV, left / right)
+        CASE(MAXIMUM, left > right || left != left ? left : right)
+        CASE(MINIMUM, left < right || left != left ? left : right)
+        CASE(GREATER, left > right)
+    }
 #undef CASE
 #undef LINE
 }
@@ -175,23 +261,67 @@ static void normalize(float *to, const float *from, const float *scale, const fl
     for (int64_t i = 0; i < count; i++) to[i] = (from[i] - mean) * factor * scale[i] + shift[i];
 }
 
+static void softmax(float *to, const float *from, int64_t count) {
+    float top = -INFINITY;
+    for (int64_t i = 0; i < count; i++) top = from[i] > top ? from[i] : top;
+    for (int64_t i = 0; i < count; i++) to[i] = from[i] - top;
+    for (int64_t i = 0; i < count; i++) to[i] = expf(to[i]);
+    float total = sum_of(to, count);
+    for (int64_t i = 0; i < count; i++) to[i] /= total;
+}
+
+/* Whether a is before b, the greatest first; what is not a number is the greatest of all. */
+INLINE int is_before(float a, int64_t at, float b, int64_t other) {
+    if (isnan(a) || isnan(b)) return isnan(a) && (!isnan(b) || at < other);
+    return a > b || (a == b && at < other);
+}
+
+/* Where the greatest `most` numbers stand, the greatest first. */
+static void find_top(int64_t *to, const float *from, int64_t count, int64_t most) {
+    for (int64_t found = 0; found < most; found++) {
+        int64_t best = -1, last = found ? to[found - 1] : -1;
+        for (int64_t at = 0; at < count; at++)
+            if ((last < 0 || is_before(from[last], last, from[at], at)) &&
+                (best < 0 || is_before(from[at], at, from[best], best)))
+                best = at;
+        to[found] = best;
+    }
+}
+
 static void line(const Op *op, int64_t number) {
-    int64_t at[3] = {0}, count = op->size[3];
+    int64_t at[4] = {0}, count = op->size[3];
     for (int dim = 2; dim >= 0; dim--) {
         int64_t index = number % op->size[dim];
         number /= op->size[dim];
-        for (int one = 0; one < 3; one++) at[one] += index * op->stride[one][dim];
+        for (int one = 0; one < 4; one++) at[one] += index * op->stride[one][dim];
     }
     float *to = op->out + at[0];
     const float *a = (const float *)op->in[0] + at[1];
     switch (op->kind) {
     case MEAN: *to = sum_of(a, count) / (float)count; break;
+    case SUM: *to = sum_of(a, count); break;
+    case SOFTMAX: softmax(to, a, count); break;
+    case TOP: find_top((int64_t *)op->out + at[0], a, count, (int64_t)op->number); break;
+    case WHERE:
+        for (int64_t i = 0; i < count; i++)
+            to[i * op->stride[0][3]] = a[i * op->stride[1][3]] != 0
+                                           ? ((const float *)op->in[1])[at[2] + i * op->stride[2][3]]
+                                           : ((const float *)op->in[2])[at[3] + i * op->stride[3][3]];
+        break;
+    case SCATTER:
+        for (int64_t i = 0; i < count; i++)
+            to[((const int64_t *)op->in[1])[at[2] + i * op->stride[2][3]] * op->stride[0][3]] = *a;
+        break;
+    case GATHER:
+        for (int64_t i = 0; i < count; i++)
+            to[i * op->stride[0][3]] = a[((const int64_t *)op->in[1])[at[2] + i * op->stride[2][3]]];
+        break;
     case LAYER_NORM: normalize(to, a, op->in[1], op->in[2], count, (float)op->number); break;
     case FROM_INT:
         for (int64_t i = 0; i < count; i++)
             to[i * op->stride[0][3]] = (float)((const int64_t *)op->in[0])[at[1] + i * op->stride[1][3]];
         break;
-    case ADD: case SUB: case MUL: case DIV:
+    case ADD: case SUB: case MUL: case DIV: case MAXIMUM: case MINIMUM: case GREATER:
         line_of_two((int)op->kind, to, op->stride[0][3], a, op->stride[1][3], (const float *)op->in[1] + at[2],
                     op->stride[2][3], count);
         break;
@@ -219,8 +349,14 @@ static void lines(const Op *op, int threads) {
 void run_program(const Op *ops, int64_t count, const Rows *tables, float *scores, uint8_t *codes, float *steps,
                  int threads) {
     for (const Op *op = ops; op < ops + count; op++) {
-        if (op->kind == PRODUCT) multiply(op, codes, steps, threads);
-        else if (op->kind == ATTEND) attend(op, tables, scores, threads);
-        else lines(op, threads);
+        switch (op->kind) {
+        case PRODUCT: multiply(op, codes, steps, threads); break;
+        case ATTEND: attend(op, tables, scores, threads); break;
+        case ROUTE: route(op); break;
+        case PICK: pick(op); break;
+        case EXPERTS: multiply_experts(op, codes, steps, threads); break;
+        case COMBINE: combine(op, threads); break;
+        default: lines(op, threads);
+        }
     }
 }

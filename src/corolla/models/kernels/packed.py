@@ -27,6 +27,7 @@ class FrozenLinear(nn.Module):
     """What the layers that stand in for a frozen `nn.Linear` share: sizes, bias, and a readable weight."""
 
     bias: Tensor | None
+    turned = False  # whether it stands in for a layer that has its weight as [in, out]
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -85,8 +86,8 @@ class FrozenLinear(nn.Module):
         return self  # memory that is float32 on the CPU already is where it should be
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # The keys of an `nn.Linear`, so that a saved model is a whole one.
-        destination[prefix + "weight"] = self.weight
+        # The keys of the layer that was here, so that a saved model is a whole one.
+        destination[prefix + "weight"] = self.weight.t().contiguous() if self.turned else self.weight
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 

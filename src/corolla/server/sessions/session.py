@@ -16,12 +16,15 @@ from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages, pages_for
 from corolla.models.attention.prefixes import put, take
+from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.span import Span
 from corolla.server.scheduler.engine import Request
 from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
+
+SNAPSHOT_SHARE = 8  # a session whose snapshots would need more than this part of all room has none
 
 Post = Callable[[Callable[[], None]], None]
 
@@ -118,6 +121,11 @@ class Session:
         Never fewer than are reserved already: pages lie with the rows until these are freed.
         """
         layout, before = self.pool.layout, self.before
+        if not self.span.packable:
+            whole = self._pages_of_own(rows, before + tokens, SNAPSHOTS if self.span.remembers else 0)
+            if whole > self._budget.capacity // SNAPSHOT_SHARE:
+                whole = self._pages_of_own(rows, before + tokens, 0)
+            return max(self.pages, whole)
         common = [before // PAGE] * layout.tables
         if rows > 1 and self.block_tables and position:
             chosen = self._chosen(order)
@@ -126,9 +134,12 @@ class Session:
         pages = layout.most_pages(rows, before + tokens, tokens - position, PASS_TOKENS, common)
         # The prefix's own pages stay when all rows have a copy of its last one, or have left it behind.
         pages += layout.tables * (pages_for(before) if not layout.plain else int(before % PAGE > 0))
-        return max(
-            self.pages, pages + rows * pages_for(self.span.cache_bytes[1] // bytes_per_token(self.span))
-        )
+        return max(self.pages, pages)
+
+    def _pages_of_own(self, rows: int, tokens: int, snapshots: int) -> int:
+        """Pages that are as large as a family's own caches of `rows` of so many tokens, by the byte."""
+        token, states = self.span.cache_bytes
+        return -(-rows * (tokens * token + states * (1 + snapshots)) // (bytes_per_token(self.span) * PAGE))
 
     def _chosen(self, order: Tensor | None) -> list[int]:
         """The cached rows that the next ones continue."""
@@ -156,7 +167,7 @@ class Session:
 
     def reaches(self, position: int, order: Tensor | None = None) -> bool:
         """Whether the cached rows in `order` can go on from column `position`: where blocks have a window, what lies
-        far behind it is given back; where they have a state, it is that of the last token."""
+        far behind it is given back; where they have a state, it is that of the last token, or of a snapshot."""
         if not self.span.packable:
             return self.plain.reaches(position)
         if not position:
@@ -170,7 +181,7 @@ class Session:
         """Whether another session over the same span, with the same prompts, may begin as `origin` says."""
         same_prompts = _same(self.prompts, other.prompts) and _same(self.prefix, other.prefix)
         fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
-        fits = fits and other.span is self.span and self.span.packable and same_prompts
+        fits = fits and other.span is self.span and same_prompts
         return fits and self.reaches(origin.tokens)
 
     # --- on the compute thread --------------------------------------------------------------------------
@@ -181,6 +192,10 @@ class Session:
             return False
         self._begun = None if other._begun is None else other._begun.fork()
         tokens = origin.tokens
+        if not self.span.packable:
+            with torch.inference_mode():
+                self.plain = other.plain.fork()
+            self._go_back(tokens, other.mask)
         for index, row in enumerate(other.block_tables):
             twin = row.fork()
             twin.truncate(other.cached_tokens(index, tokens))
@@ -214,11 +229,11 @@ class Session:
         self.epoch += self.length > 0 and (order is not None or position < self.length)
         if self.span.packable:
             self._rearrange_pages(rows, position, order)
-        else:
-            self._rearrange_plain(position, order)
         if order is not None and self.mask is not None:
             self.mask = self.mask[order]
         self.mask = None if self.mask is None or not position else self.mask[:, :position]
+        if not self.span.packable:
+            self._rearrange_plain(position, order)
 
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.block_tables
@@ -247,7 +262,19 @@ class Session:
         if position == 0:
             self.plain = self.span.new_cache()
         else:
-            self.plain.truncate(position)
+            self._go_back(position, self.mask)
+
+    def _go_back(self, position: int, mask: Tensor | None) -> None:
+        with torch.inference_mode():
+            self.span.go_back(self.plain, position, mask=mask, prompts=self.prompts)
+
+    def remember(self, rows: int, *, turn: bool) -> None:
+        """Take a snapshot of the rows' states, if one is due and room was reserved (`attention/snapshots.py`)."""
+        span = self.span
+        if not span.packable and span.remembers:
+            length = self.plain.get_seq_length()
+            if self._pages_of_own(rows, length, SNAPSHOTS) <= self.pages:
+                self.plain.remember(turn=turn)
 
     # --- its end ----------------------------------------------------------------------------------------
 

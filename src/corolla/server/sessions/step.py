@@ -244,6 +244,7 @@ class StepRequest(Request):
         """The next columns, of about so many tokens, for a family that cannot be packed."""
         self.begin()
         session, device = self.session, self.session.span.device
+        session.remember(self.rows, turn=not self._at and self.count > 1)
         begin = self._at // self.rows
         end = min(begin + _columns(tokens, self.rows), self.count)
         mask, positions = self._mask, self._positions

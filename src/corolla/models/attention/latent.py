@@ -1,0 +1,96 @@
+"""Multi-head latent attention in pages: what is kept of a token is its latent and its rotary part, not what the heads
+make of them (DeepSeek-V2, arXiv:2405.04434).
+
+Families whose attention keeps these have a method `expand_kv(latent, rotary)` that makes keys and values of them. It
+is linear in both, so few new tokens attend in the absorbed form: their queries are brought to the latents once,
+instead of all latents to the heads. Many new tokens attend to what the family's own method makes of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+Keep = Callable[[int, Tensor, Tensor], None]
+
+
+def latent_blocks(blocks: nn.Module) -> frozenset[int]:
+    """The indices that attention of this kind has within these blocks."""
+    found: list[Any] = [one for one in blocks.modules() if callable(getattr(one, "expand_kv", None))]
+    return frozenset(int(one.layer_idx) for one in found)
+
+
+class LatentPages(Cache):  # type: ignore[misc]
+    """What the family's code takes for its cache in a packed pass: gives `keep` the new latents, and is empty else."""
+
+    is_compileable = False
+    is_sliding = (False,)
+    is_linear = (False,)
+
+    def __init__(self, blocks: frozenset[int], keep: Keep) -> None:
+        super().__init__(layers=[])
+        self._blocks = blocks
+        self._keep = keep
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """New latents [1, 1, N, L] and rotary parts [1, 1, N, E]; or keys and values, of which nothing is kept."""
+        if layer_idx in self._blocks:
+            self._keep(layer_idx, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """What `expand_kv` does, as matrices."""
+
+    keys: Tensor  # [heads, L + E, D]
+    values: Tensor  # [heads, L, D']
+
+    def pays(self, count: int, total: int) -> bool:
+        """Whether `count` queries over `total` latents are fewer products so than over keys and values."""
+        _, both, key = self.keys.shape
+        _, latent, value = self.values.shape
+        absorbed = count * (both * key + latent * value) + count * total * (both + latent)
+        return absorbed <= total * latent * (key + value) + count * total * (key + value)
+
+    def queries(self, query: Tensor) -> Tensor:
+        """[1, heads, T, D] as they meet latents and rotary parts side by side, [1, heads, T, L + E]."""
+        return torch.matmul(query, self.keys.transpose(1, 2))
+
+    def outputs(self, mixed: Tensor) -> Tensor:
+        """[1, heads, T, D'] of mixtures of latents [1, heads, T, L]."""
+        return torch.matmul(mixed, self.values)
+
+
+_known: WeakKeyDictionary[nn.Module, Absorbed] = WeakKeyDictionary()
+
+
+def absorbed(attention: Any, latents: Tensor, rotary: Tensor) -> Absorbed:
+    """Of a module whose weights do not change, for latents [1, 1, S, L] and rotary parts [1, 1, S, E] like these."""
+    known = _known.get(attention)
+    if known is None or known.keys.device != latents.device:
+        with torch.inference_mode(False), torch.no_grad():  # training may use them too
+            width, turned = latents.shape[-1], rotary.shape[-1]
+            keys, values = attention.expand_kv(_each(latents), latents.new_zeros(1, 1, width, turned))
+            more, _ = attention.expand_kv(latents.new_zeros(1, 1, turned, width), _each(rotary))
+            known = _known[attention] = Absorbed(torch.cat([keys[0], more[0]], 1), values[0].contiguous())
+    return known
+
+
+def _each(like: Tensor) -> Tensor:
+    """Every direction of what is as wide, [1, 1, D, D]."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[None, None]

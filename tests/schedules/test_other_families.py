@@ -1,0 +1,133 @@
+"""The same schedules over families whose sequences are more than keys and values, or whose cuts more than a stream.
+
+A state that is remembered and replayed; latents; keys and values that later blocks take from earlier ones, and several
+streams with inputs of each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from corolla.models.attention.packing import PackedBatch
+from corolla.models.attention.snapshots import copied
+from corolla.models.attention.span_cache import SpanCache
+from corolla.models.crossing import Crossed, Crossing
+from tests.faults import Fault
+from tests.schedules.plan import Schedule, plan
+from tests.schedules.run import Outcome, WrongOutcome, run_schedule
+from tests.schedules.workloads import Workload
+from tests.schedules.world import ServerPlan
+
+FAMILIES = ("qwen3_5_text", "minicpm3", "gemma3n_text")
+FIRST, EACH, NIGHTLY = 7_000, 2, 60
+
+
+def of_family(family: str, seed: int) -> Schedule:
+    """The schedule of a seed, with other clients.
+
+    Prompts are in front of the tokens only, and there are none where a family makes more of ids than of embeddings,
+    which are all that the reference gives it.
+    """
+    found = plan(seed)
+    mode = None if family == "gemma3n_text" else "ptune"
+    clients = tuple(
+        replace(one, family=family, mode=None if one.mode is None else mode) for one in found.clients
+    )
+    servers = tuple(replace(one, bundles=False) for one in found.servers)
+    return replace(found, clients=clients, servers=servers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_schedules_end_as_if_nothing_had_failed(family: str, root: Path) -> None:
+    for seed in range(FIRST, FIRST + EACH):
+        run_schedule(of_family(family, seed), root)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_schedules(family: str, root: Path, scaled: Callable[[float], int]) -> None:
+    outcome, seed = Outcome(), FIRST + EACH
+    while outcome.counted < scaled(NIGHTLY):
+        outcome.add(run_schedule(of_family(family, seed), root))
+        seed += 1
+    assert outcome.felt.total() >= outcome.counted
+
+
+# --- mistakes, each in the family that it would harm --------------------------------------------------------------
+
+SERVERS = (ServerPlan("main-0", 0, 1, 100.0), ServerPlan("main-1", 1, 4, 100.0))
+
+
+def passes(family: str, root: Path) -> bool:
+    """Whether chats that go back, while servers start anew, end as they must."""
+    restarts = tuple(Fault("restart", "main-1", n=n) for n in (4, 9))
+    for kind, variant in (("rollback", 0), ("rollback", 1), ("greedy", 0)):
+        work = Workload(family, None, kind, variant)
+        for faults in ((), restarts):
+            try:
+                run_schedule(Schedule(0, SERVERS, (work,), faults, lost=False), root)
+            except WrongOutcome:
+                return False
+    return True
+
+
+def a_snapshot_of_an_earlier_token(patch: pytest.MonkeyPatch) -> None:
+    states, seen = SpanCache._states, dict[int, Any]()
+
+    def older(self: SpanCache) -> Any:
+        now = copied(states(self))
+        found, seen[id(self)] = seen.get(id(self), now), now
+        return found
+
+    patch.setattr(SpanCache, "_states", older)
+
+
+def a_latent_that_is_not_rotated(patch: pytest.MonkeyPatch) -> None:
+    keep = PackedBatch.keep
+    patch.setattr(
+        PackedBatch,
+        "keep",
+        lambda self, block, latent, rotary: keep(self, block, latent, rotary.roll(1, -1)),
+    )
+
+
+def side_inputs_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
+    of_block = Crossed.of_block
+    patch.setattr(Crossed, "of_block", lambda self, block: of_block(self, max(self.cut, block - 1)))
+
+
+def a_stream_that_is_dropped(patch: pytest.MonkeyPatch) -> None:
+    join = Crossing.join
+
+    def without_the_last(self: Crossing, crossed: Crossed, cut: int) -> Tensor:
+        joined = join(self, crossed, cut).clone()
+        if 0 < cut < self.depth:
+            joined[..., self.hidden.width - self.hidden.size[-1] : self.hidden.width] = 0
+        return joined
+
+    patch.setattr(Crossing, "join", without_the_last)
+
+
+MISTAKES = {
+    "qwen3_5_text": [a_snapshot_of_an_earlier_token],
+    "minicpm3": [a_latent_that_is_not_rotated],
+    "gemma3n_text": [side_inputs_of_the_wrong_blocks, a_stream_that_is_dropped],
+}
+PLANTED = [(family, mistake) for family, mistakes in MISTAKES.items() for mistake in mistakes]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("family", "mistake"), PLANTED)
+def test_a_planted_mistake_is_noticed(
+    family: str, mistake: Callable[[pytest.MonkeyPatch], None], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert passes(family, root)
+    mistake(monkeypatch)
+    assert not passes(family, root)
