@@ -73,7 +73,7 @@ def trained(
 ) -> tuple[Evaluation, Evaluation, float]:
     """Evaluations of `seen` before and after `model` was trained, and seconds a step."""
     before = evaluate(seen, prepared.held_out, prepared.batches, settings.batch_size)
-    arguments = training_arguments(settings, RunFolder(folder), on_cpu=True)
+    arguments = training_arguments(settings, RunFolder(folder), len(prepared.train), on_cpu=True)
     arguments.eval_strategy, arguments.save_strategy, arguments.eval_on_start = "no", "no", False
     trainer = Trainer(model, arguments, data_collator=PlainBatches(prepared), train_dataset=prepared.train)
     trainer.remove_callback(PrinterCallback)
@@ -220,6 +220,8 @@ def main() -> None:
         held_out_samples=options.held_out,
         seed=options.seed,
         learning_rate=options.lr,
+        warmup=0,  # transformers' own begins with a step of rate 0
+        keep="last",
         rendering=RenderSettings(max_length=options.max_length),
     )
     tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(options.model).tokenizer_source)

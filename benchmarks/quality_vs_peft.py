@@ -31,7 +31,7 @@ from corolla.tuning.batches import Prepared, prepare
 from corolla.tuning.bundle import ModelInfo
 from corolla.tuning.checkpoints import RunFolder
 from corolla.tuning.evaluate import compare, evaluate
-from corolla.tuning.settings import TuneSettings
+from corolla.tuning.settings import RATES, TuneSettings
 from corolla.tuning.trainer import training_arguments
 from corolla.tuning.tune import TuneResult, tune
 
@@ -89,7 +89,7 @@ def with_peft(
     start = model.prompt_encoder["default"].embedding.weight.detach().clone()
     begun = time.monotonic()
     before = evaluate(Prompted(model), prepared.held_out, prepared.batches, settings.batch_size)
-    arguments = training_arguments(settings, RunFolder(folder / "peft"), on_cpu=True)
+    arguments = training_arguments(settings, RunFolder(folder / "peft"), len(prepared.train), on_cpu=True)
     arguments.eval_strategy, arguments.save_strategy, arguments.eval_on_start = "no", "no", False
     trainer = Trainer(model, arguments, data_collator=PlainBatches(prepared), train_dataset=prepared.train)
     trainer.remove_callback(PrinterCallback)
@@ -134,6 +134,9 @@ def main() -> None:
         held_out=options.held_out,
         held_out_samples=options.held_out,
         seed=options.seed,
+        learning_rate=RATES["ptune"],
+        warmup=0,  # transformers' own begins with a step of rate 0
+        keep="last",
         rendering=RenderSettings(max_length=options.max_length),
     )
     checkpoint = open_checkpoint(options.model)

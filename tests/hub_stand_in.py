@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import sys
 import threading
@@ -34,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.refuses = 0  # so many answers to come are 503
         self.gone = False  # the commit
         self.sent = 0  # bytes of weights
+        self.posted: list[tuple[str, str | None]] = []  # paths, with the token
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""
@@ -57,10 +60,37 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(send=True)
 
+    def do_POST(self) -> None:
+        """Repositories are made, and files of commits put into the folder."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.posted.append((self.path, self.headers.get("Authorization")))
+        repository = f"{self.server.endpoint}/{REPOSITORY}"
+        if self.server.refuses > 0:
+            self._send(403, b'{"error": "not yours"}', {}, send=True)
+            return
+        answer: dict[str, Any] = {"url": repository, "name": REPOSITORY}
+        if self.path.endswith("/preupload/main"):
+            files = [one["path"] for one in json.loads(body)["files"]]
+            modes = [{"path": one, "uploadMode": "regular", "shouldIgnore": False} for one in files]
+            answer = {"files": modes}
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    path = self.server.folder / line["value"]["path"]
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            answer = {"commitUrl": f"{repository}/commit/{COMMIT}", "commitOid": COMMIT}
+        elif self.path.endswith("/validate-yaml"):
+            answer = {"errors": [], "warnings": []}
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, send=True)
+
     def log_message(self, *_arguments: object) -> None:
         """Tests do not want the log."""
 
     def _answer(self, *, send: bool) -> None:
+        if self.path.startswith(f"/api/models/{REPOSITORY}"):
+            answer = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": []}).encode()
+            self._send(200, answer, {"Content-Type": "application/json"}, send)
+            return
         match = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([\w.-]+)", self.path)
         stored = re.fullmatch(r"/stored/([\w.-]+)\?signed=yes", self.path)
         name = (match or stored or [None, None])[1]

@@ -151,14 +151,23 @@ class MemorySwarm:
         self._connections.append(connection)
         return connection
 
-    def model(self, *, patience: float = 20.0, observe: Any = None, **arguments: Any) -> Any:
+    def model(
+        self,
+        *,
+        patience: float = 20.0,
+        observe: Any = None,
+        asked: Any = from_pretrained,
+        chosen: Any = None,
+        **arguments: Any,
+    ) -> Any:
         """A distributed model over this swarm; `arguments` as for `from_pretrained`.
 
-        `observe` makes an auditor of the test's own.
+        `observe` makes an auditor of the test's own; `asked` and `chosen` say which class is loaded.
         """
         arguments.setdefault("dtype", self.dtype)
-        request = from_pretrained(self.checkpoint.name, patience=patience, **arguments)
-        return load_distributed(request, connection=self.connect(request.swarm, observe=observe))
+        request = asked(self.checkpoint.name, patience=patience, **arguments)
+        connection = self.connect(request.swarm, observe=observe)
+        return load_distributed(request, connection=connection, chosen=chosen)
 
     def counted(self, name: str = "inference") -> dict[str, int]:
         """A counter of each server: `inference`, `forward` or `backward`, in rows × tokens."""

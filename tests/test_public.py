@@ -46,7 +46,7 @@ def test_type_checkers_and_completion_see_the_same_names() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("corolla.")
         for alias in node.names
     }
-    assert imported - {"distributed_class"} == set(corolla.__all__)
+    assert imported - {"distributed_named"} == set(corolla.__all__)
     assert set(corolla.__all__) == {*corolla._HOMES, *ERRORS, "__version__"}
 
 

@@ -38,7 +38,11 @@ from corolla.version import __version__
 if TYPE_CHECKING:
     from corolla.chat.engine import ChatEngine
     from corolla.chat.sampling import SamplingSettings
-    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
+    from corolla.client.model.causal_lm import (
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+    )
     from corolla.client.model.loading import load_tokenizer
     from corolla.client.sessions.session import InferenceSession
     from corolla.data.render import Renderer, RenderSettings
@@ -52,7 +56,9 @@ if TYPE_CHECKING:
     from corolla.tuning.tune import TuneResult, TuneStopped, tune
 
 __all__ = [
+    "AutoDistributedModel",
     "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
     "Beginnings",
     "Bundle",
     "BundleError",
@@ -97,7 +103,9 @@ __all__ = [
 
 # Modules that are imported when one of their names is first used.
 _HOMES = {
+    "AutoDistributedModel": "client.model.causal_lm",
     "AutoDistributedModelForCausalLM": "client.model.causal_lm",
+    "AutoDistributedModelForSequenceClassification": "client.model.causal_lm",
     "Beginnings": "data.replies",
     "Bundle": "tuning.bundle",
     "ChatEngine": "chat.engine",
@@ -122,12 +130,12 @@ def __getattr__(name: str) -> Any:
     """Names of `_HOMES`, and `DistributedLlamaForCausalLM` and its siblings, which are made when first used."""
     if name in _HOMES:
         return getattr(import_module(f"corolla.{_HOMES[name]}"), name)
-    family = re.fullmatch(r"Distributed(\w+(?:ForCausalLM|LMHeadModel))", name)
+    family = re.fullmatch(r"Distributed(\w+(?:ForCausalLM|ForSequenceClassification|Model))", name)
     if family is not None:
-        from corolla.client.model.causal_lm import distributed_class
+        from corolla.client.model.causal_lm import distributed_named
 
         try:
-            return distributed_class(family[1])
+            return distributed_named(family[1])
         except UnsupportedFamily as error:
             raise AttributeError(str(error)) from error
     raise AttributeError(f"module 'corolla' has no attribute {name!r}")

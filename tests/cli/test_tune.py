@@ -66,6 +66,11 @@ def peers(tiny: Path) -> Iterator[list[str]]:
         (["--prompt-init", "zeros"], "vocab, text, random"),
         (["--prompt-init", "text"], "--prompt-text"),
         (["--steps", "0"], "--steps is 0"),
+        (["--delimiter", "-v", "--steps", "0"], "--steps is 0"),  # a value is not the option of that name
+        (["--keep", "first"], "--keep is 'first'"),
+        (["--warmup", "-1"], "--warmup is -1"),
+        (["--stop-after", "0"], "--stop-after is 0"),
+        (["--push", "my bot"], "is no name on the hub"),
         (["--lr", "-1"], "--lr is -1"),
         (["--max-length", "2"], "--max-length is 2"),
         (["--style", "poem"], "--style"),

@@ -151,7 +151,7 @@ def test_a_damaged_bundle_is_one_sentence(tiny_folder: Path, tmp_path: Path, dam
 
 
 def test_a_path_that_is_no_folder_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not a folder"):
+    with pytest.raises(BundleError, match="is no folder and no bundle"):
         load_bundle(tmp_path / "nothing")
 
 

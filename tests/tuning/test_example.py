@@ -17,6 +17,7 @@ from tests.tuning.tiny_setup import WORDS, write_model
 from corolla.cli.local_swarm import local_swarm
 from corolla.models.checkpoints.prompt_files import read_prompt_info
 
+SENTIMENT = Path(__file__).parents[2] / "examples" / "sentiment.py"
 SCRIPT = Path(__file__).parents[2] / "examples" / "personachat_loop.py"
 
 
@@ -72,5 +73,34 @@ def test_the_six_steps(kind: str, tiny: Path, address: str, tmp_path: Path) -> N
     assert read_prompt_info(tmp_path / "prompt")["prompt_tokens"] == 4
 
 
-def test_the_script_stays_short_enough_to_be_read() -> None:
-    assert len(SCRIPT.read_text().splitlines()) < 100
+@pytest.mark.nightly  # tests/client/test_classifier.py looks at all but the script
+def test_a_classifier_of_sentences(tiny: Path, address: str, tmp_path: Path) -> None:
+    arguments = [
+        "--model",
+        str(tiny),
+        "--peers",
+        address,
+        "--prompt-tokens",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    ended = subprocess.run(
+        [sys.executable, str(SENTIMENT), *arguments, "--steps", "12", "--lr", "5e-2"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    losses = [float(loss) for loss in re.findall(r"step \d+/12: loss (\S+)", ended.stdout)]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    after, back = re.findall(r"(?:after|read back): (\d+)%", ended.stdout)
+    assert after == back
+    assert "['negative', 'positive']" in ended.stdout
+    assert read_prompt_info(tmp_path / "out")["prompt_tokens"] == 4
+
+
+def test_the_scripts_stay_short_enough_to_be_read() -> None:
+    assert all(len(script.read_text().splitlines()) < 100 for script in (SCRIPT, SENTIMENT))

@@ -71,16 +71,19 @@ def swarm(tiny_folder: Path) -> Iterator[MemorySwarm]:
 
 
 def test_samples_are_what_a_chat_says(swarm: MemorySwarm, tokenizer: Any) -> None:
-    prepared = prepare(tokenizer, settings(), conversations())
+    prepared = prepare(tokenizer, settings(held_out=12), conversations())
     model = swarm.model(tuning_mode="ptune", pre_seq_len=4)
     found = sample_replies(model, prepared.renderer, prepared.talks)
     assert found is not None
-    assert len(found.exchanges) == COUNT
+    assert len(found.exchanges) == len(found.base) == COUNT
     assert len({one.said for one in found.exchanges}) > 1
+    assert [one.reply for one in found.exchanges] != [one.reply for one in found.base]
     greedy = SamplingSettings(temperature=0, max_new_tokens=REPLY_TOKENS)
-    for one in found.exchanges:
-        with ChatEngine(model, prepared.renderer, sampling=greedy, max_context=300) as chat:
-            assert one.reply == "".join(chat.reply(one.said)).strip()
+    for prompt, exchanges in ((model.prompts, found.exchanges[:4]), (None, found.base[:4])):
+        model.prompts = prompt
+        for one in exchanges:
+            with ChatEngine(model, prepared.renderer, sampling=greedy, max_context=300) as chat:
+                assert one.reply == "".join(chat.reply(one.said)).strip()
 
 
 def test_a_model_that_says_only_the_delimiter_is_found_out(
@@ -101,9 +104,10 @@ def test_a_model_that_says_only_the_delimiter_is_found_out(
     console = Console(file=shown, width=200)
     result = tune(model, settings(steps=1), prepared, tmp_path / "out", about, console=console)
     assert isinstance(result, TuneResult)
-    assert "4 of 4 would be empty" in shown.getvalue()
+    assert "5 of 5 would be empty" in shown.getvalue()
+    assert shown.getvalue().count("  You: ") == 4
     noted = load_bundle(tmp_path / "out").metrics["samples"]
-    assert "4 of 4 would be empty" in noted["degenerate"]
+    assert "5 of 5 would be empty" in noted["degenerate"]
     assert all(one["reply"] and one["problem"] == "empty" for one in noted["replies"])
 
 

@@ -36,18 +36,21 @@ class Seen:
 def reference_run(
     folder: Path, mode: str, micro_batches: list[dict[str, torch.Tensor]], chosen: TuneSettings
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses and the final prompt: AdamW, clipping and a linear schedule by hand, on the plain model."""
+    """Losses and the final prompt: AdamW, clipping and the rate's course by hand, on the plain model."""
     model = plain_model(folder).requires_grad_(False)
     prompt = prompt_for(model, mode)
     parameters = list(prompt.parameters())
     for index, layer in enumerate(model.model.layers):
         if prompt.deep is not None:
             layer.register_forward_pre_hook(add_to_first_positions(prompt.deep, index))
-    optimizer = torch.optim.AdamW(parameters, lr=chosen.learning_rate, weight_decay=0.0)
+    rate, warmup = chosen.learning_rate, int(chosen.warmup)
+    assert rate is not None
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = chosen.learning_rate * (1 - step / STEPS)
+            rising, falling = (step + 1) / (warmup + 1), (STEPS - step) / (STEPS - warmup)
+            group["lr"] = rate * min(rising, falling)
         micro = micro_batches[step * chosen.accumulate : (step + 1) * chosen.accumulate]
         total = torch.zeros(())
         count = 0
@@ -102,11 +105,11 @@ def run_and_compare(
         torch.testing.assert_close(mine.detach(), theirs, atol=tolerance, rtol=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "warmup"), [(1, 0), (2, 2)])
 def test_steps_equal_a_loop_written_with_torch_alone(
-    tiny_folder: Path, tokenizer: Any, tmp_path: Path, accumulate: int
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path, accumulate: int, warmup: int
 ) -> None:
-    chosen = settings(steps=STEPS, accumulate=accumulate)
+    chosen = settings(steps=STEPS, accumulate=accumulate, warmup=warmup)
     prepared = prepare(tokenizer, chosen, conversations())
     run_and_compare(
         local_model(tiny_folder), tiny_folder, "ptune", chosen, prepared, tmp_path / "out", tolerance=2e-5

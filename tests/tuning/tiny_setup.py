@@ -78,6 +78,9 @@ def settings(**changes: Any) -> TuneSettings:
         "batch_size": 3,
         "save_every": 2,
         "held_out": 5,
+        "learning_rate": 1e-2,
+        "warmup": 0.0,
+        "keep": "last",
         "rendering": RenderSettings(delimiter="|", max_length=64),
     }
     return TuneSettings(**values | changes)

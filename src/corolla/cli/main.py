@@ -9,15 +9,19 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from corolla.cli.api import api
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.defaults import read_defaults
 from corolla.cli.demo import demo
+from corolla.cli.evaluate import evaluate
 from corolla.cli.invite import invite
 from corolla.cli.join import join
 from corolla.cli.machine import allow_open_files, exhausted, unusable
@@ -51,8 +55,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, chat, api, demo, invite, join, revoke):
-    app.command()(_command)
+for _command in (bootstrap, serve, status, tune, evaluate, chat, api, demo, invite, join, revoke):
+    app.command({"evaluate": "eval"}.get(_command.__name__))(_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,10 +81,32 @@ def _options(
 
 
 def _arguments() -> list[str]:
-    """The command line, `-v` before the command wherever it stands."""
+    """The command line, `-v` before the command wherever it stands as an option of its own."""
     given = sys.argv[1:]
-    rest = [one for one in given if one not in VERBOSE]
+    if not set(VERBOSE) & set(given):
+        return given
+    rest = list(_without_verbose(given))
     return [VERBOSE[0], *rest] if len(rest) < len(given) else given
+
+
+def _without_verbose(given: list[str]) -> Iterator[str]:
+    """Options' values stay, whatever they are, and so does all that stands behind `--`."""
+    commands: dict[str, Any] = getattr(get_command(app), "commands", {})
+    command = next((commands[one] for one in given if one in commands), None)
+    words = iter(given)
+    for one in words:
+        if one in VERBOSE:
+            continue
+        yield one
+        if one == "--":
+            yield from words
+        elif one in _flags_with_value(command):
+            yield from islice(words, 1)
+
+
+def _flags_with_value(command: Any) -> set[str]:
+    options = [one for one in getattr(command, "params", ()) if not getattr(one, "is_flag", True)]
+    return {flag for one in options for flag in one.opts}
 
 
 def _is_said(error: CorollaError) -> bool:

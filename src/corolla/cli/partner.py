@@ -33,13 +33,16 @@ def find_partner(name: str, revision: str | None = None) -> Partner:
     """A bundle's folder, a folder with a saved prompt only, or a model's name. Raises `BundleError`."""
     from corolla.models.checkpoints.prompt_files import PROMPT_FILE, read_prompt_info
     from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
+    from corolla.tuning.sharing import fetch_bundle
 
     folder = Path(name)
+    if not folder.exists():
+        folder = fetch_bundle(name, revision=revision) or folder
     if (folder / BUNDLE_FILE).is_file():
         bundle = load_bundle(folder)
         return Partner(
             bundle.model.name,
-            revision or bundle.model.revision,
+            (revision if name == str(folder) else None) or bundle.model.revision,
             folder,
             bundle.rendering,
             bundle.sampling,

@@ -46,6 +46,7 @@ from corolla.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
+    from corolla.tuning.evaluate import Difference, Evaluation
     from corolla.tuning.tune import TuneResult
 
 MODES = ("ptune", "deep_ptune", "prefix")
@@ -72,6 +73,8 @@ class TuneJob:
     prompt_text: Annotated[
         str | None, "--prompt-text", "--init-text", "The text to start from, or a file that holds it."
     ] = None
+    push: Annotated[str | None, "Share the bundle on the hub under this name, such as me/my-bot."] = None
+    private: Annotated[bool, "--private", "Share it in a private repository."] = False
     model: str = "smollm2"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -161,6 +164,10 @@ def tune(
         max_length=max_length,
     )
     how = TuneSettings(**settings, rendering=rendering)
+    if to_do.push is not None:
+        from corolla.tuning.sharing import check_push
+
+        check_push(to_do.push, token)
     RunFolder(to_do.out).check(resume=resume, overwrite=overwrite)
     with stopped_by_ctrl_c(to_do.out):
         prepared = prepare_data(to_do, how)
@@ -176,6 +183,11 @@ def tune(
                 again=_resume_command(),
             )
     show_next_step(to_do.out, peers)
+    if to_do.push is not None:
+        from corolla.tuning.bundle import load_bundle
+
+        bundle = load_bundle(to_do.out)
+        say_plainly(f"Shared: {bundle.push_to_hub(to_do.push, token=token, private=to_do.private)}")
 
 
 @contextlib.contextmanager
@@ -303,13 +315,15 @@ def train_and_report(
         if again is not None:
             say_plainly(f"Go on with\n  {again}")
         raise typer.Exit(130)
-    console.print(result_table(result))
+    words = f"{result.steps} steps in {result.seconds:.0f} s"
+    if result.best_step != result.steps:
+        words = f"after step {result.best_step}, the best of {words}"
+    console.print(result_table(result.before, result.after, result.difference, words))
     return result
 
 
-def result_table(result: TuneResult) -> RenderableType:
-    """Held-out losses before and after, with the interval of their difference."""
-    before, after, change = result.before, result.after, result.difference
+def result_table(before: Evaluation, after: Evaluation, change: Difference, words: str) -> RenderableType:
+    """Held-out losses of the base model and the tuned one, with the interval of their difference; `words` below."""
     table = Table(title="Held-out conversations", title_justify="left", title_style="bold")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
@@ -320,7 +334,7 @@ def result_table(result: TuneResult) -> RenderableType:
     )
     for name, old, new, form in rows:
         table.add_row(name, format(old, form), format(new, form), format(new - old, "+" + form))
-    words = f"{result.steps} steps in {result.seconds:.0f} s, {before.conversations} held-out conversations"
+    words += f", {before.conversations} held-out conversations"
     if change.low is not None and change.high is not None:
         words += (
             f"; change of the replies' loss, paired 95 % interval: {change.low:+.3f} to {change.high:+.3f}"
@@ -330,9 +344,9 @@ def result_table(result: TuneResult) -> RenderableType:
 
 def show_next_step(out: Path, peers: Sequence[str] | None) -> None:
     """Where the bundle is, and how to chat with it."""
-    from corolla.tuning.bundle import CURVE_FILE
+    from corolla.tuning.report import REPORT_FILE
 
-    say_plainly(f"Bundle: {out}   loss curve: {out / CURVE_FILE}")
+    say_plainly(f"Bundle: {out}   what came of it: {out / REPORT_FILE}")
     join = [part for address in peers or () for part in ("--peers", address)]
     say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(out), *join])}")
 

@@ -375,7 +375,7 @@ class PromptedView(_OneGrowingLayer):
 
 
 class Caches(Protocol):
-    """Where calls that name no cache find one (`client/model/causal_lm.py`)."""
+    """Where calls that name no cache find one (`client/model/distributed.py`)."""
 
     owner: object  # what the caches of this model have in common
 

@@ -15,7 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from corolla.errors import UnsupportedFamily
 
@@ -52,9 +58,32 @@ def structure(config: PretrainedConfig) -> Structure:
     return known
 
 
-def blocks_prefix(config: PretrainedConfig) -> str:
-    """Path of the list of blocks in the `...ForCausalLM`'s state dict, e.g. `model.layers`."""
-    return structure(config).prefix
+def blocks_prefix(config: PretrainedConfig, part: type[PreTrainedModel] | None = None) -> str:
+    """Path of the list of blocks in the state dict of `part` (None: the `...ForCausalLM`), e.g. `model.layers`."""
+    found = structure(config)
+    if part is None or part is found.causal_lm:
+        return found.prefix
+    inner = found.prefix.removeprefix(found.optional_prefix)
+    return inner if part is base_class(config) else f"{part.base_model_prefix}.{inner}"
+
+
+def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The family's model without a head, e.g. `LlamaModel`. Raises `UnsupportedFamily`."""
+    return _class_among(AutoModel, config, "base model")
+
+
+def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The family's classifier of sequences, e.g. `LlamaForSequenceClassification`. Raises `UnsupportedFamily`."""
+    return _class_among(AutoModelForSequenceClassification, config, "class for sequence classification")
+
+
+def _class_among(auto: Any, config: PretrainedConfig, what: str) -> type[PreTrainedModel]:
+    structure(config)  # raises where the family cannot be split at all
+    if type(config) not in auto._model_mapping:
+        raise UnsupportedFamily(f"transformers has no {what} of type {config.model_type}: use another model.")
+    found = auto._model_mapping[type(config)]
+    kind: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return kind
 
 
 def block_key_pattern(config: PretrainedConfig) -> re.Pattern[str]:

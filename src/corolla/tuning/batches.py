@@ -46,11 +46,7 @@ class Prepared:
 def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conversation]) -> Prepared:
     """Split, render and subsample. Raises `DataError` when nothing is left to train or evaluate on."""
     renderer = Renderer(tokenizer, settings.rendering)
-    refusals = [renderer.refusal(conversation) for conversation in conversations]
-    refused = [why for why in refusals if why is not None]
-    if conversations and len(refused) == len(conversations):
-        raise DataError(f"None of {len(conversations)} conversations can be rendered: {refused[0]}")
-    conversations = [one for one, why in zip(conversations, refusals, strict=True) if why is None]
+    conversations, refused = _renderable(renderer, conversations)
     wanted = settings.held_out
     if wanted is None:
         wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
@@ -66,6 +62,35 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
         notes=tuple(_notes(renderer.settings, conversations, refused)),
         talks=tuple(subsample(held_out, len(held_out), settings.seed)[:TRIED]),
     )
+
+
+def prepare_evaluation(
+    tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conversation]
+) -> Prepared:
+    """As `prepare`, of conversations that nothing was trained on: all are held out. Raises `DataError`."""
+    renderer = Renderer(tokenizer, settings.rendering)
+    conversations, refused = _renderable(renderer, conversations)
+    return Prepared(
+        train=[],
+        held_out=_draw(
+            renderer, conversations, settings.held_out_samples, settings.seed, "evaluation", refused
+        ),
+        batches=Collator(),
+        renderer=renderer,
+        notes=tuple(_notes(renderer.settings, conversations, refused)),
+        talks=tuple(subsample(conversations, len(conversations), settings.seed)[:TRIED]),
+    )
+
+
+def _renderable(
+    renderer: Renderer, conversations: Sequence[Conversation]
+) -> tuple[list[Conversation], list[str]]:
+    """Those that can be rendered, and why others cannot. Raises `DataError` where none can."""
+    refusals = [renderer.refusal(conversation) for conversation in conversations]
+    refused = [why for why in refusals if why is not None]
+    if conversations and len(refused) == len(conversations):
+        raise DataError(f"None of {len(conversations)} conversations can be rendered: {refused[0]}")
+    return [one for one, why in zip(conversations, refusals, strict=True) if why is None], refused
 
 
 def _notes(

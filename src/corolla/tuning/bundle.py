@@ -8,7 +8,8 @@ to the model that `bundle.json` names.
     bundle.json      model, rendering, stop, sampling, training arguments, metrics
     metrics.jsonl    one line a logged step
     loss.png         the loss curve
-    README.md        how to use it, here and elsewhere
+    report.html      see `report.py`
+    README.md        how to use it, here and elsewhere; see `card.py`
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,60 +36,48 @@ from corolla.models.checkpoints.prompt_files import (
     read_prompt_info,
     save_prompt,
 )
-from corolla.models.prompts import SoftPrompt
-from corolla.version import __version__
+from corolla.models.prompts import Prompt
+from corolla.tuning.described import BUNDLE_FILE as BUNDLE_FILE
+from corolla.tuning.described import CARD_FILE as CARD_FILE
+from corolla.tuning.described import CURVE_FILE as CURVE_FILE
+from corolla.tuning.described import FORMAT_VERSION, Described, smoothed
+from corolla.tuning.described import METRICS_FILE as METRICS_FILE
+from corolla.tuning.described import SAMPLING as SAMPLING
+from corolla.tuning.described import ModelInfo as ModelInfo
 
-BUNDLE_FILE = "bundle.json"
-METRICS_FILE = "metrics.jsonl"
-CURVE_FILE = "loss.png"
-CARD_FILE = "README.md"
-FORMAT_VERSION = 1
 RAW, SMOOTH, HELD_OUT = "#9db8d9", "#1f5fa8", "#c8501e"  # colours of the curve
-SAMPLING = {"temperature": 0.6, "top_k": 100, "max_new_tokens": 64}
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """Which model a prompt was trained for; `identity` as in `Checkpoint.identity`."""
-
-    name: str
-    identity: str
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(Described):
     """What `bundle.json` says; the prompt itself is read with `from_pretrained(..., prompts=folder)`."""
 
-    model: ModelInfo
-    mode: str
-    prompt_tokens: int
-    rendering: RenderSettings
-    stop: dict[str, Any]
-    training: dict[str, Any]
-    metrics: dict[str, Any]
-    sampling: dict[str, Any] = field(default_factory=lambda: dict(SAMPLING))
-    folder: Path | None = None
+    def push_to_hub(self, name: str, *, token: str | None = None, private: bool = False) -> str:
+        """Share it as the repository `name` on the Hugging Face hub; gives its address.
 
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `bundle.json`."""
-        content = asdict(self)
-        del content["folder"]
-        return {"format": FORMAT_VERSION, "corolla": __version__, **content}
+        Without the swarm's addresses. Raises `UsageError`, and `BundleError` when the hub does not take it.
+        """
+        from corolla.tuning.sharing import push_bundle
+
+        if self.folder is None:
+            raise UsageError("This bundle is in no folder yet: read it with corolla.load_bundle(FOLDER).")
+        return push_bundle(self, self.folder, name, token=token, private=private)
 
 
 def save_bundle(
     out: Path,
     bundle: Bundle,
-    prompt: SoftPrompt,
+    prompt: Prompt,
     *,
     config: PretrainedConfig,
     history: Sequence[dict[str, float]],
     overwrite: bool = False,
+    pages: Mapping[str, str] | None = None,
 ) -> None:
     """Write a bundle as the folder `out`. Raises `BundleError`, and leaves what was there, when it cannot.
 
-    `history` is a line of figures a logged step: "step", and "loss" or "eval_loss".
+    `history` is a line of figures a logged step: "step", and "loss" or "eval_loss"; `pages` are further files by
+    name, for people to read.
     """
     temporary: Path | None = None
     try:
@@ -102,7 +91,8 @@ def save_bundle(
             identity=bundle.model.identity,
             revision=bundle.model.revision,
         )
-        write_atomically(temporary / CARD_FILE, _card(bundle, config).encode())
+        for name, text in (pages or {}).items():
+            write_atomically(temporary / name, text.encode())
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_atomically(temporary / METRICS_FILE, lines.encode())
         draw_curve(history, temporary / CURVE_FILE, title=f"{bundle.model.name}, {bundle.mode}")
@@ -114,31 +104,6 @@ def save_bundle(
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _card(bundle: Bundle, config: PretrainedConfig) -> str:
-    """How to use the bundle, for whoever finds the folder."""
-    name, base = bundle.model.name, config._name_or_path or bundle.model.name
-    lines = [
-        f"A prompt of {bundle.prompt_tokens} tokens ({bundle.mode}) for the language model `{name}` (identity "
-        f"{bundle.model.identity[:12]}), trained with Corolla {__version__}.\n",
-        "Through a swarm that serves this model: `corolla chat THIS_FOLDER --peers …`, or "
-        f'`AutoDistributedModelForCausalLM.from_pretrained("{name}", initial_peers=[…], prompts="THIS_FOLDER")`.\n',
-    ]
-    if bundle.mode != "deep_ptune":
-        lines.append(
-            "On a machine that holds the whole model, with peft: "
-            '`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")`, or '
-            '`AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")` where `base_model_name_or_path` of '
-            f"{PEFT_CONFIG} names a model that can be loaded there.\n"
-        )
-    if base != name:
-        lines.append(
-            f"`{name}` is no name of the Hugging Face hub. Where Corolla can open it, "
-            f'`corolla.load_tokenizer("{name}").name_or_path` '
-            "is a folder with the same weights that everything else can load: use it as BASE.\n"
-        )
-    return "\n".join(lines)
 
 
 def _put_in_place(temporary: Path, out: Path, overwrite: bool) -> None:
@@ -177,12 +142,19 @@ def clear_leftovers(out: Path) -> None:
         raise BundleError(f"{out.parent} cannot be written: {error.strerror or error}.") from error
 
 
-def load_bundle(folder: str | Path) -> Bundle:
-    """Read and check a bundle's description. Raises `BundleError` with one sentence."""
+def load_bundle(folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Bundle:
+    """Read and check a bundle's description: of a folder, or of a repository on the hub, such as `user/name`.
+
+    Raises `BundleError` with one sentence.
+    """
+    if not Path(folder).exists():
+        from corolla.tuning.sharing import fetch_bundle
+
+        folder = fetch_bundle(str(folder), revision=revision, token=token) or folder
     folder = Path(folder)
     path = folder / BUNDLE_FILE
     if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder, so it is not a bundle.")
+        raise BundleError(f"{folder} is no folder and no bundle on the hub.")
     if not path.is_file():
         raise BundleError(
             f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."
@@ -286,14 +258,3 @@ def _draw_held_out(axes: Any, points: list[tuple[int, float]]) -> None:
             ha="center",
             color=HELD_OUT,
         )
-
-
-def smoothed(values: Sequence[float], weight: float = 0.85) -> list[float]:
-    """An exponential mean without the bias towards its beginning."""
-    total = norm = 0.0
-    result = []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result

@@ -1,4 +1,4 @@
-"""What a tuned model says to held-out conversations, and whether that is worth reading.
+"""What a tuned model says to held-out conversations, beside the base model, and whether that is worth reading.
 
 Invariant: the loss of a model that has learnt to say nothing but marks goes down too, so the figures alone do
 not tell. This costs seconds, changes nothing, and a swarm that cannot answer now loses nothing but the samples.
@@ -6,8 +6,9 @@ not tell. This costs seconds, changes nothing, and a swarm that cannot answer no
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from corolla.data.replies import Beginnings, ReplyReader, TokensSeen, reply_ends
 from corolla.errors import CorollaError
 from corolla.text import one_line
 
-COUNT = 4  # conversations
+COUNT = 10  # conversations
+SHOWN = 4  # on a terminal
 REPLY_TOKENS = 32
 LONGEST_PROMPT = 96  # tokens; the opening of a conversation is enough to see
 LINE = 120  # characters that are shown of what somebody says
@@ -51,9 +53,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some held-out exchanges."""
+    """Some held-out exchanges, and what the base model would have replied in each (or nothing of it)."""
 
     exchanges: tuple[Sample, ...]
+    base: tuple[Sample, ...] = ()
 
     def degenerate(self) -> str | None:
         """A sentence that says so and what to try; None when there is nothing to say."""
@@ -73,7 +76,7 @@ class Samples:
     def lines(self) -> list[str]:
         """For people to read."""
         said = []
-        for one in self.exchanges:
+        for one in self.exchanges[:SHOWN]:
             said.append(f"  You: {one_line(one.said, characters=LINE)}")
             said.append(f"  Bot: {one_line(one.reply, characters=LINE) or '(nothing)'}")
         problem = self.degenerate()
@@ -81,12 +84,10 @@ class Samples:
 
     def metrics(self) -> dict[str, Any]:
         """For a bundle."""
-        return {
-            "degenerate": self.degenerate(),
-            "replies": [
-                {"said": one.said, "reply": one.reply, "problem": one.problem()} for one in self.exchanges
-            ],
-        }
+        replies = [{"said": one.said, "reply": one.reply, "problem": one.problem()} for one in self.exchanges]
+        for row, base in zip(replies, self.base, strict=False):
+            row["base"] = base.reply
+        return {"degenerate": self.degenerate(), "replies": replies}
 
 
 def sample_replies(
@@ -101,11 +102,25 @@ def sample_replies(
     """
     if not hasattr(model, "inference_session"):
         return None
-    try:
+    tuned: tuple[Sample, ...] = ()
+    with contextlib.suppress(CorollaError, KeyboardInterrupt):  # the prompt is trained and wants to be saved
         prompts = _prompts(renderer, talks)
-        return Samples(_replies(model, renderer, prompts, sampling)) if prompts else None
-    except (CorollaError, KeyboardInterrupt):  # the prompt is trained and wants to be saved
-        return None
+        if prompts:
+            tuned = _replies(model, renderer, prompts, sampling)
+            if model.prompts is not None:
+                with base_model(model):
+                    return Samples(tuned, _replies(model, renderer, prompts, sampling))
+    return Samples(tuned) if tuned else None
+
+
+@contextlib.contextmanager
+def base_model(model: Any) -> Iterator[None]:
+    """Within the block the model has no prompt."""
+    prompt, model.prompts = model.prompts, None
+    try:
+        yield
+    finally:
+        model.prompts = prompt
 
 
 def _prompts(renderer: Renderer, talks: Sequence[Conversation]) -> list[tuple[str, list[int]]]:

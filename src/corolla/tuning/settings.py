@@ -15,9 +15,14 @@ from typing import Annotated, Any
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
 
+# What suits each mode: `benchmarks/rates.py`.
+RATES = {"ptune": 1e-2, "deep_ptune": 1e-2, "prefix": 3e-2}
+KEEP = ("best", "last")
+EVALUATIONS = 10  # in a run, where nothing else is said
+FEWEST_STEPS = 20  # between two of them
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 # What may differ between a run and its continuation, since no loss depends on it.
-FREE_ON_RESUME = frozenset({"save_every", "eval_every", "report_to", "allow_empty"})
+FREE_ON_RESUME = frozenset({"save_every", "report_to", "allow_empty"})
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,14 @@ class TuneSettings:
     `steps` are optimizer steps of `batch_size` × `accumulate` examples and take precedence over `epochs`.
     `samples` is the number of training examples to draw (None: all), `held_out` the share (below 1) or number
     of conversations kept for evaluation (None: a tenth, at most 32), `held_out_samples` how many examples of
-    those are evaluated. `eval_every` None means at the start and at the end only.
+    those are evaluated. The learning rate rises for `warmup` (a share of the steps, or a number of them), then
+    falls linearly to 0.
     """
 
-    learning_rate: Annotated[float, "--lr", "Learning rate; falls linearly to 0."] = 1e-2
+    learning_rate: Annotated[
+        float | None, "--lr", "Learning rate at its peak (default: what suits the mode)."
+    ] = None
+    warmup: Annotated[float, "Steps in which the learning rate rises: a share (below 1) or a number."] = 0.05
     weight_decay: Annotated[float, "AdamW's weight decay."] = 0.0
     max_grad_norm: float = 1.0
     batch_size: Annotated[int, "Examples a batch."] = 8
@@ -43,7 +52,9 @@ class TuneSettings:
     )
     held_out_samples: int = 64
     allow_empty: Annotated[bool, "--allow-empty", "Let chats with the bundle give empty replies."] = False
-    eval_every: Annotated[int | None, "Evaluate every N steps, too."] = None
+    eval_every: Annotated[int | None, "Evaluate every N steps (default: ten times a run)."] = None
+    stop_after: Annotated[int | None, "Stop after N evaluations without a lower held-out loss."] = None
+    keep: Annotated[str, "The bundle holds the prompt with the best held-out loss, or the last."] = "best"
     save_every: Annotated[int, "Checkpoint every N steps."] = 50
     seed: Annotated[int, "For the split, the order and the prompt."] = 0
     report_to: Annotated[str, "none, wandb, tensorboard or trackio."] = "none"
@@ -52,10 +63,14 @@ class TuneSettings:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "max_grad_norm"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{_option(name)} is {value}; it must be a number above 0.")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UsageError(f"{_option('weight_decay')} is {self.weight_decay}; it must be 0 or more.")
+        for name in ("weight_decay", "warmup"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{_option(name)} is {value}; it must be 0 or more.")
+        if self.keep not in KEEP:
+            raise UsageError(f"--keep is {self.keep!r}; it must be {' or '.join(KEEP)}.")
         for name in (
             "batch_size",
             "accumulate",
@@ -63,6 +78,7 @@ class TuneSettings:
             "samples",
             "held_out_samples",
             "eval_every",
+            "stop_after",
             "save_every",
         ):
             value = getattr(self, name)
@@ -73,6 +89,21 @@ class TuneSettings:
                 f"--held-out is {self.held_out}; give a share below 1, such as 0.1, or a number of conversations."
             )
         check_reporter(self.report_to)
+
+    def for_mode(self, mode: str) -> TuneSettings:
+        """These, with the learning rate that suits the mode where none was given."""
+        if self.learning_rate is not None:
+            return self
+        return dataclasses.replace(self, learning_rate=RATES[mode])
+
+    def warmup_steps(self, total: int) -> int:
+        """Of a run of `total` steps, at most all but the last."""
+        steps = self.warmup * total if self.warmup < 1 else self.warmup
+        return min(round(steps), total - 1)
+
+    def evaluation_steps(self, total: int) -> int:
+        """After how many steps a run of `total` is evaluated again."""
+        return self.eval_every or max(FEWEST_STEPS, math.ceil(total / EVALUATIONS))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""

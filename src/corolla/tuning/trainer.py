@@ -1,12 +1,12 @@
 """`transformers.Trainer` for prompts alone.
 
 Invariant: only the prompt is optimized and only the prompt is written; a step's loss is the mean over all
-label tokens of all its batches, whatever their sizes; a loss or gradient that is not finite never reaches
-the prompt.
+label tokens of all its batches, whatever their sizes.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -16,24 +16,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from corolla.client.model.losses import summed_cross_entropy
-from corolla.errors import NonFiniteLoss
 from corolla.models.checkpoints.prompt_files import load_prompt, save_prompt
 from corolla.tuning.batches import Prepared
 from corolla.tuning.bundle import ModelInfo
-from corolla.tuning.checkpoints import RunFolder
+from corolla.tuning.checkpoints import CHECKPOINT, RunFolder
+from corolla.tuning.course import Course, rate_factor
 from corolla.tuning.evaluate import Evaluation, evaluate, flat_targets
+from corolla.tuning.progress import planned_steps
 from corolla.tuning.settings import TuneSettings
-
-ADVICE = "try a lower --lr (such as 1e-3), --prompt-init vocab, and servers and client in float32"
 
 
 class PromptTrainer(Trainer):  # type: ignore[misc]
     """Trains `model.prompts` on `prepared.train`; `evaluations` maps steps to held-out losses."""
 
     control: TrainerControl
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -43,12 +45,16 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         folder: RunFolder,
         about: ModelInfo,
         callbacks: Sequence[TrainerCallback] = (),
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """`say` is told when the run goes back."""
         model.requires_grad_(False)
         model.prompts.requires_grad_(True)
-        optimizer = torch.optim.AdamW(
-            model.prompts.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        rate = settings.for_mode(model.prompts.mode).learning_rate
+        assert rate is not None
+        optimizer = torch.optim.AdamW(model.prompts.parameters(), lr=rate, weight_decay=settings.weight_decay)
+        self.course = Course(model.prompts, patience=settings.stop_after, say=say)
+        self._settings = settings
         self._prepared = prepared
         self._folder = folder
         self._output = folder.path  # where a checkpoint is written
@@ -56,21 +62,47 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         self.evaluations: dict[int, Evaluation] = {}
         super().__init__(
             model=model,
-            args=training_arguments(settings, folder, on_cpu=model.device.type == "cpu"),
+            args=training_arguments(settings, folder, len(prepared.train), on_cpu=model.device.type == "cpu"),
             data_collator=prepared.batches,
             train_dataset=prepared.train,
             eval_dataset=prepared.held_out,
             optimizers=(optimizer, None),
             compute_loss_func=summed_loss,
-            callbacks=[FiniteGradients(), *callbacks],
+            callbacks=[self.course, *callbacks],
         )
 
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from there, or from the start; to the end, or for as long as patience lasts."""
+        if checkpoint is not None:
+            self.course.load(checkpoint)
+        self.args.eval_on_start = checkpoint is None
+        if checkpoint is None or not self.course.exhausted:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        else:
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._load_from_checkpoint(str(checkpoint))
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; raises `NonFiniteLoss`."""
+        """As the Trainer's; the course is told the loss."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteLoss(f"The loss of step {self.state.global_step + 1} is {loss.item()}: {ADVICE}.")
+        self.course.add(loss.item())
         return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The rate rises, then falls to 0; half of it each time that the run has gone back."""
+        if self.lr_scheduler is None:
+            warmup = self._settings.warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self.course.scale * rate_factor(step, num_training_steps, warmup),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, without what is no number: files are JSON, and curves have points."""
+        finite = {key: one for key, one in logs.items() if not isinstance(one, float) or math.isfinite(one)}
+        super().log(finite, *args, **kwargs)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Held-out losses now; they are logged, and kept in `evaluations`."""
@@ -83,7 +115,10 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
             self._folder.note_before(result)
         metrics = result.metrics()
         self.log(dict(metrics))
+        self.course.evaluated(step, result, self.optimizer)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.course.exhausted:
+            self.control.should_training_stop = True
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -100,6 +135,7 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._folder.saving(self.state.global_step) as self._output:
             super()._save_checkpoint(model, trial)
+            self.course.save(self._output / f"{CHECKPOINT}{self.state.global_step}")
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._output)
@@ -119,15 +155,6 @@ def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
     targets = flat_targets(labels)
     count = targets.numel() if num_items_in_batch is None else num_items_in_batch
     return summed_cross_entropy(outputs.logits, targets) / count
-
-
-class FiniteGradients(TrainerCallback):  # type: ignore[misc]
-    """Stops before the optimizer would write NaN into the prompt."""
-
-    def on_pre_optimizer_step(self, _args: Any, state: TrainerState, _control: Any, **kwargs: Any) -> None:
-        for parameter in kwargs["model"].prompts.parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                raise NonFiniteLoss(f"The gradient of step {state.global_step + 1} is not finite: {ADVICE}.")
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
@@ -174,8 +201,10 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = False
 
 
-def training_arguments(settings: TuneSettings, folder: RunFolder, *, on_cpu: bool) -> TrainingArguments:
-    """The settings as the Trainer takes them."""
+def training_arguments(
+    settings: TuneSettings, folder: RunFolder, examples: int, *, on_cpu: bool
+) -> TrainingArguments:
+    """The settings as the Trainer takes them, for so many examples; the rate's course is not among them."""
     return TrainingArguments(
         output_dir=str(folder.path),
         run_name=folder.out.name,
@@ -188,7 +217,7 @@ def training_arguments(settings: TuneSettings, folder: RunFolder, *, on_cpu: boo
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
         eval_strategy="steps",
-        eval_steps=settings.eval_every or 10**9,
+        eval_steps=settings.evaluation_steps(planned_steps(settings, examples)),
         eval_on_start=True,
         save_strategy="steps",
         save_steps=settings.save_every,

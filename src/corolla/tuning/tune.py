@@ -18,10 +18,21 @@ from transformers import PrinterCallback, TrainerCallback
 
 from corolla.errors import UsageError
 from corolla.tuning.batches import Prepared
-from corolla.tuning.bundle import CURVE_FILE, SAMPLING, Bundle, ModelInfo, clear_leftovers, save_bundle
+from corolla.tuning.bundle import (
+    CARD_FILE,
+    CURVE_FILE,
+    SAMPLING,
+    Bundle,
+    ModelInfo,
+    clear_leftovers,
+    save_bundle,
+)
+from corolla.tuning.card import model_card
 from corolla.tuning.checkpoints import RunFolder
+from corolla.tuning.course import Best
 from corolla.tuning.evaluate import Difference, Evaluation, compare
 from corolla.tuning.progress import ProgressReport, step_seconds
+from corolla.tuning.report import REPORT_FILE, report_page
 from corolla.tuning.samples import Samples, sample_replies
 from corolla.tuning.settings import TuneSettings
 from corolla.tuning.trainer import PromptTrainer, StopOnInterrupt
@@ -53,6 +64,7 @@ class TuneResult:
     difference: Difference
     losses: list[float]  # of each step, from the first one on even when the run was resumed
     steps: int
+    best_step: int  # whose prompt the bundle holds; 0 where training has made nothing better
     seconds: float  # of this call
     samples: Samples | None = None  # what the tuned model says to held-out conversations
 
@@ -88,6 +100,7 @@ def tune(
     """
     started = time.monotonic()
     out, about = Path(out), about or _loaded_as(model)
+    settings = _for_prompt(model, settings)
     console = console or Console(quiet=True)
     trained = _what_is_trained(model, settings, prepared, about)
     folder = RunFolder(out)
@@ -96,10 +109,15 @@ def tune(
         clear_leftovers(out)
         checkpoint = folder.begin(trained, resume=resume, overwrite=overwrite)
         trainer = _train(model, settings, prepared, folder, about, checkpoint, console, callbacks)
-        state = trainer.state
-        if state.global_step < state.max_steps:
+        state, course = trainer.state, trainer.course
+        if state.global_step < state.max_steps and not course.exhausted:
             return TuneStopped(state.global_step, state.max_steps, folder.all()[-1])
         before, after = _before_and_after(trainer, folder)
+        best_step = state.global_step
+        if settings.keep == "best" and course.best is not None and course.best.step != best_step:
+            _printer(console)(_which_is_kept(best_step, after, course.best))
+            course.use_best()
+            best_step, after = course.best.step, course.best.evaluation
         difference = compare(before, after, seed=settings.seed)
         renderer = prepared.renderer
         samples = sample_replies(model, renderer, prepared.talks, **CHOICE)
@@ -118,12 +136,19 @@ def tune(
                 **(notes or {}),
                 "steps": state.global_step,
             },
-            metrics=_metrics(before, after, difference, samples),
+            metrics=metrics_of(before, after, difference, samples)
+            | {"step": best_step, "fell_back": course.times},
             sampling={**SAMPLING, "allow_empty": settings.allow_empty},
         )
         replacing = overwrite or folder.has_ended()
         folder.note_end(bundle.to_dict())
-        save_bundle(out, bundle, model.prompts, config=model.config, history=history, overwrite=replacing)
+        pages = {
+            REPORT_FILE: report_page(bundle, history, str(out)),
+            CARD_FILE: model_card(bundle, model.config._name_or_path or about.name),
+        }
+        save_bundle(
+            out, bundle, model.prompts, config=model.config, history=history, overwrite=replacing, pages=pages
+        )
         folder.finish()
     return TuneResult(
         bundle=out,
@@ -133,6 +158,7 @@ def tune(
         difference=difference,
         losses=[line["loss"] for line in history if "loss" in line],
         steps=state.global_step,
+        best_step=best_step,
         seconds=time.monotonic() - started,
         samples=samples,
     )
@@ -160,12 +186,13 @@ def _train(
     """Train until the last step or Ctrl-C; the trainer's state says which."""
     progress = ProgressReport(console, partial(step_seconds, settings, prepared.train, prepared.held_out))
     interrupt = StopOnInterrupt(_printer(console))
-    trainer = PromptTrainer(model, settings, prepared, folder, about, [progress, interrupt, *callbacks])
+    trainer = PromptTrainer(
+        model, settings, prepared, folder, about, [progress, interrupt, *callbacks], _printer(console)
+    )
     trainer.remove_callback(PrinterCallback)  # it prints every log line as a dictionary
-    trainer.args.eval_on_start = checkpoint is None
     try:
         with interrupt:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.go_on(checkpoint)
     finally:
         progress.close()
         model.eval()
@@ -176,10 +203,6 @@ def _what_is_trained(
     model: Any, settings: TuneSettings, prepared: Prepared, about: ModelInfo
 ) -> dict[str, Any]:
     """Everything that the losses depend on, but for the prompt's first values."""
-    if model.prompts is None:
-        raise UsageError(
-            "The model has no prompt to train: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix'."
-        )
     return {
         **_as_chosen(settings, prepared).decisive(),
         "model": about.identity,
@@ -189,6 +212,22 @@ def _what_is_trained(
     }
 
 
+def _for_prompt(model: Any, settings: TuneSettings) -> TuneSettings:
+    if model.prompts is None:
+        raise UsageError(
+            "The model has no prompt to train: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix'."
+        )
+    return settings.for_mode(model.prompts.mode)
+
+
+def _which_is_kept(last: int, after: Evaluation, best: Best) -> str:
+    where = f"of step {best.step}" if best.step else "from before training"
+    return (
+        f"The bundle holds the prompt {where}, whose held-out loss, {best.evaluation.reply_loss:.4f}, is the lowest "
+        f"(after the last step, {last}: {after.reply_loss:.4f})."
+    )
+
+
 def _as_chosen(settings: TuneSettings, prepared: Prepared) -> TuneSettings:
     """The settings with the style that was chosen for this tokenizer."""
     return replace(settings, rendering=prepared.renderer.settings)
@@ -196,7 +235,7 @@ def _as_chosen(settings: TuneSettings, prepared: Prepared) -> TuneSettings:
 
 def _before_and_after(trainer: PromptTrainer, folder: RunFolder) -> tuple[Evaluation, Evaluation]:
     """The first and the last evaluation; the last is made anew when the run was resumed at its very end."""
-    last = trainer.state.max_steps
+    last = trainer.state.global_step
     if last not in trainer.evaluations:
         trainer.evaluate()
     before = folder.before()
@@ -214,9 +253,10 @@ def _history(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-def _metrics(
+def metrics_of(
     before: Evaluation, after: Evaluation, difference: Difference, samples: Samples | None
 ) -> dict[str, Any]:
+    """What a bundle says of its worth, as JSON values."""
     return {
         **({} if samples is None else {"samples": samples.metrics()}),
         "before": before.metrics(),

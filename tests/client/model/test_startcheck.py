@@ -14,7 +14,7 @@ from tests.tiny_models import FAMILIES, tiny_config
 from transformers import AutoConfig
 
 from corolla.client import local_blocks
-from corolla.client.model import causal_lm, startcheck
+from corolla.client.model import distributed, startcheck
 from corolla.client.model.causal_lm import distributed_class
 from corolla.client.model.startcheck import TESTED, check_generation
 from corolla.errors import UnsupportedFamily
@@ -98,7 +98,7 @@ def test_a_client_that_misreads_its_blocks_is_refused(
     wrong: str, tuples: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gpt_neo's blocks return tuples, llama's do not: the other form makes one row of a batch, or fails."""
-    monkeypatch.setattr(causal_lm, "values_returned", lambda _config: int(tuples))
+    monkeypatch.setattr(distributed, "values_returned", lambda _config: int(tuples))
     right = "gpt_neo" if tuples else "llama"
     for family in (right, wrong):
         config = AutoConfig.for_model(family)

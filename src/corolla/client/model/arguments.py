@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,8 @@ class LoadRequest:
     revision: str | None
     token: str | None
     cache_dir: str | Path | None
+    # Fields of the checkpoint's config that are the client's own affair.
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mode, length, init = self.tuning_mode, self.pre_seq_len, self.prompt_init
@@ -222,6 +224,49 @@ def from_pretrained(
         token=token,
         cache_dir=cache_dir,
     )
+
+
+PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
+
+
+def classifier(
+    name: str | Path,
+    *,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    label2id: Mapping[str, int] | None = None,
+    problem_type: str | None = None,
+    pad_token_id: int | None = None,
+    **options: Any,
+) -> LoadRequest:
+    """A classifier of sequences: its head is here, and trained together with the prompt.
+
+    Args:
+        name: As of `AutoDistributedModelForCausalLM.from_pretrained`, like all `options`.
+        num_labels, id2label, label2id, problem_type, pad_token_id: As in the config of transformers' classifiers. A
+            head that the checkpoint has not is new, drawn under `seed`; with `prompts`, that and these are as saved.
+    """
+    if num_labels is not None and num_labels < 1:
+        raise UsageError(f"num_labels is {num_labels}; a classifier needs at least 1.")
+    if num_labels is not None and id2label is not None and len(id2label) != num_labels:
+        raise UsageError(f"num_labels is {num_labels}, and id2label names {len(id2label)}: give one of them.")
+    if problem_type not in PROBLEM_TYPES:
+        raise UsageError(
+            f"problem_type is {problem_type!r}; it must be one of {', '.join(PROBLEM_TYPES[1:])}."
+        )
+    if id2label is not None and label2id is None:
+        label2id = {label: index for index, label in id2label.items()}
+    if label2id is not None and id2label is None:
+        id2label = {index: label for label, index in label2id.items()}
+    changes = {
+        "num_labels": num_labels,
+        "id2label": id2label,
+        "label2id": label2id,
+        "problem_type": problem_type,
+        "pad_token_id": pad_token_id,
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    return replace(from_pretrained(name, **options), config_changes=given)
 
 
 def own_arguments() -> list[str]:

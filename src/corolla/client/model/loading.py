@@ -89,7 +89,7 @@ def generation_config(checkpoint: Checkpoint, default: GenerationConfig) -> Gene
 
 def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> Prompt | None:
     """The saved prompt that was asked for, or one to start training from. Raises `BundleError`, `UsageError`."""
-    if request.prompts is not None:
+    if request.prompts is not None and not saving.is_only_a_head(request.prompts):
         saved = saving.saved_prompt(
             model, request.prompts, name=checkpoint.name, identity=checkpoint.identity
         )
@@ -144,42 +144,43 @@ def _first_prefix(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> K
 
 
 def load_shell(
-    part: Any,
-    checkpoint: Checkpoint,
-    shared: SharedConnection,
-    dtype: torch.dtype,
-    quantization: str = "none",
-    device: torch.device | None = None,
-    saved: Path | None = None,
+    part: Any, checkpoint: Checkpoint, shared: SharedConnection, dtype: torch.dtype, request: LoadRequest
 ) -> Any:
-    """The client's part of a model: embeddings and head, frozen, in evaluation mode.
+    """The client's part of a model: embeddings and head, frozen but for a classifier's head, in evaluation mode.
 
-    `part` is the client's class for the model's family; `saved` is the folder of a saved model, which may hold
-    embeddings or a head of its own.
+    `part` is the client's class for the model's family; a saved model may hold embeddings or a head of its own.
     Raises `CheckpointError` when one of their tensors is missing.
     """
     pattern = families.block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
-    model, info = load_parts(part, checkpoint, state, dtype, connection=shared)
-    if info["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint.name} lacks the tensor {min(info['missing_keys'])}; copy it again."
-        )
+    changes = saving.labels_of(request.prompts, request.config_changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(request.seed)  # of a new head
+        model, info = load_parts(part, checkpoint, state, dtype, changes=changes, connection=shared)
+    heads, missing = saving.head_names(model), set(info["missing_keys"])
+    if missing - heads:
+        raise CheckpointError(f"{checkpoint.name} lacks the tensor {min(missing - heads)}; copy it again.")
     # What others can load, unlike `smollm2`.
     model.name_or_path = model.config._name_or_path = checkpoint.source.location
     model._revision = checkpoint.revision
-    model.generation_config = generation_config(checkpoint, model.generation_config)
-    for option in switch_off_outputs(model.config, model.generation_config):
+    configs = [model.config]
+    if model.can_generate():
+        model.generation_config = generation_config(checkpoint, model.generation_config)
+        configs.append(model.generation_config)
+    for option in switch_off_outputs(*configs):
         what = families.INNER_OUTPUTS[option]
         log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
-    model.requires_grad_(False).eval().to(device)
-    model._noted.note(model)
-    tables = {} if saved is None else saving.read_tables(saved)
-    saving.take_tables(model, tables, saved or Path())
+    model.requires_grad_(False).eval().to(request.device)
+    model._noted.note(model, but=missing)
+    tables = {} if request.prompts is None else saving.read_tables(request.prompts)
+    saving.take_tables(model, tables, request.prompts or Path())
     changed = model._noted.changed(model)
     model.requires_grad_(False)
-    share_head(model)
-    use_head_kernel(model, quantization)
+    if model.get_output_embeddings() is not None:
+        share_head(model)
+    use_head_kernel(model, request.swarm.quantization)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in heads)
     model._noted.note(model, but=changed)
     return model
 

@@ -49,9 +49,9 @@ def copied(model: Any, memo: dict[int, Any]) -> Any:
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config, memo), connection=model._shared_connection)
     memo[id(model)] = made
-    path = families.blocks_prefix(model.config).split(".")
-    _copy_around(model, made, path, memo)
-    made.generation_config = copy.deepcopy(model.generation_config, memo)
+    _copy_around(model, made, model.blocks_at.split("."), memo)
+    if model.can_generate():
+        made.generation_config = copy.deepcopy(model.generation_config, memo)
     made._noted.note(made, but=model._noted.changed(model))
     return made
 

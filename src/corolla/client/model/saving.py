@@ -4,6 +4,7 @@ Invariant: what was trained or changed at the client is written, and nothing of 
 there is no config.json, and no tensor that is still the checkpoint's.
 
     prompt.json, …       the prompt (models/checkpoints/prompt_files.py)
+    classifier.json      what a classifier's config says of its labels
     model.safetensors    by their names in the state dict: what else is not the checkpoint's (resized embeddings, a
                          trained head), and for a trainer, which reads no other file, the prompt once more
 """
@@ -20,13 +21,23 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from corolla.errors import BundleError, UsageError
-from corolla.files import write_atomically
+from corolla.files import write_atomically, write_json
+from corolla.json_files import read_object
 from corolla.models import families
-from corolla.models.checkpoints.prompt_files import load_prompt, save_prompt
+from corolla.models.checkpoints.prompt_files import (
+    PEFT_BASE,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PROMPT_FILE,
+    load_prompt,
+    save_prompt,
+)
 from corolla.models.checks.prefixes import check_prefix
 from corolla.models.prompts import KeyValuePrefix, Prompt
 
 TABLES = "model.safetensors"
+LABELS_FILE = "classifier.json"
+LABELS = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id")
 PROMPTS = "prompts."  # what the names of a prompt's tensors begin with
 
 
@@ -47,6 +58,7 @@ def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
             model_name=view.model_name,
             identity=view.model,
             revision=model._revision,
+            head={name: dict(model.named_parameters())[name] for name in sorted(head_names(model))},
         )
         if for_trainer:
             changed |= {PROMPTS + name: one for name, one in model.prompts.state_dict().items()}
@@ -57,8 +69,46 @@ def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
             write_atomically(folder / TABLES, save(tensors, metadata={"format": "pt"}))
         else:
             (folder / TABLES).unlink(missing_ok=True)  # an earlier save's
+        if head_names(model):
+            write_json(folder / LABELS_FILE, {name: getattr(model.config, name, None) for name in LABELS})
     except OSError as error:
         raise BundleError(f"The model could not be saved to {folder}: {error.strerror or error}.") from error
+
+
+def head_names(model: Any) -> set[str]:
+    """The parameters of a classifier's head, which are trained here; nothing of other models."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return set()
+    base, prompt = f"{model.base_model_prefix}.", PROMPTS
+    return {name for name, _ in model.named_parameters() if not name.startswith((base, prompt))}
+
+
+def is_only_a_head(folder: Path) -> bool:
+    """Whether a classifier without a prompt was saved there."""
+    written = (PROMPT_FILE, PEFT_CONFIG)
+    return (folder / LABELS_FILE).is_file() and not any((folder / name).is_file() for name in written)
+
+
+def labels_of(folder: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved classifier's config said of its labels, but for what is `given`. Raises `BundleError`."""
+    saved = {} if folder is None else _read_labels(folder)
+    if {"num_labels", "id2label"} & given.keys():
+        saved = {name: saved[name] for name in saved.keys() & {"problem_type", "pad_token_id"}}
+    return {**saved, **given}
+
+
+def _read_labels(folder: Path) -> dict[str, Any]:
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        return {}
+    content = read_object(path, BundleError, "copy the folder again")
+    found = {name: content[name] for name in LABELS if content.get(name) is not None}
+    names = found.get("id2label")
+    if not isinstance(found.get("num_labels", 1), int) or not isinstance(names, dict | None):
+        raise BundleError(f"{path} does not say which labels there are; copy the folder again.")
+    if names is not None:
+        found["id2label"] = {int(key): str(value) for key, value in names.items() if str(key).isdecimal()}
+    return found
 
 
 def has_adapters(model: Any, options: dict[str, Any]) -> bool:
@@ -91,7 +141,8 @@ def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Promp
     Raises `BundleError`, and `UnsupportedFamily` for a prefix that the model's blocks cannot take.
     """
     shape = (int(model.get_input_embeddings().weight.shape[1]), len(model.blocks))
-    prompt = load_prompt(folder, model_name=name, identity=identity, peft_shape=shape)
+    beside = bool(head_names(model))
+    prompt = load_prompt(folder, model_name=name, identity=identity, peft_shape=shape, with_head=beside)
     if isinstance(prompt, KeyValuePrefix):
         check_prefix(model.config)
     return prompt
@@ -99,7 +150,9 @@ def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Promp
 
 def read_tables(folder: Path) -> dict[str, Tensor]:
     """What a saved model says of embeddings and head, by name; nothing where they were not changed."""
-    path = folder / TABLES
+    path, start = folder / TABLES, ""
+    if not path.is_file():
+        path, start = folder / PEFT_WEIGHTS, PEFT_BASE  # of peft, beside its prompt
     if not path.is_file():
         return {}
     try:
@@ -107,7 +160,8 @@ def read_tables(folder: Path) -> dict[str, Tensor]:
         found = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} is missing or truncated; copy the folder again.") from error
-    return {name: tensor for name, tensor in found.items() if not name.startswith(PROMPTS)}
+    named = {name.removeprefix(start): tensor for name, tensor in found.items() if name.startswith(start)}
+    return {name: tensor for name, tensor in named.items() if not name.startswith(PROMPTS)}
 
 
 def take_tables(model: Any, tables: dict[str, Tensor], folder: Path) -> None:
@@ -117,7 +171,7 @@ def take_tables(model: Any, tables: dict[str, Tensor], folder: Path) -> None:
     own = dict(model.named_parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, tensor in tables.items():
-        wide = any(own.get(name) is one.weight for one in (embedding, head))
+        wide = any(own.get(name) is one.weight for one in (embedding, head) if one is not None)
         if (
             name not in own
             or tensor.shape[1:] != own[name].shape[1:]

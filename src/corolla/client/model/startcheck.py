@@ -61,6 +61,50 @@ def check_generation(config: PretrainedConfig, distributed: Any) -> None:
     _passed.add(key)
 
 
+def check_outputs(config: PretrainedConfig, family: Any, distributed: Any) -> None:
+    """The same of a class that generates nothing (`family`, in its distributed form): outputs and gradients.
+
+    Raises `UnsupportedFamily`.
+    """
+    small = miniature(config)
+    small.pad_token_id = 0  # classifiers look for it
+    key = canonical_config(small.to_dict()) + family.__name__.encode()
+    if key in _passed:
+        return
+    try:
+        with undisturbed():
+            whole = random_model(family, small)
+            difference = _different_outputs(whole, _client_of(_InMemory(whole), distributed))
+    except Exception as error:
+        difference = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if difference is not None:
+        raise UnsupportedFamily(
+            f"With transformers {transformers.__version__}, a miniature {family.__name__} in a swarm does not give "
+            f"what it should ({difference}), so it is not used{_other_release()}"
+        )
+    _passed.add(key)
+
+
+def _different_outputs(whole: Any, model: Any) -> str | None:
+    ids = torch.randint(3, 64, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+    ids[0, :PADDED] = mask[0, :PADDED] = 0
+    outputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    weight = torch.randn(ROWS, 1)
+    for one in (whole, model):
+        found = one(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        outputs.append(found[mask.bool()] if found.ndim == 3 else found)
+        embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
+        found = one(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False)[0]
+        last = found[:, -1] if found.ndim == 3 else found
+        gradients += torch.autograd.grad((last * weight).sum(), [embeddings])
+    if not close(outputs[1], outputs[0]):
+        return "in a batch with padding"
+    real = mask.bool()
+    return None if close(gradients[1][real], gradients[0][real]) else "in gradients"
+
+
 def _other_release() -> str:
     """What may help, where this release is none that Corolla is tested with."""
     try:

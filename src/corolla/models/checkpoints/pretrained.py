@@ -103,19 +103,28 @@ def load_generation_config(checkpoint: Opened, default: GenerationConfig) -> Gen
 
 
 def load_parts(
-    part: Any, checkpoint: Opened, state: Mapping[str, torch.Tensor], dtype: torch.dtype, **more: Any
+    part: Any,
+    checkpoint: Opened,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The family's own loader on the class `part`: the model and what the loader says about it.
 
     `state` are its tensors by name; layouts are converted as for a whole checkpoint, and no file is looked for.
-    Raises `CheckpointError` when they do not fit the config.
+    `changes` are made to a copy of the checkpoint's config. Raises `CheckpointError` when they do not fit it.
     """
+    config = copy.deepcopy(checkpoint.config)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
     try:
         # The one of transformers: on a client's class, its own name loads from a swarm.
         model, info = PreTrainedModel.from_pretrained.__func__(
             part,
             None,
-            config=copy.deepcopy(checkpoint.config),
+            config=config,
             state_dict=state,
             dtype=dtype,
             output_loading_info=True,

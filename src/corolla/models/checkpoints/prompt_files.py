@@ -11,6 +11,7 @@ whole or not at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
 PROMPT_FILE = "prompt.json"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_BASE = "base_model."  # what the names of the model's own tensors begin with
 DEEP_WEIGHTS = "prompts.safetensors"
 PREFIX_TYPES = ("CARTRIDGE", "PREFIX_TUNING")  # peft's, the latter's projection is applied when it is saved
 FORMAT_VERSION = 1
@@ -41,11 +43,14 @@ def save_prompt(
     model_name: str,
     identity: str,
     revision: str | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a prompt for the model of that name and identity. Raises `BundleError` when it cannot be written.
 
-    peft is told where the model can be loaded from, which is not always its name.
+    peft is told where the model can be loaded from, which is not always its name, and given a classifier's `head` by
+    its names in the model.
     """
+    beside = {f"{PEFT_BASE}{name}": one.detach().cpu().contiguous() for name, one in (head or {}).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         given = None if prompt.blocks is None else prompt.blocks.values.detach().float().cpu()
@@ -54,8 +59,9 @@ def save_prompt(
             write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": given.contiguous()}))
         else:
             vectors = _peft_vectors(prompt)
-            write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors}))
-            write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name, revision))
+            write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors, **beside}))
+            kind = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]} if beside else {}
+            write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name, revision) | kind)
         write_json(
             folder / PROMPT_FILE,
             {
@@ -73,15 +79,21 @@ def save_prompt(
 
 
 def load_prompt(
-    folder: Path, *, model_name: str, identity: str, peft_shape: tuple[int, int] | None = None
+    folder: Path,
+    *,
+    model_name: str,
+    identity: str,
+    peft_shape: tuple[int, int] | None = None,
+    with_head: bool = False,
 ) -> Prompt:
     """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read.
 
     With `peft_shape`, the model's width H and number of blocks, a folder that peft itself wrote is read, too; nobody
-    can tell for which model that was, as long as it is as wide and deep.
+    can tell for which model that was, as long as it is as wide and deep. A classifier's head beside it is left to
+    others `with_head`.
     """
     if peft_shape is not None and not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists():
-        return _load_peft_prompt(folder, model_name, *peft_shape)
+        return _load_peft_prompt(folder, model_name, *peft_shape, with_head=with_head)
     about = read_prompt_info(folder)
     if about["identity"] != identity:
         raise BundleError(
@@ -137,7 +149,7 @@ def _frozen_tokens(about: dict[str, Any]) -> int:
     return found if isinstance(found, int) else -1
 
 
-def _load_peft_prompt(folder: Path, model_name: str, width: int, blocks: int) -> Prompt:
+def _load_peft_prompt(folder: Path, model_name: str, width: int, blocks: int, *, with_head: bool) -> Prompt:
     about = _peft_info(folder)
     kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
     if kind not in ("PROMPT_TUNING", *PREFIX_TYPES) or parts != 1:
@@ -151,6 +163,8 @@ def _load_peft_prompt(folder: Path, model_name: str, width: int, blocks: int) ->
     vectors = tensors.pop("prompt_embeddings", None)
     if vectors is None or vectors.ndim != 2 or vectors.shape[0] != about.get("num_virtual_tokens"):
         raise BundleError(f"The prompt in {folder} is not what its {PEFT_CONFIG} says; copy it again.")
+    if with_head:
+        tensors = {name: one for name, one in tensors.items() if not name.startswith(PEFT_BASE)}
     if tensors:
         raise BundleError(
             f"{folder} holds more than a prompt ({min(tensors)}): load it with "

@@ -271,6 +271,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add("where", result, [self._tensor(args[one]) for one in (1, 2, 0)])
         elif name == "where" and len(args) == 3:
             self._add("where", result, [*map(self._tensor, args)])
+        elif name in ("empty_like", "new_empty"):
+            self._new(result)
         elif name in FILLS:
             self._add("copy", result, [self._tensor(FILLS[name])])
         elif (
