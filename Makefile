@@ -16,7 +16,7 @@ AVX2   := COROLLA_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_
 SOME   := startcheck or ((none-llama or deep_ptune-llama) and not Trainers)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-avx2 check bench bench-avx2 nightly clean
+.PHONY: help setup demo test test-avx2 check bench bench-avx2 nightly docs clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -71,5 +71,9 @@ nightly: setup $(OLDEST)/.installed  ## the tests that take longer; what they fo
 	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m tests.models.every_family
 
+docs: setup      ## the docs site, in .docs-site; warnings are errors
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:           ## remove .venv and what the runs left
-	rm -rf $(VENV) demo-run .test-cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-run .test-cache .pytest_cache .mypy_cache .ruff_cache .docs-site

@@ -135,7 +135,7 @@ def test_no_web_page_from_elsewhere_may_ask(world: World) -> None:
         assert about["error"]["type"] == "permission_error"
         assert "access-control-allow-origin" not in answer
     plain = asked(world, path, method="POST", headers={"Content-Type": "text/plain"}, body=body)
-    assert plain[0] == 400, "a page's form could send it"
+    assert plain[0] == 415, "a page's form could send it"
 
 
 def test_every_refusal_has_openai_s_form(world: World) -> None:
@@ -161,6 +161,18 @@ def test_the_dashboard_shows_figures_that_there_are(world: World) -> None:
     }
     assert len(named) > 6
     assert {name for name in named if f"{name} " not in text and f"{name}{{" not in text} == set()
+
+
+def test_retries_are_counted_by_cause(worlds: Worlds) -> None:
+    world = worlds.make("retries", spans=((0, 4), (0, 4)))
+    world.client().chat.completions.create(model=BASE, messages=ASK, max_tokens=3)
+    assert "corolla_api_retries_total{" not in asked(world, "/metrics")[1]
+    counted = world.swarm.counted()
+    world.swarm.kill(max(counted, key=lambda peer: counted[peer]))
+    talk = [*ASK, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And?"}]
+    world.client().chat.completions.create(model=BASE, messages=talk, max_tokens=3)
+    text = asked(world, "/metrics")[1]
+    assert re.search(r'corolla_api_retries_total\{cause="peer_[a-z]+"\} [1-9]', text), text
 
 
 def test_figures_for_prometheus(world: World) -> None:

@@ -113,6 +113,13 @@ def test_several_replies_share_a_prompt_and_are_told_apart(world: World) -> None
     assert [choice.message.content for choice in again.choices] == texts, "a seed makes replies repeatable"
 
 
+def test_the_second_of_several_has_the_next_seed(world: World) -> None:
+    how: dict[str, Any] = {"model": BASE, "messages": HELLO, "max_tokens": 8}
+    several = world.client().chat.completions.create(**how, seed=-5, n=2)
+    alone = world.client().chat.completions.create(**how, seed=-4)
+    assert several.choices[1].message.content == alone.choices[0].message.content
+
+
 def test_a_seed_draws_what_generate_draws(world: World) -> None:
     how = {"temperature": 0.8, "top_p": 0.9}
     reply = world.client().chat.completions.create(

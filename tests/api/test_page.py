@@ -138,7 +138,7 @@ def test_a_phone_and_the_keyboard_alone(page: Page, served: World, dark: bool, t
             "window.reached.add(document.activeElement.id || document.activeElement.getAttribute('aria-label'))"
         )
     reached = set(page.run("[...window.reached]"))
-    assert {"menu", "say", "send", "Good reply", "Have this reply made again"} <= reached
+    assert {"menu", "say", "send", "Good reply", "Regenerate this reply"} <= reached
     page.run("document.getElementById('menu').focus()")
     page.press("Enter")
     page.wait("getComputedStyle(document.getElementById('side')).display !== 'none'")

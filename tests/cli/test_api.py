@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
 from openai import OpenAI
 from tests.api.world import write_bundle, write_model
-from tests.e2e.processes import Process, Processes, corolla, processes
+from tests.e2e.processes import Process, Processes, corolla, environment, processes
+from tests.e2e.warm import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corolla.api.serving import listening
@@ -32,7 +36,9 @@ def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) ->
     bundles = tmp_path / "bundles"
     bundles.mkdir()
     write_bundle(bundles / "poet", folder, open_checkpoint(str(folder)).identity)
-    address, servers = started.swarm(folder, ["0:2", "2:4", "0:4"], "--dtype", "float32")
+    address, servers = started.swarm(folder, ["0:2", "2:4", "0:4"], "--dtype", "float32", "--metrics", "0")
+    watching = Watching(address, tmp_path / "watch.log")
+    started.started.append(watching)
     arguments = ("api", "--peers", address, "--port", "0", "--bundles", str(bundles), "--dtype", "float32")
     server = started.start("api", *arguments, str(folder)).wait_ready()
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -55,6 +61,7 @@ def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) ->
         assert found == expected
         reply = client.chat.completions.create(model="poet", messages=talk, max_tokens=5)
         assert reply.choices[0].message.content is not None
+        figures = urlopen(f"{server.about['url']}/metrics").read().decode()
         long = client.chat.completions.create(
             model="model", messages=talk, temperature=0, max_tokens=40, stream=True
         )
@@ -62,8 +69,48 @@ def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) ->
         assert first.id
         stop(server)  # what is under way is brought to its end
         assert "".join(chunk.choices[0].delta.content or "" for chunk in long) == expected
+    assert 'corolla_api_servers{state="serving"} ' in figures
+    assert "corolla_api_retries_total " in figures
+    watching.see("3 servers, complete")
+    watching.stop()
+    check_figures(servers[2])
     assert server.popen.wait(30) == 0
     assert not server.ready_path.exists()
+
+
+class Watching(Process):
+    """`corolla status --watch`."""
+
+    def __init__(self, address: str, log: Path) -> None:
+        with log.open("wb") as output:
+            files = {"stdin": None, "stdout": output.fileno(), "stderr": output.fileno()}
+            popen = warm().start("corolla", ["status", "--watch", "--peers", address], environment(), **files)
+        super().__init__(popen, log, log)
+
+    def see(self, words: str) -> None:
+        """Wait until it has shown them."""
+        deadline = time.monotonic() + 60
+        while words not in self.log_path.read_text():
+            assert self.popen.poll() is None, self.log_path.read_text()
+            assert time.monotonic() < deadline, self.log_path.read_text()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Ctrl-C ends it without a word."""
+        self.popen.send_signal(signal.SIGINT)
+        assert self.popen.wait(30) == 0
+        assert "Traceback" not in self.log_path.read_text()
+
+
+def check_figures(server: Process) -> None:
+    """What Prometheus reads of a server."""
+    found = re.search(r"http://127\.0\.0\.1:\d+/metrics", server.log_path.read_text())
+    assert found is not None
+    text = urlopen(found[0]).read().decode()
+    assert re.search(r'corolla_server_tokens_total\{kind="inference"\} [1-9]', text), text
+    assert 'corolla_server_info{blocks="0:4"' in text
+    for name in ("sessions", "cache_free_tokens", "requests_waiting", "draining"):
+        assert f"\ncorolla_server_{name} " in text
 
 
 def stop(server: Process) -> None:

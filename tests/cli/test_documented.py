@@ -16,7 +16,7 @@ from corolla.cli.main import app
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_PROGRAMS = re.compile(r"\b(pip|hf download|pytest|benchmarks\.run|lm_eval)\b")
+OTHER_PROGRAMS = re.compile(r"\b(pip|hf download|pytest|benchmarks\.\w+|lm_eval)\b")
 
 
 def shown(name: str) -> str:

@@ -193,7 +193,7 @@ CASES = [
     Case("open, more than the server has", "too_large", "max_tokens", opening(tokens=CAPACITY * PAGE + 1)),
     Case("open, more rows than the server has room for", "too_large", "max_tokens", opening(rows=2**31 - 1)),
     Case("step, a reserve that the server does not have", "too_large", "reserve",
-         step(reserve=CAPACITY // 2 * PAGE + 1), hidden(), opened=True),
+         step(reserve=(CAPACITY // 2 + 1) * PAGE + 1), hidden(), opened=True),
     Case("step, an enormous reserve", "too_large", "reserve", step(reserve=2**31 - 1), hidden(), opened=True),
     # --- messages
     Case("a message of no kind", "malformed", "type", {"type": "Nonsense"}),

@@ -73,6 +73,7 @@ def test_the_six_steps(kind: str, tiny: Path, address: str, tmp_path: Path) -> N
     assert read_prompt_info(tmp_path / "prompt")["prompt_tokens"] == 4
 
 
+@pytest.mark.nightly  # tests/client/test_classifier.py looks at all but the script
 def test_a_classifier_of_sentences(tiny: Path, address: str, tmp_path: Path) -> None:
     arguments = [
         "--model",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import threading
 import time
 import tomllib
@@ -31,7 +32,8 @@ MOST_DRAINED = 128 * 2**20  # of a body that is refused, so that the client gets
 BODY_SECONDS = 30.0
 SEND_SECONDS = 60.0
 DAY, MINUTE = 86_400.0, 60.0
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/swarm", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/swarm", "/runs", "/favicon.ico"})
+ENDLESS = frozenset({"/api/swarm/events"})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", ""})
 
 
@@ -184,6 +186,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         status = 0
+        scope = _plain(scope)
 
         async def send_in_time(message: Message) -> None:
             nonlocal status
@@ -195,6 +198,7 @@ class Gate:
         try:
             self._check(scope)
             body = await self._body(scope, receive)
+            _check_kind(scope, body)
         except ApiFailure as failure:
             await refused(failure)(scope, receive, send_in_time)
         else:
@@ -256,6 +260,23 @@ class Gate:
                 headers={"Connection": "close"},
             )
         return b"".join(parts)
+
+
+def _plain(scope: Scope) -> Scope:
+    """The same without a slash at the end, and HEAD as a GET whose body nobody sends."""
+    path = scope["path"].rstrip("/") or "/"
+    head = scope["method"] == "HEAD" and path not in ENDLESS
+    return {**scope, "path": path, "method": "GET" if head else scope["method"]}
+
+
+def _check_kind(scope: Scope, body: bytes) -> None:
+    """Raises `ApiFailure` for a body that is not sent as JSON."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if body and headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        raise ApiFailure(415, "Send the request as it is, without Content-Encoding.")
+    if body and not re.fullmatch(rb"application/(.+\+)?json", kind):
+        raise ApiFailure(415, "Send JSON, with the header Content-Type: application/json.")
 
 
 def _given(body: bytes, receive: Receive) -> Receive:

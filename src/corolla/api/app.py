@@ -20,19 +20,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from corolla.api.access import Gate, Keys, User
-from corolla.api.chat import ChatAnswer
-from corolla.api.completions import CompletionAnswer
+from corolla.api.chat import ask_chat
+from corolla.api.completions import ask_completions
 from corolla.api.conversations import Conversations
 from corolla.api.failures import ApiFailure
 from corolla.api.generation import Generator, Run, Wish
 from corolla.api.metrics import Metrics
 from corolla.api.pages import add_pages
-from corolla.api.partners import Partners
-from corolla.api.requests import ChatRequest, CompletionRequest, check_supported
-from corolla.api.responses import ResponsesAnswer, ResponsesRequest, as_chat
-from corolla.api.streaming import failure, refused, streamed, unless_gone
+from corolla.api.partners import Partner, Partners
+from corolla.api.requests import ChatRequest, CompletionRequest, Sampled
+from corolla.api.responses import ResponsesRequest, ask_responses
+from corolla.api.runs import Runs
+from corolla.api.streaming import Answer, failure, refused, streamed, unless_gone
 from corolla.api.swarm_state import SwarmState
-from corolla.api.wishes import chat_wish, completion_wishes
 from corolla.text import one_line
 from corolla.tuning.bundle import Bundle
 from corolla.version import __version__
@@ -62,6 +62,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         404: "No such model.",
         408: "The request took too long to come.",
         413: "The request is too large.",
+        415: "The request is not sent as JSON.",
         429: "Too much is asked at once, or a budget is spent.",
         503: "The swarm cannot do it now.",
     }.items()
@@ -83,6 +84,7 @@ class Api:
 
     def __post_init__(self) -> None:
         self.swarm = SwarmState(self.partners)
+        self.metrics.watch(self.partners.base.model.blocks.connection)
 
     def drain(self) -> None:
         """Begin nothing more, and let what has no end of its own come to one. On the event loop."""
@@ -115,11 +117,12 @@ def create_app(api: Api) -> Any:
         api.conversations.close()
 
     app = FastAPI(title="Corolla", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # `Gate` takes them away
     _explain_failures(app)
     _add_models(app, api)
     _add_replies(app, api)
     _add_health(app, api)
-    add_pages(app, api.conversations, api.swarm, api.partners.base.name)
+    add_pages(app, api.conversations, api.swarm, Runs(api.partners.folder), api.partners.base.name)
     if api.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(api.origins), allow_methods=["*"], allow_headers=["*"]
@@ -138,7 +141,8 @@ def _explain_failures(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> Response:
-        found = ApiFailure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        words = f"{error.detail}: see /openapi.json for what there is, all under /v1."
+        found = ApiFailure(error.status_code, words, headers=dict(error.headers or {}))
         return refused(found)
 
     @app.middleware("http")
@@ -151,19 +155,41 @@ def _explain_failures(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> ApiFailure:
     """The first thing that is wrong, in words."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) if place and first["type"] != "json_invalid" else None
-    words = str(first["msg"])
+    first, param = error.errors()[0], None
     if first["type"] == "json_invalid":
         words = "The request is not JSON"
-    elif first["type"] == "extra_forbidden":
-        words = f"Unrecognized request argument: {param}"
-    elif param is not None:
-        words = f"{param}: {words}"
-    return ApiFailure(
-        400, f"{words}.", param=None if param is None else one_line(param), code="invalid_value"
-    )
+    elif len(first["loc"]) < 2:
+        words = "The request is not a JSON object"
+    else:
+        # Of the kinds of value that a parameter may have, the one that fits best says what is wrong.
+        same = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
+        places = [_place(one, error.body) for one in same]
+        fit = [
+            (not one["type"].endswith("_type"), len(place)) for one, place in zip(same, places, strict=True)
+        ]
+        best = fit.index(max(fit))
+        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places[best])
+        param = one_line(param.removeprefix("."), characters=200)
+        words = f"{param}: {same[best]['msg']}"
+        if same[best]["type"] == "extra_forbidden":
+            words = f"Unrecognized request argument: {param}"
+    return ApiFailure(400, f"{words}.", param=param, code="invalid_value")
+
+
+def _place(error: dict[str, Any], body: Any) -> list[str | int]:
+    """Where in a request something is wrong, without the names of the kinds of value that were tried."""
+    source, *path = error["loc"]
+    if source != "body":
+        return list(path)
+    found: list[str | int] = []
+    for part in path:
+        inside = isinstance(body, dict) and part in body
+        if inside or (isinstance(body, list) and isinstance(part, int) and part < len(body)):
+            found.append(part)
+            body = body[part]
+    if error["type"] == "missing":
+        found.append(path[-1])
+    return found
 
 
 def _add_models(app: FastAPI, api: Api) -> None:
@@ -194,51 +220,36 @@ def _add_replies(app: FastAPI, api: Api) -> None:
     @app.post("/v1/chat/completions", responses=REFUSALS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next reply of a chat."""
-        user: User = request.scope["user"]
-
-        async def answer() -> Response:
-            check_supported(body)
-            partner = await asyncio.to_thread(api.partners.find, body.model)
-            wish = await asyncio.to_thread(chat_wish, body, partner, user.name)
-            made = ChatAnswer(body, wish, api.start(user, [wish.wish]))
-            return await streamed(made.events()) if body.stream else JSONResponse(await made.whole())
-
-        return await _answered(request, answer)
+        return await _answered(api, request, body, ask_chat)
 
     @app.post("/v1/completions", responses=REFUSALS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What comes behind a text."""
-        user: User = request.scope["user"]
-
-        async def answer() -> Response:
-            check_supported(body)
-            partner = await asyncio.to_thread(api.partners.find, body.model)
-            wishes = await asyncio.to_thread(completion_wishes, body, partner, user.name)
-            run = api.start(user, [wish for wish, _ in wishes])
-            made = CompletionAnswer(body, wishes, run)
-            return await streamed(made.events()) if body.stream else JSONResponse(await made.whole())
-
-        return await _answered(request, answer)
+        return await _answered(api, request, body, ask_completions)
 
     @app.post("/v1/responses", responses=REFUSALS)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """One reply, in the form of OpenAI's newer interface."""
-        user: User = request.scope["user"]
-
-        async def answer() -> Response:
-            as_chat_request = as_chat(body)
-            partner = await asyncio.to_thread(api.partners.find, body.model)
-            wish = await asyncio.to_thread(chat_wish, as_chat_request, partner, user.name)
-            made = ResponsesAnswer(body, as_chat_request, wish, api.start(user, [wish.wish]))
-            if not body.stream:
-                return JSONResponse(await made.whole())
-            return await streamed(made.events(), told=ResponsesAnswer.failed)
-
-        return await _answered(request, answer)
+        return await _answered(api, request, body, ask_responses)
 
 
-async def _answered(request: Request, answer: Callable[[], Any]) -> Response:
-    """The answer; nobody's work goes on once the client is gone."""
+Asking = Callable[[Any, Partner, str], tuple[Sequence[Wish], Callable[[Run], Answer]]]
+
+
+async def _answered(api: Api, request: Request, body: Sampled, ask: Asking) -> Response:
+    """The answer to a request; nobody's work goes on once the client is gone."""
+    user: User = request.scope["user"]
+
+    async def answer() -> Response:
+        partner = await asyncio.to_thread(api.partners.find, body.model)
+        wishes, answered = await asyncio.to_thread(ask, body, partner, user.name)
+        made = answered(api.start(user, wishes))
+        return (
+            await streamed(made.events(), told=made.failed)
+            if body.stream
+            else JSONResponse(await made.whole())
+        )
+
     try:
         found = await unless_gone(request, answer())
     except Exception as error:

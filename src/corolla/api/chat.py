@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from corolla.api.generation import Ended, Piece, Run
+from corolla.api.generation import Ended, Piece, Run, Wish
 from corolla.api.partners import Partner
 from corolla.api.requests import ChatRequest
 from corolla.api.sampling import TokenChance
-from corolla.api.streaming import DONE, event
-from corolla.api.wishes import ChatWish
+from corolla.api.streaming import DONE, Answer, event, failed
+from corolla.api.wishes import ChatWish, chat_wish
 
 
 def usage_of(run: Run) -> dict[str, Any]:
@@ -28,8 +28,16 @@ def usage_of(run: Run) -> dict[str, Any]:
     }
 
 
+def ask_chat(request: ChatRequest, partner: Partner, user: str) -> tuple[list[Wish], Callable[[Run], Answer]]:
+    """What is to be computed, and the answer from it. Raises `ApiFailure`."""
+    wish = chat_wish(request, partner, user)
+    return [wish.wish], lambda run: ChatAnswer(request, wish, run)
+
+
 class ChatAnswer:
     """The answer to one request."""
+
+    failed = staticmethod(failed)
 
     def __init__(self, request: ChatRequest, wish: ChatWish, run: Run) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,22 @@ from corolla.api.generation import Ended, Event, Piece, Run, Scored, Wish
 from corolla.api.partners import Partner
 from corolla.api.requests import CompletionRequest
 from corolla.api.sampling import TokenChance
-from corolla.api.streaming import DONE, event
+from corolla.api.streaming import DONE, Answer, event, failed
+from corolla.api.wishes import completion_wishes
+
+
+def ask_completions(
+    request: CompletionRequest, partner: Partner, user: str
+) -> tuple[list[Wish], Callable[[Run], Answer]]:
+    """What is to be computed, and the answer from it. Raises `ApiFailure`."""
+    wishes = completion_wishes(request, partner, user)
+    return [wish for wish, _ in wishes], lambda run: CompletionAnswer(request, wishes, run)
 
 
 class CompletionAnswer:
     """The answer to one request."""
+
+    failed = staticmethod(failed)
 
     def __init__(self, request: CompletionRequest, wishes: Sequence[tuple[Wish, str]], run: Run) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"

@@ -234,7 +234,7 @@ class Run:
             raise CancelledError
         sampling = wish.sampling
         if sampling.seed is not None and number:
-            sampling = _reseeded(sampling, number)
+            sampling = replace(sampling, seed=sampling.seed + number)
         matcher = None if wish.matcher is None else wish.matcher()
         chooser = TokenChooser(sampling, matcher)
         reader = wish.reader()
@@ -335,11 +335,6 @@ class Run:
             self.timing.ended = time.monotonic()
             self.done.set()
             self._finished(self)
-
-
-def _reseeded(sampling: Sampling, number: int) -> Sampling:
-    assert sampling.seed is not None
-    return replace(sampling, seed=(sampling.seed + number) % 2**63)
 
 
 class Generator:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -10,6 +13,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from corolla.api.generation import Generator, Run
 
@@ -48,6 +52,10 @@ class Metrics:
         self._sessions = self._gauge("sessions_kept", "Sessions that are kept to be gone on with.")
         self._bytes = self._gauge("sessions_kept_bytes", "Memory that they take here.")
 
+    def watch(self, connection: Any) -> None:
+        """Show what a client has met in its swarm, too."""
+        self._registry.register(_Swarm(connection))
+
     def _seconds(self, name: str, about: str) -> Histogram:
         return Histogram(f"corolla_api_{name}_seconds", about, buckets=SECONDS, registry=self._registry)
 
@@ -82,3 +90,25 @@ class Metrics:
         self._sessions.set(generator.pool.count)
         self._bytes.set(generator.pool.nbytes)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+class _Swarm:
+    """Reads a client's connection when it is asked for figures."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def collect(self) -> Iterator[Any]:
+        retries = CounterMetricFamily(
+            "corolla_api_retries", "Requests to servers that were repeated, by cause.", labels=["cause"]
+        )
+        for cause, count in sorted(dict(self._connection.retry.causes).items()):
+            retries.add_metric([cause], count)
+        yield retries
+        servers = GaugeMetricFamily(
+            "corolla_api_servers", "Servers that are known, by state.", labels=["state"]
+        )
+        known = [record.state for record in list(self._connection.view.records.known)]
+        for state in ("serving", "draining"):
+            servers.add_metric([state], known.count(state))
+        yield servers

@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from corolla.api.conversations import Conversation, Conversations, Exported
 from corolla.api.failures import ApiFailure
+from corolla.api.runs import Runs
 from corolla.api.streaming import streamed
 from corolla.api.swarm_state import SwarmState
 
@@ -21,6 +22,8 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# A report comes from a bundle, maybe a stranger's: it is looked at, and can do nothing.
+SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -30,20 +33,24 @@ HEADERS = {
 KINDS = {
     "chat.html": "text/html",
     "swarm.html": "text/html",
+    "runs.html": "text/html",
     "chat.js": "text/javascript",
     "talk.js": "text/javascript",
     "markdown.js": "text/javascript",
     "swarm.js": "text/javascript",
+    "runs.js": "text/javascript",
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
 Id = Annotated[str, Path(pattern=r"^[0-9a-zA-Z-]{1,64}$")]
 
 
-def add_pages(app: FastAPI, conversations: Conversations, swarm: SwarmState, model: str) -> None:
+def add_pages(app: FastAPI, conversations: Conversations, swarm: SwarmState, runs: Runs, model: str) -> None:
     """`model` is the partner of conversations that name none."""
     _add_files(app)
     _add_conversations(app, conversations, model)
+
+    _add_runs(app, runs)
 
     @app.get("/api/swarm")
     async def state() -> dict[str, Any]:
@@ -54,6 +61,19 @@ def add_pages(app: FastAPI, conversations: Conversations, swarm: SwarmState, mod
     async def changes() -> Response:
         """The same as server-sent events, whenever something has changed."""
         return await streamed(swarm.events())
+
+
+def _add_runs(app: FastAPI, runs: Runs) -> None:
+    @app.get("/api/runs", include_in_schema=False)
+    async def all_runs() -> list[dict[str, Any]]:
+        return await asyncio.to_thread(runs.all)
+
+    @app.get("/api/runs/{name}/report", include_in_schema=False)
+    async def report(name: Annotated[str, Path(pattern=r"^[^./\\][^/\\]{0,200}$")]) -> Response:
+        page = await asyncio.to_thread(runs.report, name)
+        if page is None:
+            raise ApiFailure(404, "There is no report of a run of that name.", param="name")
+        return Response(page, media_type="text/html", headers=HEADERS | {"Content-Security-Policy": SANDBOX})
 
 
 def _add_files(app: FastAPI) -> None:
@@ -71,6 +91,10 @@ def _add_files(app: FastAPI) -> None:
     @app.get("/swarm", include_in_schema=False)
     async def swarm() -> Response:
         return file("swarm.html")
+
+    @app.get("/runs", include_in_schema=False)
+    async def runs() -> Response:
+        return file("runs.html")
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:

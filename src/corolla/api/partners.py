@@ -79,7 +79,7 @@ class Partners:
         max_context: int | None = None,
     ) -> None:
         """`model` is the base model's, `identity` its checkpoint's; `folder` is where bundles lie."""
-        self._identity, self._folder, self._limit = identity, folder, max_context
+        self._identity, self.folder, self._limit = identity, folder, max_context
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._lock = threading.Lock()
@@ -124,8 +124,8 @@ class Partners:
             return known[1]
 
     def _load(self, name: str, stamp: Stamp) -> Partner:
-        assert self._folder is not None
-        folder = self._folder / name
+        assert self.folder is not None
+        folder = self.folder / name
         bundle = load_bundle(folder)
         prompt = saving.saved_prompt(self.base.model, folder, name=self.base.name, identity=self._identity)
         model = with_prompt(self.base.model, prompt, saving.read_tables(folder), folder)
@@ -142,26 +142,26 @@ class Partners:
 
     def _stamps(self) -> dict[str, Stamp]:
         """The folders that look like bundles, each with what changes when it does."""
-        if self._folder is None:
+        if self.folder is None:
             return {}
         found: dict[str, Stamp] = {}
         try:
-            for entry in self._folder.iterdir():
+            for entry in self.folder.iterdir():
                 if not entry.name.startswith(".") and entry.name != self.base.name:
                     about = _stamp(entry)
                     if about is not None:
                         found[entry.name] = about
         except OSError as error:
-            log.warning("The folder of bundles %s cannot be read: %s", self._folder, error)
+            log.warning("The folder of bundles %s cannot be read: %s", self.folder, error)
         return found
 
     def _described(self, name: str, stamp: Stamp) -> Bundle | None:
         """What a bundle says of itself; None for one that cannot be used here, and why is logged once."""
-        assert self._folder is not None
+        assert self.folder is not None
         if self._refused.get(name) == stamp:
             return None
         try:
-            bundle = load_bundle(self._folder / name)
+            bundle = load_bundle(self.folder / name)
             if bundle.model.identity != self._identity:
                 raise UsageError(f"The bundle {name} is for {bundle.model.name}, not for {self.base.name}.")
             return bundle

@@ -17,13 +17,14 @@ MOST_REPLIES = 32
 MOST_TOOLS = 128
 MOST_STOPS = 16
 MOST_PROMPTS = 256
-INT64 = 2**63 - 1
+MOST_TOKENS = 2**31 - 1  # far more than any model reads
+MOST_SEED = 9_223_372_036_854_776_000  # as OpenAI writes 64 bits
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, le=INT64)]
+TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -47,6 +48,9 @@ class ContentPart(Open):
     text: str | None = None
 
 
+Content = str | Annotated[list[ContentPart], Field(min_length=1)]
+
+
 class CalledFunction(Open):
     """What a call in the history names."""
 
@@ -66,7 +70,7 @@ class Message(Open):
     """One of the conversation so far."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: Content | None = None
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
@@ -145,9 +149,9 @@ class Sampled(Strict):
     model: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     min_p: Probability | None = None
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
@@ -156,6 +160,10 @@ class Sampled(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # They ask for nothing here.
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
+    safety_identifier: str | None = None
     user: str | None = None
 
 
@@ -163,8 +171,8 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -179,11 +187,8 @@ class ChatRequest(Sampled):
     modalities: Any = None
     moderation: Any = None
     prediction: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
     reasoning_effort: Any = None
-    safety_identifier: Any = None
     service_tier: Any = None
     store: Any = None
     verbosity: Any = None
@@ -201,7 +206,7 @@ class CompletionRequest(Sampled):
             list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
         ]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Any = None
@@ -210,7 +215,8 @@ class CompletionRequest(Sampled):
 
 # By name: the values that ask for nothing special, and why others are refused.
 _NOTHING: tuple[Any, ...] = (None,)
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+Refusals = dict[str, tuple[tuple[Any, ...], str]]
+_REFUSED: Refusals = {
     "audio": (_NOTHING, "the model says texts only"),
     "best_of": ((None, 1), "ask for as many replies as you want with n"),
     "function_call": ((None, "none", "auto"), "it has become tool_choice"),
@@ -229,9 +235,9 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_supported(request: BaseModel) -> None:
+def check_supported(request: BaseModel, refusals: Refusals = _REFUSED) -> None:
     """Raises `ApiFailure` for a parameter that asks for what is not done here."""
-    for name, (harmless, why) in _REFUSED.items():
+    for name, (harmless, why) in refusals.items():
         value = getattr(request, name, None)
         if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
             raise unsupported(name, why)

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from corolla.api.chat import ChatAnswer, usage_of
 from corolla.api.failures import ApiFailure, unsupported, wrong
-from corolla.api.generation import Ended, Piece, Run
+from corolla.api.generation import Ended, Piece, Run, Wish
+from corolla.api.partners import Partner
 from corolla.api.requests import (
-    INT64,
     MOST_MESSAGES,
+    MOST_TOKENS,
     ChatRequest,
-    ContentPart,
+    Content,
     FunctionName,
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
     Message,
     Open,
+    Refusals,
     Sampled,
     Strict,
     TextFormat,
+    check_supported,
 )
-from corolla.api.streaming import event
-from corolla.api.wishes import ChatWish
+from corolla.api.streaming import Answer, event
+from corolla.api.wishes import ChatWish, chat_wish, check_stream
 
 
 class InputMessage(Open):
@@ -36,7 +39,7 @@ class InputMessage(Open):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: Content
 
 
 class NamedSchema(Strict):
@@ -61,7 +64,7 @@ class ResponsesRequest(Sampled):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     text: TextConfig | None = None
     # What asks for nothing, or is refused.
     background: Any = None
@@ -69,13 +72,10 @@ class ResponsesRequest(Sampled):
     include: Any = None
     max_tool_calls: Any = None
     metadata: Any = None
-    parallel_tool_calls: Any = None
+    parallel_tool_calls: bool | None = None
     previous_response_id: Any = None
     prompt: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
     reasoning: Any = None
-    safety_identifier: Any = None
     service_tier: Any = None
     store: Any = None
     tool_choice: Any = None
@@ -84,7 +84,7 @@ class ResponsesRequest(Sampled):
     truncation: Any = None
 
 
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+_REFUSED: Refusals = {
     "background": ((None, False), "a reply is given to who waits for it"),
     "conversation": ((None,), "nothing is stored here: send all messages"),
     "include": ((None, []), "there is nothing to include"),
@@ -93,7 +93,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "n": ((None, 1), "one reply is given here; /v1/chat/completions gives more"),
     "previous_response_id": ((None,), "nothing is stored here: send all messages"),
     "prompt": ((None,), "prompts are not stored here"),
-    "reasoning": ((None, {}), "the model thinks as its chat template has it"),
+    "reasoning": (
+        (None, {}, {"effort": None}, {"effort": "none"}),
+        "the model thinks as its chat template has it",
+    ),
     "service_tier": ((None, "auto", "default"), "there is one tier"),
     "store": ((None, False), "nothing is stored here: give false"),
     "tool_choice": ((None, "auto", "none"), "tools are for /v1/chat/completions here"),
@@ -105,10 +108,12 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
     """The same as a request for a chat. Raises `ApiFailure` for what is not done here."""
-    for name, (harmless, why) in _REFUSED.items():
-        value = getattr(request, name)
-        if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
-            raise unsupported(name, why)
+    check_supported(request, _REFUSED)
+    check_stream(request)
+    if request.stream_options is not None and request.stream_options.include_usage is not None:
+        raise unsupported("stream_options.include_usage", "a response always says its usage")
+    if request.text is not None and request.text.verbosity not in (None, "medium"):
+        raise unsupported("text.verbosity", "say in a message how long the reply should be")
     messages = []
     if request.instructions:
         messages.append(Message(role="system", content=request.instructions))
@@ -120,6 +125,8 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
                 raise unsupported(f"input[{index}]", "an item is a message with a role and content here")
             messages.append(Message(role=one.role, content=one.content))
     shared = {name: getattr(request, name) for name in Sampled.model_fields}
+    if len(messages) > MOST_MESSAGES:
+        raise wrong(f"At most {MOST_MESSAGES} messages can be sent, the instructions included.", "input")
     return ChatRequest(
         **{**shared, "n": None, "stream_options": None},
         messages=messages,
@@ -131,12 +138,19 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
 def _format(text: TextConfig | None) -> Any:
     if text is None or text.format is None:
         return None
-    if text.verbosity not in (None, "medium"):
-        raise wrong("text.verbosity is not supported: say in a message how long the reply should be.", "text")
     if isinstance(text.format, NamedSchema):
         about = JsonSchema(name=text.format.name, schema=text.format.schema_)  # type: ignore[call-arg]
         return JsonSchemaFormat(type="json_schema", json_schema=about)
     return text.format
+
+
+def ask_responses(
+    request: ResponsesRequest, partner: Partner, user: str
+) -> tuple[list[Wish], Callable[[Run], Answer]]:
+    """What is to be computed, and the answer from it. Raises `ApiFailure`."""
+    chat = as_chat(request)
+    wish = chat_wish(chat, partner, user)
+    return [wish.wish], lambda run: ResponsesAnswer(request, chat, wish, run)
 
 
 class ResponsesAnswer:

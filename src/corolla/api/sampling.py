@@ -71,7 +71,7 @@ class TokenChooser(LogitsProcessor):  # type: ignore[misc]
         if sampling.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed)
+            self._generator.manual_seed(max(sampling.seed, -(2**63)))  # the least that torch takes
         self._warpers = _warpers(sampling)
         self.chances: list[TokenChance] = []
 

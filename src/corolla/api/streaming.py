@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -24,6 +24,19 @@ T = TypeVar("T")
 ALIVE_SECONDS = 15.0  # after so long without an event, a comment shows that somebody is there
 DONE = "data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Answer(Protocol):
+    """An answer that is computed."""
+
+    async def whole(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+
+    def events(self) -> AsyncGenerator[str]:
+        """As it comes."""
+
+    def failed(self, found: ApiFailure) -> str:
+        """What goes wrong on the way, as an event."""
 
 
 def event(content: dict[str, Any], name: str | None = None) -> str:
@@ -45,9 +58,12 @@ def refused(found: ApiFailure) -> Response:
     return JSONResponse(found.body(), found.status, headers=found.headers)
 
 
-async def streamed(
-    events: AsyncGenerator[str], *, told: Callable[[ApiFailure], str] | None = None
-) -> Response:
+def failed(found: ApiFailure) -> str:
+    """What goes wrong on the way, as most streams say it."""
+    return event(found.body())
+
+
+async def streamed(events: AsyncGenerator[str], *, told: Callable[[ApiFailure], str] = failed) -> Response:
     """A stream whose first event is there, unless that takes long. Raises what went wrong before it.
 
     `told` writes down what goes wrong later.
@@ -60,8 +76,7 @@ async def streamed(
         raise
     if first.done() and (error := first.exception()) is not None:
         raise error
-    tell = told or (lambda found: event(found.body()))
-    return StreamingResponse(_alive(events, first, tell), media_type="text/event-stream", headers=HEADERS)
+    return StreamingResponse(_alive(events, first, told), media_type="text/event-stream", headers=HEADERS)
 
 
 async def _alive(

@@ -26,13 +26,14 @@ from corolla.api.requests import (
     JsonSchemaFormat,
     Message,
     NamedTool,
+    Open,
     ResponseFormat,
     Sampled,
     check_supported,
 )
 from corolla.api.sampling import Sampling
 from corolla.api.tools import ToolFormat
-from corolla.text import well_formed
+from corolla.text import one_line, well_formed
 
 USUAL_MAX_TOKENS = 16  # of a completion, as OpenAI has it
 CONTEXT_BEFORE = 8  # tokens of a prompt that say whether a reply's text begins with a space
@@ -53,8 +54,9 @@ def chat_wish(request: ChatRequest, partner: Partner, user: str) -> ChatWish:
     check_supported(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise wrong("top_logprobs needs logprobs to be true.", "top_logprobs")
-    _check_stream(request)
+    check_stream(request)
     messages = [plain(message, index) for index, message in enumerate(request.messages)]
+    _check_answered(request.messages)
     tools = _tools(request)
     ids = partner.prompting.chat_ids(messages, tools)
     form = None
@@ -102,14 +104,12 @@ def plain(message: Message, index: int) -> dict[str, Any]:
     }
     if message.content is None and not message.tool_calls:
         raise wrong(f"{place} has no content.", f"{place}.content")
-    extra = {key for key, value in (message.model_extra or {}).items() if value not in (None, [], {})}
-    extra -= {"refusal"} if message.role == "assistant" else set()
-    if extra:
-        raise unsupported(
-            f"{place}.{min(extra)}", "a message has a role, content, a name and tool calls here"
-        )
+    _check_known(message, place, "a message has a role, content, a name and tool calls here")
     if message.name:
         found["name"] = well_formed(message.name)
+    for call in message.tool_calls or ():
+        _check_known(call, f"{place}.tool_calls", "a call has an id and a function here", "index")
+        _check_known(call.function, f"{place}.tool_calls", "a function has a name and arguments here")
     if message.tool_calls:
         if message.role != "assistant":
             raise wrong("Only the assistant calls tools.", f"{place}.tool_calls")
@@ -133,6 +133,23 @@ def plain(message: Message, index: int) -> dict[str, Any]:
     return found
 
 
+def _check_answered(messages: Sequence[Message]) -> None:
+    """Raises `ApiFailure` where a tool answers a call that nobody made: templates would not say so."""
+    called: set[str] = set()
+    for index, message in enumerate(messages):
+        called |= {call.id for call in message.tool_calls or ()}
+        if message.role == "tool" and message.tool_call_id not in called:
+            place = f"messages[{index}].tool_call_id"
+            raise wrong(f"{place} is that of no call of a tool before it.", place)
+
+
+def _check_known(one: Open, place: str, why: str, *harmless: str) -> None:
+    """Raises `ApiFailure` where something is said that would be passed over."""
+    said = {key for key, value in (one.model_extra or {}).items() if value not in (None, [], {})}
+    if said - set(harmless):
+        raise unsupported(f"{place}.{one_line(min(said - set(harmless)))}", why)
+
+
 def text_of(content: str | Sequence[ContentPart] | None, place: str) -> str:
     """The text of a message's content. Raises `ApiFailure` for anything but text."""
     if content is None:
@@ -145,6 +162,7 @@ def text_of(content: str | Sequence[ContentPart] | None, place: str) -> str:
             raise unsupported(
                 f"{place}.content", f"the model reads texts only, and no part of type {part.type}"
             )
+        _check_known(part, f"{place}.content", "a part is a text here")
         texts.append(part.text)
     return well_formed("".join(texts))
 
@@ -199,7 +217,7 @@ def format_grammar(wanted: ResponseFormat | None, partner: Partner) -> str | Non
 def completion_wishes(request: CompletionRequest, partner: Partner, user: str) -> list[tuple[Wish, str]]:
     """What is to come behind each prompt, and the prompt's text. Raises `ApiFailure`."""
     check_supported(request)
-    _check_stream(request)
+    check_stream(request)
     prompts = [_prompt(one, partner) for one in _each(request.prompt)]
     if len(prompts) * (request.n or 1) > 8 * MOST_REPLIES:
         raise wrong(f"At most {8 * MOST_REPLIES} replies can be asked for at once.", "n")
@@ -294,6 +312,7 @@ def _stops(request: Sampled) -> list[str]:
     return [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
 
 
-def _check_stream(request: Sampled) -> None:
+def check_stream(request: Sampled) -> None:
+    """Raises `ApiFailure` for what is said of a stream where none is asked for."""
     if request.stream_options is not None and not request.stream:
         raise wrong("stream_options is for streams.", "stream_options")

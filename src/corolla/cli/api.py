@@ -18,18 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corolla.cli.common import (
-    CacheDirOption,
     DieWithParentOption,
-    DtypeOption,
-    PeersOption,
-    RevisionOption,
-    TokenOption,
     ended_by_signals,
     run_until_stopped,
     set_up_libraries,
 )
 from corolla.cli.fields import Fields, with_fields
-from corolla.cli.members import InviteOption, MemberOption, TrustOption, client_identity, trusted_servers
+from corolla.cli.members import ClientOptions, client_identity
 from corolla.cli.terminal import say
 from corolla.config import SwarmConfig
 from corolla.errors import BundleError, UsageError
@@ -85,7 +80,6 @@ def api(
             help="A model as for corolla serve (default: the one that the swarm serves, else smollm2)."
         ),
     ] = None,
-    peers: PeersOption = None,
     options: Annotated[dict[str, Any], Fields(ApiOptions)],
     api_key: Annotated[
         list[str] | None,
@@ -97,24 +91,13 @@ def api(
         Path | None,
         typer.Option("--api-keys", help="TOML file of users with keys and budgets, see docs/api.md."),
     ] = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    quantization: Annotated[
-        str, typer.Option(help="Of the embedding and the head, here: none, bfloat16 or int8.")
-    ] = "none",
+    member: Annotated[dict[str, Any], Fields(ClientOptions)],
     client: Annotated[dict[str, Any], Fields(SwarmConfig)],
-    identity: MemberOption = None,
-    invite: InviteOption = None,
-    trust: TrustOption = None,
-    dtype: DtypeOption = "auto",
-    cache_dir: CacheDirOption = None,
     die_with_parent: DieWithParentOption = False,
 ) -> None:
     """Serve OpenAI's API and a page over the swarm. Without --peers, two servers run on this machine meanwhile."""
-    chosen = ApiOptions(**options)
-    swarm = SwarmConfig(
-        **client, quantization=quantization, trust=trusted_servers(trust), peers=tuple(peers or ())
-    )
+    chosen, joining = ApiOptions(**options), ClientOptions(**member)
+    swarm = joining.swarm(client)
     with ended_by_signals(die_with_parent=die_with_parent):
         _check_installed()
         set_up_libraries()
@@ -125,15 +108,11 @@ def api(
         raise UsageError(
             f"--host {chosen.host} lets other machines in: set --api-key or --api-keys, or serve at 127.0.0.1."
         )
-    swarm = replace(swarm, identity=client_identity(identity, invite))
+    swarm = replace(swarm, identity=client_identity(joining.identity, joining.invite))
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listening(chosen.host, chosen.port)))
         name = _model_name(model, chosen.bundles, swarm)
-        served = stack.enter_context(
-            _served(
-                name, swarm, chosen, keys, revision=revision, token=token, dtype=dtype, cache_dir=cache_dir
-            )
-        )
+        served = stack.enter_context(_served(name, swarm, chosen, keys, joining))
         _serve(served, listener, chosen, die_with_parent=die_with_parent)
 
 
@@ -181,7 +160,7 @@ def _models_of(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _served(
-    name: str, swarm: SwarmConfig, options: ApiOptions, keys: Keys, *, cache_dir: Path | None, **source: Any
+    name: str, swarm: SwarmConfig, options: ApiOptions, keys: Keys, joining: ClientOptions
 ) -> Iterator[Api]:
     """What is to be served, over the swarm at `swarm.peers` or one of this machine's own."""
     from corolla.api.app import Api
@@ -195,15 +174,19 @@ def _served(
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.places import data_root
 
-    revision, token = source["revision"], source["token"]
-    checkpoint = open_checkpoint(name, revision=revision, token=token, cache_dir=cache_dir)
+    source: dict[str, Any] = {
+        "revision": joining.revision,
+        "token": joining.token,
+        "cache_dir": joining.cache_dir,
+    }
+    checkpoint = open_checkpoint(name, **source)
     swarm.check_local(checkpoint.num_blocks)
-    tokenizer = load_tokenizer(name, revision=revision, token=token, cache_dir=cache_dir)
+    tokenizer = load_tokenizer(name, **source)
     with contextlib.ExitStack() as stack:
-        peers = stack.enter_context(joined(swarm.peers, name, revision, cache_dir))
+        peers = stack.enter_context(joined(swarm.peers, name, joining.revision, joining.cache_dir))
         arguments = replace(swarm, peers=tuple(peers)).arguments()
         model = stack.enter_context(
-            AutoDistributedModelForCausalLM.from_pretrained(name, cache_dir=cache_dir, **source, **arguments)
+            AutoDistributedModelForCausalLM.from_pretrained(name, dtype=joining.dtype, **source, **arguments)
         )
         partners = Partners(
             Path(name).name if Path(name).exists() else name,

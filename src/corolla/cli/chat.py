@@ -17,22 +17,11 @@ import typer
 
 from corolla.chat.sampling import SamplingSettings
 from corolla.cli.common import (
-    CacheDirOption,
-    DtypeOption,
-    PeersOption,
-    RevisionOption,
-    TokenOption,
     set_up_libraries,
     typed,
 )
 from corolla.cli.fields import Fields, clean_text, with_fields
-from corolla.cli.members import (
-    InviteOption,
-    MemberOption,
-    TrustOption,
-    client_identity,
-    trusted_servers,
-)
+from corolla.cli.members import ClientOptions, client_identity
 from corolla.cli.partner import Partner, Prepared, find_partner, prepare
 from corolla.cli.saved_swarm import LOCAL, going_on, read_saved, to_saved
 from corolla.cli.terminal import console, notice
@@ -57,7 +46,6 @@ def chat(
             help="Folder of a bundle, or a model as for corolla serve (default: smollm2).",
         ),
     ] = None,
-    peers: PeersOption = None,
     sampling: Annotated[dict[str, Any], Fields(SamplingSettings, only_given=True)],
     max_length: Annotated[
         int | None,
@@ -69,17 +57,8 @@ def chat(
     system: Annotated[
         str | None, typer.Option(callback=clean_text, help="A text that stands before the conversation.")
     ] = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    quantization: Annotated[
-        str, typer.Option(help="Of the embedding and the head, here: none, bfloat16 or int8.")
-    ] = "none",
+    member: Annotated[dict[str, Any], Fields(ClientOptions)],
     client: Annotated[dict[str, Any], Fields(SwarmConfig)],
-    identity: MemberOption = None,
-    invite: InviteOption = None,
-    trust: TrustOption = None,
-    dtype: DtypeOption = "auto",
-    cache_dir: CacheDirOption = None,
     go_on: Annotated[
         bool, typer.Option("--continue", help="Go on with the latest chat, or that in --transcript.")
     ] = False,
@@ -96,11 +75,10 @@ def chat(
 
     if style is not None and style not in STYLES:
         raise UsageError(f"--style is {style!r}; it must be auto, delimiter or template.")
-    options = SwarmConfig(
-        **client, quantization=quantization, trust=trusted_servers(trust), peers=tuple(peers or ())
-    )
+    joining = ClientOptions(**member)
+    options = joining.swarm(client)
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
-    whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), revision)
+    whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), joining.revision)
     chosen = replace(SamplingSettings.from_dict(whom.sampling), **sampling)
     if saved is not None:
         chosen = replace(SamplingSettings.from_dict(saved.info.sampling), **sampling)
@@ -113,14 +91,14 @@ def chat(
         options,
         style=style,
         max_length=max_length,
-        token=token,
-        dtype=dtype,
-        cache_dir=cache_dir,
+        token=joining.token,
+        dtype=joining.dtype,
+        cache_dir=joining.cache_dir,
     )
     if saved is not None:
         saved.check_same(prepared.info(system))
         prepared = replace(prepared, max_context=max_length or saved.info.max_context)
-    options = replace(options, identity=client_identity(identity, invite))
+    options = replace(options, identity=client_identity(joining.identity, joining.invite))
     options = chosen_swarm(options, whom, saved, partial(typed, context))
     with contextlib.ExitStack() as stack:
         journal = None
@@ -129,7 +107,7 @@ def chat(
         elif save:
             info = replace(prepared.info(system), swarm=to_saved(options))
             journal = stack.enter_context(Transcript.begin(info, transcript))
-        addresses = stack.enter_context(joined(options.peers, whom.model, whom.revision, cache_dir))
+        addresses = stack.enter_context(joined(options.peers, whom.model, whom.revision, joining.cache_dir))
         options = replace(options, peers=tuple(addresses))
         repl = stack.enter_context(opened(prepared, options, system=system, journal=journal, saved=saved))
         notice(f"Talking with {whom.about}. /help lists the commands.")

@@ -3,7 +3,8 @@
     learning_rate: Annotated[float, "--lr", "Learning rate; falls linearly to 0."] = 1e-2
 
 in a dataclass, and `settings: Annotated[dict[str, Any], Fields(TuneSettings)]` in a command under `with_fields`
-make the option `--lr`; the command is given arguments for the dataclass. Without a help text, a field is no option.
+make the option `--lr`; the command is given arguments for the dataclass. Without a help text, a field is no option;
+instead of one, it may have an option of typer's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from corolla.errors import UsageError
 from corolla.text import well_formed
@@ -37,6 +39,10 @@ class Fields:
 
     def _parameter(self, field: Field[Any], kind: Any, about: tuple[Any, ...]) -> Parameter:
         default = Parameter.empty if field.default is MISSING else field.default
+        if isinstance(about[0], OptionInfo):  # typer's own
+            return Parameter(
+                field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, *about]
+            )
         if self.only_given:
             about = (*about[:-1], about[-1].removesuffix(".") + _told(default))
             kind, default = kind | None, None

@@ -5,14 +5,15 @@ Invariant: the files of a client's membership lie in the user's data folder, in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from corolla.config import GuardConfig, NodeConfig
+from corolla.cli.common import CacheDirOption, DtypeOption, PeersOption, RevisionOption, TokenOption
+from corolla.config import GuardConfig, NodeConfig, SwarmConfig
 from corolla.errors import UsageError
 from corolla.places import data_root
 
@@ -28,6 +29,30 @@ MemberOption = Annotated[
         "--identity", help="File that keeps this client's peer id (default: the one that corolla join made)."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """Where a client's part of a model comes from, and as whom it takes part."""
+
+    peers: PeersOption = None
+    revision: RevisionOption = None
+    token: TokenOption = None
+    quantization: Annotated[str, "Of the embedding and the head, here: none, bfloat16 or int8."] = "none"
+    identity: MemberOption = None
+    invite: InviteOption = None
+    trust: TrustOption = None
+    dtype: DtypeOption = "auto"
+    cache_dir: CacheDirOption = None
+
+    def swarm(self, more: Mapping[str, Any]) -> SwarmConfig:
+        """Checked, with the options of `SwarmConfig` itself; nobody's identity yet. Raises `UsageError`."""
+        return SwarmConfig(
+            **more,
+            quantization=self.quantization,
+            trust=trusted_servers(self.trust),
+            peers=tuple(self.peers or ()),
+        )
 
 
 @dataclass(frozen=True)

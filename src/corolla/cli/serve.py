@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +27,9 @@ from corolla.config import ServerConfig, parse_blocks
 from corolla.errors import UsageError
 from corolla.files import exit_at_once
 
+if TYPE_CHECKING:
+    from corolla.server.block_server import BlockServer
+
 
 @with_fields
 def serve(
@@ -41,12 +48,19 @@ def serve(
             help="Folder of a bundle whose prompt is computed once for everybody who chats with it; repeatable."
         ),
     ] = None,
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of this machine at which Prometheus reads the server's figures; 0: any free one."
+        ),
+    ] = None,
     revision: RevisionOption = None,
     token: Annotated[str | None, typer.Option(help="Hub token, for gated models.", envvar="HF_TOKEN")] = None,
     cache_dir: CacheDirOption = None,
     die_with_parent: DieWithParentOption = False,
 ) -> None:
     """Serve blocks of a model. Without --peers, this server begins a swarm that others can join."""
+    watch = contextlib.nullcontext if metrics is None else partial(_watched, port=metrics)
     node = NodeOptions(**options).config(peers)
     if invite is not None:
         if node.identity is None:
@@ -62,11 +76,22 @@ def serve(
         cache_dir=cache_dir,
         bundles=tuple(bundle or ()),
     )
+    if metrics is not None and find_spec("prometheus_client") is None:
+        raise UsageError("--metrics needs one more package: pip install 'corolla[web]'.")
     with ended_by_signals(die_with_parent=die_with_parent):
         from corolla.server.serve import serve as run
         from corolla.server.serve import still_loading
 
         set_up_libraries()
-    run_until_stopped(lambda stop: run(config, stop, say), die_with_parent=die_with_parent)
+    run_until_stopped(lambda stop: run(config, stop, say, watch), die_with_parent=die_with_parent)
     if still_loading():
         exit_at_once(0)
+
+
+@contextlib.contextmanager
+def _watched(server: BlockServer, port: int) -> Iterator[None]:
+    from corolla.cli.server_metrics import shown
+
+    with shown(server, port) as found:
+        say(f"Figures for Prometheus: http://127.0.0.1:{found}/metrics")
+        yield

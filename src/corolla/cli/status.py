@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,8 @@ from corolla.errors import UsageError
 from corolla.text import get_logger
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from corolla.swarm.directory.directory import ServerRecord
 
 log = get_logger(__name__)
@@ -61,9 +65,15 @@ async def follow(peers: list[str], identity: Path | None = None) -> None:
 
     node = await Node.create(initial_peers=peers, identity=identity, client_only=True)
     try:
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        with contextlib.ExitStack() as stack:
+            show: Callable[[RenderableType], object] = (
+                console.print
+            )  # where there is no screen, one map after the other
+            if console.is_terminal:
+                live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True))
+                show = partial(live.update, refresh=True)
             while True:
-                live.update(swarm_map(await node.directory.all_servers()), refresh=True)
+                show(swarm_map(await node.directory.all_servers()))
                 await asyncio.sleep(WATCH_SECONDS)
     finally:
         await node.close()

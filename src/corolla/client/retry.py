@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -93,6 +95,7 @@ class Retry:
         self._view = view
         self._patience = patience
         self._notice = _Notice()
+        self.causes: Counter[str] = Counter()  # why attempts were repeated, since the client's start
 
     async def run(
         self, attempt: Callable[[], Awaitable[T]], *, what: str, done: Callable[[], Any] = lambda: 0
@@ -121,6 +124,7 @@ class Retry:
                     if waited >= self._patience:
                         raise _GaveUp(_give_up_message(call, waited, error)) from error
                     log.info("%s: %s; trying again", what, error)
+                    self.causes[cause_of(error)] += 1
                     if isinstance(error, RemoteError):
                         await self._view.failed(error)
                     await self._wait(call, error, clock)
@@ -189,6 +193,13 @@ class Retry:
             # A server that is so short of room must not be replayed in a circle.
             return backoff(call.evictions)
         return 0.0
+
+
+def cause_of(error: CorollaError) -> str:
+    """A short name for why an attempt is repeated: the kind of error, or the refusal's code."""
+    if isinstance(error, RequestRefused):
+        return f"refused_{error.code}"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 def backoff(failures: int) -> float:

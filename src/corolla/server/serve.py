@@ -58,9 +58,16 @@ TTL_SECONDS = 60.0
 DRAIN_SECONDS = 30.0
 QUIET_SECONDS = 1.0  # a reply whose next step does not come for so long has ended
 
+Watch = Callable[[BlockServer], contextlib.AbstractContextManager[Any]]
 
-async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], None]) -> None:
-    """Serve until `stop` is set; `say` gets a line for the user at each stage.
+
+async def serve(
+    config: ServerConfig,
+    stop: asyncio.Event,
+    say: Callable[[str], None],
+    watch: Watch = contextlib.nullcontext,
+) -> None:
+    """Serve until `stop` is set; `say` gets a line for the user at each stage, `watch` the server while it is there.
 
     Raises `UsageError` and its kin before anything is announced, `SwarmUnavailable` for peers that do not
     answer. Stopped while it reads the blocks, it leaves the reading thread to the end of the process: see
@@ -81,7 +88,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, say: Callable[[str], 
     try:
         loaded = await _unless(stop, lambda: (run_bundles(opened, say), load_blocks(opened, say)))
         if loaded is not None:
-            await _serve_span(config, node, *loaded, opened.checkpoint, stop, say)
+            await _serve_span(config, node, *loaded, opened.checkpoint, stop, say, watch)
     finally:
         await node.close()
 
@@ -94,10 +101,13 @@ async def _serve_span(
     checkpoint: Checkpoint,
     stop: asyncio.Event,
     say: Callable[[str], None],
+    watch: Watch,
 ) -> None:
     server = _make_server(config, span, checkpoint)
     server.engine.start()
+    watching = contextlib.ExitStack()
     try:
+        watching.enter_context(watch(server))
         await server.prefill_bundles(prompts)
         await node.transport.serve(PROTOCOL_NAME, node.gate.guarded(partial(handle, server)))
         await give_threads_to(server.engine)
@@ -114,6 +124,7 @@ async def _serve_span(
         say("Finishing what has begun, then leaving…")
         await announcer.drain()
     finally:
+        watching.close()
         await server.engine.close()
 
 

@@ -44,7 +44,7 @@ function turn(column, place) {
       button("Copy", "Copy this reply", () => navigator.clipboard.writeText(message.content)),
     );
     if (place === column.messages.length - 1) {
-      acts.append(button("Regenerate", "Have this reply made again", () => regenerate(column)));
+      acts.append(button("Regenerate", "Regenerate this reply", () => regenerate(column)));
     }
   }
   made.append(who, said, acts);

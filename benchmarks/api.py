@@ -1,0 +1,229 @@
+"""What the API costs, over a swarm of two server processes with SmolLM2-135M on this machine.
+
+    python -m benchmarks.api [--streams 8 32] [--first] [--beside URL MODEL]
+
+--streams: total tokens/s of so many streams of the API, beside what the same sessions get from one Python client on
+that swarm; the replies must be the same, token by token. --first: the time to the first token of a conversation that
+goes on with 2,000 tokens behind it, beside that of a new one with as many new tokens. --beside measures the streams of
+another server of OpenAI's interface too, such as llama.cpp's own over the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from corolla.cli.local_swarm import local_swarm
+from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
+from corolla.client.model.loading import load_tokenizer
+
+MODEL = "smollm2"
+TOKENS = 32  # of a reply
+BEHIND, TURNS = 2000, 7  # tokens of the conversation that goes on, and how often each is measured
+LONG = (
+    1  # sentences of a new message; the more there are, the more of the time is attention to what lies behind
+)
+MAIN = "from corolla.cli.main import main; main()"
+
+
+@contextlib.contextmanager
+def api(peers: Sequence[str]) -> Iterator[str]:
+    """The URL of an API over that swarm, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready.json"
+        kept = ("--ready-file", str(ready), "--conversations", str(Path(folder) / "kept.sqlite3"))
+        joined = [word for peer in peers for word in ("--peers", peer)]
+        command = [sys.executable, "-c", MAIN, "api", "--port", "0", *joined, *kept, "--die-with-parent"]
+        process = subprocess.Popen([*command, MODEL], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        try:
+            while not ready.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield json.loads(ready.read_text())["url"]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def stream(url: str, model: str, messages: Sequence[Any], most: int) -> tuple[float, str, Any]:
+    """Seconds to the first text, the text, and the usage. By hand, so that nothing of the CPU is spent here."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    asked = {"model": model, "messages": messages, "max_tokens": most, "temperature": 0, "stream": True}
+    body = json.dumps(asked | {"stream_options": {"include_usage": True}}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection(host, int(port), limit=2**20)
+    began, first, text, usage = time.perf_counter(), 0.0, "", None
+    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line[6:])
+            usage = chunk.get("usage") or usage
+            said = (chunk["choices"][0]["delta"].get("content") or "") if chunk["choices"] else ""
+            first = first or (time.perf_counter() - began if said else 0.0)
+            text += said
+    writer.close()
+    return first, text, usage
+
+
+def talks(count: int) -> list[list[dict[str, str]]]:
+    """So many short chats, none like another."""
+    return [
+        [{"role": "user", "content": f"Tell me {n + 3} things about the number {n}."}] for n in range(count)
+    ]
+
+
+async def streams(url: str, model: str, count: int) -> tuple[float, list[str]]:
+    """Tokens/s in all, and the replies."""
+    began = time.perf_counter()
+    found = await asyncio.gather(*(stream(url, model, talk, TOKENS) for talk in talks(count)))
+    seconds = time.perf_counter() - began
+    return sum(usage["completion_tokens"] for _, _, usage in found) / seconds, [text for _, text, _ in found]
+
+
+def sessions(model: Any, tokenizer: Any, count: int) -> tuple[float, list[str]]:
+    """The same from one Python client, a thread each."""
+    prompts = [
+        tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        for talk in talks(count)
+    ]
+
+    def one(prompt: str) -> tuple[int, str]:
+        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+        with model.inference_session(max_length=512) as session:
+            said = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                session=session,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+            )[0, ids.shape[1] :]
+        return len(said), tokenizer.decode(said, skip_special_tokens=True)
+
+    with ThreadPoolExecutor(count) as pool:
+        began = time.perf_counter()
+        found = list(pool.map(one, prompts))
+        seconds = time.perf_counter() - began
+    return sum(tokens for tokens, _ in found) / seconds, [text for _, text in found]
+
+
+def compare_streams(url: str, peers: Sequence[str], counts: Sequence[int], beside: Sequence[str]) -> None:
+    """Print the rates."""
+    tokenizer = load_tokenizer(MODEL)
+    with AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=list(peers)) as model:
+        for count in counts:
+            ours, own, others = [], [], []
+            for turn in range(4):
+                rate, texts = asyncio.run(streams(url, MODEL, count))
+                python, expected = sessions(model, tokenizer, count)
+                assert texts == expected, "the API says something else"
+                if turn:  # the first warms up
+                    ours.append(rate)
+                    own.append(python)
+                    if beside:
+                        others.append(asyncio.run(streams(beside[0], beside[1], count))[0])
+            print(
+                f"{count} streams: {median(ours):.1f} tokens/s; one Python client {median(own):.1f}: "
+                f"{median(ours) / median(own):.2f} (bar 0.9)",
+                flush=True,
+            )
+            if others:
+                print(f"  {beside[0]}: {median(others):.1f}: {median(ours) / median(others):.2f}", flush=True)
+
+
+async def first_tokens(url: str) -> tuple[list[float], list[float], int]:
+    """Seconds to the first token of turns that go on, of new chats of as many new tokens, and how many those are."""
+    words = "The harbour lies in the rain, and nobody is there but the lamp. "
+    talk: list[dict[str, str]] = [{"role": "user", "content": words * (BEHIND // 15)}]
+    _, said, usage = await stream(url, MODEL, talk, 4)
+    assert usage["prompt_tokens"] > BEHIND
+    tokenizer = load_tokenizer(MODEL)
+    goes_on, new, news = [], [], 0
+    for turn in range(TURNS):
+        talk += [
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": f"{turn}: {words * LONG}"},
+        ]
+        seconds, said, usage = await stream(url, MODEL, talk, 4)
+        known = usage["prompt_tokens_details"]["cached_tokens"]
+        news = usage["prompt_tokens"] - known
+        assert known > BEHIND
+        goes_on.append(seconds)
+        # Nothing of it is known, but for the few tokens with which all chats begin.
+        fresh = [{"role": "user", "content": clipped(tokenizer, f"{time.time_ns()} {words * 20}", news - 8)}]
+        seconds, _, usage = await stream(url, MODEL, fresh, 4)
+        assert abs(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] - news) < 32
+        new.append(seconds)
+    return goes_on[1:], new[1:], news
+
+
+@torch.no_grad()
+def python_first(model: Any, news: int) -> tuple[float, float]:
+    """The same two from a Python client: seconds to a token behind `news` new ones, with and without 2,000 behind."""
+    goes_on, new = [], []
+    ids = torch.randint(100, 40_000, (1, BEHIND + news * TURNS), generator=torch.Generator().manual_seed(1))
+
+    def once(session: Any, first: int, last: int) -> float:
+        began = time.perf_counter()
+        mask = torch.ones(1, last, dtype=torch.long)
+        model.generate(
+            ids[:, first:last], attention_mask=mask, session=session, max_new_tokens=1, do_sample=False
+        )
+        return time.perf_counter() - began
+
+    with model.inference_session(max_length=4096) as session:
+        once(session, 0, BEHIND)
+        for turn in range(TURNS):
+            session.position = BEHIND + turn * news
+            goes_on.append(once(session, session.position, session.position + news))
+            with model.inference_session(max_length=512) as fresh:
+                new.append(once(fresh, 0, news))
+    return median(goes_on[1:]), median(new[1:])
+
+
+def clipped(tokenizer: Any, text: str, tokens: int) -> str:
+    """Its first tokens."""
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, nargs="*", default=[])
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--beside", nargs=2, default=[], metavar=("URL", "MODEL"))
+    chosen = parser.parse_args()
+    with local_swarm(MODEL) as swarm, api(swarm.peers) as url:
+        if chosen.first:
+            goes_on, new, news = asyncio.run(first_tokens(url))
+            print(
+                f"first token, {BEHIND} tokens behind: {median(goes_on):.3f} s; a new chat of as many new tokens "
+                f"({news}) {median(new):.3f} s: {median(goes_on) / median(new):.2f} (bar 1.3)",
+                flush=True,
+            )
+            with AutoDistributedModelForCausalLM.from_pretrained(
+                MODEL, initial_peers=list(swarm.peers)
+            ) as model:
+                behind, alone = python_first(model, news)
+            print(
+                f"  the same from Python: {behind:.3f} s and {alone:.3f} s: {behind / alone:.2f}", flush=True
+            )
+        if chosen.streams:
+            compare_streams(url, swarm.peers, chosen.streams, chosen.beside)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The runs in the folder of bundles, as the page shows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.api.browser import CHROMIUM, browser
+from tests.api.test_access import asked
+from tests.api.world import World, Worlds, write_bundle
+
+HOSTILE = "<script>document.title='hacked'</script>\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def served(worlds: Worlds) -> World:
+    """With a finished run, one that goes on, and one that cannot be read."""
+    world = worlds.make("runs")
+    write_bundle(world.bundles / "poet", world.folder, world.swarm.checkpoint.identity)
+    lines = [{"step": 0, "eval_loss": 4.5}, *({"step": at, "loss": 4 - at / 100} for at in range(1, 1001))]
+    lines += [{"step": 1000, "eval_loss": 3.5}, {"step": 3, "loss": "odd"}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "no json\n"
+    (world.bundles / "poet" / "metrics.jsonl").write_text(text)
+    (world.bundles / "poet" / "report.html").write_text(f"<h1>Report</h1>{HOSTILE}")
+    checkpoint = world.bundles / "novelist.run" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (world.bundles / "novelist.run" / "run.json").write_text("{}")
+    log = [{"step": 0, "eval_loss": 4.0}, {"step": 10, "loss": 3.9}, {"step": 20, "loss": 3.7}]
+    state = {"global_step": 20, "max_steps": 100, "log_history": log}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (world.bundles / "broken").mkdir()
+    (world.bundles / "broken" / "bundle.json").write_text(HOSTILE)
+    return world
+
+
+def test_what_is_said_of_runs(served: World) -> None:
+    found = {one["name"]: one for one in asked(served, "/api/runs")[1]}
+    assert {name: one["state"] for name, one in found.items()} == {
+        "poet": "finished",
+        "novelist": "unfinished",
+        "broken": "unreadable",
+    }
+    novelist = found["novelist"]
+    assert (novelist["step"], novelist["steps"]) == (20, 100)
+    assert novelist["loss"] == [[10, 3.9], [20, 3.7]]
+    assert novelist["held_out"] == [[0, 4.0]]
+    poet = found["poet"]
+    assert poet["held_out"] == [[0, 4.5], [1000, 3.5]]
+    assert len(poet["loss"]) <= 401
+    assert poet["loss"][-1] == [1000, -6.0], "the last step is always there"
+    assert poet["report"] is True
+    assert "\x1b" not in json.dumps(found, ensure_ascii=False)
+
+
+def test_a_report_can_do_nothing(served: World) -> None:
+    status, text, headers = asked(served, "/api/runs/poet/report")
+    assert status == 200
+    assert text.startswith("<h1>Report")
+    assert headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+    for name in ("novelist", "none", "..", "%2e%2e%2fpoet", "broken%00"):
+        assert asked(served, f"/api/runs/{name}/report")[0] in (400, 404)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page(served: World, tmp_path: Path) -> None:
+    with browser(tmp_path) as page:
+        page.size(390, 780)
+        page.open(f"{served.url}/runs")
+        page.wait("document.querySelectorAll('.run').length === 3")
+        words = page.run("runs.textContent")
+        assert "held-out loss 4.500 → 3.500" in words
+        assert "20 of 100 steps" in words
+        assert page.run("document.querySelectorAll('polyline').length") == 4
+        assert not page.run("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+        assert page.run("document.title") == "Corolla: training runs"
