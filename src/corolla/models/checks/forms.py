@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.checkpoints.identity import canonical_config
-from corolla.models.checks.miniature import miniature, random_model, undisturbed
+from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import Arguments, arguments_of, measured
 from corolla.models.crossing import Crossing, Form
 from corolla.models.families import structure
@@ -116,4 +116,4 @@ def _tried(config: PretrainedConfig) -> bool:
         ids = torch.tensor([[3, 4, 5, 6], [7, 8, 5, 6]])
         positions = torch.tensor([[0, 1, 0, 1]]).expand(2, -1)
         logits = whole(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return torch.equal(logits[0, -1], logits[1, -1])
+    return close(logits[0, -1], logits[1, -1])  # rows of one product may be rounded in different ways

@@ -1,0 +1,26 @@
+"""What is read off a family's code by trying it on a miniature, whatever the CPU's products round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.tiny_models import FAMILIES, write_tiny
+from transformers import AutoConfig
+
+from corolla.models.checks import forms
+
+ONE_SEQUENCE = {
+    "bloom",
+    "opt",
+    "gpt_oss",
+}  # locally too: positions of another kind, or masks that do not look at them
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_of_one_row_are_told_apart_by_most(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "_flat_rows", {})
+    config = AutoConfig.from_pretrained(write_tiny(family, tmp_path))
+    assert forms.reads_flat_rows(config) == (family not in ONE_SEQUENCE)
