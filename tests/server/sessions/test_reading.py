@@ -12,7 +12,7 @@ TOKENS, LARGE = 100, 800
 async def test_an_answer_that_is_larger_than_its_request_is_counted() -> None:
     large = packed(noise(1, LARGE, HIDDEN))
     twice = 2 * large["hidden"].nbytes  # a request and its reply; half of all is a peer's share
-    async with limited(200, bytes_in_flight=2 * twice) as world:
+    async with limited(200, bytes_in_flight=2 * twice + 4096) as world:
         account = world.server.limits.in_flight
         other, client = await world.raw(), await world.raw()
         assert (await client.ask(opening(tokens=TOKENS))).message == Opened()
