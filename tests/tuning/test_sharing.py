@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tests.hub_stand_in import REPOSITORY, serving
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, settings
 
+from corolla.cli.partner import find_partner
 from corolla.errors import BundleError, UsageError
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.tuning.batches import prepare
@@ -55,6 +58,23 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(made: Path, tmp_path: Path) -> 
     prompts = [load_prompt(one, model_name="tiny", identity=ABOUT.identity) for one in (made, folder)]
     vectors = [one.state_dict()["input"] for one in prompts]
     assert torch.equal(*vectors)
+
+
+def test_a_chat_finds_a_bundle_on_the_hub_with_the_token_that_it_was_given(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_folder = tmp_path / "hub"
+    shutil.copytree(made, hub_folder)
+    with serving(hub_folder) as hub:
+        hub.private = "hf_secret"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.chdir(tmp_path)
+        assert find_partner(REPOSITORY, cache_dir=tmp_path / "none").prompts is None
+        partner = find_partner(REPOSITORY, token="hf_secret", cache_dir=tmp_path / "cache")
+    assert partner.prompts is not None
+    assert partner.prompts.is_relative_to(tmp_path / "cache")
 
 
 def test_what_is_no_bundle_there_is_none_and_half_a_one_is_refused(made: Path, tmp_path: Path) -> None:
