@@ -35,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts_after = 1 << 60  # bytes of weights; after these all answers end in the middle
         self.refuses = 0  # so many answers to come are 503
         self.gone = False  # the commit
+        self.private: str | None = None  # the token without which there is no such repository
         self.sent = 0  # bytes of weights
         self.posted: list[tuple[str, str | None]] = []  # paths, with the token
 
@@ -94,6 +95,13 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([\w.-]+)", self.path)
         stored = re.fullmatch(r"/stored/([\w.-]+)\?signed=yes", self.path)
         name = (match or stored or [None, None])[1]
+        if (
+            match
+            and self.server.private
+            and self.headers.get("Authorization") != f"Bearer {self.server.private}"
+        ):
+            self._send(401, b"", {"X-Error-Code": "RepoNotFound"}, send)
+            return
         path = self.server.folder / name if name else None
         if path is None or not path.is_file() or self.server.gone:
             code = "EntryNotFound" if match else "RepoNotFound"

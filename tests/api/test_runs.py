@@ -10,6 +10,9 @@ from tests.api.browser import CHROMIUM, browser
 from tests.api.test_access import asked
 from tests.api.world import World, Worlds, write_bundle
 
+from corolla.api.access import Keys
+from corolla.api.runs import Runs
+
 HOSTILE = "<script>document.title='hacked'</script>\x1b[2J"
 
 
@@ -53,6 +56,10 @@ def test_what_is_said_of_runs(served: World) -> None:
     assert "\x1b" not in json.dumps(found, ensure_ascii=False)
 
 
+def test_a_folder_that_is_not_there_has_no_runs(tmp_path: Path) -> None:
+    assert Runs(tmp_path / "none").all() == Runs(None).all() == []
+
+
 def test_a_report_can_do_nothing(served: World) -> None:
     status, text, headers = asked(served, "/api/runs/poet/report")
     assert status == 200
@@ -74,3 +81,25 @@ def test_the_page(served: World, tmp_path: Path) -> None:
         assert page.run("document.querySelectorAll('polyline').length") == 4
         assert not page.run("document.documentElement.scrollWidth > document.documentElement.clientWidth")
         assert page.run("document.title") == "Corolla: training runs"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_report_behind_a_key_is_kept_as_a_file(worlds: Worlds, tmp_path: Path) -> None:
+    world = worlds.make("keyed-runs", keys=Keys.read(["master"], None))
+    write_bundle(world.bundles / "poet", world.folder, world.swarm.checkpoint.identity)
+    (world.bundles / "poet" / "report.html").write_text("<h1>Report</h1>")
+    with browser(tmp_path) as page:
+        page.open(f"{world.url}/page/icon.svg")
+        page.run("localStorage.setItem('corolla-key', 'master')")
+        page.open(f"{world.url}/runs")
+        page.wait("document.querySelector('.run a')")
+        page.run(
+            "window.kept = [];"
+            "HTMLAnchorElement.prototype.click = function () { kept.push([this.download, this.href]); }"
+        )
+        page.run(
+            "document.querySelector('.run a').dispatchEvent(new MouseEvent('click', {cancelable: true}))"
+        )
+        page.wait("window.kept.length")
+        assert page.run("kept[0][0]") == "poet.html"
+        assert page.run("kept[0][1].startsWith('blob:')")

@@ -71,6 +71,16 @@ def test_a_bundle_is_evaluated_as_its_training_did(
         # Named by its own name it is the same data, most of which was learnt.
         _, held_out_only = chosen_data(bundle, EvalJob(data=talks, out=tmp_path / "third.html"))
         assert held_out_only
+        # Another split of it was never seen.
+        elsewhere = EvalJob(split="test", out=tmp_path / "fourth.html")
+        found, held_out_only = chosen_data(bundle, elsewhere)
+        assert (found.data, found.split, held_out_only) == (talks, "test", False)
+        assert chosen_data(bundle, EvalJob(split="train", out=tmp_path / "fourth.html"))[1]
+        for part in ("train[10%:]", "test+train", "all"):
+            with pytest.raises(UsageError, match="was trained on parts of"):
+                chosen_data(bundle, EvalJob(split=part, out=tmp_path / "fourth.html"))
+        with pytest.raises(UsageError, match="without this --persona"):
+            chosen_data(bundle, EvalJob(persona=True, out=tmp_path / "fourth.html"))
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, refused: Refused) -> None:

@@ -216,6 +216,8 @@ def test_a_new_head_is_drawn_by_the_seed_alone(swarm: MemorySwarm) -> None:
     ("options", "words"),
     [
         ({"num_labels": 0}, "num_labels is 0"),
+        ({"num_labels": "2"}, "num_labels is '2'"),
+        ({"id2label": ["bad", "good"]}, r"id2label is \['bad', 'good'\]; give a dictionary"),
         ({"num_labels": 2, "id2label": {0: "a"}}, "give one of them"),
         ({"problem_type": "guess"}, "problem_type is 'guess'"),
         ({"num_lables": 2}, "has no argument num_lables"),

@@ -138,11 +138,20 @@ def test_nothing_on_the_page_is_fetched_or_run_and_strangers_words_are_text() ->
 
 
 @pytest.mark.parametrize(
-    "garbled", [{}, {"samples": 3, "before": "x", "difference": []}, {"samples": {"replies": 5}}]
+    "garbled",
+    [
+        {},
+        {"samples": 3, "before": "x", "difference": []},
+        {"samples": {"replies": 5}, "before": {"eval_loss": 10**400}, "after": {"eval_loss": 1.0}},
+    ],
 )
 def test_a_strangers_bundle_that_says_odd_things_of_itself_still_has_a_page(garbled: dict[str, Any]) -> None:
     odd = bundle(metrics=garbled, training={"steps": "many", "data": ["x"], "seed": {}})
     assert "org/model, tuned" in report_page(odd, [], "x")
+    history = [
+        {"step": one, "loss": loss} for one in (1, -1, 10**400) for loss in (1e308, -1e308, 2, 10**400)
+    ]
+    assert "The run" in report_page(odd, history, "x")
     assert "org/model" in model_card(odd, "x")
 
 

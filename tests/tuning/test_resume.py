@@ -318,3 +318,13 @@ def test_what_a_kill_left_half_written_is_removed_and_not_resumed_from(tmp_path:
     save(again, 4)
     assert [path.name for path in again.all()] == ["checkpoint-2", "checkpoint-4"]
     assert not (folder.path / ".saving").exists()
+
+
+def test_a_run_of_a_version_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    with folder.locked():
+        folder.begin({"seed": 0}, resume=False, overwrite=False)
+    with pytest.raises(
+        UsageError, match=r"a version of Corolla with other settings \(warmup\): end it with that"
+    ):
+        folder.begin({"seed": 0, "warmup": 0.05}, resume=True, overwrite=False)

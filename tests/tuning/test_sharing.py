@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tests.hub_stand_in import REPOSITORY, serving
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, settings
 
+from corolla.cli.partner import find_partner
 from corolla.errors import BundleError, UsageError
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.tuning.batches import prepare
-from corolla.tuning.bundle import load_bundle
+from corolla.tuning.bundle import ModelInfo, load_bundle
 from corolla.tuning.sharing import check_push, fetch_bundle, push_bundle
 from corolla.tuning.tune import tune
 
-SWARM = {"swarm": {"peers": ["/ip4/203.0.113.9/tcp/1/p2p/x"]}, "data": "talks.jsonl"}
+SWARM = {"swarm": {"peers": ["/ip4/203.0.113.9/tcp/1/p2p/x"]}, "data": "/home/ann/talks.jsonl"}
+HERE = ModelInfo("/home/ann/models/tiny", ABOUT.identity)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def made(tiny_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("shared") / "out"
     chosen = settings(steps=2)
     tune(
-        local_model(tiny_folder), chosen, prepare(tokenizer, chosen, conversations()), out, ABOUT, notes=SWARM
+        local_model(tiny_folder), chosen, prepare(tokenizer, chosen, conversations()), out, HERE, notes=SWARM
     )
     return out
 
@@ -39,9 +43,14 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(made: Path, tmp_path: Path) -> 
         assert all(token == "Bearer hf_secret" for _, token in hub.posted)
         sent = {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()}
         assert {"bundle.json", "README.md", "report.html", "adapter_model.safetensors"} <= sent.keys()
-        assert not any(b"203.0.113.9" in content or b"hf_secret" in content for content in sent.values())
-        assert b"corolla chat someone/tiny" in sent["README.md"]
-        assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == ABOUT.name
+        for secret in (b"203.0.113.9", b"hf_secret", b"/home/ann", str(made.parent).encode()):
+            assert not [name for name, content in sent.items() if secret in content], secret
+        for page in ("README.md", "report.html"):
+            assert b"corolla chat someone/tiny" in sent[page]
+            assert b"--data talks.jsonl" in sent[page]
+        assert b'prompts=corolla.load_bundle("someone/tiny").folder' in sent["README.md"]
+        assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "tiny"
+        assert "loss.png" not in sent, "there is a folder of this machine in its title"
         folder = fetch_bundle(REPOSITORY, cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
         assert folder is not None
     bundle = load_bundle(folder)
@@ -49,6 +58,23 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(made: Path, tmp_path: Path) -> 
     prompts = [load_prompt(one, model_name="tiny", identity=ABOUT.identity) for one in (made, folder)]
     vectors = [one.state_dict()["input"] for one in prompts]
     assert torch.equal(*vectors)
+
+
+def test_a_chat_finds_a_bundle_on_the_hub_with_the_token_that_it_was_given(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_folder = tmp_path / "hub"
+    shutil.copytree(made, hub_folder)
+    with serving(hub_folder) as hub:
+        hub.private = "hf_secret"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.chdir(tmp_path)
+        assert find_partner(REPOSITORY, cache_dir=tmp_path / "none").prompts is None
+        partner = find_partner(REPOSITORY, token="hf_secret", cache_dir=tmp_path / "cache")
+    assert partner.prompts is not None
+    assert partner.prompts.is_relative_to(tmp_path / "cache")
 
 
 def test_what_is_no_bundle_there_is_none_and_half_a_one_is_refused(made: Path, tmp_path: Path) -> None:

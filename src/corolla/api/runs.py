@@ -35,7 +35,11 @@ class Runs:
         if self._folder is None:
             return []
         found = []
-        for path in sorted(self._folder.iterdir(), key=_changed, reverse=True)[: 4 * MOST_RUNS]:
+        try:
+            paths = sorted(self._folder.iterdir(), key=_changed, reverse=True)
+        except OSError:  # not made yet, or not there just now
+            return []
+        for path in paths[: 4 * MOST_RUNS]:
             if path.name.startswith("."):
                 continue
             if (path / RUN_FILE).is_file():

@@ -78,7 +78,12 @@ def chat(
     joining = ClientOptions(**member)
     options = joining.swarm(client)
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
-    whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), joining.revision)
+    whom = find_partner(
+        partner or (saved.info.partner if saved else "smollm2"),
+        joining.revision,
+        token=joining.token,
+        cache_dir=joining.cache_dir,
+    )
     chosen = replace(SamplingSettings.from_dict(whom.sampling), **sampling)
     if saved is not None:
         chosen = replace(SamplingSettings.from_dict(saved.info.sampling), **sampling)

@@ -7,6 +7,7 @@ its end nothing is left running.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -98,9 +99,9 @@ def _chat(out: Path, peers: Sequence[str]) -> None:
             repl.run()
         else:
             repl.run(SCRIPT)
-    say_plainly(f"Chat again whenever you like:\n  corolla chat {out}")
-    folder = out.resolve().parent
-    say_plainly(f"In a browser, and for whatever speaks OpenAI's API:\n  corolla api --bundles {folder}")
+    say_plainly(f"Chat again whenever you like:\n  {shlex.join(['corolla', 'chat', str(out)])}")
+    serving = shlex.join(["corolla", "api", "--bundles", str(out.resolve().parent)])
+    say_plainly(f"In a browser, and for whatever speaks OpenAI's API (it prints the address):\n  {serving}")
 
 
 def _heading(number: int, text: str) -> None:

@@ -27,6 +27,7 @@ from corolla.cli.members import InviteOption, MemberOption, TrustOption, client_
 from corolla.cli.partner import find_partner
 from corolla.cli.terminal import console, say_plainly
 from corolla.config import SwarmConfig
+from corolla.data.rows import USUAL_SPLIT
 from corolla.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def evaluate_and_report(
     console.print(result_table(before, after, change, f"{len(prepared.held_out)} examples"))
     kept = {name: described.metrics[name] for name in ("step", "fell_back") if name in described.metrics}
     found = replace(described, metrics=metrics_of(before, after, change, samples) | kept)
-    page = report_page(found, read_history(folder), str(folder), evaluated_on=job.data)
+    on = job.data if job.split is None else f"{job.data} ({job.split})"
+    page = report_page(found, read_history(folder), str(folder), evaluated_on=on)
     write_report(job.out, page)
     say_plainly(f"Page: {job.out}")
 
@@ -136,8 +138,28 @@ def chosen_data(bundle: Bundle, job: EvalJob) -> tuple[EvalJob, bool]:
         return job, False
     if not isinstance(trained.get("data"), str):
         raise UsageError("The bundle does not say what it was trained on: give --data.")
-    names = ("data", "speaker", "persona", "split")
-    return replace(job, **{name: trained.get(name) or getattr(job, name) for name in names}), True
+    for name in ("speaker", "persona"):
+        if getattr(job, name) and getattr(job, name) != trained.get(name):
+            raise UsageError(
+                f"The bundle was trained without this --{name}, and who was held out depends on it: leave it out, or "
+                "give other --data."
+            )
+    persona = bool(trained.get("persona"))
+    same = replace(job, data=trained["data"], speaker=trained.get("speaker"), persona=persona)
+    learnt = trained.get("split") or USUAL_SPLIT
+    if job.split is not None and job.split != learnt:
+        if _splits(job.split) & _splits(str(learnt)):
+            raise UsageError(
+                f"The bundle was trained on parts of --split {job.split}: give another, or leave it out."
+            )
+        return same, False
+    return replace(same, split=trained.get("split")), True
+
+
+def _splits(text: str) -> set[str]:
+    """Which splits of hub data a text such as `train[:10%]+test` speaks of."""
+    names = {part.partition("[")[0].strip() for part in text.split("+")}
+    return names | {USUAL_SPLIT} if "all" in names else names
 
 
 def _same_data(one: str, other: Any) -> bool:

@@ -29,15 +29,20 @@ class Partner:
     swarm: Mapping[str, Any] = field(default_factory=dict)  # where a bundle was trained
 
 
-def find_partner(name: str, revision: str | None = None) -> Partner:
-    """A bundle's folder, a folder with a saved prompt only, or a model's name. Raises `BundleError`."""
+def find_partner(
+    name: str, revision: str | None = None, *, token: str | None = None, cache_dir: Path | None = None
+) -> Partner:
+    """A bundle's folder or its name on the hub, a folder with a saved prompt only, or a model's name.
+
+    Raises `BundleError`.
+    """
     from corolla.models.checkpoints.prompt_files import PROMPT_FILE, read_prompt_info
     from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
     from corolla.tuning.sharing import fetch_bundle
 
     folder = Path(name)
     if not folder.exists():
-        folder = fetch_bundle(name, revision=revision) or folder
+        folder = fetch_bundle(name, revision=revision, token=token, cache_dir=cache_dir) or folder
     if (folder / BUNDLE_FILE).is_file():
         bundle = load_bundle(folder)
         return Partner(

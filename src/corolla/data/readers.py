@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corolla.data.rows import Found, json_rows, listed, table_rows
+from corolla.data.rows import USUAL_SPLIT, Found, json_rows, listed, table_rows
 from corolla.errors import DataError
 from corolla.files import scratch_folder
 
@@ -74,10 +74,10 @@ def read_file(source: str, split: str | None) -> Found:
 
 
 def read_hub(name: str, split: str | None, token: str | None) -> Found:
-    """All rows of a data set on the hub, of its `train` split unless told. Raises `DataError`."""
+    """All rows of a data set on the hub, of its `USUAL_SPLIT` unless told. Raises `DataError`."""
     load_dataset: Callable[..., Any] = _datasets().load_dataset
     try:
-        rows = list(load_dataset(name, split=split or "train", token=token))
+        rows = list(load_dataset(name, split=split or USUAL_SPLIT, token=token))
     except Exception as error:  # network, names, splits, scripts: many kinds, one consequence
         raise DataError(
             f"{name} is neither a file here nor a data set that the hub gives: {_first_line(error)}"

@@ -28,6 +28,7 @@ MOST_SHOWN = 200  # characters of what could not be read
 BETWEEN = re.compile(r"[\s,]*")
 SPACE = re.compile(r"\s*")
 LONGEST_CELL = 2**31 - 1
+USUAL_SPLIT = "train"  # where nobody says which
 _LIMIT = threading.Lock()  # csv has one limit for the whole process
 
 
@@ -126,8 +127,8 @@ def _one_list(path: Path, content: dict[str, Any], split: str | None) -> Any:
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     if split is not None and split not in lists:
         raise DataError(f"{path} has no list called {split}; it has {', '.join(lists) or 'none'}.")
-    if split is not None or "train" in lists:
-        return lists[split or "train"]
+    if split is not None or USUAL_SPLIT in lists:
+        return lists[split or USUAL_SPLIT]
     return next(iter(lists.values())) if len(lists) == 1 else content
 
 

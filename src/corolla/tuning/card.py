@@ -27,7 +27,8 @@ def model_card(bundle: Described, base: str, place: str = "THIS_FOLDER") -> str:
     `base` is where the whole model can be loaded from, `place` what `corolla chat` is to be given.
     """
     name = _plain(bundle.model.name)
-    load = f'from_pretrained("{name}", initial_peers=[…], prompts="{place}")'
+    prompts = f'"{place}"' if HUB_NAME.fullmatch(place) is None else f'corolla.load_bundle("{place}").folder'
+    load = f'from_pretrained("{name}", initial_peers=[…], prompts={prompts})'
     rows = [
         f"| {row['name']} | {row['before']} | {row['after']} | {row['change']} |" for row in figures(bundle)
     ]

@@ -117,6 +117,11 @@ class RunFolder:
         for name in sorted(noted.keys() | decisive.keys()):
             if noted.get(name) == parse(json.dumps(decisive.get(name))):
                 continue
+            if name not in noted or name not in decisive:
+                raise UsageError(
+                    f"The run at {self.path} was started by a version of Corolla with other settings ({name}): end "
+                    "it with that version, or start anew with --overwrite."
+                )
             if name == "data":
                 raise UsageError(
                     f"The run at {self.path} was started on other examples: resume it with the same data, or "

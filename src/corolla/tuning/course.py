@@ -94,6 +94,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self._say = say
         self._level = Level()
         self._kept: Kept | None = None
+        self.loss = 0.0  # of the step that was last decided on
         self._loss = 0.0  # of the step under way
         self._vain = 0  # evaluations since the best one
 
@@ -110,7 +111,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self, _args: Any, state: TrainerState, _control: Any, *, optimizer: Any, **_kwargs: Any
     ) -> None:
         """Take the step, or go back and take none. Raises `NonFiniteLoss` where there is nothing to go back to."""
-        loss, self._loss = self._loss, 0.0
+        self.loss, self._loss = self._loss, 0.0
+        loss = self.loss
         step = state.global_step + 1
         if not math.isfinite(loss):
             self._go_back(step, f"The loss of step {step} is {loss}", optimizer)
@@ -143,6 +145,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self.scale /= 2
         self._prompt.load_state_dict(kept.prompt)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": _copied(kept.optimizer["state"])})
+        for group in optimizer.param_groups:  # the schedule has set it for the step that is next
+            group["lr"] /= 2
         self._level = kept.level
         for parameter in self._prompt.parameters():
             parameter.grad = None  # the optimizer passes over what has none
@@ -154,19 +158,21 @@ class Course(TrainerCallback):  # type: ignore[misc]
         gradients = [one.grad for one in self._prompt.parameters() if one.grad is not None]
         return all(bool(torch.isfinite(one).all()) for one in gradients)
 
-    def evaluated(self, step: int, evaluation: Evaluation, optimizer: Any) -> None:
-        """The prompt after `step` steps has been evaluated."""
+    def evaluated(self, step: int, evaluation: Evaluation, optimizer: Any) -> Evaluation:
+        """The prompt after `step` steps has been evaluated; gives the evaluation of the prompt that there is then."""
         loss, best = evaluation.reply_loss, self.best
-        if best is None or loss < best.evaluation.reply_loss:
+        lowest = math.nan if best is None else best.evaluation.reply_loss
+        if best is None or math.isnan(lowest) or loss < lowest:
             self.best = Best(self._now(step, optimizer), evaluation)
             self._vain = 0
-            return
+            return evaluation
         self._vain += 1
-        lowest = best.evaluation.reply_loss
-        if not math.isnan(lowest) and not loss <= lowest + FAR_HELD_OUT:
+        if not loss <= lowest + FAR_HELD_OUT:
             self._kept = best.kept
             why = f"The held-out loss after step {step} is {loss:.4g}, far above its best, {lowest:.4g}"
             self._go_back(step, why, optimizer)
+            return best.evaluation
+        return evaluation
 
     def use_best(self) -> None:
         """Give the prompt the values with which the held-out loss was lowest."""
@@ -191,7 +197,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         """Go on from what `save` wrote; a checkpoint of an earlier version has nothing of it."""
         if not (folder / COURSE_FILE).is_file():
             return
-        content = torch.load(folder / COURSE_FILE, weights_only=True)
+        content = torch.load(folder / COURSE_FILE, map_location="cpu", weights_only=True)
         self.scale, self.times, self._vain = content["scale"], content["times"], content["vain"]
         self._level = Level(**content["level"])
         self._kept = _kept_of(content["kept"])

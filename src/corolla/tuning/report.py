@@ -34,6 +34,7 @@ ROWS = (
 WIDTH, HEIGHT = 760, 320
 LEFT, RIGHT, TOP, BOTTOM = 48, 740, 16, 270
 SHOWN_ON_CURVE = 600  # points; more are no longer told apart
+MOST = 1e12  # of steps, nats and perplexities that mean something
 UNSAID = "(nothing)"
 
 
@@ -273,8 +274,9 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    """NaN for what is no number, or none that can be drawn."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+    return float(value) if good else math.nan
 
 
 def _clean(value: Any) -> Any:

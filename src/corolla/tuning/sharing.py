@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_CONFIG, P
 from corolla.text import one_line
 from corolla.tuning.card import model_card
 from corolla.tuning.described import BUNDLE_FILE, CARD_FILE, CURVE_FILE, METRICS_FILE, Described
-from corolla.tuning.report import REPORT_FILE
+from corolla.tuning.report import REPORT_FILE, read_history, report_page
 
-AS_THEY_ARE = (PROMPT_FILE, PEFT_WEIGHTS, DEEP_WEIGHTS, METRICS_FILE, CURVE_FILE, REPORT_FILE)
+AS_THEY_ARE = (PEFT_WEIGHTS, DEEP_WEIGHTS, METRICS_FILE)
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -72,17 +73,37 @@ def push_bundle(
 
 
 def _write_copy(bundle: Described, folder: Path, copy: Path, name: str) -> None:
-    for file in AS_THEY_ARE:
+    shared = _for_others(bundle)
+    model = shared.model.name
+    # A picture has the model's name in it.
+    for file in (*AS_THEY_ARE, *([CURVE_FILE] if model == bundle.model.name else [])):
         if (folder / file).is_file():
             shutil.copyfile(folder / file, copy / file)
-    content = bundle.to_dict()
-    content["training"] = {key: one for key, one in content["training"].items() if key != "swarm"}
-    write_json(copy / BUNDLE_FILE, content)
-    if (folder / PEFT_CONFIG).is_file():
-        # Where the base lies on this machine helps nobody.
-        about = load_object(folder / PEFT_CONFIG) | {"base_model_name_or_path": bundle.model.name}
-        write_json(copy / PEFT_CONFIG, about)
-    (copy / CARD_FILE).write_text(model_card(bundle, bundle.model.name, name), encoding="utf-8")
+    write_json(copy / BUNDLE_FILE, shared.to_dict())
+    for file, key in ((PROMPT_FILE, "model"), (PEFT_CONFIG, "base_model_name_or_path")):
+        if (folder / file).is_file():
+            write_json(copy / file, load_object(folder / file) | {key: model})
+    page = report_page(shared, read_history(folder), name)
+    (copy / REPORT_FILE).write_text(page, encoding="utf-8")
+    (copy / CARD_FILE).write_text(model_card(shared, model, name), encoding="utf-8")
+
+
+def _for_others(bundle: Described) -> Described:
+    """Without the swarm's addresses, and with the last part only of names that are paths of this machine."""
+    training = {key: _last_part(one) for key, one in bundle.training.items() if key != "swarm"}
+    model = replace(bundle.model, name=_last_part(bundle.model.name))
+    return replace(bundle, model=model, training=training)
+
+
+def _last_part(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    try:
+        local = path.exists() or path.is_absolute() or value.startswith(("~", "./", "../"))
+    except (OSError, ValueError):  # a text, too long for a name
+        local = False
+    return path.name or value if local else value
 
 
 def fetch_bundle(

@@ -83,10 +83,10 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
             self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; the course is told the loss."""
+        """As the Trainer's; the course is told the loss, and the Trainer's sum only what can be taken off it again."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.course.add(loss.item())
-        return loss
+        return loss if bool(torch.isfinite(loss)) else torch.zeros_like(loss)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The rate rises, then falls to 0; half of it each time that the run has gone back."""
@@ -101,6 +101,8 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, without what is no number: files are JSON, and curves have points."""
+        if "loss" in logs and not math.isfinite(self.course.loss):
+            logs = logs | {"loss": math.nan}
         finite = {key: one for key, one in logs.items() if not isinstance(one, float) or math.isfinite(one)}
         super().log(finite, *args, **kwargs)
 
@@ -110,12 +112,11 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         result = evaluate(
             self.model, self._prepared.held_out, self._prepared.batches, self.args.per_device_eval_batch_size
         )
-        self.evaluations[step] = result
         if step == 0:
             self._folder.note_before(result)
         metrics = result.metrics()
         self.log(dict(metrics))
-        self.course.evaluated(step, result, self.optimizer)
+        self.evaluations[step] = self.course.evaluated(step, result, self.optimizer)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.course.exhausted:
             self.control.should_training_stop = True

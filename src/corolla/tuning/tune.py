@@ -62,7 +62,7 @@ class TuneResult:
     before: Evaluation
     after: Evaluation
     difference: Difference
-    losses: list[float]  # of each step, from the first one on even when the run was resumed
+    losses: list[float]  # of each step, but where it was no number; from the first one on even when resumed
     steps: int
     best_step: int  # whose prompt the bundle holds; 0 where training has made nothing better
     seconds: float  # of this call

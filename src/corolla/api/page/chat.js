@@ -1,5 +1,5 @@
 import { rendered } from "/page/markdown.js";
-import { get, reply, send, text } from "/page/talk.js";
+import { download, get, reply, send, text } from "/page/talk.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
@@ -231,14 +231,6 @@ function choose() {
 function closed() {
   $("side").classList.remove("open");
   $("menu").setAttribute("aria-expanded", "false");
-}
-
-function download(name, content) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([content], { type: "application/json" }));
-  link.download = name;
-  link.click();
-  URL.revokeObjectURL(link.href);
 }
 
 const guarded = (act) => (...given) => Promise.resolve(act(...given)).catch((error) => notice(error.message));

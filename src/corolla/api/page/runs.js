@@ -1,4 +1,4 @@
-import { get } from "/page/talk.js";
+import { download, get, keyed, text } from "/page/talk.js";
 
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
@@ -51,18 +51,28 @@ function section(run) {
   if (run.report) {
     const link = element("a", "Report");
     link.href = `/api/runs/${encodeURIComponent(run.name)}/report`;
+    link.addEventListener("click", (event) => {
+      if (!keyed()) return;
+      event.preventDefault();
+      text(link.href).then((page) => download(`${run.name}.html`, page, "text/html"), failed);
+    });
     made.append(link);
   }
   return made;
+}
+
+function failed(error) {
+  $("state").textContent = error.message;
+  $("state").className = "bad";
 }
 
 let shown = "";
 for (;;) {
   try {
     const found = await get("/api/runs");
-    const text = JSON.stringify(found);
-    if (text !== shown) {
-      shown = text;
+    const now = JSON.stringify(found);
+    if (now !== shown) {
+      shown = now;
       $("runs").replaceChildren(...found.map(section));
       $("state").textContent = found.length
         ? `${found.length} run${found.length === 1 ? "" : "s"} in the folder of bundles.`
@@ -70,8 +80,7 @@ for (;;) {
       $("state").className = "";
     }
   } catch (error) {
-    $("state").textContent = error.message;
-    $("state").className = "bad";
+    failed(error);
   }
   await new Promise((later) => setTimeout(later, 3000));
 }

@@ -27,6 +27,17 @@ export const text = async (path) => (await asked(path)).text();
 export const send = async (method, path, body) =>
   (await asked(path, { method, body: body === undefined ? undefined : JSON.stringify(body) })).json();
 
+export function download(name, content, type = "application/json") {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([content], { type }));
+  link.download = name;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+// A link brings no key along: where one is needed, what it leads to is fetched and kept as a file.
+export const keyed = () => Boolean(localStorage.getItem(KEY));
+
 // The events of a stream, as objects.
 export async function* events(path, options) {
   const reader = (await asked(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();

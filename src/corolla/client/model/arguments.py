@@ -246,8 +246,11 @@ def classifier(
         num_labels, id2label, label2id, problem_type, pad_token_id: As in the config of transformers' classifiers. A
             head that the checkpoint has not is new, drawn under `seed`; with `prompts`, that and these are as saved.
     """
-    if num_labels is not None and num_labels < 1:
-        raise UsageError(f"num_labels is {num_labels}; a classifier needs at least 1.")
+    if num_labels is not None and not (isinstance(num_labels, int) and num_labels >= 1):
+        raise UsageError(f"num_labels is {num_labels!r}; a classifier needs a number of at least 1.")
+    for named, names in (("id2label", id2label), ("label2id", label2id)):
+        if names is not None and not isinstance(names, Mapping):
+            raise UsageError(f"{named} is {names!r:.60}; give a dictionary such as {{…}} of ids and names.")
     if num_labels is not None and id2label is not None and len(id2label) != num_labels:
         raise UsageError(f"num_labels is {num_labels}, and id2label names {len(id2label)}: give one of them.")
     if problem_type not in PROBLEM_TYPES:
