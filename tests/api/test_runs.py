@@ -83,15 +83,35 @@ def test_the_page(served: World, tmp_path: Path) -> None:
         assert page.run("document.title") == "Corolla: training runs"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_report_behind_a_key_is_kept_as_a_file(worlds: Worlds, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def keyed(worlds: Worlds) -> World:
     world = worlds.make("keyed-runs", keys=Keys.read(["master"], None))
     write_bundle(world.bundles / "poet", world.folder, world.swarm.checkpoint.identity)
     (world.bundles / "poet" / "report.html").write_text("<h1>Report</h1>")
+    return world
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_who_gives_no_key_is_asked_once(keyed: World, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
-        page.open(f"{world.url}/page/icon.svg")
+        page.open(f"{keyed.url}/runs")  # nothing is typed
+        page.wait("document.getElementById('state').className === 'bad'")
+        page.run(
+            "window.asked = 0; window.prompt = () => { asked += 1; return null; };"
+            "window.calls = 0; const fetched = fetch;"
+            "window.fetch = (...given) => { calls += 1; return fetched(...given); }"
+        )
+        page.wait("calls === 2")
+        assert page.run("asked") == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_report_behind_a_key_is_kept_as_a_file(keyed: World, tmp_path: Path) -> None:
+    with browser(tmp_path) as page:
+        page.open(f"{keyed.url}/page/icon.svg")
         page.run("localStorage.setItem('corolla-key', 'master')")
-        page.open(f"{world.url}/runs")
+        page.open(f"{keyed.url}/runs")
         page.wait("document.querySelector('.run a')")
         page.run(
             "window.kept = [];"

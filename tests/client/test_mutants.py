@@ -76,8 +76,8 @@ def stranger_seen(patch: pytest.MonkeyPatch) -> None:
     """A sequence reads another's first page for its own."""
     make = PackedBatch.__init__
 
-    def mixed(self: PackedBatch, segments: Any, pool: Any = None) -> None:
-        make(self, segments, pool)
+    def mixed(self: PackedBatch, *given: Any, **named: Any) -> None:
+        make(self, *given, **named)
         for one, other in pairwise(self.segments):
             for own, theirs in zip(one.parts, other.parts, strict=True):
                 if own.table is not None and theirs.table is not None:

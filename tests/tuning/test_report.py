@@ -172,6 +172,13 @@ def test_the_command_to_do_it_again_is_one_that_does_it_again() -> None:
     assert (given["loss_on"], given["max_length"], given["style"]) == ("all", 96, "delimiter")
 
 
+def test_a_bundle_of_an_earlier_version_is_made_again_as_it_was() -> None:
+    training = {name: bundle().training[name] for name in ("learning_rate", "steps", "batch_size", "seed")}
+    words = again_command(bundle(training=training))
+    assert "--warmup 0 --keep last" in words
+    assert "--data DATA" in words, "nobody has noted which"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [(-0.2, -0.1, "Better"), (-0.1, 0.1, "No clear change"), (0.1, 0.2, "Worse"), (None, None, "too few")],

@@ -248,6 +248,13 @@ def test_a_save_that_fails_leaves_the_last_good_checkpoint_and_says_so(tmp_path:
     assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoint-1", "checkpoint-2", "run.json"]
 
 
+def test_notes_that_a_disk_does_not_take_are_one_sentence(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    with largest_file(300), pytest.raises(BundleError, match=r"out\.run cannot be written: File too large\."):
+        folder.note_end({"notes": "x" * 1000})
+    assert not folder.has_ended()
+
+
 def test_a_disk_that_fills_up_in_the_middle_of_a_run_costs_only_the_steps_since_the_last_save(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:

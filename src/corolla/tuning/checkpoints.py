@@ -172,8 +172,8 @@ class RunFolder:
         )
 
     def note_before(self, evaluation: Evaluation) -> None:
-        """Keep the evaluation from before the first step."""
-        write_json(self.path / BEFORE_FILE, evaluation.sums)
+        """Keep the evaluation from before the first step. Raises `BundleError`."""
+        self._write(BEFORE_FILE, evaluation.sums)
 
     def before(self) -> Evaluation | None:
         """The evaluation from before the first step, if it was reached."""
@@ -182,8 +182,8 @@ class RunFolder:
         return Evaluation.from_dict(self._read(BEFORE_FILE))
 
     def note_end(self, bundle: dict[str, Any]) -> None:
-        """The run is about to become the bundle whose description is `bundle`."""
-        write_json(self.path / ENDED_FILE, bundle)
+        """The run is about to become the bundle whose description is `bundle`. Raises `BundleError`."""
+        self._write(ENDED_FILE, bundle)
 
     def has_ended(self) -> bool:
         """Whether `out` is the bundle that this run has come to, killed before it could remove its folder."""
@@ -199,6 +199,12 @@ class RunFolder:
             shutil.move(self.path / LOGS, self.out / LOGS)
         self._clear()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        try:
+            write_json(self.path / name, content)
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be written: {error.strerror or error}.") from error
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

@@ -26,6 +26,10 @@ WEIGHT = 0.8  # of the past in the level of the loss
 # Nats above the best: more than batches differ by (their spread comes on top), less than a lost prompt costs.
 FAR = 1.0
 SPREADS = 3.0
+SPREAD = 1.0  # nats; what is taken for the spread until it is known
+SPREAD_WEIGHT = (
+    0.95  # of the past in the spread: longer than in the level, or the best is where it is small by chance
+)
 FAR_HELD_OUT = 0.5  # the held-out examples are always the same
 MOST_TIMES = 10  # a thousandth of the rate
 
@@ -35,27 +39,20 @@ class Level:
     """A mean of the latest losses, and how far they lie from it; nats."""
 
     total: float = 0.0
-    deviations: float = 0.0
     norm: float = 0.0
+    spread: float = SPREAD  # mean distance of a loss from the mean before it
 
     @property
     def mean(self) -> float:
         """Without the bias towards its beginning."""
         return self.total / self.norm if self.norm else math.inf
 
-    @property
-    def spread(self) -> float:
-        """Mean distance of a loss from the mean before it."""
-        return self.deviations / self.norm if self.norm else 0.0
-
     def after(self, loss: float) -> Level:
         """The level with one more loss."""
-        away = abs(loss - self.mean) if self.norm else 0.0
-        total, deviations, norm = (
-            WEIGHT * old + (1 - WEIGHT) * new
-            for old, new in ((self.total, loss), (self.deviations, away), (self.norm, 1.0))
-        )
-        return Level(total, deviations, norm)
+        spread = self.spread
+        if self.norm:
+            spread = SPREAD_WEIGHT * spread + (1 - SPREAD_WEIGHT) * abs(loss - self.mean)
+        return Level(WEIGHT * self.total + (1 - WEIGHT) * loss, WEIGHT * self.norm + (1 - WEIGHT), spread)
 
 
 @dataclass

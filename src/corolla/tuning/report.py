@@ -96,13 +96,16 @@ def again_command(bundle: Described) -> str:
     words += ["--prompt-tokens", str(bundle.prompt_tokens)]
     if bundle.model.revision is not None:
         words += ["--revision", bundle.model.revision]
-    for name in ("data", "speaker", "persona", "split", "prompt_init", "prompt_text"):
+    words += _option("data", said.get("data") or "DATA")
+    for name in ("speaker", "persona", "split", "prompt_init", "prompt_text"):
         words += _option(name, said.get(name))
     defaults = TuneSettings()
     for name, flag in _tune_flags():
         value = said.get(name)
         if name in said and value != getattr(defaults, name) and name not in ("epochs", "report_to"):
             words += _option(name, value, flag)
+    if "learning_rate" in said and "warmup" not in said:  # as earlier versions did
+        words += ["--warmup", "0", "--keep", "last"]
     if said.get("steps") is None:
         words += _option("epochs", said.get("epochs"))
     plain, rendering = RenderSettings(), bundle.rendering

@@ -67,9 +67,10 @@ function failed(error) {
 }
 
 let shown = "";
+let ask = true; // once: who wants to give no key is not asked every three seconds
 for (;;) {
   try {
-    const found = await get("/api/runs");
+    const found = await get("/api/runs", ask);
     const now = JSON.stringify(found);
     if (now !== shown) {
       shown = now;
@@ -81,6 +82,7 @@ for (;;) {
     }
   } catch (error) {
     failed(error);
+    ask = false;
   }
   await new Promise((later) => setTimeout(later, 3000));
 }

@@ -2,13 +2,14 @@
 
 const KEY = "corolla-key";
 
-async function asked(path, options = {}) {
+// `ask`: whether the person is asked for a key where one is needed.
+async function asked(path, options = {}, ask = true) {
   const headers = { ...(options.headers || {}) };
   const key = localStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   if (options.body !== undefined) headers["Content-Type"] = "application/json";
   const answer = await fetch(path, { ...options, headers });
-  if (answer.status === 401) {
+  if (answer.status === 401 && ask) {
     const given = prompt("This server asks for a key:");
     if (given) {
       localStorage.setItem(KEY, given.trim());
@@ -22,7 +23,7 @@ async function asked(path, options = {}) {
   return answer;
 }
 
-export const get = async (path) => (await asked(path)).json();
+export const get = async (path, ask = true) => (await asked(path, {}, ask)).json();
 export const text = async (path) => (await asked(path)).text();
 export const send = async (method, path, body) =>
   (await asked(path, { method, body: body === undefined ? undefined : JSON.stringify(body) })).json();
