@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from corolla.models.attention.latent import expanded_width
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.span_cache import SpanCache
 
@@ -19,6 +21,9 @@ class TriedSpan(Protocol):
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -92,8 +97,10 @@ def cached_form(span: TriedSpan) -> KeyValueForm | None:
     """The form of what each block caches of a token, if it is one, and nothing else is cached."""
     cache = span.new_cache()
     with torch.inference_mode():
-        span.forward(torch.zeros(1, 1, span.width, dtype=span.dtype, device=span.device), cache=cache)
-    return cache.form
+        probe = torch.zeros(1, 1, span.width, dtype=span.dtype, device=span.device)
+        span.forward(probe, cache=cache)
+        form = cache.form
+        return form and replace(form, expanded=expanded_width(span.blocks, form, probe))
 
 
 def _noise(span: TriedSpan, rows: int, tokens: int) -> Tensor:

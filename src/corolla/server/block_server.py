@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from corolla.errors import RequestRefused, UsageError
+from corolla.models.attention.latent import MOST_EXPANDED
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.families import largest
@@ -312,4 +313,15 @@ def working_bytes(
     else:
         attention = rows * tokens * total * size
     holding = blocks if span.packable else span.end - span.start + 1
-    return blocks * (activations + attention) + holding * copied * size
+    expanded = blocks * _expanded(span, tokens, total, copied, with_gradients) * size
+    return blocks * (activations + attention) + holding * copied * size + expanded
+
+
+def _expanded(span: Span, tokens: int, total: int, copied: int, with_gradients: bool) -> int:
+    """Numbers that a block makes of latents: of one sequence after the other, or of all where a backward follows."""
+    form = span.key_values
+    if form is None or not form.expanded:
+        return 0
+    if with_gradients:
+        return form.expanded * max(tokens, copied // form.width)
+    return min(form.expanded * total, MOST_EXPANDED)

@@ -12,6 +12,7 @@ from tests.models.every_family import tiny
 from torch import Tensor
 from transformers import DeepseekV3Config
 
+from corolla.models.attention import latent
 from corolla.models.attention.latent import Absorbed, latent_blocks
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool
@@ -20,6 +21,8 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import can_pack, split_miniature
 from corolla.models.families import structure
 from corolla.models.span import Span, load_span
+from corolla.server import block_server
+from corolla.server.block_server import working_bytes
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu")
 LENGTHS, PREFIX = (11, 6), 3
@@ -74,6 +77,22 @@ def test_both_forms_give_the_same(monkeypatch: pytest.MonkeyPatch, spans: list[S
         in_packed_steps(spans[-1], hidden), alone(spans[-1], hidden), atol=1e-4, rtol=1e-4
     )
     assert can_pack(spans)
+
+
+def test_what_is_made_of_latents_at_once_is_bounded_and_reckoned(
+    monkeypatch: pytest.MonkeyPatch, spans: list[Span]
+) -> None:
+    form, tokens = spans[-1].key_values, LENGTHS[0]
+    assert form is not None
+    assert form.expanded > form.width
+    before = working_bytes(spans[-1], rows=1, tokens=tokens, total=tokens, with_gradients=False)
+    short = Absorbed(torch.zeros(2, form.width, 8), torch.zeros(2, form.key_dim, 8))
+    assert not short.pays(10**6, 10**3)
+    monkeypatch.setattr(latent, "MOST_EXPANDED", 10**3)
+    assert short.pays(10**6, 10**3)
+    monkeypatch.setattr(block_server, "MOST_EXPANDED", 0)
+    after = working_bytes(spans[-1], rows=1, tokens=tokens, total=tokens, with_gradients=False)
+    assert before - after == form.expanded * tokens * spans[-1].dtype.itemsize
 
 
 def test_a_prefix_stands_before_latents(spans: list[Span]) -> None:

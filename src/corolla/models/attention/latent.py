@@ -17,13 +17,29 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from corolla.models.attention.prefixes import KeyValueForm
+
 Keep = Callable[[int, Tensor, Tensor], None]
+MOST_EXPANDED = (
+    2**28
+)  # numbers that are made of a sequence's latents at once; beyond, only the absorbed form is used
 
 
 def latent_blocks(blocks: nn.Module) -> frozenset[int]:
     """The indices that attention of this kind has within these blocks."""
     found: list[Any] = [one for one in blocks.modules() if callable(getattr(one, "expand_kv", None))]
     return frozenset(int(one.layer_idx) for one in found)
+
+
+def expanded_width(blocks: nn.Module, form: KeyValueForm, like: Tensor) -> int:
+    """Numbers that one block makes of a token's latents at once, of a `form` and as `like`; 0 where it keeps none."""
+    for attention in blocks.modules():
+        expand: Any = getattr(attention, "expand_kv", None)
+        if callable(expand):
+            made = expand(like.new_zeros(1, 1, 1, form.key_dim), like.new_zeros(1, 1, 1, form.value_dim))
+            # The keys twice: without and with their rotary part.
+            return 2 * int(made[0].numel()) + int(made[1].numel())
+    return 0
 
 
 class LatentPages(Cache):  # type: ignore[misc]
@@ -61,9 +77,12 @@ class Absorbed:
     values: Tensor  # [heads, L, D']
 
     def pays(self, count: int, total: int) -> bool:
-        """Whether `count` queries over `total` latents are fewer products so than over keys and values."""
-        _, both, key = self.keys.shape
+        """Whether `count` queries over `total` latents are fewer products so than over keys and values, or these would
+        be too many."""
+        heads, both, key = self.keys.shape
         _, latent, value = self.values.shape
+        if heads * (2 * key + value) * total > MOST_EXPANDED:
+            return True
         absorbed = count * (both * key + latent * value) + count * total * (both + latent)
         return absorbed <= total * latent * (key + value) + count * total * (key + value)
 

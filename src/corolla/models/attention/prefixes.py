@@ -22,6 +22,7 @@ class KeyValueForm:
     heads: int
     key_dim: int
     value_dim: int
+    expanded: int = 0  # numbers that attention makes of it at once, where it does not read it as it is
 
     @staticmethod
     def of(keys: Tensor, values: Tensor) -> KeyValueForm:
