@@ -157,18 +157,23 @@ class Prefixed:
         self.values = values.detach().clone().requires_grad_()  # [blocks, P, keys and then values]
 
     def cache(self, rows: int) -> DynamicCache:
-        heads, dim = self._shape
+        shapes = self._shapes
         cache = DynamicCache(config=self.model.config)
         for index, own in enumerate(self.values):
-            keys, values = own.view(own.shape[0], 2, heads, dim).permute(1, 2, 0, 3).unsqueeze(1)
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+            sides = own.split([heads * dim for heads, dim in shapes], dim=1)
+            keys, values = (
+                side.view(1, -1, *shape).transpose(1, 2).expand(rows, -1, -1, -1)
+                for side, shape in zip(sides, shapes, strict=True)
+            )
+            cache.update(keys, values, index)
         return cache
 
     @property
-    def _shape(self) -> tuple[int, int]:
+    def _shapes(self) -> list[tuple[int, int]]:
+        """Heads and their width, of what is cached as keys and as values."""
         with torch.no_grad():
-            cache = self.model(torch.tensor([[5]]), use_cache=True).past_key_values
-        return cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
+            layer = self.model(torch.tensor([[5]]), use_cache=True).past_key_values.layers[0]
+        return [(one.shape[1], one.shape[3]) for one in (layer.keys, layer.values)]
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = torch.ones_like(ids) if mask is None else mask

@@ -36,6 +36,7 @@ FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 GOOD = {"exact", "refused", "not compared"}
 SECONDS = 240.0  # for one family
 LAYERS, TOKENS, PADDED = 5, 11, 3
+ROUNDING = 1e-7  # of a float32
 SHARED = 2  # layers that take keys and values from earlier ones, where a family's do
 REPORT = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -290,14 +291,22 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
             found, wanted = (one(ids, attention_mask=mask, use_cache=False).logits for one in (model, local))
         torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
     labels = ids.masked_fill(masks[2] == 0, -100)
-    gradients = []
-    for one in (model, local):
-        embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
-        loss = one(
-            inputs_embeds=embeddings.clone(), attention_mask=masks[2], labels=labels, use_cache=False
-        ).loss
-        gradients += torch.autograd.grad(loss, [embeddings])
-    torch.testing.assert_close(*gradients, atol=1e-5 + 1e-3 * float(gradients[1].abs().max()), rtol=1e-3)
+    found, wanted, moved = (
+        _gradient(one, ids, masks[2], labels, noise)
+        for one, noise in ((model, 0.0), (local, 0.0), (local, ROUNDING))
+    )
+    # Routers and recurrences make much of little: what the local model itself makes of rounding is no difference.
+    unsure = 2 * float((moved - wanted).abs().max())
+    torch.testing.assert_close(found, wanted, atol=1e-5 + unsure, rtol=1e-3)
+
+
+def _gradient(model: Any, ids: Tensor, mask: Tensor, labels: Tensor, noise: float) -> Tensor:
+    """Of the loss, for embeddings that are changed by so much of themselves."""
+    embeddings = model.get_input_embeddings()(ids).detach()
+    drawn = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
+    embeddings = (embeddings * (1 + noise * drawn)).requires_grad_()
+    loss = model(inputs_embeds=embeddings.clone(), attention_mask=mask, labels=labels, use_cache=False).loss
+    return torch.autograd.grad(loss, [embeddings])[0]
 
 
 def same_replies(model: Any, local: Any, ids: Tensor) -> None:

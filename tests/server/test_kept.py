@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
+from itertools import count
+
 import pytest
 import torch
 from tests.server.world import END, START, opening
@@ -25,6 +30,14 @@ def known(kept: Prefixes, peer: str, index: int) -> Tensor | None:
         return kept.of(peer, names(index), None)
     except RequestRefused:
         return None
+
+
+def _raised(work: Callable[[], None]) -> list[BaseException]:
+    try:
+        work()
+    except BaseException as error:
+        return [error]
+    return []
 
 
 def test_a_peer_finds_its_own_and_nobody_elses() -> None:
@@ -59,3 +72,35 @@ def test_the_newest_few_of_a_peer_are_kept_and_all_within_a_budget() -> None:
         small.of("alice", names(index), prefix())
     assert small.held <= small.budget
     assert known(small, "bob", 0) is not None  # alice drove out her own
+
+
+def test_what_is_kept_holds_no_other_memory() -> None:
+    """A prefix comes in one piece of memory with the hidden states beside it, which may be much more."""
+    kept, payload = Prefixes(10**6, lambda: 0.0), torch.ones(2**18)
+    sent = payload[: prefix().numel()].view(prefix().shape)
+    found = [kept.of("alice", names(1), given) for given in (sent, None)]
+    assert all(torch.equal(one, prefix()) for one in found)
+    assert [one.untyped_storage().nbytes() for one in found] == [prefix().nbytes] * 2
+
+
+def test_requests_ask_while_another_thread_lets_go_of_what_is_old() -> None:
+    times, done = count(), threading.Event()
+    kept = Prefixes(10**6, lambda: 20.0 * next(times))  # each grows old within some requests
+
+    def expire() -> None:
+        while not done.is_set():
+            kept.expire()
+
+    failed = list[BaseException]()
+    thread = threading.Thread(target=lambda: failed.extend(_raised(expire)))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for index in range(2000):
+            assert kept.of("alice", names(index % 20), prefix()) is not None
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert not failed

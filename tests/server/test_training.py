@@ -7,13 +7,25 @@ from typing import Any
 import pytest
 import torch
 from tests.reference import relative
-from tests.server.world import BLOCKS, END, HIDDEN, START, Clock, OneServer, backward, forward, noise, packed
+from tests.server.world import (
+    BLOCKS,
+    END,
+    HIDDEN,
+    START,
+    Clock,
+    OneServer,
+    backward,
+    forward,
+    noise,
+    packed,
+    span_of,
+)
 from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.server.block_server import working_bytes
 from corolla.server.peers import LEASE_SECONDS, Lease, Leases
-from corolla.server.training import Saved
+from corolla.server.training import Saved, Sequences
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Failure
@@ -200,6 +212,17 @@ async def test_a_graph_that_would_not_fit_memory_is_not_kept(world: OneServer) -
     world.server.working_bytes = working_bytes(world.span, total=7, with_gradients=True, **sizes) - 1
     assert relative(await lend(channel), wanted) < 1e-12
     assert len(world.server.leases) == 0
+
+
+def test_a_prefix_before_code_that_cannot_be_packed_is_in_the_caches_of_all_blocks() -> None:
+    span, rows = span_of("falcon", torch.float32), 64
+    assert not span.packable
+    assert span.key_values is not None
+    prefix = torch.zeros(BLOCKS, 500, span.key_values.width)
+    tensors = packed(noise(rows, 1, HIDDEN).float()) | {"prefix": prefix}
+    cache = span.new_cache()
+    cache.begin_with(prefix, rows, span.key_values)
+    assert cache.nbytes < working_bytes(span, **Sequences(span, tensors).sizes, with_gradients=False)
 
 
 async def test_a_gradient_of_another_shape_is_refused(world: OneServer) -> None:

@@ -297,7 +297,8 @@ def working_bytes(
 
     Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
     are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, fused code only
-    a mask. `copied` are numbers of a prefix that each block puts before its sequences.
+    a mask. `copied` are numbers of a prefix that each block puts before its sequences; code that cannot be packed has
+    them in a cache, of all blocks at once.
     """
     config, size = span.config, span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
@@ -310,4 +311,5 @@ def working_bytes(
         )
     else:
         attention = rows * tokens * total * size
-    return blocks * (activations + attention + copied * size)
+    holding = blocks if span.packable else span.end - span.start + 1
+    return blocks * (activations + attention) + holding * copied * size

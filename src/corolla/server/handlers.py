@@ -232,6 +232,8 @@ class _Stream:
         with self._server.diary.work(peer, what, tokens):
             request = REQUESTS[type(message)](self._server, self._client, message, packet.tensors)
             request.check()
+            if isinstance(request, ReadRequest):
+                self._in_flight.expect_reply(request.nbytes)
             return await request.run()
 
     def close_session(self, keep: bool = False) -> None:

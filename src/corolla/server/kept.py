@@ -6,6 +6,7 @@ Invariant: a peer finds what it has given itself, or what the server's operator 
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Kept(Generic[K]):
     """Things that peers have names for, least recently kept first.
 
     Where there is no room, the peer that has most loses its oldest: nobody can drive out others' things by
-    making many.
+    making many. For any thread: requests ask on the event loop, and what is old goes on the compute thread.
     """
 
     def __init__(self, budget: int, *, seconds: float, most: int, clock: Callable[[], float]) -> None:
@@ -45,23 +46,27 @@ class Kept(Generic[K]):
         self.budget = budget
         self._most = most
         self._kept: TTLCache[tuple[str, str], K] = TTLCache(math.inf, seconds, timer=clock)
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        with self._lock:
+            return len(self._kept)
 
     @property
     def held(self) -> int:
         """Bytes of all."""
-        return sum(one.nbytes for one in self._kept.values())
+        with self._lock, self._kept.timer:  # nothing grows too old in between
+            return sum(one.nbytes for one in self._kept.values())
 
     def keep(self, peer: str, key: str, one: K) -> None:
         """Keep it, at the expense of others; one that is larger than the budget is let go."""
-        self._kept.pop((peer, key), None)
-        if one.nbytes > self.budget:
-            return
-        self._kept[peer, key] = one
-        while self.held > self.budget or len(self._kept) > self._most:
-            self._drop_one()
+        with self._lock, self._kept.timer:
+            self._kept.pop((peer, key), None)
+            if one.nbytes > self.budget:
+                return
+            self._kept[peer, key] = one
+            while self.held > self.budget or len(self._kept) > self._most:
+                self._drop_one()
 
     def _drop_one(self) -> None:
         by_peer: Counter[str] = Counter()  # bytes
@@ -72,12 +77,14 @@ class Kept(Generic[K]):
 
     def take(self, peer: str, key: str) -> K | None:
         """What the peer calls so, which is kept no longer; None when there is none."""
-        one: K | None = self._kept.pop((peer, key), None)
+        with self._lock:
+            one: K | None = self._kept.pop((peer, key), None)
         return one
 
     def expire(self) -> None:
         """Let go of what is too old."""
-        self._kept.expire()
+        with self._lock:
+            self._kept.expire()
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class Prefixes(Kept[KnownPrefix]):
         """
         if message.known is None or sent is not None:
             if message.known is not None and sent is not None:
+                sent = sent.clone()  # it came in the memory of all that was sent with it
                 self.keep(peer, f"{message.known}/{message.start}", KnownPrefix(message.start, sent))
                 self._limit(peer)
             return sent
@@ -127,6 +135,7 @@ class Prefixes(Kept[KnownPrefix]):
         return found
 
     def _limit(self, peer: str) -> None:
-        own = [name for name in self._kept if name[0] == peer]
-        for name in own[:-A_PEERS_PREFIXES]:
-            del self._kept[name]
+        with self._lock, self._kept.timer:
+            own = [name for name in self._kept if name[0] == peer]
+            for name in own[:-A_PEERS_PREFIXES]:
+                del self._kept[name]

@@ -204,6 +204,7 @@ class InFlight:
         self._stream = stream
         self._clock = clock
         self._counted = 0  # of the request that arrives now
+        self._reply = 0  # of the reply that is due, where it is larger than its request
         self.since: float | None = None  # when that began, if it is a large one
 
     def admit(self, nbytes: int, whole: int) -> RequestRefused | None:
@@ -214,7 +215,7 @@ class InFlight:
         try:  # a reply is as large as its request
             self._account.take(self._stream, 2 * nbytes, 2 * whole - self._counted)
         except RequestRefused as refusal:
-            self.answered(self.complete())
+            self._account.give(self._stream, self.complete())
             return refusal
         self._counted += 2 * nbytes
         return None
@@ -224,9 +225,15 @@ class InFlight:
         counted, self._counted, self.since = self._counted, 0, None
         return counted
 
+    def expect_reply(self, nbytes: int) -> None:
+        """Count the present request's reply, which is larger than that. Raises `RequestRefused` (busy)."""
+        self._account.take(self._stream, nbytes, nbytes)
+        self._reply = nbytes
+
     def answered(self, counted: int) -> None:
         """A request's reply was taken."""
-        self._account.give(self._stream, counted)
+        self._account.give(self._stream, counted + self._reply)
+        self._reply = 0
 
 
 class PeerLimits:

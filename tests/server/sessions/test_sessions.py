@@ -48,6 +48,11 @@ def pages(tokens: int) -> int:
     return (tokens + 15) // 16
 
 
+def pages_of_rows(world: OneServer, rows: int, tokens: int) -> int:
+    """What is reserved for so many rows; caches that lie in no pages are reckoned by the token."""
+    return rows * pages(tokens) if world.span.packable else pages(rows * tokens)
+
+
 async def step(
     channel: Channel, position: int, hidden: Tensor, *, reserve: int = 0, **tensors: Tensor
 ) -> Tensor:
@@ -82,7 +87,7 @@ async def test_rows_may_be_reordered_repeated_and_dropped(world: OneServer) -> N
     last, chosen = noise(1, 1, HIDDEN, seed=9), torch.tensor([2])
     whole = torch.cat([whole[chosen], last], 1)
     assert_same(await step(channel, 6, last, rows=chosen), world.reference.forward(whole)[:, 6:])
-    assert world.budget.reserved == 2 * pages(20)  # what was reserved is the session's until it closes
+    assert world.budget.reserved == pages_of_rows(world, 2, 20)  # which are the session's until it closes
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
@@ -172,7 +177,7 @@ async def test_deep_prompts_may_be_longer_than_a_piece_or_than_all_tokens(
 
 async def test_a_session_over_some_of_the_blocks(world: OneServer) -> None:
     first, second = await opened(world, rows=2, end=START + 1), await opened(world, rows=2, start=END - 1)
-    assert world.budget.reserved == 2 * 2 * pages(20)
+    assert world.budget.reserved == 2 * pages_of_rows(world, 2, 20)
     halfway = await stepwise(first, TOKENS, (4, 5, 9))
     assert_same(await stepwise(second, halfway, (6, 9)), world.reference.forward(TOKENS))
 
@@ -194,7 +199,7 @@ async def test_a_ping_counts_what_was_done(world: OneServer) -> None:
     inside = (await request(channel, Packet(Ping()))).message
     assert isinstance(inside, ServerStatus)
     assert (inside.sessions, inside.tokens_inference) == (1, 2 * 4 + 2 * 3)
-    assert inside.free_cache_tokens == (CAPACITY - 2 * pages(20)) * PAGE
+    assert inside.free_cache_tokens == (CAPACITY - pages_of_rows(world, 2, 20)) * PAGE
     await request(channel, Packet(CloseSession()))
     await request(channel, Packet(forward(), packed(TOKENS)))
     await request(channel, Packet(backward(), packed(TOKENS[:1], grad=TOKENS[:1])))

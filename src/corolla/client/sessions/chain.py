@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -98,8 +99,10 @@ class SessionChain:
     def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """See `models.cache.BlocksSession`. Raises `SwarmUnavailable` when patience ends, `LyingServer` when what is
         cached came from a peer that was found lying; the next step is all right."""
-        if self._front is not None:
-            hidden = self._front.step(hidden, call)
+        if self._deep is None and call.start == 0 and not self.spans:
+            self._deep = None if call.deep is None else call.deep.kept()
+        if self._front is not None:  # whose caches, too, are of what the session began with
+            hidden = self._front.step(hidden, replace(call, deep=self._deep))
         if self._start == self._end:  # nothing is left to the swarm
             return hidden
         if call.start == 0:
@@ -154,8 +157,6 @@ class SessionChain:
         Servers that have computed its prompt by themselves will not be sent it: where that gives what sending
         gives, so not if activations are rounded on the way, nor behind blocks that run here.
         """
-        if self._deep is None and not self.spans:
-            self._deep = None if call.deep is None else call.deep.kept()
         self._bundle = None
         if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
             self._bundle = Bundle.of(call.prompt, None if self._deep is None else self._deep.values, hidden)
@@ -170,9 +171,8 @@ class SessionChain:
             last = min(first + width, hidden.shape[1])
             whole_mask = None if mask is None else mask[:, : start + last]
             ids = None if positions is None else positions[:, first:last]
-            outputs.append(
-                await self._take_step(Progress(hidden[:, first:last], start + first, whole_mask, ids))
-            )
+            part = Progress(hidden[:, first:last], start + first, whole_mask, ids)
+            outputs.append(await self._take_step(part))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     async def _take_step(self, progress: Progress) -> Tensor:
@@ -263,7 +263,7 @@ class SessionChain:
         """
         lost = self.spans[progress.done]
 
-        async def replace(hop: Hop, _careful: bool) -> tuple[SpanSession, History, Tensor]:
+        async def replacement(hop: Hop, _careful: bool) -> tuple[SpanSession, History, Tensor]:
             span, rest = SpanSession(hop, History()), History()
             rows = int(progress.value.shape[0])
             try:
@@ -280,7 +280,7 @@ class SessionChain:
         span, rest, output = await self._view.first(
             lost.hop.start,
             lost.hop.end,
-            replace,
+            replacement,
             tokens=int(rows * (length + lost.history.length)),
             kind=self._kind,
             discard=lambda late: late[0].drop(),

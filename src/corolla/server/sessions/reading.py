@@ -41,14 +41,20 @@ class ReadRequest:
                 "tokens",
                 f"Blocks of {span.config.model_type} models keep other things than keys and values of one form.",
             )
-        nbytes = 4 * tokens * (span.end - span.start) * span.key_values.width
-        if nbytes > LIMITS.max_payload_bytes:
+        if self.nbytes > LIMITS.max_payload_bytes:
             raise RequestRefused(
-                f"The keys and values of {tokens} tokens take {nbytes / 2**20:.0f} MiB, and a message holds "
+                f"The keys and values of {tokens} tokens take {self.nbytes / 2**20:.0f} MiB, and a message holds "
                 f"{LIMITS.max_payload_bytes / 2**20:.0f}: ask for fewer tokens.",
                 code="too_large",
                 field="tokens",
             )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the answer."""
+        span = self._session.span
+        width = 0 if span.key_values is None else span.key_values.width
+        return 4 * self._tokens * (span.end - span.start) * width
 
     async def run(self) -> Packet:
         """The keys and values, as a prefix."""
