@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def test_a_bundle_is_evaluated_as_its_training_did(
         # Named by its own name it is the same data, most of which was learnt.
         _, held_out_only = chosen_data(bundle, EvalJob(data=talks, out=tmp_path / "third.html"))
         assert held_out_only
+        shared = replace(bundle, training=dict(bundle.training, data="talks.jsonl"))  # as on the hub
+        found, held_out_only = chosen_data(shared, EvalJob(data=talks, out=tmp_path / "third.html"))
+        assert (found.data, held_out_only) == (talks, True)
         # Another split of it was never seen.
         elsewhere = EvalJob(split="test", out=tmp_path / "fourth.html")
         found, held_out_only = chosen_data(bundle, elsewhere)

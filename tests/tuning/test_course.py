@@ -329,6 +329,25 @@ def test_a_batch_whose_gradient_is_no_number_costs_a_step_and_leaves_no_trace(
     ]
 
 
+def test_held_out_losses_that_are_no_numbers_leave_a_bundle_that_is_json_with_the_last_prompt(
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = local_model(tiny_folder)
+    model.lm_head.register_forward_hook(
+        lambda _head, _inputs, logits: logits if logits.requires_grad else logits * math.nan
+    )
+    out = tmp_path / "out"
+    result = run(tiny_folder, tokenizer, out, model=model, steps=3, keep="best")
+    assert result.best_step == 3
+
+    def odd(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    metrics = json.loads((out / "bundle.json").read_text(), parse_constant=odd)["metrics"]
+    assert metrics["after"] == {}
+    assert metrics["difference"] == {"mean": None, "low": None, "high": None}
+
+
 def test_each_mode_has_a_rate_of_its_own_unless_one_is_given(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -145,7 +145,7 @@ def chosen_data(bundle: Bundle, job: EvalJob) -> tuple[EvalJob, bool]:
                 "give other --data."
             )
     persona = bool(trained.get("persona"))
-    same = replace(job, data=trained["data"], speaker=trained.get("speaker"), persona=persona)
+    same = replace(job, data=job.data or trained["data"], speaker=trained.get("speaker"), persona=persona)
     learnt = trained.get("split") or USUAL_SPLIT
     if job.split is not None and job.split != learnt:
         if _splits(job.split) & _splits(str(learnt)):
@@ -163,10 +163,10 @@ def _splits(text: str) -> set[str]:
 
 
 def _same_data(one: str, other: Any) -> bool:
-    """Whether both names mean one source: a file has many."""
-    if not isinstance(other, str) or not (Path(one).exists() and Path(other).exists()):
+    """Whether both names mean one source: a file has many, and a bundle from the hub says only the last part."""
+    if not isinstance(other, str) or not Path(one).exists():
         return bool(one == other)
-    return Path(one).samefile(other)
+    return Path(one).samefile(other) if Path(other).exists() else Path(one).name == Path(other).name
 
 
 def _settings_of(bundle: Bundle, job: EvalJob) -> TuneSettings:

@@ -55,13 +55,13 @@ class Evaluation:
         return len(self.sums["reply"])
 
     def metrics(self) -> dict[str, float]:
-        """The figures as `transformers` names them; a loss that no token has is left out."""
+        """The figures as `transformers` names them; a loss that no token has, or that is no number, is left out."""
         figures = {
             "eval_loss": self.reply_loss,
             "eval_perplexity": self.perplexity,
             "eval_marker_loss": self.marker_loss,
         }
-        return {name: value for name, value in figures.items() if not math.isnan(value)}
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     @staticmethod
     def from_dict(sums: Mapping[str, Any]) -> Evaluation:

@@ -123,6 +123,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     low, high = _number(difference.get("low")), _number(difference.get("high"))
     count = metrics.get("held_out_conversations")
     among = f"on {count} held-out conversations" if isinstance(count, int) else "on held-out conversations"
+    among = "on 1 held-out conversation" if count == 1 else among
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"Measured {among}; too few to say how sure that is."
     interval = f"the change of the replies' loss is between {low:+.3f} and {high:+.3f} (paired, 95 %)"

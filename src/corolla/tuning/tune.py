@@ -6,6 +6,7 @@ that an uninterrupted run would have had, or in an error that says in one senten
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -256,11 +257,14 @@ def _history(log: Sequence[dict[str, float]]) -> list[dict[str, float]]:
 def metrics_of(
     before: Evaluation, after: Evaluation, difference: Difference, samples: Samples | None
 ) -> dict[str, Any]:
-    """What a bundle says of its worth, as JSON values."""
+    """What a bundle says of its worth, as JSON values: what is no number is null, or left out."""
+    change = {"mean": difference.mean, "low": difference.low, "high": difference.high}
     return {
         **({} if samples is None else {"samples": samples.metrics()}),
         "before": before.metrics(),
         "after": after.metrics(),
-        "difference": {"mean": difference.mean, "low": difference.low, "high": difference.high},
+        "difference": {
+            name: one if one is not None and math.isfinite(one) else None for name, one in change.items()
+        },
         "held_out_conversations": before.conversations,
     }
