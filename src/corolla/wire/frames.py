@@ -103,7 +103,7 @@ def encode(packet: Packet, limits: Limits = LIMITS) -> list[Buffer]:
     if taken > limits.max_payload_bytes:
         raise UsageError(
             f"One request would take {taken / 2**20:.0f} MiB, and a server accepts at most "
-            f"{limits.max_payload_bytes / 2**20:.0f}; use a smaller batch or shorter sequences."
+            f"{limits.max_payload_bytes / 2**20:.0f}; use a smaller batch, shorter sequences or a shorter prompt."
         )
     raw = msgspec.Raw(msgspec.msgpack.encode(packet.message))
     header = msgspec.msgpack.encode(_RawHeader(specs, raw))
