@@ -291,11 +291,11 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
             found, wanted = (one(ids, attention_mask=mask, use_cache=False).logits for one in (model, local))
         torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
     labels = ids.masked_fill(masks[2] == 0, -100)
-    found, wanted, moved = (
-        _gradient(one, ids, masks[2], labels, noise)
-        for one, noise in ((model, 0.0), (local, 0.0), (local, ROUNDING))
-    )
+    found, wanted = (_gradient(one, ids, masks[2], labels, 0.0) for one in (model, local))
+    if torch.allclose(found, wanted, atol=1e-5, rtol=1e-3):
+        return
     # Routers and recurrences make much of little: what the local model itself makes of rounding is no difference.
+    moved = _gradient(local, ids, masks[2], labels, ROUNDING)
     unsure = 2 * float((moved - wanted).abs().max())
     torch.testing.assert_close(found, wanted, atol=1e-5 + unsure, rtol=1e-3)
 

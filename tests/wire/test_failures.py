@@ -18,6 +18,9 @@ CODES = get_args(FailureCode)
 DEFINED = [SOURCE / "wire" / name for name in ("messages.py", "failures.py")]
 # The same words, for the state of a record and for the field of a message.
 NO_CODES = {
+    ("api/metrics.py", "draining"),
+    ("cli/server_metrics.py", "draining"),
+    ("cli/server_metrics.py", "version"),
     ("cli/swarm_map.py", "draining"),
     ("swarm/directory/directory.py", "draining"),
     ("server/requests.py", "version"),

@@ -128,7 +128,7 @@ class Partners:
         folder = self.folder / name
         bundle = load_bundle(folder)
         prompt = saving.saved_prompt(self.base.model, folder, name=self.base.name, identity=self._identity)
-        model = with_prompt(self.base.model, prompt, saving.read_tables(folder), folder)
+        model = with_prompt(self.base.model, prompt, saving.read_tables(folder, with_head=False), folder)
         renderer = Renderer(self._tokenizer, bundle.rendering)
         SamplingSettings.from_dict(bundle.sampling)  # says what is wrong with it
         return self._partner(

@@ -137,7 +137,7 @@ def test_operators_compute_what_torch_does(name: str) -> None:
         hidden, positions = inputs(rows)
         wanted = run(hidden.clone(), positions)
         for _ in range(2):  # memory is used over again
-            torch.testing.assert_close(own(hidden, positions), wanted, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(own(hidden, positions), wanted, rtol=5e-6, atol=5e-6)
 
 
 def test_large_operators_are_shared_by_threads() -> None:

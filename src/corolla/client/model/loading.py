@@ -172,8 +172,8 @@ def load_shell(
         log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
     model.requires_grad_(False).eval().to(request.device)
     model._noted.note(model, but=missing)
-    tables = {} if request.prompts is None else saving.read_tables(request.prompts)
-    saving.take_tables(model, tables, request.prompts or Path())
+    if request.prompts is not None:
+        saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)), request.prompts)
     changed = model._noted.changed(model)
     model.requires_grad_(False)
     if model.get_output_embeddings() is not None:

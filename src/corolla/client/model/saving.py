@@ -148,10 +148,13 @@ def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Promp
     return prompt
 
 
-def read_tables(folder: Path) -> dict[str, Tensor]:
-    """What a saved model says of embeddings and head, by name; nothing where they were not changed."""
+def read_tables(folder: Path, *, with_head: bool) -> dict[str, Tensor]:
+    """What a saved model says of embeddings and head, by name; nothing where they were not changed.
+
+    `with_head` says that the model has a head of its own, which peft writes beside its prompt.
+    """
     path, start = folder / TABLES, ""
-    if not path.is_file():
+    if with_head and not path.is_file():
         path, start = folder / PEFT_WEIGHTS, PEFT_BASE  # of peft, beside its prompt
     if not path.is_file():
         return {}
