@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,8 @@ WEIGHT = 0.8  # of the past in the level of the loss
 FAR = 1.0
 SPREADS = 3.0
 SPREAD = 1.0  # nats; what is taken for the spread until it is known
-SPREAD_WEIGHT = (
-    0.95  # of the past in the spread: longer than in the level, or the best is where it is small by chance
-)
+# Of the past in the spread: longer than in the level, or the best is where it is small by chance.
+SPREAD_WEIGHT = 0.95
 FAR_HELD_OUT = 0.5  # the held-out examples are always the same
 MOST_TIMES = 10  # a thousandth of the rate
 
@@ -130,7 +130,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
             self._go_back(step, why, optimizer)
 
     def _now(self, steps: int, optimizer: Any) -> Kept:
-        return Kept(steps, self._level, _copied(self._prompt.state_dict()), _copied(optimizer.state_dict()))
+        return Kept(steps, self._level, deepcopy(self._prompt.state_dict()), deepcopy(optimizer.state_dict()))
 
     def _go_back(self, step: int, why: str, optimizer: Any) -> None:
         kept = self._kept
@@ -141,7 +141,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self.times += 1
         self.scale /= 2
         self._prompt.load_state_dict(kept.prompt)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": _copied(kept.optimizer["state"])})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": deepcopy(kept.optimizer["state"])})
         for group in optimizer.param_groups:  # the schedule has set it for the step that is next
             group["lr"] /= 2
         self._level = kept.level
@@ -213,14 +213,3 @@ def rate_factor(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def _copied(value: Any) -> Any:
-    """Tensors cloned, in dictionaries and lists of them."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_copied(one) for one in value]
-    return value

@@ -20,9 +20,8 @@ from transformers import Cache
 from corolla.models.attention.prefixes import KeyValueForm
 
 Keep = Callable[[int, Tensor, Tensor], None]
-MOST_EXPANDED = (
-    2**28
-)  # numbers that are made of a sequence's latents at once; beyond, only the absorbed form is used
+# Numbers that are made of a sequence's latents at once; beyond, only the absorbed form is used.
+MOST_EXPANDED = 2**28
 
 
 def latent_blocks(blocks: nn.Module) -> frozenset[int]:
