@@ -103,12 +103,13 @@ def stale_lease(patch: pytest.MonkeyPatch) -> None:
 
 
 def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
+    """A replacement is not given what blocks are given besides: deep prompts, or a prefix."""
     opened = SpanSession.open
 
-    async def forgetful(self: SpanSession, view: Any, **arguments: Any) -> None:
+    async def forgetful(self: SpanSession, view: Any, **arguments: Any) -> bool:
         replaying = getattr(view, "seen", set()) & {(self.hop.start, self.hop.end)}
         view.seen = getattr(view, "seen", set()) | {(self.hop.start, self.hop.end)}
-        await opened(self, view, **(arguments | ({"deep": None} if replaying else {})))
+        return await opened(self, view, **(arguments | ({"deep": None} if replaying else {})))
 
     patch.setattr(SpanSession, "open", forgetful)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
+from tests.client.test_mutants import prompts_lost_in_a_replay
 from tests.client.test_prefix import P, random_prefix
 from tests.mutants import assert_none_raised, passes
 from tests.reference import Prefixed, local_model, relative
@@ -17,7 +18,6 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from torch import Tensor
 
-from corolla.client.sessions.span_session import SpanSession
 from corolla.models.prompts import BlockVectors, KeyValuePrefix
 from corolla.server.sessions.session import Session
 from corolla.server.sessions.step import StepRequest
@@ -55,17 +55,6 @@ def frozen_token_trained(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KeyValuePrefix, "__init__", thawed)
 
 
-def replay_without_the_prefix(patch: pytest.MonkeyPatch) -> None:
-    opened = SpanSession.open
-
-    async def forgetful(self: SpanSession, view: Any, **arguments: Any) -> bool:
-        replaying = getattr(view, "seen", set()) & {(self.hop.start, self.hop.end)}
-        view.seen = getattr(view, "seen", set()) | {(self.hop.start, self.hop.end)}
-        return await opened(self, view, **(arguments | ({"deep": None} if replaying else {})))
-
-    patch.setattr(SpanSession, "open", forgetful)
-
-
 def prefix_rolled_back(patch: pytest.MonkeyPatch) -> None:
     """Tokens are cut off as if no prefix came before them."""
     patch.setattr(Session, "cached_tokens", Session.real_tokens)
@@ -76,7 +65,7 @@ CAUGHT_BY: dict[Plant, tuple[str, ...]] = {
     prefix_shifted_by_one: ("gradients", "decoding"),
     stale_digest: ("changed",),
     frozen_token_trained: ("steps",),
-    replay_without_the_prefix: ("failover",),
+    prompts_lost_in_a_replay: ("failover",),
     prefix_rolled_back: ("rollback",),
 }
 
