@@ -10,7 +10,6 @@ the time, what travelled in a step, and how far the prefixes are apart.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 import warnings
@@ -28,12 +27,11 @@ from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 
-from benchmarks.quality_vs_peft import PlainBatches, Prompted
+from benchmarks.quality_vs_peft import PlainBatches, Prompted, options_of, settings_of
 from corolla import AutoDistributedModelForCausalLM
 from corolla.cli.common import set_up_libraries
 from corolla.cli.local_swarm import local_swarm
 from corolla.cli.tune import conversations_text
-from corolla.data.render import RenderSettings
 from corolla.data.sources import load_conversations
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.tuning.batches import Prepared, prepare
@@ -196,16 +194,9 @@ def told(name: str, outcome: Outcome) -> str:
 
 def main() -> None:
     """Run what was asked for, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", default="chitchat")
+    parser = options_of(__doc__)
     parser.add_argument("--runs", default="corolla,peft,ptune")
     parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=96)
-    parser.add_argument("--held-out", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-2, help="of prefixes; prompts have 1e-2")
     options = parser.parse_args()
     set_up_libraries()
@@ -213,17 +204,7 @@ def main() -> None:
         print(first_tokens(options))
         return
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
-    settings = TuneSettings(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        held_out=options.held_out,
-        held_out_samples=options.held_out,
-        seed=options.seed,
-        learning_rate=options.lr,
-        warmup=0,  # transformers' own begins with a step of rate 0
-        keep="last",
-        rendering=RenderSettings(max_length=options.max_length),
-    )
+    settings = settings_of(options, options.lr)
     tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(options.model).tokenizer_source)
     prepared = prepare(tokenizer, settings, load_conversations(options.data)[0])
     text = conversations_text(prepared, options.prompt_tokens, options.seed)

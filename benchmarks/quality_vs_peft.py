@@ -115,9 +115,9 @@ def with_corolla(
         return Outcome(result.before, result.after, result.seconds)
 
 
-def main() -> None:
-    """Run both and print both."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def options_of(about: str | None) -> argparse.ArgumentParser:
+    """What both benchmarks beside peft are asked."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else None)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default="chitchat")
     parser.add_argument("--steps", type=int, default=12)
@@ -125,20 +125,30 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    set_up_libraries()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
-    settings = TuneSettings(
+    return parser
+
+
+def settings_of(options: argparse.Namespace, rate: float) -> TuneSettings:
+    """How both sides train."""
+    return TuneSettings(
         steps=options.steps,
         batch_size=options.batch_size,
         held_out=options.held_out,
         held_out_samples=options.held_out,
         seed=options.seed,
-        learning_rate=RATES["ptune"],
+        learning_rate=rate,
         warmup=0,  # transformers' own begins with a step of rate 0
         keep="last",
         rendering=RenderSettings(max_length=options.max_length),
     )
+
+
+def main() -> None:
+    """Run both and print both."""
+    options = options_of(__doc__).parse_args()
+    set_up_libraries()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
+    settings = settings_of(options, RATES["ptune"])
     checkpoint = open_checkpoint(options.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
     prepared = prepare(tokenizer, settings, load_conversations(options.data)[0])
