@@ -7,11 +7,15 @@ blocks that the model does not have) is checked by whoever opens it.
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from corolla.errors import UsageError
 
@@ -19,6 +23,43 @@ from corolla.errors import UsageError
 WireFormat = Literal["compute", "float16", "int8"]
 # How a client keeps its embedding and head: as they are, or in fewer bits.
 ClientQuantization = Literal["none", "bfloat16", "int8"]
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    tuple: "a list of texts",
+    type(None): "None",
+}
+
+
+def check_kinds(settings: object) -> None:
+    """Raises `UsageError` where a field of these settings, a dataclass, is of another kind than it is declared.
+
+    Numbers of other libraries become Python's own, which files and messages can hold.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if not any(_is_of(value, kind) for kind in kinds):
+            words = " or ".join(_WORDS.get(kind := get_origin(one) or one, kind.__name__) for one in kinds)
+            raise UsageError(f"{name} is {value!r:.60}; it must be {words}.")
+        if isinstance(value, Real) and not isinstance(value, int | float):
+            plain = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(settings, name, plain)
+
+
+_hints = lru_cache(get_type_hints)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(one, get_args(kind)[0]) for one in value)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
 
 
 @dataclass(frozen=True)
@@ -79,6 +120,7 @@ class SwarmConfig:
     blocked: tuple[str, ...] = ()  # peer ids of servers not to be used
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _check_name("wire", self.wire, get_args(WireFormat))
         _check_name("quantization", self.quantization, get_args(ClientQuantization))
         if not 0 <= self.patience < math.inf:
@@ -91,19 +133,19 @@ class SwarmConfig:
     @classmethod
     def of(
         cls,
-        peers: str | Collection[str] = (),
+        peers: str | Collection[str] | None = (),
         *,
         identity: str | Path | None = None,
-        trust: Collection[str] | None = None,
-        blocked: Collection[str] | None = None,
+        trust: str | Collection[str] | None = None,
+        blocked: str | Collection[str] | None = None,
         **others: Any,
     ) -> SwarmConfig:
-        """From what people write; what is None among `others` is left at its default."""
+        """From what people write; what is None is left at its default."""
         return cls(
-            peers=(peers,) if isinstance(peers, str) else tuple(peers),
-            identity=None if identity is None else Path(identity),
-            trust=None if trust is None else tuple(trust),
-            blocked=tuple(blocked or ()),
+            peers=_texts(() if peers is None else peers),
+            identity=Path(identity) if isinstance(identity, str | os.PathLike) else identity,
+            trust=_texts(trust),
+            blocked=_texts(() if blocked is None else blocked),
             **{name: value for name, value in others.items() if value is not None},
         )
 
@@ -121,12 +163,19 @@ class SwarmConfig:
     def check_local(self, num_blocks: int) -> int:
         """`local_blocks`, of so many. Raises `UsageError` unless some are left for the swarm."""
         count = self.local_blocks
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < num_blocks:
+        if not 0 <= count < num_blocks:
             raise UsageError(
                 f"local_blocks is {count!r}; this model has {num_blocks} blocks, of which 0 to {num_blocks - 1} "
                 "may run on this machine."
             )
         return count
+
+
+def _texts(given: Any) -> Any:
+    """One text, or several, as a tuple; anything else as it is."""
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given) if isinstance(given, Iterable) else given
 
 
 def _check_name(field: str, name: object, known: tuple[str, ...]) -> None:

@@ -79,7 +79,7 @@ def texts(conversations: list[Conversation]) -> list[list[str]]:
 def test_every_kind_of_file_holds_every_shape(
     tmp_path: Path, suffix: str, schema: str, rows: list[Row]
 ) -> None:
-    conversations, report = load_conversations(write(tmp_path / f"data{suffix}", rows))
+    conversations, report = load_conversations(Path(write(tmp_path / f"data{suffix}", rows)))
     assert (report.schema, report.read, report.used, report.skipped) == (schema, len(rows), len(rows), [])
     wanted = {
         "messages": [["Hi", "Ho"], ["a", "b", "c", "d"]],

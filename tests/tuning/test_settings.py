@@ -26,6 +26,9 @@ from corolla.tuning.settings import TuneSettings
         ("save_every", 0, "--save-every"),
         ("held_out", 0, "--held-out"),
         ("report_to", "email", "--report-to"),
+        ("seed", -1, "--seed"),
+        ("batch_size", "8", "batch_size is '8'; it must be a whole number"),
+        ("learning_rate", "1e-3", "learning_rate is '1e-3'; it must be a number or None"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_its_option(name: str, value: Any, option: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
+from corolla.config import check_kinds
 from corolla.errors import BundleError, UsageError
 
 
@@ -27,6 +28,7 @@ class SamplingSettings:
     allow_empty: Annotated[bool, "--allow-empty/--no-allow-empty", "Whether a reply may be empty"] = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more.")
         if self.top_k < 0:
@@ -43,13 +45,10 @@ class SamplingSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingSettings:
         """A bundle's sampling settings; what they do not name stays at its default. Raises `BundleError`."""
-        kinds: dict[str, Any] = {field.name: int for field in fields(cls)}
-        kinds |= dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (int, float))
-        kinds["allow_empty"] = bool
-        for name, value in values.items():
-            kind = kinds.get(name, ())
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise BundleError(f"The bundle's sampling setting {name}={value!r} is not one that is known.")
+        for name in values.keys() - {field.name for field in fields(cls)}:
+            raise BundleError(
+                f"The bundle's sampling setting {name}={values[name]!r} is not one that is known."
+            )
         try:
             return cls(**values)
         except UsageError as error:

@@ -7,6 +7,7 @@ back to the device that they came from.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
+from corolla.models import guard
 from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
 from corolla.models.crossing import Crossing
 from corolla.models.prompts import BlockVectors
@@ -48,8 +50,8 @@ class RemoteBlocks:
         return self.end - self.start
 
     def __getitem__(self, index: slice | int) -> RemoteBlocks:
-        if isinstance(index, int):
-            position = range(len(self))[index]
+        if not isinstance(index, slice):
+            position = range(len(self))[operator.index(index)]
             index = slice(position, position + 1)
         start, stop, step = index.indices(len(self))
         if step != 1 or start >= stop:
@@ -72,6 +74,13 @@ class RemoteBlocks:
         Differentiable in `hidden`. Raises `UsageError` for another width, `MissingBlocks` or `SwarmUnavailable`.
         """
         width = self.crossing.width(self.start)
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
+            raise UsageError(
+                "Blocks take hidden states: a tensor [rows, tokens, hidden size] of numbers with a point."
+            )
+        rows, tokens = int(hidden.shape[0]), int(hidden.shape[1])
+        guard.check_continues(None, rows, tokens, {"attention_mask": mask, "position_ids": positions})
+        positions = None if positions is None else guard.known_positions(positions, mask)
         if hidden.shape[-1] != width:
             raise UsageError(
                 f"What enters block {self.start} of this model is {width} numbers a token (hidden states, and "

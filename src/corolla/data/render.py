@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from corolla.config import check_kinds
 from corolla.data.conversation import Conversation, Turn
 from corolla.data.styles import DelimiterStyle, Rendering, Style, TemplateStyle, is_reply
 from corolla.errors import BundleError, DataError, UsageError
@@ -36,6 +37,7 @@ class RenderSettings:
     spaced: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.style not in STYLES:
             raise UsageError(f"--style is {self.style!r}; it must be delimiter or template, or auto.")
         if self.loss_on not in ("replies", "all"):
@@ -50,9 +52,8 @@ class RenderSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RenderSettings:
         """Read `to_dict`'s result back. Raises `BundleError`."""
-        kinds = {"style": str, "delimiter": str, "loss_on": str, "max_length": int, "spaced": bool}
         values = {"spaced": True, **values}  # those who do not name it are from before
-        if set(values) != set(kinds) or any(not isinstance(values[key], kind) for key, kind in kinds.items()):
+        if set(values) != {field.name for field in dataclasses.fields(cls)}:
             raise BundleError("The saved rendering settings are not of a form that this version reads.")
         try:
             return cls(**values)

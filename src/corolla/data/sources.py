@@ -7,10 +7,12 @@ and a source without a single good row is an error that shows what was found and
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from corolla.data.conversation import Conversation
@@ -59,7 +61,7 @@ class LoadReport:
 
 
 def load_conversations(
-    source: str,
+    source: str | Path,
     *,
     speaker: str | None = None,
     persona: bool = False,
@@ -73,6 +75,7 @@ def load_conversations(
     hold several lists, `token` for the hub. Raises `DataError` when nothing can be read, no row has a known
     shape, or an option does not go with the source.
     """
+    source = os.fspath(source)
     if source == "chitchat":
         if persona or split:
             raise DataError("The chitchat data has neither personas nor splits; leave these options out.")

@@ -8,7 +8,7 @@ cost nothing: they are carried out by the servers together with the next step.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar, cast, get_args
@@ -120,6 +120,9 @@ class _OneGrowingLayer(Cache):  # type: ignore[misc]
     def __init__(self) -> None:
         Cache.__init__(self, layers=[])
 
+    def __bool__(self) -> bool:
+        return True  # as a local cache, which `cache or …` goes on with, though no layer of it is here
+
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return bool(self.get_seq_length())
 
@@ -184,6 +187,12 @@ class RemoteCache(_OneGrowingLayer):
             self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
         )
 
+    def reset(self) -> None:
+        self.truncate(0)
+
+    def __len__(self) -> int:
+        return len(self.owner) if isinstance(self.owner, Sized) else 0
+
     def __deepcopy__(self, _memo: Any) -> RemoteCache:
         """Another session that goes on from here, as a copy of a local cache would."""
         if self._fork is None or self.closed:
@@ -195,15 +204,8 @@ class RemoteCache(_OneGrowingLayer):
             "A session's cache lies on the servers and cannot be saved; keep the tokens (session.output_ids)."
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
-
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.ids is not None:
-            self.select_rows(torch.arange(self.ids.shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices)
+        self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
 
     # --- what Corolla asks for --------------------------------------------------------------------------
 
@@ -230,17 +232,19 @@ class RemoteCache(_OneGrowingLayer):
             self.ids = None
             self.mask = None
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Continue with the rows that the int64 tensor `rows` [R] names."""
+    def select_rows(self, named: Tensor | Sequence[int]) -> None:
+        """Continue with the rows that `named` names as a tensor's index does: by numbers, or by true and false."""
         if self.ids is None:
             return
-        rows = rows.detach().to("cpu", torch.int64)
+        rows = torch.arange(self.rows)[torch.as_tensor(named).cpu()]
         self.ids = self.ids[rows]
         self.mask = None if self.mask is None else self.mask[rows]
         if self.deferred is not None:
             self.deferred = self.deferred.select_rows(rows)
         else:
             self.session.reorder(rows)
+
+    reorder_cache = batch_select_indices = select_rows
 
     def check_room(self, new_tokens: int) -> None:
         """Raises `SessionLimit` when so many more tokens do not fit; nothing has been computed then."""

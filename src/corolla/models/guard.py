@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ from corolla.models.families import INNER_OUTPUTS
 
 OTHER_INPUTS = ("pixel_values", "image_", "images", "input_features", "input_values", "audio_", "video_")
 IGNORED = -100  # the label of a position that carries no loss
+
+
+class NoHooks(nn.Module):
+    """A module that stands for blocks which are elsewhere, so that what a hook would see is not what it asks for."""
+
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise UsageError(
+            "A block's hidden states stay on the servers, so no hook can stand there: model.blocks[i:j](hidden) runs "
+            "some of the blocks, and gives what comes out of them."
+        )
+
+    register_forward_hook = register_forward_pre_hook = _refuse
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse
 
 
 def shape(named: dict[str, Any], *, may_be_empty: bool = False) -> tuple[int, int]:
@@ -78,8 +91,8 @@ def known_ids(ids: Tensor, mask: Tensor | None, embedding: Any) -> Tensor:
     `mask` [R, S], whose last T columns are those of `ids`, is 0 for padding.
     """
     rows = getattr(embedding, "num_embeddings", None)
-    if ids.is_floating_point():
-        raise UsageError(f"Token ids are whole numbers, not {ids.dtype}; give embeddings as inputs_embeds=.")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"Token ids are int64 or int32, not {ids.dtype}; give embeddings as inputs_embeds=.")
     if not isinstance(rows, int) or not ids.numel():
         return ids
     strange = (ids < 0) | (ids >= rows)
@@ -244,7 +257,7 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
     past = 0 if cache is None else cache.length
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None:
-        _check_mask(mask, rows, past, new)
+        check_mask(mask, rows, past, new)
     if positions is not None:
         _check_shape(positions, rows, new)
     if cache is None or not past:
@@ -263,7 +276,9 @@ def check_continues(cache: RemoteCache | None, rows: int, new: int, named: Mappi
         _check_positions(positions, past, new)
 
 
-def _check_shape(positions: Tensor, rows: int, new: int) -> None:
+def _check_shape(positions: Any, rows: int, new: int) -> None:
+    if not isinstance(positions, Tensor) or not positions.ndim:
+        raise UsageError("Position ids are a tensor of whole numbers, one for each new token.")
     if positions.shape[-1] != new or (positions.ndim > 1 and positions.shape[0] not in (1, rows)):
         raise UsageError(
             f"The position ids have the shape {list(positions.shape)}, but the new tokens {[rows, new]}: give one for "
@@ -271,7 +286,8 @@ def _check_shape(positions: Tensor, rows: int, new: int) -> None:
         )
 
 
-def _check_mask(mask: Tensor, rows: int, past: int, new: int) -> None:
+def check_mask(mask: Tensor, rows: int, past: int, new: int) -> None:
+    """Raises `UsageError` unless the mask [R, S] is one of `past` cached and `new` tokens."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask < 0).any()):
         raise UsageError("A distributed model takes a 2-D attention mask (1 for tokens, 0 for padding).")
     if mask.shape[0] not in (1, rows):

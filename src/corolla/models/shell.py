@@ -70,7 +70,7 @@ _given: ContextVar[tuple[dict[str, Tensor], ...]] = ContextVar("corolla_given", 
 _seen: ContextVar[list[Tensor] | None] = ContextVar("corolla_seen", default=None)
 
 
-class BlocksLayer(nn.Module):
+class BlocksLayer(guard.NoHooks):
     """The one pseudo-layer; hands hidden states to `run` and gives the result in the family's form."""
 
     def __init__(self, run: RunBlocks, *, returns: int, crossing: Crossing) -> None:
@@ -147,7 +147,7 @@ class BlocksLayer(nn.Module):
         edge.check(positions, real, cached=call.cache is not None)
 
 
-class _EarlierBlock(nn.Module):
+class _EarlierBlock(guard.NoHooks):
     """Stands for a block before the last, where blocks are given more than hidden states: notes what it is given."""
 
     def __init__(self, layer: BlocksLayer, *, first: bool) -> None:

@@ -147,13 +147,13 @@ def load_bundle(folder: str | Path, *, revision: str | None = None, token: str |
 
     Raises `BundleError` with one sentence.
     """
-    if not Path(folder).exists():
+    if not os.path.exists(folder):
         from corolla.tuning.sharing import fetch_bundle
 
         folder = fetch_bundle(str(folder), revision=revision, token=token) or folder
     folder = Path(folder)
     path = folder / BUNDLE_FILE
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BundleError(f"{folder} is no folder and no bundle on the hub.")
     if not path.is_file():
         raise BundleError(

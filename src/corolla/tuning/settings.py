@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from corolla.config import check_kinds
 from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
 
@@ -61,6 +62,9 @@ class TuneSettings:
     rendering: RenderSettings = field(default_factory=lambda: RenderSettings(style="auto"))
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        if not 0 <= self.seed < 2**32:  # numpy takes no other
+            raise UsageError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}.")
         for name in ("learning_rate", "epochs", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

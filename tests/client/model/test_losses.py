@@ -190,7 +190,23 @@ def test_without_gradients_logits_are_there_at_once() -> None:
     assert torch.equal(found.loss, expected.loss)
 
 
+class Cubed(torch.autograd.Function):
+    """As libraries write losses of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return grad * 3 * logits**2
+
+
 USES: dict[str, Callable[[Tensor], Any]] = {
+    "another's function": Cubed.apply,
+    "another's function, later": lambda logits: Cubed.apply((logits / 3.0).float()),
     "argmax": lambda logits: logits.argmax(-1),
     "slice": lambda logits: logits[:, :-1].contiguous().view(-1, logits.size(-1)),
     "own loss": lambda logits: F.cross_entropy(logits.float().flatten(0, 1), torch.ones(21).long()),
@@ -227,6 +243,28 @@ def test_lazy_logits_can_be_used_like_others(use: Callable[[Tensor], Any]) -> No
         scalars = [(value * torch.arange(value.numel()).view(value.shape)).sum() for value in (mine, theirs)]
         own, wanted = (torch.autograd.grad(scalar, vectors)[0] for scalar in scalars)
         torch.testing.assert_close(own, wanted)
+
+
+def test_backward_hooks_see_the_gradients_of_logits() -> None:
+    found, expected = (_seen_by_hooks(model) for model in both("gemma2", torch.float32)[::-1])
+    assert len(found) == 2
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def _seen_by_hooks(model: Any) -> list[Tensor]:
+    """The gradients of the head's outputs, and of the embeddings."""
+    seen: list[Tensor] = []
+
+    def note(_part: Any, _into: Any, out: tuple[Tensor, ...]) -> None:
+        seen.extend(one.clone() for one in out)
+
+    vectors, labels = embedded(model)
+    model.get_output_embeddings().register_full_backward_hook(note)
+    loss, logits = model(inputs_embeds=vectors, labels=labels, use_cache=False, return_dict=False)
+    (loss + logits.square().mean()).backward()
+    assert vectors.grad is not None
+    return [*seen, vectors.grad]
 
 
 def test_logits_read_without_gradients_still_have_theirs() -> None:

@@ -141,6 +141,35 @@ def _from_nothing(case: Case) -> Outcome:
     return found, case.prompted.greedy(first, 6)
 
 
+@way(GENERATE, "`use_cache=None`, and lengths as numbers of numpy's or with a point")
+def _kinds_of_numbers(case: Case) -> Outcome:
+    import numpy as np
+
+    ids = random_ids(2, 7)
+    found = [
+        case.generate(ids, **options, **GREEDY)
+        for options in (
+            {"max_new_tokens": 6, "use_cache": None},
+            {"max_new_tokens": np.int64(6)},
+            {"max_new_tokens": 5.5},
+        )
+    ]
+    return torch.stack(found), case.prompted.greedy(ids, 6).repeat(3, 1, 1)
+
+
+@way(GENERATE, "`inputs_embeds` with `use_cache=False`", refused={"peft prompt": ""}, note="peft takes ids")
+def _embeddings_uncached(case: Case) -> Outcome:
+    ids = random_ids(2, 7)
+    embeddings = case.bare.get_input_embeddings()(ids)
+    found = case.model.generate(inputs_embeds=embeddings, use_cache=False, **SIX)
+    return found, case.prompted.greedy(ids, 6)[:, 7:]
+
+
+@way(GENERATE, "a mask of another length", refused="The attention mask covers 6 tokens, but 7 were given")
+def _short_mask(case: Case) -> Outcome:
+    return case.bare.generate(random_ids(2, 7), attention_mask=torch.ones(2, 6), **SIX), None
+
+
 @way(GENERATE, "a batch with padding on the right", refused="A row ends in padding")
 def _right(case: Case) -> Outcome:
     ids, mask = padded("right")

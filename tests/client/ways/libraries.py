@@ -224,6 +224,13 @@ def _hooked(case: Case) -> Outcome:
             handle.remove()
 
 
+@way(LIBRARIES, "hooks on blocks", refused="A block's hidden states stay on the servers")
+def _hooked_blocks(case: Case) -> Outcome:
+    for block in getattr(case.bare, "model", case.bare.base_model).modules():
+        block.register_forward_hook(print)
+    return None, None
+
+
 @way(
     LIBRARIES,
     "the base model by itself (`model.base_model(…)`, `get_decoder()`)",

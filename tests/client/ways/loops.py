@@ -110,6 +110,24 @@ def _cropped(case: Case) -> Outcome:
     return found, plain.logits(torch.cat([ids[:, :5], other], 1))[:, 5:]
 
 
+@way(LOOPS, "`reset` of a cache, and rows taken from it by true and false, or by a list")
+def _reset_and_rows(case: Case) -> Outcome:
+    ids, other = random_ids(2, 6), random_ids(1, 3, seed=1)
+    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    found = []
+    with torch.no_grad():
+        for named in (torch.tensor([False, True]), [-1]):
+            past = case.bare(input_ids=ids).past_key_values
+            assert past
+            assert len(past) == case.whole.config.num_hidden_layers
+            past.batch_select_indices(named)
+            found.append(case.bare(input_ids=other, past_key_values=past).logits)
+            past.reset()
+            found.append(case.bare(input_ids=other, past_key_values=past).logits)
+        expected = plain.logits(torch.cat([ids[1:], other], 1))[:, 6:], plain.logits(other)
+    return tuple(found), expected * 2
+
+
 @way(LOOPS, "a cache of one's own (`DynamicCache`, `StaticCache`, …)", refused=OWN_CACHE)
 def _own_cache(case: Case) -> Outcome:
     from transformers import DynamicCache

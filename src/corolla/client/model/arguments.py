@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from corolla.config import SwarmConfig
+from corolla.config import SwarmConfig, check_kinds
 from corolla.errors import UnexpectedArgument, UsageError
 from corolla.models.numerics import DTYPES
 
@@ -113,6 +114,7 @@ class LoadRequest:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         mode, length, init = self.tuning_mode, self.pre_seq_len, self.prompt_init
         if mode not in TUNING_MODES:
             raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune', 'deep_ptune' or 'prefix'.")
@@ -139,12 +141,12 @@ class LoadRequest:
 def from_pretrained(
     name: str | Path,
     *,
-    initial_peers: str | Collection[str] = (),
+    initial_peers: str | Collection[str] | None = (),
     tuning_mode: str | None = None,
-    pre_seq_len: int = 16,
-    prompt_init: str = "vocab",
+    pre_seq_len: int | None = 16,
+    prompt_init: str | None = "vocab",
     prompt_text: str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     prompts: str | Path | None = None,
     dtype: str | torch.dtype | None = "auto",
     torch_dtype: str | torch.dtype | None = None,
@@ -158,8 +160,8 @@ def from_pretrained(
     wire: str | None = None,
     mixed: bool | None = None,
     identity: str | Path | None = None,
-    allowed_servers: Collection[str] | None = None,
-    blocked_servers: Collection[str] | None = None,
+    allowed_servers: str | Collection[str] | None = None,
+    blocked_servers: str | Collection[str] | None = None,
     audit: float | None = None,
     **others: Any,
 ) -> LoadRequest:
@@ -192,7 +194,9 @@ def from_pretrained(
         UsageError, UnknownModel, UnsupportedFamily, CheckpointError, BundleError: What was asked for cannot be had.
         NotAdmitted, SwarmUnavailable, MissingBlocks: The swarm lets nobody in, is not there, or lacks blocks.
     """
-    if Path(name).exists():
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(f"from_pretrained takes the name of a model, or its folder, not {name!r:.60}.")
+    if os.path.exists(name):
         others.pop("local_files_only", None)
     if "trust" in others:
         warnings.warn("from_pretrained's trust is called allowed_servers now", FutureWarning, stacklevel=3)
@@ -213,11 +217,11 @@ def from_pretrained(
             audit=audit,
         ),
         tuning_mode=tuning_mode,
-        pre_seq_len=pre_seq_len,
-        prompt_init=prompt_init,
+        pre_seq_len=16 if pre_seq_len is None else pre_seq_len,
+        prompt_init="vocab" if prompt_init is None else prompt_init,
         prompt_text=prompt_text,
-        seed=seed,
-        prompts=None if prompts is None else Path(prompts),
+        seed=0 if seed is None else seed,
+        prompts=Path(prompts) if isinstance(prompts, str | os.PathLike) else prompts,
         dtype=client_dtype(dtype, torch_dtype),
         device=client_device(device_map),
         revision=revision,

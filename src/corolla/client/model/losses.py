@@ -10,6 +10,7 @@ The head and the loss in one: Hsu et al. 2024 (Liger kernels, arXiv:2410.10989).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,26 +85,32 @@ class LazyLogits(Tensor):
         *,
         weight: Callable[[], Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...] = (),
+        with_grad: bool = True,
     ) -> LazyLogits:
         """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable.
 
-        `weight` gives [V, H] where the product is nothing but the one with it.
+        `weight` gives [V, H] where the product is nothing but the one with it; `steps` come behind it.
         """
-        made = Tensor._make_wrapper_subclass(
-            cls, (*hidden.shape[:-1], width), dtype=dtype or hidden.dtype, device=hidden.device
-        )
-        made.hidden, made._product, made._steps, made._whole = hidden, product, (), None
-        made._weight = weight
-        made._with_grad = torch.is_grad_enabled()
-        result: LazyLogits = made
-        return result
+
+        def make() -> LazyLogits:
+            made = Tensor._make_wrapper_subclass(
+                cls, (*hidden.shape[:-1], width), dtype=dtype or hidden.dtype, device=hidden.device
+            )
+            made.hidden, made._product, made._steps, made._whole = hidden, product, steps, None
+            made._weight = weight
+            made._with_grad = with_grad and torch.is_grad_enabled()
+            result: LazyLogits = made
+            return result
+
+        if not (with_grad and torch.is_grad_enabled() and hidden.requires_grad):
+            return make()
+        attached: LazyLogits = _FromHidden.apply(hidden, make, partial(_logits_of, product, steps))  # type: ignore[no-untyped-call]
+        return attached
 
     def of(self, hidden: Tensor) -> Tensor:
         """The logits [n, V] of other hidden states [n, H]."""
-        logits = self._product(hidden)
-        for function, arguments in self._steps:
-            logits = function(logits, *arguments)
-        return logits
+        return _logits_of(self._product, self._steps, hidden)
 
     @property
     def weight(self) -> Tensor | None:
@@ -122,10 +129,15 @@ class LazyLogits(Tensor):
 
     def _then(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> LazyLogits:
         dtype = torch.float32 if function is Tensor.float else self.dtype
-        later = LazyLogits(self.hidden, self._product, self.shape[-1], dtype=dtype)
-        later._steps = (*self._steps, (function, arguments))
-        later._with_grad = self._with_grad
-        return later
+        steps = (*self._steps, (function, arguments))
+        return LazyLogits(
+            self.hidden,
+            self._product,
+            self.shape[-1],
+            dtype=dtype,
+            steps=steps,
+            with_grad=self._with_grad,
+        )
 
     @classmethod
     def __torch_function__(
@@ -149,6 +161,39 @@ class LazyLogits(Tensor):
     ) -> Any:
         real_args, real_kwargs = tree_map(_real, (args, kwargs or {}))
         return func(*real_args, **real_kwargs)
+
+
+def _logits_of(
+    product: Product, steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...], hidden: Tensor
+) -> Tensor:
+    logits = product(hidden)
+    for function, arguments in steps:
+        logits = function(logits, *arguments)
+    return logits
+
+
+class _FromHidden(torch.autograd.Function):
+    """Has lazy logits come from hidden states in torch's own graph, too.
+
+    Who takes them without an operation on them (another `autograd.Function`, backward hooks, DDP) looks there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, make: Callable[[], LazyLogits], of: Product) -> LazyLogits:
+        ctx.set_materialize_grads(False)
+        ctx.hidden, ctx.of = hidden.detach(), of
+        with torch.enable_grad():
+            return make()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        with torch.enable_grad():
+            leaf = ctx.hidden.detach().requires_grad_()
+            logits = ctx.of(leaf)
+        return torch.autograd.grad(logits, leaf, grad.to(logits.dtype))[0], None, None
 
 
 def _real(value: Any) -> Any:

@@ -6,6 +6,7 @@ of it; what the call said becomes part of the session and is returned without wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,14 +60,20 @@ class GenerateCall:
         follows = self._kwargs.get("inputs_embeds") is not None or (
             session is not None and session.position > 0
         )
-        guard.check_prompt(inputs, self._kwargs.get("attention_mask"), may_be_empty=follows)
+        mask = self._kwargs.get("attention_mask")
+        guard.check_prompt(inputs, mask, may_be_empty=follows)
+        if inputs is not None and mask is not None and not follows and given is None:
+            guard.check_mask(mask, inputs.shape[0], 0, inputs.shape[1])
+        if self._kwargs.get("use_cache", False) is None:  # says nothing, as if left out
+            del self._kwargs["use_cache"]
         # What a processor, or speculation, asks the model meanwhile is no part of the session.
         with self._model.apart_from_session(), _noting(None):
             if given is not None:
                 return self._with_cache(given, inputs)
             if session is not None:
                 return self._in_session(session, inputs)
-            if self._kwargs.get("use_cache") is False:
+            embedded = self._kwargs.get("inputs_embeds") is not None  # whose cache transformers insists on
+            if self._kwargs.get("use_cache") is False and not embedded:
                 return self._plain(inputs, *self._args, **self._kwargs)
             return self._without_session(inputs)
 
@@ -137,6 +144,7 @@ def prepare_room(
     Here `generate` knows how far it may go, and the padding mask that holds for the whole conversation.
     """
     cache, mask = model_kwargs.get(model.cache_name), model_kwargs.get("attention_mask")
+    max_cache_length = math.ceil(max_cache_length)  # 5.0, or a number of numpy's or torch's
     ends = _row_ends.get()
     if ends is not None:
         ends.given_mask = mask

@@ -6,6 +6,7 @@ Invariant: `tokens` is the whole conversation, what the servers' caches hold is 
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
@@ -62,8 +63,10 @@ class InferenceSession:
         `embed` gives the embeddings [R, T, E] of token ids [R, T], `entering` what they are when they enter the
         first block, the prompt in front.
         """
-        if max_length is not None and max_length < 1:
-            raise UsageError("A session needs a max_length of at least 1.")
+        if max_length is not None:
+            max_length = _whole("A session's max_length", max_length)
+            if max_length < 1:
+                raise UsageError("A session needs a max_length of at least 1.")
         self.max_length = max_length
         self._new = partial(
             InferenceSession, blocks, prompt, active, max_length=max_length, embed=embed, entering=entering
@@ -114,6 +117,7 @@ class InferenceSession:
 
     @position.setter
     def position(self, position: int) -> None:
+        position = _whole("A session's position", position)
         if not 0 <= position <= self.position:
             raise UsageError(f"A session of {self.position} tokens cannot be set to position {position}.")
         tokens, mask = self.output_ids, self._mask()
@@ -221,6 +225,7 @@ class InferenceSession:
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
+        guard.check_cache(self.cache, self.cache.owner)
         twin = go_on_from(self.cache, self._new, self._chain)
         twin._output_ids, twin._output_mask = self._output_ids, self._output_mask
         return twin
@@ -319,6 +324,14 @@ def go_on_from(
 
 def _forked(new: Callable[[], InferenceSession], chain: SessionChain, cache: RemoteCache) -> RemoteCache:
     return go_on_from(cache, new, chain).cache
+
+
+def _whole(what: str, value: Any) -> int:
+    """As an int, whatever kind of whole number it is. Raises `UsageError`."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{what} is a whole number of tokens, not {value!r:.60}.") from None
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

@@ -8,6 +8,7 @@ stored quantized is made wide one tensor at a time.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -269,7 +270,7 @@ def open_checkpoint(
     user's cache folders. Raises `UnknownModel`, `UnsupportedFamily` or `CheckpointError`.
     """
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # and no error where a name is too long for one
         return Checkpoint(name, revision, LocalFolder(path.resolve()))
     if name == EMBEDDED_ALIAS or path.suffix == ".gguf":
         file = embedded_gguf() if name == EMBEDDED_ALIAS else path
