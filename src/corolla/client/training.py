@@ -174,7 +174,7 @@ class TrainingPass:
 
         return self._unpacked(
             await _together(one, self._micro_batches),
-            self._view.crossing.leaving(hidden, self._start, self._end),
+            self._view.leaving(hidden, self._start, self._end),
         )
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -223,9 +223,7 @@ class TrainingPass:
             message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
             tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
             reply = await self._exchange(hop, message, tensors)
-            output = checked(
-                reply, "hidden", self._view.crossing.leaving(value, hop.start, hop.end), hop.peer_id
-            )
+            output = self._view.output_of(reply, value, hop)
             self._show(Answer(hop, "forward", tensors, {"hidden": output}))
             return Stage(hop, value, lease), output
 
@@ -251,9 +249,7 @@ class TrainingPass:
         tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
         message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
         reply = await self._exchange(hop, message, tensors)
-        checked(
-            reply, "hidden", self._view.crossing.leaving(tensors["hidden"], hop.start, hop.end), hop.peer_id
-        )
+        self._view.output_of(reply, tensors["hidden"], hop)
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)

@@ -13,6 +13,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from corolla.client.naming import Naming
 from corolla.client.race import Race
 from corolla.client.servers import Clock, Health, Records, Verdicts
@@ -29,7 +31,7 @@ from corolla.errors import (
 from corolla.models.crossing import Crossing, Form
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
-from corolla.swarm.channel import ChannelPool
+from corolla.swarm.channel import ChannelPool, checked
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.routing import (
     HOP_SECONDS,
@@ -44,6 +46,7 @@ from corolla.swarm.directory.routing import (
 )
 from corolla.swarm.transport.base import Transport
 from corolla.wire.failures import Remedy, remedy_of
+from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, SILENCE_SECONDS
 
 T = TypeVar("T")
@@ -335,6 +338,14 @@ class SwarmView:
         """In what arithmetic the peer says that it computes; None for one that is not in the directory."""
         record = self.records.of(peer)
         return None if record is None else record.numerics
+
+    def leaving(self, sent: Tensor, start: int, end: int) -> Tensor:
+        """A tensor of the form that leaves blocks [start, end) for what is `sent` to them; of no meaning."""
+        return sent if self.crossing.plain else self.crossing.leaving(sent, start, end)
+
+    def output_of(self, reply: Packet, sent: Tensor, hop: Hop) -> Tensor:
+        """The outputs of a hop's blocks for what it was `sent`. Raises `ProtocolError` for another form."""
+        return checked(reply, "hidden", self.leaving(sent, hop.start, hop.end), hop.peer_id)
 
     async def failed(self, error: RemoteError) -> None:
         """Draw the consequences for the peer that `error` names."""

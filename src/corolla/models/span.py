@@ -20,9 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
-from corolla.models.attention.packing import PackedBatch
+from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
-from corolla.models.attention.registry import PACKED, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.cache import cache_argument
@@ -32,7 +31,7 @@ from corolla.models.checks.forms import crossing_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.crossing import Crossing
-from corolla.models.families import Structure, block_key_pattern, slice_config, structure
+from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.parts import narrow_stand_ins, span_class
 from corolla.models.passage import Passage, WidePassage
@@ -53,6 +52,13 @@ class Span:
     end: int
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
+    hidden_size: int  # H, the width of the hidden states
+    width: (
+        int  # W, of what enters the first block: H, and whatever else the blocks need (`models/crossing.py`)
+    )
+    width_behind: int  # W', of what leaves the last block
+    feed_forward_size: int  # of the widest block
+    heads: int  # of the block that has most
 
     def __init__(
         self,
@@ -71,6 +77,10 @@ class Span:
         self.end = end
         self.packable = packable
         self._blocks = blocks
+        self.hidden_size = int(model.config.hidden_size)
+        self.width, self.width_behind = crossing.width(start), crossing.width(end)
+        self.feed_forward_size = largest(model.config, "intermediate_size") or 4 * self.hidden_size
+        self.heads = largest(model.config, "num_attention_heads") or 1
         self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
@@ -93,21 +103,6 @@ class Span:
         """The blocks themselves, in order."""
         found: nn.ModuleList = getattr(self.model, self._blocks)
         return found
-
-    @property
-    def hidden_size(self) -> int:
-        """H, the width of the hidden states."""
-        return int(self.config.hidden_size)
-
-    @property
-    def width(self) -> int:
-        """W, of what enters the first block: H, and whatever else the blocks need (`models/crossing.py`)."""
-        return self.crossing.width(self.start)
-
-    @property
-    def width_behind(self) -> int:
-        """W', of what leaves the last block."""
-        return self.crossing.width(self.end)
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.server.kept import Kept
-from corolla.server.scheduler.shares import PeerHistory
+from corolla.server.scheduler.accounting import PeerHistory
 from corolla.text import get_logger, one_line
 
 log = get_logger(__name__)

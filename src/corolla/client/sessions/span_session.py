@@ -18,7 +18,7 @@ from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import ProtocolError, RemoteError, RequestRefused
 from corolla.models.prompts import BlockVectors
-from corolla.swarm.channel import Channel, checked, request
+from corolla.swarm.channel import Channel, request
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.failures import Remedy, keeps_session, meaning
 from corolla.wire.frames import Packet
@@ -193,7 +193,7 @@ class SpanSession:
             await channel.close()
             raise
         self.channel = channel
-        self._leaving = view.crossing.leaving
+        self._output_of = view.output_of
         self._batchable = view.crossing.plain
         self._batcher = view.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
@@ -278,7 +278,7 @@ class SpanSession:
         assert self.channel is not None
         reply = await request(self.channel, Packet(step, tensors))
         self._reserved = step.reserve
-        return checked(reply, "hidden", self._leaving(hidden, self.hop.start, self.hop.end), self.hop.peer_id)
+        return self._output_of(reply, hidden, self.hop)
 
     def _batcher_for(self, step: Step, tensors: dict[str, Tensor]) -> StepBatcher | None:
         """Where the step may travel with those of other sessions: one token a row, and nothing special."""

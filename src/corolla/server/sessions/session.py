@@ -19,8 +19,8 @@ from corolla.models.attention.prefixes import put, take
 from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.span import Span
+from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Request
-from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 

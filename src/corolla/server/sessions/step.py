@@ -18,8 +18,8 @@ from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
+from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Kind, Request
-from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
