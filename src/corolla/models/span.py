@@ -33,8 +33,8 @@ from corolla.models.compiled.program import Program
 from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
-from corolla.models.parts import narrow_stand_ins, span_class
-from corolla.models.passage import Passage, WidePassage
+from corolla.models.parts import span_class
+from corolla.models.passage import Passage, WidePassage, narrow_stand_ins
 from corolla.models.prompts import (
     BlockHook,
     DeepRows,
