@@ -13,6 +13,7 @@ import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -326,10 +327,11 @@ class TrainingPass:
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         began = self._view.now()
-        channels = self._view.channels
-        reply = await self._view.naming.ask(
-            hop, Packet(message, tensors), self._deep, lambda packet: channels.ask(hop.peer_id, packet)
-        )
+        packet, ask = Packet(message, tensors), partial(self._view.channels.ask, hop.peer_id)
+        if self._deep is not None and "prefix" in tensors:
+            reply = await self._view.sent_prefixes.ask(hop, packet, self._deep, ask)
+        else:
+            reply = await ask(packet)
         sent = next(iter(tensors.values()))
         nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
         self._view.answered(hop, int(sent.shape[1]), nbytes, self._view.now() - began)

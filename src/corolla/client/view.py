@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from corolla.client.naming import Naming
 from corolla.client.race import Race
+from corolla.client.sent_prefixes import SentPrefixes
 from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
@@ -91,7 +91,7 @@ class SwarmView:
         self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self.heard)
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
-        self.naming = Naming()
+        self.sent_prefixes = SentPrefixes()
         self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
         self._mixed, self._local_blocks = config.mixed, config.local_blocks
         self.kind: str | None = None  # the arithmetic in which all blocks have answered; None until then

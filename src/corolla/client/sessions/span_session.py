@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -183,12 +184,13 @@ class SpanSession:
         tensors = {} if deep is None else deep.of(self.hop.start, self.hop.end)
         packet = Packet(message, tensors)
         try:
-            if bundle is None:
-                reply = await view.naming.ask(
-                    self.hop, packet, deep, lambda packet: request(channel, packet), curious=True
-                )
-            else:
+            if bundle is not None:
                 reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
+            elif deep is not None and "prefix" in tensors:
+                ask = partial(request, channel)
+                reply = await view.sent_prefixes.ask(self.hop, packet, deep, ask, curious=True)
+            else:
+                reply = await request(channel, packet)
         except BaseException:
             await channel.close()
             raise
