@@ -173,7 +173,7 @@ def load_shell(
     model.requires_grad_(False).eval().to(request.device)
     model._noted.note(model, but=missing)
     if request.prompts is not None:
-        saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)), request.prompts)
+        saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)))
     changed = model._noted.changed(model)
     model.requires_grad_(False)
     if model.get_output_embeddings() is not None:
