@@ -29,7 +29,7 @@ from corolla.client.model.objects import (
     refuse_pickle,
     refuse_shallow_copy,
 )
-from corolla.client.remote_blocks import LaterSession, RemoteBlocks
+from corolla.client.remote_blocks import RemoteBlocks, close_soon
 from corolla.client.sessions.session import ActiveSession, InferenceSession, go_on_from
 from corolla.errors import UsageError
 from corolla.models import families
@@ -54,17 +54,20 @@ class SessionCaches:
     def fresh(self, *, lazy: bool) -> RemoteCache:
         """See `models.shell.Caches`."""
         model: Any = self._model()
-        session = LaterSession(model.blocks)
+        chain = model.blocks.open_chain()
         new = partial(model.new_session, ContextVar("unused"), max_length=None)
-        return RemoteCache(
-            session,
+        cache = RemoteCache(
+            chain,
             prompt_length=sent_length(model.prompts),
             prefix_length=prefix_length(model.prompts),
             max_length=None,
             owner=model.blocks,
-            fork=lambda cache: go_on_from(cache, new, session.chain).cache,
+            fork=lambda cache: go_on_from(cache, new, chain).cache,
             lazy=lazy,
         )
+        # A cache that is dropped must not hold the servers' memory.
+        weakref.finalize(cache, close_soon, model.blocks.connection, chain)
+        return cache
 
 
 @memoize
