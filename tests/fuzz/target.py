@@ -13,7 +13,7 @@ from corolla.errors import PeerDisconnected, ProtocolError
 from corolla.models.attention.pages import PAGE
 from corolla.server.peers import Budgets, Leases, PeerLimits
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.bundles import Entering
+from corolla.server.sessions.prefilled import Entering
 from corolla.swarm.channel import Channel, request
 from corolla.wire.failures import meaning
 from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble

@@ -27,8 +27,8 @@ from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.kept import KnownPrefix
-from corolla.server.sessions.bundles import Entering, before_span, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.prefilled import Entering, before_span, prefill
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node

@@ -227,8 +227,11 @@ class Health:
         return min((until - now for until in moments if until > now), default=0.0)
 
     def _still(self, until: dict[str, float]) -> set[str]:
+        """Whose time is not over; others are forgotten."""
         now = self._clock()
-        return {peer for peer, end in until.items() if end > now}
+        for peer in [peer for peer, end in until.items() if end <= now]:
+            del until[peer]
+        return set(until)
 
 
 @dataclass(frozen=True)

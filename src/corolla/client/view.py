@@ -13,6 +13,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+from cachetools import LRUCache
 from torch import Tensor
 
 from corolla.client.race import Race
@@ -51,6 +52,7 @@ from corolla.wire.messages import PROTOCOL_NAME, SILENCE_SECONDS
 
 T = TypeVar("T")
 
+MOST_LACKING = 1024  # peers
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
 CURIOUS_SECONDS = 60.0  # after which a stranger that says it is so many times faster is tried
 MUCH_FASTER = 1.5
@@ -92,7 +94,8 @@ class SwarmView:
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
         self.sent_prefixes = SentPrefixes()
-        self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
+        # See `prefilled.ask_to_open`; whoever is forgotten is asked once more.
+        self.lacking_bundles: LRUCache[str, str] = LRUCache(MOST_LACKING)
         self._mixed, self._local_blocks = config.mixed, config.local_blocks
         self.kind: str | None = None  # the arithmetic in which all blocks have answered; None until then
         self._introductions = introductions or Introductions(transport)

@@ -27,8 +27,8 @@ from corolla.server.kept import KnownPrefix, Prefixes
 from corolla.server.peers import Diary, Leases, PeerLimits
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
-from corolla.server.sessions.bundles import Bundle, Entering, prefill
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.prefilled import EnteringPrompt, PrefilledPrompt, prefill
 from corolla.server.sessions.store import SessionStore
 from corolla.version import __version__
 from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
@@ -88,7 +88,7 @@ class BlockServer:
         )
         self.cpus = FreeCpus(threads)
         self.sessions = SessionStore(self.engine)
-        self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
+        self.bundles: dict[str, PrefilledPrompt] = {}  # by `models.prompts.digest`
         self.prefixes = Prefixes(PREFIX_BYTES, time.monotonic)
         self.counters = Counters()
         self.diary = Diary()
@@ -99,7 +99,7 @@ class BlockServer:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def prefill_bundles(self, bundles: Sequence[Entering | BlockVectors]) -> None:
+    async def prefill_bundles(self, bundles: Sequence[EnteringPrompt | BlockVectors]) -> None:
         """Compute prompts once for all clients, and keep them, and prefixes, for good.
 
         Raises `UsageError` if there is no room, or for a prefix that these blocks cannot take.
@@ -107,7 +107,7 @@ class BlockServer:
         for prefix in bundles:
             if isinstance(prefix, BlockVectors):
                 self._keep_prefix(prefix)
-        prompts = [one for one in bundles if isinstance(one, Entering)]
+        prompts = [one for one in bundles if isinstance(one, EnteringPrompt)]
         needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
         if needed >= self.budget.capacity:
             raise UsageError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
-from corolla.client.sessions.bundles import Bundle
+from corolla.client.sessions.prefilled import NamedPrompt
 from corolla.client.sessions.span_session import History, Progress, SpanSession
 from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
@@ -61,7 +61,7 @@ class SessionChain:
         self._run = run
         self._front = front
         self._start, self._end, self._deep = start, end, deep
-        self._bundle: Bundle | None = None  # the prompt that the session begins with
+        self._bundle: NamedPrompt | None = None  # the prompt that the session begins with
         self.spans: list[SpanSession] = []  # in the order of the blocks
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
         self._reserved = 0  # tokens a row that the present call may reach
@@ -159,7 +159,9 @@ class SessionChain:
         """
         self._bundle = None
         if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
-            self._bundle = Bundle.of(call.prompt, None if self._deep is None else self._deep.values, hidden)
+            self._bundle = NamedPrompt.of(
+                call.prompt, None if self._deep is None else self._deep.values, hidden
+            )
 
     async def _in_chunks(
         self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None

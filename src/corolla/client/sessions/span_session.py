@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.bundles import Bundle, PrefilledPrompt, ask_to_open
+from corolla.client.sessions.prefilled import NamedPrompt, PrefilledPrompt, ask_to_open
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import ProtocolError, RemoteError, RequestRefused
@@ -168,7 +168,7 @@ class SpanSession:
         max_tokens: int,
         deep: BlockVectors | None,
         origin: Origin | None = None,
-        bundle: Bundle | None = None,
+        bundle: NamedPrompt | None = None,
     ) -> bool:
         """Reserve a cache; whether it holds what `origin` says. Raises `RemoteError`."""
         channel = await view.channels.take(self.hop.peer_id)

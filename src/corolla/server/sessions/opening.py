@@ -13,7 +13,7 @@ from torch import Tensor
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer, check_prefix, check_prompts, malformed
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.bundles import Bundle, find
+from corolla.server.sessions.prefilled import PrefilledPrompt, find
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Opened, OpenSession, Origin
@@ -37,7 +37,7 @@ class OpenRequest:
         return self._server.part(self._message)
 
     @cached_property
-    def bundle(self) -> Bundle | None:
+    def bundle(self) -> PrefilledPrompt | None:
         """What it begins with. Raises `RequestRefused` (no_bundle)."""
         return find(self._server.bundles, self._message.bundle)
 
