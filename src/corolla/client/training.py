@@ -215,7 +215,7 @@ class TrainingPass:
     async def _forward(self, micro: MicroBatch, hidden: Tensor, start: int, end: int) -> Tensor:
         """Take a micro-batch through blocks [start, end), noting each span's input in `micro.stages`."""
         value, block = hidden, start
-        kind: str | None = None  # the arithmetic of what has been computed so far
+        numerics: str | None = None  # the arithmetic of what has been computed so far
 
         async def one_span(hop: Hop, careful: bool) -> tuple[Stage, Tensor]:
             if careful and value.shape[1] > 1:
@@ -229,20 +229,20 @@ class TrainingPass:
             return Stage(hop, value, lease), output
 
         async def attempt() -> Tensor:
-            nonlocal value, block, kind
-            if block > start and self._view.begins_anew(kind, block, start, end):
-                value, block, kind = hidden, start, None
+            nonlocal value, block, numerics
+            if block > start and self._view.restarts_elsewhere(numerics, block, start, end):
+                value, block, numerics = hidden, start, None
                 micro.stages.clear()
             while block < end:
                 stage, value = await self._view.first(
-                    block, end, one_span, tokens=len(micro.places), kind=kind
+                    block, end, one_span, tokens=len(micro.places), numerics=numerics
                 )
                 micro.stages.append(stage)
-                block, kind = stage.hop.end, self._view.expected_kind(stage.hop.peer_id)
+                block, numerics = stage.hop.end, self._view.expected_numerics(stage.hop.peer_id)
             return value
 
         output = await self._retry.run(attempt, what="a forward pass", done=lambda: block)
-        self._view.begun(kind, start, end)
+        self._view.settle_numerics(numerics, start, end)
         return output
 
     async def _ask_little(self, hop: Hop, value: Tensor) -> None:

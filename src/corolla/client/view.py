@@ -97,7 +97,7 @@ class SwarmView:
         # See `prefilled.ask_to_open`; whoever is forgotten is asked once more.
         self.lacking_bundles: LRUCache[str, str] = LRUCache(MOST_LACKING)
         self._mixed, self._local_blocks = config.mixed, config.local_blocks
-        self.kind: str | None = None  # the arithmetic in which all blocks have answered; None until then
+        self.numerics: str | None = None  # the arithmetic in which all blocks have answered; None until then
         self._introductions = introductions or Introductions(transport)
         self._shut_out: dict[str, float] = {}  # peers that refuse this client -> when it was last presented
         self._paces = Paces()
@@ -161,22 +161,22 @@ class SwarmView:
         return self._choose(find_route, start, end, None)[0]
 
     def _choose(
-        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None
+        self, choose: Callable[..., list[Hop]], start: int, end: int, numerics: str | None
     ) -> list[list[Hop]]:
-        """What `choose` makes of those who are best asked, for each kind of arithmetic that may be begun with.
+        """What `choose` makes of those who are best asked, for each numerics that may be begun with.
 
         Peers that failed lately may be back already, and are used where there are no others.
         """
         condemned = set(self.verdicts.condemned)
-        if condemned and self.kind not in map(self.numerics_of, self.health.proven - condemned):
-            self.kind = None  # nobody but liars has ever answered in it
+        if condemned and self.numerics not in map(self.numerics_of, self.health.proven - condemned):
+            self.numerics = None  # nobody but liars has ever answered in it
         avoided, resting, busy = self.health.now()
         avoided |= self.health.doubted()
         resting |= condemned
         with contextlib.suppress(MissingBlocks):
-            return self._choose_among(choose, start, end, kind, avoided | resting)
+            return self._choose_among(choose, start, end, numerics, avoided | resting)
         try:
-            return self._choose_among(choose, start, end, kind, resting)
+            return self._choose_among(choose, start, end, numerics, resting)
         except MissingBlocks as missing:
             if not resting:
                 raise
@@ -189,7 +189,7 @@ class SwarmView:
             ) from missing
 
     def _choose_among(
-        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None, avoid: set[str]
+        self, choose: Callable[..., list[Hop]], start: int, end: int, numerics: str | None, avoid: set[str]
     ) -> list[list[Hop]]:
         now = self.now()
         records = self._paces.seen(self.records.known, now)
@@ -197,14 +197,14 @@ class SwarmView:
         how: dict[str, Any] = {"avoid": avoid, "proven": proven}
         if self._mixed:
             return [choose(records, start, end, **how)]
-        begun = self.kind or kind
+        begun = self.numerics or numerics
         found = []
         for one in numerics_of(records) if begun is None else [begun]:
             with contextlib.suppress(MissingBlocks):
                 found.append(choose([r for r in records if r.numerics == one], start, end, **how))
         if found:
             return sorted(found, key=lambda hops: hops[0].peer_id not in proven)
-        find_route(records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
+        find_route(records, start, end, avoid=avoid)  # raises, unless numerics are the only trouble
         offered = ", ".join(numerics_of(records))
         said = "no single one" if begun is None else f"no longer {begun}, begun with,"
         raise MissingBlocks(
@@ -220,19 +220,19 @@ class SwarmView:
         work: Callable[[Hop, bool], Awaitable[T]],
         *,
         tokens: int,
-        kind: str | None = None,
+        numerics: str | None = None,
         discard: Callable[[T], Awaitable[None]] | None = None,
     ) -> T:
         """The result of `work` for blocks from `start` on, as far towards `end` as the server that does it goes.
 
         A peer that has answered before is asked alone; of strangers several may be, side by side. `tokens` (rows x
-        tokens) says how much it is; `kind` in which arithmetic, where only some of the blocks have answered yet.
+        tokens) says how much it is; `numerics` in which arithmetic, where only some of the blocks have answered yet.
         Raises as `route`, and what `work` raises; for its second argument, and `discard`, see `Race`.
         """
 
         def in_turns() -> list[Hop]:
-            kinds = self._choose(first_hops, start, end, kind)
-            return [hop for hops in zip_longest(*kinds) for hop in hops if hop is not None]
+            found = self._choose(first_hops, start, end, numerics)
+            return [hop for hops in zip_longest(*found) for hop in hops if hop is not None]
 
         hops = await self._renewed(in_turns)
         newer = self._newcomer(hops)
@@ -296,32 +296,37 @@ class SwarmView:
             return False
         return True
 
-    def begins_anew(self, kind: str | None, block: int, start: int, end: int) -> bool:
-        """Whether what was begun in this kind of arithmetic, and is stuck at a block, is better begun in another.
+    def restarts_elsewhere(self, numerics: str | None, block: int, start: int, end: int) -> bool:
+        """Whether what was begun in these numerics, and is stuck at a block, is better begun in others.
 
-        That can only be before all blocks have answered in one kind. `start` and `end` are those of the whole.
+        That can only be before all blocks have answered in the same. `start` and `end` are those of the whole.
         """
-        if self.kind is not None or kind is None or self._mixed or self._is_offered(kind, block, end):
+        if (
+            self.numerics is not None
+            or numerics is None
+            or self._mixed
+            or self._is_offered(numerics, block, end)
+        ):
             return False
         return any(
-            self._is_offered(one, start, end) for one in numerics_of(self.records.known) if one != kind
+            self._is_offered(one, start, end) for one in numerics_of(self.records.known) if one != numerics
         )
 
-    def begun(self, kind: str | None, start: int, end: int) -> None:
-        """Blocks [start, end) have answered in this kind of arithmetic: all that follows is computed in it.
+    def settle_numerics(self, numerics: str | None, start: int, end: int) -> None:
+        """Blocks [start, end) have answered in these numerics: all that follows is computed in it.
 
         Where they are not all blocks, the others must at least be offered in it.
         """
-        if self.kind is None and kind is not None and not self._mixed:
+        if self.numerics is None and numerics is not None and not self._mixed:
             rest = ((self._local_blocks, start), (end, self.num_blocks))
-            if all(a >= b or self._is_offered(kind, a, b) for a, b in rest):
-                self.kind = kind
+            if all(a >= b or self._is_offered(numerics, a, b) for a, b in rest):
+                self.numerics = numerics
 
-    def _is_offered(self, kind: str, start: int, end: int) -> bool:
-        """Whether servers that have not failed lately cover blocks [start, end) in this kind of arithmetic."""
+    def _is_offered(self, numerics: str, start: int, end: int) -> bool:
+        """Whether servers that have not failed lately cover blocks [start, end) in these numerics."""
         avoided, resting, _ = self.health.now()
         return not uncovered(
-            (r for r in self.records.known if r.numerics == kind and r.peer_id not in avoided | resting),
+            (r for r in self.records.known if r.numerics == numerics and r.peer_id not in avoided | resting),
             start,
             end,
         )
@@ -333,9 +338,9 @@ class SwarmView:
         avoided |= resting | set(self.verdicts.condemned)
         return [one for one in self.records.known if one.state == "serving" and one.peer_id not in avoided]
 
-    def expected_kind(self, peer: str) -> str:
+    def expected_numerics(self, peer: str) -> str:
         """In what arithmetic the peer was asked to compute, whatever its record says by now."""
-        return self.kind or self.numerics_of(peer) or ""
+        return self.numerics or self.numerics_of(peer) or ""
 
     def numerics_of(self, peer: str) -> str | None:
         """In what arithmetic the peer says that it computes; None for one that is not in the directory."""

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.models.blocks_pass import stand_in
 from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, slice_config
-from corolla.models.passage import stand_in
 from corolla.models.shell import BlocksLayer, replace_blocks
 
 

@@ -24,6 +24,7 @@ from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
+from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_ins
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
@@ -34,7 +35,6 @@ from corolla.models.crossing import Crossing
 from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.parts import span_class
-from corolla.models.passage import Passage, WidePassage, narrow_stand_ins
 from corolla.models.prompts import (
     BlockHook,
     DeepRows,
@@ -292,13 +292,13 @@ class Span:
         """The family's own code over what crosses the cut, [R, T, W]."""
         if not self.crossing.plain:
             return self._run_wide(hidden, hooks, arguments)
-        passage = Passage(self.blocks, hidden, hooks)
-        with passage.under_way():
+        one_pass = BlocksPass(self.blocks, hidden, hooks)
+        with one_pass.hooked():
             # The code may write to what it is given before the first block gets the hidden states themselves.
             self.model(inputs_embeds=torch.zeros_like(hidden), **arguments)
-        if passage.left is None:
+        if one_pass.left is None:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
-        return passage.left
+        return one_pass.left
 
     def _run_wide(
         self, crossing: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]
@@ -306,13 +306,13 @@ class Span:
         """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
         crossed = self.crossing.split(crossing, self.start)
         cache = arguments.get(self.cache_name)
-        passage = WidePassage(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
+        one_pass = WideBlocksPass(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
         tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
-        with passage.under_way():
+        with one_pass.hooked():
             self.model(input_ids=tokens, **arguments)
-        if passage.left is None:
+        if one_pass.left is None:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
-        return passage.join(self.end)
+        return one_pass.join(self.end)
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:

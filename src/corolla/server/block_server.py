@@ -24,7 +24,7 @@ from corolla.models.attention.windows import layout_of
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span
 from corolla.server.kept import KnownPrefix, Prefixes
-from corolla.server.peers import Diary, Leases, PeerLimits
+from corolla.server.peers import Leases, PeerLimits, UsageLog
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
@@ -91,7 +91,7 @@ class BlockServer:
         self.bundles: dict[str, PrefilledPrompt] = {}  # by `models.prompts.digest`
         self.prefixes = Prefixes(PREFIX_BYTES, time.monotonic)
         self.counters = Counters()
-        self.diary = Diary()
+        self.usage = UsageLog()
         self.draining = False
         self._open_requests = 0
         self._untidy = True

@@ -76,7 +76,7 @@ async def handle(server: BlockServer, stream: Stream) -> None:
     """Serve one stream until it ends. With its first argument bound, a `StreamHandler` for `Transport.serve`."""
     conversation = _Stream(server, stream)
     try:
-        with server.limits.stream(conversation), server.diary.stream(stream.peer_id):
+        with server.limits.stream(conversation), server.usage.stream(stream.peer_id):
             await conversation.run()
     except RequestRefused as refusal:
         await conversation.refuse(failure_from(refusal))
@@ -229,7 +229,7 @@ class _Stream:
                 return Packet(Closed())
         peer, message = self._client.peer, packet.message
         what, tokens = _work_of(packet)
-        with self._server.diary.work(peer, what, tokens):
+        with self._server.usage.work(peer, what, tokens):
             request = REQUESTS[type(message)](self._server, self._client, message, packet.tensors)
             request.check()
             if isinstance(request, ReadRequest):

@@ -322,7 +322,7 @@ class Leases(Kept[Lease]):
         super().keep(peer, key, one)
 
 
-class Diary:
+class UsageLog:
     """Who uses a server, for what and how fast: lines for its log (`corolla --verbose serve`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -361,7 +361,7 @@ class Announcer:
                 await asyncio.wait_for(stop.wait(), TTL_SECONDS / 3)
             if stop.is_set():
                 return
-            self._server.diary.tell()
+            self._server.usage.tell()
             try:
                 await self.announce()
             except CorollaError as error:

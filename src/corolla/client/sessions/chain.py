@@ -68,7 +68,7 @@ class SessionChain:
         self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
         self.version = 0  # steps that took something back or reordered it
         self.stopped = False  # nothing is waited for; to be set on any thread, before `stop` runs
-        self._kind: str | None = None  # the arithmetic in which it was begun
+        self._numerics: str | None = None  # the arithmetic in which it was begun
         self._under_way: asyncio.Task[Any] | None = None
         self._closing: list[asyncio.Task[None]] = []
 
@@ -221,11 +221,11 @@ class SessionChain:
         """Take the step through the remaining spans; what is done stays done when a span fails."""
         if progress.start == 0 and 0 < progress.done < len(self.spans):
             block = self.spans[progress.done].hop.start
-            if self._view.begins_anew(self._kind, block, self._start, self._end):
+            if self._view.restarts_elsewhere(self._numerics, block, self._start, self._end):
                 await self._forget()
                 progress.begin_anew()
         if not self.spans:
-            self._kind = None
+            self._numerics = None
             self.spans = [_nobody_s(self._start, self._end, History())]
         while progress.done < len(self.spans):
             span = self.spans[progress.done]
@@ -241,7 +241,7 @@ class SessionChain:
             progress.advance()
             if self._view.should_leave(span.hop):
                 await span.drop()  # the next step goes to its replacement
-        self._view.begun(self._kind, self._start, self._end)
+        self._view.settle_numerics(self._numerics, self._start, self._end)
 
     async def _step(self, span: SpanSession, progress: Progress) -> Tensor:
         began = self._view.now()
@@ -284,10 +284,10 @@ class SessionChain:
             lost.hop.end,
             replacement,
             tokens=int(rows * (length + lost.history.length)),
-            kind=self._kind,
+            numerics=self._numerics,
             discard=lambda late: late[0].drop(),
         )
-        self._kind = self._kind or self._view.numerics_of(span.hop.peer_id)
+        self._numerics = self._numerics or self._view.numerics_of(span.hop.peer_id)
         later = [_nobody_s(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
         self.spans[progress.done : progress.done + 1] = [span, *later]
         await lost.drop()

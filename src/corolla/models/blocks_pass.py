@@ -25,7 +25,7 @@ from corolla.models.checks.tracing import replaced
 from corolla.models.crossing import Crossed, Crossing
 from corolla.models.prompts import BlockHook
 
-_passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
+_running: ContextVar[BlocksPass | None] = ContextVar("corolla_blocks_pass", default=None)
 
 
 def first_of(output: Any) -> Tensor:
@@ -34,7 +34,7 @@ def first_of(output: Any) -> Tensor:
     return hidden
 
 
-class Passage:
+class BlocksPass:
     """One pass of hidden states through a list of blocks: what enters the first, and what leaves the last.
 
     Families' code does something to its inputs before the first block (positions are added, they are scaled)
@@ -49,7 +49,7 @@ class Passage:
         self.left: Tensor | None = None
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         """The family's code runs its blocks inside."""
         handles = [
             self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -57,28 +57,28 @@ class Passage:
         ]
         for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
             handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
-        token = _passage.set(self)
+        token = _running.set(self)
         try:
             yield
         finally:
-            _passage.reset(token)
+            _running.reset(token)
             for handle in handles:
                 handle.remove()
 
     def _enter(
         self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _passage.get() is not self:
+        if _running.get() is not self:
             return None
         kwargs.pop("hidden_states", None)
         return (self._hidden, *args[1:]), kwargs
 
     def _leave(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if _passage.get() is self:
+        if _running.get() is self:
             self.left = first_of(output)
 
     def _only_here(self, hook: BlockHook) -> BlockHook:
-        return lambda block, args: hook(block, args) if _passage.get() is self else None
+        return lambda block, args: hook(block, args) if _running.get() is self else None
 
 
 class _NoEmbedding(nn.Module):
@@ -137,7 +137,7 @@ def narrow_stand_ins(model: PreTrainedModel, count: int) -> None:
             model._modules[name] = child.of_blocks(count)
 
 
-class WidePassage(Passage):
+class WideBlocksPass(BlocksPass):
     """A pass whose blocks are given more than hidden states (`models/crossing.py`)."""
 
     def __init__(
@@ -170,13 +170,13 @@ class WidePassage(Passage):
         return each_stream
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         handles = [
             block.register_forward_pre_hook(partial(self._give, index), with_kwargs=True)
             for index, block in enumerate(self._blocks, self._crossed.cut)
         ]
         try:
-            with super().under_way():
+            with super().hooked():
                 yield
         finally:
             for handle in handles:
@@ -185,7 +185,7 @@ class WidePassage(Passage):
     def _give(
         self, index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _passage.get() is not self:
+        if _running.get() is not self:
             return None
         for side, value in self._crossed.of_block(index):
             args, kwargs = replaced(args, kwargs, side.name, side.place, value)
