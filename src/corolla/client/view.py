@@ -42,7 +42,6 @@ from corolla.swarm.directory.routing import (
     block_seconds,
     find_route,
     first_hops,
-    numerics_of,
     uncovered,
 )
 from corolla.swarm.transport.base import Transport
@@ -192,24 +191,25 @@ class SwarmView:
         self, choose: Callable[..., list[Hop]], start: int, end: int, numerics: str | None, avoid: set[str]
     ) -> list[list[Hop]]:
         now = self.now()
-        records = self._paces.seen(self.records.known, now)
+        seen = partial(self._paces.seen, now=now)
         proven = {peer for peer in self.health.proven if not self._paces.is_slow(peer, now)}
         how: dict[str, Any] = {"avoid": avoid, "proven": proven}
         if self._mixed:
-            return [choose(records, start, end, **how)]
-        begun = self.numerics or numerics
+            return [choose(seen(self.records.known), start, end, **how)]
+        begun, offered = self.numerics or numerics, self.records.by_numerics
         found = []
-        for one in numerics_of(records) if begun is None else [begun]:
+        for one in offered if begun is None else [begun]:
             with contextlib.suppress(MissingBlocks):
-                found.append(choose([r for r in records if r.numerics == one], start, end, **how))
+                found.append(choose(seen(offered.get(one, [])), start, end, **how))
         if found:
             return sorted(found, key=lambda hops: hops[0].peer_id not in proven)
-        find_route(records, start, end, avoid=avoid)  # raises, unless numerics are the only trouble
-        offered = ", ".join(numerics_of(records))
+        find_route(
+            self.records.known, start, end, avoid=avoid
+        )  # raises, unless numerics are the only trouble
         said = "no single one" if begun is None else f"no longer {begun}, begun with,"
         raise MissingBlocks(
-            f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {said} covers them all: "
-            "wait or start such a server, or load the model with mixed=True, which is less exact.",
+            f"Blocks {start}:{end} of {self.model_name} are served as {', '.join(offered)}, but {said} covers them "
+            "all: wait or start such a server, or load the model with mixed=True, which is less exact.",
             blocks=list(range(start, end)),
         )
 
@@ -308,9 +308,7 @@ class SwarmView:
             or self._is_offered(numerics, block, end)
         ):
             return False
-        return any(
-            self._is_offered(one, start, end) for one in numerics_of(self.records.known) if one != numerics
-        )
+        return any(self._is_offered(one, start, end) for one in self.records.by_numerics if one != numerics)
 
     def settle_numerics(self, numerics: str | None, start: int, end: int) -> None:
         """Blocks [start, end) have answered in these numerics: all that follows is computed in it.
@@ -325,11 +323,8 @@ class SwarmView:
     def _is_offered(self, numerics: str, start: int, end: int) -> bool:
         """Whether servers that have not failed lately cover blocks [start, end) in these numerics."""
         avoided, resting, _ = self.health.now()
-        return not uncovered(
-            (r for r in self.records.known if r.numerics == numerics and r.peer_id not in avoided | resting),
-            start,
-            end,
-        )
+        offered = self.records.by_numerics.get(numerics, [])
+        return not uncovered((r for r in offered if r.peer_id not in avoided | resting), start, end)
 
     async def usable(self) -> list[ServerRecord]:
         """The records of servers that may be asked now."""
