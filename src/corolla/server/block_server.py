@@ -23,8 +23,8 @@ from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span
-from corolla.server.kept import KnownPrefix, Prefixes
 from corolla.server.peers import Leases, PeerLimits, UsageLog
+from corolla.server.prefixes import KnownPrefix, Prefixes
 from corolla.server.scheduler.engine import Engine, Kind
 from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
@@ -126,7 +126,7 @@ class BlockServer:
             check_prefix(own, self.span)
         except RequestRefused as refusal:
             raise UsageError(f"A bundle is not for this model: {refusal}") from refusal
-        self.prefixes.everybodys[prefix.digest] = KnownPrefix(self.span.start, own)
+        self.prefixes.public[prefix.digest] = KnownPrefix(self.span.start, own)
 
     def part(self, message: OpenSession | Forward | Backward) -> Span:
         """The part of the span that the message is for. Raises `RequestRefused`."""

@@ -53,8 +53,9 @@ class TrainingRequest(Request):
         self.span = server.part(message)
         self._server = server
         self._lease = message.lease
-        prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
-        self._tensors = tensors if prefix is None else tensors | {"prefix": prefix}
+        self._tensors = tensors
+        if message.known is not None:
+            self._tensors = tensors | {"prefix": server.prefixes.of(client.peer, message, tensors.get("prefix"))}
 
     @cached_property
     def sequences(self) -> Sequences:

@@ -29,7 +29,9 @@ class OpenRequest:
         self._client = client
         self._message = message
         self._prompts = tensors.get("prompts")
-        self._prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
+        self._prefix = tensors.get("prefix")
+        if message.known is not None:
+            self._prefix = server.prefixes.of(client.peer, message, self._prefix)
 
     @cached_property
     def span(self) -> Span:
