@@ -2,8 +2,8 @@
 
 Invariant: no account is ever above its total, and everything that a stream took is given back when the stream
 ends, however it ends. Room in the attention cache has a budget of its own (`kv_cache.py`) by the same rules.
-Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`who_gives_way`). What a peer has given, or had
-computed, is kept under its own names only (`PeerCache`): nobody finds anything of another's.
+Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`who_gives_way`).
+What a peer has given, or had computed, is kept under that peer's names only (`PeerCache`): nobody finds another's.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ class TrainingRequest(Request):
         self._lease = message.lease
         self._tensors = tensors
         if message.known is not None:
-            self._tensors = tensors | {"prefix": server.prefixes.of(client.peer, message, tensors.get("prefix"))}
+            self._tensors = tensors | {
+                "prefix": server.prefixes.of(client.peer, message, tensors.get("prefix"))
+            }
 
     @cached_property
     def sequences(self) -> Sequences:
