@@ -94,7 +94,7 @@ class Session:
             yield
         finally:
             self.users -= 1
-            self._budget.used(self)
+            self.last_used = self._budget.clock()
 
     @contextlib.contextmanager
     def taking(self, step: Request) -> Iterator[None]:
@@ -113,7 +113,9 @@ class Session:
 
         Raises `RequestRefused`, naming `field`.
         """
-        await self._budget.reserve(self, self.pages_needed(rows, tokens, position, order), field)
+        pages = self.pages_needed(rows, tokens, position, order)
+        if pages > self.pages:
+            await self._budget.reserve(self, pages, field)
 
     def pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
         """At most so many distinct pages: what all rows have in common counts once.
