@@ -291,7 +291,7 @@ class SimulatedSwarm:
             if not getattr(holder, "users", 0):
                 holder.evicted = True
                 server.budget.release(holder)
-                holder.let_go()
+                holder.on_evicted()
         server.leases._kept.clear()
 
     def fill(self, peer: str) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 Invariant: no account is ever above its total, and everything that a stream took is given back when the stream
 ends, however it ends. Room in the attention cache has a budget of its own (`kv_cache.py`) by the same rules.
-Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`who_gives_way`).
+Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`choose_evictions`).
 What a peer has given, or had computed, is kept under that peer's names only (`PeerCache`): nobody finds another's.
 """
 
@@ -75,7 +75,7 @@ class Holder(Protocol):
     def idle_after(self) -> float | None:
         """Seconds without use after which anybody may have what it holds; None while nobody may."""
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         """What it held is another's now."""
 
 
@@ -84,7 +84,7 @@ def is_idle(holder: Holder, now: float) -> bool:
     return holder.idle_after is not None and now - holder.last_used >= holder.idle_after
 
 
-def who_gives_way(
+def choose_evictions(
     held: Mapping[H, int], asker: Holder, amount: int, missing: int, history: PeerHistory, now: float
 ) -> list[H]:
     """Who lets go of `missing` for an asker that is to hold `amount` more; nobody, where it is not fair or enough.
@@ -167,12 +167,12 @@ class Account:
             self._refuse(f"You have {own} of the {self.total} {self._name} of this server")
         if left < 0 and self.taken:
             whole = max(amount, wanted)
-            others = who_gives_way(self._held, holder, whole, -left, self._history, self._clock())
+            others = choose_evictions(self._held, holder, whole, -left, self._history, self._clock())
             if not others:
                 self._refuse(f"All {self.total} {self._name} of this server are taken")
             for one in others:
                 self.give(one)
-                one.let_go()
+                one.on_evicted()
         self._held[holder] = self._held.get(holder, 0) + amount
         self._by_peer[holder.peer] += amount
         self.taken += amount
@@ -282,7 +282,7 @@ class PeerLimits:
             self._out_until[peer] = now + self.budgets.kept_out
             del self._malformed[peer]
             for stream in self.streams.holders(peer):
-                stream.let_go()
+                stream.on_evicted()
 
     def _check_not_kept_out(self, peer: str) -> None:
         left = self._out_until.get(peer, 0.0) - self.clock()

@@ -337,7 +337,7 @@ def test_an_evicted_session_begins_with_it_again(tmp_path: Path, mode: str) -> N
 
 async def _let_go(server: Any, holder: Any) -> None:
     server.budget.release(holder)
-    holder.let_go()
+    holder.on_evicted()
 
 
 @pytest.mark.parametrize(

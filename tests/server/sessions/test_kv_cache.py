@@ -53,7 +53,7 @@ class Holder:
     def idle_after(self) -> float | None:
         return None if self.busy else IDLE_SECONDS
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         self.let_go_of += 1
 
     @property
@@ -481,7 +481,7 @@ async def test_closed_sessions_go_before_idle_ones_however_lately_they_were_used
         pages: int = 0
         evicted: bool = False
 
-        def let_go(self) -> None:
+        def on_evicted(self) -> None:
             assert self.evicted
 
     budget = CacheBudget(20, clock=lambda: 100.0)

@@ -226,7 +226,7 @@ class SessionChain:
                 progress.begin_anew()
         if not self.spans:
             self._numerics = None
-            self.spans = [_nobody_s(self._start, self._end, History())]
+            self.spans = [_unassigned(self._start, self._end, History())]
         while progress.done < len(self.spans):
             span = self.spans[progress.done]
             if self._is_lost(span):
@@ -288,7 +288,7 @@ class SessionChain:
             discard=lambda late: late[0].drop(),
         )
         self._numerics = self._numerics or self._view.numerics_of(span.hop.peer_id)
-        later = [_nobody_s(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
+        later = [_unassigned(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
         self.spans[progress.done : progress.done + 1] = [span, *later]
         await lost.drop()
         return span, output
@@ -312,19 +312,19 @@ class SessionChain:
         for span in self.spans[first:]:
             await span.drop()
         block = self.spans[first].hop.start
-        self.spans[first:] = [_nobody_s(block, self._end, self.spans[first].history)]
+        self.spans[first:] = [_unassigned(block, self._end, self.spans[first].history)]
         self._authors = {peer: begun for peer, begun in self._authors.items() if begun < block}
         self.version += 1
         raise self._view.verdicts.error(finding)
 
-    async def begin_as(self, other: SessionChain, tokens: int, version: int) -> bool:
+    async def fork_from(self, other: SessionChain, tokens: int, version: int) -> bool:
         """Begin with the first `tokens` columns of another session of the same blocks and prompts.
 
         The servers that hold them are asked to share them; one that does not is replayed with the first
         step. False, and nothing has changed, where the other does not hold so many, or no longer what it
         held at `version`.
         """
-        if self.spans or other.version != version or not other.can_give(tokens, self._deep):
+        if self.spans or other.version != version or not other.can_be_forked(tokens, self._deep):
             return False
         self._order, self._bundle = other._order, other._bundle
         self.reserve(tokens)
@@ -332,7 +332,7 @@ class SessionChain:
         self.spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other.spans]
         self._authors = dict(other._authors)
         if self._front is not None and other._front is not None:
-            self._front.begin_as(other._front, tokens)
+            self._front.fork_from(other._front, tokens)
         origins = [source.origin(tokens) for source in other.spans]
         for span, origin in zip(self.spans, origins, strict=True):
             if origin is not None:
@@ -356,7 +356,7 @@ class SessionChain:
         if not shared:
             await span.drop()
 
-    def can_give(self, tokens: int, deep: BlockVectors | None) -> bool:
+    def can_be_forked(self, tokens: int, deep: BlockVectors | None) -> bool:
         """Whether another session whose blocks are given this may begin with the first `tokens` of this one."""
         if self._view.verdicts.against(self._authors) is not None:
             return False
@@ -384,7 +384,7 @@ class SessionChain:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
 
         Waits for their answers, for so many `seconds` at most. Safe to call twice; a kept chain still knows what it
-        held (`begin_as`).
+        held (`fork_from`).
         """
         spans = list(self.spans)
         if not keep:
@@ -396,6 +396,6 @@ class SessionChain:
             await asyncio.wait(self._closing, timeout=seconds)
 
 
-def _nobody_s(start: int, end: int, history: History) -> SpanSession:
+def _unassigned(start: int, end: int, history: History) -> SpanSession:
     """Blocks that no server holds yet."""
     return SpanSession(Hop("", start, end), history)

@@ -208,7 +208,7 @@ class InferenceSession:
         before = prefix.chain.entered(columns)
         if before is None or not _same(before, self._entering(ids[:, :tokens])):
             return
-        begin = self._chain.begin_as(prefix.chain, columns, prefix.version)
+        begin = self._chain.fork_from(prefix.chain, columns, prefix.version)
         if self._connection.run(self._chain.unless_stopped(begin)):
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
@@ -311,7 +311,7 @@ def go_on_from(
     if cache.deferred is not None:
         twin.cache.take_over(cache)
     elif cache.length:
-        begin = twin._chain.begin_as(chain, cache.prompt_length + cache.length, chain.version)
+        begin = twin._chain.fork_from(chain, cache.prompt_length + cache.length, chain.version)
         if twin._connection.run(begin):
             twin.cache.take_over(cache)
     return twin

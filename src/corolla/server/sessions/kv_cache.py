@@ -1,9 +1,9 @@
 """Room for attention caches: who holds how much, who must go, who waits.
 
 Invariant: the pages reserved never exceed the capacity, and a session never fills more than it reserved.
-Where room is missing, sessions lose their caches (their clients replay) as `peers.who_gives_way` says: idle ones, and
-those of peers that have more than whoever asks. Then newcomers wait in order of arrival. Used on the event loop only;
-the pages themselves are touched by the compute thread alone.
+Where room is missing, sessions lose their caches (their clients replay) as `peers.choose_evictions` says: idle ones,
+and those of peers that have more than whoever asks. Then newcomers wait in order of arrival. Used on the event loop
+only; the pages themselves are touched by the compute thread alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
-from corolla.server.peers import Holder, who_gives_way
+from corolla.server.peers import Holder, choose_evictions
 from corolla.server.scheduler.accounting import PeerHistory
 
 RETRY_SECONDS = 5.0
@@ -164,11 +164,11 @@ class CacheBudget:
         """Make room for `wanted` more pages; False, and nobody goes, if that would not be fair or enough."""
         held = {one: one.pages for one in self._holders}
         missing, now = wanted - self.free, self.clock()
-        chosen = who_gives_way(held, holder, wanted, missing, self._history, now)
+        chosen = choose_evictions(held, holder, wanted, missing, self._history, now)
         for one in chosen:
             one.evicted = True
             self.release(one)
-            one.let_go()
+            one.on_evicted()
         return bool(chosen)
 
     def release(self, holder: CacheHolder) -> None:

@@ -95,23 +95,21 @@ class OpenRequest:
     async def _begin(self, session: Session) -> Packet:
         """Fill the session, for which there is room, as its client asks."""
         if self._message.origin is not None:
-            return Packet(Opened(position=await self._begin_as(session, self._message.origin)))
+            return Packet(Opened(position=await self._fork_from(session, self._message.origin)))
         bundle, rows = self.bundle, self._message.rows
         if bundle is None:
             return Packet(Opened())
         row = bundle.row
-        await self._server.engine.submit(
-            Kind.DECODE, lambda: session.begin_with(row, rows), peer=session.peer
-        )
+        await self._server.engine.submit(Kind.DECODE, lambda: session.start_on(row, rows), peer=session.peer)
         return Packet(Opened(position=row.length), {"hidden": bundle.outputs_of(session.span)})
 
-    async def _begin_as(self, session: Session, origin: Origin) -> int:
+    async def _fork_from(self, session: Session, origin: Origin) -> int:
         """Begin with what another session of this peer holds, if that is still there; tokens a row."""
         other = self._server.sessions.find(session.peer, origin.name)
         if other is None:
             return 0
         with other.in_use():
             begun = await self._server.engine.submit(
-                Kind.DECODE, lambda: session.begin_as(other, origin), peer=session.peer
+                Kind.DECODE, lambda: session.fork_from(other, origin), peer=session.peer
             )
         return origin.tokens if begun else 0
