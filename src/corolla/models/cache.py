@@ -212,11 +212,6 @@ class RemoteCache(_OneGrowingLayer):
         """Sequences in the cache; 0 before the first step."""
         return 0 if self.ids is None else int(self.ids.shape[0])
 
-    @property
-    def has_embeddings(self) -> bool:
-        """Whether some tokens are known as embeddings only."""
-        return self.ids is not None and bool((self.ids < 0).any())
-
     def truncate(self, length: int) -> None:
         """Keep the first `length` of the user's tokens."""
         if not 0 <= length <= self.length:

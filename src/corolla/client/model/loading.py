@@ -35,7 +35,8 @@ from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
 from corolla.models.shell import check_cached_length, what_enters
-from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.node import Node
 from corolla.text import get_logger, well_formed
 
 log = get_logger(__name__)
