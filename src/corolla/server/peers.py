@@ -302,9 +302,6 @@ class Sized(Protocol):
         """Of memory."""
 
 
-K = TypeVar("K", bound=Sized)
-
-
 class PeerCache(Generic[K]):
     """Things that peers have names for, least recently kept first.
 
