@@ -22,9 +22,10 @@ T = TypeVar("T")
 class EventLoopThread:
     """An event loop that runs until `close()`. Its thread is a daemon: it keeps no program alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Runs a new loop, or `loop`, which must not run yet and ends with this object."""
         self._pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
+        self._loop = loop or asyncio.new_event_loop()
         # The collector may run a finalizer, which hands work over, in the thread that is just doing so.
         self._lock = threading.RLock()
         self._closed = False
