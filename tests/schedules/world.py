@@ -28,7 +28,7 @@ from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.prefixes import KnownPrefix
 from corolla.server.sessions.kv_cache import CacheBudget
-from corolla.server.sessions.prefilled import Entering, before_span, prefill
+from corolla.server.sessions.prefilled import EnteringPrompt, before_span, prefill
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node
@@ -74,7 +74,7 @@ def checkpoint_of(family: str, root: Path) -> Checkpoint:
 
 
 @cache
-def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[Entering | BlockVectors]:
+def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[EnteringPrompt | BlockVectors]:
     """A workload's prompt as it enters a server's first block."""
     prompt = prompt_of(work, checkpoint.config)
     prompts = [] if prompt is None else [prompt]
@@ -236,7 +236,7 @@ class SimulatedSwarm:
         self._up[peer] = _Running(server, engine, record)
         self._look()
 
-    def _entering(self, start: int) -> list[Entering | BlockVectors]:
+    def _entering(self, start: int) -> list[EnteringPrompt | BlockVectors]:
         found = [one for work in self._clients for one in entering(self.checkpoint, work, start)]
         return list({one.name: one for one in found}.values())
 
