@@ -178,7 +178,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def _use(self, one: Holder) -> None:
         self.clock.now += 0.001  # so that no two were used at the same time
         self.account.now = self.clock.now
-        one.last_used = self.clock.now
+        self.loop.call_soon(setattr, one, "last_used", self.clock.now)
         self._settle()
 
     def _leave(self, one: Holder) -> None:
