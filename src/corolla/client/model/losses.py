@@ -27,6 +27,9 @@ from corolla.models.kernels.ways import Ways, product, product_back
 CHUNK_ROWS = 128
 
 Product = Callable[[Tensor], Tensor]
+Steps = tuple[
+    tuple[Callable[..., Tensor], tuple[Any, ...]], ...
+]  # functions, with what they are given behind logits
 Plain = tuple[Tensor, Ways]  # a weight [V, H], and how it is multiplied
 
 # What can be said of logits without having them.
@@ -71,7 +74,7 @@ class LazyLogits(Tensor):
 
     hidden: Tensor
     _product: Product
-    _steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
+    _steps: Steps
     _with_grad: bool
     _whole: Tensor | None
     _plain: Callable[[], Plain] | None
@@ -85,7 +88,7 @@ class LazyLogits(Tensor):
         *,
         plain: Callable[[], Plain] | None = None,
         dtype: torch.dtype | None = None,
-        steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...] = (),
+        steps: Steps = (),
         with_grad: bool = True,
     ) -> LazyLogits:
         """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable.
@@ -163,9 +166,7 @@ class LazyLogits(Tensor):
         return func(*real_args, **real_kwargs)
 
 
-def _logits_of(
-    product: Product, steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...], hidden: Tensor
-) -> Tensor:
+def _logits_of(product: Product, steps: Steps, hidden: Tensor) -> Tensor:
     logits = product(hidden)
     for function, arguments in steps:
         logits = function(logits, *arguments)
