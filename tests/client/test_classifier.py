@@ -251,3 +251,21 @@ def test_the_classes_have_the_names_that_people_know() -> None:
         _ = corolla.DistributedNonsenseForSequenceClassification
     with pytest.raises(UsageError, match=r"Use AutoDistributedModel\.from_pretrained"):
         corolla.AutoDistributedModel()
+
+
+def test_no_answer_is_read_off_padding(swarm: MemorySwarm) -> None:
+    given = batch("right")
+    of_another_token = classifier(swarm, pad_token_id=2)  # the tokenizer's is 0
+    with pytest.raises(UsageError, match=r"not the pad_token_id \(2\), and the attention mask says"):
+        of_another_token(**given)
+    model = classifier(swarm, pad_token_id=0)
+    mask, embedded = given["attention_mask"], model.get_input_embeddings()(given["input_ids"])
+    with pytest.raises(UsageError, match="A classifier reads a row's answer off its last token"):
+        model(inputs_embeds=embedded, attention_mask=mask)
+    with torch.no_grad():
+        left = batch("left")
+        embedded = model.get_input_embeddings()(left["input_ids"])
+        found = model(inputs_embeds=embedded, attention_mask=left["attention_mask"]).logits
+        torch.testing.assert_close(found, local_twin(swarm, model)(**left).logits, atol=1e-4, rtol=0)
+    with pytest.raises(UsageError, match="pad_token_id is 999; this model has 256 tokens"):
+        classifier(swarm, pad_token_id=999)

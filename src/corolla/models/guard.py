@@ -238,6 +238,29 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
     model.register_forward_pre_hook(enter, with_kwargs=True)
 
 
+def watch_pooling(model: PreTrainedModel) -> None:
+    """Have a classifier refuse rows whose answer would be read off padding, of which servers give nothing."""
+    names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+
+    def enter(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.shape[1]:
+            return
+        pad = model.config.get_text_config().pad_token_id
+        last = torch.full((len(mask),), mask.shape[1] - 1)
+        if isinstance(ids, Tensor) and ids.shape == mask.shape and pad is not None:
+            last = (torch.arange(ids.shape[1]) * (ids.cpu() != pad)).argmax(-1)
+        if not bool(mask.cpu()[torch.arange(len(mask)), last].all()):
+            raise UsageError(
+                f"A classifier reads a row's answer off its last token that is not the pad_token_id ({pad}), and the "
+                "attention mask says of one that it is padding: load the model with the tokenizer's "
+                "pad_token_id=, or pad on the left."
+            )
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
+
+
 def check_cache(given: Any, owner: object) -> None:
     """Raises `UsageError` unless this cache is an open one of the model with that owner."""
     if not isinstance(given, RemoteCache):

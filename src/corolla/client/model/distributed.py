@@ -33,7 +33,7 @@ from corolla.client.remote_blocks import RemoteBlocks, close_soon
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.sessions.session import ActiveSession, InferenceSession, forked
 from corolla.errors import UsageError
-from corolla.models import families
+from corolla.models import families, guard
 from corolla.models.cache import RemoteCache, cache_argument
 from corolla.models.checks.forms import crossing_of, needs_ids, reads_flat_rows, values_returned
 from corolla.models.prompts import Prompt, prefix_length, sent_length
@@ -108,6 +108,8 @@ def in_swarm(family: Any) -> Any:
                 needs_ids=needs_ids(config),
             )
             self.session_caches = caches
+            if family.__name__.endswith("ForSequenceClassification"):
+                guard.watch_pooling(self)
             self._check_adapters = AdapterCheck()
             self._shared_connection = connection
             connection.join(self)

@@ -155,6 +155,9 @@ def load_shell(
     pattern = families.block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
     changes = saving.labels_of(request.prompts, request.config_changes)
+    pad, words = changes.get("pad_token_id"), checkpoint.config.get_text_config().vocab_size
+    if isinstance(pad, int) and not -words <= pad < words:
+        raise UsageError(f"pad_token_id is {pad}; this model has {words} tokens, 0 to {words - 1}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)  # of a new head
         model, info = load_parts(part, checkpoint, state, dtype, changes=changes, connection=shared)
