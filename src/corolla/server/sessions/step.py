@@ -222,6 +222,10 @@ class StepRequest(Request):
             if here < stop:
                 cached = self.session.block_tables[row]
                 room = self.session.before + self.room
+                if (
+                    self.rows == 1 and count > DECODE_TOKENS
+                ):  # a prompt's attention reads all of it in each block
+                    cached.bring_together(room)
                 self.segments.append(Segment(begin + here - first, stop - here, cached, room))
             start = end
         return self._inputs[first:last], self._ids[first:last]
