@@ -138,7 +138,7 @@ def test_the_button_comes_after_the_examples(served: World, tmp_path: Path) -> N
         page.run(
             f"document.getElementById('name').value = 'sonnet'; steps.value = 3;"
             f"const given = new DataTransfer(); given.items.add(new File([{json.dumps(TALKS)}], 'talks.jsonl'));"
-            "file.files = given.files; document.querySelector('#form button').focus()"
+            "file.files = given.files; document.querySelector('#train button').focus()"
         )
         page.press("Enter")
         page.wait("document.querySelectorAll('figure').length === 3 && !start.disabled")
@@ -147,7 +147,7 @@ def test_the_button_comes_after_the_examples(served: World, tmp_path: Path) -> N
         page.run("document.getElementById('steps').focus()")
         page.type("1")
         page.wait("start.disabled")
-        page.run("document.querySelector('#form button').focus()")
+        page.run("document.querySelector('#train button').focus()")
         page.press("Enter")
         page.wait("!start.disabled")
         page.run("start.focus()")

@@ -130,7 +130,7 @@ def _unfinished(run: RunFolder, latest: Path | None) -> dict[str, Any]:
     lines = _as_it_went(_lines(run.live))
     if lines:
         last = {key: lines[-1].get(key) for key in ("step", "steps")}
-        pace = next((line for line in reversed(lines) if "loss" in line), {})
+        pace = next((line for line in reversed(lines) if "loss" in line), lines[-1])
         last |= {key: pace.get(key) for key in ("tokens_per_second", "seconds_left")}
         numbers = {key: _number(value) for key, value in last.items()}
         return about | numbers | {"saved": _changed(run.live)} | _curves(lines)

@@ -218,7 +218,8 @@ class Starter:
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))
-            return process.create_time() == about["born"] and process.status() != psutil.STATUS_ZOMBIE
+            same = bool(process.create_time() == about["born"])
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
             return False
 

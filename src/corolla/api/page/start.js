@@ -69,7 +69,7 @@ async function start(after) {
 }
 
 export function prepare(after) {
-  $("form").addEventListener("submit", look);
-  $("form").addEventListener("input", changed);
+  $("train").addEventListener("submit", look);
+  $("train").addEventListener("input", changed);
   $("start").addEventListener("click", () => start(after));
 }
