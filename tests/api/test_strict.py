@@ -120,7 +120,7 @@ REFUSED = [
     ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
     ("chat", {"response_format": form(nested(300))}, "response_format", "cannot be followed"),
     ("chat", {"response_format": form({"$ref": "#/nope"})}, "response_format", "cannot be followed"),
-    ("chat", {"tools": [tool(nested(300))], "tool_choice": "required"}, "tools", "cannot be followed"),
+    ("chat", {"tools": [tool(nested(300))], "tool_choice": "required"}, "tools", "too deeply"),
     ("chat", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "function"),
     ("chat", {"prompt_cache_retention": {"a": 1}}, "prompt_cache_retention", ""),
     ("chat", {"safety_identifier": 5}, "safety_identifier", "string"),
