@@ -218,8 +218,7 @@ class Starter:
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))
-            same = bool(process.create_time() == about["born"])
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return bool(process.create_time() == about["born"] and process.status() != psutil.STATUS_ZOMBIE)
         except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
             return False
 
