@@ -29,9 +29,10 @@ def test_a_family_that_comes_out_otherwise_is_named(monkeypatch: pytest.MonkeyPa
     def wrong(self: Span, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
         return right(self, hidden, **arguments) * 1.001
 
-    with monkeypatch.context() as planted, pytest.raises(CorollaError, match=f"{FAMILY}. Do not serve"):
+    with monkeypatch.context() as planted:
         planted.setattr(Span, "forward", wrong)
-        doctor("--family", FAMILY, "--model", "none")
+        with pytest.raises(CorollaError, match=f"{FAMILY}. Do not serve"):
+            doctor("--family", FAMILY, "--model", "none")
     assert "the same, packed" in doctor("--family", FAMILY, "--model", "none")
 
 

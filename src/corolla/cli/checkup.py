@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corolla import AutoDistributedModelForCausalLM
 from corolla.cli.local_swarm import local_swarm
 from corolla.cli.measure import Step, decode, dense, prefill, sessions, token_ids
+from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
