@@ -49,6 +49,7 @@ def test_what_there_is_not_is_one_sentence(arguments: list[str], sentence: str) 
         doctor(*arguments)
 
 
+@pytest.mark.nightly
 def test_speed_is_measured_through_a_server(tmp_path: Path) -> None:
     folder = write_tiny("llama", tmp_path / "model", max_position_embeddings=1024)
     logits, *speeds = beside_transformers(str(folder), torch.device("cpu"), "float32")

@@ -14,6 +14,7 @@ from torch import Tensor
 MOST_ROWS = 256  # of one product
 # How long a leader waits for others that are likely to come, in times of the last product: at most, and at least.
 PATIENCE = (1.5, 1 / 32)
+LONGEST_WAIT = 0.5  # seconds, whatever the last product took
 
 Product = Callable[[Tensor], Tensor]
 
@@ -106,7 +107,7 @@ class RowQueue:
 
     def _wait(self, leader: _Call) -> None:
         """Let others gather that are likely to come soon."""
-        most, here = self._patience * self._seconds, len(self._waiting)
+        most, here = min(self._patience * self._seconds, LONGEST_WAIT), len(self._waiting)
         if not self._is_due(leader, most):
             return
         self._came.wait_for(lambda: not self._is_due(leader, most), most)
