@@ -46,12 +46,14 @@ def check_kinds(settings: object) -> None:
         if not any(_is_of(value, kind) for kind in kinds):
             words = " or ".join(_WORDS.get(kind := get_origin(one) or one, kind.__name__) for one in kinds)
             raise UsageError(f"{name} is {value!r:.60}; it must be {words}.")
-        if isinstance(value, Real) and not isinstance(value, int | float):
+        if isinstance(value, Real) and type(value) not in (bool, int, float):
             plain = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(settings, name, plain)
 
 
-_hints = lru_cache(get_type_hints)
+@lru_cache
+def _hints(settings: Any) -> dict[str, Any]:
+    return get_type_hints(settings)
 
 
 def _is_of(value: object, kind: Any) -> bool:
