@@ -35,7 +35,7 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def check_kinds(settings: object) -> None:
+def check_kinds(settings: Any) -> None:
     """Raises `UsageError` where a field of these settings, a dataclass, is of another kind than it is declared.
 
     Numbers of other libraries become Python's own, which files and messages can hold.
@@ -46,9 +46,9 @@ def check_kinds(settings: object) -> None:
         if not any(_is_of(value, kind) for kind in kinds):
             words = " or ".join(_WORDS.get(kind := get_origin(one) or one, kind.__name__) for one in kinds)
             raise UsageError(f"{name} is {value!r:.60}; it must be {words}.")
-        if isinstance(value, Real) and type(value) not in (bool, int, float):
-            plain = int(value) if isinstance(value, Integral) else float(value)
-            object.__setattr__(settings, name, plain)
+        plain = int if isinstance(value, Integral) else float if isinstance(value, Real) else None
+        if plain is not None and not isinstance(value, bool):
+            object.__setattr__(settings, name, plain(value))
 
 
 @lru_cache
