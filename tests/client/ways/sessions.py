@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from tests.client.ways.table import GREEDY, PEFT_CUTS, PEFT_SESSION, Case, Outcome, padded, rows_alone, way
-from tests.reference import Prompted, random_ids
+from tests.reference import random_ids
 from torch import Tensor
 
 SESSIONS = "Sessions"
@@ -198,11 +198,10 @@ def _shared(case: Case) -> Outcome:
 @way(SESSIONS, "the same long prompt with and without what stands around the model")
 def _shared_bare(case: Case) -> Outcome:
     ids = random_ids(1, 80)
-    plain = Prompted(case.whole, case.prompted.vectors[:0]) if case.wrapped else case.prompted
     bare, wrapped = (
         one.generate(input_ids=ids, max_new_tokens=6, **GREEDY) for one in (case.bare, case.model)
     )
-    return (bare, wrapped), (plain.greedy(ids, 6), case.prompted.greedy(ids, 6))
+    return (bare, wrapped), (case.own.greedy(ids, 6), case.prompted.greedy(ids, 6))
 
 
 @way(SESSIONS, "the same long prompt after the embeddings were changed")

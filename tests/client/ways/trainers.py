@@ -22,6 +22,7 @@ COMMON: dict[str, Any] = {
     "max_steps": STEPS,
     "logging_steps": 1,
     "learning_rate": 0.02,
+    "adam_epsilon": 1e-4,  # a gradient that is rounding and nothing else must not become a step
     "report_to": "none",
     "use_cpu": True,
     "bf16": False,
@@ -209,7 +210,7 @@ def _dpo_before(case: Case) -> Outcome:
 @way(
     TRAINERS,
     "TRL `DPOTrainer`, the reference without the prompt",
-    refused=dict.fromkeys(("none", "ptune", "deep_ptune"), ""),
+    refused=dict.fromkeys(("none", "ptune", "deep_ptune", "prefix"), ""),
 )
 def _dpo_adapter(case: Case) -> Outcome:
     return _dpo(case)
