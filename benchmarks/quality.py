@@ -382,9 +382,7 @@ def task_of(options: argparse.Namespace, run: Run, seed: int, tokenizer: Any, co
         warmup=0,  # transformers' own begins with a step of rate 0
         rendering=RenderSettings(max_length=options.max_length),
     )
-    return Task(
-        options.model, options.prompt_tokens, settings, prepare(tokenizer, settings, conversations)
-    )
+    return Task(options.model, options.prompt_tokens, settings, prepare(tokenizer, settings, conversations))
 
 
 def main() -> None:
