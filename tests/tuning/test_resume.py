@@ -114,7 +114,9 @@ def test_random_numbers_go_on_where_they_were(tokenizer: Any, tmp_path: Path) ->
     assert torch.equal(resumed_prompt, whole_prompt)
 
 
-@pytest.mark.parametrize(("mode", "end"), [("deep_ptune", die), ("prefix", interrupt)])
+@pytest.mark.parametrize(
+    ("mode", "end"), [("prefix", interrupt), pytest.param("deep_ptune", die, marks=pytest.mark.nightly)]
+)
 def test_a_run_through_a_swarm_resumes_with_the_same_losses(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path, mode: str, end: Callable[[], None]
 ) -> None:

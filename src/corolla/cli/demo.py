@@ -23,7 +23,7 @@ from corolla.errors import UsageError
 
 MODEL = "smollm2"
 # Sized so that two cores need less than four minutes, and that the held-out loss falls beyond doubt.
-STEPS, BATCH, LONGEST = 20, 6, 128
+STEPS, BATCH, LONGEST = 28, 6, 128
 HELD_OUT = 32  # conversations, one example of each
 # A small model repeats what it was asked, unless that costs it something.
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.15, "max_new_tokens": 40, "seed": 1}

@@ -22,7 +22,6 @@ COMMON: dict[str, Any] = {
     "max_steps": STEPS,
     "logging_steps": 1,
     "learning_rate": 0.02,
-    "adam_epsilon": 1e-4,  # a gradient that is rounding and nothing else must not become a step
     "report_to": "none",
     "use_cpu": True,
     "bf16": False,
@@ -80,9 +79,12 @@ for _name, _options in OPTIONS.items():
         old = Version(transformers.__version__) < Version("5.23")
         if old and case.column == "deep_ptune" and "gradient_checkpointing" in options:
             pytest.skip("this release computes the local blocks again without the reference's hooks")
+        model, local = twins(case)
+        # A local model that checkpoints loses its cache, and with it the prefix; what it does is the same without.
+        plainly = {} if case.column == "prefix" and "gradient_checkpointing" in options else options
         with tempfile.TemporaryDirectory() as folder:
-            found, expected = (said_by(_trainer(model, folder, **options)) for model in twins(case))
-        return found, expected
+            found = said_by(_trainer(model, folder, **options))
+            return found, said_by(_trainer(local, folder, **plainly))
 
 
 @way(TRAINERS, "`Trainer` with padding on the left", refused="With padding in front")

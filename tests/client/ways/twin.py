@@ -61,7 +61,8 @@ def _hold(prompted: Prompted | Prefixed) -> Callable[[Any, Tensor, Tensor], Tens
     model = prompted.model
     if isinstance(prompted, Prefixed):
         frozen = prompted.values[:, :1].detach()
-        trained = model.prompt_values = nn.Parameter(prompted.values[:, 1:].detach())
+        # Of its own memory: torch's fused AdamW goes wrong where a parameter is a part of another tensor.
+        trained = model.prompt_values = nn.Parameter(prompted.values[:, 1:].detach().clone())
         prompted.cache(1)  # which asks the model for its shapes, as long as it is plain
 
         def behind_caches(plain: Any, ids: Tensor, mask: Tensor) -> Tensor:
