@@ -59,7 +59,8 @@ check: setup     ## lint and types
 
 bench: setup     ## measure, each figure beside its baseline
 	$(BIN)/python -m benchmarks.run
-	$(BIN)/python benchmarks/quality_vs_peft.py
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.first_token
 	$(BIN)/python -m benchmarks.report
 
 bench-avx2: setup ## the same as on a CPU with AVX2 and nothing newer; printed, and kept beside the other lines

@@ -46,7 +46,7 @@ def check_kinds(settings: Any) -> None:
         if not any(_is_of(value, kind) for kind in kinds):
             words = " or ".join(_WORDS.get(kind := get_origin(one) or one, kind.__name__) for one in kinds)
             raise UsageError(f"{name} is {value!r:.60}; it must be {words}.")
-        plain = int if isinstance(value, Integral) else float if isinstance(value, Real) else None
+        plain: Any = int if isinstance(value, Integral) else float if isinstance(value, Real) else None
         if plain is not None and not isinstance(value, bool):
             object.__setattr__(settings, name, plain(value))
 
