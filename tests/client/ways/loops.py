@@ -113,7 +113,7 @@ def _cropped(case: Case) -> Outcome:
 @way(LOOPS, "`reset` of a cache, and rows taken from it by true and false, or by a list")
 def _reset_and_rows(case: Case) -> Outcome:
     ids, other = random_ids(2, 6), random_ids(1, 3, seed=1)
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     found = []
     with torch.no_grad():
         for named in (torch.tensor([False, True]), [-1]):
