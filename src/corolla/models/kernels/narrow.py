@@ -2,8 +2,9 @@
 
 Invariant: nothing is rounded that was not rounded before. A weight that was published in bfloat16 or float16 is
 kept so, to the bit; one that was made from a quantized file (GGUF) is whole numbers with a step and an offset for
-every group of columns, and is kept as these when they give it back to float32's own rounding. Any other weight is
-kept as it is. Products are float32 throughout: what is saved is memory, and the time to read it.
+every group of columns, and is kept as these when they give it back to float32's own rounding; one that was stored in
+8-bit floats (E4M3) with scales is kept as these, to the bit. Any other weight is kept as it is. Products are float32
+throughout: what is saved is memory, and the time to read it.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ SAME = 2.0**-18  # likewise: weights that lie closer are one and the same
 DIVISORS = range(1, 9)  # the smallest gap between two weights of a group may be several steps
 SAMPLED_ROWS = 16  # most weights are no lattice, and that shows in a few rows
 CHUNK = 2**22  # weights that are looked at together
+FLOAT8 = torch.float8_e4m3fn
+SCALED = (128, 32)  # columns that share a step in files of 8-bit floats, or a part of them
+# The largest 8-bit float with each fraction: of what the largest weight of a group may be the product.
+TOPS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 
 
 @dataclass(frozen=True)
 class Narrow:
     """A weight [out, in]: its `values`, and for whole numbers a step and an offset for each group of columns."""
 
-    form: Literal["float32", "bfloat16", "float16", "bytes", "nibbles"]
-    values: (
-        Tensor  # float32, bfloat16, float16 or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
-    )
+    form: Literal["float32", "bfloat16", "float16", "float8", "bytes", "nibbles"]
+    values: Tensor  # of these dtypes or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
     steps: Tensor | None = None  # float16 or float32 [out, in / group]
     offsets: Tensor | None = None  # the same; None when all are 0
 
@@ -101,15 +104,15 @@ def narrow_form(weight: Tensor) -> Narrow | None:
     if not bool(weight.isfinite().all()):
         return None
     weight = weight.detach().contiguous()
+    sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
     for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
         if torch.equal(weight.to(dtype).float(), weight):
-            return Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
-    sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
+            return _scaled(weight, sample) or Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
     for group in GROUPS:
         for fit in (_around_zero, _by_gaps):
             if _affine(sample, group, fit) is not None:
                 return _affine(weight, group, fit)
-    return None
+    return _scaled(weight, sample)
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,55 @@ def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
     near = (values * step + offset - groups).abs() <= error
     fits = (values >= -128) & (values <= 127)
     return _Lattice(values, step, offset, (near & fits).all(-1))
+
+
+def _scaled(weight: Tensor, sample: Tensor | None = None) -> Narrow | None:
+    """8-bit floats with a step for every group of columns, if their products are the very weights."""
+    if sample is not None and _scaled(sample) is None:
+        return None
+    rows, columns = weight.shape
+    group = next(one for one in SCALED if columns % one == 0)
+    values = torch.empty(rows, columns, dtype=FLOAT8)
+    steps = torch.empty(rows, columns // group)
+    before = torch.ones(columns // group, 1)  # rows that lie together mostly share their steps
+    most = max(1, CHUNK // columns)
+    for first in range(0, rows, most):
+        part = weight[first : first + most].reshape(-1, columns // group, group)
+        step = before.expand(len(part), -1, -1).clone()
+        kept = _in_float8(part, step)
+        for factor in (2.0, 4.0, 0.5):
+            _try_again(part, step, kept, before * factor)
+        for top in TOPS:
+            exact = part.abs().amax(-1, keepdim=True) / top
+            for near in (exact, _next(exact, 1), _next(exact, -1)):
+                _try_again(part, step, kept, near)
+        if not bool(kept.all()):
+            return None
+        own = (part / step).to(FLOAT8)
+        values[first : first + most] = own.view(-1, columns)
+        steps[first : first + most] = step.squeeze(-1)
+        before = step[-1]
+    return Narrow("float8", values, steps)
+
+
+def _try_again(part: Tensor, step: Tensor, kept: Tensor, other: Tensor) -> None:
+    """Take the `other` step of each group that it gives the very weights of, and the present one not; in place."""
+    places = (~kept).nonzero(as_tuple=True)
+    if len(places[0]):
+        tried = other.expand_as(step)[places]
+        right = _in_float8(part[places], tried)
+        step[places] = torch.where(right[:, None], tried, step[places])
+        kept[places] = right
+
+
+def _in_float8(groups: Tensor, step: Tensor) -> Tensor:
+    """Of which groups [..., group] all weights are the products of 8-bit floats with its step [..., 1]; bool [...]."""
+    return ((groups / step).to(FLOAT8).float() * step == groups).all(-1)
+
+
+def _next(value: Tensor, by: int) -> Tensor:
+    """The float32 numbers beside, or the least there is for zeros."""
+    return (value.view(torch.int32) + by).clamp_min(1).view(torch.float32)
 
 
 class NarrowLinear(FrozenLinear):
