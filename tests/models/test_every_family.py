@@ -23,7 +23,7 @@ EXACT = (
 # Of those that also take images, the part that reads and writes text.
 TEXT = ("gemma3", "mistral3", "qwen3_5")
 REFUSED = {
-    "bert": "what runs their blocks is not a model",
+    "bert": "run by a part of the model",
     "doge": "without the padding that it was given",
     "moshi": "not causal language models",
     "xlm": "not one list of layers",
