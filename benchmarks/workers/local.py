@@ -155,9 +155,9 @@ def decode(rows: int, tokens: int, context: int = 16, folder: str | None = None)
     return loops.decode(named(folder), rows, tokens, context)
 
 
-def prefill(tokens: int) -> float:
-    use("prefill")
-    return loops.prefill(plain(), tokens)
+def prefill(tokens: int, folder: str | None = None) -> float:
+    use("prefill", folder)
+    return loops.prefill(named(folder), tokens)
 
 
 def train(rows: int, length: int) -> float:
