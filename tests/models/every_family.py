@@ -376,6 +376,7 @@ def session_memory(family: str) -> str:
         with _limited(SECONDS_OF_MEMORY), torch.device("meta"), torch.no_grad():
             config = text_part(AutoConfig.for_model(family, **GIVEN.get(family, {})))
             config._attn_implementation = MEASURED
+            config._experts_implementation = "batched_mm"  # which asks no values of a router
             config.return_dict = True
             holder: Any = structure(config).holder(config)
             cache = take_cache(
