@@ -131,9 +131,8 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
     for name in ("num_key_value_heads", "num_kv_heads"):
-        if (keys := getattr(config, name, None)) is not None:
-            # With one for all heads, nobody would see which head has which.
-            setattr(small, name, max(min(2, keys), small.num_attention_heads // ratio))
+        if getattr(config, name, None) is not None:
+            setattr(small, name, max(1, small.num_attention_heads // ratio))
     if isinstance(sizes := getattr(small, "intermediate_size", None), list):
         small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
