@@ -219,45 +219,44 @@ def _scaled(weight: Tensor, sample: Tensor | None = None) -> Narrow | None:
     group = next(one for one in SCALED if columns % one == 0)
     values = torch.empty(rows, columns, dtype=FLOAT8)
     steps = torch.empty(rows, columns // group)
-    before = torch.ones(columns // group, 1)  # rows that lie together mostly share their steps
-    most = max(1, CHUNK // columns)
-    for first in range(0, rows, most):
-        part = weight[first : first + most].reshape(-1, columns // group, group)
-        step = before.expand(len(part), -1, -1).clone()
-        kept = _in_float8(part, step)
-        for factor in (2.0, 4.0, 0.5):
-            _try_again(part, step, kept, before * factor)
-        for top in TOPS:
-            exact = part.abs().amax(-1, keepdim=True) / top
-            for near in (exact, _next(exact, 1), _next(exact, -1)):
-                _try_again(part, step, kept, near)
-        if not bool(kept.all()):
+    for first in range(0, rows, SCALED[0]):
+        part = weight[first : first + SCALED[0]].reshape(-1, columns // group, group)
+        step = _steps_of(part)
+        if step is None:
             return None
-        own = (part / step).to(FLOAT8)
-        values[first : first + most] = own.view(-1, columns)
-        steps[first : first + most] = step.squeeze(-1)
-        before = step[-1]
+        values[first : first + SCALED[0]] = (part / step).to(FLOAT8).view(-1, columns)
+        steps[first : first + SCALED[0]] = step.squeeze(-1)
     return Narrow("float8", values, steps)
 
 
-def _try_again(part: Tensor, step: Tensor, kept: Tensor, other: Tensor) -> None:
-    """Take the `other` step of each group that it gives the very weights of, and the present one not; in place."""
-    places = (~kept).nonzero(as_tuple=True)
-    if len(places[0]):
-        tried = other.expand_as(step)[places]
-        right = _in_float8(part[places], tried)
-        step[places] = torch.where(right[:, None], tried, step[places])
-        kept[places] = right
+def _steps_of(part: Tensor) -> Tensor | None:
+    """The steps [rows, n, 1] of groups [rows, n, group]: mostly all rows share theirs, or all groups of a row."""
+    largest = part.abs().amax(-1)
+    step = _searched(part[largest.argmax(0), torch.arange(part.shape[1])]).expand(len(part), -1, -1)
+    wrong = ~_in_float8(part, step)
+    if bool(wrong.any()):
+        by_row = _searched(part[torch.arange(len(part)), largest.argmax(1)])
+        step = torch.where(wrong[..., None], by_row[:, None], step)
+        wrong = ~_in_float8(part, step)
+    if bool(wrong.any()):
+        step[wrong] = _searched(part[wrong])
+        wrong = ~_in_float8(part, step)
+    return None if bool(wrong.any()) else step
+
+
+def _searched(groups: Tensor) -> Tensor:
+    """A step [n, 1] for each of groups [n, group], found by its largest weight; 1 where none is right."""
+    exact = groups.abs().amax(-1, keepdim=True) / torch.tensor(TOPS)
+    found = torch.ones(len(groups), 1)
+    for beside in (0, 1, -1):  # float32 numbers, since the weights were rounded
+        for step in (exact.view(torch.int32) + beside).view(torch.float32).split(1, dim=1):
+            found = torch.where(_in_float8(groups, step)[:, None], step, found)
+    return found
 
 
 def _in_float8(groups: Tensor, step: Tensor) -> Tensor:
     """Of which groups [..., group] all weights are the products of 8-bit floats with its step [..., 1]; bool [...]."""
     return ((groups / step).to(FLOAT8).float() * step == groups).all(-1)
-
-
-def _next(value: Tensor, by: int) -> Tensor:
-    """The float32 numbers beside, or the least there is for zeros."""
-    return (value.view(torch.int32) + by).clamp_min(1).view(torch.float32)
 
 
 class NarrowLinear(FrozenLinear):
