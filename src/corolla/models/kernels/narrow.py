@@ -249,7 +249,7 @@ def _searched(groups: Tensor) -> Tensor:
     exact = groups.abs().amax(-1, keepdim=True) / torch.tensor(TOPS)
     found = torch.ones(len(groups), 1)
     for beside in (0, 1, -1):  # float32 numbers, since the weights were rounded
-        for step in (exact.view(torch.int32) + beside).view(torch.float32).split(1, dim=1):
+        for step in torch.split((exact.view(torch.int32) + beside).view(torch.float32), 1, dim=1):
             found = torch.where(_in_float8(groups, step)[:, None], step, found)
     return found
 
