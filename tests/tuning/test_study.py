@@ -15,7 +15,7 @@ import torch
 from tests.client.conftest import random_ids
 from tests.reference import Prefixed, relative
 from tests.swarm_fixture import MemorySwarm
-from tests.tuning.study_setup import CHUNKS, DOCUMENTS, FACTS, MODEL, TEXT, study_settings
+from tests.tuning.study_setup import CHUNKS, DOCUMENTS, FACTS, MODEL, study_settings
 from tests.tuning.tiny_setup import plain_model
 from transformers import TrainerCallback
 
@@ -23,6 +23,7 @@ from corolla.client.model import losses
 from corolla.client.model.heads import share_head
 from corolla.client.model.losses import TopTokens, summed_distillation
 from corolla.data.conversation import Turn
+from corolla.data.documents import Chunk
 from corolla.data.render import NO_LOSS, Renderer
 from corolla.errors import DataError, UsageError
 from corolla.tuning.batches import Taught, TaughtCollator
@@ -35,6 +36,7 @@ from corolla.tuning.teacher import ANSWER, Exchange
 from corolla.tuning.tune import TuneResult, TuneStopped
 
 K = 7
+SHORT = "The lamp is lit at nine."
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +250,7 @@ def test_each_way_of_knowing_is_tried_with_what_it_knows(
     none = Prefixed(plain, model.prompts.values[:, :0])
     sayers = {WAYS[0]: none, WAYS[1]: none, WAYS[2]: starting, WAYS[3]: trained}
     for way, local in sayers.items():
-        before = f"{TEXT.strip()}\n\n{ANSWER}" if way == WAYS[1] else ""
+        before = f"{SHORT}\n\n{ANSWER}" if way == WAYS[1] else ""
         facts = []
         for question in ("why?", "who?", "where?", "and what?", "when?", "how?"):
             prompt = renderer.prompt_ids([Turn("user", before + question)])
@@ -256,8 +258,10 @@ def test_each_way_of_knowing_is_tried_with_what_it_knows(
             words = words_of(tokenizer.decode(said))
             if words and 2 not in said and "|" not in tokenizer.decode(said):
                 facts.append(Fact(question, words, 0))
+            if len(facts) == 2:
+                break
         assert facts
-        found = recall(model, renderer, facts, CHUNKS[:1], chosen, start)
+        found = recall(model, renderer, facts, [Chunk("a.txt", SHORT, len(SHORT))], chosen, start)
         assert found[way] == pytest.approx(1.0, abs=1 / len(facts) / 8), way
         assert sum(share == 1 for share in found.values()) == 1, found
     assert torch.equal(model.prompts.values, trained.values)

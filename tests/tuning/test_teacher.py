@@ -70,12 +70,12 @@ def test_a_piece_is_read_once_and_questions_differ(
 ) -> None:
     assert {one.chunk for one in asked} == {0, 1}
     assert len({one.question for one in asked}) == len(asked)
-    assert [one.seed for one in asked] == list(SEEDS)
+    assert [one.seed for one in asked] == [list(SEEDS)[turn] for turn in (0, 0, 1, 1, 2)]
     before = sum(swarm.counted().values())
     with Reading(swarm.model(), renderer, CHUNKS[0].text, SETTINGS) as reading:
         begun = sum(swarm.counted().values()) - before
         for number in range(3):
-            reading.exchange(number, 0)
+            reading.exchange(number, 0, number)
     ran = sum(swarm.counted().values()) - before
     text = len(renderer.prompt_ids([Turn("user", CHUNKS[0].text)]))
     most = 2 * 3 * (max(map(len, SEEDS.values())) + SETTINGS.question_tokens + 2 * SETTINGS.answer_tokens)
@@ -103,7 +103,7 @@ def test_whoever_stops_gets_no_more(model: Any, renderer: Renderer) -> None:
     with Reading(model, renderer, CHUNKS[0].text, SETTINGS) as reading:
         reading.stop()
         with pytest.raises(CancelledError):
-            reading.exchange(0, 0)
+            reading.exchange(0, 0, 0)
 
 
 def test_what_does_not_fit_is_refused_first(model: Any, renderer: Renderer) -> None:

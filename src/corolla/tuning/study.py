@@ -35,7 +35,7 @@ from corolla.tuning.progress import counted
 from corolla.tuning.recall import WAYS, facts_asked, facts_given, recall, values_of
 from corolla.tuning.samples import base_model
 from corolla.tuning.settings import StudySettings
-from corolla.tuning.teacher import Exchange, check_room, exchanges
+from corolla.tuning.teacher import ANSWER, SEEDS, Exchange, check_room, exchanges
 from corolla.tuning.tune import TuneResult, TuneStopped, loaded_as, tune
 
 FEWEST = 4  # answers to learn from and to be held out
@@ -119,7 +119,8 @@ def _what_is_asked(
 ) -> dict[str, Any]:
     """All that an exchange of some number depends on."""
     texts = [hashlib.sha256(one.text.encode()).hexdigest()[:16] for one in documents]
-    return {"model": about.identity, "documents": texts, **settings.asking()}
+    wording = hashlib.sha256(repr((SEEDS, ANSWER)).encode()).hexdigest()[:16]
+    return {"model": about.identity, "documents": texts, "wording": wording, **settings.asking()}
 
 
 def _ask(

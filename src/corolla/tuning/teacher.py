@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 
 from corolla.data.conversation import Turn
 from corolla.data.cuts import shared
-from corolla.data.documents import Chunk
+from corolla.data.documents import SENTENCE, Chunk
 from corolla.data.render import Renderer
 from corolla.data.replies import ReplyReader, TokensSeen, reply_ends
 from corolla.errors import SessionLimit, UsageError
@@ -34,18 +34,21 @@ from corolla.tuning.settings import StudySettings
 LIKELIEST = 20  # tokens whose probabilities are kept
 AT_ONCE = 8  # exchanges about a piece
 DRAWN_FROM = 50  # likeliest tokens, of a question
-TEMPERATURE = 0.8  # of questions; answers are what is likeliest
-# What a question may be about; so that a text is seen from several sides, as in self-study.
+TEMPERATURE = 0.7  # of questions; answers are what is likeliest
+LONGEST_SENTENCE, SHORTEST_SENTENCE = 240, 12  # characters
+# What a question may be about, so that a text is seen from several sides, as in self-study; most are about one of its
+# sentences, in turn, so that each is asked about.
+SENTENCE_HERE = "{sentence}"
 SEEDS = {
-    "fact": "Ask one short question about a fact in the text above: a name, a number, a place or a date. Write only "
-    "the question.",
-    "reason": "Ask one question about why or how something in the text above is as it is. Write only the question.",
-    "detail": "Ask one question that only somebody who has read the text above carefully can answer. Write only the "
-    "question.",
+    "fact": 'Ask one short question that this sentence of the text answers: "{sentence}" Write only the question.',
+    "detail": 'Ask one short question about a name, a number or a place in this sentence of the text: "{sentence}" '
+    "Write only the question.",
+    "reason": 'Ask one question, with why or how, about this sentence of the text: "{sentence}" '
+    "Write only the question.",
     "use": "Ask one question of somebody who needs the text above for their work. Write only the question.",
-    "summary": "Ask for a summary of one part of the text above; name the part. Write only the request.",
+    "summary": 'Ask what the text says about the subject of this sentence: "{sentence}" Write only the question.',
 }
-ANSWER = "Answer from the text above. "
+ANSWER = "Answer in a sentence or two from the text above: "
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,14 @@ class _Said:
     logits: Tensor  # [n, V]
 
 
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a piece that are long enough to ask about, or all of it; each no longer than is repeated."""
+    found = [" ".join(one.split())[:LONGEST_SENTENCE] for one in SENTENCE.findall(text)]
+    return [one for one in found if len(one) >= SHORTEST_SENTENCE] or [
+        " ".join(text.split())[:LONGEST_SENTENCE]
+    ]
+
+
 class Reading:
     """A piece of a text in the caches of a session, and what is asked about it, each in a fork of that session.
 
@@ -89,6 +100,7 @@ class Reading:
     def __init__(self, model: Any, renderer: Renderer, text: str, settings: StudySettings) -> None:
         """`model` has no prompt at the moment. Raises `UsageError` where the piece is too long for it."""
         self._model, self._renderer, self._text, self._settings = model, renderer, text, settings
+        self._sentences = sentences_of(text)
         self._ends = reply_ends(model, renderer)
         prompts = [self._prompt(request) for request in (*SEEDS.values(), ANSWER)]
         self._begin = prompts[0][: min(shared(prompts[0], one) for one in prompts[1:])]
@@ -109,11 +121,16 @@ class Reading:
     def __exit__(self, *_error: object) -> None:
         self._session.close()
 
-    def exchange(self, number: int, chunk: int) -> Exchange:
-        """The exchange of this number. Raises `SwarmUnavailable`, `CancelledError` after `stop`."""
-        seed = list(SEEDS)[number % len(SEEDS)]
+    def exchange(self, number: int, chunk: int, turn: int) -> Exchange:
+        """The exchange of this number, `turn` others about this piece, the `chunk`th, having come before it.
+
+        Raises `SwarmUnavailable`, `CancelledError` after `stop`.
+        """
+        rounds, place = divmod(turn, len(self._sentences))
+        seed = list(SEEDS)[(turn + rounds) % len(SEEDS)]
         drawn = _Drawn(f"{self._settings.seed}:{number}")
-        asked = self._say(SEEDS[seed], self._settings.question_tokens, drawn)
+        request = SEEDS[seed].replace(SENTENCE_HERE, self._sentences[place])
+        asked = self._say(request, self._settings.question_tokens, drawn)
         question = next((line.strip() for line in asked.text.splitlines() if line.strip()), "")
         if not question:
             return Exchange(number, chunk, seed, "", "", [], 0, [], [])
@@ -226,12 +243,12 @@ def exchanges(
             missing = [one for one in range(place, settings.questions, len(chunks)) if one not in known]
             if missing:
                 with Reading(model, renderer, chunk.text, settings) as reading:
-                    yield from _at_once(reading, missing, place)
+                    yield from _at_once(reading, missing, place, len(chunks))
 
 
-def _at_once(reading: Reading, numbers: Sequence[int], chunk: int) -> Generator[Exchange]:
+def _at_once(reading: Reading, numbers: Sequence[int], chunk: int, chunks: int) -> Generator[Exchange]:
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="study") as pool:
-        found = [pool.submit(reading.exchange, number, chunk) for number in numbers]
+        found = [pool.submit(reading.exchange, number, chunk, number // chunks) for number in numbers]
         try:
             for one in found:
                 yield one.result()
@@ -245,7 +262,7 @@ def check_room(model: Any, renderer: Renderer, chunks: Sequence[Chunk], settings
     """Raises `SessionLimit` where a piece, a question and an answer do not fit the model."""
     limit = context_limit(model.config, 0)
     longest = max(chunks, key=lambda chunk: chunk.tokens)
-    request = max(SEEDS.values(), key=len)
+    request = max(SEEDS.values(), key=len).replace(SENTENCE_HERE, max(sentences_of(longest.text), key=len))
     prompt = renderer.prompt_ids([Turn("user", f"{longest.text}\n\n{request}")])
     needed = len(prompt) + settings.question_tokens + settings.answer_tokens
     if needed > limit:
