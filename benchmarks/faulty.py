@@ -32,7 +32,8 @@ from corolla.server.serve import load_blocks, open_model
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
-from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
 

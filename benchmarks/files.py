@@ -25,6 +25,7 @@ from tests.tiny_models import write_tiny
 import corolla
 
 PACKAGE = str(Path(corolla.__file__).parent)
+DESCRIPTION = Path(__file__).parents[1] / "docs" / "architecture.md"
 BARS = {"training step": 28, "chat token": 35}
 
 
@@ -119,6 +120,8 @@ def main() -> None:
         print(f"{name}: {len(files)} of our files (at most {BARS[name]})")
         if arguments.list:
             print("".join(f"    {file}\n" for file in sorted(files)), end="")
+        if unnamed := [file for file in sorted(files) if Path(file).name not in DESCRIPTION.read_text()]:
+            print(f"    not named in docs/architecture.md: {', '.join(unnamed)}")
 
 
 if __name__ == "__main__":

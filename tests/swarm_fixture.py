@@ -27,11 +27,12 @@ from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.sessions.bundles import before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.prefilled import before_span, read_bundles
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
-from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
 

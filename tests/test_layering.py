@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "corolla"
-MAX_LINES = 400
+MAX_LINES = 450  # see docs/decisions/house.md
 
 BASE = {"errors", "version", "config", "text", "places", "files", "json_files"}
 BELOW_SERVER = BASE | {"wire", "models", "swarm"}

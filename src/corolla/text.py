@@ -40,12 +40,12 @@ def printable(text: str) -> str:
     return well_formed(text).translate(_STEERING)
 
 
-def for_terminal(text: object, *, characters: int = MOST_CHARACTERS, lines: int = MOST_LINES) -> str:
+def for_terminal(text: object, *, characters: int = MOST_CHARACTERS) -> str:
     """`str(text)` as a person may be shown it: nothing that steers a terminal, and not without end."""
     clean = printable(str(text)[: 4 * characters])
-    kept = clean.split("\n", lines)
-    shown = "\n".join(kept[:lines])
-    return shown if len(shown) <= characters and len(kept) <= lines else f"{shown[:characters]} …"
+    kept = clean.split("\n", MOST_LINES)
+    shown = "\n".join(kept[:MOST_LINES])
+    return shown if len(shown) <= characters and len(kept) <= MOST_LINES else f"{shown[:characters]} …"
 
 
 def one_line(text: object, *, characters: int = 200) -> str:

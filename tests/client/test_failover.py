@@ -222,6 +222,6 @@ def test_a_server_of_another_model_is_never_used(folder: Path, tmp_path: Path) -
         assert stranger.counted()["stranger"] == 0
         swarm.loop.run(stranger.servers["stranger"].engine.close())
         stranger.servers.clear()
-        from corolla.swarm.node import EventLoopThread
+        from corolla.swarm.loop import EventLoopThread
 
         stranger.loop = EventLoopThread()

@@ -239,7 +239,7 @@ async def test_a_kind_in_which_only_liars_have_answered_binds_nobody() -> None:
     view = world.view
     assert await world.peer() == "liar"
     world.answers("liar")
-    view.begun("float32", 0, 2)
+    view.settle_numerics("float32", 0, 2)
     await world.fails("liar")
     assert await world.peer() == "liar"  # what was begun in float32 goes on in it
     view.verdicts.condemn(Finding(Hop("liar", 0, 2), "step", 9.0, None))

@@ -13,7 +13,7 @@ from corolla.errors import PeerDisconnected, ProtocolError
 from corolla.models.attention.pages import PAGE
 from corolla.server.peers import Budgets, Leases, PeerLimits
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.bundles import Entering
+from corolla.server.sessions.prefilled import EnteringPrompt
 from corolla.swarm.channel import Channel, request
 from corolla.wire.failures import meaning
 from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble
@@ -64,7 +64,7 @@ class Target:
         await self.world.start()
         if self.world.span.packable:  # a bundle, in which nobody may change anything
             await self.world.server.prefill_bundles(
-                [Entering(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)]
+                [EnteringPrompt(BUNDLE, noise(1, 3, HIDDEN)[0], None, torch.float64)]
             )
         self._bundles = await self._kept()
         self._peer = self.world.network.transport("honest")

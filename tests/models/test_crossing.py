@@ -11,10 +11,10 @@ import pytest
 import torch
 from tests.models.every_family import tiny
 
+from corolla.models.blocks_pass import WideBlocksPass
 from corolla.models.checks.forms import crossing_of
 from corolla.models.checks.selfcheck import split_miniature
 from corolla.models.crossing import Crossing, Form, Handed, Side
-from corolla.models.passage import WidePassage
 from corolla.models.span import Span
 
 SIDE = Side("side", 1, Form(0, 1, (2,)), each=True)
@@ -76,15 +76,15 @@ def spans() -> Iterator[list[Span]]:
         yield found
 
 
-def wrong_block(passage: Any, index: int, *rest: Any) -> Any:
-    return give(passage, min(index + 1, passage._crossing.depth - 1), *rest)
+def wrong_block(one_pass: Any, index: int, *rest: Any) -> Any:
+    return give(one_pass, min(index + 1, one_pass._crossing.depth - 1), *rest)
 
 
 def left_out(crossing: Crossing, cut: int) -> list[Handed]:
     return handed(crossing, cut)[:0]
 
 
-give = WidePassage._give
+give = WideBlocksPass._give
 handed = Crossing._handed
 
 
@@ -93,7 +93,7 @@ def test_every_part_of_it_matters(spans: list[Span], monkeypatch: pytest.MonkeyP
     entering = torch.randn(1, 6, spans[0].width)
     wanted = chained(spans, entering)
     with monkeypatch.context() as mutant:
-        mutant.setattr(WidePassage, "_give", wrong_block)
+        mutant.setattr(WideBlocksPass, "_give", wrong_block)
         assert not torch.allclose(chained(spans, entering), wanted, atol=1e-3)
     first, *rest = spans
     left = first.forward(entering)

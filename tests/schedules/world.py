@@ -26,9 +26,9 @@ from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.kept import KnownPrefix
-from corolla.server.sessions.bundles import Entering, before_span, prefill
+from corolla.server.prefixes import KnownPrefix
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.prefilled import EnteringPrompt, before_span, prefill
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
 from corolla.swarm.node import Node
@@ -74,7 +74,7 @@ def checkpoint_of(family: str, root: Path) -> Checkpoint:
 
 
 @cache
-def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[Entering | BlockVectors]:
+def entering(checkpoint: Checkpoint, work: Workload, start: int) -> list[EnteringPrompt | BlockVectors]:
     """A workload's prompt as it enters a server's first block."""
     prompt = prompt_of(work, checkpoint.config)
     prompts = [] if prompt is None else [prompt]
@@ -216,7 +216,7 @@ class SimulatedSwarm:
         engine.start()
         for one in self._entering(start) if plan.bundles else []:
             if isinstance(one, BlockVectors):
-                server.prefixes.everybodys[one.digest] = KnownPrefix(0, one.values)
+                server.prefixes.public[one.digest] = KnownPrefix(0, one.values)
                 continue
             server.budget.set_aside(1)
             server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet
@@ -236,7 +236,7 @@ class SimulatedSwarm:
         self._up[peer] = _Running(server, engine, record)
         self._look()
 
-    def _entering(self, start: int) -> list[Entering | BlockVectors]:
+    def _entering(self, start: int) -> list[EnteringPrompt | BlockVectors]:
         found = [one for work in self._clients for one in entering(self.checkpoint, work, start)]
         return list({one.name: one for one in found}.values())
 
@@ -291,7 +291,7 @@ class SimulatedSwarm:
             if not getattr(holder, "users", 0):
                 holder.evicted = True
                 server.budget.release(holder)
-                holder.let_go()
+                holder.on_evicted()
         server.leases._kept.clear()
 
     def fill(self, peer: str) -> Callable[[], None]:

@@ -65,7 +65,7 @@ class Holding:
         self.peer, self.last_used, self.idle_after = peer, used, idle_after
         self.pages, self.evicted = 0, False
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         self.evicted = True
 
 

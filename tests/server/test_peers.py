@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from corolla.server.peers import Diary
+from corolla.server.peers import UsageLog
 
 
 class Clock:
@@ -18,20 +18,20 @@ class Clock:
 
 def test_who_came_what_for_and_how_fast(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    diary = Diary(clock)
+    usage = UsageLog(clock)
     peer = "12D3KooW" + "abcd1234"
     with caplog.at_level(logging.INFO):
-        with diary.stream(peer), diary.stream(peer):
+        with usage.stream(peer), usage.stream(peer):
             for what, tokens in (("sessions", 3), ("sessions", 5), ("training", 1000)):
-                with diary.work(peer, what, tokens):
+                with usage.work(peer, what, tokens):
                     clock.now += 2.0
-            diary.tell()
-            diary.tell()
-            with pytest.raises(ValueError, match="failed"), diary.work(peer, "training", 9):
+            usage.tell()
+            usage.tell()
+            with pytest.raises(ValueError, match="failed"), usage.work(peer, "training", 9):
                 raise ValueError("failed")
-            with diary.work("another\x1b[2J", "sessions", 1):
+            with usage.work("another\x1b[2J", "sessions", 1):
                 pass
-        with diary.stream("evil\x1b[2J"):
+        with usage.stream("evil\x1b[2J"):
             pass
     assert [record.getMessage() for record in caplog.records] == [
         "Peer …abcd1234 came",
@@ -40,4 +40,4 @@ def test_who_came_what_for_and_how_fast(caplog: pytest.LogCaptureFixture) -> Non
         "Peer …evil[2J came",
         "Peer …evil[2J left; nothing more was done",
     ]
-    assert not diary._visits
+    assert not usage._visits

@@ -29,7 +29,7 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler import speeds
+from corolla.server.scheduler import accounting
 from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind
 from corolla.server.sessions.step import StepRequest
 from corolla.swarm.channel import Channel, request
@@ -50,8 +50,8 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
 def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training gives way before each operator."""
     monkeypatch.setattr("corolla.server.training.SHORT_SECONDS", 0.0)
-    monkeypatch.setattr("corolla.server.scheduler.pieces.PIECE_SECONDS", 0.0)
-    monkeypatch.setattr("corolla.server.scheduler.pieces.LEAST_SHARE", 0.0)
+    monkeypatch.setattr("corolla.server.scheduler.execution.PIECE_SECONDS", 0.0)
+    monkeypatch.setattr("corolla.server.scheduler.execution.LEAST_SHARE", 0.0)
 
 
 class Passes:
@@ -159,8 +159,8 @@ async def test_a_long_prompt_is_cut_while_others_generate(
     world: OneServer, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
-    monkeypatch.setattr(speeds, "SPLIT_SHARE", float("inf") if apart else 0.0)
-    monkeypatch.setattr(speeds, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
+    monkeypatch.setattr(accounting, "SPLIT_SHARE", float("inf") if apart else 0.0)
+    monkeypatch.setattr(accounting, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
     long, *others = await clients_of(world, 4)
     await at_once(world, *(one.step(9) for one in others))
     await at_once(world, *(one.step(1) for one in others))
@@ -176,9 +176,9 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    both = [(3, 0), (0, speeds.LEAST_PREFILL_TOKENS)] * 5
+    both = [(3, 0), (0, accounting.LEAST_PREFILL_TOKENS)] * 5
     if not apart:
-        both = [(3, speeds.LEAST_PREFILL_TOKENS)] * 5
+        both = [(3, accounting.LEAST_PREFILL_TOKENS)] * 5
     counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
     assert list(counts)[: len(both)] == both
     for one in (long, *others):
@@ -219,7 +219,7 @@ def _waiting(world: OneServer) -> int:
 
 
 def test_what_a_decode_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
-    times = speeds.PassTimes()
+    times = accounting.PassTimes()
     for _ in range(20):
         times.passed(16, 0.032)  # 2 ms a token
         times.passed(1, 0.015)
@@ -260,7 +260,7 @@ async def test_training_comes_after_generation_until_it_has_waited(world: OneSer
             await client.step(1)
 
     # In the middle of the training job nobody is let in here.
-    world.engine.give_way = lambda: trained_at.append(len(passes.taken)) or 0.0  # type: ignore[method-assign]
+    world.engine.yield_to_others = lambda: trained_at.append(len(passes.taken)) or 0.0  # type: ignore[method-assign]
     trained_at: list[int] = []
     training = asyncio.create_task(request(trained, Packet(forward(), packed(noise(2, 5, HIDDEN)))))
     await at_once(world, _result(training), generate(one), generate(two), begins_when=all_wait)
@@ -313,7 +313,7 @@ class InTheMiddle:
 
     def __init__(self, world: OneServer) -> None:
         self._world = world
-        self._own = world.engine.give_way
+        self._own = world.engine.yield_to_others
 
     async def __aenter__(self) -> InTheMiddle:
         self._begun, self._free, self._finish = threading.Event(), threading.Event(), threading.Event()
@@ -329,13 +329,13 @@ class InTheMiddle:
                 assert self._finish.wait(20)
             return away
 
-        self._world.engine.give_way = slowed  # type: ignore[method-assign]
+        self._world.engine.yield_to_others = slowed  # type: ignore[method-assign]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.go_on()
         self.finish()
-        self._world.engine.give_way = self._own  # type: ignore[method-assign]
+        self._world.engine.yield_to_others = self._own  # type: ignore[method-assign]
 
     async def begun(self) -> None:
         assert await asyncio.to_thread(self._begun.wait, 20)

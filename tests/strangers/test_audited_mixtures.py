@@ -38,7 +38,7 @@ class OneServer:
     def __init__(
         self, answers: dict[str, Tensor], kinds: dict[str, str], kind: str | None = "float32"
     ) -> None:
-        self.now, self.kind, self.wire, self.model = 0.0, kind, "compute", "m"
+        self.now, self.numerics, self.wire, self.model = 0.0, kind, "compute", "m"
         self.crossing = Crossing(Form(0, 1, (TRUE.shape[-1],)), depth=4)
         self.answers, self.kinds = answers, kinds
         self.health, self.verdicts = Health(lambda: self.now), Verdicts()
@@ -63,8 +63,8 @@ class OneServer:
     def numerics_of(self, peer: str) -> str:
         return self._record(peer).numerics
 
-    def expected_kind(self, peer: str) -> str:
-        return self.kind or self.numerics_of(peer)
+    def expected_numerics(self, peer: str) -> str:
+        return self.numerics or self.numerics_of(peer)
 
     async def ask(self, peer: str, _packet: Packet) -> Packet:
         return Packet(Output(), {"hidden": self.answers[peer]})

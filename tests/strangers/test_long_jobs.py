@@ -36,7 +36,7 @@ def every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corolla.server.training.SHORT_SECONDS", 0.0)
     sizes = {"PIECE_SECONDS": 0.0, "LEAST_SHARE": 0.0, "ROWS": 100, "SCORES": 100 * LONG, "FEWEST_QUERIES": 8}
     for name, value in sizes.items():
-        monkeypatch.setattr(f"corolla.server.scheduler.pieces.{name}", value)
+        monkeypatch.setattr(f"corolla.server.scheduler.execution.{name}", value)
 
 
 @pytest.fixture(params=["llama", "bloom"])
@@ -55,10 +55,10 @@ class Held:
     """A request of a stranger that goes on only while somebody else waits, until it is let go."""
 
     def __init__(self, world: OneServer) -> None:
-        self._world, self._own = world, world.engine.give_way
+        self._world, self._own = world, world.engine.yield_to_others
         self.begun, self.free = threading.Event(), threading.Event()
         self.pieces = 0
-        world.engine.give_way = self._slowed  # type: ignore[method-assign]
+        world.engine.yield_to_others = self._slowed  # type: ignore[method-assign]
 
     def _slowed(self) -> float:
         self.pieces += 1
@@ -114,7 +114,7 @@ async def test_a_prompt_takes_turns_with_a_long_request(
     world: OneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither waits for the other's end: the prompt's peer is given no more than the request's was."""
-    for name, value in (("LET_IN_TOKENS", 20), ("PROMPT_CREDIT", 0.0)):
+    for name, value in (("PREEMPTING_TOKENS", 20), ("PROMPT_CREDIT", 0.0)):
         monkeypatch.setattr(f"corolla.server.scheduler.engine.{name}", value)
     stranger, chat = await client(world, "stranger"), await client(world, "chat")
     await chat.ask(opening(tokens=LONG))

@@ -13,7 +13,8 @@ import torch
 import corolla
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.swarm.directory.directory import ServerRecord
-from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.node import Node
 from corolla.wire.messages import PROTOCOL_NAME
 from tests.e2e.processes import processes
 from tests.reference import local_model, random_ids

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla.errors import PeerDisconnected
-from corolla.server.peers import CLEARLY, who_gives_way
-from corolla.server.scheduler.shares import KNOWN_SECONDS, PeerHistory
+from corolla.server.peers import CLEARLY, choose_evictions
+from corolla.server.scheduler.accounting import KNOWN_SECONDS, PeerHistory
 from corolla.wire.messages import Opened, Output, Ping, ServerStatus, Step
 from tests.server.world import (
     HIDDEN,
@@ -166,14 +166,14 @@ class Holding:
     last_used: float = 0.0
     idle_after: float | None = math.inf
 
-    def let_go(self) -> None: ...
+    def on_evicted(self) -> None: ...
 
 
 def gives_way(
     held: Sequence[Holding], peer: str, amount: int, missing: int, history: PeerHistory | None = None
 ) -> list[Holding]:
     holdings = {one: one.count for one in held}
-    return who_gives_way(holdings, Holding(peer, 0), amount, missing, history or PeerHistory(), 100.0)
+    return choose_evictions(holdings, Holding(peer, 0), amount, missing, history or PeerHistory(), 100.0)
 
 
 @given(

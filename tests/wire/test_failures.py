@@ -34,12 +34,10 @@ def test_every_code_has_a_meaning() -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_a_meaning_agrees_with_itself(code: FailureCode) -> None:
     means = MEANINGS[code]
-    assert not (means.final and means.blames_peer)
     assert means.session_lost or not means.stream_lost
     assert means.final or not means.garbage
     if means.remedy is Remedy.REPLAY:
         assert means.session_lost
-        assert not means.blames_peer
     assert meaning(Failure(code=code, message="")) is meaning(RequestRefused("", code=code)) is means
     assert keeps_session(RequestRefused("", code=code)) is not means.session_lost
 

@@ -128,7 +128,7 @@ class Partners:
         folder = self.folder / name
         bundle = load_bundle(folder)
         prompt = saving.saved_prompt(self.base.model, folder, name=self.base.name, identity=self._identity)
-        model = with_prompt(self.base.model, prompt, saving.read_tables(folder, with_head=False), folder)
+        model = with_prompt(self.base.model, prompt, saving.read_tables(folder, with_head=False))
         renderer = Renderer(self._tokenizer, bundle.rendering)
         SamplingSettings.from_dict(bundle.sampling)  # says what is wrong with it
         return self._partner(
@@ -191,15 +191,15 @@ def unknown(name: str) -> ApiFailure:
     )
 
 
-def with_prompt(model: Any, prompt: Any, tables: Mapping[str, Any], folder: Path) -> Any:
+def with_prompt(model: Any, prompt: Any, tables: saving.Tables) -> Any:
     """A model with a prompt of its own that shares everything else with `model`; `tables` are weights of its own.
 
     A copy that is told of all parts, so that none of them is copied: threads that ask for different prompts meet at
     the same head.
     """
-    shared = {} if tables else {id(part): part for part in model.modules() if part is not model}
+    shared = {} if tables.tensors else {id(part): part for part in model.modules() if part is not model}
     twin = copy.deepcopy(model, dict(shared))
     twin.prompts = prompt.to(model.device).requires_grad_(False)
-    saving.take_tables(twin, dict(tables), folder)
+    saving.take_tables(twin, tables)
     twin.requires_grad_(False).eval()
     return twin

@@ -24,7 +24,7 @@ from corolla.cli.common import (
     set_up_libraries,
 )
 from corolla.cli.fields import Fields, with_fields
-from corolla.cli.members import ClientOptions, client_identity
+from corolla.cli.members import ClientOptions
 from corolla.cli.terminal import say
 from corolla.config import SwarmConfig
 from corolla.errors import BundleError, UsageError
@@ -108,7 +108,7 @@ def api(
         raise UsageError(
             f"--host {chosen.host} lets other machines in: set --api-key or --api-keys, or serve at 127.0.0.1."
         )
-    swarm = replace(swarm, identity=client_identity(joining.identity, joining.invite))
+    swarm = joining.identified(swarm)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listening(chosen.host, chosen.port)))
         name = _model_name(model, chosen.bundles, swarm)
@@ -174,11 +174,7 @@ def _served(
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.places import data_root
 
-    source: dict[str, Any] = {
-        "revision": joining.revision,
-        "token": joining.token,
-        "cache_dir": joining.cache_dir,
-    }
+    source = joining.source()
     checkpoint = open_checkpoint(name, **source)
     swarm.check_local(checkpoint.num_blocks)
     tokenizer = load_tokenizer(name, **source)

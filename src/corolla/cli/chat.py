@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corolla.chat.sampling import SamplingSettings
-from corolla.cli.common import (
-    set_up_libraries,
-    typed,
-)
+from corolla.cli.common import set_up_libraries, typed
 from corolla.cli.fields import Fields, clean_text, with_fields
-from corolla.cli.members import ClientOptions, client_identity
+from corolla.cli.members import ClientOptions
 from corolla.cli.partner import Partner, Prepared, find_partner, prepare
 from corolla.cli.saved_swarm import LOCAL, going_on, read_saved, to_saved
 from corolla.cli.terminal import console, notice
@@ -78,12 +75,7 @@ def chat(
     joining = ClientOptions(**member)
     options = joining.swarm(client)
     saved = saved_chat(transcript, fixed=(style, system), save=save) if go_on else None
-    whom = find_partner(
-        partner or (saved.info.partner if saved else "smollm2"),
-        joining.revision,
-        token=joining.token,
-        cache_dir=joining.cache_dir,
-    )
+    whom = find_partner(partner or (saved.info.partner if saved else "smollm2"), **joining.source())
     chosen = replace(SamplingSettings.from_dict(whom.sampling), **sampling)
     if saved is not None:
         chosen = replace(SamplingSettings.from_dict(saved.info.sampling), **sampling)
@@ -103,7 +95,7 @@ def chat(
     if saved is not None:
         saved.check_same(prepared.info(system))
         prepared = replace(prepared, max_context=max_length or saved.info.max_context)
-    options = replace(options, identity=client_identity(joining.identity, joining.invite))
+    options = joining.identified(options)
     options = chosen_swarm(options, whom, saved, partial(typed, context))
     with contextlib.ExitStack() as stack:
         journal = None

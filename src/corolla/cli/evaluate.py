@@ -14,16 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corolla.cli.chat import chosen_swarm
-from corolla.cli.common import (
-    CacheDirOption,
-    DtypeOption,
-    PeersOption,
-    TokenOption,
-    set_up_libraries,
-    typed,
-)
+from corolla.cli.common import set_up_libraries, typed
 from corolla.cli.fields import Fields, with_fields
-from corolla.cli.members import InviteOption, MemberOption, TrustOption, client_identity, trusted_servers
+from corolla.cli.members import MemberOptions
 from corolla.cli.partner import find_partner
 from corolla.cli.terminal import console, say_plainly
 from corolla.config import SwarmConfig
@@ -64,15 +57,9 @@ def evaluate(
     *,
     context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="Folder of a bundle, or its name on the hub.")],
-    peers: PeersOption = None,
     job: Annotated[dict[str, Any], Fields(EvalJob)],
-    token: TokenOption = None,
-    dtype: DtypeOption = "auto",
-    cache_dir: CacheDirOption = None,
+    member: Annotated[dict[str, Any], Fields(MemberOptions)],
     client: Annotated[dict[str, Any], Fields(SwarmConfig)],
-    identity: MemberOption = None,
-    invite: InviteOption = None,
-    trust: TrustOption = None,
 ) -> None:
     """Evaluate a bundle on conversations, beside the base model, and write a page about it."""
     set_up_libraries()
@@ -80,24 +67,24 @@ def evaluate(
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
     from corolla.tuning.bundle import load_bundle
 
-    to_do = EvalJob(**job)
-    described = load_bundle(bundle, token=token)
+    to_do, joining = EvalJob(**job), MemberOptions(**member)
+    described = load_bundle(bundle, revision=joining.revision, token=joining.token)
     folder = described.folder or Path(bundle)
     to_do, held_out_only = chosen_data(described, to_do)
-    prepared = prepare_evaluated(described, to_do, token, cache_dir, held_out_only=held_out_only)
-    options = SwarmConfig(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
+    prepared = prepare_evaluated(
+        described, to_do, joining.token, joining.cache_dir, held_out_only=held_out_only
+    )
+    options = joining.swarm(client)
     partner = find_partner(str(folder))
-    options = replace(options, identity=client_identity(identity, invite))
+    options = joining.identified(options)
     options = chosen_swarm(options, partner, None, partial(typed, context))
     with (
-        joined(options.peers, partner.model, partner.revision, cache_dir) as addresses,
+        joined(options.peers, partner.model, partner.revision, joining.cache_dir) as addresses,
         AutoDistributedModelForCausalLM.from_pretrained(
             partner.model,
             prompts=folder,
-            revision=partner.revision,
-            token=token,
-            dtype=dtype,
-            cache_dir=cache_dir,
+            dtype=joining.dtype,
+            **(joining.source() | {"revision": partner.revision}),
             **replace(options, peers=tuple(addresses)).arguments(),
         ) as model,
     ):

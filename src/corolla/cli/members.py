@@ -6,7 +6,7 @@ Invariant: the files of a client's membership lie in the user's data folder, in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,13 +32,12 @@ MemberOption = Annotated[
 
 
 @dataclass(frozen=True)
-class ClientOptions:
+class MemberOptions:
     """Where a client's part of a model comes from, and as whom it takes part."""
 
     peers: PeersOption = None
     revision: RevisionOption = None
     token: TokenOption = None
-    quantization: Annotated[str, "Of the embedding and the head, here: none, bfloat16 or int8."] = "none"
     identity: MemberOption = None
     invite: InviteOption = None
     trust: TrustOption = None
@@ -47,12 +46,26 @@ class ClientOptions:
 
     def swarm(self, more: Mapping[str, Any]) -> SwarmConfig:
         """Checked, with the options of `SwarmConfig` itself; nobody's identity yet. Raises `UsageError`."""
-        return SwarmConfig(
-            **more,
-            quantization=self.quantization,
-            trust=trusted_servers(self.trust),
-            peers=tuple(self.peers or ()),
-        )
+        return SwarmConfig(**more, trust=trusted_servers(self.trust), peers=tuple(self.peers or ()))
+
+    def identified(self, swarm: SwarmConfig) -> SwarmConfig:
+        """The same with the identity that the client goes by. Raises as `client_identity`."""
+        return replace(swarm, identity=client_identity(self.identity, self.invite))
+
+    def source(self) -> dict[str, Any]:
+        """Where the files come from, as `open_checkpoint` takes it."""
+        return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+
+
+@dataclass(frozen=True)
+class ClientOptions(MemberOptions):
+    """The same of a client that generates."""
+
+    quantization: Annotated[str, "Of the embedding and the head, here: none, bfloat16 or int8."] = "none"
+
+    def swarm(self, more: Mapping[str, Any]) -> SwarmConfig:
+        """See `MemberOptions.swarm`."""
+        return replace(super().swarm(more), quantization=self.quantization)
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from corolla.cli.common import (
-    DtypeOption,
-    PeersOption,
-    RevisionOption,
-    TokenOption,
-    set_up_libraries,
-)
+from corolla.cli.common import set_up_libraries
 from corolla.cli.fields import Fields, clean_text, with_fields
-from corolla.cli.members import (
-    InviteOption,
-    MemberOption,
-    TrustOption,
-    client_identity,
-    trusted_servers,
-)
+from corolla.cli.members import MemberOptions
 from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
 from corolla.config import SwarmConfig
@@ -78,6 +66,7 @@ class TuneJob:
     model: str = "smollm2"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
+    cache_dir: Path | None = None
     dtype: str = "auto"
     client: SwarmConfig = field(default_factory=SwarmConfig)
 
@@ -123,7 +112,6 @@ class TuneJob:
 def tune(
     *,
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file or smollm2.")] = "smollm2",
-    peers: PeersOption = None,
     job: Annotated[dict[str, Any], Fields(TuneJob)],
     max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 256,
     style: Annotated[
@@ -142,21 +130,17 @@ def tune(
     settings: Annotated[dict[str, Any], Fields(TuneSettings)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    dtype: DtypeOption = "auto",
+    member: Annotated[dict[str, Any], Fields(MemberOptions)],
     client: Annotated[dict[str, Any], Fields(SwarmConfig)],
-    identity: MemberOption = None,
-    invite: InviteOption = None,
-    trust: TrustOption = None,
 ) -> None:
     """Train a prompt on conversations, through the swarm, and save it as a bundle to chat with."""
     set_up_libraries()
     from corolla.cli.local_swarm import joined
     from corolla.tuning.checkpoints import RunFolder
 
-    options = SwarmConfig(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
-    to_do = TuneJob(**job, model=model, revision=revision, token=token, dtype=dtype, client=options)
+    joining = MemberOptions(**member)
+    options = joining.swarm(client)
+    to_do = TuneJob(**job, **joining.source(), model=model, dtype=joining.dtype, client=options)
     rendering = RenderSettings(
         style="delimiter" if style == "auto" and delimiter is not None else style,
         delimiter=_unescaped(RenderSettings.delimiter if delimiter is None else delimiter),
@@ -167,12 +151,12 @@ def tune(
     if to_do.push is not None:
         from corolla.tuning.sharing import check_push
 
-        check_push(to_do.push, token)
+        check_push(to_do.push, to_do.token)
     RunFolder(to_do.out).check(resume=resume, overwrite=overwrite)
     with stopped_by_ctrl_c(to_do.out):
         prepared = prepare_data(to_do, how)
-        options = replace(options, identity=client_identity(identity, invite))
-        with joined(options.peers, model, revision) as addresses:
+        options = joining.identified(options)
+        with joined(options.peers, model, to_do.revision, to_do.cache_dir) as addresses:
             train_and_report(
                 replace(to_do, client=options),
                 how,
@@ -182,12 +166,12 @@ def tune(
                 overwrite=overwrite,
                 again=resume_command(),
             )
-    show_next_step(to_do.out, peers)
+    show_next_step(to_do.out, joining.peers)
     if to_do.push is not None:
         from corolla.tuning.bundle import load_bundle
 
         bundle = load_bundle(to_do.out)
-        say_plainly(f"Shared: {bundle.push_to_hub(to_do.push, token=token, private=to_do.private)}")
+        say_plainly(f"Shared: {bundle.push_to_hub(to_do.push, token=to_do.token, private=to_do.private)}")
 
 
 @contextlib.contextmanager
@@ -220,7 +204,7 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
     from corolla.tuning.batches import prepare
     from corolla.tuning.progress import planned_steps
 
-    checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token)
+    checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token, cache_dir=job.cache_dir)
     job.client.check_local(checkpoint.num_blocks)
     check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
     conversations, report = load_conversations(
@@ -294,6 +278,7 @@ def train_and_report(
         dtype=job.dtype,
         revision=job.revision,
         token=job.token,
+        cache_dir=job.cache_dir,
         seed=settings.seed,
         **replace(job.client, peers=tuple(peers)).arguments(),
     ) as model:

@@ -16,7 +16,8 @@ from corolla.client.sessions.prefixes import PrefixIndex
 from corolla.client.view import SwarmView
 from corolla.config import SwarmConfig
 from corolla.models.crossing import Crossing
-from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.node import Node
 
 T = TypeVar("T")
 

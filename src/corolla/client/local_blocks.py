@@ -115,7 +115,7 @@ class LocalSession:
         with self._lock:
             return self._cache.read(tokens)
 
-    def begin_as(self, other: LocalSession, tokens: int) -> None:
+    def fork_from(self, other: LocalSession, tokens: int) -> None:
         """Hold the first `tokens` of what the other does; nothing is shared that either changes."""
         with other._lock:
             self._cache = copy.deepcopy(other._cache)

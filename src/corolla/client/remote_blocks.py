@@ -7,9 +7,7 @@ back to the device that they came from.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,7 +79,7 @@ class RemoteBlocks:
         return self.run(hidden, BlocksCall(mask, positions, None, None, 0))
 
     def open_chain(self, deep: BlockVectors | None = None) -> SessionChain:
-        """A session over these blocks, with nothing in it yet; see `SessionChain`."""
+        """A session over these blocks, which no server hears of before its first step; see `SessionChain`."""
         front = None
         if self.local is not None and self.start < self.remote_start:
             front = LocalSession(self.local, self.start, self.remote_start)
@@ -137,35 +135,6 @@ class RemoteBlocks:
         """Give the session a pass that was deferred, unless this step takes it back."""
         if cache.deferred is not None and start:
             cache.session.step(cache.deferred.hidden, cache.deferred.call)
-
-
-class LaterSession:
-    """A `models.cache.BlocksSession` that is opened when its cache is continued, which most caches never are.
-
-    A cache that is dropped must not hold the servers' memory, so the session ends with this object.
-    """
-
-    def __init__(self, blocks: RemoteBlocks) -> None:
-        self._blocks = blocks
-
-    @cached_property
-    def chain(self) -> SessionChain:
-        """The session."""
-        chain = self._blocks.open_chain()
-        weakref.finalize(self, close_soon, self._blocks.connection, chain)
-        return chain
-
-    def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
-        """See `BlocksSession`."""
-        return self.chain.step(hidden, call)
-
-    def reorder(self, rows: Tensor) -> None:
-        """See `BlocksSession`."""
-        self.chain.reorder(rows)
-
-    def reserve(self, tokens: int) -> None:
-        """See `BlocksSession`."""
-        self.chain.reserve(tokens)
 
 
 def close_soon(connection: SwarmConnection, chain: SessionChain) -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 from corolla.config import SwarmConfig
 from corolla.errors import LyingServer, SwarmUnavailable
 from corolla.swarm.directory.directory import Directory, ServerRecord
-from corolla.swarm.directory.routing import KINDS, Hop
+from corolla.swarm.directory.routing import KINDS, Hop, numerics_of
 from corolla.text import get_logger
 from corolla.wire.messages import SILENCE_SECONDS
 
@@ -62,7 +62,8 @@ class Records:
         moved: Callable[[str], None],
     ) -> None:
         """`moved` hears of a peer that has come back with other blocks."""
-        self.known: list[ServerRecord] = []  # those that compute in a kind of arithmetic that there is
+        self.known: list[ServerRecord] = []  # those that compute in numerics that there are
+        self.by_numerics: dict[str, list[ServerRecord]] = {}  # in the order of `routing.KINDS`
         self.untrusted = 0  # servers of the model that the user has left out
         self.cut_short = False  # the directory was not read to its end: there may be others
         self._directory = directory
@@ -125,6 +126,9 @@ class Records:
             if (before.start, before.end) != (record.start, record.end):
                 self._moved(record.peer_id)
         self.known, self._by_peer = records, {one.peer_id: one for one in records}
+        self.by_numerics = {kind: [] for kind in numerics_of(records)}
+        for record in records:
+            self.by_numerics[record.numerics].append(record)
 
     def _may_be_there(self, record: ServerRecord, named: dict[str, float]) -> bool:
         """Whether a server that was known, and may not have been named now, was named not long ago."""
@@ -227,8 +231,11 @@ class Health:
         return min((until - now for until in moments if until > now), default=0.0)
 
     def _still(self, until: dict[str, float]) -> set[str]:
+        """Whose time is not over; others are forgotten."""
         now = self._clock()
-        return {peer for peer, end in until.items() if end > now}
+        for peer in [peer for peer, end in until.items() if end <= now]:
+            del until[peer]
+        return set(until)
 
 
 @dataclass(frozen=True)

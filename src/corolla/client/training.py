@@ -13,6 +13,7 @@ import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -174,7 +175,7 @@ class TrainingPass:
 
         return self._unpacked(
             await _together(one, self._micro_batches),
-            self._view.crossing.leaving(hidden, self._start, self._end),
+            self._view.leaving(hidden, self._start, self._end),
         )
 
     async def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -214,7 +215,7 @@ class TrainingPass:
     async def _forward(self, micro: MicroBatch, hidden: Tensor, start: int, end: int) -> Tensor:
         """Take a micro-batch through blocks [start, end), noting each span's input in `micro.stages`."""
         value, block = hidden, start
-        kind: str | None = None  # the arithmetic of what has been computed so far
+        numerics: str | None = None  # the arithmetic of what has been computed so far
 
         async def one_span(hop: Hop, careful: bool) -> tuple[Stage, Tensor]:
             if careful and value.shape[1] > 1:
@@ -223,27 +224,25 @@ class TrainingPass:
             message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
             tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
             reply = await self._exchange(hop, message, tensors)
-            output = checked(
-                reply, "hidden", self._view.crossing.leaving(value, hop.start, hop.end), hop.peer_id
-            )
+            output = self._view.output_of(reply, value, hop)
             self._show(Answer(hop, "forward", tensors, {"hidden": output}))
             return Stage(hop, value, lease), output
 
         async def attempt() -> Tensor:
-            nonlocal value, block, kind
-            if block > start and self._view.begins_anew(kind, block, start, end):
-                value, block, kind = hidden, start, None
+            nonlocal value, block, numerics
+            if block > start and self._view.restarts_elsewhere(numerics, block, start, end):
+                value, block, numerics = hidden, start, None
                 micro.stages.clear()
             while block < end:
                 stage, value = await self._view.first(
-                    block, end, one_span, tokens=len(micro.places), kind=kind
+                    block, end, one_span, tokens=len(micro.places), numerics=numerics
                 )
                 micro.stages.append(stage)
-                block, kind = stage.hop.end, self._view.expected_kind(stage.hop.peer_id)
+                block, numerics = stage.hop.end, self._view.expected_numerics(stage.hop.peer_id)
             return value
 
         output = await self._retry.run(attempt, what="a forward pass", done=lambda: block)
-        self._view.begun(kind, start, end)
+        self._view.settle_numerics(numerics, start, end)
         return output
 
     async def _ask_little(self, hop: Hop, value: Tensor) -> None:
@@ -251,9 +250,7 @@ class TrainingPass:
         tensors = {"hidden": value[:, :1], "lengths": torch.ones(1, dtype=torch.int64)}
         message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=None)
         reply = await self._exchange(hop, message, tensors)
-        checked(
-            reply, "hidden", self._view.crossing.leaving(tensors["hidden"], hop.start, hop.end), hop.peer_id
-        )
+        self._view.output_of(reply, tensors["hidden"], hop)
 
     async def _backward(self, micro: MicroBatch, grad: Tensor) -> tuple[Tensor, list[tuple[Hop, Tensor]]]:
         stages = list(micro.stages)
@@ -330,10 +327,11 @@ class TrainingPass:
 
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         began = self._view.now()
-        channels = self._view.channels
-        reply = await self._view.naming.ask(
-            hop, Packet(message, tensors), self._deep, lambda packet: channels.ask(hop.peer_id, packet)
-        )
+        packet, ask = Packet(message, tensors), partial(self._view.channels.ask, hop.peer_id)
+        if self._deep is not None and "prefix" in tensors:
+            reply = await self._view.sent_prefixes.ask(hop, packet, self._deep, ask)
+        else:
+            reply = await ask(packet)
         sent = next(iter(tensors.values()))
         nbytes = 2 * sum(tensor.nbytes for tensor in tensors.values())
         self._view.answered(hop, int(sent.shape[1]), nbytes, self._view.now() - began)

@@ -13,8 +13,11 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-from corolla.client.naming import Naming
+from cachetools import LRUCache
+from torch import Tensor
+
 from corolla.client.race import Race
+from corolla.client.sent_prefixes import SentPrefixes
 from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
@@ -29,7 +32,7 @@ from corolla.errors import (
 from corolla.models.crossing import Crossing, Form
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
-from corolla.swarm.channel import ChannelPool
+from corolla.swarm.channel import ChannelPool, checked
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.routing import (
     HOP_SECONDS,
@@ -39,15 +42,16 @@ from corolla.swarm.directory.routing import (
     block_seconds,
     find_route,
     first_hops,
-    numerics_of,
     uncovered,
 )
 from corolla.swarm.transport.base import Transport
 from corolla.wire.failures import Remedy, remedy_of
+from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, SILENCE_SECONDS
 
 T = TypeVar("T")
 
+MOST_LACKING = 1024  # peers
 REST_SHUT_OUT = 60.0  # seconds for which a peer that does not let us in is left alone
 CURIOUS_SECONDS = 60.0  # after which a stranger that says it is so many times faster is tried
 MUCH_FASTER = 1.5
@@ -88,10 +92,11 @@ class SwarmView:
         self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self.heard)
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
-        self.naming = Naming()
-        self.lacking_bundles: dict[str, str] = {}  # see `bundles.ask_to_open`
+        self.sent_prefixes = SentPrefixes()
+        # See `prefilled.ask_to_open`; whoever is forgotten is asked once more.
+        self.lacking_bundles: LRUCache[str, str] = LRUCache(MOST_LACKING)
         self._mixed, self._local_blocks = config.mixed, config.local_blocks
-        self.kind: str | None = None  # the arithmetic in which all blocks have answered; None until then
+        self.numerics: str | None = None  # the arithmetic in which all blocks have answered; None until then
         self._introductions = introductions or Introductions(transport)
         self._shut_out: dict[str, float] = {}  # peers that refuse this client -> when it was last presented
         self._paces = Paces()
@@ -155,22 +160,22 @@ class SwarmView:
         return self._choose(find_route, start, end, None)[0]
 
     def _choose(
-        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None
+        self, choose: Callable[..., list[Hop]], start: int, end: int, numerics: str | None
     ) -> list[list[Hop]]:
-        """What `choose` makes of those who are best asked, for each kind of arithmetic that may be begun with.
+        """What `choose` makes of those who are best asked, for each numerics that may be begun with.
 
         Peers that failed lately may be back already, and are used where there are no others.
         """
         condemned = set(self.verdicts.condemned)
-        if condemned and self.kind not in map(self.numerics_of, self.health.proven - condemned):
-            self.kind = None  # nobody but liars has ever answered in it
+        if condemned and self.numerics not in map(self.numerics_of, self.health.proven - condemned):
+            self.numerics = None  # nobody but liars has ever answered in it
         avoided, resting, busy = self.health.now()
         avoided |= self.health.doubted()
         resting |= condemned
         with contextlib.suppress(MissingBlocks):
-            return self._choose_among(choose, start, end, kind, avoided | resting)
+            return self._choose_among(choose, start, end, numerics, avoided | resting)
         try:
-            return self._choose_among(choose, start, end, kind, resting)
+            return self._choose_among(choose, start, end, numerics, resting)
         except MissingBlocks as missing:
             if not resting:
                 raise
@@ -183,27 +188,28 @@ class SwarmView:
             ) from missing
 
     def _choose_among(
-        self, choose: Callable[..., list[Hop]], start: int, end: int, kind: str | None, avoid: set[str]
+        self, choose: Callable[..., list[Hop]], start: int, end: int, numerics: str | None, avoid: set[str]
     ) -> list[list[Hop]]:
         now = self.now()
-        records = self._paces.seen(self.records.known, now)
+        seen = partial(self._paces.seen, now=now)
         proven = {peer for peer in self.health.proven if not self._paces.is_slow(peer, now)}
         how: dict[str, Any] = {"avoid": avoid, "proven": proven}
         if self._mixed:
-            return [choose(records, start, end, **how)]
-        begun = self.kind or kind
+            return [choose(seen(self.records.known), start, end, **how)]
+        begun, offered = self.numerics or numerics, self.records.by_numerics
         found = []
-        for one in numerics_of(records) if begun is None else [begun]:
+        for one in offered if begun is None else [begun]:
             with contextlib.suppress(MissingBlocks):
-                found.append(choose([r for r in records if r.numerics == one], start, end, **how))
+                found.append(choose(seen(offered.get(one, [])), start, end, **how))
         if found:
             return sorted(found, key=lambda hops: hops[0].peer_id not in proven)
-        find_route(records, start, end, avoid=avoid)  # raises, unless the kinds are the only trouble
-        offered = ", ".join(numerics_of(records))
+        find_route(
+            self.records.known, start, end, avoid=avoid
+        )  # raises, unless numerics are the only trouble
         said = "no single one" if begun is None else f"no longer {begun}, begun with,"
         raise MissingBlocks(
-            f"Blocks {start}:{end} of {self.model_name} are served as {offered}, but {said} covers them all: "
-            "wait or start such a server, or load the model with mixed=True, which is less exact.",
+            f"Blocks {start}:{end} of {self.model_name} are served as {', '.join(offered)}, but {said} covers them "
+            "all: wait or start such a server, or load the model with mixed=True, which is less exact.",
             blocks=list(range(start, end)),
         )
 
@@ -214,19 +220,19 @@ class SwarmView:
         work: Callable[[Hop, bool], Awaitable[T]],
         *,
         tokens: int,
-        kind: str | None = None,
+        numerics: str | None = None,
         discard: Callable[[T], Awaitable[None]] | None = None,
     ) -> T:
         """The result of `work` for blocks from `start` on, as far towards `end` as the server that does it goes.
 
         A peer that has answered before is asked alone; of strangers several may be, side by side. `tokens` (rows x
-        tokens) says how much it is; `kind` in which arithmetic, where only some of the blocks have answered yet.
+        tokens) says how much it is; `numerics` in which arithmetic, where only some of the blocks have answered yet.
         Raises as `route`, and what `work` raises; for its second argument, and `discard`, see `Race`.
         """
 
         def in_turns() -> list[Hop]:
-            kinds = self._choose(first_hops, start, end, kind)
-            return [hop for hops in zip_longest(*kinds) for hop in hops if hop is not None]
+            found = self._choose(first_hops, start, end, numerics)
+            return [hop for hops in zip_longest(*found) for hop in hops if hop is not None]
 
         hops = await self._renewed(in_turns)
         newer = self._newcomer(hops)
@@ -290,35 +296,35 @@ class SwarmView:
             return False
         return True
 
-    def begins_anew(self, kind: str | None, block: int, start: int, end: int) -> bool:
-        """Whether what was begun in this kind of arithmetic, and is stuck at a block, is better begun in another.
+    def restarts_elsewhere(self, numerics: str | None, block: int, start: int, end: int) -> bool:
+        """Whether what was begun in these numerics, and is stuck at a block, is better begun in others.
 
-        That can only be before all blocks have answered in one kind. `start` and `end` are those of the whole.
+        That can only be before all blocks have answered in the same. `start` and `end` are those of the whole.
         """
-        if self.kind is not None or kind is None or self._mixed or self._is_offered(kind, block, end):
+        if (
+            self.numerics is not None
+            or numerics is None
+            or self._mixed
+            or self._is_offered(numerics, block, end)
+        ):
             return False
-        return any(
-            self._is_offered(one, start, end) for one in numerics_of(self.records.known) if one != kind
-        )
+        return any(self._is_offered(one, start, end) for one in self.records.by_numerics if one != numerics)
 
-    def begun(self, kind: str | None, start: int, end: int) -> None:
-        """Blocks [start, end) have answered in this kind of arithmetic: all that follows is computed in it.
+    def settle_numerics(self, numerics: str | None, start: int, end: int) -> None:
+        """Blocks [start, end) have answered in these numerics: all that follows is computed in it.
 
         Where they are not all blocks, the others must at least be offered in it.
         """
-        if self.kind is None and kind is not None and not self._mixed:
+        if self.numerics is None and numerics is not None and not self._mixed:
             rest = ((self._local_blocks, start), (end, self.num_blocks))
-            if all(a >= b or self._is_offered(kind, a, b) for a, b in rest):
-                self.kind = kind
+            if all(a >= b or self._is_offered(numerics, a, b) for a, b in rest):
+                self.numerics = numerics
 
-    def _is_offered(self, kind: str, start: int, end: int) -> bool:
-        """Whether servers that have not failed lately cover blocks [start, end) in this kind of arithmetic."""
+    def _is_offered(self, numerics: str, start: int, end: int) -> bool:
+        """Whether servers that have not failed lately cover blocks [start, end) in these numerics."""
         avoided, resting, _ = self.health.now()
-        return not uncovered(
-            (r for r in self.records.known if r.numerics == kind and r.peer_id not in avoided | resting),
-            start,
-            end,
-        )
+        offered = self.records.by_numerics.get(numerics, [])
+        return not uncovered((r for r in offered if r.peer_id not in avoided | resting), start, end)
 
     async def usable(self) -> list[ServerRecord]:
         """The records of servers that may be asked now."""
@@ -327,14 +333,22 @@ class SwarmView:
         avoided |= resting | set(self.verdicts.condemned)
         return [one for one in self.records.known if one.state == "serving" and one.peer_id not in avoided]
 
-    def expected_kind(self, peer: str) -> str:
+    def expected_numerics(self, peer: str) -> str:
         """In what arithmetic the peer was asked to compute, whatever its record says by now."""
-        return self.kind or self.numerics_of(peer) or ""
+        return self.numerics or self.numerics_of(peer) or ""
 
     def numerics_of(self, peer: str) -> str | None:
         """In what arithmetic the peer says that it computes; None for one that is not in the directory."""
         record = self.records.of(peer)
         return None if record is None else record.numerics
+
+    def leaving(self, sent: Tensor, start: int, end: int) -> Tensor:
+        """A tensor of the form that leaves blocks [start, end) for what is `sent` to them; of no meaning."""
+        return sent if self.crossing.plain else self.crossing.leaving(sent, start, end)
+
+    def output_of(self, reply: Packet, sent: Tensor, hop: Hop) -> Tensor:
+        """The outputs of a hop's blocks for what it was `sent`. Raises `ProtocolError` for another form."""
+        return checked(reply, "hidden", self.leaving(sent, hop.start, hop.end), hop.peer_id)
 
     async def failed(self, error: RemoteError) -> None:
         """Draw the consequences for the peer that `error` names."""

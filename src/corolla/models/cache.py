@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeVar, cast, get_args
 
 import torch
@@ -132,7 +132,7 @@ class RemoteCache(_OneGrowingLayer):
 
     def __init__(
         self,
-        session: BlocksSession,
+        open_session: Callable[[RemoteCache], BlocksSession],
         *,
         prompt_length: int,
         prefix_length: int = 0,
@@ -141,14 +141,16 @@ class RemoteCache(_OneGrowingLayer):
         fork: Callable[[RemoteCache], RemoteCache] | None = None,
         lazy: bool = False,
     ) -> None:
-        """`prompt_length` tokens of a prompt are run before the user's; `prefix_length` positions come before those.
+        """`open_session` gives what stands behind the cache, once it is needed: most caches are never continued.
+
+        `prompt_length` tokens of a prompt are run before the user's; `prefix_length` positions come before those.
 
         `owner` is what all caches of a model have in common; `fork` makes another one that goes on from it.
 
         A `lazy` cache is of a call that may never be continued: servers are given it when it is.
         """
         super().__init__()
-        self.session = session
+        self._open_session = open_session
         self.prompt_length = prompt_length
         self.prefix_length = prefix_length
         self.max_length = max_length
@@ -207,15 +209,15 @@ class RemoteCache(_OneGrowingLayer):
 
     # --- what Corolla asks for --------------------------------------------------------------------------
 
+    @cached_property
+    def session(self) -> BlocksSession:
+        """The keys and values, wherever they are."""
+        return self._open_session(self)
+
     @property
     def rows(self) -> int:
         """Sequences in the cache; 0 before the first step."""
         return 0 if self.ids is None else int(self.ids.shape[0])
-
-    @property
-    def has_embeddings(self) -> bool:
-        """Whether some tokens are known as embeddings only."""
-        return self.ids is not None and bool((self.ids < 0).any())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` of the user's tokens."""

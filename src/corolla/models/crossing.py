@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -90,7 +91,7 @@ class Crossing:
     store: tuple[str, int] | None = None  # name and place of the argument that is the dictionary
     handed: tuple[Handed, ...] = ()
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether it is one hidden state a token, and nothing else."""
         return not (self.sides or self.handed) and (self.hidden.rows, self.hidden.tokens) == (0, 1)
@@ -109,7 +110,7 @@ class Crossing:
 
     def leaving(self, entering: Tensor, start: int, end: int) -> Tensor:
         """A tensor of the form that leaves blocks [start, end), given what enters them; of no meaning."""
-        if self.plain or self.width(start) == self.width(end):
+        if self.width(start) == self.width(end):
             return entering
         return entering[..., :1].expand(*entering.shape[:-1], self.width(end))
 

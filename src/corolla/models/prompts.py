@@ -344,7 +344,7 @@ class DeepRows:
 
 
 def packed_hooks(deep: DeepRows) -> list[list[BlockHook]]:
-    """For `Passage`: what a packed pass with deep prompts does before each block."""
+    """For `BlocksPass`: what a packed pass with deep prompts does before each block."""
 
     def adder(vectors: Tensor) -> BlockHook:
         return lambda _block, args: (add_deep_packed(args[0], vectors, deep.tokens), *args[1:])

@@ -8,16 +8,18 @@ hidden states (mask, position ids, prompts, cache) is taken where the base model
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -35,7 +37,6 @@ from corolla.models.cache import (
     take_cache,
 )
 from corolla.models.crossing import Crossing
-from corolla.models.private_config import with_attention
 from corolla.models.prompts import (
     Prompt,
     SoftPrompt,
@@ -391,3 +392,40 @@ def _look_alike(block: nn.Module, stand_in: nn.Module) -> None:
     for name, value in vars(block).items():
         if isinstance(value, str | int) and not name.startswith("_") and not hasattr(stand_in, name):
             setattr(stand_in, name, value)
+
+
+def with_attention(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """`config` as a module sees it whose attention is the one registered as `name`; the rest is `config`'s own.
+
+    Whichever of the two is changed, both are; whoever copies or saves it gets `config`, so the name never leaves
+    the module.
+    """
+    family: Any = type(config)
+    kind: Any = _private_class(family, name)
+    made = kind.__new__(kind)
+    object.__setattr__(made, "__dict__", config.__dict__)
+    object.__setattr__(made, "_public", config)
+    private: PretrainedConfig = made
+    return private
+
+
+@lru_cache
+def _private_class(family: Any, name: str) -> Any:
+    def deepcopy(self: Any, memo: dict[int, Any]) -> PretrainedConfig:
+        found: PretrainedConfig = copy.deepcopy(self._public, memo)
+        return found
+
+    def reduce(self: Any, _protocol: Any) -> Any:
+        return copy.copy, (self._public,)
+
+    def set_public(self: Any, value: Any) -> None:
+        self._public._attn_implementation = value
+
+    members = {
+        "__slots__": ("_public",),
+        "__module__": family.__module__,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
+        "_attn_implementation": property(lambda _self: name, set_public),
+    }
+    return type(family.__name__, (family,), members)

@@ -20,11 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
-from corolla.models.attention.packing import PackedBatch
+from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
-from corolla.models.attention.registry import PACKED, packed
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
+from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_ins
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
@@ -32,10 +32,9 @@ from corolla.models.checks.forms import crossing_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.crossing import Crossing
-from corolla.models.families import Structure, block_key_pattern, slice_config, structure
+from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
-from corolla.models.parts import narrow_stand_ins, span_class
-from corolla.models.passage import Passage, WidePassage
+from corolla.models.parts import span_class
 from corolla.models.prompts import (
     BlockHook,
     DeepRows,
@@ -53,6 +52,13 @@ class Span:
     end: int
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
+    hidden_size: int  # H, the width of the hidden states
+    width: (
+        int  # W, of what enters the first block: H, and whatever else the blocks need (`models/crossing.py`)
+    )
+    width_behind: int  # W', of what leaves the last block
+    feed_forward_size: int  # of the widest block
+    heads: int  # of the block that has most
 
     def __init__(
         self,
@@ -71,6 +77,10 @@ class Span:
         self.end = end
         self.packable = packable
         self._blocks = blocks
+        self.hidden_size = int(model.config.hidden_size)
+        self.width, self.width_behind = crossing.width(start), crossing.width(end)
+        self.feed_forward_size = largest(model.config, "intermediate_size") or 4 * self.hidden_size
+        self.heads = largest(model.config, "num_attention_heads") or 1
         self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
@@ -93,21 +103,6 @@ class Span:
         """The blocks themselves, in order."""
         found: nn.ModuleList = getattr(self.model, self._blocks)
         return found
-
-    @property
-    def hidden_size(self) -> int:
-        """H, the width of the hidden states."""
-        return int(self.config.hidden_size)
-
-    @property
-    def width(self) -> int:
-        """W, of what enters the first block: H, and whatever else the blocks need (`models/crossing.py`)."""
-        return self.crossing.width(self.start)
-
-    @property
-    def width_behind(self) -> int:
-        """W', of what leaves the last block."""
-        return self.crossing.width(self.end)
 
     @property
     def device(self) -> torch.device:
@@ -297,13 +292,13 @@ class Span:
         """The family's own code over what crosses the cut, [R, T, W]."""
         if not self.crossing.plain:
             return self._run_wide(hidden, hooks, arguments)
-        passage = Passage(self.blocks, hidden, hooks)
-        with passage.under_way():
+        one_pass = BlocksPass(self.blocks, hidden, hooks)
+        with one_pass.hooked():
             # The code may write to what it is given before the first block gets the hidden states themselves.
             self.model(inputs_embeds=torch.zeros_like(hidden), **arguments)
-        if passage.left is None:
+        if one_pass.left is None:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
-        return passage.left
+        return one_pass.left
 
     def _run_wide(
         self, crossing: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]
@@ -311,13 +306,13 @@ class Span:
         """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
         crossed = self.crossing.split(crossing, self.start)
         cache = arguments.get(self.cache_name)
-        passage = WidePassage(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
+        one_pass = WideBlocksPass(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
         tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
-        with passage.under_way():
+        with one_pass.hooked():
             self.model(input_ids=tokens, **arguments)
-        if passage.left is None:
+        if one_pass.left is None:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
-        return passage.join(self.end)
+        return one_pass.join(self.end)
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:

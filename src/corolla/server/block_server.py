@@ -21,15 +21,14 @@ from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.latent import MOST_EXPANDED
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
-from corolla.models.families import largest
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span
-from corolla.server.kept import KnownPrefix, Prefixes
-from corolla.server.peers import Diary, Leases, PeerLimits
+from corolla.server.peers import Leases, PeerLimits, UsageLog
+from corolla.server.prefixes import KnownPrefix, Prefixes
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.threads import FreeCpus, ThreadChooser, run_pass
-from corolla.server.sessions.bundles import Bundle, Entering, prefill
+from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.prefilled import EnteringPrompt, PrefilledPrompt, prefill
 from corolla.server.sessions.store import SessionStore
 from corolla.version import __version__
 from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
@@ -89,10 +88,10 @@ class BlockServer:
         )
         self.cpus = FreeCpus(threads)
         self.sessions = SessionStore(self.engine)
-        self.bundles: dict[str, Bundle] = {}  # by `models.prompts.digest`
+        self.bundles: dict[str, PrefilledPrompt] = {}  # by `models.prompts.digest`
         self.prefixes = Prefixes(PREFIX_BYTES, time.monotonic)
         self.counters = Counters()
-        self.diary = Diary()
+        self.usage = UsageLog()
         self.draining = False
         self._open_requests = 0
         self._untidy = True
@@ -100,7 +99,7 @@ class BlockServer:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def prefill_bundles(self, bundles: Sequence[Entering | BlockVectors]) -> None:
+    async def prefill_bundles(self, bundles: Sequence[EnteringPrompt | BlockVectors]) -> None:
         """Compute prompts once for all clients, and keep them, and prefixes, for good.
 
         Raises `UsageError` if there is no room, or for a prefix that these blocks cannot take.
@@ -108,7 +107,7 @@ class BlockServer:
         for prefix in bundles:
             if isinstance(prefix, BlockVectors):
                 self._keep_prefix(prefix)
-        prompts = [one for one in bundles if isinstance(one, Entering)]
+        prompts = [one for one in bundles if isinstance(one, EnteringPrompt)]
         needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
         if needed >= self.budget.capacity:
             raise UsageError(
@@ -127,7 +126,7 @@ class BlockServer:
             check_prefix(own, self.span)
         except RequestRefused as refusal:
             raise UsageError(f"A bundle is not for this model: {refusal}") from refusal
-        self.prefixes.everybodys[prefix.digest] = KnownPrefix(self.span.start, own)
+        self.prefixes.public[prefix.digest] = KnownPrefix(self.span.start, own)
 
     def part(self, message: OpenSession | Forward | Backward) -> Span:
         """The part of the span that the message is for. Raises `RequestRefused`."""
@@ -147,12 +146,12 @@ class BlockServer:
         if self.draining:
             raise RequestRefused("This server is going away; use another.", code="draining")
 
-    def give_way(self) -> float:
+    def yield_to_others(self) -> float:
         """In the middle of training: what others ask comes in between, and a look at who else needs the CPUs.
 
         The seconds that others were given.
         """
-        away = self.engine.give_way()
+        away = self.engine.yield_to_others()
         self.cpus.take()
         return away
 
@@ -301,15 +300,12 @@ def working_bytes(
     a mask. `copied` are numbers of a prefix that each block puts before its sequences; code that cannot be packed has
     them in a cache, of all blocks at once.
     """
-    config, size = span.config, span.dtype.itemsize
+    size = span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
-    inner = largest(config, "intermediate_size") or 4 * span.hidden_size
-    activations = rows * tokens * (7 * span.hidden_size + span.width + 3 * inner) * size
-    if getattr(config, "_attn_implementation", "eager") == "eager":
+    activations = rows * tokens * (7 * span.hidden_size + span.width + 3 * span.feed_forward_size) * size
+    if getattr(span.config, "_attn_implementation", "eager") == "eager":
         # The products, and their softmax, which is computed in float32 at least.
-        attention = (
-            rows * (largest(config, "num_attention_heads") or 1) * tokens * total * (size + max(4, size))
-        )
+        attention = rows * span.heads * tokens * total * (size + max(4, size))
     else:
         attention = rows * tokens * total * size
     holding = blocks if span.packable else span.end - span.start + 1

@@ -76,7 +76,7 @@ async def handle(server: BlockServer, stream: Stream) -> None:
     """Serve one stream until it ends. With its first argument bound, a `StreamHandler` for `Transport.serve`."""
     conversation = _Stream(server, stream)
     try:
-        with server.limits.stream(conversation), server.diary.stream(stream.peer_id):
+        with server.limits.stream(conversation), server.usage.stream(stream.peer_id):
             await conversation.run()
     except RequestRefused as refusal:
         await conversation.refuse(failure_from(refusal))
@@ -119,7 +119,7 @@ class _Stream:
         """Answer requests until the stream ends. Cancelled, it leaves nothing running."""
         self._incoming = incoming = self._listen()
         try:
-            while await self._begun(incoming):
+            while await self._has_come(incoming):
                 packet = await incoming
                 counted = self._in_flight.complete()
                 self._incoming = incoming = self._listen()
@@ -131,9 +131,9 @@ class _Stream:
         except (PeerDisconnected, PeerSilent):
             return
         finally:
-            await give_up(incoming)
+            await cancel_and_wait(incoming)
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         """Let `run` return, whatever it does."""
         if self._incoming is not None:
             self._incoming.cancel()
@@ -141,7 +141,7 @@ class _Stream:
     def _listen(self) -> asyncio.Task[Packet]:
         return asyncio.create_task(self._channel.receive(timeout=None))
 
-    async def _begun(self, incoming: asyncio.Task[Packet]) -> bool:
+    async def _has_come(self, incoming: asyncio.Task[Packet]) -> bool:
         """Wait for a request to be there; False for a stream that was ended, or that nobody uses.
 
         A client that is silent for long loses its session first.
@@ -178,7 +178,7 @@ class _Stream:
                     return True
                 return await answer  # when a request came in, its client has the answer to this one already
         finally:
-            await give_up(answer)
+            await cancel_and_wait(answer)
             self._answering = False
             if not isinstance(packet.message, Ping):
                 self._last_asked = self._server.limits.clock()
@@ -229,7 +229,7 @@ class _Stream:
                 return Packet(Closed())
         peer, message = self._client.peer, packet.message
         what, tokens = _work_of(packet)
-        with self._server.diary.work(peer, what, tokens):
+        with self._server.usage.work(peer, what, tokens):
             request = REQUESTS[type(message)](self._server, self._client, message, packet.tensors)
             request.check()
             if isinstance(request, ReadRequest):
@@ -250,7 +250,7 @@ def _work_of(packet: Packet) -> tuple[str, int]:
     return ("training" if isinstance(packet.message, Forward | Backward) else "sessions"), tokens
 
 
-async def give_up(task: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
     """End a task whose result nobody wants any more; none is left behind."""
     task.cancel()
     await asyncio.wait({task})

@@ -2,7 +2,8 @@
 
 Invariant: no account is ever above its total, and everything that a stream took is given back when the stream
 ends, however it ends. Room in the attention cache has a budget of its own (`kv_cache.py`) by the same rules.
-Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`who_gives_way`).
+Identities cost nothing, so what is held but not used is the first to go when somebody else asks (`choose_evictions`).
+What a peer has given, or had computed, is kept under that peer's names only (`PeerCache`): nobody finds another's.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from cachetools import TTLCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.kept import Kept
-from corolla.server.scheduler.shares import PeerHistory
+from corolla.server.scheduler.accounting import PeerHistory
 from corolla.text import get_logger, one_line
 
 log = get_logger(__name__)
 
 H = TypeVar("H", bound="Holder")
+K = TypeVar("K", bound="Sized")
 
 MIB = 2**20
 SMALL_REQUEST = 128 * 1024  # bytes
@@ -73,7 +75,7 @@ class Holder(Protocol):
     def idle_after(self) -> float | None:
         """Seconds without use after which anybody may have what it holds; None while nobody may."""
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         """What it held is another's now."""
 
 
@@ -82,7 +84,7 @@ def is_idle(holder: Holder, now: float) -> bool:
     return holder.idle_after is not None and now - holder.last_used >= holder.idle_after
 
 
-def who_gives_way(
+def choose_evictions(
     held: Mapping[H, int], asker: Holder, amount: int, missing: int, history: PeerHistory, now: float
 ) -> list[H]:
     """Who lets go of `missing` for an asker that is to hold `amount` more; nobody, where it is not fair or enough.
@@ -165,12 +167,12 @@ class Account:
             self._refuse(f"You have {own} of the {self.total} {self._name} of this server")
         if left < 0 and self.taken:
             whole = max(amount, wanted)
-            others = who_gives_way(self._held, holder, whole, -left, self._history, self._clock())
+            others = choose_evictions(self._held, holder, whole, -left, self._history, self._clock())
             if not others:
                 self._refuse(f"All {self.total} {self._name} of this server are taken")
             for one in others:
                 self.give(one)
-                one.let_go()
+                one.on_evicted()
         self._held[holder] = self._held.get(holder, 0) + amount
         self._by_peer[holder.peer] += amount
         self.taken += amount
@@ -280,7 +282,7 @@ class PeerLimits:
             self._out_until[peer] = now + self.budgets.kept_out
             del self._malformed[peer]
             for stream in self.streams.holders(peer):
-                stream.let_go()
+                stream.on_evicted()
 
     def _check_not_kept_out(self, peer: str) -> None:
         left = self._out_until.get(peer, 0.0) - self.clock()
@@ -290,6 +292,67 @@ class PeerLimits:
                 code="busy",
                 retry_after=left,
             )
+
+
+class Sized(Protocol):
+    """What takes memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory."""
+
+
+class PeerCache(Generic[K]):
+    """Things that peers have names for, least recently kept first.
+
+    Where there is no room, the peer that has most loses its oldest: nobody can drive out others' things by
+    making many. For any thread: requests ask on the event loop, and what is old goes on the compute thread.
+    """
+
+    def __init__(self, budget: int, *, seconds: float, most: int, clock: Callable[[], float]) -> None:
+        """`budget` in bytes; each is kept for so many `seconds`, and so many of them at `most`."""
+        self.budget = budget
+        self._most = most
+        self._kept: TTLCache[tuple[str, str], K] = TTLCache(math.inf, seconds, timer=clock)
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._kept)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all."""
+        with self._lock, self._kept.timer:  # nothing grows too old in between
+            return sum(one.nbytes for one in self._kept.values())
+
+    def keep(self, peer: str, key: str, one: K) -> None:
+        """Keep it, at the expense of others; one that is larger than the budget is let go."""
+        with self._lock, self._kept.timer:
+            self._kept.pop((peer, key), None)
+            if one.nbytes > self.budget:
+                return
+            self._kept[peer, key] = one
+            while self.held > self.budget or len(self._kept) > self._most:
+                self._drop_one()
+
+    def _drop_one(self) -> None:
+        by_peer: Counter[str] = Counter()  # bytes
+        for (peer, _), one in self._kept.items():
+            by_peer[peer] += one.nbytes
+        most = max(by_peer, key=by_peer.__getitem__)
+        del self._kept[next(name for name in self._kept if name[0] == most)]
+
+    def take(self, peer: str, key: str) -> K | None:
+        """What the peer calls so, which is kept no longer; None when there is none."""
+        with self._lock:
+            one: K | None = self._kept.pop((peer, key), None)
+        return one
+
+    def expire(self) -> None:
+        """Let go of what is too old."""
+        with self._lock:
+            self._kept.expire()
 
 
 @dataclass
@@ -304,7 +367,7 @@ class Lease:
     tokens: int
 
 
-class Leases(Kept[Lease]):
+class Leases(PeerCache[Lease]):
     """All leases of a server."""
 
     def __init__(self, budget: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -317,12 +380,12 @@ class Leases(Kept[Lease]):
         return tokens * self._bytes_a_token <= self.budget
 
     def keep(self, peer: str, key: str, one: Lease) -> None:
-        """See `Kept`."""
+        """See `PeerCache`."""
         self._bytes_a_token = one.nbytes / one.tokens
         super().keep(peer, key, one)
 
 
-class Diary:
+class UsageLog:
     """Who uses a server, for what and how fast: lines for its log (`corolla --verbose serve`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

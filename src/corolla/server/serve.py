@@ -38,10 +38,10 @@ from corolla.models.stepwise import load_prepared
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.peers import Budgets, Leases, PeerLimits
+from corolla.server.scheduler.accounting import LEAST_TIMED
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.speeds import LEAST_TIMED
-from corolla.server.sessions.bundles import Entering, before_span, read_bundles
 from corolla.server.sessions.kv_cache import CacheBudget
+from corolla.server.sessions.prefilled import EnteringPrompt, before_span, read_bundles
 from corolla.server.sessions.session import default_capacity
 from corolla.server.training import Sequences
 from corolla.swarm.directory.directory import ServerRecord
@@ -96,7 +96,7 @@ async def serve(
 async def _serve_span(
     config: ServerConfig,
     node: Node,
-    prompts: list[Entering | BlockVectors],
+    prompts: list[EnteringPrompt | BlockVectors],
     span: Span,
     checkpoint: Checkpoint,
     stop: asyncio.Event,
@@ -229,7 +229,7 @@ def _widened(opened: OpenedModel, span: Span) -> str:
     )
 
 
-def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[Entering | BlockVectors]:
+def run_bundles(opened: OpenedModel, say: Callable[[str], None]) -> list[EnteringPrompt | BlockVectors]:
     """The bundles' prompts where the server's first block begins. Raises `CheckpointError`."""
     if opened.prompts:
         say("Computing the bundles' prompts for all who chat with them")
@@ -361,7 +361,7 @@ class Announcer:
                 await asyncio.wait_for(stop.wait(), TTL_SECONDS / 3)
             if stop.is_set():
                 return
-            self._server.diary.tell()
+            self._server.usage.tell()
             try:
                 await self.announce()
             except CorollaError as error:

@@ -32,7 +32,7 @@ from corolla.server.block_server import (
 )
 from corolla.server.peers import Lease
 from corolla.server.scheduler.engine import Kind, Request
-from corolla.server.scheduler.pieces import Pieces
+from corolla.server.scheduler.execution import Preemptible
 from corolla.server.sessions.session import Client
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output
@@ -53,8 +53,11 @@ class TrainingRequest(Request):
         self.span = server.part(message)
         self._server = server
         self._lease = message.lease
-        prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
-        self._tensors = tensors if prefix is None else tensors | {"prefix": prefix}
+        self._tensors = tensors
+        if message.known is not None:
+            self._tensors = tensors | {
+                "prefix": server.prefixes.of(client.peer, message, tensors.get("prefix"))
+            }
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -89,7 +92,7 @@ class TrainingRequest(Request):
     def result(self) -> Any:
         """See `Request`. What does not take long is not cut: that costs every operator a call."""
         short = self._server.engine.seconds_of(self.work) < SHORT_SECONDS
-        with self._server.cpus.used(), nullcontext() if short else Pieces(self._server.give_way):
+        with self._server.cpus.used(), nullcontext() if short else Preemptible(self._server.yield_to_others):
             return self.compute()
 
     def compute(self) -> Any:

@@ -26,10 +26,7 @@ from corolla.swarm.access.membership import (
 )
 from corolla.swarm.directory.addresses import join_multiaddr, peer_of
 from corolla.swarm.directory.directory import Directory
-from corolla.swarm.loop import EventLoopThread
 from corolla.swarm.transport.base import Transport
-
-__all__ = ["EventLoopThread", "Node"]
 
 PRESENT_SECONDS = 4.0  # for a peer that we join through
 

@@ -42,11 +42,6 @@ class Meaning:
         """Whether asking again, or another server, cannot help."""
         return self.remedy is Remedy.NONE
 
-    @property
-    def blames_peer(self) -> bool:
-        """Whether others are preferred to the server for a while."""
-        return self.remedy in (Remedy.OTHER_SERVER, Remedy.NEWER_RECORD, Remedy.SEND_MORE)
-
 
 MEANINGS: dict[FailureCode, Meaning] = {
     "malformed": Meaning(Remedy.NONE, stream_lost=True, garbage=True),

@@ -26,8 +26,7 @@ from corolla.client.model.causal_lm import (
     distributed_class,
 )
 from corolla.errors import MissingBlocks, UsageError
-from corolla.models.private_config import with_attention
-from corolla.models.shell import ATTENTION_NAME
+from corolla.models.shell import ATTENTION_NAME, with_attention
 
 PairOf = Callable[..., Pair]
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]

@@ -137,7 +137,7 @@ def test_a_stranger_gets_nothing(tmp_path: Path) -> None:
         session, other = twins.model.inference_session(), stranger.model.inference_session()
         twins.say(session, ids, 2)
         before = twins.computed()
-        copied = swarm.loop.run(other.chain.begin_as(session.chain, 80, session.chain.version))
+        copied = swarm.loop.run(other.chain.fork_from(session.chain, 80, session.chain.version))
         assert copied
         assert all(span.channel is None for span in other.chain.spans)
         other.cache.record(ids, 1, 80, None)
@@ -155,7 +155,7 @@ def test_what_was_taken_back_meanwhile_is_not_taken_over(tmp_path: Path) -> None
         seen = session.prefix()
         session.position = 10
         twins.say(session, random_ids(1, 90, seed=3), 2)
-        assert not swarm.loop.run(other.chain.begin_as(seen.chain, 80, seen.version))
+        assert not swarm.loop.run(other.chain.fork_from(seen.chain, 80, seen.version))
         ids = random_ids(1, 80)
         found = twins.say(other, ids, 4)
         assert torch.equal(found[:, -4:], twins.greedy(ids, 4)[:, -4:])

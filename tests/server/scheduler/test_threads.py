@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.server.scheduler.threads import (
+from corolla.server.scheduler.execution import (
     LARGE_BATCH,
     MOST_TOKENS,
     Contest,

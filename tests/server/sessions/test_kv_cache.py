@@ -53,7 +53,7 @@ class Holder:
     def idle_after(self) -> float | None:
         return None if self.busy else IDLE_SECONDS
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         self.let_go_of += 1
 
     @property
@@ -178,7 +178,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def _use(self, one: Holder) -> None:
         self.clock.now += 0.001  # so that no two were used at the same time
         self.account.now = self.clock.now
-        self.loop.call_soon(self.budget.used, one)
+        self.loop.call_soon(setattr, one, "last_used", self.clock.now)
         self._settle()
 
     def _leave(self, one: Holder) -> None:
@@ -481,7 +481,7 @@ async def test_closed_sessions_go_before_idle_ones_however_lately_they_were_used
         pages: int = 0
         evicted: bool = False
 
-        def let_go(self) -> None:
+        def on_evicted(self) -> None:
             assert self.evicted
 
     budget = CacheBudget(20, clock=lambda: 100.0)

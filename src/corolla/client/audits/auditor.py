@@ -114,7 +114,7 @@ class Auditor:
                 log.exception("An audit failed")
 
     async def _check(self, answer: Answer) -> None:
-        kind = self._view.expected_kind(answer.hop.peer_id)
+        kind = self._view.expected_numerics(answer.hop.peer_id)
         if self._routed and kind not in EXACT:
             self._say_once("routed", "Audits of a mixture of experts need servers that compute in float32.")
             self.counts.unanswered += 1
@@ -140,7 +140,7 @@ class Auditor:
         own, hop = self._own, answer.hop
         if own is None or not await asyncio.to_thread(own.fits, hop.start, hop.end):
             return None
-        kind = own.kind_for(self._view.expected_kind(hop.peer_id))
+        kind = own.kind_for(self._view.expected_numerics(hop.peer_id))
         return Opinion(await asyncio.to_thread(own.answer, answer, kind))
 
     def _apart(self, answer: Answer, one: Opinion, other: Opinion) -> float:
@@ -148,7 +148,7 @@ class Auditor:
 
         That is what this client expects of the arithmetic that it asked for, whatever anybody says of himself since.
         """
-        kind = self._view.expected_kind(answer.hop.peer_id)
+        kind = self._view.expected_numerics(answer.hop.peer_id)
         tolerance = tolerance_of((kind,), gradient=answer.backward, wire=self._view.wire)
         return deviation(answer, one.values, other.values).times(tolerance)
 

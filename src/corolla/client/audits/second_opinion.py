@@ -90,7 +90,7 @@ async def _along(view: SwarmView, answer: Answer, hops: list[Hop]) -> Opinion:
             break  # nobody needs its output
         message = Forward(model=view.model, start=hop.start, end=hop.end)
         reply = await view.channels.ask(hop.peer_id, Packet(message, inputs))
-        value = checked(reply, "hidden", view.crossing.leaving(value, hop.start, hop.end), hop.peer_id)
+        value = view.output_of(reply, value, hop)
     if not answer.backward:
         return Opinion({"hidden": value}, tuple(hops))
     grad, pieces = answer.inputs["grad"], []

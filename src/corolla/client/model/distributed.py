@@ -29,8 +29,9 @@ from corolla.client.model.objects import (
     refuse_pickle,
     refuse_shallow_copy,
 )
-from corolla.client.remote_blocks import LaterSession, RemoteBlocks
-from corolla.client.sessions.session import ActiveSession, InferenceSession, go_on_from
+from corolla.client.remote_blocks import RemoteBlocks, close_soon
+from corolla.client.sessions.chain import SessionChain
+from corolla.client.sessions.session import ActiveSession, InferenceSession, forked
 from corolla.errors import UsageError
 from corolla.models import families
 from corolla.models.cache import RemoteCache, cache_argument
@@ -54,15 +55,21 @@ class SessionCaches:
     def fresh(self, *, lazy: bool) -> RemoteCache:
         """See `models.shell.Caches`."""
         model: Any = self._model()
-        session = LaterSession(model.blocks)
-        new = partial(model.new_session, ContextVar("unused"), max_length=None)
+        blocks: RemoteBlocks = model.blocks
+
+        def open_session(cache: RemoteCache) -> SessionChain:
+            chain = blocks.open_chain()
+            # A cache that is dropped must not hold the servers' memory.
+            weakref.finalize(cache, close_soon, blocks.connection, chain)
+            return chain
+
         return RemoteCache(
-            session,
+            open_session,
             prompt_length=sent_length(model.prompts),
             prefix_length=prefix_length(model.prompts),
             max_length=None,
-            owner=model.blocks,
-            fork=lambda cache: go_on_from(cache, new, session.chain).cache,
+            owner=blocks,
+            fork=partial(forked, partial(model.new_session, ContextVar("unused"), max_length=None)),
             lazy=lazy,
         )
 

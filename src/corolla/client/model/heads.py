@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from corolla.client.model.losses import LazyLogits, causal_lm_loss
+from corolla.client.model.losses import LazyLogits, Plain, causal_lm_loss
 from corolla.client.model.row_queue import Product, RowQueue
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
+from corolla.models.kernels.choice import ways_for
 from corolla.models.kernels.client import HalfLinear, product_for, quantize_client
 from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.ways import Ways
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 
@@ -182,6 +184,7 @@ class SharedHead(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.queue = RowQueue()  # where callers meet
         self._kernel: _Kernel | None = None
+        self._ways: tuple[Any, Ways] | None = None  # and the kind of weight that they are for
         self.widens = False
 
     @classmethod
@@ -208,6 +211,14 @@ class SharedHead(nn.Linear):
     @property
     def _tables(self) -> Tables:
         return self.weight, self.bias
+
+    @property
+    def ways(self) -> Ways:
+        """How its weight is multiplied the quickest in a loss; found out by the first one."""
+        kind = self.weight.shape, self.weight.dtype, self.weight.device
+        if self._ways is None or self._ways[0] != kind:
+            self._ways = kind, ways_for(self.weight)
+        return self._ways[1]
 
     @property
     def kernel(self) -> Product | None:
@@ -240,7 +251,7 @@ class SharedHead(nn.Linear):
             exact = not self._halved if kernel is None else kernel.exact
             bias: Tensor | None = self.bias
             plain = exact and bias is None and not _autocasting(hidden)
-            return LazyLogits(hidden, later, self.out_features, weight=later.weight if plain else None)
+            return LazyLogits(hidden, later, self.out_features, plain=later.plain if plain else None)
         if not self._may_share(hidden):
             return self._product(hidden)
         rows = hidden.reshape(-1, self.in_features)
@@ -276,7 +287,7 @@ class SharedHead(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A kernel is memory laid out for this machine, which no file can hold.
-        return {**self.__dict__, "_kernel": None}
+        return {**self.__dict__, "_kernel": None, "_ways": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         made = type(self).__new__(type(self))
@@ -301,10 +312,10 @@ class _Later:
         self._check()
         return self._head._product(hidden)
 
-    def weight(self) -> Tensor:
-        """[V, H]."""
+    def plain(self) -> Plain:
+        """The weight, where there is nothing else."""
         self._check()
-        return self._head.weight.detach()
+        return self._head.weight.detach(), self._head.ways
 
     def _check(self) -> None:
         if not self._seen.still(self._head._tables):

@@ -35,7 +35,8 @@ from corolla.models.limits import check_tokens
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
 from corolla.models.shell import check_cached_length, what_enters
-from corolla.swarm.node import EventLoopThread, Node
+from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.node import Node
 from corolla.text import get_logger, well_formed
 
 log = get_logger(__name__)
@@ -173,7 +174,7 @@ def load_shell(
     model.requires_grad_(False).eval().to(request.device)
     model._noted.note(model, but=missing)
     if request.prompts is not None:
-        saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)), request.prompts)
+        saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)))
     changed = model._noted.changed(model)
     model.requires_grad_(False)
     if model.get_output_embeddings() is not None:

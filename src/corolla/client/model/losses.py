@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.models.guard import IGNORED
-from corolla.models.kernels.choice import ways_for
-from corolla.models.kernels.ways import product, product_back
+from corolla.models.kernels.ways import Ways, product, product_back
 
 # Of 50,000 words in float32 25 MB: the most that the C library keeps for the next chunk and need not ask for anew.
 CHUNK_ROWS = 128
 LEAST_LEFT = 1e-6
 
 Product = Callable[[Tensor], Tensor]
+Plain = tuple[Tensor, Ways]  # a weight [V, H], and how it is multiplied
 
 # What can be said of logits without having them.
 _KNOWN: frozenset[Any] = frozenset(
@@ -75,7 +75,7 @@ class LazyLogits(Tensor):
     _steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
     _with_grad: bool
     _whole: Tensor | None
-    _weight: Callable[[], Tensor] | None
+    _plain: Callable[[], Plain] | None
 
     @staticmethod
     def __new__(
@@ -84,18 +84,18 @@ class LazyLogits(Tensor):
         product: Product,
         width: int,
         *,
-        weight: Callable[[], Tensor] | None = None,
+        plain: Callable[[], Plain] | None = None,
         dtype: torch.dtype | None = None,
     ) -> LazyLogits:
         """`product` gives the logits [n, V], V = `width`, of hidden states [n, H]; differentiable.
 
-        `weight` gives [V, H] where the product is nothing but the one with it.
+        `plain` gives the weight where the product is nothing but the one with it.
         """
         made = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], width), dtype=dtype or hidden.dtype, device=hidden.device
         )
         made.hidden, made._product, made._steps, made._whole = hidden, product, (), None
-        made._weight = weight
+        made._plain = plain
         made._with_grad = torch.is_grad_enabled()
         result: LazyLogits = made
         return result
@@ -108,12 +108,12 @@ class LazyLogits(Tensor):
         return logits
 
     @property
-    def weight(self) -> Tensor | None:
-        """[V, H] where these logits are `hidden @ weight.T` and nothing else, in float32 or float64."""
-        if self._weight is None or self._steps or self.dtype not in (torch.float32, torch.float64):
+    def plain(self) -> Plain | None:
+        """The weight where these logits are `hidden @ weight.T` and nothing else, in float32 or float64."""
+        if self._plain is None or self._steps or self.dtype not in (torch.float32, torch.float64):
             return None
-        weight = self._weight()
-        return weight if weight.dtype == self.hidden.dtype == self.dtype else None
+        plain = self._plain()
+        return plain if plain[0].dtype == self.hidden.dtype == self.dtype else None
 
     def whole(self) -> Tensor:
         """All logits, as an ordinary tensor."""
@@ -307,8 +307,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Targets, logits: LazyLogits) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        weight = logits.weight
-        chunk = _any_head(logits.of) if weight is None else _plain_head(weight, len(hidden))
+        plain = logits.plain
+        chunk = _any_head(logits.of) if plain is None else _plain_head(*plain, len(hidden))
         total = torch.zeros((), dtype=_at_least_float32(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
@@ -345,9 +345,8 @@ def _any_head(logits_of: Product) -> _Chunk:
     return chunk
 
 
-def _plain_head(weight: Tensor, rows: int) -> _Chunk:
+def _plain_head(weight: Tensor, ways: Ways, rows: int) -> _Chunk:
     """By hand, in the ways that are the quickest here."""
-    ways = ways_for(weight)
     # Used for all chunks: fresh memory of this size costs as much as what is done in it.
     probabilities = weight.new_empty(min(rows, CHUNK_ROWS), len(weight))
 

@@ -12,6 +12,7 @@ there is no config.json, and no tensor that is still the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,16 @@ def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Promp
     return prompt
 
 
-def read_tables(folder: Path, *, with_head: bool) -> dict[str, Tensor]:
-    """What a saved model says of embeddings and head, by name; nothing where they were not changed.
+@dataclass(frozen=True)
+class Tables:
+    """What a saved model says of embeddings and head, by name, and the file that it stands in."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+
+
+def read_tables(folder: Path, *, with_head: bool) -> Tables:
+    """The tables of a saved model; none where they were not changed.
 
     `with_head` says that the model has a head of its own, which peft writes beside its prompt.
     """
@@ -157,37 +166,35 @@ def read_tables(folder: Path, *, with_head: bool) -> dict[str, Tensor]:
     if with_head and not path.is_file():
         path, start = folder / PEFT_WEIGHTS, PEFT_BASE  # of peft, beside its prompt
     if not path.is_file():
-        return {}
+        return Tables(path, {})
     try:
         # Copied: a mapped file that is truncated later would kill the process.
         found = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} is missing or truncated; copy the folder again.") from error
     named = {name.removeprefix(start): tensor for name, tensor in found.items() if name.startswith(start)}
-    return {name: tensor for name, tensor in named.items() if not name.startswith(PROMPTS)}
+    return Tables(path, {name: tensor for name, tensor in named.items() if not name.startswith(PROMPTS)})
 
 
-def take_tables(model: Any, tables: dict[str, Tensor], folder: Path) -> None:
+def take_tables(model: Any, tables: Tables) -> None:
     """Give a model that was just made the tables that were saved. Raises `BundleError` where they do not fit it."""
-    if not tables:
+    if not tables.tensors:
         return
     own = dict(model.named_parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for name, tensor in tables.items():
+    for name, tensor in tables.tensors.items():
         wide = any(own.get(name) is one.weight for one in (embedding, head) if one is not None)
         if (
             name not in own
             or tensor.shape[1:] != own[name].shape[1:]
             or not (wide or tensor.shape == own[name].shape)
         ):
-            raise BundleError(
-                f"{folder / TABLES} holds {name}, which does not fit this model: it is another's."
-            )
+            raise BundleError(f"{tables.path} holds {name}, which does not fit this model: it is another's.")
         if wide and len(tensor) != len(own[name]) and len(tensor) != embedding.num_embeddings:
             model.resize_token_embeddings(len(tensor), mean_resizing=False)
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
             own = dict(model.named_parameters())
     try:
-        model.load_state_dict(tables, strict=False)
+        model.load_state_dict(tables.tensors, strict=False)
     except RuntimeError as error:
-        raise BundleError(f"{folder / TABLES} does not fit this model: it is another's.") from error
+        raise BundleError(f"{tables.path} does not fit this model: it is another's.") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
-from corolla.client.sessions.bundles import Bundle
+from corolla.client.sessions.prefilled import NamedPrompt
 from corolla.client.sessions.span_session import History, Progress, SpanSession
 from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
@@ -61,14 +61,14 @@ class SessionChain:
         self._run = run
         self._front = front
         self._start, self._end, self._deep = start, end, deep
-        self._bundle: Bundle | None = None  # the prompt that the session begins with
+        self._bundle: NamedPrompt | None = None  # the prompt that the session begins with
         self.spans: list[SpanSession] = []  # in the order of the blocks
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
         self._reserved = 0  # tokens a row that the present call may reach
         self._authors: dict[str, int] = {}  # peers that computed something of it, from which block on
         self.version = 0  # steps that took something back or reordered it
         self.stopped = False  # nothing is waited for; to be set on any thread, before `stop` runs
-        self._kind: str | None = None  # the arithmetic in which it was begun
+        self._numerics: str | None = None  # the arithmetic in which it was begun
         self._under_way: asyncio.Task[Any] | None = None
         self._closing: list[asyncio.Task[None]] = []
 
@@ -159,7 +159,9 @@ class SessionChain:
         """
         self._bundle = None
         if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
-            self._bundle = Bundle.of(call.prompt, None if self._deep is None else self._deep.values, hidden)
+            self._bundle = NamedPrompt.of(
+                call.prompt, None if self._deep is None else self._deep.values, hidden
+            )
 
     async def _in_chunks(
         self, hidden: Tensor, start: int, mask: Tensor | None, positions: Tensor | None
@@ -219,12 +221,12 @@ class SessionChain:
         """Take the step through the remaining spans; what is done stays done when a span fails."""
         if progress.start == 0 and 0 < progress.done < len(self.spans):
             block = self.spans[progress.done].hop.start
-            if self._view.begins_anew(self._kind, block, self._start, self._end):
+            if self._view.restarts_elsewhere(self._numerics, block, self._start, self._end):
                 await self._forget()
                 progress.begin_anew()
         if not self.spans:
-            self._kind = None
-            self.spans = [_nobody_s(self._start, self._end, History())]
+            self._numerics = None
+            self.spans = [_unassigned(self._start, self._end, History())]
         while progress.done < len(self.spans):
             span = self.spans[progress.done]
             if self._is_lost(span):
@@ -239,7 +241,7 @@ class SessionChain:
             progress.advance()
             if self._view.should_leave(span.hop):
                 await span.drop()  # the next step goes to its replacement
-        self._view.begun(self._kind, self._start, self._end)
+        self._view.settle_numerics(self._numerics, self._start, self._end)
 
     async def _step(self, span: SpanSession, progress: Progress) -> Tensor:
         began = self._view.now()
@@ -282,11 +284,11 @@ class SessionChain:
             lost.hop.end,
             replacement,
             tokens=int(rows * (length + lost.history.length)),
-            kind=self._kind,
+            numerics=self._numerics,
             discard=lambda late: late[0].drop(),
         )
-        self._kind = self._kind or self._view.numerics_of(span.hop.peer_id)
-        later = [_nobody_s(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
+        self._numerics = self._numerics or self._view.numerics_of(span.hop.peer_id)
+        later = [_unassigned(span.hop.end, lost.hop.end, rest)] if span.hop.end < lost.hop.end else []
         self.spans[progress.done : progress.done + 1] = [span, *later]
         await lost.drop()
         return span, output
@@ -310,19 +312,19 @@ class SessionChain:
         for span in self.spans[first:]:
             await span.drop()
         block = self.spans[first].hop.start
-        self.spans[first:] = [_nobody_s(block, self._end, self.spans[first].history)]
+        self.spans[first:] = [_unassigned(block, self._end, self.spans[first].history)]
         self._authors = {peer: begun for peer, begun in self._authors.items() if begun < block}
         self.version += 1
         raise self._view.verdicts.error(finding)
 
-    async def begin_as(self, other: SessionChain, tokens: int, version: int) -> bool:
+    async def fork_from(self, other: SessionChain, tokens: int, version: int) -> bool:
         """Begin with the first `tokens` columns of another session of the same blocks and prompts.
 
         The servers that hold them are asked to share them; one that does not is replayed with the first
         step. False, and nothing has changed, where the other does not hold so many, or no longer what it
         held at `version`.
         """
-        if self.spans or other.version != version or not other.can_give(tokens, self._deep):
+        if self.spans or other.version != version or not other.can_be_forked(tokens, self._deep):
             return False
         self._order, self._bundle = other._order, other._bundle
         self.reserve(tokens)
@@ -330,7 +332,7 @@ class SessionChain:
         self.spans = [SpanSession(source.hop, source.history.copy(tokens)) for source in other.spans]
         self._authors = dict(other._authors)
         if self._front is not None and other._front is not None:
-            self._front.begin_as(other._front, tokens)
+            self._front.fork_from(other._front, tokens)
         origins = [source.origin(tokens) for source in other.spans]
         for span, origin in zip(self.spans, origins, strict=True):
             if origin is not None:
@@ -354,7 +356,7 @@ class SessionChain:
         if not shared:
             await span.drop()
 
-    def can_give(self, tokens: int, deep: BlockVectors | None) -> bool:
+    def can_be_forked(self, tokens: int, deep: BlockVectors | None) -> bool:
         """Whether another session whose blocks are given this may begin with the first `tokens` of this one."""
         if self._view.verdicts.against(self._authors) is not None:
             return False
@@ -382,7 +384,7 @@ class SessionChain:
         """Free all caches; with `keep`, the servers may keep them for others to begin with.
 
         Waits for their answers, for so many `seconds` at most. Safe to call twice; a kept chain still knows what it
-        held (`begin_as`).
+        held (`fork_from`).
         """
         spans = list(self.spans)
         if not keep:
@@ -394,6 +396,6 @@ class SessionChain:
             await asyncio.wait(self._closing, timeout=seconds)
 
 
-def _nobody_s(start: int, end: int, history: History) -> SpanSession:
+def _unassigned(start: int, end: int, history: History) -> SpanSession:
     """Blocks that no server holds yet."""
     return SpanSession(Hop("", start, end), history)

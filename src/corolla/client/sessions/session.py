@@ -12,7 +12,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,14 +75,14 @@ class InferenceSession:
             self._prompt_key = prompt.input.detach().clone()
         elif given is not None:
             self._prompt_key = given.digest
-        self._chain = blocks.open_chain(given)
+        self._chain = chain = blocks.open_chain(given)
         self.cache = RemoteCache(
-            self._chain,
+            lambda _cache: chain,
             prompt_length=sent_length(prompt),
             prefix_length=prefix_length(prompt),
             max_length=max_length,
             owner=blocks,
-            fork=partial(_forked, self._new, self._chain),
+            fork=partial(forked, self._new),
         )
         self._active = active
         self._tokens: list[Token[InferenceSession | None]] = []
@@ -208,7 +208,7 @@ class InferenceSession:
         before = prefix.chain.entered(columns)
         if before is None or not _same(before, self._entering(ids[:, :tokens])):
             return
-        begin = self._chain.begin_as(prefix.chain, columns, prefix.version)
+        begin = self._chain.fork_from(prefix.chain, columns, prefix.version)
         if self._connection.run(self._chain.unless_stopped(begin)):
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
@@ -221,7 +221,7 @@ class InferenceSession:
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
-        twin = go_on_from(self.cache, self._new, self._chain)
+        twin = _go_on_from(self.cache, self._new)
         twin._output_ids, twin._output_mask = self._output_ids, self._output_mask
         return twin
 
@@ -303,22 +303,22 @@ class InferenceSession:
             self._connection.prefixes.keep(prefix)
 
 
-def go_on_from(
-    cache: RemoteCache, new: Callable[[], InferenceSession], chain: SessionChain
-) -> InferenceSession:
-    """A new session that holds what a cache over `chain` does, which may not have been opened yet."""
+def _go_on_from(cache: RemoteCache, new: Callable[[], InferenceSession]) -> InferenceSession:
+    """A new session that holds what a cache does, whose own may not have been opened yet."""
     twin = new()
     if cache.deferred is not None:
         twin.cache.take_over(cache)
     elif cache.length:
-        begin = twin._chain.begin_as(chain, cache.prompt_length + cache.length, chain.version)
+        chain = cast(SessionChain, cache.session)
+        begin = twin._chain.fork_from(chain, cache.prompt_length + cache.length, chain.version)
         if twin._connection.run(begin):
             twin.cache.take_over(cache)
     return twin
 
 
-def _forked(new: Callable[[], InferenceSession], chain: SessionChain, cache: RemoteCache) -> RemoteCache:
-    return go_on_from(cache, new, chain).cache
+def forked(new: Callable[[], InferenceSession], cache: RemoteCache) -> RemoteCache:
+    """The cache of a `new` session that goes on from another's."""
+    return _go_on_from(cache, new).cache
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.bundles import Bundle, PrefilledPrompt, ask_to_open
+from corolla.client.sessions.prefilled import NamedPrompt, PrefilledPrompt, ask_to_open
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import ProtocolError, RemoteError, RequestRefused
 from corolla.models.prompts import BlockVectors
-from corolla.swarm.channel import Channel, checked, request
+from corolla.swarm.channel import Channel, request
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.failures import Remedy, keeps_session, meaning
 from corolla.wire.frames import Packet
@@ -167,7 +168,7 @@ class SpanSession:
         max_tokens: int,
         deep: BlockVectors | None,
         origin: Origin | None = None,
-        bundle: Bundle | None = None,
+        bundle: NamedPrompt | None = None,
     ) -> bool:
         """Reserve a cache; whether it holds what `origin` says. Raises `RemoteError`."""
         channel = await view.channels.take(self.hop.peer_id)
@@ -183,17 +184,18 @@ class SpanSession:
         tensors = {} if deep is None else deep.of(self.hop.start, self.hop.end)
         packet = Packet(message, tensors)
         try:
-            if bundle is None:
-                reply = await view.naming.ask(
-                    self.hop, packet, deep, lambda packet: request(channel, packet), curious=True
-                )
-            else:
+            if bundle is not None:
                 reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
+            elif deep is not None and "prefix" in tensors:
+                ask = partial(request, channel)
+                reply = await view.sent_prefixes.ask(self.hop, packet, deep, ask, curious=True)
+            else:
+                reply = await request(channel, packet)
         except BaseException:
             await channel.close()
             raise
         self.channel = channel
-        self._leaving = view.crossing.leaving
+        self._output_of = view.output_of
         self._batchable = view.crossing.plain
         self._batcher = view.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
@@ -278,7 +280,7 @@ class SpanSession:
         assert self.channel is not None
         reply = await request(self.channel, Packet(step, tensors))
         self._reserved = step.reserve
-        return checked(reply, "hidden", self._leaving(hidden, self.hop.start, self.hop.end), self.hop.peer_id)
+        return self._output_of(reply, hidden, self.hop)
 
     def _batcher_for(self, step: Step, tensors: dict[str, Tensor]) -> StepBatcher | None:
         """Where the step may travel with those of other sessions: one token a row, and nothing special."""

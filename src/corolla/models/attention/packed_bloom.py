@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from corolla.models.attention.one_token_rows import Rules
-from corolla.models.attention.registry import current_batch
+from corolla.models.attention.packing import current_batch
 
 
 class PackedBloomAttention(nn.Module):

@@ -2,22 +2,31 @@
 
 Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
 outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
-family's own code runs over them unchanged; attention reaches `attend` as `registry.py` says.
+family's own code runs over them unchanged; attention reaches `attend` through transformers'
+registry of attention functions, by the name `PACKED`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from corolla.errors import UsageError
+from corolla.models.attention.latent import absorbed
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.attention.prefixes import KeyValueForm
 
+# No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
+PACKED = "corolla_packed"
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 
@@ -211,6 +220,64 @@ class PackedBatch:
         return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
 
 
+_batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
+
+
+@contextmanager
+def packed(batch: PackedBatch) -> Iterator[None]:
+    """Attention inside works on `batch`."""
+    token = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+
+
+def current_batch() -> PackedBatch | None:
+    """The batch whose pass is running, if one is."""
+    return _batch.get()
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers' registry takes them; see `PackedBatch.attend`."""
+    batch = current_batch()
+    if batch is None:
+        raise UsageError("The blocks of a packed span were called without a packed batch.")
+    rules = Rules(scaling, sliding_window, softcap, s_aux)
+    block: Any = module.layer_idx
+    held = (
+        batch.held(block) if isinstance(batch, PackedBatch) else []
+    )  # `compiled/record.py` has one of its own
+    if held:
+        return side_by_side([_attend_latents(module, query, rules, *one) for one in held]), None
+    return batch.attend(block, query, key, value, rules), None
+
+
+def _attend_latents(
+    attention: Any, query: Tensor, rules: Rules, one: Stretch, latents: Tensor, rotary: Tensor
+) -> Tensor:
+    """A stretch over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
+    query = query.narrow(2, one.begin, one.count)
+    short = absorbed(attention, latents, rotary)
+    if not short.pays(one.count, int(latents.shape[2])):
+        keys, values = attention.expand_kv(latents, rotary)
+        return attend_one(query, keys, values, one, rules)
+    rules = replace(rules, scale=query.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+    both = torch.cat([latents, rotary], -1)
+    return short.outputs(attend_one(short.queries(query), both, latents, one, rules))
+
+
 def _write(table: _Table, cache: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
     """Put the new tokens' [1, heads, N, D] where the table has slots for them."""
     assert table.slots is not None
@@ -314,3 +381,6 @@ def _attend_plainly(
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=wide).to(values.dtype)
     return torch.matmul(weights[..., : keys.shape[2]], values)
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from corolla.errors import SessionLimit, UsageError
-from corolla.models.attention.packing import Segment
-from corolla.models.attention.registry import current_batch
+from corolla.models.attention.packing import Segment, current_batch
 
 LONGEST = 2**24  # tokens; frequencies that are the same up to here depend on nothing
 

@@ -24,6 +24,7 @@ from corolla.errors import UnsupportedFamily
 from corolla.files import scratch_folder
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool
+from corolla.models.blocks_pass import first_of
 from corolla.models.cache import BlocksCall, cache_argument, take_cache
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
@@ -33,7 +34,6 @@ from corolla.models.checks.miniature import EDGE, close, miniature, random_model
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.crossing import Crossing
 from corolla.models.families import blocks_prefix, structure
-from corolla.models.passage import first_of
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, load_span
 from corolla.text import get_logger

@@ -106,7 +106,7 @@ def narrow_form(weight: Tensor) -> Narrow | None:
             return Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
     sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
     for group in GROUPS:
-        for fit in (_around_zero, _by_gaps):
+        for fit in (_around_zero, _by_ends, _by_gaps):
             if _affine(sample, group, fit) is not None:
                 return _affine(weight, group, fit)
     return None
@@ -171,8 +171,13 @@ def _around_zero(groups: Tensor) -> _Lattice:
     return _fitted(groups, groups.abs().amax(-1, keepdim=True) / 127)
 
 
+def _by_ends(groups: Tensor) -> _Lattice:
+    """Steps of which a group's weights span 15 (Q4_1)."""
+    return _fitted(groups, (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15)
+
+
 def _by_gaps(groups: Tensor) -> _Lattice:
-    """Steps found from the smallest gap between a group's weights (the formats of fewer bits)."""
+    """Steps found from the smallest gap between a group's weights (the other formats of fewer bits)."""
     gaps = groups.sort(-1).values.diff()
     largest = groups.abs().amax(-1, keepdim=True)
     gap = gaps.masked_fill_(gaps <= SAME * largest, torch.inf).amin(-1, keepdim=True)

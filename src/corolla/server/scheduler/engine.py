@@ -4,8 +4,8 @@ Invariant: the event loop only enqueues and awaits; model code runs on the compu
 the most urgent request: all decode steps that are ready, packed into one pass, then pieces of prompts up to a budget
 of tokens, or one request that is computed alone (training). Within a class the peer that was given least of the
 thread comes first. Whatever has waited `AGEING_SECONDS` moves up a class, so nobody starves. What is computed alone
-may take minutes; it gives way again and again (`give_way`) to decode steps, and to prompts of peers that were given
-no more than its own. An error goes to whoever awaits it; the loop goes on.
+may take minutes; again and again it yields (`yield_to_others`) to decode steps, and to prompts of peers that were
+given no more than its own. An error goes to whoever awaits it; the loop goes on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.shares import PeerHistory, Shares
-from corolla.server.scheduler.speeds import PASS_TOKENS, PassTimes, Speed
-from corolla.server.scheduler.threads import RunPass, run_pass
+from corolla.server.scheduler.accounting import PASS_TOKENS, PassTimes, PeerHistory, Shares, Speed
+from corolla.server.scheduler.execution import RunPass, run_pass
 from corolla.text import get_logger
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ GATHER_SECONDS = 0.008  # what a decode step waits at most for those of others t
 # Without a request that is computed alone (training), until the server tidies up; longer than most clients take
 # between a forward and its backward, which would have to ask the system for all of its memory again.
 QUIET_SECONDS = 2.0
-LET_IN_TOKENS = 128  # that a piece of prompts that comes in between takes at most
+PREEMPTING_TOKENS = 128  # of prompts that come in between at a time, at most
 PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
 GOING_AWAY = "This server is going away; use another."
 
@@ -61,7 +60,7 @@ class Request:
         self.kind = kind
         self.peer = peer
         self.session = session
-        self.work = 0.0  # of one that is computed alone: see `speeds.Speed`
+        self.work = 0.0  # of one that is computed alone: see `accounting.Speed`
         self.arrived = 0.0  # by the engine's clock
         self.begun = False
         self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -101,7 +100,7 @@ class Engine:
         self._times = PassTimes()
         self._speed = Speed()
         self._shares = Shares(history)
-        self._alone: Request | None = None  # that is being computed, unless it gives way
+        self._alone: Request | None = None  # that is being computed, unless it has yielded
         self._alone_since = self._alone_seconds = 0.0  # when it was last given time, and how much before
         self._open: set[Request] = set()  # the loop's side: not yet answered
         self._inbox: queue.SimpleQueue[Sequence[Request] | Callable[[], None] | None] = queue.SimpleQueue()
@@ -156,7 +155,7 @@ class Engine:
         return self._speed.seconds_of(work)
 
     async def close(self) -> None:
-        """Stop after the pass at hand, whose awaiters get their results, or where what is computed alone gives way."""
+        """Stop after the pass at hand, whose awaiters get their results, or where what is computed alone yields."""
         self._closed = True
         for request in list(self._open):
             if not request.begun:
@@ -222,7 +221,7 @@ class Engine:
                 else:
                     self._ready += item
                 item = self._inbox.get_nowait()
-            self._inbox.put(None)  # for `_compute`, if this was `give_way`
+            self._inbox.put(None)  # for `_compute`, if this was `yield_to_others`
             return False
         return True
 
@@ -276,7 +275,7 @@ class Engine:
         self._alone_seconds += now - self._alone_since
         self._alone_since = now
 
-    def give_way(self) -> float:
+    def yield_to_others(self) -> float:
         """Called in the middle of what is computed alone: a pass of what comes before it; the seconds that this took.
 
         Raises what ends the computation where nobody waits for it any more."""
@@ -294,7 +293,7 @@ class Engine:
             return 0.0
         self._alone = None
         try:
-            self._run_together(first, self._clock(), LET_IN_TOKENS)
+            self._run_together(first, self._clock(), PREEMPTING_TOKENS)
         finally:
             self._alone, self._alone_since = alone, time.perf_counter()
         return self._alone_since - began

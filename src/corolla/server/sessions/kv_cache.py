@@ -1,9 +1,9 @@
 """Room for attention caches: who holds how much, who must go, who waits.
 
 Invariant: the pages reserved never exceed the capacity, and a session never fills more than it reserved.
-Where room is missing, sessions lose their caches (their clients replay) as `peers.who_gives_way` says: idle ones, and
-those of peers that have more than whoever asks. Then newcomers wait in order of arrival. Used on the event loop only;
-the pages themselves are touched by the compute thread alone.
+Where room is missing, sessions lose their caches (their clients replay) as `peers.choose_evictions` says: idle ones,
+and those of peers that have more than whoever asks. Then newcomers wait in order of arrival. Used on the event loop
+only; the pages themselves are touched by the compute thread alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Protocol
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
-from corolla.server.peers import Holder, who_gives_way
-from corolla.server.scheduler.shares import PeerHistory
+from corolla.server.peers import Holder, choose_evictions
+from corolla.server.scheduler.accounting import PeerHistory
 
 RETRY_SECONDS = 5.0
 IDLE_SECONDS = 5.0  # a session whose last step is so long ago is between two replies
@@ -50,7 +50,7 @@ class CacheBudget:
         self._history = PeerHistory() if history is None else history
         self._by_peer: Counter[str] = Counter()  # pages
         self.reserved = 0
-        self._clock = clock
+        self.clock = clock
         self._holders: list[CacheHolder] = []
         self._line: deque[CacheHolder] = deque()
         self._changed = asyncio.Event()
@@ -86,10 +86,6 @@ class CacheBudget:
         """How many wait in line before this one."""
         return self._line.index(holder) if holder in self._line else 0
 
-    def used(self, holder: CacheHolder) -> None:
-        """Note that it is being used now."""
-        holder.last_used = self._clock()
-
     async def reserve(self, holder: CacheHolder, pages: int, field: str) -> None:
         """Grow or shrink a reservation to `pages`; `field` is the message field that asks for it.
 
@@ -112,14 +108,14 @@ class CacheBudget:
 
     async def _stand_in_line(self, holder: CacheHolder, pages: int, field: str) -> None:
         self._line.append(holder)
-        deadline = self._clock() + WAIT_SECONDS
+        deadline = self.clock() + WAIT_SECONDS
         try:
             while True:
                 if holder.evicted:  # before there is room: what it holds is not what its client thinks
                     raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
                 if self._first_in_line() is holder and self._resized(holder, pages):
                     return
-                if self._clock() >= deadline:
+                if self.clock() >= deadline:
                     raise RequestRefused(
                         f"The server's attention cache is full, {self.ahead(holder)} ahead of you.",
                         code="busy",
@@ -167,12 +163,12 @@ class CacheBudget:
     def _evict(self, wanted: int, holder: CacheHolder) -> bool:
         """Make room for `wanted` more pages; False, and nobody goes, if that would not be fair or enough."""
         held = {one: one.pages for one in self._holders}
-        missing, now = wanted - self.free, self._clock()
-        chosen = who_gives_way(held, holder, wanted, missing, self._history, now)
+        missing, now = wanted - self.free, self.clock()
+        chosen = choose_evictions(held, holder, wanted, missing, self._history, now)
         for one in chosen:
             one.evicted = True
             self.release(one)
-            one.let_go()
+            one.on_evicted()
         return bool(chosen)
 
     def release(self, holder: CacheHolder) -> None:

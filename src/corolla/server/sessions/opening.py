@@ -13,7 +13,7 @@ from torch import Tensor
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer, check_prefix, check_prompts, malformed
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.bundles import Bundle, find
+from corolla.server.sessions.prefilled import PrefilledPrompt, find
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Opened, OpenSession, Origin
@@ -29,7 +29,9 @@ class OpenRequest:
         self._client = client
         self._message = message
         self._prompts = tensors.get("prompts")
-        self._prefix = server.prefixes.of(client.peer, message, tensors.get("prefix"))
+        self._prefix = tensors.get("prefix")
+        if message.known is not None:
+            self._prefix = server.prefixes.of(client.peer, message, self._prefix)
 
     @cached_property
     def span(self) -> Span:
@@ -37,7 +39,7 @@ class OpenRequest:
         return self._server.part(self._message)
 
     @cached_property
-    def bundle(self) -> Bundle | None:
+    def bundle(self) -> PrefilledPrompt | None:
         """What it begins with. Raises `RequestRefused` (no_bundle)."""
         return find(self._server.bundles, self._message.bundle)
 
@@ -93,23 +95,21 @@ class OpenRequest:
     async def _begin(self, session: Session) -> Packet:
         """Fill the session, for which there is room, as its client asks."""
         if self._message.origin is not None:
-            return Packet(Opened(position=await self._begin_as(session, self._message.origin)))
+            return Packet(Opened(position=await self._fork_from(session, self._message.origin)))
         bundle, rows = self.bundle, self._message.rows
         if bundle is None:
             return Packet(Opened())
         row = bundle.row
-        await self._server.engine.submit(
-            Kind.DECODE, lambda: session.begin_with(row, rows), peer=session.peer
-        )
+        await self._server.engine.submit(Kind.DECODE, lambda: session.start_on(row, rows), peer=session.peer)
         return Packet(Opened(position=row.length), {"hidden": bundle.outputs_of(session.span)})
 
-    async def _begin_as(self, session: Session, origin: Origin) -> int:
+    async def _fork_from(self, session: Session, origin: Origin) -> int:
         """Begin with what another session of this peer holds, if that is still there; tokens a row."""
         other = self._server.sessions.find(session.peer, origin.name)
         if other is None:
             return 0
         with other.in_use():
             begun = await self._server.engine.submit(
-                Kind.DECODE, lambda: session.begin_as(other, origin), peer=session.peer
+                Kind.DECODE, lambda: session.fork_from(other, origin), peer=session.peer
             )
         return origin.tokens if begun else 0

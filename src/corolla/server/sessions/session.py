@@ -19,8 +19,8 @@ from corolla.models.attention.prefixes import put, take
 from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.span import Span
+from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Request
-from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 
@@ -74,7 +74,7 @@ class Session:
         self.closed = False
         self.epoch = 0  # see `wire.messages.Origin`
         self.block_tables: list[CachedSequence] = []  # of a family that can be packed
-        self._begun: CachedSequence | None = None  # the prefix, from which its rows begin
+        self._prefix_pages: CachedSequence | None = None  # the prefix, from which its rows begin
         self.plain: SpanCache = span.new_cache()  # of one that cannot
         self._budget = budget
         self._post = post
@@ -94,7 +94,7 @@ class Session:
             yield
         finally:
             self.users -= 1
-            self._budget.used(self)
+            self.last_used = self._budget.clock()
 
     @contextlib.contextmanager
     def taking(self, step: Request) -> Iterator[None]:
@@ -113,7 +113,9 @@ class Session:
 
         Raises `RequestRefused`, naming `field`.
         """
-        await self._budget.reserve(self, self.pages_needed(rows, tokens, position, order), field)
+        pages = self.pages_needed(rows, tokens, position, order)
+        if pages > self.pages:
+            await self._budget.reserve(self, pages, field)
 
     def pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
         """At most so many distinct pages: what all rows have in common counts once.
@@ -177,7 +179,7 @@ class Session:
         ]
         return all(row.reaches(kept) for row, kept in chosen)
 
-    def can_give(self, origin: Origin, other: Session) -> bool:
+    def can_be_forked(self, origin: Origin, other: Session) -> bool:
         """Whether another session over the same span, with the same prompts, may begin as `origin` says."""
         same_prompts = _same(self.prompts, other.prompts) and _same(self.prefix, other.prefix)
         fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
@@ -186,11 +188,11 @@ class Session:
 
     # --- on the compute thread --------------------------------------------------------------------------
 
-    def begin_as(self, other: Session, origin: Origin) -> bool:
+    def fork_from(self, other: Session, origin: Origin) -> bool:
         """Hold what another session does, on its pages; False, and nothing changes, if it is not as `origin` says."""
-        if not other.can_give(origin, self):
+        if not other.can_be_forked(origin, self):
             return False
-        self._begun = None if other._begun is None else other._begun.fork()
+        self._prefix_pages = None if other._prefix_pages is None else other._prefix_pages.fork()
         tokens = origin.tokens
         if not self.span.packable:
             with torch.inference_mode():
@@ -204,16 +206,16 @@ class Session:
         self.mask = None if other.mask is None else other.mask[:, :tokens]
         return True
 
-    def begin_with(self, row: CachedSequence, rows: int) -> None:
+    def start_on(self, row: CachedSequence, rows: int) -> None:
         """Hold in each of `rows` rows what `row` does, on its pages."""
         self.block_tables = [row.fork() for _ in range(rows)]
         self.rows, self.length = rows, row.length
 
-    def lay_prefix(self) -> None:
+    def write_prefix(self) -> None:
         """Have the prefix in pages, once, for all rows to begin with."""
         form = self.span.key_values
-        if self.prefix is not None and self._begun is None and form is not None and self.span.packable:
-            self._begun = put(self.span.by_block(self.prefix), form, self.pool)
+        if self.prefix is not None and self._prefix_pages is None and form is not None and self.span.packable:
+            self._prefix_pages = put(self.span.by_block(self.prefix), form, self.pool)
 
     def read(self, tokens: int) -> Tensor:
         """What the only row's first `tokens` tokens have left in the caches, as a prefix fp32 [blocks, tokens, D]."""
@@ -238,8 +240,8 @@ class Session:
     def _rearrange_pages(self, rows: int, position: int, order: Tensor | None) -> None:
         before = self.block_tables
         if position == 0 or not before:
-            self.lay_prefix()
-            begun = self._begun
+            self.write_prefix()
+            begun = self._prefix_pages
             self.block_tables = [
                 CachedSequence(self.pool) if begun is None else begun.fork() for _ in range(rows)
             ]
@@ -278,7 +280,7 @@ class Session:
 
     # --- its end ----------------------------------------------------------------------------------------
 
-    def let_go(self) -> None:
+    def on_evicted(self) -> None:
         """See `kv_cache.Holder`."""
         self._post(self._free)
 
@@ -297,9 +299,9 @@ class Session:
     def _free(self) -> None:
         for row in self.block_tables:
             row.free()
-        if self._begun is not None:
-            self._begun.free()
-        self.block_tables, self._begun = [], None
+        if self._prefix_pages is not None:
+            self._prefix_pages.free()
+        self.block_tables, self._prefix_pages = [], None
         self.plain = self.span.new_cache()
         self.prompts = self.prefix = self.mask = None  # an evicted session's stream may stay open for long
         self.length = self.rows = 0

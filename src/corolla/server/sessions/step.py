@@ -18,8 +18,8 @@ from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
+from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Kind, Request
-from corolla.server.scheduler.speeds import PASS_TOKENS
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
@@ -70,7 +70,7 @@ class StepRequest(Request):
         self._order = order
         self._mask = mask
         self._positions = positions
-        self._begun = False
+        self._arranged = False
         self._at = 0  # tokens that have been through the blocks
 
     @classmethod
@@ -208,9 +208,9 @@ class StepRequest(Request):
 
     def begin(self) -> None:
         """Have the session's rows as the step continues them, before its first tokens."""
-        if not self._begun:
+        if not self._arranged:
             self.session.rearrange(self.rows, self._position, self._order)
-            self._begun = True
+            self._arranged = True
 
     def load(self, count: int, begin: int) -> tuple[Tensor, Tensor]:
         """Inputs [n, H] and ids [n] of the next `count` tokens; `segments` are these, from packed token `begin` on."""

@@ -52,7 +52,7 @@ class StepsRequest:
         with contextlib.ExitStack() as held:
             for part, hidden in zip(self._parts, self._hidden, strict=True):
                 try:
-                    steps[part.name] = self._begun(part, hidden, held)
+                    steps[part.name] = self._admitted(part, hidden, held)
                 except RequestRefused as refusal:
                     failures[part.name] = _short(refusal)
             outputs = dict(zip(steps, await _computed(self._server, list(steps.values())), strict=True))
@@ -68,7 +68,7 @@ class StepsRequest:
         ]
         return Packet(Outputs(failures=tuple(failures.items())), {"hidden": torch.cat(whole)})
 
-    def _begun(self, part: Part, hidden: Tensor, held: contextlib.ExitStack) -> StepRequest:
+    def _admitted(self, part: Part, hidden: Tensor, held: contextlib.ExitStack) -> StepRequest:
         """The part's step, whose session takes no other, and stays, until `held` is closed.
 
         Raises `RequestRefused`; the session is lost then if the code says so.

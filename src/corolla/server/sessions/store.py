@@ -8,7 +8,6 @@ not for ever. Whatever an open session takes of the server is given back by `clo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from corolla.server.scheduler.engine import Engine
 from corolla.server.sessions.session import Session
@@ -22,9 +21,8 @@ Name = tuple[str, str | None]  # a peer, and what it calls the session
 class SessionStore:
     """Used on the event loop only. Its length is the number of open sessions."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._clock = clock
         self._open: set[Session] = set()
         self._named: dict[Name, Session] = {}  # open ones
         self._kept: dict[Name, tuple[Session, float]] = {}  # closed ones, with the time to let them go
@@ -75,11 +73,11 @@ class SessionStore:
 
     def _keep(self, name: Name, session: Session) -> None:
         session.closed = True
-        self._kept[name] = (session, self._clock() + KEPT_SECONDS)
+        self._kept[name] = (session, time.monotonic() + KEPT_SECONDS)
         own = [key for key in self._kept if key[0] == session.peer]
         for key in own[:-KEPT_A_PEER]:
             self._let_go(key)
-        now = self._clock()
+        now = time.monotonic()
         for key in [key for key, (one, until) in self._kept.items() if one.evicted or until <= now]:
             self._let_go(key)
 

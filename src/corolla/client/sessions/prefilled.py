@@ -7,6 +7,7 @@ and rollbacks need not know of bundles.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import msgspec
@@ -22,7 +23,7 @@ from corolla.wire.messages import Opened, OpenSession, Prefilled, Step
 
 
 @dataclass(frozen=True)
-class Bundle:
+class NamedPrompt:
     """A prompt of `columns` tokens that enters the blocks `width` wide, and the name that servers know it by."""
 
     name: Prefilled
@@ -31,10 +32,10 @@ class Bundle:
     dtype: torch.dtype
 
     @staticmethod
-    def of(vectors: Tensor, deep: Tensor | None, hidden: Tensor) -> Bundle:
+    def of(vectors: Tensor, deep: Tensor | None, hidden: Tensor) -> NamedPrompt:
         """The prompt of `vectors` [P, E] and `deep` [blocks, P, H], with which `hidden` [R, T, H] begins."""
         name = Prefilled(digest=digest(vectors, deep, hidden.dtype), deep=deep is not None)
-        return Bundle(name, int(vectors.shape[0]), int(hidden.shape[2]), hidden.dtype)
+        return NamedPrompt(name, int(vectors.shape[0]), int(hidden.shape[2]), hidden.dtype)
 
     def prefilled(self, reply: Packet, peer_id: str) -> PrefilledPrompt | None:
         """What a server's answer to an opening holds of the prompt, if anything. Raises `ProtocolError`."""
@@ -77,7 +78,7 @@ class PrefilledPrompt:
 
 
 async def ask_to_open(
-    channel: Channel, packet: Packet, bundle: Bundle, lacking: dict[str, str]
+    channel: Channel, packet: Packet, bundle: NamedPrompt, lacking: MutableMapping[str, str]
 ) -> tuple[Packet, PrefilledPrompt | None]:
     """The answer to an opening that names `bundle`, and what the server has of that.
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.server.world import Blocker
 
+from corolla.server.scheduler.accounting import KNOWN_SECONDS, MOST_REMEMBERED, PeerHistory, Shares, Speed
 from corolla.server.scheduler.engine import Engine, Kind
-from corolla.server.scheduler.shares import KNOWN_SECONDS, MOST_REMEMBERED, PeerHistory, Shares
 
 JOB_SECONDS = 0.002
 
@@ -118,3 +118,11 @@ def test_peers_that_have_gone_are_forgotten(given_to: list[tuple[int, float]]) -
     shares.give("steady", most - shares.after("steady") + 1.0)
     shares.settle({"steady"})
     assert len(shares) == 0
+
+
+def test_an_estimate_is_what_work_took_at_best() -> None:
+    speed = Speed()
+    for seconds in [9.0, 1.0] * 10:
+        speed.took(1000, seconds)
+        speed.took(1, seconds)  # says little
+    assert speed.seconds_of(5000) == 5.0

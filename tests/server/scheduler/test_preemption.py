@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from corolla.models.kernels.packed import PackedLinear, is_packable
-from corolla.server.scheduler.pieces import CUTS, Pieces, cut_of
+from corolla.server.scheduler.execution import CUTS, Preemptible, cut_of
 
 ROWS = 37
 
@@ -21,7 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a few rows, and others before each of them."""
     sizes = {"PIECE_SECONDS": 0.0, "LEAST_SHARE": 0.0, "ROWS": 8, "SCORES": 8 * ROWS, "FEWEST_QUERIES": 8}
     for name, value in sizes.items():
-        monkeypatch.setattr(f"corolla.server.scheduler.pieces.{name}", value)
+        monkeypatch.setattr(f"corolla.server.scheduler.execution.{name}", value)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -78,7 +78,7 @@ def test_cut_work_equals_itself(name: str, gradient: bool) -> None:
     def computed(seconds: float) -> list[Tensor]:
         nonlocal came
         value = noise(1, ROWS, 16, seed=3).requires_grad_(gradient)
-        with torch.inference_mode(not gradient), Pieces(between(seconds)):
+        with torch.inference_mode(not gradient), Preemptible(between(seconds)):
             came = 0
             result = work(value)
             if not gradient:

@@ -13,7 +13,7 @@ from tests.server.world import END, START, opening
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.kept import A_PEERS_PREFIXES, KnownPrefix, Prefixes
+from corolla.server.prefixes import A_PEERS_PREFIXES, KnownPrefix, Prefixes
 from corolla.wire.messages import OpenSession
 
 
@@ -45,14 +45,13 @@ def test_a_peer_finds_its_own_and_nobody_elses() -> None:
     assert kept.of("alice", names(1), prefix()) is not None
     assert torch.equal(known(kept, "alice", 1), prefix())
     assert known(kept, "bob", 1) is None
-    assert kept.of("bob", opening(), None) is None
-    kept.everybodys[f"{7:064x}"] = KnownPrefix(START, prefix(7.0))
+    kept.public[f"{7:064x}"] = KnownPrefix(START, prefix(7.0))
     assert torch.equal(known(kept, "bob", 7), prefix(7.0))
 
 
 def test_a_part_of_the_operators_is_found_by_its_blocks() -> None:
     kept, whole = Prefixes(10**6, lambda: 0.0), torch.arange(4.0).view(4, 1, 1).expand(4, 2, 8)
-    kept.everybodys["0" * 64] = KnownPrefix(0, whole)
+    kept.public["0" * 64] = KnownPrefix(0, whole)
     found = kept.of("alice", opening(start=1, end=3, known="0" * 64), None)
     assert torch.equal(found, whole[1:3])
     with pytest.raises(RequestRefused, match="has not got that prefix"):

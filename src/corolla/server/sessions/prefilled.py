@@ -28,7 +28,7 @@ from corolla.wire.messages import Prefilled
 
 
 @dataclass(frozen=True)
-class Entering:
+class EnteringPrompt:
     """A prompt on its way to the server's first block, for clients that compute in `dtype`."""
 
     name: str  # `models.prompts.digest`
@@ -36,7 +36,7 @@ class Entering:
     deep: Tensor | None  # fp32 [blocks of the model, P, H]
     dtype: torch.dtype
 
-    def through(self, span: Span, batch: PackedBatch) -> Entering:
+    def through(self, span: Span, batch: PackedBatch) -> EnteringPrompt:
         """The same behind the span's blocks; `batch` is of one segment, which all blocks may share."""
         count = int(self.hidden.shape[0])
         deep = None
@@ -54,7 +54,7 @@ class Entering:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class PrefilledPrompt:
     """What a server holds of a prompt: its columns' pages, and their outputs for clients."""
 
     start: int  # the server's first block
@@ -106,19 +106,19 @@ def before_span(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str,
-) -> list[Entering | BlockVectors]:
+) -> list[EnteringPrompt | BlockVectors]:
     """The prompts as they enter block `start`, once for each dtype that clients may compute in; prefixes as they are.
 
     One block at a time is read and run, in the server's own arithmetic. Raises `CheckpointError`.
     """
     prefixes = [prompt.blocks.kept() for prompt in prompts if isinstance(prompt, KeyValuePrefix)]
     soft = [prompt for prompt in prompts if isinstance(prompt, SoftPrompt)]
-    found: dict[str, Entering] = {}
+    found: dict[str, EnteringPrompt] = {}
     for kind in _client_dtypes(dtype) if soft else ():
         for prompt, hidden in zip(soft, entering(checkpoint, soft, kind), strict=True):
             deep = None if prompt.deep is None else prompt.deep.detach()
             name = digest(prompt.input, deep, kind)
-            found[name] = Entering(name, hidden, deep, kind)
+            found[name] = EnteringPrompt(name, hidden, deep, kind)
     if not found:
         return [*prefixes]
     for index in range(start):
@@ -135,7 +135,7 @@ def _client_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
     return list(dict.fromkeys([dtype, wide]))
 
 
-def prefill(span: Span, pool: PagePool, prompt: Entering) -> Bundle:
+def prefill(span: Span, pool: PagePool, prompt: EnteringPrompt) -> PrefilledPrompt:
     """Run a prompt through the span's blocks, into pages of its own. On the compute thread."""
     row = CachedSequence(pool)
     batch = PackedBatch([Segment(0, len(prompt.hidden), row)], pool)
@@ -144,10 +144,10 @@ def prefill(span: Span, pool: PagePool, prompt: Entering) -> Bundle:
         prompt = prompt.through(span.view(index, index + 1), batch)
         outputs.append(prompt.hidden.unsqueeze(0).to("cpu", prompt.dtype))
     deep = None if prompt.deep is None else prompt.deep[span.start : span.end].to(span.device, copy=True)
-    return Bundle(span.start, row, outputs, deep)
+    return PrefilledPrompt(span.start, row, outputs, deep)
 
 
-def find(bundles: dict[str, Bundle], named: Prefilled | None) -> Bundle | None:
+def find(bundles: dict[str, PrefilledPrompt], named: Prefilled | None) -> PrefilledPrompt | None:
     """The bundle that a client names. Raises `RequestRefused` (no_bundle) where it cannot do without."""
     found = None if named is None else bundles.get(named.digest)
     if found is None and named is not None and named.deep:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import msgspec
+from cachetools import LRUCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
@@ -19,42 +20,42 @@ from corolla.wire.messages import Backward, Forward, OpenSession
 
 Send = Callable[[Packet], Awaitable[Packet]]
 
+MOST_HOPS = 512  # of which it is remembered what they have; others are sent it again
 
-class Naming:
-    """What this client knows of its servers' prefixes. On the event loop only."""
+
+class SentPrefixes:
+    """Which prefixes this client's servers have. On the event loop only."""
 
     def __init__(self) -> None:
         # Of each server's blocks, the digest that was last spoken of, and whether the server has it.
-        self._last: dict[Hop, tuple[str, bool]] = {}
+        self._last: LRUCache[Hop, tuple[str, bool]] = LRUCache(MOST_HOPS)
 
     async def ask(
         self,
         hop: Hop,
         packet: Packet,
-        given: BlockVectors | None,
+        prefix: BlockVectors,
         send: Send,
         *,
         curious: bool = False,
     ) -> Packet:
-        """The answer to a request with what blocks are `given`. Raises as `send`.
+        """The answer to a request with those of a `prefix` that the hop's blocks are given. Raises as `send`.
 
         `curious` asks a server by name first, though it was not sent the prefix: its operator may have given it one.
         """
         message = packet.message
-        if given is None or given.name not in packet.tensors or given.name != "prefix":
-            return await send(packet)
         assert isinstance(message, OpenSession | Forward | Backward)
-        named = Packet(msgspec.structs.replace(message, known=given.digest), packet.tensors)
+        named = Packet(msgspec.structs.replace(message, known=prefix.digest), packet.tensors)
         digest, has_it = self._last.get(hop, ("", False))
-        if has_it if digest == given.digest else curious:
+        if has_it if digest == prefix.digest else curious:
             try:
                 return await send(Packet(named.message, _without_prefix(packet.tensors)))
             except RequestRefused as refusal:
                 if meaning(refusal).remedy is not Remedy.SEND_MORE:
                     raise
-        self._last[hop] = (given.digest, False)
+        self._last[hop] = (prefix.digest, False)
         reply = await send(named)
-        self._last[hop] = (given.digest, True)
+        self._last[hop] = (prefix.digest, True)
         return reply
 
 

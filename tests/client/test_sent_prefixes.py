@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corolla.client.naming import Naming
+from corolla.client.sent_prefixes import MOST_HOPS, SentPrefixes
 from corolla.errors import RequestRefused
 from corolla.models.prompts import BlockVectors
 from corolla.swarm.directory.routing import Hop
@@ -25,60 +25,67 @@ class Server:
     async def answer(self, packet: Packet) -> Packet:
         message = packet.message
         assert isinstance(message, Forward)
-        sent = "prefix" in packet.tensors
-        self.asked.append((message.known, sent))
-        if not sent and message.known not in self.known:
+        whole = "prefix" in packet.tensors
+        self.asked.append((message.known, whole))
+        if not whole and message.known not in self.known:
             raise RequestRefused("send it", code="no_bundle")
         self.known.add(message.known)
         return Packet(Output())
 
 
 async def ask(
-    naming: Naming, server: Server, given: BlockVectors, start: int = 0, curious: bool = False
+    sent: SentPrefixes, server: Server, given: BlockVectors, start: int = 0, curious: bool = False
 ) -> None:
     hop = Hop("server", start, start + 2)
     packet = Packet(Forward(model="m", start=start, end=start + 2), given.of(start, start + 2))
-    await naming.ask(hop, packet, given, server.answer, curious=curious)
+    await sent.ask(hop, packet, given, server.answer, curious=curious)
 
 
 async def test_it_is_sent_once() -> None:
-    naming, server = Naming(), Server()
+    sent, server = SentPrefixes(), Server()
     for given in (FIRST, FIRST, SECOND, SECOND):
-        await ask(naming, server, given)
+        await ask(sent, server, given)
     first, second = FIRST.digest, SECOND.digest
     assert server.asked == [(first, True), (first, False), (second, True), (second, False)]
-    await ask(naming, server, SECOND, start=2)  # other blocks, which it was not sent
+    await ask(sent, server, SECOND, start=2)  # other blocks, which it was not sent
     assert server.asked[-1] == (second, True)
 
 
 async def test_a_server_that_has_lost_it_is_sent_it_again() -> None:
-    naming, server = Naming(), Server()
-    await ask(naming, server, FIRST)
+    sent, server = SentPrefixes(), Server()
+    await ask(sent, server, FIRST)
     server.known.clear()
-    await ask(naming, server, FIRST)
-    await ask(naming, server, FIRST)
-    assert [sent for _, sent in server.asked] == [True, False, True, False]
+    await ask(sent, server, FIRST)
+    await ask(sent, server, FIRST)
+    assert [whole for _, whole in server.asked] == [True, False, True, False]
+
+
+async def test_what_is_remembered_is_bounded() -> None:
+    sent, server = SentPrefixes(), Server()
+    for start in [*range(MOST_HOPS + 1), 0, MOST_HOPS]:
+        await ask(sent, server, FIRST, start)
+    assert [whole for _, whole in server.asked[-2:]] == [True, False]
 
 
 async def test_who_is_curious_asks_once_whether_the_operator_has_it() -> None:
-    naming, server = Naming(), Server()
+    sent, server = SentPrefixes(), Server()
     server.known.add(FIRST.digest)
-    await ask(naming, server, FIRST, curious=True)
-    assert [sent for _, sent in server.asked] == [False]
+    await ask(sent, server, FIRST, curious=True)
+    assert [whole for _, whole in server.asked] == [False]
     for _ in range(2):
-        await ask(naming, server, SECOND, curious=True)
-    assert [sent for _, sent in server.asked] == [False, False, True, False]
+        await ask(sent, server, SECOND, curious=True)
+    assert [whole for _, whole in server.asked] == [False, False, True, False]
 
 
 async def test_other_refusals_are_not_asked_again() -> None:
-    naming = Naming()
+    sent = SentPrefixes()
 
     async def refuse(_packet: Packet) -> Packet:
         raise RequestRefused("busy", code="busy")
 
     packet = Packet(Forward(model="m", start=0, end=2), FIRST.of(0, 2))
     with pytest.raises(RequestRefused, match="busy"):
-        await naming.ask(Hop("server", 0, 2), packet, FIRST, refuse)
+        await sent.ask(Hop("server", 0, 2), packet, FIRST, refuse)
 
 
 def test_a_name_stands_for_one_prefix() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import PAGE
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions.bundles import Entering
+from corolla.server.sessions.prefilled import EnteringPrompt
 from corolla.swarm.channel import request
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Opened, OpenSession, Output, Prefilled, Step
@@ -41,8 +41,8 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
     await world.close()
 
 
-def entering(name: str, deep: Tensor | None = None, length: int = LENGTH) -> Entering:
-    return Entering(name, columns(length)[0], deep, torch.float64)
+def entering(name: str, deep: Tensor | None = None, length: int = LENGTH) -> EnteringPrompt:
+    return EnteringPrompt(name, columns(length)[0], deep, torch.float64)
 
 
 def columns(length: int = LENGTH) -> Tensor:

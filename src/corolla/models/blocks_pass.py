@@ -1,5 +1,7 @@
 """One pass through some blocks of a family's model, whatever the family's code does around them.
 
+What stands around the blocks of a server's span, with weights of its own, is replaced by what changes nothing.
+
 Invariant: hooks stand on blocks that other spans' views share, and in a pause other passes go through the same blocks;
 so each hook acts in its own pass and in no other.
 """
@@ -14,14 +16,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.checks.tracing import replaced
 from corolla.models.crossing import Crossed, Crossing
 from corolla.models.prompts import BlockHook
 
-_passage: ContextVar[Passage | None] = ContextVar("corolla_passage", default=None)
+_running: ContextVar[BlocksPass | None] = ContextVar("corolla_blocks_pass", default=None)
 
 
 def first_of(output: Any) -> Tensor:
@@ -30,7 +34,7 @@ def first_of(output: Any) -> Tensor:
     return hidden
 
 
-class Passage:
+class BlocksPass:
     """One pass of hidden states through a list of blocks: what enters the first, and what leaves the last.
 
     Families' code does something to its inputs before the first block (positions are added, they are scaled)
@@ -45,7 +49,7 @@ class Passage:
         self.left: Tensor | None = None
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         """The family's code runs its blocks inside."""
         handles = [
             self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -53,31 +57,87 @@ class Passage:
         ]
         for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
             handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
-        token = _passage.set(self)
+        token = _running.set(self)
         try:
             yield
         finally:
-            _passage.reset(token)
+            _running.reset(token)
             for handle in handles:
                 handle.remove()
 
     def _enter(
         self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _passage.get() is not self:
+        if _running.get() is not self:
             return None
         kwargs.pop("hidden_states", None)
         return (self._hidden, *args[1:]), kwargs
 
     def _leave(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if _passage.get() is self:
+        if _running.get() is self:
             self.left = first_of(output)
 
     def _only_here(self, hook: BlockHook) -> BlockHook:
-        return lambda block, args: hook(block, args) if _passage.get() is self else None
+        return lambda block, args: hook(block, args) if _running.get() is self else None
 
 
-class WidePassage(Passage):
+class _NoEmbedding(nn.Module):
+    """Stands in for an embedding, of positions mostly: adds nothing."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        return torch.zeros((), dtype=torch.long)
+
+
+class _Nothing(nn.Module):
+    """Stands in for another module with weights outside of the blocks: a norm, a projection."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first tensor that is no index, as it is."""
+        given = (*args, *kwargs.values())
+        return next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
+
+
+class _Zeros(nn.Module):
+    """Stands in for an embedding or a projection where blocks are given more than hidden states: zeros, as wide."""
+
+    def __init__(self, width: int, dtype: torch.dtype, *, of_block: int = 0) -> None:
+        """`of_block` is how much of the width is one block's, where each has its own part."""
+        super().__init__()
+        self._width, self._dtype, self._of_block = width, dtype, of_block
+
+    def forward(self, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        sizes = given.shape[:-1] if given.is_floating_point() else given.shape
+        return torch.zeros(*sizes, self._width, dtype=self._dtype, device=given.device)
+
+    def of_blocks(self, count: int) -> _Zeros:
+        """The same for fewer blocks."""
+        if not self._of_block:
+            return self
+        return _Zeros(self._of_block * count, self._dtype, of_block=self._of_block)
+
+
+def stand_in(child: nn.Module, crossing: Crossing, count: int) -> nn.Module:
+    """For a part with weights outside of the `count` blocks that are kept."""
+    if crossing.plain:
+        return _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing()
+    if isinstance(child, nn.ModuleList):
+        return nn.ModuleList([stand_in(one, crossing, count) for one in child])
+    if not isinstance(child, nn.Embedding | nn.Linear):
+        return _Nothing()
+    width = child.embedding_dim if isinstance(child, nn.Embedding) else child.out_features
+    # What gives every block its own part gives it to these blocks only.
+    each = any(one.each and width == crossing.depth * one.form.width for one in crossing.sides)
+    return _Zeros(width, child.weight.dtype, of_block=width // crossing.depth if each else 0).of_blocks(count)
+
+
+def narrow_stand_ins(model: PreTrainedModel, count: int) -> None:
+    """Have what stands for parts outside of the blocks be that of `count` of them."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, _Zeros):
+            model._modules[name] = child.of_blocks(count)
+
+
+class WideBlocksPass(BlocksPass):
     """A pass whose blocks are given more than hidden states (`models/crossing.py`)."""
 
     def __init__(
@@ -110,13 +170,13 @@ class WidePassage(Passage):
         return each_stream
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         handles = [
             block.register_forward_pre_hook(partial(self._give, index), with_kwargs=True)
             for index, block in enumerate(self._blocks, self._crossed.cut)
         ]
         try:
-            with super().under_way():
+            with super().hooked():
                 yield
         finally:
             for handle in handles:
@@ -125,7 +185,7 @@ class WidePassage(Passage):
     def _give(
         self, index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _passage.get() is not self:
+        if _running.get() is not self:
             return None
         for side, value in self._crossed.of_block(index):
             args, kwargs = replaced(args, kwargs, side.name, side.place, value)
