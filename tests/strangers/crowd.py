@@ -11,8 +11,8 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from corolla.swarm.directory.directory import ServerRecord
-from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, Keeper, KeptDirectory
-from corolla.swarm.directory.records import Entry, Shelf, Verifier, sign_entry
+from corolla.swarm.directory.distributed import DIRECTORY_PROTOCOL, DistributedDirectory, RecordService
+from corolla.swarm.directory.records import Entry, RecordStore, Verifier, sign_entry
 from corolla.swarm.transport.base import Transport
 from corolla.swarm.transport.identity import Identity
 from corolla.swarm.transport.memory import MemoryNetwork
@@ -81,14 +81,14 @@ class KeepersSwarm:
     def __init__(self, *keepers: Identity) -> None:
         self.network = MemoryNetwork()
         self._transports: dict[str, Transport] = {}
-        self.shelves: dict[str, Shelf] = {}
+        self.shelves: dict[str, RecordStore] = {}
         self._verifiers: list[Verifier] = []
         self._keepers = keepers
 
     async def __aenter__(self) -> KeepersSwarm:
         for identity in self._keepers:
-            shelf = self.shelves[identity.peer_id] = Shelf()
-            keeper = Keeper(shelf, self._verifier(), lambda _peer: True)
+            shelf = self.shelves[identity.peer_id] = RecordStore()
+            keeper = RecordService(shelf, self._verifier(), lambda _peer: True)
             await self.transport(identity.peer_id).serve(DIRECTORY_PROTOCOL, keeper.handle)
         return self
 
@@ -100,7 +100,7 @@ class KeepersSwarm:
 
     def directory(
         self, identity: Identity | None = None, *, of: Sequence[str] | None = None
-    ) -> KeptDirectory:
+    ) -> DistributedDirectory:
         """A client's, or a server's; it knows the keepers `of`, by default all."""
         known = list(self.shelves) if of is None else list(of)
 
@@ -108,7 +108,7 @@ class KeepersSwarm:
             return known
 
         transport = self.transport("client" if identity is None else identity.peer_id)
-        return KeptDirectory(transport, identity, keepers, self._verifier(), time.time)
+        return DistributedDirectory(transport, identity, keepers, self._verifier(), time.time)
 
     def _verifier(self) -> Verifier:
         self._verifiers.append(Verifier())

@@ -12,8 +12,8 @@ from corolla.errors import RequestRefused
 from corolla.swarm.access.admission import (
     ADMISSION_PROTOCOL,
     MAX_STREAMS,
+    AdmissionService,
     Gate,
-    Reception,
     present,
     redeem,
 )
@@ -40,7 +40,7 @@ async def test_half_open_streams_of_many_identities(tmp_path: Path, strangers: i
     server = network.transport(ISSUER.peer_id)
     membership = Membership(ISSUER.peer_id, issuers={ISSUER.peer_id})
     issuer = Issuer(ISSUER, tmp_path / "identity", PeerFile(tmp_path / "revoked", optional=True))
-    await server.serve(ADMISSION_PROTOCOL, Reception(membership, issuer).handle)
+    await server.serve(ADMISSION_PROTOCOL, AdmissionService(membership, issuer).handle)
     crowd = [network.transport(f"stranger-{number}") for number in range(strangers)]
     held: list[Stream] = []
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from corolla.errors import PeerDisconnected, ProtocolError
-from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, List
+from corolla.swarm.directory.distributed import DIRECTORY_PROTOCOL, List
 from corolla.wire.frames import LIMITS, parse_header
 from corolla.wire.messages import ClientMessage, ServerMessage
 from tests.strangers.crowd import MODEL, KeepersSwarm, identities, record_of

@@ -15,7 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from corolla.swarm.directory.directory import ServerRecord
-from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, Done, Put, Refused
+from corolla.swarm.directory.distributed import DIRECTORY_PROTOCOL, Done, Put, Refused
 from corolla.swarm.directory.records import Entry, read_record, sign_entry
 from corolla.swarm.node import Node
 from corolla.swarm.short_messages import receive_short, send_short

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.span_session import History
-from corolla.errors import UsageError
+from corolla.client.sessions.span_session import History, order_of
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
@@ -93,18 +92,11 @@ class LocalSession:
         self._blocks.run(inputs[0], past, self._start, self._end, self._cache)
 
     def _arrange(self, rows: int) -> None:
-        """Bring the cached rows into order; one may become many (beams, samples)."""
+        """Bring the cached rows into order."""
         order, self._order = self._order, None
         if not self.entered.length:
             return
-        cached = self.entered.rows if order is None else len(order)
-        if cached != rows:
-            if rows % cached:
-                raise UsageError(
-                    f"This session holds {cached} sequences; a batch of {rows} cannot continue it."
-                )
-            repeat = torch.arange(cached).repeat_interleave(rows // cached)
-            order = repeat if order is None else order[repeat]
+        order = order_of(rows, self.entered.rows if order is None else len(order), order)
         if order is not None:
             if self._cache.tokens:
                 self._cache.reorder_cache(order)

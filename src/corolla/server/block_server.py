@@ -25,7 +25,7 @@ from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span
 from corolla.server.peers import Leases, PeerLimits, UsageLog
 from corolla.server.prefixes import KnownPrefix, Prefixes
-from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.engine import GOING_AWAY, Engine, Kind
 from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.prefilled import EnteringPrompt, PrefilledPrompt, prefill
@@ -144,7 +144,7 @@ class BlockServer:
     def check_staying(self) -> None:
         """That the server takes new work. Raises `RequestRefused`."""
         if self.draining:
-            raise RequestRefused("This server is going away; use another.", code="draining")
+            raise RequestRefused(GOING_AWAY, code="draining")
 
     def yield_to_others(self) -> float:
         """In the middle of training: what others ask comes in between, and a look at who else needs the CPUs.

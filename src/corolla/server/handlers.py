@@ -24,7 +24,7 @@ from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import StepRequest
 from corolla.server.sessions.steps import StepsRequest
 from corolla.server.training import BackwardRequest, ForwardRequest
-from corolla.swarm.channel import Channel, TurnedAway
+from corolla.swarm.channel import Channel, RefusedPacket
 from corolla.swarm.transport.base import Stream
 from corolla.text import get_logger
 from corolla.wire.failures import failure_from, failure_of, meaning
@@ -219,7 +219,7 @@ class _Stream:
             self._server.limits.malformed(self._client.peer)
 
     async def _reply(self, packet: Packet) -> Packet:
-        if isinstance(packet, TurnedAway) and packet.refusal is not None:
+        if isinstance(packet, RefusedPacket) and packet.refusal is not None:
             raise packet.refusal
         match packet.message:
             case Ping():

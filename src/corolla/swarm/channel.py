@@ -70,7 +70,7 @@ Hear = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class TurnedAway(Packet):
+class RefusedPacket(Packet):
     """A request whose tensors were not taken; the stream goes on once it is answered with the refusal."""
 
     refusal: RequestRefused | None = None
@@ -132,7 +132,7 @@ class Channel:
         """The next packet.
 
         `timeout`: seconds until the packet begins, `None` for ever; after it has begun, `silence` applies to
-        each of its pieces. One that was not admitted is a `TurnedAway`. Raises `PeerSilent`,
+        each of its pieces. One that was not admitted is a `RefusedPacket`. Raises `PeerSilent`,
         `PeerDisconnected`, or `ProtocolError` for what is malformed or out of order; after the latter nothing
         more can be received. A server sends signs of life by itself while a large request arrives.
         """
@@ -158,7 +158,7 @@ class Channel:
         payload = bytearray()
         refusal = await self._read_payload(header, payload)
         if refusal is not None:
-            return TurnedAway(header.message, refusal=refusal)
+            return RefusedPacket(header.message, refusal=refusal)
         return self._expanded(parse_payload(header, payload))
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corolla.config import GuardConfig
 from corolla.errors import NotAdmitted, RemoteError, UsageError
-from corolla.swarm.access.admission import ADMISSION_PROTOCOL, Gate, Introductions, Reception, present
+from corolla.swarm.access.admission import ADMISSION_PROTOCOL, AdmissionService, Gate, Introductions, present
 from corolla.swarm.access.invitations import LEEWAY
 from corolla.swarm.access.membership import (
     INVITE_HINT,
@@ -109,7 +109,7 @@ class Node:
                 issuer = None
                 if identity is not None and transport.identity is not None and revoked is not None:
                     issuer = Issuer(transport.identity, identity, revoked)
-                await transport.serve(ADMISSION_PROTOCOL, Reception(membership, issuer, clock).handle)
+                await transport.serve(ADMISSION_PROTOCOL, AdmissionService(membership, issuer, clock).handle)
             clock.offset = await _join(transport, peers, certificates)
             directory = await DHTDirectory.create(
                 transport,

@@ -42,7 +42,7 @@ async def receive_short(stream: Stream, decoder: msgspec.msgpack.Decoder[T], mos
         raise ProtocolError(f"A message is malformed: {one_line(error)}.", peer_id=stream.peer_id) from error
 
 
-class Lobby:
+class StreamLimits:
     """The streams whose peers are waited for: for a request, or until they take their answer."""
 
     def __init__(self, of_a_peer: int, in_all: int) -> None:

@@ -18,10 +18,10 @@ from corolla.swarm.access import admission
 from corolla.swarm.access.admission import (
     ADMISSION_PROTOCOL,
     MAX_STREAMS_OF_A_PEER,
+    AdmissionService,
     Gate,
     Hello,
     Introductions,
-    Reception,
     present,
     redeem,
 )
@@ -56,7 +56,7 @@ class Guarded:
 
     async def start(self) -> None:
         await self.server.serve(
-            ADMISSION_PROTOCOL, Reception(self.membership, self.issuer, lambda: 42.0).handle
+            ADMISSION_PROTOCOL, AdmissionService(self.membership, self.issuer, lambda: 42.0).handle
         )
         await self.server.serve(PROTOCOL_NAME, self.gate.guarded(self._answer_pings))
 
@@ -170,7 +170,7 @@ async def test_a_revoked_peer_s_open_stream_is_closed(guarded: Guarded) -> None:
 async def test_an_unguarded_peer_welcomes_everybody_and_issues_nothing() -> None:
     network = MemoryNetwork()
     server, client = network.transport("server"), network.transport("client")
-    await server.serve(ADMISSION_PROTOCOL, Reception(None, clock=lambda: 7.0).handle)
+    await server.serve(ADMISSION_PROTOCOL, AdmissionService(None, clock=lambda: 7.0).handle)
     assert await present(client, "server") == 7.0
     with pytest.raises(NotAdmitted, match="no invitations"):
         await redeem(client, "server", "token")

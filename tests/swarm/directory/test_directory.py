@@ -15,7 +15,7 @@ from hivemind.proto import dht_pb2
 
 from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.directory_memory import Board, MemoryDirectory
-from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL
+from corolla.swarm.directory.distributed import DIRECTORY_PROTOCOL
 from corolla.swarm.node import Node
 from corolla.swarm.transport.base import Stream
 from corolla.swarm.transport.libp2p import MAX_NEAREST, Libp2pTransport, SmallCall, only_who_is_near

@@ -16,7 +16,7 @@ from corolla.swarm.directory.records import (
     MAX_TTL,
     NAME_BYTES,
     Entry,
-    Shelf,
+    RecordStore,
     Verifier,
     read_record,
     sign_entry,
@@ -105,7 +105,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.now = NOW
-        self.shelf = Shelf(lambda: self.now)
+        self.shelf = RecordStore(lambda: self.now)
 
     def put(self, who: int = 0, model: str = "m", **changes: object) -> bool:
         entry, value = signed(someone(who), model, **changes)
@@ -143,7 +143,7 @@ def test_the_newest_version_of_each_server_is_kept_for_each_of_its_models() -> N
 @pytest.mark.parametrize("clock", [-LEEWAY, LEEWAY])
 def test_clocks_may_differ_by_ten_minutes(clock: float) -> None:
     entry, value = signed(someone(0))
-    shelf = Shelf(lambda: NOW)
+    shelf = RecordStore(lambda: NOW)
     assert shelf.put(msgspec.structs.replace(entry, expires=NOW + clock + MAX_TTL), value)
     for expires in (NOW + MAX_TTL + LEEWAY + 5, float("nan"), float("inf")):
         assert not shelf.put(msgspec.structs.replace(entry, expires=expires), value)

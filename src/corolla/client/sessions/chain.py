@@ -20,10 +20,10 @@ from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
 from corolla.client.sessions.prefilled import NamedPrompt
-from corolla.client.sessions.span_session import History, Progress, SpanSession
+from corolla.client.sessions.span_session import History, Progress, SpanSession, order_of
 from corolla.client.training import step_answer
 from corolla.client.view import SwarmView
-from corolla.errors import RemoteError, UsageError
+from corolla.errors import RemoteError
 from corolla.models.cache import BlocksCall, on_cpu
 from corolla.models.prompts import BlockVectors
 from corolla.swarm.directory.routing import Hop
@@ -207,15 +207,10 @@ class SessionChain:
             await span.drop()
 
     def _take_order(self, rows: int) -> Tensor | None:
-        """The reorder to send with this step; one cached row may become many (beams, samples)."""
+        """The reorder to send with this step."""
         cached, order = self._rows, self._order
         self._order = None
-        if cached in (0, rows):
-            return order
-        if rows % cached:
-            raise UsageError(f"This session holds {cached} sequences; a batch of {rows} cannot continue it.")
-        repeat = torch.arange(cached).repeat_interleave(rows // cached)
-        return repeat if order is None else order[repeat]
+        return order_of(rows, cached, order)
 
     async def _advance(self, progress: Progress) -> None:
         """Take the step through the remaining spans; what is done stays done when a span fails."""

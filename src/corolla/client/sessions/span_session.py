@@ -17,7 +17,7 @@ from torch import Tensor
 from corolla.client.sessions.prefilled import NamedPrompt, PrefilledPrompt, ask_to_open
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
-from corolla.errors import ProtocolError, RemoteError, RequestRefused
+from corolla.errors import ProtocolError, RemoteError, RequestRefused, UsageError
 from corolla.models.prompts import BlockVectors
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.directory.routing import Hop
@@ -138,6 +138,17 @@ class History:
         if not parts:
             return None
         return torch.cat([hidden for hidden, _ in parts], 1), torch.cat([ids for _, ids in parts], 1)
+
+
+def order_of(rows: int, cached: int, order: Tensor | None) -> Tensor | None:
+    """The reorder that makes `rows` rows of so many cached ones, which stand in `order`; one may become many (beams,
+    samples). Raises `UsageError`."""
+    if cached in (0, rows):
+        return order
+    if rows % cached:
+        raise UsageError(f"This session holds {cached} sequences; a batch of {rows} cannot continue it.")
+    repeat = torch.arange(cached).repeat_interleave(rows // cached)
+    return repeat if order is None else order[repeat]
 
 
 class SpanSession:

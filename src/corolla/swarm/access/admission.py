@@ -29,7 +29,7 @@ from corolla.errors import (
 from corolla.swarm.access.invitations import MAX_TOKEN_BYTES, check_certificate, read_invitation
 from corolla.swarm.access.membership import Issuer, Membership, keep_certificate, read_certificates
 from corolla.swarm.channel import PIECE, Channel
-from corolla.swarm.short_messages import Lobby, receive_short, send_short
+from corolla.swarm.short_messages import StreamLimits, receive_short, send_short
 from corolla.swarm.transport.base import Stream, StreamHandler, Transport
 from corolla.text import get_logger, one_line
 from corolla.wire.frames import Packet
@@ -80,7 +80,7 @@ _requests = msgspec.msgpack.Decoder(Hello | Redeem)
 _answers = msgspec.msgpack.Decoder(Welcome | Refused)
 
 
-class Reception:
+class AdmissionService:
     """Answers the peers that present themselves. Its `handle` serves `ADMISSION_PROTOCOL`."""
 
     def __init__(
@@ -93,13 +93,13 @@ class Reception:
         self._membership = membership
         self._issuer = issuer
         self._clock = clock
-        self._lobby = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
+        self._streams = StreamLimits(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
 
     async def handle(self, stream: Stream) -> None:
         """Answer one stream."""
         try:
             async with asyncio.timeout(SECONDS):
-                with self._lobby.waits(stream):
+                with self._streams.waits(stream):
                     request = await receive_short(stream, _requests, MAX_BYTES)
                 await send_short(stream, await self._answer(request, stream.peer_id))
         except TimeoutError:
@@ -146,7 +146,7 @@ class Gate:
     def __init__(self, allowed: Callable[[str], bool]) -> None:
         self.allowed = allowed
         self._open: dict[Stream, None] = {}
-        self._turned_away = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
+        self._turned_away = StreamLimits(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
 
     def guarded(self, handler: StreamHandler) -> StreamHandler:
         """The same handler, for members only; a stranger is told `not_allowed`."""

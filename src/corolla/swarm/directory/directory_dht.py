@@ -2,7 +2,7 @@
 
 Those are the few peers nearest to the key of a model, and to the key of the map of all models, and besides them those
 that this peer joined through, which its user has chosen: whoever places himself near a key hides nobody. hivemind
-stores nothing and is believed nothing but who is near; how records travel is `keeping.py`'s. All times are the
+stores nothing and is believed nothing but who is near; how records travel is `distributed.py`'s. All times are the
 swarm's: the clock of the peer that everybody joined through, as far as one knows.
 """
 
@@ -20,8 +20,13 @@ from hivemind.proto import dht_pb2
 
 from corolla.errors import SwarmUnavailable
 from corolla.swarm.directory.addresses import join_multiaddr, peer_of
-from corolla.swarm.directory.keeping import DIRECTORY_PROTOCOL, REQUEST_SECONDS, Keeper, KeptDirectory
-from corolla.swarm.directory.records import Shelf, Verifier
+from corolla.swarm.directory.distributed import (
+    DIRECTORY_PROTOCOL,
+    REQUEST_SECONDS,
+    DistributedDirectory,
+    RecordService,
+)
+from corolla.swarm.directory.records import RecordStore, Verifier
 from corolla.swarm.transport.libp2p import Libp2pTransport
 from corolla.text import get_logger
 from corolla.wire.messages import PROTOCOL_NAME
@@ -38,7 +43,7 @@ def _everybody(_peer_id: str) -> bool:
     return True
 
 
-class DHTDirectory(KeptDirectory):
+class DHTDirectory(DistributedDirectory):
     """One peer's access to the directory. Made by `create`, before the transport is closed ended by `close`."""
 
     def __init__(
@@ -47,7 +52,7 @@ class DHTDirectory(KeptDirectory):
         transport: Libp2pTransport,
         peers: Sequence[str],
         clock: Callable[[], float],
-        own: Shelf | None,
+        own: RecordStore | None,
         allowed: Callable[[str], bool],
     ) -> None:
         self.verifier, introduce = Verifier(), transport.calls.introduce
@@ -77,7 +82,7 @@ class DHTDirectory(KeptDirectory):
         """
         addresses = [join_multiaddr(address) for address in initial_peers]
         transport.calls.takes = lambda peer, request: allowed(peer) and _is_harmless(request)
-        own = None if client_only else Shelf(clock)
+        own = None if client_only else RecordStore(clock)
         node = await DHTNode.create(
             p2p=transport.p2p,
             initial_peers=addresses or None,
@@ -95,7 +100,9 @@ class DHTDirectory(KeptDirectory):
         try:
             await directory._check_joined(initial_peers)
             if own is not None:
-                await transport.serve(DIRECTORY_PROTOCOL, Keeper(own, directory.verifier, allowed).handle)
+                await transport.serve(
+                    DIRECTORY_PROTOCOL, RecordService(own, directory.verifier, allowed).handle
+                )
         except BaseException:
             await directory.close()
             raise

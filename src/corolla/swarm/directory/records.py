@@ -123,7 +123,7 @@ class _List:
     good_until: float
 
 
-class Shelf:
+class RecordStore:
     """The records that one peer keeps for others: the newest of each server for each of its models."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:

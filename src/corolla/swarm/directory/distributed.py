@@ -31,13 +31,13 @@ from corolla.swarm.directory.records import (
     NAME_BYTES,
     PLACE_BYTES,
     Entry,
-    Shelf,
+    RecordStore,
     Verifier,
     name_of,
     sign_entry,
     version_of,
 )
-from corolla.swarm.short_messages import Lobby, receive_short, send_short
+from corolla.swarm.short_messages import StreamLimits, receive_short, send_short
 from corolla.swarm.transport.base import Stream, Transport
 from corolla.swarm.transport.identity import Identity
 from corolla.text import get_logger, one_line
@@ -105,49 +105,49 @@ _requests = msgspec.msgpack.Decoder(Put | List | Fetch)
 _answers = msgspec.msgpack.Decoder(Done | Names | Records | Refused)
 
 
-class Keeper:
+class RecordService:
     """The side that keeps records and answers. Its `handle` serves `DIRECTORY_PROTOCOL`."""
 
-    def __init__(self, shelf: Shelf, verifier: Verifier, allowed: Callable[[str], bool]) -> None:
+    def __init__(self, store: RecordStore, verifier: Verifier, allowed: Callable[[str], bool]) -> None:
         """`allowed` says of a peer id whether the peer is a member."""
-        self._shelf = shelf
+        self._store = store
         self._verifier = verifier
         self._allowed = allowed
-        self._members = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
-        self._strangers = Lobby(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
+        self._members = StreamLimits(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
+        self._strangers = StreamLimits(MAX_STREAMS_OF_A_PEER, MAX_STREAMS)
 
     async def handle(self, stream: Stream) -> None:
         """Answer one stream."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(KEEPER_SECONDS):
                 while True:
-                    lobby = self._members if self._allowed(stream.peer_id) else self._strangers
-                    with lobby.waits(stream):
+                    limits = self._members if self._allowed(stream.peer_id) else self._strangers
+                    with limits.waits(stream):
                         request = await receive_short(stream, _requests, _MAX_REQUEST)
                     answer = await self._answer(request, stream.peer_id)
-                    with lobby.waits(stream):
+                    with limits.waits(stream):
                         await send_short(stream, answer)
 
     async def _answer(self, request: Put | List | Fetch, peer: str) -> Done | Names | Records | Refused:
         if not self._allowed(peer):
             return _TO_A_STRANGER
         if isinstance(request, List):
-            return Names(self._shelf.names(request.model))
+            return Names(self._store.names(request.model))
         if isinstance(request, Fetch):
-            return Records(self._shelf.values(_split(request.names)))
-        if self._verifier.waiting > MAX_WAITING or not self._shelf.may_put(peer):
+            return Records(self._store.values(_split(request.names)))
+        if self._verifier.waiting > MAX_WAITING or not self._store.may_put(peer):
             return Refused("full")
         (entry,) = await self._verifier.read([request.value])
         if entry is None or entry.record.peer_id != peer:
             return Refused("unfit")
-        return Done() if self._shelf.put(entry, request.value) else Refused("full")
+        return Done() if self._store.put(entry, request.value) else Refused("full")
 
 
 class _Declined(RemoteError):
     """A peer answered, and does not do what it was asked for."""
 
 
-class KeptDirectory(Directory):
+class DistributedDirectory(Directory):
     """One peer's access to a directory that some peers keep for all."""
 
     def __init__(
@@ -158,7 +158,7 @@ class KeptDirectory(Directory):
         verifier: Verifier,
         clock: Callable[[], float],
         *,
-        own: Shelf | None = None,
+        own: RecordStore | None = None,
         introduce: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         """`keepers(models)` names the other peers that keep the records of these models; None: of all. `clock`
@@ -228,7 +228,7 @@ class KeptDirectory(Directory):
             )
         return reading.servers(model, self._clock())
 
-    async def _read_own(self, own: Shelf, model: str | None, reading: _Reading) -> None:
+    async def _read_own(self, own: RecordStore, model: str | None, reading: _Reading) -> None:
         names = list(_split(own.names(model)))
         for page in reading.pages(names):
             await self._note(reading, page, own.values(page))

@@ -10,8 +10,8 @@ import pytest
 from tests.strangers.crowd import MODEL, KeepersSwarm, identities, record_of, signed
 
 from corolla.errors import PeerDisconnected, SwarmUnavailable
-from corolla.swarm.directory import keeping
-from corolla.swarm.directory.keeping import (
+from corolla.swarm.directory import distributed
+from corolla.swarm.directory.distributed import (
     DIRECTORY_PROTOCOL,
     NAME_BYTES,
     PAGE,
@@ -26,7 +26,7 @@ from corolla.swarm.short_messages import receive_short, send_short
 from corolla.swarm.transport.base import Stream
 
 KEEPER, OTHER, SERVER, STRANGER, *CROWD = identities(2 * PAGE + 10)
-_anything = msgspec.msgpack.Decoder(keeping.Done | Names | Records | Refused)
+_anything = msgspec.msgpack.Decoder(distributed.Done | Names | Records | Refused)
 
 
 async def test_a_record_is_kept_by_several_and_read_once() -> None:
@@ -102,7 +102,7 @@ async def test_garbage_ends_the_stream(data: bytes) -> None:
 
 async def test_whoever_does_not_take_his_answers_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer may have half a megabyte, and many who ask and do not read would keep as many of them here."""
-    monkeypatch.setattr(keeping, "MAX_STREAMS", 8)
+    monkeypatch.setattr(distributed, "MAX_STREAMS", 8)
     monkeypatch.setattr("corolla.swarm.transport.memory.BUFFER_BYTES", 1000)
     async with KeepersSwarm(KEEPER) as swarm:
         for one in CROWD:
@@ -165,7 +165,7 @@ THE_TRUE: list[bytes] = []
 
 @pytest.mark.parametrize("behaviour", [mute, junk, another, forgetful, thief])
 async def test_a_bad_keeper_hides_nothing(behaviour: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(distributed, "REQUEST_SECONDS", 0.3)
     async with KeepersSwarm(KEEPER) as swarm:
         await swarm.directory(SERVER).announce(record_of(SERVER), 60)
         THE_TRUE[:] = [swarm.shelves[KEEPER.peer_id].names(None)]
@@ -205,7 +205,7 @@ async def test_a_reading_that_was_cut_short_says_so_and_the_next_goes_on(
                 swarm.network.stop(KEEPER.peer_id)
             return whole(names)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(keeping, "REQUEST_SECONDS", 0.2)
+        monkeypatch.setattr(distributed, "REQUEST_SECONDS", 0.2)
         monkeypatch.setattr(swarm.shelves[KEEPER.peer_id], "values", slow)
         client = swarm.directory()
         found = await client.servers(MODEL)
