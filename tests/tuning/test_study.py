@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tuning.study_setup import CHUNKS, DOCUMENTS, FACTS, MODEL, study_settings
 from tests.tuning.tiny_setup import plain_model
 from transformers import TrainerCallback
+from typer.main import get_command
 
+from corolla.cli.main import app
 from corolla.client.model import losses
 from corolla.client.model.heads import share_head
 from corolla.client.model.losses import TopTokens, summed_distillation
@@ -155,10 +158,13 @@ def test_a_study_ends_in_a_bundle_that_says_what_is_recalled(whole: TuneResult, 
     assert ways["plain prompt"]["loss"] == pytest.approx(whole.before.reply_loss, abs=1e-5)
     assert ways["studied prompt"]["loss"] == pytest.approx(whole.after.reply_loss, abs=1e-5)
     assert len({one["loss"] for one in ways.values()}) == 4 or whole.best_step == 0
-    words = again_command(bundle)
-    assert words.startswith("corolla study lamp.txt bread.md --model ")
-    assert "--questions 12" in words
-    assert "--data" not in words
+    words = shlex.split(again_command(bundle))
+    commands: Any = get_command(app)
+    given = commands.commands["study"].make_context("study", words[2:]).params
+    for name in ("learning_rate", "steps", "batch_size", "seed", "questions", "chunk_tokens", "held_out"):
+        assert given[name] == bundle.training[name], name
+    assert [one.name for one in given["documents"]] == ["lamp.txt", "bread.md"]
+    assert (given["prompt_tokens"], given["max_length"]) == (6, 64)
     page = (whole.bundle / "report.html").read_text()
     assert "What it knows of the text" in page
     assert "text in context" in page

@@ -115,10 +115,11 @@ def again_command(bundle: Described) -> str:
     if said.get("steps") is None:
         words += _option("epochs", said.get("epochs"))
     plain, rendering = RenderSettings(), bundle.rendering
-    words += ["--style", rendering.style]
-    if rendering.style == "delimiter":
-        words += ["--delimiter", rendering.delimiter.replace("\n", "\\n").replace("\t", "\\t")]
-    words += [] if rendering.loss_on == plain.loss_on else ["--loss-on", rendering.loss_on]
+    if not studied:  # which has one way
+        words += ["--style", rendering.style]
+        if rendering.style == "delimiter":
+            words += ["--delimiter", rendering.delimiter.replace("\n", "\\n").replace("\t", "\\t")]
+        words += [] if rendering.loss_on == plain.loss_on else ["--loss-on", rendering.loss_on]
     words += [] if rendering.max_length == plain.max_length else ["--max-length", str(rendering.max_length)]
     return shlex.join(words)
 
