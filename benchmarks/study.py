@@ -3,7 +3,7 @@
 The text is `texts/harbour.md`, all of whose facts are invented; the questions below were written by hand, and nothing
 is trained on them. Goes on where it was stopped, if it is started again with the same `--out`.
 
-    python benchmarks/study.py --out /tmp/study --questions 64 --steps 60
+    python -m benchmarks.study --out /tmp/study --questions 64 --steps 60
 """
 
 from __future__ import annotations
