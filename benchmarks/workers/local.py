@@ -18,6 +18,8 @@ from torch import Tensor
 from benchmarks.sizes import DEMO, MODEL, PROMPT_TOKENS, SHAPES
 from benchmarks.workers import loops
 from benchmarks.workers.protocol import obey
+from corolla.cli import measure
+from corolla.cli.measure import token_ids
 
 ATTENTION = ("sdpa", "eager")
 STREAM, STREAM_ROUNDS = 2**26, 8  # float32 that are read to see how fast memory is
@@ -53,8 +55,8 @@ def tuned() -> Any:
 
 
 @cache
-def training_step() -> loops.Step:
-    return loops.Step([weight for weight in tuned().parameters() if weight.requires_grad])
+def training_step() -> measure.Step:
+    return measure.Step([weight for weight in tuned().parameters() if weight.requires_grad])
 
 
 @cache
@@ -67,10 +69,10 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 
 # A short piece of each kind of work, in tokens/s, that the attention is chosen by.
 TRIALS: dict[str, Callable[[Any], float]] = {
-    "decode": lambda model: loops.decode(model, 1, 12),
-    "batch": lambda model: loops.decode(model, 8, 6),
-    "prefill": lambda model: loops.prefill(model, 512),
-    "train": lambda _model: loops.dense(tuned(), training_step(), 4, 256),
+    "decode": lambda model: measure.decode(model, token_ids(1, 16), 12),
+    "batch": lambda model: measure.decode(model, token_ids(8, 16), 6),
+    "prefill": lambda model: measure.prefill(model, token_ids(1, 512)),
+    "train": lambda _model: measure.dense(tuned(), training_step(), token_ids(4, 256)),
 }
 
 
@@ -152,17 +154,17 @@ def cut(blocks: int, folder: str) -> None:
 
 def decode(rows: int, tokens: int, context: int = 16, folder: str | None = None) -> float:
     use("decode" if rows == 1 else "batch", folder)
-    return loops.decode(named(folder), rows, tokens, context)
+    return measure.decode(named(folder), token_ids(rows, context), tokens)
 
 
 def prefill(tokens: int) -> float:
     use("prefill")
-    return loops.prefill(plain(), tokens)
+    return measure.prefill(plain(), token_ids(1, tokens))
 
 
 def train(rows: int, length: int) -> float:
     use("train")
-    return loops.dense(tuned(), training_step(), rows, length)
+    return measure.dense(tuned(), training_step(), token_ids(rows, length))
 
 
 def chitchat(count: int, padding: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from benchmarks.sizes import PROMPT_TOKENS
 from benchmarks.workers import loops
 from benchmarks.workers.protocol import obey
+from corolla.cli import measure
+from corolla.cli.measure import token_ids
 
 model: Any = None
 _fresh = itertools.count(1000)  # seeds of prompts that no server has seen before
@@ -43,36 +46,36 @@ def connect(
 
 def touch() -> None:
     """A short call, so that what follows does not pay for what a pause of the servers has cost."""
-    loops.generate(model, loops.token_ids(1, 4), 2)
+    measure.generate(model, token_ids(1, 4), 2)
 
 
 # --- one caller -------------------------------------------------------------------------------------------
 
 
 def decode(rows: int, tokens: int, context: int = 16) -> float:
-    return loops.decode(model, rows, tokens, context)
+    return measure.decode(model, token_ids(rows, context), tokens)
 
 
 def prefill(tokens: int) -> float:
-    return loops.prefill(model, tokens, next(_fresh))
+    return measure.prefill(model, token_ids(1, tokens, next(_fresh)))
 
 
 def turn(number: int, said: int, reply: int) -> float:
     """Seconds to the first token of a chat's turn, with all turns before it behind it."""
     with model.inference_session() as session:
         for _ in range(number - 1):
-            loops.generate(model, loops.token_ids(1, said, next(_fresh)), reply, session=session)
-        return loops.first_token(model, loops.token_ids(1, said, next(_fresh)), session=session)
+            measure.generate(model, token_ids(1, said, next(_fresh)), reply, session=session)
+        return measure.first_token(model, token_ids(1, said, next(_fresh)), session=session)
 
 
 def shared_beginning(shared: int, tail: int) -> list[float]:
     """Seconds to the first token of one session, and of another with the same beginning while that is open."""
-    beginning = loops.token_ids(1, shared, next(_fresh))
+    beginning = token_ids(1, shared, next(_fresh))
     sessions = [model.inference_session() for _ in range(2)]
     try:
         return [
-            loops.first_token(
-                model, torch.cat([beginning, loops.token_ids(1, tail, next(_fresh))], 1), session=session
+            measure.first_token(
+                model, torch.cat([beginning, token_ids(1, tail, next(_fresh))], 1), session=session
             )
             for session in sessions
         ]
@@ -84,54 +87,9 @@ def shared_beginning(shared: int, tail: int) -> list[float]:
 # --- many sessions ----------------------------------------------------------------------------------------
 
 
-class Threads:
-    """Runs a function on many threads at once; what one of them raises is raised when they are joined."""
-
-    def __init__(self, count: int, work: Any) -> None:
-        self._errors: list[BaseException] = []
-        self._threads = [
-            threading.Thread(target=self._run, args=(work, i), daemon=True) for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, work: Any, index: int) -> None:
-        try:
-            work(index)
-        except BaseException as error:
-            self._errors.append(error)
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        if self._errors:
-            causes = (e for e in self._errors if not isinstance(e, threading.BrokenBarrierError))
-            raise next(causes, self._errors[0])
-
-
 def sessions(count: int, tokens: int) -> float:
-    """Tokens/s in all of that many threads with a session each, once all have their first token."""
-    ready = threading.Barrier(count + 1, timeout=600)
-    ends: list[float] = []
-
-    def work(index: int) -> None:
-        try:
-            with model.inference_session() as session:
-                loops.generate(model, loops.token_ids(1, 16, index), 1, session=session)
-                ready.wait()
-                ends.append(loops.generate(model, None, tokens, session=session)[-1])
-        except BaseException:
-            ready.abort()
-            raise
-
-    threads = Threads(count, work)
-    try:
-        ready.wait()
-    except threading.BrokenBarrierError:
-        threads.join()
-    started = time.perf_counter()
-    threads.join()
-    return count * tokens / (max(ends) - started)
+    rows = torch.cat([token_ids(1, 16, index) for index in range(count)])
+    return measure.sessions(model, rows, tokens)
 
 
 _held: list[Any] = []
@@ -141,13 +99,13 @@ def hold(context: int = 16, count: int = 1) -> None:
     """Open sessions, see to it that each has its first token, and keep them until `drop`."""
     for _ in range(count):
         _held.append(model.inference_session())
-        loops.generate(model, loops.token_ids(1, context, next(_fresh)), 1, session=_held[-1])
+        measure.generate(model, token_ids(1, context, next(_fresh)), 1, session=_held[-1])
 
 
 def more(tokens: int) -> list[float]:
     """Decode in the newest of the held sessions; gives the times of its beginning and its end."""
     started = time.perf_counter()
-    return [started, loops.generate(model, None, tokens, session=_held[-1])[-1]]
+    return [started, measure.generate(model, None, tokens, session=_held[-1])[-1]]
 
 
 def drop() -> None:
@@ -160,17 +118,20 @@ class Crowd:
 
     def __init__(self, count: int, most: int) -> None:
         self._over = threading.Event()
-        self.stamps = [loops.Stamps(self._over.is_set) for _ in range(count)]
-        self._threads = Threads(count, lambda index: self._decode(index, most))
+        self.stamps = [measure.Stamps(self._over.is_set) for _ in range(count)]
+        self._pool = ThreadPoolExecutor(count)
+        self._ends = [self._pool.submit(self._decode, index, most) for index in range(count)]
 
     def _decode(self, index: int, most: int) -> None:
         with model.inference_session() as session:
-            ids = loops.token_ids(1, 16, index)
-            loops.generate(model, ids, most, session=session, stamps=self.stamps[index])
+            ids = token_ids(1, 16, index)
+            measure.generate(model, ids, most, session=session, stamps=self.stamps[index])
 
     def stop(self) -> list[list[float]]:
         self._over.set()
-        self._threads.join()
+        self._pool.shutdown()
+        for one in self._ends:
+            one.result()
         return [stamps.times for stamps in self.stamps]
 
 
@@ -193,7 +154,7 @@ def crowd_stop() -> list[list[float]]:
 def intrude(tokens: int) -> list[float]:
     """Send a long prompt; gives the times of its beginning and of its first token."""
     started = time.perf_counter()
-    loops.first_token(model, loops.token_ids(1, tokens, next(_fresh)))
+    measure.first_token(model, token_ids(1, tokens, next(_fresh)))
     return [started, time.perf_counter()]
 
 
@@ -201,9 +162,9 @@ def intrude(tokens: int) -> list[float]:
 
 
 @cache
-def training_step() -> loops.Step:
+def training_step() -> measure.Step:
     model.train()
-    return loops.Step(list(model.prompts.parameters()))
+    return measure.Step(list(model.prompts.parameters()))
 
 
 @cache
@@ -212,7 +173,7 @@ def batches(count: int) -> list[dict[str, Tensor]]:
 
 
 def train(rows: int, length: int) -> float:
-    return loops.dense(model, training_step(), rows, length)
+    return measure.dense(model, training_step(), token_ids(rows, length))
 
 
 def chitchat(count: int) -> float:

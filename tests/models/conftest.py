@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from corolla.models.kernels import isa, native
 
 
-@pytest.fixture(params=native.instruction_sets() or [None])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The test runs once with each of the sets that kernels can be built for here."""
-    if request.param is None:
+@contextmanager
+def limited_to(name: str | None) -> Iterator[str]:
+    if name is None:
         pytest.skip("no C compiler")
-    monkeypatch.setenv(isa.VARIABLE, request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(isa.VARIABLE, name)
+        native.library.cache_clear()
+        assert native.instruction_set() == name
+        yield name
     native.library.cache_clear()
-    assert native.instruction_set() == request.param
-    yield request.param
-    native.library.cache_clear()
+
+
+@pytest.fixture(params=native.instruction_sets() or [None])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once with each of the sets that kernels can be built for here."""
+    with limited_to(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[one for one in native.instruction_sets() if one != "avx-vnni"] or [None])
+def lanes(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same with each but AVX-VNNI, which is AVX2 for all but products of bytes."""
+    with limited_to(request.param) as name:
+        yield name

@@ -21,6 +21,7 @@ from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.defaults import read_defaults
 from corolla.cli.demo import demo
+from corolla.cli.doctor import doctor
 from corolla.cli.evaluate import evaluate
 from corolla.cli.invite import invite
 from corolla.cli.join import join
@@ -56,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, study, evaluate, chat, api, demo, invite, join, revoke):
+for _command in (bootstrap, serve, status, tune, study, evaluate, chat, api, demo, doctor, invite, join, revoke):
     app.command({"evaluate": "eval"}.get(_command.__name__))(_command)
 
 

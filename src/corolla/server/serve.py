@@ -30,7 +30,7 @@ from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
-from corolla.models.kernels.native import library
+from corolla.models.kernels.helpers import give_up_helpers
 from corolla.models.numerics import choose_dtype, dtype_name
 from corolla.models.prompts import BlockVectors, Prompt
 from corolla.models.span import Span
@@ -277,16 +277,8 @@ async def _unless(stop: asyncio.Event, work: Callable[[], T]) -> T | None:
 
 
 async def give_threads_to(engine: Engine) -> None:
-    """Let only the compute thread have others beside it, as many as torch has now.
-
-    Each thread that calls parallel code gets helpers of its own, and where there are more of them than CPUs,
-    libgomp lets none of them wait awake for its next piece of work: then a pass of short pieces gains nothing.
-    """
-    count, kernels = torch.get_num_threads(), library()
-    if kernels is not None:
-        kernels.end_team()
-    torch.set_num_threads(1)
-    await engine.submit(Kind.TRAINING, partial(torch.set_num_threads, count))
+    """Let only the compute thread have others beside it, as many as torch has now."""
+    await engine.submit(Kind.TRAINING, partial(torch.set_num_threads, give_up_helpers()))
 
 
 def free_bytes(device: torch.device) -> int:

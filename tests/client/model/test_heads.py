@@ -122,6 +122,37 @@ def test_who_comes_meanwhile_goes_together() -> None:
     crowd.end()
 
 
+def test_who_was_away_for_as_long_is_waited_for() -> None:
+    """The thread that comes first has the table read for the other as well."""
+    sizes: list[int] = []
+
+    def product(rows: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        threading.Event().wait(0.4)  # so large is the table
+        return rows * 2
+
+    queue, begin = RowQueue(), [threading.Semaphore(0) for _ in range(2)]
+
+    def work(own: threading.Semaphore) -> None:
+        for _ in range(2):
+            own.acquire()
+            queue.run(rows_of(0), product)
+
+    threads = [threading.Thread(target=work, args=(own,), daemon=True) for own in begin]
+    for thread in threads:
+        thread.start()
+    for turn in range(2):
+        for count, own in enumerate(begin, start=1):
+            own.release()
+            while max(sum(sizes), queue.waiting + 2 * turn) < 2 * turn + count:  # until it has come
+                threading.Event().wait(0.001)
+        while queue.waiting:
+            threading.Event().wait(0.001)
+    for thread in threads:
+        thread.join(WAIT)
+    assert sizes[-1] == 2
+
+
 def test_a_product_does_not_grow_without_end() -> None:
     product = Product()
     crowd = Crowd(product)

@@ -13,7 +13,7 @@ from corolla.models.kernels.native import library
 
 pytestmark = [
     pytest.mark.skipif(library() is None, reason="no C compiler"),
-    pytest.mark.usefixtures("instruction_set"),
+    pytest.mark.usefixtures("lanes"),
 ]
 
 HEADS, KV_HEADS, DIM = 6, 2, 32

@@ -103,7 +103,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / (1 + wanted.abs().max()))
 
 
-@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.usefixtures("lanes")
 @each_compiled
 def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
     span = span_of(family)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from corolla.models.kernels.helpers import Spinning
+from corolla.models.kernels.helpers import Spinning, others_running
 from corolla.models.kernels.native import library
 
 SECONDS = 30
@@ -102,3 +103,17 @@ def test_helpers_really_sleep_meanwhile() -> None:
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_busy_threads_are_seen() -> None:
+    """Wherever the system tells; this thread does not count, and one that turns in place does."""
+    busy = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    )
+    try:
+        assert busy.stdout is not None
+        busy.stdout.readline()
+        assert all(others_running() >= 1 for _ in range(20)) == Path("/proc/loadavg").exists()
+    finally:
+        busy.kill()
+        busy.communicate()

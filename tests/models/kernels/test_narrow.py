@@ -22,7 +22,7 @@ from corolla.models.kernels.ways import BOUNDS, WAYS, Way, Ways
 
 pytestmark = [
     pytest.mark.skipif(library() is None, reason="no C compiler"),
-    pytest.mark.usefixtures("instruction_set"),
+    pytest.mark.usefixtures("lanes"),
 ]
 
 OUT, IN = 24, 96

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 256  # of one product
+# How long a leader waits for others that are likely to come, in times of the last product: at most, and at least.
+PATIENCE = (1.5, 1 / 32)
+LONGEST_WAIT = 0.5  # seconds, whatever the last product took
 
 Product = Callable[[Tensor], Tensor]
 
@@ -19,6 +24,8 @@ class _Call:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
+        self.thread = threading.get_ident()
+        self.away = -math.inf  # seconds since that thread's last call
         self.result: Tensor | None = None
         self.error: Exception | None = None
         self.woken = threading.Event()  # served, or to lead
@@ -31,16 +38,23 @@ class _Call:
 class RowQueue:
     """Joins what threads bring while a product is being computed into the next product.
 
-    Whoever comes when nobody is at work leads: takes its own rows and all that wait, multiplies, hands out the
-    results and lets the next one lead. So one caller alone waits for nothing. An interrupt in one thread (they
-    come at any point of the code) costs the others at most a second computation: calls leave the list when
-    they are served and not before, and every caller puts things in order when it leaves.
+    Whoever comes when nobody is at work leads: waits a moment for the threads that have been away for as long as its
+    own, takes its own rows and all that wait, multiplies, hands out the results and lets the next one lead. Steps of
+    sessions come back from servers together, and their threads here one after the other; without that moment
+    the large table would be read for the first of them, and again for the others. One caller alone waits for nothing,
+    and where nobody comes meanwhile the moment is halved. An interrupt in one thread (they come at any point of the
+    code) costs the others at most a second computation: calls leave the list when they are served and not before, and
+    every caller puts things in order when it leaves.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)
         self._waiting: list[_Call] = []  # all that are not served, the leader among them
         self._leader: _Call | None = None
+        self._away: dict[int, float] = {}  # by thread, since when its last call is served; oldest first
+        self._seconds = 0.0  # of the last product
+        self._patience = PATIENCE[0]
 
     def __deepcopy__(self, _memo: Any) -> RowQueue:
         return RowQueue()
@@ -61,8 +75,10 @@ class RowQueue:
         call = _Call(rows)
         try:
             with self._lock:
+                call.away = time.perf_counter() - self._away.pop(call.thread, math.inf)
                 self._waiting.append(call)
                 self._leader = self._leader or call
+                self._came.notify()
             if self._leader is not call:
                 call.woken.wait()
             if not call.served:
@@ -76,7 +92,9 @@ class RowQueue:
 
     def _lead(self, call: _Call, product: Product) -> None:
         with self._lock:
+            self._wait(call)
             batch = self._batch_of(call)
+        started = time.perf_counter()
         try:
             results = _multiply([member.rows for member in batch], product)
         except Exception as error:
@@ -85,6 +103,21 @@ class RowQueue:
         else:
             for member, result in zip(batch, results, strict=True):
                 member.result = result
+        self._seconds = time.perf_counter() - started
+
+    def _wait(self, leader: _Call) -> None:
+        """Let others gather that are likely to come soon."""
+        most, here = min(self._patience * self._seconds, LONGEST_WAIT), len(self._waiting)
+        if not self._is_due(leader, most):
+            return
+        self._came.wait_for(lambda: not self._is_due(leader, most), most)
+        change = 2.0 if len(self._waiting) > here else 0.5
+        self._patience = min(max(self._patience * change, PATIENCE[1]), PATIENCE[0])
+
+    def _is_due(self, leader: _Call, soon: float) -> bool:
+        """Whether a thread that stays away for as long as the leader's has would come `soon`, or just have come."""
+        now = time.perf_counter()
+        return any(abs(now - since - leader.away) <= soon for since in self._away.values())
 
     def _batch_of(self, leader: _Call) -> list[_Call]:
         """The leader and those that wait, first come first served, as many as fit."""
@@ -101,6 +134,9 @@ class RowQueue:
                 if other.served:
                     other.woken.set()
             self._waiting = [other for other in self._waiting if other is not call and not other.served]
+            self._away[call.thread] = time.perf_counter()
+            while len(self._away) > MOST_ROWS:
+                del self._away[next(iter(self._away))]
             if self._leader is call:
                 self._leader = self._waiting[0] if self._waiting else None
             if self._leader is not None:

@@ -1,9 +1,10 @@
 """Proof, before a family is served, that its blocks can be split: a miniature is, and compared.
 
 Invariant: a family that passes gave, in this process and with these libraries, the whole model's hidden
-states bit for bit from chained spans, its cached steps and gradients within rounding, and with a client's shell
-around the spans its logits. A naive split is *silently* wrong for several families, so nothing is served on
-trust. A client proves all of its own half by itself (`client/model/startcheck.py`), with its own libraries.
+states from chained spans (on a CPU bit for bit, elsewhere within rounding), its cached steps and gradients within
+rounding, and with a client's shell around the spans its logits. A naive split is *silently* wrong for several
+families, so nothing is served on trust. A client proves all of its own half by itself
+(`client/model/startcheck.py`), with its own libraries.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ log = get_logger(__name__)
 ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3
 PIECES = ((0, CACHED - 3), (CACHED - 3, CACHED - 2), (CACHED - 2, CACHED))  # in which cached tokens come
 
-_passed: dict[bytes, bool] = {}
+_passed: dict[tuple[bytes, torch.device], bool] = {}
+CPU = torch.device("cpu")
 
 
-def check_family(config: PretrainedConfig) -> bool:
-    """Split a miniature of this config and compare it with the whole miniature; once a process and config.
+def check_family(config: PretrainedConfig, device: torch.device = CPU) -> bool:
+    """Split a miniature of this config and compare it with the whole miniature; once a process, config and device.
 
     Returns whether packed passes (`Span.forward_packed`) give the same too; where they do not, requests are
     computed one by one. Takes about a second and leaves the random number generators alone. Raises
@@ -56,22 +58,25 @@ def check_family(config: PretrainedConfig) -> bool:
     """
     structure(config)  # raises for what is not a causal model of one list of blocks
     with refusing(config, "served: a miniature of this one could not be split", _refuse_what_is_left_out):
-        key = canonical_config(miniature(config).to_dict())
+        key = canonical_config(miniature(config).to_dict()), device
         if key not in _passed:
-            with split_miniature(config) as (whole, spans):
+            with split_miniature(config, device) as (whole, spans):
                 _compare(config, _first_difference(whole, spans))
                 _passed[key] = can_pack(spans)
         return _passed[key]
 
 
 @contextmanager
-def split_miniature(config: PretrainedConfig) -> Iterator[tuple[PreTrainedModel, list[Span]]]:
+def split_miniature(
+    config: PretrainedConfig, device: torch.device = CPU
+) -> Iterator[tuple[PreTrainedModel, list[Span]]]:
     """A random miniature of this config, always the same, and the spans of which it consists."""
     small = miniature(config)
     with undisturbed(), scratch_folder() as folder:
         whole = random_model(structure(config).causal_lm, small)
         whole.save_pretrained(folder)
-        yield whole, _spans(folder, small.num_hidden_layers)
+        moved: Any = whole
+        yield moved.to(device), _spans(folder, small.num_hidden_layers, device)
 
 
 def _compare(config: PretrainedConfig, difference: str | None) -> None:
@@ -92,10 +97,12 @@ def _refuse_what_is_left_out(config: PretrainedConfig) -> None:
         )
 
 
-def _spans(folder: Path, depth: int) -> list[Span]:
+def _spans(folder: Path, depth: int, device: torch.device) -> list[Span]:
     checkpoint = Checkpoint("miniature", None, LocalFolder(folder))
     cuts = sorted({0, 1, (depth + 2) // 2, depth})
-    return [load_span(checkpoint, start, end, dtype=torch.float32) for start, end in pairwise(cuts)]
+    return [
+        load_span(checkpoint, start, end, dtype=torch.float32, device=device) for start, end in pairwise(cuts)
+    ]
 
 
 @dataclass
@@ -148,8 +155,8 @@ def watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) -
 
 def _first_difference(whole: PreTrainedModel, spans: list[Span]) -> str | None:
     """What differs, in words; None when nothing does. The whole is new each time: it may remember passes."""
-    ids = torch.randint(3, 64, (ROWS, TOKENS))
-    left_padded = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    ids = torch.randint(3, 64, (ROWS, TOKENS)).to(spans[0].device)
+    left_padded = torch.ones_like(ids)
     left_padded[0, :PROMPT] = 0
     with torch.no_grad():
         if not _same_whole_pass(copy.deepcopy(whole), spans, ids, None):
@@ -191,7 +198,9 @@ def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mas
     with watched(whole, spans[0].crossing) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     real = slice(None) if mask is None else mask.bool()
-    return torch.equal(_chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real])
+    found, wanted = _chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real]
+    # Elsewhere than on a CPU sums may be added up in another order each time.
+    return torch.equal(found, wanted) if found.device.type == "cpu" else close(found, wanted)
 
 
 def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor) -> bool:
@@ -268,7 +277,7 @@ def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask
     crossing = spans[0].crossing
     with watched(whole, crossing, grad=True) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
-    weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape)
+    weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape).to(mask.device)
     distinct = {id(one): one for given in seen.given for one in given.values()}
     grads = torch.autograd.grad((seen.left[0] * weight).sum(), list(distinct.values()))
     of = dict(zip(distinct, grads, strict=True))
@@ -289,9 +298,9 @@ def can_pack(spans: list[Span]) -> bool:
     With a cache and without one, gradients too; sequences that are run whole lie on both sides of the length at
     which rotary embeddings change, if they do.
     """
-    width = spans[0].width
-    cached = [torch.randn(length, width) for length in (EDGE, EDGE - 4)]
-    across = [torch.randn(length, width) for length in (EDGE + 3, EDGE - 4, EDGE + 1)]
+    width, device = spans[0].width, spans[0].device
+    cached = [torch.randn(length, width).to(device) for length in (EDGE, EDGE - 4)]
+    across = [torch.randn(length, width).to(device) for length in (EDGE + 3, EDGE - 4, EDGE + 1)]
     try:
         return _same_packed_steps(spans, cached) and _same_packed_gradients(spans, across)
     except Exception as error:  # whatever the family's own attention code makes of missing masks and caches
@@ -309,7 +318,7 @@ def _alone(spans: list[Span], hidden: Tensor) -> Tensor:
 
 def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
     """All but the last four tokens of each at once, then two together, then one, then the other."""
-    pools = [PagePool(8, dtype=torch.float32, device=torch.device("cpu")) for _ in spans]
+    pools = [PagePool(8, dtype=torch.float32, device=span.device) for span in spans]
     rows = [[CachedSequence(pool) for _ in hidden] for pool in pools]
     outputs: list[list[Tensor]] = [[] for _ in hidden]
     with torch.inference_mode():
@@ -328,7 +337,7 @@ def _same_packed_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
 
 def _same_packed_gradients(spans: list[Span], hidden: list[Tensor]) -> bool:
     lengths = [len(one) for one in hidden]
-    weight = torch.randn(sum(lengths), spans[-1].width_behind)
+    weight = torch.randn(sum(lengths), spans[-1].width_behind).to(spans[-1].device)
     alone = [one.detach().requires_grad_() for one in hidden]
     value = torch.cat([_alone(spans, one) for one in alone])
     expected = torch.autograd.grad((value * weight).sum(), alone)
@@ -342,6 +351,5 @@ def _same_packed_gradients(spans: list[Span], hidden: list[Tensor]) -> bool:
 
 
 def _places(starts: list[int], parts: list[Tensor]) -> Tensor:
-    return torch.cat(
-        [torch.arange(start, start + len(part)) for start, part in zip(starts, parts, strict=True)]
-    )
+    ranges = [torch.arange(start, start + len(part)) for start, part in zip(starts, parts, strict=True)]
+    return torch.cat(ranges).to(parts[0].device)

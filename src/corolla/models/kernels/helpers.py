@@ -1,7 +1,8 @@
-"""How the helpers of compute threads wait for their next piece of work: awake, but asleep while anything trains.
+"""The threads that compute: how many there are, who else runs, and how they wait for their next piece of work.
 
-Invariant: this changes how long work takes, never its bits, and is done in processes that are commands of ours alone:
-whoever uses the library finds its threads as they were. Generation is hundreds of short pieces a token, so
+Invariant: nothing above the kernels knows which library these threads are of. They change how long work takes, never
+its bits. How they wait is changed in processes that are commands of ours alone: whoever uses the library finds
+its threads as they were. Generation is hundreds of short pieces a token, so
 helpers spin between them (`GOMP_SPINCOUNT`, which libgomp reads once); a training step is long pieces, and what
 spins there takes its CPU from another process that trains. libgomp lets none of its threads spin while a process
 has more of them than there are CPUs. So while something trains, a thread is there that owns some and does nothing.
@@ -13,9 +14,40 @@ import os
 import threading
 import time
 
+import torch
+
 from corolla.models.kernels.native import library
 
 QUIET_SECONDS = 2.0  # after the last training, until helpers spin again
+AWAKE_SECONDS = 0.001  # after a piece of work its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
+
+
+def set_threads(count: int) -> None:
+    """The calling thread computes with so many, itself included."""
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
+
+
+def give_up_helpers() -> int:
+    """The calling thread computes alone from now on; gives how many threads it had.
+
+    Each thread that calls parallel code gets helpers of its own, and where there are more of them than CPUs,
+    libgomp lets none of them wait awake for its next piece of work: then a pass of short pieces gains nothing.
+    """
+    count, kernels = torch.get_num_threads(), library()
+    if kernels is not None:
+        kernels.end_team()
+    torch.set_num_threads(1)
+    return count
+
+
+def others_running() -> int:
+    """How many threads of the whole machine run or could, beside the caller; 0 where the system does not say."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            return int(file.read().split()[3].split("/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class Spinning:

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from corolla.models.kernels.helpers import AWAKE_SECONDS, others_running, set_threads
+
 T = TypeVar("T")
 Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
 RunPass = Callable[[Pass], list[BaseException | None]]  # the error of each request, or None
 
 LARGE_BATCH = 8  # decode steps in one pass
-AWAKE_SECONDS = 0.001  # after a pass its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
 COST = 0.01  # the share of time that trials may cost
 GAPS = (8, 256)  # passes between two trials, at least and at most
@@ -138,11 +139,11 @@ class ThreadChooser:
 
     def _with(self, threads: int, work: Callable[[], T]) -> T:
         before = torch.get_num_threads()
-        _set_threads(threads)
+        set_threads(threads)
         try:
             return work()
         finally:
-            _set_threads(before)
+            set_threads(before)
             self._awake = threads - 1, self._clock() + AWAKE_SECONDS
 
     def _timed(
@@ -173,7 +174,7 @@ class FreeCpus:
     def take(self) -> None:
         """Set the calling thread's number by what runs now; to be called now and then while the work goes on."""
         if self._all > 1:
-            _set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
+            set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -182,21 +183,7 @@ class FreeCpus:
         try:
             yield
         finally:
-            _set_threads(self._all)
-
-
-def others_running() -> int:
-    """How many threads of the whole machine run or could, beside the caller; 0 where the system does not say."""
-    try:
-        with open("/proc/loadavg", encoding="ascii") as file:
-            return int(file.read().split()[3].split("/")[0]) - 1
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _set_threads(count: int) -> None:
-    if count != torch.get_num_threads():
-        torch.set_num_threads(count)
+            set_threads(self._all)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
