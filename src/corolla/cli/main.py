@@ -57,7 +57,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, study, evaluate, chat, api, demo, doctor, invite, join, revoke):
+for _command in (
+    bootstrap,
+    serve,
+    status,
+    tune,
+    study,
+    evaluate,
+    chat,
+    api,
+    demo,
+    doctor,
+    invite,
+    join,
+    revoke,
+):
     app.command({"evaluate": "eval"}.get(_command.__name__))(_command)
 
 
