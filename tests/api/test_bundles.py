@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from openai import NotFoundError
 from tests.api.world import BASE, World, Worlds, write_bundle
-from tests.reference import Prompted
+from tests.reference import Prefixed, Prompted
+
+from corolla.models.prompts import KeyValuePrefix, SoftPrompt
 
 ASK = [{"role": "user", "content": "What of the moon?"}]
 
 
 def expected(world: World, prompt: object, ids: list[int], most: int) -> str:
     """What the local model with that prompt says."""
-    deep = getattr(prompt, "deep", None)
-    local = Prompted(world.local, prompt.input, deep)  # type: ignore[attr-defined]
+    local: Any
+    if isinstance(prompt, KeyValuePrefix):
+        local = Prefixed(world.local, prompt.values)
+    else:
+        assert isinstance(prompt, SoftPrompt)
+        local = Prompted(world.local, prompt.input, prompt.deep)
     said: list[int] = []
     for _ in range(most):
         with torch.no_grad():
@@ -32,9 +39,10 @@ def test_bundles_come_reply_and_go(worlds: Worlds) -> None:
     client, identity = world.client(), world.swarm.checkpoint.identity
     assert [one.id for one in client.models.list()] == [BASE]
     first = write_bundle(world.bundles / "poet", world.folder, identity)
-    second = write_bundle(world.bundles / "cook", world.folder, identity, deep=True, seed=2)
+    second = write_bundle(world.bundles / "cook", world.folder, identity, mode="deep_ptune", seed=2)
+    third = write_bundle(world.bundles / "seer", world.folder, identity, mode="prefix", seed=3)
     write_bundle(world.bundles / "stranger", world.folder, "0" * 32)
-    assert [one.id for one in client.models.list()] == [BASE, "cook", "poet"]
+    assert [one.id for one in client.models.list()] == [BASE, "cook", "poet", "seer"]
     assert client.models.retrieve("poet").id == "poet"
     ids = world.prompt(ASK)
 
@@ -42,13 +50,14 @@ def test_bundles_come_reply_and_go(worlds: Worlds) -> None:
         found = client.chat.completions.create(model=name, messages=ASK, temperature=0, max_tokens=10)
         return found.choices[0].message.content
 
-    texts = {name: reply(name) for name in (BASE, "poet", "cook")}
+    texts = {name: reply(name) for name in (BASE, "poet", "cook", "seer")}
     assert texts[BASE] == world.text(world.greedy(ids, 10))
     assert texts["poet"] == expected(world, first, ids, 10)
     assert texts["cook"] == expected(world, second, ids, 10)
-    assert len(set(texts.values())) == 3
+    assert texts["seer"] == expected(world, third, ids, 10)
+    assert len(set(texts.values())) == 4
     head = world.api.partners.base.model.get_output_embeddings()
-    for name in ("poet", "cook"):
+    for name in ("poet", "cook", "seer"):
         assert world.api.partners.find(name).model.get_output_embeddings() is head, "one head for all"
 
     async def at_once() -> list[str | None]:
@@ -56,15 +65,22 @@ def test_bundles_come_reply_and_go(worlds: Worlds) -> None:
             replies = await asyncio.gather(
                 *(
                     several.chat.completions.create(model=name, messages=ASK, temperature=0, max_tokens=10)
-                    for name in [BASE, "poet", "cook"] * 4
+                    for name in list(texts) * 4
                 )
             )
         return [one.choices[0].message.content for one in replies]
 
     assert asyncio.run(at_once()) == list(texts.values()) * 4
+    # A chat that changes partners, to bundles of other modes and back: each goes on in its own session.
+    for name, prompt in (("seer", third), ("cook", second), ("seer", third)):
+        talk = [*ASK, {"role": "assistant", "content": texts["seer"]}, {"role": "user", "content": "Why?"}]
+        found = client.chat.completions.create(model=name, messages=talk, temperature=0, max_tokens=10)
+        assert found.choices[0].message.content == expected(world, prompt, world.prompt(talk), 10)
+    assert found.usage is not None
+    assert found.usage.prompt_tokens_details.cached_tokens == found.usage.prompt_tokens - 1
     shutil.rmtree(world.bundles / "poet")
     write_bundle(world.bundles / "new", world.folder, identity, seed=3)
-    assert [one.id for one in client.models.list()] == [BASE, "cook", "new"]
+    assert [one.id for one in client.models.list()] == [BASE, "cook", "new", "seer"]
     with pytest.raises(NotFoundError):
         client.chat.completions.create(model="poet", messages=ASK)
     # Another bundle in the same place is another model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.api.test_access import asked
 from tests.api.world import BASE, World, Worlds
 
 from corolla.api.conversations import Conversation, Conversations, Exported
+from corolla.api.failures import ApiFailure
 from corolla.data.sources import load_conversations
 from corolla.errors import UsageError
 from corolla.swarm.directory.directory import ServerRecord
@@ -53,6 +55,25 @@ def test_they_are_there_tomorrow_and_nobody_else_s(tmp_path: Path) -> None:
     again.close()
     with pytest.raises(UsageError, match="--conversations"):
         Conversations(Path("/proc/nowhere/x"))
+
+
+def test_two_processes_may_keep_them_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.sqlite3"
+    both = [Conversations(path), Conversations(path)]
+
+    def write(one: int) -> None:
+        for number in range(20):
+            both[one].write("ann", f"{one}-{number}", talk("Hi"))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert [len(kept.titles("ann")) for kept in both] == [40, 40]
+    both[1].close()
+    for ask in (lambda: both[1].titles("ann"), lambda: both[1].write("ann", "x", talk("Hi"))):
+        with pytest.raises(ApiFailure, match="cannot be read or written now") as failure:
+            ask()
+        assert failure.value.status == 503
+    both[0].close()
 
 
 def test_training_reads_what_is_exported(tmp_path: Path) -> None:

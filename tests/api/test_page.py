@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.api.axe import script, serious
 from tests.api.browser import CHROMIUM, Page, browser
 from tests.api.test_access import asked
 from tests.api.world import BASE, World, Worlds, write_bundle
@@ -172,3 +173,24 @@ def test_the_swarm_page_follows_what_happens(page: Page, worlds: Worlds) -> None
     page.wait("document.querySelectorAll('#servers tr').length === 3")
     page.wait(f"changes.textContent.includes('{peer[-8:]} came')")
     assert BASE in page.run("state.textContent")
+
+
+@pytest.mark.skipif(script() is None, reason="axe-core is not installed")
+def test_nobody_is_kept_out(page: Page, served: World) -> None:
+    """By axe-core, in both colours; a mistake that it should see is seen."""
+    for dark, width in ((False, 1200), (True, 390)):
+        page.size(width, 800, dark=dark)
+        ready(page, served)
+        say(page, "What of the moon?", 1)
+        page.run("settings.open = true")
+        assert serious(page) == []
+        page.open(f"{served.url}/swarm")
+        page.wait("document.querySelectorAll('#servers tr').length")
+        assert serious(page) == []
+        page.open(f"{served.url}/runs")
+        page.wait("document.querySelectorAll('.run').length")
+        page.run("document.getElementById('new').open = true")
+        assert serious(page) == []
+    page.run("document.getElementById('new').querySelector('label').style.color = 'var(--line)'")
+    page.run("document.documentElement.lang = ''")
+    assert serious(page) != []

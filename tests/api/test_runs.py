@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,30 @@ def test_what_is_said_of_runs(served: World) -> None:
 
 def test_a_folder_that_is_not_there_has_no_runs(tmp_path: Path) -> None:
     assert Runs(tmp_path / "none").all() == Runs(None).all() == []
+
+
+def test_a_run_that_goes_on_is_seen_as_it_went(tmp_path: Path) -> None:
+    run = tmp_path / "poet.run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    live = run / "live.jsonl"
+    pace = {"tokens_per_second": 50.0, "seconds_left": 9.0}
+    lines = [{"step": 0, "steps": 9, "eval_loss": 4.0}]
+    lines += [{"step": at, "steps": 9, "loss": 4 - at / 10, **pace} for at in (1, 2, 3, 4, 2)]
+    live.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    runs = Runs(tmp_path)
+    (found,) = runs.all()
+    assert (found["state"], found["step"], found["steps"]) == ("running", 2, 9)
+    assert (found["tokens_per_second"], found["seconds_left"]) == (50.0, 9.0)
+    assert found["loss"] == [[1, 3.9], [2, 3.8]]  # 3 and 4 were taken back
+    assert found["held_out"] == [[0, 4.0]]
+    before = live.stat()
+    live.write_bytes(b" " * before.st_size)
+    os.utime(live, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert runs.all() == [found]  # what has not changed is not read again
+    os.utime(live, (1, 1))
+    (found,) = runs.all()
+    assert (found["state"], found["loss"]) == ("unfinished", [])
 
 
 def test_a_report_can_do_nothing(served: World) -> None:

@@ -60,6 +60,22 @@ def said(content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of objects in objects."""
+    found: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        found = {"type": "object", "properties": {"a": found}, "required": ["a"]}
+    return found
+
+
+def form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def tool(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
 REFUSED = [
     ("chat", {"messages": "hi"}, "messages", "list"),
     ("chat", {"messages": [None]}, "messages[0]", ""),
@@ -102,6 +118,9 @@ REFUSED = [
     ("chat", {"stream": "true"}, "stream", "boolean"),
     ("chat", {"response_format": {}}, "response_format", "type"),
     ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+    ("chat", {"response_format": form(nested(300))}, "response_format", "cannot be followed"),
+    ("chat", {"response_format": form({"$ref": "#/nope"})}, "response_format", "cannot be followed"),
+    ("chat", {"tools": [tool(nested(300))], "tool_choice": "required"}, "tools", "too deeply"),
     ("chat", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "function"),
     ("chat", {"prompt_cache_retention": {"a": 1}}, "prompt_cache_retention", ""),
     ("chat", {"safety_identifier": 5}, "safety_identifier", "string"),

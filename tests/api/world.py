@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from openai import AsyncOpenAI, OpenAI
 from tests.chat.reference import VOCABULARY, byte_tokenizer
+from tests.e2e.processes import environment
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from tests.tuning.tiny_setup import prompt_for
@@ -24,9 +25,10 @@ from corolla.api.generation import Generator
 from corolla.api.partners import Partners
 from corolla.api.serving import listening, serve, url_of
 from corolla.api.sessions import SessionPool
+from corolla.api.starting import Starter
 from corolla.client.model.loading import load_tokenizer
 from corolla.data.render import RenderSettings
-from corolla.models.prompts import SoftPrompt
+from corolla.models.prompts import KeyValuePrefix, Prompt
 from corolla.tuning.bundle import Bundle, ModelInfo, save_bundle
 
 BASE = "tiny"
@@ -52,12 +54,19 @@ def write_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 
 def write_bundle(
-    folder: Path, model: Path, identity: str, *, deep: bool = False, seed: int = 1, style: str = "template"
-) -> SoftPrompt:
+    folder: Path, model: Path, identity: str, *, mode: str = "ptune", seed: int = 1, style: str = "template"
+) -> Prompt:
     """A bundle whose prompt says something."""
     local = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    prompt = prompt_for(local, "deep_ptune" if deep else "ptune")
-    prompt.input.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    prompt: Prompt
+    if mode == "prefix":
+        config = local.config
+        width = 2 * config.num_key_value_heads * config.head_dim
+        prompt = KeyValuePrefix(torch.randn(config.num_hidden_layers, 5, width, generator=generator) / 2)
+    else:
+        prompt = soft = prompt_for(local, mode)
+        soft.input.data.normal_(0, 0.3, generator=generator)
     bundle = Bundle(
         ModelInfo(BASE, identity),
         prompt.mode,
@@ -198,8 +207,9 @@ class Worlds:
         limits: dict[str, Any] | None = None,
         patience: float = 20.0,
         send_buffer: int | None = None,
+        tune: Sequence[str] | None = None,
     ) -> World:
-        """A swarm and an API over it."""
+        """A swarm and an API over it; `tune` is the command by which its page starts runs."""
         bundles = self.root / name
         bundles.mkdir()
         swarm = MemorySwarm(self.folder, spans)
@@ -212,7 +222,10 @@ class Worlds:
             folder=bundles,
         )
         generator = Generator(SessionPool(most=most, most_bytes=most_bytes), at_once=at_once, waiting=waiting)
-        api = Api(partners, generator, keys or Keys({}), limits=limits or {})
+        starter = None
+        if tune is not None:
+            starter = Starter(bundles, tune, partners.base, environment=environment())
+        api = Api(partners, generator, keys or Keys({}), starter=starter, limits=limits or {})
         running = Running(api, send_buffer)
         self._ends.append(running)
         world = World(swarm, self.folder, bundles, api, running, self.local, self.tokenizer)

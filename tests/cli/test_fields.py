@@ -97,3 +97,10 @@ def test_who_types_an_option_reads_it_in_the_sentence(
     arguments: list[str], expected: str, refused: Callable[..., str]
 ) -> None:
     assert refused(*arguments).startswith(f"error: {expected}")
+
+
+@pytest.mark.parametrize("typed", [["--lr", "2.0", "--loud"], ["--steps", "7"], []])
+def test_values_as_they_are_typed(typed: list[str]) -> None:
+    run("every", "x", *typed)
+    (found,) = SEEN
+    assert Fields(Settings).words(found) == typed

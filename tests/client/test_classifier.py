@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from tests.client.test_prefix import random_prefix
+from tests.reference import Prefixed, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
@@ -19,6 +21,7 @@ import corolla
 from corolla.client.model import arguments
 from corolla.errors import BundleError, UnsupportedFamily, UsageError
 from corolla.models import families
+from corolla.models.cache import cache_argument
 
 # peft asks for something that transformers calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -132,6 +135,25 @@ def test_losses_and_gradients_are_those_of_the_local_classifier(
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(model.prompts.input.grad, prompt.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.score.weight.grad, whole.score.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_prefix_before_a_classifier_is_exact(swarm: MemorySwarm) -> None:
+    model = classifier(swarm, tuning_mode="prefix", pre_seq_len=P)
+    random_prefix(model)
+    whole = local_twin(swarm, model)
+    whole.score.requires_grad_(True)
+    prefix = Prefixed(local_model(swarm.checkpoint.name), model.prompts.values)
+    given, labels = batch("right"), KINDS["single_label_classification"]
+    whole.config.pad_token_id = model.config.pad_token_id = 0
+    found = model(**given, labels=labels)
+    found.loss.backward()
+    mask = torch.nn.functional.pad(given["attention_mask"], (P, 0), value=1)
+    cache = {cache_argument(whole.forward): prefix.cache(3), "use_cache": True}
+    expected = whole(given["input_ids"], attention_mask=mask, labels=labels, **cache)
+    expected.loss.backward()
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.prompts.trained.grad, prefix.values.grad[:, 1:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.score.weight.grad, whole.score.weight.grad, atol=1e-5, rtol=1e-4)
 
 

@@ -94,24 +94,6 @@ def test_it_starts_from_what_the_swarm_computes_and_generates(pair_of: PairOf, f
     assert torch.equal(found[:1, 3:], local.greedy(ids[:1, 3:], 6))  # padding moves nothing
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.nightly)])
-def test_beams_and_samples_equal_the_local_models(pair_of: PairOf, family: str) -> None:
-    model, local = prefixed(pair_of(family))
-    ids = random_ids(2, 7)
-    settings: list[dict[str, Any]] = [
-        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-        {"do_sample": True, "temperature": 0.9, "top_k": 30, "num_return_sequences": 2},
-    ]
-    for extra in settings:
-        torch.manual_seed(5)
-        found = model.generate(ids, max_new_tokens=8, **extra)
-        torch.manual_seed(5)
-        assert torch.equal(found, local.generate(ids, max_new_tokens=8, **extra)[0]), extra
-    repeated = random_ids(1, 5).repeat(1, 3)
-    found = model.generate(repeated, max_new_tokens=12, prompt_lookup_num_tokens=4, **GREEDY)
-    assert torch.equal(found, local.greedy(repeated, 12))
-
-
 @pytest.mark.parametrize(
     ("family", "count"),
     [("llama", 0), ("gemma2", 0), ("llama", 2), pytest.param("gpt2", 3, marks=pytest.mark.nightly)],

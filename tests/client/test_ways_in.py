@@ -13,9 +13,10 @@ import pytest
 import torch
 from peft import PeftModelForCausalLM
 from tests.client.conftest import Pair
+from tests.client.test_prefix import random_prefix
 from tests.client.ways.document import document
 from tests.client.ways.table import COLUMNS, WAYS, Case, Column, P, Way
-from tests.reference import Prompted, local_model, random_ids, with_old_names
+from tests.reference import Prefixed, Prompted, local_model, random_ids, with_old_names
 from tests.tiny_models import write_tiny
 from transformers import LlamaForCausalLM
 
@@ -48,6 +49,8 @@ def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
     deep = None
     if column == "none":
         vectors = vectors[:0]
+    elif column == "prefix":
+        random_prefix(bare)
     elif column != "peft prompt":
         bare.prompts.input.data.copy_(vectors)
         if bare.prompts.deep is not None:
@@ -61,14 +64,25 @@ def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
         made.generation_config.eos_token_id = None
         return made
 
-    return Case(column, model, bare, local, whole, Prompted(whole, vectors, deep), pair.model, assistant)
+    prompted: Any = Prompted(whole, vectors, deep)
+    if column == "prefix":
+        prompted = Prefixed(whole, bare.prompts.values)
+    return Case(column, model, bare, local, whole, prompted, pair.model, assistant)
+
+
+# Where what a prompt is decides; elsewhere deep prompts, which begin with a prompt, stand for plain ones.
+PROMPTS_DIFFER = ("A call of the model", "Losses and gradients", "Loops of one's own", "Sessions")
 
 
 def is_for_every_run(one: Way, column: Column, family: str) -> bool:
     """Other families than the first are tried every time where families differ, and every night elsewhere."""
     if one.needs is not None:
         return False
-    return family == FAMILIES[0] or (one.every_family and column in ("none", "deep_ptune"))
+    if family != FAMILIES[0]:
+        return one.every_family and column in ("none", "deep_ptune")
+    if column == "prefix":
+        return one.section in (*PROMPTS_DIFFER, "`generate`") or one.name == "`transformers.Trainer`"
+    return column != "ptune" or one.section in PROMPTS_DIFFER
 
 
 def marks(one: Way, column: Column, family: str) -> list[Any]:
@@ -174,7 +188,7 @@ def test_no_cell_is_left_out() -> None:
     assert all(any(one.sentence(column) != "" for column in COLUMNS) for one in WAYS)
     core = [one for one in WAYS if one.section in CORE]
     assert len(core) > 80
-    assert all(one.sentence(column) != "" for one in core for column in COLUMNS[:3])
+    assert all(one.sentence(column) != "" for one in core for column in COLUMNS[:4])
 
 
 def test_the_document_says_what_is_tried() -> None:

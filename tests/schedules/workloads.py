@@ -125,8 +125,10 @@ class LocalChat:
         assert self.prompt is not None
         if isinstance(self.prompt, KeyValuePrefix):
             values = self.prompt.values.to(torch.float64)
-            whole, self.logits = Prefixed(self.model, values).generate(ids, **settings)
-            return whole[:, ids.shape[1] :]
+            settings |= {"return_dict_in_generate": True, "output_logits": True}
+            answer = Prefixed(self.model, values).generate(ids, **settings)
+            self.logits = torch.stack(answer.logits)
+            return answer.sequences[:, ids.shape[1] :]
         embedded = self.model.get_input_embeddings()(ids)
         front = self.prompt.input.detach().to(embedded.dtype).expand(ids.shape[0], -1, -1)
         whole = torch.cat([front, embedded], 1)

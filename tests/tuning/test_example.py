@@ -18,6 +18,7 @@ from corolla.cli.local_swarm import local_swarm
 from corolla.models.checkpoints.prompt_files import read_prompt_info
 
 SENTIMENT = Path(__file__).parents[2] / "examples" / "sentiment.py"
+NOTEBOOKS = sorted(SENTIMENT.parent.glob("*.ipynb"))
 SCRIPT = Path(__file__).parents[2] / "examples" / "personachat_loop.py"
 
 
@@ -104,3 +105,41 @@ def test_a_classifier_of_sentences(tiny: Path, address: str, tmp_path: Path) -> 
 
 def test_the_scripts_stay_short_enough_to_be_read() -> None:
     assert all(len(script.read_text().splitlines()) < 100 for script in (SCRIPT, SENTIMENT))
+
+
+def code_of(notebook: Path, changes: str = "") -> str:
+    """Its cells as one script, `changes` behind those that are tagged as parameters."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    assert sum("parameters" in cell["metadata"].get("tags", ()) for cell in cells) == 1
+    parts = [
+        "".join(cell["source"]) + ("\n" + changes if "parameters" in cell["metadata"].get("tags", ()) else "")
+        for cell in cells
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[one.stem for one in NOTEBOOKS])
+def test_a_notebook_is_clean_and_its_code_is_code(notebook: Path) -> None:
+    compile(code_of(notebook), notebook.name, "exec")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[one.stem for one in NOTEBOOKS])
+def test_a_notebook_runs(notebook: Path, tiny: Path, address: str, tmp_path: Path) -> None:
+    changes = f"MODEL, DATA, STEPS = {str(tiny)!r}, {str(persona_chat(tmp_path / 'rows.json'))!r}, 3\n"
+    changes += "MAX_LENGTH, REPLY_TOKENS, BATCH_SIZE, CLASSIFIER_STEPS, PROMPT_TOKENS = 48, 6, 4, 4, 4\n"
+    script = tmp_path / "notebook.py"
+    script.write_text(code_of(notebook, changes))
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+        env=environment() | {"COROLLA_PEERS": address},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    written = {"my-bot": 16} if notebook.stem == "personachat" else {"my-prefix": 4, "my-classifier": 4}
+    for name, tokens in written.items():
+        assert read_prompt_info(tmp_path / name)["prompt_tokens"] == tokens

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+from rich.console import Console
+from transformers import TrainerState
 
 from corolla.data.render import Example
-from corolla.tuning.progress import forecast, in_words, planned_steps, step_seconds
+from corolla.tuning.progress import ProgressReport, forecast, in_words, planned_steps, step_seconds
 from corolla.tuning.settings import TuneSettings
 
 
@@ -56,3 +61,21 @@ def test_a_step_is_guessed_from_the_tokens() -> None:
 )
 def test_the_steps(settings: TuneSettings, steps: int) -> None:
     assert planned_steps(settings, 20) == steps
+
+
+def test_each_step_leaves_a_line_for_who_watches(tmp_path: Path) -> None:
+    path = tmp_path / "live.jsonl"
+    report = ProgressReport(Console(quiet=True), live=path)
+    state = TrainerState(max_steps=2)
+    report.on_train_begin(None, state, None)
+    report.on_log(None, state, None, logs={"eval_loss": 4.0, "eval_perplexity": 54.6})
+    state.global_step, state.num_input_tokens_seen = 1, 100
+    report.on_log(None, state, None, logs={"loss": 3.0})
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == {"step": 0, "steps": 2, "eval_loss": 4.0}
+    assert (second["step"], second["steps"], second["loss"]) == (1, 2, 3.0)
+    assert second["tokens_per_second"] > 0
+    assert second["seconds_left"] > 0
+    path.unlink()
+    path.mkdir()
+    report.on_log(None, state, None, logs={"loss": 3.0})  # what cannot be noted ends nothing

@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def finished(
 ) -> tuple[TuneResult, torch.Tensor]:
     result = tune(model, chosen, prepare(tokenizer, chosen, conversations()), out, ABOUT, **options)
     assert isinstance(result, TuneResult)
-    return result, model.prompts.input.detach().clone()
+    return result, torch.cat([one.flatten() for one in model.prompts.state_dict().values()])
 
 
 # Steps 2, 4 and 6 are saved. A run killed during step 6 does step 5 again; two epochs have ended by then.
@@ -114,21 +114,26 @@ def test_random_numbers_go_on_where_they_were(tokenizer: Any, tmp_path: Path) ->
     assert torch.equal(resumed_prompt, whole_prompt)
 
 
+@pytest.mark.parametrize(
+    ("mode", "end"), [("prefix", interrupt), pytest.param("deep_ptune", die, marks=pytest.mark.nightly)]
+)
 def test_a_run_through_a_swarm_resumes_with_the_same_losses(
-    tiny_folder: Path, tokenizer: Any, tmp_path: Path
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path, mode: str, end: Callable[[], None]
 ) -> None:
     chosen = settings()
     with MemorySwarm(tiny_folder, [(0, 2), (2, 4)]) as swarm:
 
         def model() -> Any:
-            loaded = swarm.model(tuning_mode="deep_ptune", pre_seq_len=4)
-            loaded.prompts = prompt_for(loaded, "deep_ptune")
+            loaded = swarm.model(tuning_mode=mode, pre_seq_len=4)
+            if mode == "deep_ptune":
+                loaded.prompts = prompt_for(loaded, mode)
             return loaded
 
         whole, whole_prompt = finished(model(), chosen, tokenizer, tmp_path / "whole")
         prepared = prepare(tokenizer, chosen, conversations())
-        with pytest.raises(Killed):
-            tune(model(), chosen, prepared, tmp_path / "out", ABOUT, callbacks=[At(3, die)])
+        with suppress(Killed):
+            stopped = tune(model(), chosen, prepared, tmp_path / "out", ABOUT, callbacks=[At(3, end)])
+            assert isinstance(stopped, TuneStopped)
         resumed, resumed_prompt = finished(model(), chosen, tokenizer, tmp_path / "out", resume=True)
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-5)
     torch.testing.assert_close(resumed_prompt, whole_prompt, atol=1e-4, rtol=0)

@@ -49,6 +49,11 @@ class User:
     _spent: int = 0
     _asked: deque[float] = field(default_factory=deque, repr=False)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is something that this user may not spend."""
+        return self.tokens_per_day is not None or self.requests_per_minute is not None
+
     def ask(self, now: float) -> None:
         """A request comes. Raises `ApiFailure` where that is one too many in a minute."""
         if self.requests_per_minute is None:

@@ -31,6 +31,7 @@ from corolla.api.partners import Partner, Partners
 from corolla.api.requests import ChatRequest, CompletionRequest, Sampled
 from corolla.api.responses import ResponsesRequest, ask_responses
 from corolla.api.runs import Runs
+from corolla.api.starting import Starter
 from corolla.api.streaming import Answer, failure, refused, streamed, unless_gone
 from corolla.api.swarm_state import SwarmState
 from corolla.text import one_line
@@ -78,6 +79,7 @@ class Api:
     keys: Keys = field(default_factory=lambda: Keys({}))
     metrics: Metrics = field(default_factory=Metrics)
     conversations: Conversations = field(default_factory=lambda: Conversations(None))
+    starter: Starter | None = None  # of training runs
     origins: Sequence[str] = ()
     limits: dict[str, Any] = field(default_factory=dict)  # of `Gate`
     swarm: SwarmState = field(init=False)
@@ -122,7 +124,8 @@ def create_app(api: Api) -> Any:
     _add_models(app, api)
     _add_replies(app, api)
     _add_health(app, api)
-    add_pages(app, api.conversations, api.swarm, Runs(api.partners.folder), api.partners.base.name)
+    runs = Runs(api.partners.folder, api.starter)
+    add_pages(app, api.conversations, api.swarm, runs, api.starter, api.partners.base.name)
     if api.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(api.origins), allow_methods=["*"], allow_headers=["*"]

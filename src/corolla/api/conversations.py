@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import Field, StringConstraints
 from corolla.api.failures import ApiFailure
 from corolla.api.requests import MOST_MESSAGES, Strict
 from corolla.errors import UsageError
+from corolla.text import one_line
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS conversations (
@@ -108,13 +110,13 @@ class Conversations:
         if known[0] >= MOST_KEPT and not known[1]:
             raise ApiFailure(400, f"{MOST_KEPT} conversations are kept: delete some.")
         values = (user, name, conversation.title, time.time(), conversation.model_dump_json())
-        with self._lock, self._base:
-            self._base.execute("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?, ?)", values)
+        with self._used() as base:
+            base.execute("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?, ?)", values)
 
     def delete(self, user: str, name: str) -> None:
         """Forget one, if it is there."""
-        with self._lock, self._base:
-            self._base.execute("DELETE FROM conversations WHERE user = ? AND id = ?", (user, name))
+        with self._used() as base:
+            base.execute("DELETE FROM conversations WHERE user = ? AND id = ?", (user, name))
 
     def export(self, user: str) -> list[dict[str, Any]]:
         """All of them as `corolla tune` reads them."""
@@ -157,8 +159,19 @@ class Conversations:
         return [Conversation.model_validate_json(row[0]) for row in rows]
 
     def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
-        with self._lock:
-            return self._base.execute(query, values).fetchall()
+        with self._used() as base:
+            return base.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """All of the block or nothing. Raises `ApiFailure` for a disk that is full, or a file that others hold."""
+        try:
+            with self._lock, self._base:
+                yield self._base
+        except sqlite3.Error as error:
+            raise ApiFailure(
+                503, f"Conversations cannot be read or written now: {one_line(error)}.", code="not_kept"
+            ) from error
 
     def close(self) -> None:
         """Let go of the file."""

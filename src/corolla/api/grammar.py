@@ -98,8 +98,15 @@ class Vocabulary:
 
 
 def json_grammar(schema: dict[str, Any] | bool) -> str:
-    """For any JSON that a schema describes."""
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS))
+    """For any JSON that a schema describes. Raises `ApiFailure` for one that is nested too deeply."""
+    try:
+        return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS))
+    except (ValueError, RecursionError) as error:
+        raise wrong(
+            f"response_format cannot be followed: {one_line(error, characters=300)}.",
+            "response_format",
+            "invalid_schema",
+        ) from error
 
 
 def json_rule(schema: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the page is made of, and what it asks besides OpenAI's interface: conversations, and the swarm.
+"""What the page is made of, and what it asks besides OpenAI's interface: conversations, the swarm, training runs.
 
 Invariant: a page loads nothing from elsewhere and runs no script but its own, whatever a model has said.
 """
@@ -15,6 +15,7 @@ from fastapi.responses import PlainTextResponse, Response
 from corolla.api.conversations import Conversation, Conversations, Exported
 from corolla.api.failures import ApiFailure
 from corolla.api.runs import Runs
+from corolla.api.starting import NewRun, Starter
 from corolla.api.streaming import streamed
 from corolla.api.swarm_state import SwarmState
 
@@ -39,18 +40,28 @@ KINDS = {
     "markdown.js": "text/javascript",
     "swarm.js": "text/javascript",
     "runs.js": "text/javascript",
+    "start.js": "text/javascript",
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
 Id = Annotated[str, Path(pattern=r"^[0-9a-zA-Z-]{1,64}$")]
+RunName = Annotated[str, Path(pattern=r"^[^./\\][^/\\]{0,200}$")]
 
 
-def add_pages(app: FastAPI, conversations: Conversations, swarm: SwarmState, runs: Runs, model: str) -> None:
-    """`model` is the partner of conversations that name none."""
+def add_pages(
+    app: FastAPI,
+    conversations: Conversations,
+    swarm: SwarmState,
+    runs: Runs,
+    starter: Starter | None,
+    model: str,
+) -> None:
+    """`model` is the partner of conversations that name none; without a `starter` no run can be started."""
     _add_files(app)
     _add_conversations(app, conversations, model)
 
     _add_runs(app, runs)
+    _add_starting(app, starter)
 
     @app.get("/api/swarm")
     async def state() -> dict[str, Any]:
@@ -69,11 +80,38 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
         return await asyncio.to_thread(runs.all)
 
     @app.get("/api/runs/{name}/report", include_in_schema=False)
-    async def report(name: Annotated[str, Path(pattern=r"^[^./\\][^/\\]{0,200}$")]) -> Response:
+    async def report(name: RunName) -> Response:
         page = await asyncio.to_thread(runs.report, name)
         if page is None:
             raise ApiFailure(404, "There is no report of a run of that name.", param="name")
         return Response(page, media_type="text/html", headers=HEADERS | {"Content-Security-Policy": SANDBOX})
+
+
+def _add_starting(app: FastAPI, known: Starter | None) -> None:
+    def starter(request: Request) -> Starter:
+        if known is None:
+            raise ApiFailure(403, "Runs cannot be started here.")
+        if request.scope["user"].bounded:
+            raise ApiFailure(
+                403, "A key with a budget starts no runs, which no budget counts: ask who runs this server."
+            )
+        return known
+
+    @app.post("/api/runs/preview", include_in_schema=False)
+    async def preview(body: NewRun, request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(starter(request).preview, body)
+
+    @app.post("/api/runs", include_in_schema=False)
+    async def start(body: NewRun, request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(starter(request).start, body)
+
+    @app.post("/api/runs/{name}/stop", include_in_schema=False)
+    async def stop(name: RunName, request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(starter(request).stop, name)
+
+    @app.post("/api/runs/{name}/resume", include_in_schema=False)
+    async def resume(name: RunName, request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(starter(request).resume, name)
 
 
 def _add_files(app: FastAPI) -> None:

@@ -54,6 +54,8 @@ class Prompting:
             return self._delimited(messages, tools)
         try:
             text = self._rendered(messages, tools, True)
+        except RecursionError as error:
+            raise wrong("The tools' parameters are nested too deeply.", "tools") from error
         except Exception as error:  # templates raise what their authors wrote
             raise wrong(
                 f"The model's chat template refuses these messages: {one_line(error, characters=200)}",

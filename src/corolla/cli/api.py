@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,6 +169,7 @@ def _served(
     from corolla.api.generation import Generator
     from corolla.api.partners import Partners
     from corolla.api.sessions import SessionPool
+    from corolla.api.starting import Starter
     from corolla.cli.local_swarm import joined
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
     from corolla.client.model.loading import load_tokenizer
@@ -195,7 +197,31 @@ def _served(
         pool = SessionPool(most=options.sessions, most_bytes=options.session_bytes)
         generator = Generator(pool, at_once=options.at_once, waiting=options.waiting)
         kept = Conversations(options.conversations or data_root() / "api" / "conversations.sqlite3")
-        yield Api(partners, generator, keys, conversations=kept, origins=tuple(options.cors or ()))
+        starter = Starter(
+            options.bundles,
+            _tune_command(name, swarm, joining),
+            partners.base,
+            environment=_environment(joining),
+        )
+        yield Api(
+            partners, generator, keys, conversations=kept, starter=starter, origins=tuple(options.cors or ())
+        )
+
+
+def _tune_command(name: str, swarm: SwarmConfig, joining: ClientOptions) -> list[str]:
+    """`corolla tune` over the same swarm; where that is one of this process's own, a run has its own too."""
+    said = {"--revision": joining.revision, "--dtype": joining.dtype, "--trust": joining.trust}
+    said["--identity"] = swarm.identity
+    peers = [word for peer in swarm.peers for word in ("--peers", peer)]
+    options = [word for flag, value in said.items() if value is not None for word in (flag, str(value))]
+    more = Fields(SwarmConfig).words(vars(swarm))
+    return [sys.executable, "-m", "corolla", "tune", name, *peers, *options, *more]
+
+
+def _environment(joining: ClientOptions) -> dict[str, str]:
+    """Of a run: without the keys of this API, and with what opens the hub, which no list of processes shows there."""
+    kept = {name: value for name, value in os.environ.items() if name != "COROLLA_API_KEY"}
+    return kept | ({} if joining.token is None else {"HF_TOKEN": joining.token})
 
 
 def _serve(served: Api, listener: Any, options: ApiOptions, *, die_with_parent: bool) -> None:

@@ -23,7 +23,7 @@ from corolla.errors import UsageError
 
 MODEL = "smollm2"
 # Sized so that two cores need less than four minutes, and that the held-out loss falls beyond doubt.
-STEPS, BATCH, LONGEST = 20, 6, 128
+STEPS, BATCH, LONGEST = 28, 6, 128
 HELD_OUT = 32  # conversations, one example of each
 # A small model repeats what it was asked, unless that costs it something.
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.15, "max_new_tokens": 40, "seed": 1}
@@ -68,7 +68,7 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
     from corolla.data.render import RenderSettings
     from corolla.tuning.settings import TuneSettings
 
-    job = TuneJob(model=MODEL, data="chitchat", out=out)
+    job = TuneJob(model=MODEL, data="chitchat", out=out, mode="prefix")
     settings = TuneSettings(
         steps=steps,
         batch_size=BATCH,
@@ -77,7 +77,7 @@ def _train(out: Path, steps: int, peers: Sequence[str]) -> None:
         rendering=RenderSettings(style="auto", max_length=LONGEST),
     )
     prepared = prepare_data(job, settings, shown=2)
-    _heading(3, f"Training {job.prompt_tokens} prompt vectors; the model itself stays as it is")
+    _heading(3, f"Training a prefix of {job.prompt_tokens} tokens; the model itself stays as it is")
     result = train_and_report(job, settings, prepared, peers, overwrite=True)
     _heading(4, "What came of it")
     say_plainly(f"The bundle, ready to chat with or to share:  {out}/")

@@ -10,7 +10,7 @@ instead of one, it may have an option of typer's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
@@ -57,15 +57,33 @@ class Fields:
         found = {parameter.name: given.pop(parameter.name) for parameter in self.parameters()}
         return {name: value for name, value in found.items() if not (self.only_given and value is None)}
 
+    def words(self, given: Mapping[str, Any]) -> list[str]:
+        """What to type for these values; nothing for those that are the default."""
+        found: list[str] = []
+        for parameter in self.parameters():
+            value = given.get(parameter.name, parameter.default)
+            if value is not None and value != parameter.default:
+                flag = _flag(parameter)
+                each = value if isinstance(value, list | tuple) else [value]
+                found += [flag] if value is True else [word for one in each for word in (flag, str(one))]
+        return found
+
+
+def _flag(parameter: Parameter) -> str:
+    """How an option is typed."""
+    option = parameter.annotation.__metadata__[0]
+    declared = (getattr(option, "default", None), *(getattr(option, "param_decls", None) or ()))
+    return next(
+        (word for word in declared if str(word).startswith("--")), "--" + parameter.name.replace("_", "-")
+    )
+
 
 def _with_flag(sentence: str, parameters: Sequence[Parameter]) -> str:
     """`wire is 'zip'; …`, as a dataclass says it to everybody, begins with what was typed: `--wire`."""
     name, is_, rest = sentence.partition(" is ")
     for parameter in parameters:
         if parameter.name == name and is_:
-            declared = getattr(parameter.annotation.__metadata__[0], "param_decls", None) or ()
-            flag = next((word for word in declared if word.startswith("--")), "--" + name.replace("_", "-"))
-            return f"{flag}{is_}{rest}"
+            return f"{_flag(parameter)}{is_}{rest}"
     return sentence
 
 

@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -239,10 +238,10 @@ def preview(examples: Sequence[Example], tokenizer: Any, count: int = 3) -> Rend
 
 
 def _panel(example: Example, tokenizer: Any, number: int) -> RenderableType:
+    from corolla.tuning.batches import stretches
+
     text = Text()
-    tokens = zip(example.input_ids, example.labels, strict=True)
-    for learnt, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
-        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+    for piece, learnt in stretches(example, tokenizer):
         piece = printable(piece.replace("\x1b", "␛"))
         text.append(f"⟦{piece}⟧" if learnt else piece, style="bold green" if learnt else "dim")
     learnt_count = sum(label != NO_LOSS for label in example.labels)

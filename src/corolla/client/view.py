@@ -162,7 +162,7 @@ class SwarmView:
     def _choose(
         self, choose: Callable[..., list[Hop]], start: int, end: int, numerics: str | None
     ) -> list[list[Hop]]:
-        """What `choose` makes of those who are best asked, for each numerics that may be begun with.
+        """What `choose` makes of those who are best asked, for each of the numerics that may be begun with.
 
         Peers that failed lately may be back already, and are used where there are no others.
         """
@@ -203,9 +203,7 @@ class SwarmView:
                 found.append(choose(seen(offered.get(one, [])), start, end, **how))
         if found:
             return sorted(found, key=lambda hops: hops[0].peer_id not in proven)
-        find_route(
-            self.records.known, start, end, avoid=avoid
-        )  # raises, unless numerics are the only trouble
+        find_route(self.records.known, start, end, avoid=avoid)  # raises, unless only numerics are in the way
         said = "no single one" if begun is None else f"no longer {begun}, begun with,"
         raise MissingBlocks(
             f"Blocks {start}:{end} of {self.model_name} are served as {', '.join(offered)}, but {said} covers them "
@@ -301,17 +299,14 @@ class SwarmView:
 
         That can only be before all blocks have answered in the same. `start` and `end` are those of the whole.
         """
-        if (
-            self.numerics is not None
-            or numerics is None
-            or self._mixed
-            or self._is_offered(numerics, block, end)
-        ):
+        if self._mixed or self.numerics is not None:
+            return False
+        if numerics is None or self._is_offered(numerics, block, end):
             return False
         return any(self._is_offered(one, start, end) for one in self.records.by_numerics if one != numerics)
 
     def settle_numerics(self, numerics: str | None, start: int, end: int) -> None:
-        """Blocks [start, end) have answered in these numerics: all that follows is computed in it.
+        """Blocks [start, end) have answered in these numerics: all that follows is computed in them.
 
         Where they are not all blocks, the others must at least be offered in it.
         """

@@ -53,9 +53,7 @@ class Span:
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
     hidden_size: int  # H, the width of the hidden states
-    width: (
-        int  # W, of what enters the first block: H, and whatever else the blocks need (`models/crossing.py`)
-    )
+    width: int  # W, of what enters the first block: H, and what else blocks need (`models/crossing.py`)
     width_behind: int  # W', of what leaves the last block
     feed_forward_size: int  # of the widest block
     heads: int  # of the block that has most

@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -174,6 +175,13 @@ def _draw(
             + (refused[-1] if refused else "use more data or a larger --max-length.")
         )
     return [example for examples in rounds for example in examples][:count]
+
+
+def stretches(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """An example's text in order, and of each stretch whether its tokens carry loss."""
+    tokens = zip(example.input_ids, example.labels, strict=True)
+    for learnt, run in groupby(tokens, key=lambda pair: pair[1] != NO_LOSS):
+        yield str(tokenizer.decode([token for token, _ in run], skip_special_tokens=False)), learnt
 
 
 def _has_label(example: Example) -> bool:

@@ -5,6 +5,7 @@ killed, leaves the earlier ones as they were. The two newest are kept.
 
     OUT.run/lock            held by the process that trains
     OUT.run/run.json        the settings and data that the losses depend on
+    OUT.run/live.jsonl      a line for each step and evaluation, as they come; after a resumption some come again
     OUT.run/before.json     the evaluation before the first step
     OUT.run/ended.json      the `bundle.json` that the run has come to
     OUT.run/checkpoint-…    the Trainer's own, with the prompt in the place of the model
@@ -30,6 +31,7 @@ from corolla.tuning.evaluate import Evaluation
 
 KEPT = 2
 RUN_FILE = "run.json"
+LIVE_FILE = "live.jsonl"
 BEFORE_FILE = "before.json"
 ENDED_FILE = "ended.json"
 LOCK_FILE = "lock"
@@ -43,6 +45,7 @@ class RunFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out.parent / f"{out.name}.run"
+        self.live = self.path / LIVE_FILE
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How long a run will take, and how it shows itself: a bar on a terminal, a few quiet lines elsewhere.
+"""How long a run will take, and how it shows itself: a bar on a terminal, a few lines elsewhere, a file for pages.
 
 Invariant: it only looks; a run with and without it gives the same losses. The steps are those that the Trainer will
 take; seconds are a guess from the first evaluation, which ran the same model over the same swarm.
@@ -7,9 +7,11 @@ take; seconds are a guess from the first evaluation, which ran the same model ov
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -29,9 +31,16 @@ WEIGHT = 0.8  # of the past in the loss that is shown
 class ProgressReport(TrainerCallback):  # type: ignore[misc]
     """A Trainer's callback that shows step, smoothed loss, tokens a second and the time left."""
 
-    def __init__(self, console: Console, step_seconds: Callable[[float], float] | None = None) -> None:
-        """`step_seconds` says, of the seconds that the first evaluation took, how long a step will take."""
+    def __init__(
+        self,
+        console: Console,
+        step_seconds: Callable[[float], float] | None = None,
+        live: Path | None = None,
+    ) -> None:
+        """`step_seconds` says, of the seconds that the first evaluation took, how long a step will take; `live` is a
+        file that gets a line of JSON for each step and evaluation, for whoever watches from another process."""
         self._console = console
+        self._live = live
         self._step_seconds = step_seconds
         self._bar: Progress | None = None
         self._task: Any = None
@@ -57,6 +66,7 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         self, _args: Any, state: TrainerState, _control: Any, logs: dict[str, float], **_kwargs: Any
     ) -> None:
         if "eval_loss" in logs:
+            self._note(state, eval_loss=logs["eval_loss"])
             self._print(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"
@@ -84,11 +94,19 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self._first_step
         speed = (float(state.num_input_tokens_seen) - self._first_tokens) / max(elapsed, 1e-9)
         left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
+        self._note(state, loss=loss, tokens_per_second=speed, seconds_left=left)
         about = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s  {_clock(left)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, about=about)
         elif state.global_step % max(1, state.max_steps // QUIET_LINES) == 0:
             self._print(f"step {state.global_step}/{state.max_steps}: {about}")
+
+    def _note(self, state: TrainerState, **figures: float) -> None:
+        if self._live is None:
+            return
+        line = {"step": state.global_step, "steps": state.max_steps, **figures}
+        with contextlib.suppress(OSError), self._live.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")  # a disk that is full ends no run
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -189,7 +189,9 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> PromptTrainer:
     """Train until the last step or Ctrl-C; the trainer's state says which."""
-    progress = ProgressReport(console, partial(step_seconds, settings, prepared.train, prepared.held_out))
+    progress = ProgressReport(
+        console, partial(step_seconds, settings, prepared.train, prepared.held_out), folder.live
+    )
     interrupt = StopOnInterrupt(_printer(console))
     trainer = PromptTrainer(
         model, settings, prepared, folder, about, [progress, interrupt, *callbacks], _printer(console)

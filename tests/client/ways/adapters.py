@@ -13,8 +13,8 @@ from tests.reference import Prompted, random_ids
 from torch import Tensor
 
 ADAPTERS = "peft's adapters"
-NOT_TWICE = {"ptune": "", "deep_ptune": "", "peft prompt": ""}
-PROMPT_ONLY = {"none": "", "ptune": "", "deep_ptune": ""}
+NOT_TWICE = {"ptune": "", "deep_ptune": "", "prefix": "", "peft prompt": ""}
+PROMPT_ONLY = {"none": "", "ptune": "", "deep_ptune": "", "prefix": ""}
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 

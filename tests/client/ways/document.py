@@ -30,8 +30,8 @@ def document() -> str:
         "one sentence before anything is computed. `tests/client/test_ways_in.py` tries each row in each column, on\n"
         "models of several families, and this page is written from the same table\n"
         "(`python -m tests.client.ways`). “=”: equal (tokens, or logits and losses within 1e-4 in float32). The\n"
-        'columns: without a prompt, with `tuning_mode="ptune"`, with `"deep_ptune"`, and wrapped by peft\n'
-        "(`get_peft_model(model, PromptTuningConfig(…))`). “-”: not peft's to do.\n\n"
+        'columns: without a prompt, with `tuning_mode="ptune"`, with `"deep_ptune"`, with `"prefix"`, and wrapped by\n'
+        "peft (`get_peft_model(model, PromptTuningConfig(…))`). “-”: not peft's to do.\n\n"
         "Rows of `lm_eval` are tried every night, where it is installed. With transformers 5.24, peft up to 0.21 is\n"
         "wrong in `generate` on a local model (it looks for the cache under its former name and puts its prompt in\n"
         "front of every token); on a distributed model it finds the cache, and is as with earlier releases.\n"
@@ -42,8 +42,8 @@ def document() -> str:
             section = one.section
             lines += [
                 f"\n## {section}\n",
-                "| call | none | ptune | deep_ptune | peft prompt | |",
-                "|---|---|---|---|---|---|",
+                f"| call | {' | '.join(COLUMNS)} | |",
+                "|---|" + "---|" * (len(COLUMNS) + 1),
             ]
         cells, notes = [], [one.note] if one.note else []
         for column in COLUMNS:

@@ -101,7 +101,7 @@ def _watermarked(case: Case) -> Outcome:
 @way(
     GENERATE,
     "guidance away from another text (`negative_prompt_ids`)",
-    refused={"ptune": "", "deep_ptune": ""},
+    refused={"ptune": "", "deep_ptune": "", "prefix": ""},
 )
 def _negative(case: Case) -> Outcome:
     ids, other = random_ids(1, 7), random_ids(1, 5, seed=4)

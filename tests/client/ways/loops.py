@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tests.client.ways.table import GREEDY, OWN_CACHE, Case, Outcome, padded, way
-from tests.reference import Prompted, random_ids
+from tests.reference import random_ids
 
 LOOPS = "Loops of one's own"
 
@@ -23,7 +23,7 @@ def loop(case: Case, mode: Any, *, train: bool = False, **options: Any) -> Outco
             answer = case.bare(input_ids=ids[:, at : at + 1], past_key_values=past, **options)
             found.append(answer.logits)
             past = answer.past_key_values
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     return torch.cat(found, 1).detach(), plain.logits(ids)
 
 
@@ -52,7 +52,7 @@ def _loop_in_session(case: Case) -> Outcome:
     ids = random_ids(2, 9)
     with case.bare.inference_session(), torch.no_grad():
         parts = [case.bare(input_ids=ids[:, cut]).logits for cut in (slice(0, 5), slice(5, 6), slice(6, 9))]
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     return torch.cat(parts, 1), plain.logits(ids)
 
 
@@ -62,14 +62,14 @@ def _loop_in_session_training(case: Case) -> Outcome:
     case.bare.train()
     with case.bare.inference_session():
         parts = [case.bare(input_ids=ids[:, cut]).logits for cut in (slice(0, 5), slice(5, 9))]
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     return torch.cat(parts, 1).detach(), plain.logits(ids)
 
 
 @way(LOOPS, "`use_cache=False` inside `with session`, which stays as it was")
 def _apart(case: Case) -> Outcome:
     ids, other = random_ids(1, 6), random_ids(1, 5, seed=1)
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     with case.bare.inference_session() as session, torch.no_grad():
         first = case.bare(input_ids=ids[:, :4]).logits
         apart = case.bare(input_ids=other, use_cache=False).logits
@@ -83,7 +83,7 @@ def _copied(case: Case) -> Outcome:
     import copy
 
     begin = random_ids(1, 6)
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     found, expected = [], []
     with torch.no_grad():
         past = case.bare(input_ids=begin).past_key_values
@@ -102,7 +102,7 @@ def _copied(case: Case) -> Outcome:
 @way(LOOPS, "`crop` of a cache")
 def _cropped(case: Case) -> Outcome:
     ids, other = random_ids(1, 8), random_ids(1, 3, seed=1)
-    plain = case.prompted if not case.wrapped else Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.own
     with torch.no_grad():
         past = case.bare(input_ids=ids).past_key_values
         past.crop(-3)

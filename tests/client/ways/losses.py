@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tests.client.ways.table import GREEDY, Case, Outcome, padded, way
-from tests.reference import Prompted, random_ids
+from tests.reference import random_ids
 from torch import Tensor
 
 LOSS = "Losses and gradients"
@@ -16,6 +16,9 @@ def _losses(case: Case, found: Tensor, expected: Tensor) -> Outcome:
     parts = [(found, expected)]
     if case.column in ("ptune", "deep_ptune"):
         parts.append((case.bare.prompts.input.grad, case.prompted.vectors.grad))
+    if case.column == "prefix":
+        frozen = case.bare.prompts.frozen.shape[1]
+        parts.append((case.bare.prompts.trained.grad, case.prompted.values.grad[:, frozen:]))
     if case.column == "deep_ptune":
         parts.append((case.bare.prompts.deep.grad, case.prompted.deep.grad))
     return tuple(one for one, _ in parts), tuple(other for _, other in parts)
@@ -48,11 +51,7 @@ def _labels_in_session(case: Case) -> Outcome:
         loss = case.bare(input_ids=other, labels=other).loss
         assert session.position == before
         more = case.bare.generate(None, max_new_tokens=4, **GREEDY)
-    plain = (
-        case.prompted
-        if case.column in ("ptune", "deep_ptune")
-        else Prompted(case.whole, case.prompted.vectors[:0])
-    )
+    plain = case.own
     tokens = torch.cat([said, more], 1)
     return (loss, tokens), (plain.loss(other, other), plain.greedy(ids, 8))
 
@@ -81,7 +80,7 @@ def _flat(case: Case) -> Outcome:
     ids, positions, parts = flat_batch()
     labels = ids.masked_fill(positions == 0, -100)
     found = case.bare(input_ids=ids, position_ids=positions, labels=labels, use_cache=False)
-    plain = Prompted(case.whole, case.prompted.vectors[:0])
+    plain = case.unprompted
     alone = case.whole(input_ids=ids, position_ids=positions, use_cache=False).logits
     apart = torch.cat([plain.logits(part) for part in parts], 1)
     if (alone - apart).abs().max() < 1e-4:

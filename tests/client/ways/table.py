@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tests.reference import Prompted, random_ids
+from tests.reference import Prefixed, Prompted, random_ids
 from torch import Tensor
 
 from corolla.errors import UsageError
 
-Column = Literal["none", "ptune", "deep_ptune", "peft prompt"]
-COLUMNS: tuple[Column, ...] = ("none", "ptune", "deep_ptune", "peft prompt")
+Column = Literal["none", "ptune", "deep_ptune", "prefix", "peft prompt"]
+COLUMNS: tuple[Column, ...] = ("none", "ptune", "deep_ptune", "prefix", "peft prompt")
 P = 3  # prompt tokens
 GREEDY: dict[str, Any] = {"do_sample": False}
 
@@ -27,7 +27,7 @@ class Case:
     bare: Any  # the distributed model itself
     local: Any  # the whole model on this machine, wrapped by peft in its column
     whole: Any  # the same, never wrapped
-    prompted: Prompted  # the whole model with the column's prompt
+    prompted: Prompted | Prefixed  # the whole model with the column's prompt
     other: Callable[[], Any]  # another distributed model
     assistant: Callable[[], Any]  # a small local model
 
@@ -35,6 +35,17 @@ class Case:
     def wrapped(self) -> bool:
         """Whether peft stands around the models."""
         return self.column == "peft prompt"
+
+    @property
+    def unprompted(self) -> Prompted:
+        """The whole model without any prompt."""
+        width = self.whole.get_input_embeddings().weight.shape[1]
+        return Prompted(self.whole, torch.zeros(0, width))
+
+    @property
+    def own(self) -> Prompted | Prefixed:
+        """What the distributed model itself equals, without what stands around it."""
+        return self.unprompted if self.wrapped else self.prompted
 
     def logits(self, ids: Tensor, **options: Any) -> Tensor:
         """Logits at the user's tokens."""

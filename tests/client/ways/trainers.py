@@ -79,9 +79,12 @@ for _name, _options in OPTIONS.items():
         old = Version(transformers.__version__) < Version("5.23")
         if old and case.column == "deep_ptune" and "gradient_checkpointing" in options:
             pytest.skip("this release computes the local blocks again without the reference's hooks")
+        model, local = twins(case)
+        # A local model that checkpoints loses its cache, and with it the prefix; what it does is the same without.
+        plainly = {} if case.column == "prefix" and "gradient_checkpointing" in options else options
         with tempfile.TemporaryDirectory() as folder:
-            found, expected = (said_by(_trainer(model, folder, **options)) for model in twins(case))
-        return found, expected
+            found = said_by(_trainer(model, folder, **options))
+            return found, said_by(_trainer(local, folder, **plainly))
 
 
 @way(TRAINERS, "`Trainer` with padding on the left", refused="With padding in front")
@@ -209,7 +212,7 @@ def _dpo_before(case: Case) -> Outcome:
 @way(
     TRAINERS,
     "TRL `DPOTrainer`, the reference without the prompt",
-    refused=dict.fromkeys(("none", "ptune", "deep_ptune"), ""),
+    refused=dict.fromkeys(("none", "ptune", "deep_ptune", "prefix"), ""),
 )
 def _dpo_adapter(case: Case) -> Outcome:
     return _dpo(case)

@@ -125,6 +125,11 @@ class PagesMachine(RuleBasedStateMachine):
         del row.tokens[: count * PAGE]
 
     @precondition(lambda self: self.rows)
+    @rule(data=st.data(), room=st.integers(0, 4 * PAGE))
+    def bring_together(self, data: st.DataObject, room: int) -> None:
+        self._pick(data).cached.bring_together(room)
+
+    @precondition(lambda self: self.rows)
     @rule(data=st.data(), wide=st.integers(1, 6))
     def reorder(self, data: st.DataObject, wide: int) -> None:
         """As beam search does: each new row continues an old one, and the old ones go."""
@@ -194,13 +199,47 @@ def test_pages_that_follow_each_other_are_preferred() -> None:
     first.grow(PAGE)
     second.grow(1, room=3 * PAGE)
     assert len(second.pages) == 3  # all that the call may need, so that they lie together
-    first.grow(2 * PAGE)
+    first.grow(4 * PAGE)
+    assert first.stretch() == 0  # what came later left room behind it
+    first.grow(PAGE)
     assert first.stretch() is None  # the page behind its own was taken
     assert second.stretch() is not None
     second.free()
     third = BlockTable(pool)
-    third.grow(6 * PAGE)
+    third.grow(4 * PAGE)
     assert third.stretch() is not None
+
+
+def test_a_sequence_in_pieces_is_brought_together_once() -> None:
+    pool = new_pool()
+    first, second = BlockTable(pool), BlockTable(pool)
+    write(pool, first.grow(PAGE), list(range(PAGE)))
+    second.grow(1)
+    fork = first.fork()
+    write(pool, fork.grow(1), [90])
+    write(pool, first.grow(1), [80])
+    assert fork.stretch() is None or first.stretch() is None
+    for table, last in ((first, 80), (fork, 90)):
+        table.bring_together(3 * PAGE)
+        pages = list(table.pages)
+        assert table.stretch() == pages[0]
+        assert len(pages) == 3
+        assert read(table) == [*range(PAGE), last]
+        table.bring_together(3 * PAGE)
+        assert table.pages == pages
+    assert not any(pool.shared(page) for page in first.pages + fork.pages)
+    assert pool.free == PAGES - 7
+
+
+def test_a_sequence_stays_in_pieces_where_there_is_no_other_place() -> None:
+    pool = new_pool(pages=4)
+    first, second = BlockTable(pool), BlockTable(pool)
+    first.grow(PAGE)
+    second.grow(1)
+    write(pool, first.grow(2 * PAGE), list(range(2 * PAGE)))
+    pages = list(first.pages)
+    first.bring_together(3 * PAGE)
+    assert first.pages == pages
 
 
 def test_a_full_pool_says_so_and_gives_nothing_away() -> None:

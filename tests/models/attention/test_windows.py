@@ -185,8 +185,9 @@ def prefill_and_decode(span: Span, layout: Layout) -> float:
 
 
 def company(span: Span, layout: Layout) -> float:
-    """Rows of other lengths in the same passes; pages of one between those of another."""
+    """Rows of other lengths in the same passes; pages that never follow each other."""
     rows = Rows(span, layout)
+    rows.pool.release(rows.pool.take(rows.pool.pages)[::2])  # what is free lies apart
     rows.open(3)
     turns = [
         {0: 30, 1: 1, 2: 70},

@@ -1,4 +1,5 @@
-import { download, get, keyed, text } from "/page/talk.js";
+import { prepare } from "/page/start.js";
+import { download, get, keyed, send, text } from "/page/talk.js";
 
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
@@ -38,13 +39,41 @@ function held(run) {
   return `held-out loss ${first.toFixed(3)}${run.held_out.length > 1 ? ` → ${last.toFixed(3)}` : ""}`;
 }
 
+function clock(seconds) {
+  const minutes = Math.floor(seconds / 60);
+  return minutes < 60
+    ? `${minutes}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`
+    : `${Math.floor(minutes / 60)}:${String(minutes % 60).padStart(2, "0")} h`;
+}
+
+function pace(run) {
+  if (run.state !== "running" && run.state !== "unfinished") return "";
+  const speed = run.tokens_per_second == null ? "" : `${Math.round(run.tokens_per_second).toLocaleString()} tokens/s`;
+  const left = run.state !== "running" || run.seconds_left == null ? "" : `${clock(run.seconds_left)} left`;
+  return [speed, left].filter(Boolean).join(", ");
+}
+
+// What can be done with a run that was started here.
+function act(run) {
+  const [words, path] = run.state === "stopped" ? ["Go on", "resume"] : ["Stop", "stop"];
+  const made = element("button", words);
+  made.type = "button";
+  made.setAttribute("aria-label", `${words}: ${run.name}`);
+  made.addEventListener("click", () => {
+    made.disabled = true;
+    send("POST", `/api/runs/${encodeURIComponent(run.name)}/${path}`).then(now, failed);
+  });
+  return made;
+}
+
 function section(run) {
   const made = element("section", "", "run");
   made.append(element("h2", run.name));
   const steps = run.step == null ? "" : run.step === run.steps ? `${run.steps} steps` : `${run.step} of ${run.steps} steps`;
   const when = run.saved ? `saved ${new Date(run.saved * 1000).toLocaleString()}` : "";
-  made.append(element("p", [run.state, steps, held(run), when, run.why].filter(Boolean).join(", ")));
+  made.append(element("p", [run.state, steps, pace(run), held(run), when, run.why].filter(Boolean).join(", ")));
   if (run.loss.length + run.held_out.length > 1) made.append(curve(run));
+  if (run.started_here && run.state !== "finished") made.append(act(run));
   for (const one of run.samples || []) {
     made.append(element("p", `You: ${one.said}`, "who"), element("p", `Bot: ${one.reply || "(nothing)"}`));
   }
@@ -68,21 +97,30 @@ function failed(error) {
 
 let shown = "";
 let ask = true; // once: who wants to give no key is not asked every three seconds
-for (;;) {
+let now = () => {}; // look at once
+
+async function look() {
   try {
     const found = await get("/api/runs", ask);
-    const now = JSON.stringify(found);
-    if (now !== shown) {
-      shown = now;
-      $("runs").replaceChildren(...found.map(section));
-      $("state").textContent = found.length
-        ? `${found.length} run${found.length === 1 ? "" : "s"} in the folder of bundles.`
-        : "None yet: corolla tune --out FOLDER/NAME, in the folder that was given as --bundles.";
-      $("state").className = "";
-    }
+    const all = JSON.stringify(found);
+    if (all === shown) return;
+    shown = all;
+    $("runs").replaceChildren(...found.map(section));
+    $("state").textContent = found.length
+      ? `${found.length} run${found.length === 1 ? "" : "s"} in the folder of bundles.`
+      : "None yet.";
+    $("state").className = "";
   } catch (error) {
     failed(error);
     ask = false;
   }
-  await new Promise((later) => setTimeout(later, 3000));
+}
+
+prepare(() => now());
+for (;;) {
+  if (!document.hidden) await look();
+  await new Promise((later) => {
+    now = later;
+    setTimeout(later, 3000);
+  });
 }

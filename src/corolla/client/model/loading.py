@@ -155,9 +155,8 @@ def load_shell(
     pattern = families.block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
     changes = saving.labels_of(request.prompts, request.config_changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(request.seed)  # of a new head
-        model, info = load_parts(part, checkpoint, state, dtype, changes=changes, connection=shared)
+    more: dict[str, Any] = {"changes": changes, "connection": shared}
+    model, info = load_parts(part, checkpoint, state, dtype, seed=request.seed, **more)  # a new head's
     heads, missing = saving.head_names(model), set(info["missing_keys"])
     if missing - heads:
         raise CheckpointError(f"{checkpoint.name} lacks the tensor {min(missing - heads)}; copy it again.")

@@ -112,7 +112,6 @@ class PagePool:
         self._device = device
         self._refcounts = np.zeros(pages, dtype=np.int32)
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # by place in a page
-        self._search_from = 0
 
     @property
     def free(self) -> int:
@@ -134,7 +133,6 @@ class PagePool:
             if len(chosen) < count:
                 raise MemoryError(f"{count} pages were asked for and {len(chosen)} are free.")
         self._refcounts[chosen] = 1
-        self._search_from = chosen[-1] + 1 if chosen else self._search_from
         return chosen
 
     def _stretch_after(self, after: int | None, count: int) -> int | None:
@@ -143,14 +141,24 @@ class PagePool:
         return None if self._refcounts[after + 1 : after + 1 + count].any() else after + 1
 
     def _stretch(self, count: int) -> int | None:
-        """The first page of `count` free ones in a row; the search goes on where the last one ended."""
-        for begin in (self._search_from, 0):
-            taken = np.flatnonzero(self._refcounts[begin:] != 0) + begin
-            edges = np.concatenate(([begin - 1], taken, [self.pages]))
-            fits = np.flatnonzero(np.diff(edges) > count)
-            if len(fits):
-                return int(edges[fits[0]]) + 1
-        return None
+        """The first page of `count` free ones in a row, in the middle of the most that there are: so the sequence
+        before them has room to grow on behind itself, and so have they."""
+        edges = np.concatenate(([-1], np.flatnonzero(self._refcounts), [self.pages]))
+        gaps = np.diff(edges) - 1
+        longest = int(gaps.argmax())
+        spare = int(gaps[longest]) - count
+        if spare < 0:
+            return None
+        before = int(edges[longest]) + 1
+        return before + spare // 2 if before else 0  # nobody is before the first page
+
+    def take_together(self, count: int) -> list[int] | None:
+        """As `take`, but only pages that follow each other; None where there are none."""
+        return None if self._stretch(count) is None else self.take(count)
+
+    def follows(self, page: int, count: int) -> bool:
+        """Whether the `count` pages behind a page are free."""
+        return count <= 0 or self._stretch_after(page, count) is not None
 
     def retain(self, pages: Sequence[int]) -> None:
         """One more reference to each page."""
@@ -164,11 +172,13 @@ class PagePool:
         """Whether more than one block table lists the page."""
         return bool(self._refcounts[page] > 1)
 
-    def copy(self, source: int, target: int) -> None:
-        """Give page `target` the content of `source`, in all its blocks."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Give the pages `targets` the content of `sources`, in all blocks."""
+        old, new = (torch.tensor(list(pages), device=self._device) for pages in (sources, targets))
         for store in self._stores.values():
             for side in store:
-                side[target * PAGE : (target + 1) * PAGE] = side[source * PAGE : (source + 1) * PAGE]
+                pages = side.view(-1, PAGE, *side.shape[1:])
+                pages.index_copy_(0, new, pages.index_select(0, old))
 
     def store(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Where keys and values like these, [1, heads, N, D], of one block are kept: a pair [pages × PAGE, heads, D].
@@ -219,12 +229,27 @@ class BlockTable:
         self.length = end
         return slots
 
+    def bring_together(self, room: int) -> None:
+        """Lie on pages of its own that follow each other up to `room` tokens, if it does not and there are such.
+
+        That is as dear as reading all of it once where it lies apart.
+        """
+        missing = pages_for(room) - len(self.pages)
+        if not self.length or (self.stretch() is not None and self.pool.follows(self.pages[-1], missing)):
+            return
+        pages = self.pool.take_together(len(self.pages) + max(0, missing))
+        if pages is not None:
+            used = pages_for(self.length)
+            self.pool.copy(self.pages[:used], pages[:used])
+            self.pool.release(self.pages)
+            self.pages = pages
+
     def _copy_on_write(self, index: int) -> None:
         """Make sure that nobody else lists the page at `index`, since it will be written."""
         page = self.pages[index]
         if self.pool.shared(page):
             (own,) = self.pool.take(1)
-            self.pool.copy(page, own)
+            self.pool.copy([page], [own])
             self.pool.release([page])
             self.pages[index] = own
 
@@ -288,6 +313,11 @@ class CachedSequence:
             if window is not None:
                 own = min(own, self.pool.layout.pages_at_rest(window) * PAGE)
             yield table, own
+
+    def bring_together(self, room: int) -> None:
+        """See `BlockTable`. For a sequence whose pages were reserved as if nobody shared them."""
+        for table, own in self.with_rooms(room):
+            table.bring_together(own)
 
     def trim(self) -> None:
         """Give back what nothing can see that comes after the present tokens, or after the margin's."""

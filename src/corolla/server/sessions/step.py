@@ -212,6 +212,11 @@ class StepRequest(Request):
             self.session.rearrange(self.rows, self._position, self._order)
             self._arranged = True
 
+    @property
+    def _alone(self) -> bool:
+        """Whether its pages were reserved as if nobody shared them; rows beside others, or behind a prefix, do."""
+        return self.rows == 1 and not self.session.before
+
     def load(self, count: int, begin: int) -> tuple[Tensor, Tensor]:
         """Inputs [n, H] and ids [n] of the next `count` tokens; `segments` are these, from packed token `begin` on."""
         self.begin()
@@ -222,6 +227,10 @@ class StepRequest(Request):
             if here < stop:
                 cached = self.session.block_tables[row]
                 room = self.session.before + self.room
+                if (
+                    self.rows == 1 and count > DECODE_TOKENS
+                ):  # a prompt's attention reads all of it in each block
+                    cached.bring_together(room)
                 self.segments.append(Segment(begin + here - first, stop - here, cached, room))
             start = end
         return self._inputs[first:last], self._ids[first:last]

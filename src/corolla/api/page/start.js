@@ -1,0 +1,75 @@
+// The form that starts a run: first what it would be trained on, then the button.
+import { send } from "/page/talk.js";
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["prompt_tokens", "steps", "batch_size", "max_length", "learning_rate"];
+
+async function asked() {
+  const file = $("file").files[0];
+  const found = { name: $("name").value, file: file.name, content: await file.text(), mode: $("mode").value };
+  for (const name of NUMBERS) if ($(name).value !== "") found[name] = Number($(name).value);
+  return found;
+}
+
+function told(words, bad = false) {
+  $("about").textContent = words;
+  $("about").className = bad ? "bad" : "";
+}
+
+function example(pieces, index) {
+  const made = document.createElement("figure");
+  const title = document.createElement("figcaption");
+  title.textContent = `Example ${index + 1}: what is marked is learnt`;
+  const text = document.createElement("pre");
+  for (const piece of pieces) {
+    const part = document.createElement(piece.learnt ? "mark" : "span");
+    part.textContent = piece.text;
+    text.append(part);
+  }
+  text.tabIndex = 0;
+  made.append(title, text);
+  return made;
+}
+
+let shown = null; // what was looked at, and can be started
+
+function changed() {
+  shown = null;
+  $("start").disabled = true;
+}
+
+async function look(event) {
+  event.preventDefault();
+  changed();
+  told("Reading the file…");
+  $("examples").replaceChildren();
+  try {
+    const body = await asked();
+    const found = await send("POST", "/api/runs/preview", body);
+    $("examples").replaceChildren(...found.examples.map(example));
+    told(`${found.notes.join(". ")}. ${found.steps.toLocaleString()} steps.`);
+    shown = body;
+    $("start").disabled = false;
+  } catch (error) {
+    told(error.message, true);
+  }
+}
+
+async function start(after) {
+  const body = shown;
+  changed();
+  try {
+    await send("POST", "/api/runs", body);
+    told(`${body.name} has begun. It goes on when this page is closed.`);
+    $("examples").replaceChildren();
+    after();
+  } catch (error) {
+    told(error.message, true);
+  }
+}
+
+export function prepare(after) {
+  $("train").addEventListener("submit", look);
+  $("train").addEventListener("input", changed);
+  $("start").addEventListener("click", () => start(after));
+}
