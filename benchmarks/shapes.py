@@ -10,14 +10,20 @@ from functools import partial
 
 from benchmarks.bench import Bench, Pair
 from benchmarks.figures import Figure, Line
+from benchmarks.processes import Worker
 from benchmarks.sizes import SHAPES
+
+
+def written(bench: Bench, shape: str, dtype: str) -> tuple[tempfile.TemporaryDirectory[str], Worker]:
+    """The files, and a client of a swarm that serves them."""
+    folder = tempfile.TemporaryDirectory()
+    bench.any_local().ask("write", shape=shape, dtype=dtype, folder=folder.name)
+    return folder, bench.new_client(bench.swarm(model=folder.name), model=folder.name, dtype="float32")
 
 
 def decode(bench: Bench, shape: str, dtype: str, sessions: int) -> Pair:
     """One session beside transformers, or several beside its batch of as many."""
-    folder = tempfile.TemporaryDirectory()
-    bench.any_local().ask("write", shape=shape, dtype=dtype, folder=folder.name)
-    client = bench.new_client(bench.swarm(model=folder.name), model=folder.name, dtype="float32")
+    folder, client = written(bench, shape, dtype)
     tokens = bench.size(32 if sessions == 1 else 16, 4)
     ours = (
         partial(client.ask, "decode", rows=1, tokens=tokens)
@@ -36,12 +42,22 @@ def decode(bench: Bench, shape: str, dtype: str, sessions: int) -> Pair:
             "bytes a second": reading.ask("stream"),
         }
 
-    def clean_up() -> None:
-        bench.end_swarm()
-        folder.cleanup()
-
-    pair.clean_up = clean_up
+    pair.clean_up = partial(_clean_up, bench, folder)
     return pair
+
+
+def prefill(bench: Bench, shape: str) -> Pair:
+    """A prompt of 512 tokens beside transformers."""
+    folder, client = written(bench, shape, "float32")
+    ours = partial(client.ask, "prefill", tokens=512)
+    pair = bench.beside_transformers(client, ours, "prefill", "prefill", folder=folder.name, tokens=512)
+    pair.clean_up = partial(_clean_up, bench, folder)
+    return pair
+
+
+def _clean_up(bench: Bench, folder: tempfile.TemporaryDirectory[str]) -> None:
+    bench.end_swarm()
+    folder.cleanup()
 
 
 def _line(shape: str, dtype: str, sessions: int, target: float) -> Line:
@@ -67,3 +83,15 @@ LINES = [
         _line(shape, "float32", 8, 1.0),
     )
 ]
+# Families whose sequences are more than keys and values, or whose tokens choose: at least as fast as transformers.
+for _shape in ("mla", "hybrid"):
+    LINES += [_line(_shape, "float32", 1, 1.0), _line(_shape, "float32", 8, 1.0)]
+
+
+def _prefill_line(shape: str) -> Line:
+    title = f"prefill of 512 tokens, shape of {SHAPES[shape].name}"
+    figure = Figure(f"prefill_512_{shape}", title, "tokens/s", "transformers, local", 1.0)
+    return Line((figure,), lambda bench: prefill(bench, shape))
+
+
+LINES += [_prefill_line(shape) for shape in ("mla", "hybrid", "moe")]

@@ -157,9 +157,9 @@ def decode(rows: int, tokens: int, context: int = 16, folder: str | None = None)
     return measure.decode(named(folder), token_ids(rows, context), tokens)
 
 
-def prefill(tokens: int) -> float:
-    use("prefill")
-    return measure.prefill(plain(), token_ids(1, tokens))
+def prefill(tokens: int, folder: str | None = None) -> float:
+    use("prefill", folder)
+    return measure.prefill(named(folder), token_ids(1, tokens))
 
 
 def train(rows: int, length: int) -> float:

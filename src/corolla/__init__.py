@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from corolla.client.model.loading import load_tokenizer
     from corolla.client.sessions.session import InferenceSession
+    from corolla.data.documents import Document, read_documents
     from corolla.data.render import Renderer, RenderSettings
     from corolla.data.replies import Beginnings
     from corolla.data.sources import load_conversations
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt
     from corolla.tuning.batches import prepare
     from corolla.tuning.bundle import Bundle, load_bundle
-    from corolla.tuning.settings import TuneSettings
+    from corolla.tuning.settings import StudySettings, TuneSettings
+    from corolla.tuning.study import study
     from corolla.tuning.tune import TuneResult, TuneStopped, tune
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "CheckpointError",
     "CorollaError",
     "DataError",
+    "Document",
     "InferenceSession",
     "LyingServer",
     "MissingBlocks",
@@ -83,6 +86,7 @@ __all__ = [
     "SamplingSettings",
     "SessionLimit",
     "SoftPrompt",
+    "StudySettings",
     "SwarmUnavailable",
     "TranscriptError",
     "TuneResult",
@@ -98,6 +102,8 @@ __all__ = [
     "load_conversations",
     "load_tokenizer",
     "prepare",
+    "read_documents",
+    "study",
     "tune",
 ]
 
@@ -109,11 +115,13 @@ _HOMES = {
     "Beginnings": "data.replies",
     "Bundle": "tuning.bundle",
     "ChatEngine": "chat.engine",
+    "Document": "data.documents",
     "InferenceSession": "client.sessions.session",
     "RenderSettings": "data.render",
     "Renderer": "data.render",
     "SamplingSettings": "chat.sampling",
     "SoftPrompt": "models.prompts",
+    "StudySettings": "tuning.settings",
     "TuneResult": "tuning.tune",
     "TuneSettings": "tuning.settings",
     "TuneStopped": "tuning.tune",
@@ -122,6 +130,8 @@ _HOMES = {
     "load_conversations": "data.sources",
     "load_tokenizer": "client.model.loading",
     "prepare": "tuning.batches",
+    "read_documents": "data.documents",
+    "study": "tuning.study",
     "tune": "tuning.tune",
 }
 

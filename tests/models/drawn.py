@@ -10,7 +10,7 @@ import random
 from typing import Any
 
 import torch
-from tests.models.every_family import GIVEN, LAYERS
+from tests.models.every_family import GIVEN, LAYERS, overrides
 from transformers import AutoConfig, PretrainedConfig
 
 from corolla.errors import UnsupportedFamily
@@ -112,8 +112,14 @@ NO_SCALES = (
     "min",
     "max",
 )
+EDGE = (
+    24  # tokens, more than are tried: behind it, sessions end where rotary embeddings change with the length
+)
 ROTARY: tuple[dict[str, Any], ...] = (
     {},
+    {},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "longrope", "original_max_position_embeddings": EDGE},
     {"rope_type": "linear", "factor": 2.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     {
@@ -147,9 +153,11 @@ def drawn(family: str, seed: int) -> PretrainedConfig:
 
 
 def _draw(config: PretrainedConfig, draw: random.Random) -> PretrainedConfig:
-    given = config.to_dict()
-    _draw_sizes(config, given, draw)
-    _draw_heads(config, given, draw)
+    given, plain = config.to_dict(), copy.deepcopy(config)
+    if layer_overrides(config):
+        plain.per_layer_config = given["per_layer_config"] = None
+    _draw_sizes(plain, given, draw)
+    _draw_heads(plain, given, draw)
     for name, value in list(given.items()):
         if name.startswith("_") or any(word in name for word in FIXED):
             continue
@@ -162,18 +170,17 @@ def _draw(config: PretrainedConfig, draw: random.Random) -> PretrainedConfig:
         elif is_per_layer(config, name, value):
             kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
             given[name] = [draw.choice(kinds) for _ in range(LAYERS)]
-    _draw_rotary(given.get("rope_parameters"), draw)
+    _draw_rotary(given, draw)
     given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS
+    if layer_overrides(config):
+        given["per_layer_config"] = overrides(config, given)
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
     return type(config)(**given)
 
 
 def _draw_sizes(config: PretrainedConfig, given: dict[str, Any], draw: random.Random) -> None:
-    plain = copy.deepcopy(config)
-    if layer_overrides(config):
-        plain.per_layer_config = given["per_layer_config"] = None
     for name, sizes in SIZES.items():
-        known, value = config.attribute_map.get(name, name), getattr(plain, name, None)
+        known, value = config.attribute_map.get(name, name), getattr(config, name, None)
         if known not in given or isinstance(value, bool):
             continue
         if isinstance(value, int) or (value is None and None in sizes):
@@ -190,7 +197,8 @@ def _draw_heads(config: PretrainedConfig, given: dict[str, Any], draw: random.Ra
     ):
         if given.get(name) is not None and isinstance(whole, int):
             given[name] = draw.choice([part for part in range(1, whole + 1) if whole % part == 0])
-    if getattr(config, "head_dim", 0) == getattr(config, "qk_rope_head_dim", None) and "head_dim" in given:
+    rotated = getattr(config, "qk_rope_head_dim", None)
+    if rotated is not None and getattr(config, "head_dim", None) == rotated and "head_dim" in given:
         given["head_dim"] = given["qk_rope_head_dim"]
     experts = given.get("n_routed_experts")
     if isinstance(experts, int) and isinstance(given.get("n_group"), int):
@@ -200,10 +208,23 @@ def _draw_heads(config: PretrainedConfig, given: dict[str, Any], draw: random.Ra
         given["attn_layer_indices"] = sorted(draw.sample(range(LAYERS), 2))
 
 
-def _draw_rotary(rope: Any, draw: random.Random) -> None:
+def _draw_rotary(given: dict[str, Any], draw: random.Random) -> None:
+    rope = given.get("rope_parameters")
     parts = rope.values() if isinstance(rope, dict) else ()
     for part in [one for one in parts if isinstance(one, dict)] or ([rope] if rope else []):
-        if part.get("rope_type", "default") == "default":
-            part.update(draw.choice(ROTARY))
         if "partial_rotary_factor" in part:
             part["partial_rotary_factor"] = draw.choice([0.25, 0.5, 1.0])
+        if part.get("rope_type", "default") == "default":
+            part.update(draw.choice(ROTARY))
+        if part["rope_type"] in ("dynamic", "longrope") and "max_position_embeddings" in given:
+            given["max_position_embeddings"] = EDGE if part["rope_type"] == "dynamic" else 4 * EDGE
+        if part["rope_type"] == "longrope":
+            count = int(_rotated(given) * (part.get("partial_rotary_factor") or 1.0)) // 2
+            for name, least in (("short_factor", 1.0), ("long_factor", 2.0)):
+                part[name] = [draw.uniform(least, 2 * least) for _ in range(count)]
+
+
+def _rotated(given: dict[str, Any]) -> int:
+    """How wide what is rotated is, where the whole head is."""
+    width = given.get("qk_rope_head_dim") or given.get("head_dim")
+    return int(width or given["hidden_size"] // given["num_attention_heads"])

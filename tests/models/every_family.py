@@ -27,9 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corolla.errors import UnsupportedFamily, UsageError
+from corolla.models.cache import take_cache
 from corolla.models.checkpoints.names import text_part
 from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.tracing import MEASURED
 from corolla.models.families import is_per_layer, layer_overrides, structure
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -37,6 +39,7 @@ GOOD = {"exact", "refused", "not compared"}
 SECONDS = 240.0  # for one family
 LAYERS, TOKENS, PADDED = 5, 11, 3
 ROUNDING = 1e-7  # of a float32
+CONTEXT, SECONDS_OF_MEMORY = 1000, 30.0
 SHARED = 2  # layers that take keys and values from earlier ones, where a family's do
 REPORT = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -190,14 +193,14 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
             given[name] = list(islice(cycle(kinds), LAYERS))
     given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS
     if layer_overrides(config):
-        given["per_layer_config"] = _overrides(config, given)
+        given["per_layer_config"] = overrides(config, given)
     if getattr(config, "num_kv_shared_layers", None):
         given["num_kv_shared_layers"] = SHARED
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
     return type(config)(**given)
 
 
-def _overrides(config: PretrainedConfig, given: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def overrides(config: PretrainedConfig, given: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """What layers have of their own by their kind, in the ratio to the others."""
     own, plain = layer_overrides(config), copy.deepcopy(config)
     plain.per_layer_config = None
@@ -205,7 +208,9 @@ def _overrides(config: PretrainedConfig, given: dict[str, Any]) -> dict[int, dic
     of_kind = {kind: own.get(at, {}) for at, kind in enumerate(config.layer_types)}
     assert last in of_kind
     return {
-        at: {name: value * UNEQUAL[name] // getattr(plain, name) for name, value in of_kind[kind].items()}
+        at: {
+            name: max(1, value * given[name] // getattr(plain, name)) for name, value in of_kind[kind].items()
+        }
         for at, kind in enumerate(given["layer_types"])
         if of_kind[kind]
     }
@@ -351,34 +356,72 @@ logits with padding on either side, gradients, a batch of greedy replies and of 
 that was set back. *Packed* families share a server's passes, others are computed request by request. Of models that
 also take images, the part that reads and writes text is used, from the checkpoint as it lies on the hub.
 
+The last column is what the family's own cache holds of one sequence of {context} tokens in 16 bits, at the size that
+its config has by default: keys and values, latents, states. That is what a session takes on the servers together;
+families that are computed by request take up to four more copies of their states, to go back to.
+
 | verdict | families |
 |---|---|
 {counts}
 
-| family | verdict | |
-|---|---|---|
+| family | verdict | | MB of {context} tokens |
+|---|---|---|---|
 {rows}
 """
 
 
-def report(verdicts: dict[str, tuple[str, str]]) -> str:
+def session_memory(family: str) -> str:
+    """Megabytes of a sequence of `CONTEXT` tokens in 16 bits, at the published size; nothing where that fails."""
+    try:
+        with _limited(SECONDS_OF_MEMORY), torch.device("meta"), torch.no_grad():
+            config = text_part(AutoConfig.for_model(family, **GIVEN.get(family, {})))
+            config._attn_implementation = MEASURED
+            config._experts_implementation = "batched_mm"  # which asks no values of a router
+            config.return_dict = True
+            holder: Any = structure(config).holder(config)
+            cache = take_cache(
+                dict(holder(input_ids=torch.zeros(1, CONTEXT, dtype=torch.long), use_cache=True))
+            )
+            numbers = sum(one.numel() for layer in cache.layers for one in _tensors(vars(layer)))
+    except (Exception, _TooLong):  # whatever the family's code makes of tensors without numbers
+        return ""
+    return f"{2 * numbers / 1e6:.1f}" if numbers else ""
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def report(verdicts: dict[str, tuple[str, str]], memory: dict[str, str]) -> str:
     kinds = [how if kind == "exact" else kind for kind, how in verdicts.values()]
     counts = [f"| {kind} | {kinds.count(kind)} |" for kind in sorted(set(kinds))]
-    rows = [f"| {family} | {kind} | {how} |" for family, (kind, how) in sorted(verdicts.items())]
+    rows = [
+        f"| {family} | {kind} | {how} | {memory.get(family, '')} |"
+        for family, (kind, how) in sorted(verdicts.items())
+    ]
     return HEAD.format(
-        release=transformers.__version__, layers=LAYERS, counts="\n".join(counts), rows="\n".join(rows)
+        release=transformers.__version__,
+        layers=LAYERS,
+        context=f"{CONTEXT:,}",
+        counts="\n".join(counts),
+        rows="\n".join(rows),
     )
 
 
 def main(families: list[str]) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    verdicts = {}
+    verdicts, memory = {}, {}
     for family in families or FAMILIES:
         verdicts[family] = verdict(family)
-        print(family, *verdicts[family], flush=True)
+        memory[family] = session_memory(family) if verdicts[family][0] == "exact" else ""
+        print(family, *verdicts[family], memory[family], flush=True)
     if not families:
-        REPORT.write_text(report(verdicts))
+        REPORT.write_text(report(verdicts, memory))
     if not {kind for kind, _ in verdicts.values()} <= GOOD:
         sys.exit("Some families are neither exact nor refused.")
 

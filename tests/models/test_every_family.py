@@ -15,15 +15,16 @@ from corolla.models.checks.selfcheck import check_family
 # Blocks that return tuples, norms without weights, positions that are added before the blocks, alibi, heads whose
 # keys and values are of unlike widths, projections that are clipped in place; convolutions, recurrences that go on by
 # one token at a time only, blocks with both, a choice of tokens that is cached; inputs of each block made of the token
-# ids, keys and values that later blocks take from earlier ones, several streams.
+# ids, keys and values that later blocks take from earlier ones, several streams; recurrences alone, which know no mask
+# of earlier tokens.
 EXACT = (
     "gptj", "codegen", "olmo", "nanochat", "mpt", "gpt_neox_japanese", "biogpt", "deepseek_v3", "lfm2", "jamba",
-    "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text"
+    "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba"
 )  # fmt: skip
 # Of those that also take images, the part that reads and writes text.
 TEXT = ("gemma3", "mistral3", "qwen3_5")
 REFUSED = {
-    "bert": "what runs their blocks is not a model",
+    "bert": "run by a part of the model",
     "doge": "without the padding that it was given",
     "moshi": "not causal language models",
     "xlm": "not one list of layers",

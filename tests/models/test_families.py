@@ -83,7 +83,7 @@ def test_what_is_no_causal_text_model_is_refused(config: PretrainedConfig) -> No
 
 
 def test_blocks_that_no_model_runs_are_refused() -> None:
-    with pytest.raises(UnsupportedFamily, match="what runs their blocks is not a model"):
+    with pytest.raises(UnsupportedFamily, match="run by a part of the model"):
         structure(BertConfig(is_decoder=True))
 
 

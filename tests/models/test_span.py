@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.every_family import tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, write_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -18,6 +19,7 @@ from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from corolla.models.checks.miniature import random_model
 from corolla.models.families import blocks_prefix
 from corolla.models.prompts import add_deep
 from corolla.models.span import Span, load_span
@@ -291,6 +293,15 @@ def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     assert span.dtype == dtype
     for mine, theirs in zip(span.blocks.parameters(), whole.model.layers[:2].parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_loading_takes_none_of_the_caller_s_random_numbers(tmp_path: Path) -> None:
+    """A server may start, or come back, in a process that samples; this family draws as it is made."""
+    random_model(AutoModelForCausalLM.from_config, tiny("qwen3_5_text")).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    before = torch.random.get_rng_state()
+    load_span(checkpoint, 1, 3, dtype=torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_blocks_outside_are_refused(tmp_path: Path) -> None:

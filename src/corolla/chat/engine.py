@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from corolla.chat.sampling import SamplingSettings
 from corolla.chat.transcript import Transcript
 from corolla.chat.window import Exchange, Window, newest_that_fit
+from corolla.data.cuts import shared
 from corolla.data.render import Renderer
 from corolla.data.replies import Beginnings, ReplyReader, TokensSeen, reply_ends
 from corolla.errors import SessionLimit, UsageError
@@ -265,7 +266,7 @@ class ChatEngine:
         if self._session is None or self._session.output_ids is None:
             return
         held = self._session.output_ids[0].tolist()
-        self._session.position = _shared(held, ids)
+        self._session.position = shared(held, ids)
 
     # --- the conversation as a whole -----------------------------------------------------------------------
 
@@ -336,16 +337,6 @@ class ChatEngine:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens are equal."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
 
 
 def _count(number: int, thing: str) -> str:

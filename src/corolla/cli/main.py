@@ -29,6 +29,7 @@ from corolla.cli.machine import allow_open_files, exhausted, unusable
 from corolla.cli.revoke import revoke
 from corolla.cli.serve import serve
 from corolla.cli.status import status
+from corolla.cli.study import study
 from corolla.cli.terminal import (
     explain_in,
     flush_output,
@@ -56,7 +57,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-tune a language model too large for your machine through a swarm, then chat with it.",
 )
-for _command in (bootstrap, serve, status, tune, evaluate, chat, api, demo, doctor, invite, join, revoke):
+for _command in (
+    bootstrap,
+    serve,
+    status,
+    tune,
+    study,
+    evaluate,
+    chat,
+    api,
+    demo,
+    doctor,
+    invite,
+    join,
+    revoke,
+):
     app.command({"evaluate": "eval"}.get(_command.__name__))(_command)
 
 

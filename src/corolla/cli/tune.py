@@ -163,7 +163,7 @@ def tune(
                 addresses,
                 resume=resume,
                 overwrite=overwrite,
-                again=_resume_command(),
+                again=resume_command(),
             )
     show_next_step(to_do.out, joining.peers)
     if to_do.push is not None:
@@ -186,7 +186,7 @@ def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
         last = RunFolder(out).latest()
         stopped = isinstance(error, KeyboardInterrupt)
         if last is not None:
-            say_plainly(f"{last} is kept; go on with\n  {_resume_command()}")
+            say_plainly(f"{last} is kept; go on with\n  {resume_command()}")
         elif stopped:
             say_plainly("Stopped before anything was saved.")
         if stopped:
@@ -357,6 +357,7 @@ def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def _resume_command() -> str:
+def resume_command() -> str:
+    """What was typed, to be typed again so that it goes on."""
     words = sys.argv[1:]
     return shlex.join(["corolla", *words, *([] if "--resume" in words else ["--resume"])])

@@ -75,3 +75,13 @@ def _by_prefix(tokenizer: Any, text: str, ids: list[int], place: int) -> Cut:
     while index < min(len(before), len(ids)) and before[index] == ids[index]:
         index += 1
     return Cut(index, clean=index == len(before))
+
+
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens are equal."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

@@ -206,7 +206,8 @@ def _inspect(config: PretrainedConfig) -> Structure:
     holder = model.get_submodule(owner)
     if not isinstance(holder, PreTrainedModel):
         raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be split: what runs their blocks is not a model."
+            f"Models of type {config.model_type} cannot be split: their blocks are run by a part of the model "
+            f"({type(holder).__name__}), not by a model; use a text-only decoder such as llama, qwen3 or bloom."
         )
     return Structure(
         causal_lm=causal_class,

@@ -53,15 +53,21 @@ def goes_one_by_one(span: TriedSpan) -> bool:
 
 def masks_new_tokens(span: TriedSpan) -> bool:
     """Whether the family's code knows masks of the new tokens only, as that of recurrences alone."""
-    hidden, cache = _noise(span, 1, 1), span.new_cache()
-    mask = torch.ones(1, 2, dtype=torch.long, device=span.device)
+    # Some code takes the first of a token's several columns, and only fails for two tokens.
+    return not _takes(span, 1, 2) or (_takes(span, 2, 2) and not _takes(span, 2, 3))
+
+
+def _takes(span: TriedSpan, new: int, columns: int) -> bool:
+    """Whether behind one token, `new` ones with a mask of so many columns give as many."""
+    hidden, cache = _noise(span, 1, 1 + new), span.new_cache()
+    mask = torch.ones(1, columns, dtype=torch.long, device=span.device)
     with torch.inference_mode():
-        span.forward(hidden, cache=cache)
-        arguments = _arguments(span, cache, torch.ones(1, dtype=torch.long)) | {"attention_mask": mask}
+        span.forward(hidden[:, :1], cache=cache)
+        arguments = _arguments(span, cache, torch.arange(1, 1 + new)) | {"attention_mask": mask}
         try:
-            return span.run(hidden, [], arguments).shape != hidden.shape
-        except RuntimeError:  # of its shape
-            return True
+            return span.run(hidden[:, 1:], [], arguments).shape[1] == new
+        except (RuntimeError, IndexError, ValueError):  # of its shape
+            return False
 
 
 def remembers(span: TriedSpan) -> bool:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
+import torch
+
+from corolla.client.model.losses import TopTokens
 from corolla.data.collate import Collator
 from corolla.data.conversation import Conversation
 from corolla.data.render import NO_LOSS, Example, Renderer, RenderSettings
@@ -22,7 +25,31 @@ from corolla.tuning.settings import TuneSettings
 
 T = TypeVar("T")
 TRIED = 32  # conversations: some begin with more than is shown
+TEACHER = "teacher"
 MOST_HELD_OUT = 32  # conversations, unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class Taught(Example):
+    """An example whose labels a teacher has said, with its distributions, as `TopTokens`, for each of them."""
+
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+class TaughtCollator(Collator):
+    """As `Collator`; the batch of examples that are all `Taught` has a `TopTokens` besides, as its `TEACHER`."""
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """See `Collator`. The teacher's rows are in the order of the logits that `logits_to_keep` leaves."""
+        batch: dict[str, Any] = super().__call__(examples)
+        taught = [one for one in examples if isinstance(one, Taught)]
+        if taught and len(taught) == len(examples):
+            batch[TEACHER] = TopTokens(
+                torch.tensor([ids for one in taught for ids in one.top_ids]),
+                torch.tensor([row for one in taught for row in one.top_logprobs]),
+            )
+        return batch
 
 
 @dataclass(frozen=True)
@@ -48,11 +75,8 @@ def prepare(tokenizer: Any, settings: TuneSettings, conversations: Sequence[Conv
     """Split, render and subsample. Raises `DataError` when nothing is left to train or evaluate on."""
     renderer = Renderer(tokenizer, settings.rendering)
     conversations, refused = _renderable(renderer, conversations)
-    wanted = settings.held_out
-    if wanted is None:
-        wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
     try:
-        train, held_out = split_conversations(conversations, held_out=wanted, seed=settings.seed)
+        train, held_out = split(conversations, settings)
     except DataError as error:
         raise DataError(f"{error} {_left_out(refused)}" if refused else str(error)) from error
     return Prepared(
@@ -163,6 +187,16 @@ def stretches(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 def _has_label(example: Example) -> bool:
     """The first token does not count: nothing predicts it."""
     return any(label != NO_LOSS for label in example.labels[1:])
+
+
+def split(
+    conversations: Sequence[Conversation], settings: TuneSettings
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations, as many as the settings say. Raises `DataError`."""
+    wanted = settings.held_out
+    if wanted is None:
+        wanted = min(MOST_HELD_OUT, max(1, len(conversations) // 10))
+    return split_conversations(conversations, held_out=wanted, seed=settings.seed)
 
 
 def split_conversations(

@@ -10,9 +10,9 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerState
 from corolla.data.render import Example
 from corolla.tuning.settings import TuneSettings
 
+T = TypeVar("T")
 BACKWARD = 2.0  # a training step takes a forward pass and about twice that for the way back
 LONG = 15 * 60.0  # seconds; for a longer run a shorter one is offered
 QUIET_LINES = 10  # about so many in a run
@@ -109,6 +110,28 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def counted(found: Iterable[T], console: Console, what: str, *, done: int, total: int) -> Iterator[T]:
+    """Passes on what is found, and shows how many of `total` there are and the time left."""
+    first, started = done, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        bar: Progress | None = None
+        if console.is_terminal:
+            left = TextColumn("{task.fields[about]}", markup=False)
+            bar = stack.enter_context(
+                Progress(TextColumn(what), BarColumn(30), MofNCompleteColumn(), left, console=console)
+            )
+            bar.add_task(what, total=total, completed=done, about="the first ones …")
+        for one in found:
+            yield one
+            done += 1
+            seconds = (time.monotonic() - started) / (done - first) * (total - done)
+            about = f"{_clock(seconds)} left"
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done, about=about)
+            elif done % max(1, total // QUIET_LINES) == 0:
+                console.print(f"{what} {done}/{total}: {about}", highlight=False, markup=False)
 
 
 def _clock(seconds: float) -> str:

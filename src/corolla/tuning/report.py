@@ -21,7 +21,7 @@ from corolla.files import write_atomically
 from corolla.json_files import parse
 from corolla.text import printable
 from corolla.tuning.described import METRICS_FILE, Described, smoothed
-from corolla.tuning.settings import TuneSettings
+from corolla.tuning.settings import StudySettings, TuneSettings
 from corolla.version import __version__
 
 REPORT_FILE = "report.html"
@@ -58,6 +58,8 @@ def report_page(
         better=_number(_mapping(metrics.get("difference")).get("high")) < 0,
         curve=_curve(history),
         replies=[_exchange(one) for one in replies(metrics)],
+        recall=list(recall(metrics)),
+        recalled_of=_mapping(metrics.get("recall")).get("of"),
         problem=_mapping(metrics.get("samples")).get("degenerate"),
         chat=chat_command(place),
         again=again_command(bundle),
@@ -91,16 +93,20 @@ def chat_command(place: str) -> str:
 
 def again_command(bundle: Described) -> str:
     """The command whose run would come to the same bundle."""
-    said = bundle.training
-    words = ["corolla", "tune", bundle.model.name, "--mode", bundle.mode]
+    said, studied = bundle.training, documents(bundle)
+    if studied:
+        words = ["corolla", "study", *studied, "--model", bundle.model.name]
+    else:
+        words = ["corolla", "tune", bundle.model.name, "--mode", bundle.mode]
     words += ["--prompt-tokens", str(bundle.prompt_tokens)]
     if bundle.model.revision is not None:
         words += ["--revision", bundle.model.revision]
-    words += _option("data", said.get("data") or "DATA")
-    for name in ("speaker", "persona", "split", "prompt_init", "prompt_text"):
-        words += _option(name, said.get(name))
-    defaults = TuneSettings()
-    for name, flag in _tune_flags():
+    if not studied:
+        words += _option("data", said.get("data") or "DATA")
+        for name in ("speaker", "persona", "split", "prompt_init", "prompt_text"):
+            words += _option(name, said.get(name))
+    defaults = StudySettings() if studied else TuneSettings()
+    for name, flag in _flags(type(defaults)):
         value = said.get(name)
         if name in said and value != getattr(defaults, name) and name not in ("epochs", "report_to"):
             words += _option(name, value, flag)
@@ -109,10 +115,11 @@ def again_command(bundle: Described) -> str:
     if said.get("steps") is None:
         words += _option("epochs", said.get("epochs"))
     plain, rendering = RenderSettings(), bundle.rendering
-    words += ["--style", rendering.style]
-    if rendering.style == "delimiter":
-        words += ["--delimiter", rendering.delimiter.replace("\n", "\\n").replace("\t", "\\t")]
-    words += [] if rendering.loss_on == plain.loss_on else ["--loss-on", rendering.loss_on]
+    if not studied:  # which has one way
+        words += ["--style", rendering.style]
+        if rendering.style == "delimiter":
+            words += ["--delimiter", rendering.delimiter.replace("\n", "\\n").replace("\t", "\\t")]
+        words += [] if rendering.loss_on == plain.loss_on else ["--loss-on", rendering.loss_on]
     words += [] if rendering.max_length == plain.max_length else ["--max-length", str(rendering.max_length)]
     return shlex.join(words)
 
@@ -143,7 +150,7 @@ def summary(bundle: Described) -> str:
     times = bundle.metrics.get("fell_back")
     if isinstance(times, int) and times:
         parts.append(f"went back {times} time{'s' if times > 1 else ''} where it diverged")
-    data = bundle.training.get("data")
+    data = bundle.training.get("data") or ", ".join(documents(bundle))
     if data:
         parts.append(f"learnt from {data}")
     return "; ".join(parts)
@@ -167,6 +174,24 @@ def replies(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Exchanges with `said`, `reply` and perhaps `base` and `problem`."""
     found = _mapping(metrics.get("samples")).get("replies")
     return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
+
+
+def documents(bundle: Described) -> list[str]:
+    """The names of the files that were studied."""
+    found = bundle.training.get("documents")
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
+def recall(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """What is known of a text that was studied, in each `way` of knowing it: `loss` of answers, share `recalled`."""
+    ways = _mapping(metrics.get("recall")).get("ways")
+    for one in ways if isinstance(ways, list) else []:
+        loss, recalled = (_number(_mapping(one).get(name)) for name in ("loss", "recalled"))
+        yield {
+            "way": str(_mapping(one).get("way")),
+            "loss": format(loss, ".3f") if math.isfinite(loss) else "",
+            "recalled": format(recalled, ".0%") if math.isfinite(recalled) else "",
+        }
 
 
 def _exchange(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,10 +266,10 @@ def _ticks(low: float, high: float) -> list[float]:
 # --- words ---------------------------------------------------------------------------------------------------
 
 
-def _tune_flags() -> Iterator[tuple[str, str | None]]:
-    """The settings that are options of `corolla tune`, and their flags where these have other names."""
-    hints = get_type_hints(TuneSettings, include_extras=True)
-    for one in dataclasses.fields(TuneSettings):
+def _flags(settings: type[TuneSettings]) -> Iterator[tuple[str, str | None]]:
+    """The settings that are options of a command, and their flags where these have other names."""
+    hints = get_type_hints(settings, include_extras=True)
+    for one in dataclasses.fields(settings):
         about = getattr(hints[one.name], "__metadata__", ())
         if about:
             yield one.name, about[0] if len(about) > 1 else None

@@ -106,10 +106,10 @@ def sample_replies(
     with contextlib.suppress(CorollaError, KeyboardInterrupt):  # the prompt is trained and wants to be saved
         prompts = _prompts(renderer, talks)
         if prompts:
-            tuned = _replies(model, renderer, prompts, sampling)
+            tuned = replies(model, renderer, prompts, sampling)
             if model.prompts is not None:
                 with base_model(model):
-                    return Samples(tuned, _replies(model, renderer, prompts, sampling))
+                    return Samples(tuned, replies(model, renderer, prompts, sampling))
     return Samples(tuned) if tuned else None
 
 
@@ -143,9 +143,16 @@ def _opening(turns: Sequence[Turn]) -> list[Turn]:
     return []
 
 
-def _replies(
-    model: Any, renderer: Renderer, prompts: Sequence[tuple[str, list[int]]], sampling: dict[str, Any]
+def replies(
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[tuple[str, list[int]]],
+    sampling: dict[str, Any],
+    *,
+    most: int = REPLY_TOKENS,
+    seconds: float | None = SECONDS,
 ) -> tuple[Sample, ...]:
+    """Replies of up to `most` tokens to what was said last, whose tokens `prompts` have besides."""
     longest = max(len(ids) for _, ids in prompts)
     rows = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(rows)
@@ -171,11 +178,11 @@ def _replies(
             do_sample=bool(sampling),
             **sampling,
             num_beams=1,
-            max_new_tokens=REPLY_TOKENS,
-            max_time=SECONDS,
+            max_new_tokens=most,
+            max_time=seconds,
             eos_token_id=None,
             pad_token_id=0,
-            logits_processor=LogitsProcessorList([first, beginnings.processor(longest, REPLY_TOKENS)]),
+            logits_processor=LogitsProcessorList([first, beginnings.processor(longest, most)]),
             stopping_criteria=StoppingCriteriaList([TokensSeen(take, longest)]),
         )
     for reader in readers:

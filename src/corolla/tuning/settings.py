@@ -118,6 +118,38 @@ class TuneSettings:
         return {key: value for key, value in self.to_dict().items() if key not in FREE_ON_RESUME}
 
 
+@dataclass(frozen=True)
+class StudySettings(TuneSettings):
+    """The same for a study: how the model asks itself about a text, and then how it learns from its answers.
+
+    `chunk_tokens`, `question_tokens` and `answer_tokens` are the most that a piece of the text, a question and an
+    answer may have.
+    """
+
+    epochs: Annotated[float, "Passes over the questions."] = 8.0
+    questions: Annotated[int, "Questions that the model asks itself about the text."] = 128
+    chunk_tokens: Annotated[int, "Tokens of the text that it reads at once."] = 512
+    question_tokens: Annotated[int, "Longest question, in tokens."] = 48
+    answer_tokens: Annotated[int, "Longest answer, in tokens."] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {
+            "questions": 2,
+            "chunk_tokens": 16,
+            "question_tokens": 1,
+            "answer_tokens": 1,
+        }.items():
+            value = getattr(self, name)
+            if value < least:
+                raise UsageError(f"{_option(name)} is {value}; it must be at least {least}.")
+
+    def asking(self) -> dict[str, Any]:
+        """Those that questions and answers depend on, but for their number."""
+        names = ("seed", "chunk_tokens", "question_tokens", "answer_tokens", "rendering")
+        return {name: value for name, value in self.to_dict().items() if name in names}
+
+
 def check_reporter(name: str) -> None:
     """Raise `UsageError` for a reporter that is unknown or not installed."""
     if name not in REPORTERS:

@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from corolla.client.model.losses import summed_cross_entropy
+from corolla.client.model.losses import summed_cross_entropy, summed_distillation
 from corolla.models.checkpoints.prompt_files import load_prompt, save_prompt
-from corolla.tuning.batches import Prepared
+from corolla.tuning.batches import TEACHER, Prepared
 from corolla.tuning.bundle import ModelInfo
 from corolla.tuning.checkpoints import CHECKPOINT, RunFolder
 from corolla.tuning.course import Course, rate_factor
@@ -87,6 +87,15 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.course.add(loss.item())
         return loss if bool(torch.isfinite(loss)) else torch.zeros_like(loss)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None) -> Any:
+        """As the Trainer's; where a batch has a teacher, all that it might have said is learnt, not what it said."""
+        teacher = inputs.pop(TEACHER, None)
+        if teacher is None:
+            return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch)
+        count = len(teacher.ids) if num_items_in_batch is None else num_items_in_batch
+        del inputs["labels"]
+        return summed_distillation(model(**inputs).logits, teacher) / count
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The rate rises, then falls to 0; half of it each time that the run has gone back."""

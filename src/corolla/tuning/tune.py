@@ -91,16 +91,18 @@ def tune(
     overwrite: bool = False,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    further: Callable[[], dict[str, Any]] = dict,
 ) -> TuneResult | TuneStopped:
     """Train `model.prompts` on `prepared` and write the bundle `out`.
 
     `about` is what the bundle calls the model (None: what it was loaded as); `notes` are further facts for the
-    bundle (which data, how the prompt was started); `console` is where progress goes (None: nowhere).
+    bundle (which data, how the prompt was started); `console` is where progress goes (None: nowhere); `further`
+    measures what else the bundle is to say of its worth, as JSON values, with the prompt that it will hold.
     Raises `UsageError` when `out` or the run folder is in the way,
     `NonFiniteLoss`, `BundleError` when something cannot be written.
     """
     started = time.monotonic()
-    out, about = Path(out), about or _loaded_as(model)
+    out, about = Path(out), about or loaded_as(model)
     settings = _for_prompt(model, settings)
     console = console or Console(quiet=True)
     trained = _what_is_trained(model, settings, prepared, about)
@@ -138,7 +140,8 @@ def tune(
                 "steps": state.global_step,
             },
             metrics=metrics_of(before, after, difference, samples)
-            | {"step": best_step, "fell_back": course.times},
+            | {"step": best_step, "fell_back": course.times}
+            | further(),
             sampling={**SAMPLING, "allow_empty": settings.allow_empty},
         )
         replacing = overwrite or folder.has_ended()
@@ -165,7 +168,8 @@ def tune(
     )
 
 
-def _loaded_as(model: Any) -> ModelInfo:
+def loaded_as(model: Any) -> ModelInfo:
+    """What a distributed model calls itself."""
     view = model.blocks.connection.view
     return ModelInfo(view.model_name, view.model, model._revision)
 

@@ -127,16 +127,17 @@ def _later_padded(case: Case) -> Outcome:
 @way(SESSIONS, "a batch of which one row ended early, later turns", refused=SECOND)
 def _later_ended(case: Case) -> Outcome:
     ids, more = random_ids(2, 7), random_ids(2, 4, seed=1)
-    said = case.prompted.greedy(ids[:1], 3)[0, 7:]
-    end = int(said[1])
-    stop = 8 + said.tolist().index(end)  # a model may say the same token twice
+    end = int(case.prompted.greedy(ids, 3)[0, 8])
     with case.bare.inference_session() as session:
         first = case.model.generate(
             input_ids=ids, session=session, max_new_tokens=8, eos_token_id=end, pad_token_id=0, **GREEDY
         )
         second = case.model.generate(input_ids=more, session=session, max_new_tokens=5, **GREEDY)
-    assert not first[0, stop:].any(), "the first row should have ended"
-    rows = [first[:1, :stop], first[1:]]
+    ends = [(one[7:] == end).nonzero() for one in first]  # the other row may say it, too
+    rows = [
+        one[None, : 8 + int(at[0])] if len(at) else one[None] for one, at in zip(first, ends, strict=True)
+    ]
+    assert not first[0, rows[0].shape[1] :].any(), "the first row should have ended"
     alone = rows_alone(case, [torch.cat([row, one[None]], 1) for row, one in zip(rows, more, strict=True)], 5)
     return second[:, 4:], torch.cat(alone)
 

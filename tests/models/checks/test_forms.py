@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.models.every_family import tiny
 from tests.tiny_models import FAMILIES, write_tiny
 from transformers import AutoConfig
 
@@ -24,3 +25,9 @@ def test_sequences_of_one_row_are_told_apart_by_most(
     monkeypatch.setattr(forms, "_flat_rows", {})
     config = AutoConfig.from_pretrained(write_tiny(family, tmp_path))
     assert forms.reads_flat_rows(config) == (family not in ONE_SEQUENCE)
+
+
+def test_an_argument_that_no_block_reads_is_none_that_is_left_out() -> None:
+    """Each block of the former chooses its own tokens, some of the latter take the choice of the block before."""
+    assert forms.left_out(tiny("glm_moe_dsa")) == ()
+    assert forms.left_out(tiny("hy_v4")) == ("prev_topk_indices",)

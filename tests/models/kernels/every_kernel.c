@@ -94,7 +94,7 @@ static void one_by_one(void) {
 }
 
 int main(void) {
-    for (int half = 0; half < 2; half++) narrow(BYTES, half, 5), narrow(BYTES, half, 4), narrow(NIBBLES, half, 5);
+    for (int half = 0; half < 2; half++) narrow(BYTES, half, 5), narrow(BYTES, half, 4), narrow(NIBBLES, half, 5), narrow(FLOAT8, half, 5);
     narrow(FLOAT32, 0, 0), narrow(BFLOAT16, 0, 0), narrow(FLOAT16, 0, 0);
     bytes();
     attention(16, 16, 0, 0), attention(64, 64, 2, 0), attention(80, 80, 0, 7), attention(32, 32, 0, 16);

@@ -40,6 +40,13 @@ def quantized(levels: range, group: int, *, offset: bool, half: bool = True) -> 
     return (whole * step + least).view(OUT, IN)
 
 
+def scaled(high: int) -> Tensor:
+    """8-bit floats with a scale for each block of so many rows, as files of them have it."""
+    numbers = (torch.randn(OUT, IN) * 100).to(torch.float8_e4m3fn).float()
+    numbers[::5, ::7], numbers[1, :32] = 2.0**-9, 0.0
+    return numbers * (torch.rand(OUT // high, 1) * 0.01 + 1e-4).repeat_interleave(high, 0)
+
+
 WEIGHTS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "float32": (lambda: torch.randn(OUT, IN), "float32"),
     "bfloat16": (lambda: torch.randn(OUT, IN).bfloat16().float(), "bfloat16"),
@@ -50,6 +57,9 @@ WEIGHTS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "Q5_1": (lambda: quantized(range(32), 32, offset=True), "bytes"),
     "Q6_K": (lambda: quantized(range(-32, 32), 16, offset=False, half=False), "bytes"),
     "Q8_0": (lambda: quantized(range(-127, 128), 32, offset=False), "bytes"),
+    "fp8": (lambda: scaled(OUT), "float8"),
+    "mxfp8": (lambda: (torch.randn(OUT, IN) * 100).to(torch.float8_e4m3fn).float() / 256, "float8"),
+    "fp8 by rows": (lambda: scaled(1), "float8"),
     "constant groups": (lambda: torch.full((OUT, IN), 0.1), "nibbles"),
 }
 each_weight = pytest.mark.parametrize("name", WEIGHTS)
@@ -69,7 +79,7 @@ def test_the_weight_is_given_back(name: str) -> None:
     weight, layer = made(name)
     groups = weight.view(OUT, -1, 16).abs().amax(-1, keepdim=True).expand(OUT, -1, 16).reshape(OUT, IN)
     assert bool(((layer.weight - weight).abs() <= 2 * narrow.ROUNDING * groups).all())
-    if name in ("float32", "bfloat16", "float16"):
+    if name in ("float32", "bfloat16", "float16", "mxfp8", "fp8", "fp8 by rows"):
         assert torch.equal(layer.weight, weight)
     assert layer.weight_bytes() < weight.nbytes * (1.1 if name == "float32" else 0.7)
     layer.weight.zero_()  # the reader's own
@@ -137,7 +147,7 @@ def test_weights_without_a_narrow_form_are_kept_as_they_are_in_their_own_memory(
     assert layer.narrow.values.data_ptr() == weight.data_ptr()
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "bfloat16"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "bfloat16", "fp8"])
 def test_one_weight_that_does_not_fit_is_enough(name: str) -> None:
     """Wherever it stands, also in a row that was not sampled, and however little it is off."""
     weight, _ = made(name)

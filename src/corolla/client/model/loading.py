@@ -158,9 +158,8 @@ def load_shell(
     pad, words = changes.get("pad_token_id"), checkpoint.config.get_text_config().vocab_size
     if isinstance(pad, int) and not -words <= pad < words:
         raise UsageError(f"pad_token_id is {pad}; this model has {words} tokens, 0 to {words - 1}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(request.seed)  # of a new head
-        model, info = load_parts(part, checkpoint, state, dtype, changes=changes, connection=shared)
+    more: dict[str, Any] = {"changes": changes, "connection": shared}
+    model, info = load_parts(part, checkpoint, state, dtype, seed=request.seed, **more)  # a new head's
     heads, missing = saving.head_names(model), set(info["missing_keys"])
     if missing - heads:
         raise CheckpointError(f"{checkpoint.name} lacks the tensor {min(missing - heads)}; copy it again.")

@@ -10,6 +10,7 @@ The head and the loss in one: Hsu et al. 2024 (Liger kernels, arXiv:2410.10989).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,11 @@ from corolla.models.kernels.ways import Ways, product, product_back
 
 # Of 50,000 words in float32 25 MB: the most that the C library keeps for the next chunk and need not ask for anew.
 CHUNK_ROWS = 128
+LEAST_LEFT = 1e-6
 
 Product = Callable[[Tensor], Tensor]
-Steps = tuple[
-    tuple[Callable[..., Tensor], tuple[Any, ...]], ...
-]  # functions, with what they are given behind logits
+# Functions, with what they are given behind logits.
+Steps = tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
 Plain = tuple[Tensor, Ways]  # a weight [V, H], and how it is multiplied
 
 # What can be said of logits without having them.
@@ -241,8 +242,89 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IG
     kept = targets != ignore_index
     if not bool(kept.all()):
         hidden, targets = hidden[kept], targets[kept]
-    total: Tensor = _ChunkedLoss.apply(hidden, targets, logits)  # type: ignore[no-untyped-call]
+    total: Tensor = _ChunkedLoss.apply(hidden, Tokens(targets), logits)  # type: ignore[no-untyped-call]
     return total
+
+
+def summed_distillation(logits: Tensor, teacher: TopTokens) -> Tensor:
+    """Sum of the cross-entropies of logits [..., V], n rows in all, with a teacher's distributions.
+
+    A scalar, float32 or float64. In chunks where the logits are lazy. Of what the teacher gives to tokens that are not
+    among its likeliest only the sum counts (context distillation as in self-study, arXiv 2506.06266).
+    """
+    teacher = TopTokens(teacher.ids.to(logits.device), teacher.logprobs.to(logits.device))
+    if not isinstance(logits, LazyLogits):
+        rows = _wide(logits.reshape(-1, logits.shape[-1]))
+        return teacher.loss(rows, torch.softmax(rows, dim=-1))
+    hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+    total: Tensor = _ChunkedLoss.apply(hidden, teacher, logits)  # type: ignore[no-untyped-call]
+    return total
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is to be predicted, where it is known: token ids, int64 [n]."""
+
+    ids: Tensor
+
+    def rows(self, some: slice) -> Tokens:
+        """Those of some rows."""
+        return Tokens(self.ids[some])
+
+    def loss(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """The summed loss: each row's logarithm of its sum of exponentials, less the target's logit.
+
+        The former is read off the likeliest word, since torch's exponentials by themselves take as long as the
+        product.
+        """
+        return (_log_sums(logits, probabilities) - logits.gather(1, self.ids[:, None])[:, 0]).sum()
+
+    def errors(self, probabilities: Tensor) -> Tensor:
+        """The loss's gradient for the logits, in the place of the probabilities [n, V]."""
+        probabilities[torch.arange(len(self.ids), device=self.ids.device), self.ids] -= 1
+        return probabilities
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """What is to be predicted, as a teacher sees it: its likeliest tokens, int64 [n, k], and their logprobs."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def rows(self, some: slice) -> TopTokens:
+        """Those of some rows."""
+        return TopTokens(self.ids[some], self.logprobs[some])
+
+    def loss(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """The summed loss; all other tokens are one, with what is left of the probability."""
+        wanted, rest = self._wanted(logits)
+        known = logits.gather(1, self.ids) - _log_sums(logits, probabilities)[:, None]
+        other = _left(probabilities.gather(1, self.ids)).log()
+        return -(wanted * known).sum() - (rest * other).sum()
+
+    def errors(self, probabilities: Tensor) -> Tensor:
+        """The loss's gradient for the logits, in the place of the probabilities [n, V]."""
+        wanted, rest = self._wanted(probabilities)
+        known = probabilities.gather(1, self.ids)
+        probabilities *= (1 - rest / _left(known))[:, None]
+        return probabilities.scatter_(1, self.ids, known - wanted)
+
+    def _wanted(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = self.logprobs.to(like).exp()
+        return wanted, (1 - wanted.sum(-1)).clamp(min=0)
+
+
+def _left(probabilities: Tensor) -> Tensor:
+    """What these leave of 1, [n]; never nothing, whose logarithm is no number."""
+    return (1 - probabilities.sum(-1)).clamp(min=LEAST_LEFT)
+
+
+def _log_sums(logits: Tensor, probabilities: Tensor) -> Tensor:
+    return logits.amax(-1) - probabilities.amax(-1).log()
+
+
+Targets = Tokens | TopTokens
 
 
 @torch.no_grad()
@@ -265,17 +347,17 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Hidden states [n, H] and targets [n] to the summed loss; the gradient is ready when the loss is."""
+    """Hidden states [n, H] and n targets to the summed loss; the gradient is ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits: LazyLogits) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Targets, logits: LazyLogits) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         plain = logits.plain
         chunk = _any_head(logits.of) if plain is None else _plain_head(*plain, len(hidden))
         total = torch.zeros((), dtype=_at_least_float32(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            total += chunk(hidden[rows], targets[rows], None if gradient is None else gradient[rows])
+            total += chunk(hidden[rows], targets.rows(rows), None if gradient is None else gradient[rows])
         ctx.gradient = gradient
         return total
 
@@ -286,22 +368,22 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None
 
 
-# Hidden states [n, H] and targets [n] to their summed loss; the gradient [n, H] is written where one is wanted.
-_Chunk = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Hidden states [n, H] and n targets to their summed loss; the gradient [n, H] is written where one is wanted.
+_Chunk = Callable[[Tensor, Targets, Tensor | None], Tensor]
 
 
 def _any_head(logits_of: Product) -> _Chunk:
     """By autograd, through whatever the family does to its logits."""
 
-    def chunk(hidden: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
+    def chunk(hidden: Tensor, targets: Targets, gradient: Tensor | None) -> Tensor:
         with torch.set_grad_enabled(gradient is not None):
             leaf = hidden.detach().requires_grad_(gradient is not None)
             logits = logits_of(leaf)
         wide = _wide(logits.detach())
         probabilities = torch.softmax(wide, dim=-1)
-        loss = _summed(wide, probabilities, targets)
+        loss = targets.loss(wide, probabilities)
         if gradient is not None:
-            errors = _errors(probabilities, targets).to(logits.dtype)
+            errors = targets.errors(probabilities).to(logits.dtype)
             gradient.copy_(torch.autograd.grad(logits, leaf, errors)[0])
         return loss
 
@@ -313,31 +395,16 @@ def _plain_head(weight: Tensor, ways: Ways, rows: int) -> _Chunk:
     # Used for all chunks: fresh memory of this size costs as much as what is done in it.
     probabilities = weight.new_empty(min(rows, CHUNK_ROWS), len(weight))
 
-    def chunk(hidden: Tensor, targets: Tensor, gradient: Tensor | None) -> Tensor:
+    def chunk(hidden: Tensor, targets: Targets, gradient: Tensor | None) -> Tensor:
         logits = product(hidden, weight, None, ways.of(len(hidden)))
         some = torch.softmax(logits, dim=-1, out=probabilities[: len(hidden)])
-        loss = _summed(logits, some, targets)
+        loss = targets.loss(logits, some)
         if gradient is not None:
-            errors = _errors(some, targets)
+            errors = targets.errors(some)
             gradient.copy_(product_back(errors, weight, ways.backward))
         return loss
 
     return chunk
-
-
-def _summed(logits: Tensor, probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss: each row's logarithm of its sum of exponentials, less the target's logit.
-
-    The former is read off the likeliest word, since torch's exponentials by themselves take as long as the product.
-    """
-    sums = logits.amax(-1) - probabilities.amax(-1).log()
-    return (sums - logits.gather(1, targets[:, None])[:, 0]).sum()
-
-
-def _errors(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The loss's gradient for the logits, in the place of the probabilities [n, V]."""
-    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return probabilities
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -172,7 +172,10 @@ def _last_logits(whole: Any, ids: Tensor, mask: Tensor) -> Tensor:
     if not whole._is_stateful:
         return cast(Tensor, whole(input_ids=ids, attention_mask=mask).logits[:, -1:])
     cache = take_cache(dict(whole(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)))
-    arguments: dict[str, Any] = {cache_argument(whole.forward): cache, "attention_mask": mask}
+    arguments: dict[str, Any] = {cache_argument(whole.forward): cache}
+    given = whole.prepare_inputs_for_generation(ids, attention_mask=mask, use_cache=True, **arguments)
+    if given.get("attention_mask") is not None:  # recurrences alone are given none behind the first pass
+        arguments["attention_mask"] = mask
     if "position_ids" in signature(whole.forward).parameters:  # not every family's code counts what is cached
         arguments["position_ids"] = torch.full((ROWS, 1), TOKENS - 1)
     return cast(Tensor, whole(input_ids=ids[:, -1:], **arguments).logits)

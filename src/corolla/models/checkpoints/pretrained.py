@@ -109,28 +109,32 @@ def load_parts(
     dtype: torch.dtype,
     *,
     changes: Mapping[str, Any] | None = None,
+    seed: int = 0,
     **more: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The family's own loader on the class `part`: the model and what the loader says about it.
 
     `state` are its tensors by name; layouts are converted as for a whole checkpoint, and no file is looked for.
-    `changes` are made to a copy of the checkpoint's config. Raises `CheckpointError` when they do not fit it.
+    `changes` are made to a copy of the checkpoint's config. What has no tensor is drawn by `seed` alone, and the
+    caller's random numbers go on as if nothing had been. Raises `CheckpointError` when they do not fit the config.
     """
     config = copy.deepcopy(checkpoint.config)
     for name, value in (changes or {}).items():
         setattr(config, name, value)
     try:
-        # The one of transformers: on a client's class, its own name loads from a swarm.
-        model, info = PreTrainedModel.from_pretrained.__func__(
-            part,
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **more,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # The one of transformers: on a client's class, its own name loads from a swarm.
+            model, info = PreTrainedModel.from_pretrained.__func__(
+                part,
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **more,
+            )
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"The tensors of {checkpoint.name} do not fit its config (vocabulary, sizes, layers): copy both again "

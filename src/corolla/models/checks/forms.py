@@ -79,7 +79,8 @@ def refusing(
             before(config)
         reason = " ".join(str(error).split())
         raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be {words} ({type(error).__name__}: {reason:.120})."
+            f"Models of type {config.model_type} cannot be {words} ({type(error).__name__}: {reason:.120}); what no "
+            "miniature proves is not served, which says nothing against the model."
         ) from error
 
 

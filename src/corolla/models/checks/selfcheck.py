@@ -90,6 +90,12 @@ def _compare(config: PretrainedConfig, difference: str | None) -> None:
 
 def _refuse_what_is_left_out(config: PretrainedConfig) -> None:
     """The reason of most failures, where there is such a thing."""
+    # A causal model of such a family says of its own config that it is none.
+    if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} are an encoder and a decoder, which Corolla does not split; use a "
+            "text-only decoder such as llama, qwen3 or bloom."
+        )
     if names := left_out(config):
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be split yet: besides hidden states their blocks take "

@@ -53,7 +53,7 @@ class Arguments:
 
     sides: tuple[tuple[str, bool], ...] = ()  # and whether each block has its own
     store: str | None = None
-    left_out: tuple[str, ...] = ()  # those that cannot be sent; where blocks need them, the self-check fails
+    left_out: tuple[str, ...] = ()  # those that blocks need and that cannot be sent
     stream: bool = True  # one hidden state a token passes from block to block
 
     @property
@@ -160,7 +160,8 @@ def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
             continue
         values = [call.given.get(name) for call in first]
         if name in later or not all(isinstance(one, Tensor) and one.is_floating_point() for one in values):
-            left_out.append(name)
+            if not _same(first[-1].output, _without(model, ids, name)):
+                left_out.append(name)
             continue
         sides.append((name, not all(_same(value, values[0]) for value in values)))
     return Arguments(
@@ -175,6 +176,24 @@ def _calls(model: PreTrainedModel, ids: Tensor, *, noise: bool = False) -> list[
     with torch.no_grad(), watched(blocks, noise=noise) as (calls, _):
         twin(input_ids=ids, use_cache=False)
     return calls
+
+
+def _without(model: PreTrainedModel, ids: Tensor, name: str) -> Any:
+    """What leaves the last block where no block is given this argument; None where they do not run without."""
+
+    def take_away(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replaced(args, kwargs, name, argument_names(block).index(name), None)
+
+    twin = copy.deepcopy(model)
+    blocks: Any = twin.get_submodule(blocks_prefix(model.config))
+    for block in blocks:
+        block.register_forward_pre_hook(take_away, with_kwargs=True)
+    try:
+        with torch.no_grad(), watched(blocks) as (calls, _):
+            twin(input_ids=ids, use_cache=False)
+    except Exception:  # whatever the family's code makes of it
+        return None
+    return calls[-1].output
 
 
 def _differing(one: Sequence[Call], other: Sequence[Call]) -> list[str]:

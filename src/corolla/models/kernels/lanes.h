@@ -40,7 +40,8 @@ INLINE void store(float *to, vf value) { *(vf_at *)to = value; }
 INLINE vi load_whole(const int32_t *from) { return *(const vi_at *)from; }
 
 /* Of each set:
- *   bytes_at, nibbles_at, bfloat16_at, float16_at   LANES numbers as float32; nibbles: of as many bytes the lower and
+ *   whole_at                                        LANES bytes with a sign
+ *   nibbles_at, bfloat16_at, float16_at             LANES numbers as float32; nibbles: of as many bytes the lower and
  *                                                   the upper halves
  *   sum_lanes, largest_lane, max_lanes              max_lanes(a, b): b where a is not a number
  *   store_bytes                                     the lowest byte of each lane
@@ -50,8 +51,8 @@ INLINE vi load_whole(const int32_t *from) { return *(const vi_at *)from; }
 
 #if defined(ISA_AVX512) /* ------------------------------------------------------------- AVX-512 with VNNI */
 
-INLINE vf bytes_at(const int8_t *from) {
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+INLINE vi whole_at(const int8_t *from) {
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
 }
 
 INLINE void nibbles_at(const uint8_t *from, vf *low, vf *high) {
@@ -89,8 +90,8 @@ INLINE vi dot(vi sums, Bytes weights, int32_t codes) {
 
 #elif defined(ISA_AVX2) || defined(ISA_AVX_VNNI) /* -------------------------------- AVX2 with FMA and F16C */
 
-INLINE vf bytes_at(const int8_t *from) {
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+INLINE vi whole_at(const int8_t *from) {
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
 }
 
 INLINE void nibbles_at(const uint8_t *from, vf *low, vf *high) {
@@ -162,7 +163,7 @@ INLINE int16x4_t four_bytes_at(const int8_t *from) {
     return vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))));
 }
 
-INLINE vf bytes_at(const int8_t *from) { return (vf)vcvtq_f32_s32(vmovl_s16(four_bytes_at(from))); }
+INLINE vi whole_at(const int8_t *from) { return (vi)vmovl_s16(four_bytes_at(from)); }
 
 INLINE void nibbles_at(const uint8_t *from, vf *low, vf *high) {
     uint32x4_t both = vandq_u32(vreinterpretq_u32_s32(vmovl_s16(four_bytes_at((const int8_t *)from))), vdupq_n_u32(255));
@@ -200,7 +201,7 @@ typedef vn vn_at __attribute__((aligned(1), may_alias));
 typedef int8_t vb_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint16_t vh_at __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-INLINE vf bytes_at(const int8_t *from) { return __builtin_convertvector(*(const vb_at *)from, vf); }
+INLINE vi whole_at(const int8_t *from) { return __builtin_convertvector(*(const vb_at *)from, vi); }
 
 INLINE void nibbles_at(const uint8_t *from, vf *low, vf *high) {
     vn both = *(const vn_at *)from;
@@ -249,6 +250,15 @@ INLINE vi dot(vi sums, Bytes weights, int32_t codes) {
 }
 
 #endif /* --------------------------------------------------------------------------------- of every set */
+
+INLINE vf bytes_at(const int8_t *from) { return __builtin_convertvector(whole_at(from), vf); }
+
+/* 8-bit floats, E4M3: their exponent is 120 less than float32's. None of them stands for what is not a number here. */
+INLINE vf float8_at(const int8_t *from) {
+    vi bits = whole_at(from);
+    vf size = (vf)((bits & 0x7f) << 20) * 0x1p120f;
+    return (vf)((vi)size | (bits & INT32_MIN));
+}
 
 INLINE vf abs_lanes(vf x) { return (vf)((vi)x & 0x7fffffff); }
 

@@ -2,8 +2,9 @@
 
 Invariant: nothing is rounded that was not rounded before. A weight that was published in bfloat16 or float16 is
 kept so, to the bit; one that was made from a quantized file (GGUF) is whole numbers with a step and an offset for
-every group of columns, and is kept as these when they give it back to float32's own rounding. Any other weight is
-kept as it is. Products are float32 throughout: what is saved is memory, and the time to read it.
+every group of columns, and is kept as these when they give it back to float32's own rounding; one that was stored in
+8-bit floats (E4M3) with scales is kept as these, to the bit. Any other weight is kept as it is. Products are float32
+throughout: what is saved is memory, and the time to read it.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ SAME = 2.0**-18  # likewise: weights that lie closer are one and the same
 DIVISORS = range(1, 9)  # the smallest gap between two weights of a group may be several steps
 SAMPLED_ROWS = 16  # most weights are no lattice, and that shows in a few rows
 CHUNK = 2**22  # weights that are looked at together
+FLOAT8 = torch.float8_e4m3fn
+SCALED = (128, 32)  # columns that share a step in files of 8-bit floats, or a part of them
+# The largest 8-bit float with each fraction: of what the largest weight of a group may be the product.
+TOPS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 
 
 @dataclass(frozen=True)
 class Narrow:
     """A weight [out, in]: its `values`, and for whole numbers a step and an offset for each group of columns."""
 
-    form: Literal["float32", "bfloat16", "float16", "bytes", "nibbles"]
-    values: (
-        Tensor  # float32, bfloat16, float16 or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
-    )
+    form: Literal["float32", "bfloat16", "float16", "float8", "bytes", "nibbles"]
+    values: Tensor  # of these dtypes or int8 [out, in]; uint8 [out, in / 2], two whole numbers each
     steps: Tensor | None = None  # float16 or float32 [out, in / group]
     offsets: Tensor | None = None  # the same; None when all are 0
 
@@ -101,15 +104,15 @@ def narrow_form(weight: Tensor) -> Narrow | None:
     if not bool(weight.isfinite().all()):
         return None
     weight = weight.detach().contiguous()
+    sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
     for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
         if torch.equal(weight.to(dtype).float(), weight):
-            return Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
-    sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
+            return _scaled(weight, sample) or Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
     for group in GROUPS:
         for fit in (_around_zero, _by_ends, _by_gaps):
             if _affine(sample, group, fit) is not None:
                 return _affine(weight, group, fit)
-    return None
+    return _scaled(weight, sample)
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,54 @@ def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
     near = (values * step + offset - groups).abs() <= error
     fits = (values >= -128) & (values <= 127)
     return _Lattice(values, step, offset, (near & fits).all(-1))
+
+
+def _scaled(weight: Tensor, sample: Tensor | None = None) -> Narrow | None:
+    """8-bit floats with a step for every group of columns, if their products are the very weights."""
+    if sample is not None and _scaled(sample) is None:
+        return None
+    rows, columns = weight.shape
+    group = next(one for one in SCALED if columns % one == 0)
+    values = torch.empty(rows, columns, dtype=FLOAT8)
+    steps = torch.empty(rows, columns // group)
+    for first in range(0, rows, SCALED[0]):
+        part = weight[first : first + SCALED[0]].reshape(-1, columns // group, group)
+        step = _steps_of(part)
+        if step is None:
+            return None
+        values[first : first + SCALED[0]] = (part / step).to(FLOAT8).view(-1, columns)
+        steps[first : first + SCALED[0]] = step.squeeze(-1)
+    return Narrow("float8", values, steps)
+
+
+def _steps_of(part: Tensor) -> Tensor | None:
+    """The steps [rows, n, 1] of groups [rows, n, group]: mostly all rows share theirs, or all groups of a row."""
+    largest = part.abs().amax(-1)
+    step = _searched(part[largest.argmax(0), torch.arange(part.shape[1])]).expand(len(part), -1, -1)
+    wrong = ~_in_float8(part, step)
+    if bool(wrong.any()):
+        by_row = _searched(part[torch.arange(len(part)), largest.argmax(1)])
+        step = torch.where(wrong[..., None], by_row[:, None], step)
+        wrong = ~_in_float8(part, step)
+    if bool(wrong.any()):
+        step[wrong] = _searched(part[wrong])
+        wrong = ~_in_float8(part, step)
+    return None if bool(wrong.any()) else step
+
+
+def _searched(groups: Tensor) -> Tensor:
+    """A step [n, 1] for each of groups [n, group], found by its largest weight; 1 where none is right."""
+    exact = groups.abs().amax(-1, keepdim=True) / torch.tensor(TOPS)
+    found = torch.ones(len(groups), 1)
+    for beside in (0, 1, -1):  # float32 numbers, since the weights were rounded
+        for step in torch.split((exact.view(torch.int32) + beside).view(torch.float32), 1, dim=1):
+            found = torch.where(_in_float8(groups, step)[:, None], step, found)
+    return found
+
+
+def _in_float8(groups: Tensor, step: Tensor) -> Tensor:
+    """Of which groups [..., group] all weights are the products of 8-bit floats with its step [..., 1]; bool [...]."""
+    return ((groups / step).to(FLOAT8).float() * step == groups).all(-1)
 
 
 class NarrowLinear(FrozenLinear):

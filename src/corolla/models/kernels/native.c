@@ -32,8 +32,8 @@ void end_team(void) {
 /* --- weights in a narrow form --------------------------------------------------------------------------- */
 
 /* Forms (native.h): FLOAT32, BFLOAT16 and FLOAT16 are the weights themselves. Of the others a weight is value * step +
- * offset: values are int8, or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0 to 15 below and 16
- * to 31 above. */
+ * offset: values are int8, 8-bit floats (E4M3), or 4 bits without a sign; bytes 0 to 15 of a group of 32 hold columns 0
+ * to 15 below and 16 to 31 above. */
 
 typedef struct {
     const void *values;  /* [out, in] */
@@ -51,10 +51,16 @@ typedef struct {
 #define FEW 2   /* rows of x that a narrow weight is multiplied with as it is read */
 
 INLINE int64_t row_bytes(int form, const Weight *w) {
-    return form == NIBBLES ? w->in / 2 : form == BYTES ? w->in : form == FLOAT32 ? w->in * 4 : w->in * 2;
+    if (form == BYTES || form == FLOAT8) return w->in;
+    return form == NIBBLES ? w->in / 2 : form == FLOAT32 ? w->in * 4 : w->in * 2;
 }
 
-INLINE int is_grouped(int form) { return form == BYTES || form == NIBBLES; }
+INLINE int is_grouped(int form) { return form == BYTES || form == FLOAT8 || form == NIBBLES; }
+
+/* Values of one byte. */
+INLINE vf byte_at(int form, const uint8_t *from) {
+    return form == FLOAT8 ? float8_at((const int8_t *)from) : bytes_at((const int8_t *)from);
+}
 
 /* Columns `at` and behind of a weight row that is not in groups. */
 INLINE vf number_at(int form, const void *row, int64_t at) {
@@ -108,7 +114,7 @@ INLINE void widen_row(int form, const Weight *w, int64_t row, float *to) {
             }
         else
             for (int64_t at = 0; at < group; at += LANES)
-                store(to + at, bytes_at((const int8_t *)values + at) * steps[g] + offsets[g]);
+                store(to + at, byte_at(form, values + at) * steps[g] + offsets[g]);
     }
 }
 
@@ -165,7 +171,7 @@ INLINE void few_of_groups(int form, int64_t group, const Weight *w, const float 
         else
             for (int64_t at = 0; at < group; at += LANES)
                 for (int o = 0; o < outs; o++) {
-                    vf weight = bytes_at((const int8_t *)values + o * stride + at);
+                    vf weight = byte_at(form, values + o * stride + at);
                     for (int r = 0; r < rows; r++) parts[o][r] += weight * load(x + r * w->in + g * group + at);
                 }
         for (int o = 0; o < outs; o++)
@@ -237,7 +243,7 @@ INLINE void product(int form, int64_t group, const Weight *w, const float *x, fl
 }
 
 /* y [rows, out] = x [rows, in] times the weight [out, in], and the bias. `out` is a multiple of OUTS, `in` of 16 and of
- * the group, which is 32 columns for NIBBLES, and 16 or 32 for BYTES. To be called by every thread of a team, which
+ * the group, which is 32 columns for NIBBLES, 16 or 32 for BYTES, and 32 or 128 for FLOAT8. To be called by every thread of a team, which
  * share the outputs and do not wait for each other at the end. */
 void narrow_share(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
                   int64_t in, int64_t out, const float *bias, const float *x, float *y, int64_t rows) {
@@ -246,6 +252,8 @@ void narrow_share(int form, const void *values, const void *steps, const void *o
     else if (form == BFLOAT16) product(BFLOAT16, 0, &w, x, y, rows);
     else if (form == FLOAT16) product(FLOAT16, 0, &w, x, y, rows);
     else if (form == NIBBLES) product(NIBBLES, 32, &w, x, y, rows);
+    else if (form == FLOAT8 && shift == 7) product(FLOAT8, 128, &w, x, y, rows);
+    else if (form == FLOAT8) product(FLOAT8, 32, &w, x, y, rows);
     else if (shift == 5) product(BYTES, 32, &w, x, y, rows);
     else product(BYTES, 16, &w, x, y, rows);
 }
@@ -271,6 +279,7 @@ void narrow_widen(int form, const void *values, const void *steps, const void *o
         else if (form == BFLOAT16) widen_row(BFLOAT16, &w, row, to + row * in);
         else if (form == FLOAT16) widen_row(FLOAT16, &w, row, to + row * in);
         else if (form == BYTES) widen_row(BYTES, &w, row, to + row * in);
+        else if (form == FLOAT8) widen_row(FLOAT8, &w, row, to + row * in);
         else widen_row(NIBBLES, &w, row, to + row * in);
     }
 }

@@ -1,7 +1,7 @@
 /* The kernels that native_program.c calls; each says at its definition what it asks of its arguments. */
 #include <stdint.h>
 
-enum { BFLOAT16, FLOAT16, BYTES, NIBBLES, INT8, FLOAT32 }; /* how a weight is kept */
+enum { BFLOAT16, FLOAT16, BYTES, NIBBLES, INT8, FLOAT32, FLOAT8 }; /* how a weight is kept */
 
 void narrow_share(int form, const void *values, const void *steps, const void *offsets, int half_steps, int shift,
                   int64_t in, int64_t out, const float *bias, const float *x, float *y, int64_t rows);

@@ -44,6 +44,7 @@ FORMS = {
     "nibbles": 3,
     "int8": 4,
     "float32": 5,
+    "float8": 6,
 }  # of weights, as in native.h
 
 # Arguments: p(ointer), i(nt), l(ong), f(loat).

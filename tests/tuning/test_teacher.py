@@ -1,0 +1,151 @@
+"""The teacher's answers and distributions are the local model's with the text in context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.swarm_fixture import MemorySwarm
+from tests.tuning.study_setup import CHUNKS, MODEL, study_settings
+from tests.tuning.tiny_setup import plain_model
+
+from corolla.data.conversation import Turn
+from corolla.data.render import Renderer
+from corolla.errors import BundleError, SessionLimit, UsageError
+from corolla.tuning.notebook import Notebook
+from corolla.tuning.teacher import ANSWER, SEEDS, Exchange, Reading, check_room, exchanges
+
+SETTINGS = study_settings(questions=5)
+
+
+@pytest.fixture(scope="module")
+def swarm(tiny_folder: Path) -> Iterator[MemorySwarm]:
+    with MemorySwarm(tiny_folder, [(0, 1), (1, 4)]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def model(swarm: MemorySwarm) -> Any:
+    return swarm.model(**MODEL)
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer: Any) -> Renderer:
+    return Renderer(tokenizer, SETTINGS.rendering)
+
+
+@pytest.fixture(scope="module")
+def asked(model: Any, renderer: Renderer) -> list[Exchange]:
+    return sorted(exchanges(model, renderer, CHUNKS, SETTINGS, ()), key=lambda one: one.number)
+
+
+def test_distributions_are_those_of_the_local_model_with_the_text_before_it(
+    tiny_folder: Path, renderer: Renderer, asked: list[Exchange]
+) -> None:
+    """Not of the model with its prompt, another piece or none before it; not one token too early or too late."""
+    local = plain_model(tiny_folder)
+    assert sum(one.teaches for one in asked) > 2
+    for one in asked:
+        if not one.teaches:
+            continue
+        text = CHUNKS[one.chunk].text.strip()
+        prompt = renderer.prompt_ids([Turn("user", f"{text}\n\n{ANSWER}{one.question}")])
+        with torch.no_grad():
+            logits = local(torch.tensor([prompt + one.tokens])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(one.top_ids))
+        torch.testing.assert_close(torch.tensor(one.top_logprobs), wanted, atol=1e-4, rtol=0)
+        assert wanted.shape == (len(one.tokens), 20)
+        least = logits.log_softmax(-1).topk(20).values[:, -1]
+        assert bool((wanted >= least[:, None] - 1e-4).all())
+        assert [row[0] for row in one.top_ids] == one.tokens  # the likeliest, greedily
+
+
+def test_a_piece_is_read_once_and_questions_differ(
+    swarm: MemorySwarm, model: Any, renderer: Renderer, asked: list[Exchange]
+) -> None:
+    assert {one.chunk for one in asked} == {0, 1}
+    assert len({one.question for one in asked}) == len(asked)
+    assert [one.seed for one in asked] == [list(SEEDS)[turn] for turn in (0, 0, 1, 1, 2)]
+    before = sum(swarm.counted().values())
+    with Reading(swarm.model(), renderer, CHUNKS[0].text, SETTINGS) as reading:
+        begun = sum(swarm.counted().values()) - before
+        for number in range(3):
+            reading.exchange(number, 0, number)
+    ran = sum(swarm.counted().values()) - before
+    text = len(renderer.prompt_ids([Turn("user", CHUNKS[0].text)]))
+    most = 2 * 3 * (max(map(len, SEEDS.values())) + SETTINGS.question_tokens + 2 * SETTINGS.answer_tokens)
+    assert begun >= 2 * 0.9 * text  # by two servers
+    assert ran - begun < 2 * most
+    assert most < 3 * 2 * text  # reading it again for each would be seen
+
+
+def test_the_same_number_gives_the_same_exchange_whatever_is_asked_beside_it(
+    model: Any, renderer: Renderer, asked: list[Exchange]
+) -> None:
+    prompt = model.prompts
+    (found,) = exchanges(model, renderer, CHUNKS, SETTINGS, {0, 1, 2, 4})
+    assert (found.question, found.answer) == (asked[3].question, asked[3].answer)
+    assert model.prompts is prompt
+    (other,) = exchanges(model, renderer, CHUNKS, replace(SETTINGS, seed=9), {0, 1, 2, 4})
+    assert other.question != found.question
+
+
+def test_whoever_stops_gets_no_more(model: Any, renderer: Renderer) -> None:
+    found = exchanges(model, renderer, CHUNKS, replace(SETTINGS, questions=50), ())
+    next(found)
+    found.close()
+    assert model.prompts is not None
+    with Reading(model, renderer, CHUNKS[0].text, SETTINGS) as reading:
+        reading.stop()
+        with pytest.raises(CancelledError):
+            reading.exchange(0, 0, 0)
+
+
+def test_what_does_not_fit_is_refused_first(model: Any, renderer: Renderer) -> None:
+    with pytest.raises(SessionLimit, match="smaller --chunk-tokens"):
+        check_room(model, renderer, CHUNKS, study_settings(answer_tokens=100_000))
+    with pytest.raises(UsageError, match="has 3 parts: give --questions 3"):
+        check_room(model, renderer, [*CHUNKS, CHUNKS[0]], study_settings(questions=2))
+
+
+# --- the file ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_a_kill_has_cut_goes_on_with_its_whole_lines(
+    tmp_path: Path, asked: list[Exchange]
+) -> None:
+    notebook = Notebook(tmp_path / "notes")
+    notebook.begin({"seed": 0}, resume=False)
+    for one in asked[:3]:
+        notebook.add(one)
+    lines = notebook.path.read_bytes().splitlines(keepends=True)
+    spoilt = lines[2].replace(b'"said": ', b'"said": 9')
+    notebook.path.write_bytes(lines[0] + lines[1] + spoilt + lines[3][:-20])
+    again = Notebook(tmp_path / "notes")
+    again.begin({"seed": 0}, resume=True)
+    assert again.exchanges == {0: asked[0]}
+    again.add(asked[3])
+    third = Notebook(tmp_path / "notes")
+    third.begin({"seed": 0}, resume=True)
+    assert third.exchanges == {0: asked[0], 3: asked[3]}
+    assert third.exchanges_kept() == 2
+
+
+def test_a_file_is_neither_lost_nor_mixed_up(tmp_path: Path, asked: list[Exchange]) -> None:
+    notebook = Notebook(tmp_path / "notes")
+    with pytest.raises(UsageError, match="There is no"):
+        notebook.check(resume=True, overwrite=False)
+    notebook.begin({"seed": 0}, resume=False)
+    with pytest.raises(UsageError, match="holds the questions of a study"):
+        notebook.check(resume=False, overwrite=False)
+    notebook.check(resume=False, overwrite=True)
+    with pytest.raises(UsageError, match="with another seed"):
+        Notebook(tmp_path / "notes").begin({"seed": 1}, resume=True)
+    notebook.path.write_bytes(b"\xff\n")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Notebook(tmp_path / "notes").begin({"seed": 0}, resume=True)
