@@ -40,15 +40,16 @@ def check_kinds(settings: Any) -> None:
 
     Numbers of other libraries become Python's own, which files and messages can hold.
     """
-    for name, hint in _hints(type(settings)).items():
+    kind: Any = type(settings)
+    for name, hint in _hints(kind).items():
         value = getattr(settings, name)
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if not any(_is_of(value, kind) for kind in kinds):
-            words = " or ".join(_WORDS.get(kind := get_origin(one) or one, kind.__name__) for one in kinds)
+            words = " or ".join(_WORDS.get(plain := get_origin(one) or one, plain.__name__) for one in kinds)
             raise UsageError(f"{name} is {value!r:.60}; it must be {words}.")
-        plain: Any = int if isinstance(value, Integral) else float if isinstance(value, Real) else None
-        if plain is not None and not isinstance(value, bool):
-            object.__setattr__(settings, name, plain(value))
+        number: Any = int if isinstance(value, Integral) else float if isinstance(value, Real) else None
+        if number is not None and not isinstance(value, bool):
+            object.__setattr__(settings, name, number(value))
 
 
 @lru_cache
