@@ -180,18 +180,25 @@ class Starter:
     def _begin(self, name: str, command: list[str], more: Sequence[str] = ()) -> None:
         assert self._folder is not None
         kept = self._folder / FOLDER / name
-        with (kept / "log.txt").open("wb") as log:
-            child = subprocess.Popen(
-                [*command, *more],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C is for us, and the run goes on
-            )
+        child = None
+        try:
+            with (kept / "log.txt").open("wb") as log:
+                child = subprocess.Popen(
+                    [*command, *more],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    start_new_session=True,  # Ctrl-C is for us, and the run goes on
+                )
+            born = psutil.Process(child.pid).create_time()
+            write_json(kept / "process.json", {"pid": child.pid, "born": born, "command": command})
+        except OSError as error:
+            if child is not None:  # nobody would know of it
+                child.kill()
+                child.wait()
+            raise ApiFailure(503, f"The run cannot begin here: {error.strerror or error}.") from error
         self._children[name] = child
-        born = psutil.Process(child.pid).create_time()
-        write_json(kept / "process.json", {"pid": child.pid, "born": born, "command": command})
 
     def stop(self, name: str) -> dict[str, Any]:
         """As Ctrl-C: the step under way is finished and saved. Raises `ApiFailure`."""
@@ -214,7 +221,7 @@ class Starter:
         """Whether its process is there."""
         child = self._children.get(name)
         if child is not None and child.poll() is not None:
-            del self._children[name]
+            self._children.pop(name, None)  # unless another thread has
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))
