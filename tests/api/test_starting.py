@@ -117,6 +117,16 @@ def test_a_run_that_cannot_be_noted_is_ended_and_refused(served: World) -> None:
     assert not [one for one in psutil.Process().children() if "drama" in " ".join(one.cmdline())]
 
 
+def test_a_process_is_known_by_its_birth_also_after_the_clock_was_set(served: World, tmp_path: Path) -> None:
+    mine = psutil.Process()
+    starter = Starter(tmp_path, [], served.api.partners.base, environment={})
+    for name, seconds in {"moved": 5, "another": 3600}.items():
+        (tmp_path / ".started" / name).mkdir(parents=True)
+        about = {"pid": mine.pid, "born": mine.create_time() - seconds, "command": []}
+        (tmp_path / ".started" / name / "process.json").write_text(json.dumps(about))
+    assert [starter.running(name) for name in starter.names()] == [False, True]
+
+
 def test_who_may_not_start_one(worlds: Worlds, tmp_path: Path) -> None:
     assert asked(worlds.make("no-starter"), "/api/runs", method="POST", body=asking())[0] == 403
     path = tmp_path / "keys.toml"

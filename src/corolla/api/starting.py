@@ -36,6 +36,7 @@ from corolla.tuning.settings import TuneSettings
 FOLDER = ".started"
 MOST_AT_ONCE = 2  # runs that were started here
 SHOWN = 3
+CLOCK_SECONDS = 60.0  # by which a process may seem to be born at another time, where the clock was set since
 LOG_BYTES = 4000  # of what a run has said, that are looked at
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 
@@ -225,7 +226,8 @@ class Starter:
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))
-            return bool(process.create_time() == about["born"] and process.status() != psutil.STATUS_ZOMBIE)
+            same = abs(process.create_time() - float(about["born"])) < CLOCK_SECONDS
+            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
         except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
             return False
 
