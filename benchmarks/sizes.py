@@ -13,9 +13,9 @@ PROMPT_TOKENS = 16
 class DemoSizes:
     """What `corolla demo` trains with (see `corolla/cli/demo.py`)."""
 
-    steps: int = 20
+    steps: int = 28
     batch: int = 6
-    max_length: int = 256  # tokens of an example, as wherever nothing else is asked for
+    max_length: int = 256  # tokens of an example, as where nothing is asked for; the demo cuts them shorter
     held_out: int = 32  # conversations
 
 

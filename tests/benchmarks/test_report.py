@@ -125,7 +125,7 @@ def test_every_run_has_its_baseline_beside_it() -> None:
 
 def test_figures_have_names_of_their_own() -> None:
     assert len(NAMES) == len(set(NAMES))
-    assert len(LINES) == 26
+    assert len(LINES) == 33
     assert [item.name for item in GROWTHS] == ["growth_sessions", "growth_context", "growth_blocks"]
 
 

@@ -126,7 +126,11 @@ def test_nobody_reads_what_is_printed() -> None:
 
 def test_nothing_else_prints() -> None:
     """All that goes out passes by the one console, `say`, or a console that a caller gave."""
-    allowed = {"cli/terminal.py": {"print", "TerminalConsole"}, "tuning/tune.py": {"Console"}}
+    allowed = {
+        "cli/terminal.py": {"print", "TerminalConsole"},
+        "tuning/tune.py": {"Console"},
+        "tuning/study.py": {"Console"},
+    }
     for path in SOURCE.rglob("*.py"):
         found = {
             ast.unparse(node.func)

@@ -261,5 +261,5 @@ def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, Any], mess
 
 @pytest.mark.parametrize("changed", [{"max_length": "256"}, {"new": 1}, {"style": None}])
 def test_saved_settings_of_another_form_are_refused(changed: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match="not of a form"):
+    with pytest.raises(BundleError, match="saved rendering settings are not"):
         RenderSettings.from_dict({**RenderSettings().to_dict(), **changed})

@@ -66,6 +66,9 @@ class OneServer:
     def expected_numerics(self, peer: str) -> str:
         return self.numerics or self.numerics_of(peer)
 
+    def output_of(self, reply: Packet, _sent: Tensor, _hop: Hop) -> Tensor:
+        return reply.tensors["hidden"]
+
     async def ask(self, peer: str, _packet: Packet) -> Packet:
         return Packet(Output(), {"hidden": self.answers[peer]})
 

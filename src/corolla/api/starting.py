@@ -222,7 +222,7 @@ class Starter:
         """Whether its process is there."""
         child = self._children.get(name)
         if child is not None and child.poll() is not None:
-            self._children.pop(name, None)  # unless another thread has
+            self._children.pop(name, None)  # another thread may have seen it, too
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))

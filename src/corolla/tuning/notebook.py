@@ -17,7 +17,7 @@ import msgspec
 
 from corolla.errors import BundleError, UsageError
 from corolla.files import write_atomically
-from corolla.json_files import parse_object
+from corolla.json_files import parse, parse_object
 from corolla.tuning.teacher import Exchange
 
 
@@ -47,7 +47,7 @@ class Notebook:
 
     def begin(self, decisive: Mapping[str, Any], *, resume: bool) -> None:
         """Make the file ready; with `resume`, read what is in it. Raises `UsageError`, `BundleError`."""
-        decisive = json.loads(json.dumps(decisive))
+        decisive = parse(json.dumps(decisive))  # as it will be read
         if resume:
             self._read(decisive)
         lines = [decisive, *(msgspec.to_builtins(one) for one in self.exchanges.values())]
@@ -84,8 +84,8 @@ class Notebook:
                 )
         for line in rest:
             try:
-                exchange = msgspec.json.decode(line, type=Exchange)
-            except msgspec.MsgspecError:
+                exchange = msgspec.convert(parse_object(line), Exchange)
+            except (ValueError, msgspec.MsgspecError):
                 continue  # cut by a kill
             self.exchanges[exchange.number] = exchange
 
