@@ -6,6 +6,7 @@ which keep nothing of it but files: beside the bundles, in `.started/NAME/`, its
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -206,7 +207,8 @@ class Starter:
         with self._lock:
             if not self.running(name):
                 raise ApiFailure(404, "No run of that name was started here and goes on.", param="name")
-            os.kill(int(self._about(name)["pid"]), signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # it ends just now
+                os.kill(int(self._about(name)["pid"]), signal.SIGINT)
         return {"name": name, "state": "stopping"}
 
     # --- what is known of them -------------------------------------------------------------------------------
@@ -221,7 +223,9 @@ class Starter:
     def running(self, name: str) -> bool:
         """Whether its process is there."""
         child = self._children.get(name)
-        if child is not None and child.poll() is not None:
+        if child is not None:
+            if child.poll() is None:
+                return True
             self._children.pop(name, None)  # another thread may have seen it, too
         about = self._about(name)
         try:
