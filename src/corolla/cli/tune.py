@@ -6,6 +6,7 @@ Invariant: what is wrong with the arguments or the data is said before a server 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import shlex
 import sys
@@ -317,6 +318,8 @@ def result_table(before: Evaluation, after: Evaluation, change: Difference, word
         ("loss of delimiters and ends", before.marker_loss, after.marker_loss, ".3f"),
     )
     for name, old, new, form in rows:
+        if math.isnan(old) and math.isnan(new):
+            continue  # there are none, such as ends of answers that were all cut off
         table.add_row(name, format(old, form), format(new, form), format(new - old, "+" + form))
     words += f", {before.conversations} held-out conversations"
     if change.low is not None and change.high is not None:
