@@ -26,6 +26,7 @@ from corolla.errors import UsageError
         ({"local_blocks": True}, "local_blocks is True; it must be a whole number"),
         ({"local_blocks": 1.5}, "local_blocks is 1.5; it must be a whole number"),
         ({"patience": "10"}, "patience is '10'; it must be a number"),
+        ({"patience": 10**400}, "patience is 1000"),
         ({"mixed": 1}, "mixed is 1; it must be True or False"),
         ({"peers": ("a", 5)}, r"peers is \('a', 5\); it must be a list of texts"),
         ({"trust": 5}, "trust is 5; it must be a list of texts or None"),
@@ -52,6 +53,7 @@ def test_as_people_write_it() -> None:
     assert SwarmConfig.of(None, trust="a", blocked=iter("bc")) == SwarmConfig(
         trust=("a",), blocked=("b", "c")
     )
+    assert SwarmConfig(peers=["a"], trust={"b"}) == SwarmConfig(("a",), trust=("b",))  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.wire = "compute"  # type: ignore[misc]
 

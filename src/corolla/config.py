@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -38,18 +39,16 @@ _WORDS: dict[Any, str] = {
 def check_kinds(settings: Any) -> None:
     """Raises `UsageError` where a field of these settings, a dataclass, is of another kind than it is declared.
 
-    Numbers of other libraries become Python's own, which files and messages can hold.
+    Numbers of other libraries become Python's own, which files and messages can hold, and lists tuples.
     """
     kind: Any = type(settings)
     for name, hint in _hints(kind).items():
-        value = getattr(settings, name)
+        value = _as_pythons(getattr(settings, name))
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if not any(_is_of(value, kind) for kind in kinds):
             words = " or ".join(_WORDS.get(plain := get_origin(one) or one, plain.__name__) for one in kinds)
             raise UsageError(f"{name} is {value!r:.60}; it must be {words}.")
-        number: Any = int if isinstance(value, Integral) else float if isinstance(value, Real) else None
-        if number is not None and not isinstance(value, bool):
-            object.__setattr__(settings, name, number(value))
+        object.__setattr__(settings, name, value)
 
 
 @lru_cache
@@ -57,9 +56,17 @@ def _hints(settings: Any) -> dict[str, Any]:
     return get_type_hints(settings)
 
 
+def _as_pythons(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return tuple(value) if isinstance(value, list | set | frozenset) else value
+
+
 def _is_of(value: object, kind: Any) -> bool:
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and (kind is int or abs(value) <= sys.float_info.max)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_is_of(one, get_args(kind)[0]) for one in value)
     return kind is Any or isinstance(value, get_origin(kind) or kind)

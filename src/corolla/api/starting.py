@@ -214,7 +214,7 @@ class Starter:
         """Whether its process is there."""
         child = self._children.get(name)
         if child is not None and child.poll() is not None:
-            del self._children[name]
+            self._children.pop(name, None)  # another thread may have seen it, too
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))

@@ -18,6 +18,7 @@ from corolla.errors import UsageError
         ({"pre_seq_len": 16.0}, r"pre_seq_len is 16\.0; it must be a whole number"),
         ({"prompt_text": 5}, "prompt_text is 5; it must be a text or None"),
         ({"seed": "0"}, "seed is '0'; it must be a whole number"),
+        ({"seed": 2**64}, f"seed is {2**64}; it must be from"),
         ({"revision": 1}, "revision is 1; it must be a text or None"),
         ({"prompts": 5}, "prompts is 5; it must be Path or None"),
         ({"initial_peers": 5}, "peers is 5; it must be a list of texts"),
@@ -39,6 +40,11 @@ def test_none_stands_for_what_is_left_out() -> None:
     nothing: dict[str, Any] = dict.fromkeys(("initial_peers", "pre_seq_len", "prompt_init", "seed", "dtype"))
     assert from_pretrained("smollm2", **nothing) == from_pretrained("smollm2")
     assert from_pretrained("a" * 5000).name == "a" * 5000
+
+
+@pytest.mark.parametrize("token", ["hf_1", True, False, None])
+def test_a_token_is_as_the_hub_takes_it(token: Any) -> None:
+    assert from_pretrained("smollm2", token=token).token is token
 
 
 def test_kinds_of_numbers_and_one_peer() -> None:

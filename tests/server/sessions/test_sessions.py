@@ -271,6 +271,18 @@ async def test_tokens_beyond_the_reservation_are_reserved_before_they_are_comput
     assert_same(await step(channel, 12, tokens[:, 12:30]), world.reference.forward(tokens[:, :30])[:, 12:])
 
 
+async def test_a_session_behind_a_prefix_fills_no_more_pages_than_it_reserved(world: OneServer) -> None:
+    form = world.span.key_values
+    assert form is not None
+    prefix, tokens = noise(END - START, PAGE + 4, form.width), noise(1, 3 * PAGE, HIDDEN)
+    channel = await world.connect()
+    message = opening(tokens=3 * PAGE)
+    assert (await request(channel, Packet(message, {"prefix": prefix}))).message == Opened()
+    for begin in range(0, 3 * PAGE, PAGE):  # its second page is its own and lies apart from the prefix's
+        await step(channel, begin, tokens[:, begin : begin + PAGE])
+        assert await world.pages_held() <= world.budget.reserved
+
+
 # --- bad ends ----------------------------------------------------------------------------------------------
 
 

@@ -108,7 +108,7 @@ class LoadRequest:
     dtype: str | torch.dtype
     device: torch.device | None
     revision: str | None
-    token: str | None
+    token: str | bool | None
     cache_dir: str | Path | None
     # Fields of the checkpoint's config that are the client's own affair.
     config_changes: Mapping[str, Any] = field(default_factory=dict)
@@ -124,6 +124,8 @@ class LoadRequest:
             )
         if init not in ("vocab", "text", "random"):
             raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
+        if not -(2**63) <= self.seed < 2**64:  # torch takes no other
+            raise UsageError(f"seed is {self.seed}; it must be from {-(2**63)} to {2**64 - 1}.")
         if mode == "prefix" and length < 2:
             raise UsageError(
                 "tuning_mode='prefix' keeps its first token as it is, so it needs at least 2, but pre_seq_len is "
@@ -152,7 +154,7 @@ def from_pretrained(
     torch_dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     quantization: str | None = None,
     local_blocks: int | None = None,

@@ -192,7 +192,7 @@ def load_tokenizer(
     name: str | Path,
     *,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Any:
     """The tokenizer of whatever `from_pretrained` takes: a hub name, a local folder, a .gguf file or `smollm2`.

@@ -261,7 +261,11 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name: str, *, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint by name, without reading its weights.
 

@@ -54,7 +54,7 @@ class HubRepo(Source):
         name: str,
         *,
         revision: str | None,
-        token: str | None,
+        token: str | bool | None,
         cache_dir: str | Path | None,
         endpoint: str | None = None,
         piece_bytes: int = PIECE_BYTES,

@@ -228,7 +228,7 @@ class StepRequest(Request):
                 cached = self.session.block_tables[row]
                 room = self.session.before + self.room
                 if (
-                    self.rows == 1 and count > DECODE_TOKENS
+                    self._alone and count > DECODE_TOKENS
                 ):  # a prompt's attention reads all of it in each block
                     cached.bring_together(room)
                 self.segments.append(Segment(begin + here - first, stop - here, cached, room))
