@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from corolla.cli.local_swarm import local_swarm
 from corolla.cli.measure import Step, decode, dense, prefill, sessions, token_ids
 from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.pretrained import load_whole
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.numerics import DTYPES
 
@@ -88,8 +89,7 @@ def beside_transformers(name: str, device: torch.device, dtype: str) -> Iterator
     """
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}; use {', '.join(DTYPES)}.")
-    folder = open_checkpoint(name).tokenizer_source
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    whole: Any = load_whole(open_checkpoint(name), DTYPES[dtype])
     whole = whole.to(device).eval().requires_grad_(False)
     options = ["--device", str(device)]
     with local_swarm(name, servers=1, dtype=dtype, options=options) as swarm:
