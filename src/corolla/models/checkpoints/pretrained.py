@@ -114,7 +114,9 @@ def load_whole(checkpoint: Opened, dtype: torch.dtype) -> PreTrainedModel:
             )
         )
     except _Unreadable as error:
-        raise CheckpointError(f"transformers itself cannot load {checkpoint.name} ({error}).") from error.__cause__
+        raise CheckpointError(
+            f"transformers itself cannot load {checkpoint.name} ({error})."
+        ) from error.__cause__
     return model
 
 
