@@ -155,8 +155,8 @@ def load_shell(
     pattern = families.block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
     changes = saving.labels_of(request.prompts, request.config_changes)
-    pad, words = changes.get("pad_token_id"), checkpoint.config.get_text_config().vocab_size
-    added = pad is not None and not -words <= pad < words  # with embeddings of its own, if at all
+    pad, words = changes.get("pad_token_id", 0), checkpoint.config.get_text_config().vocab_size
+    added = not -words <= pad < words  # with embeddings of its own, if at all
     if added:
         del changes["pad_token_id"]
     more: dict[str, Any] = {"changes": changes, "connection": shared}
