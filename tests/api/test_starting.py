@@ -110,6 +110,23 @@ def test_a_run_that_cannot_begin_says_why_and_can_be_asked_again(served: World) 
     assert asked(served, "/v1/models")[1]["data"][1:] == []  # what lies beside the bundles is none of them
 
 
+def test_a_run_that_cannot_be_noted_is_ended_and_refused(served: World) -> None:
+    (served.bundles / ".started/drama/process.json/odd").mkdir(parents=True)
+    status, found, _ = asked(served, "/api/runs", method="POST", body=asking("drama"))
+    assert (status, found["error"]["message"][:26]) == (503, "The run cannot begin here:")
+    assert not [one for one in psutil.Process().children() if "drama" in " ".join(one.cmdline())]
+
+
+def test_a_process_is_known_by_its_birth_also_after_the_clock_was_set(served: World, tmp_path: Path) -> None:
+    mine = psutil.Process()
+    starter = Starter(tmp_path, [], served.api.partners.base, environment={})
+    for name, seconds in {"moved": 5, "another": 3600}.items():
+        (tmp_path / ".started" / name).mkdir(parents=True)
+        about = {"pid": mine.pid, "born": mine.create_time() - seconds, "command": []}
+        (tmp_path / ".started" / name / "process.json").write_text(json.dumps(about))
+    assert [starter.running(name) for name in starter.names()] == [False, True]
+
+
 def test_who_may_not_start_one(worlds: Worlds, tmp_path: Path) -> None:
     assert asked(worlds.make("no-starter"), "/api/runs", method="POST", body=asking())[0] == 403
     path = tmp_path / "keys.toml"

@@ -41,7 +41,7 @@ def test_a_family_that_comes_out_otherwise_is_named(monkeypatch: pytest.MonkeyPa
     [
         (["--device", "abacus"], "--device abacus is not available"),
         (["--family", "lama"], "transformers knows no family lama"),
-        (["--family", FAMILY, "--dtype", "float7"], "Unknown dtype 'float7'"),
+        (["--family", "lama", "--dtype", "float7"], "Unknown dtype 'float7'"),
     ],
 )
 def test_what_there_is_not_is_one_sentence(arguments: list[str], sentence: str) -> None:

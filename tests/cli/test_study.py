@@ -37,6 +37,8 @@ def peers(tiny: Path) -> Iterator[list[str]]:
         (["lamp.txt", "--prompt-tokens", "0"], "--prompt-tokens is 0"),
         (["lamp.txt", "--resume"], "There is no my-notes.questions.jsonl"),
         (["lamp.txt", "--facts", "gone.jsonl"], "gone.jsonl"),
+        (["lamp.txt", "--max-length", "99"], "more than --max-length 99"),
+        (["lamp.txt", "--chunk-tokens", "20", "--questions", "4"], "parts: give --questions"),
         (["lamp.txt", "--out", "old"], "old.questions.jsonl holds the questions of a study"),
     ],
 )

@@ -27,6 +27,7 @@ def tokenizer() -> Any:
         ("zeros.md", b"a\0b", "no text"),
         ("gone.txt", None, "cannot be read"),
         ("folder.txt", "folder", "is a folder"),
+        (f"{'n' * 300}.txt", None, "cannot be read"),
     ],
 )
 def test_what_is_no_text_is_refused_in_one_sentence(
@@ -70,6 +71,15 @@ def test_pieces_joined_are_the_text_and_none_is_too_long(tokenizer: Any, text: s
         assert chunk.text.strip()
         assert chunk.tokens <= most
         assert chunk.tokens == len(tokenizer(chunk.text, add_special_tokens=False).input_ids)
+
+
+def test_long_stretches_of_space_are_no_pieces_and_make_none_too_long(tokenizer: Any) -> None:
+    found = chunks_of(
+        [Document("a", " " * 500 + "One two. " + "\n" * 500 + "Three." + " " * 500)], tokenizer, 32
+    )
+    assert " ".join(chunk.text.strip() for chunk in found) == "One two. Three."
+    assert all(chunk.text.strip() for chunk in found)
+    assert max(chunk.tokens for chunk in found) <= 32
 
 
 def test_pieces_end_where_sentences_do(tokenizer: Any) -> None:

@@ -205,6 +205,10 @@ def test_one_that_is_stopped_goes_on_without_asking_anew(
     kept = out.with_name("notes.questions.jsonl").read_bytes()
     with pytest.raises(UsageError, match="--resume"):
         study(swarm.model(**MODEL), tokenizer, DOCUMENTS, out, study_settings())
+    if when == "training":
+        with pytest.raises(UsageError, match=r"on 12 questions: .* or train anew on 20"):
+            study(swarm.model(**MODEL), tokenizer, DOCUMENTS, out, study_settings(questions=20), resume=True)
+        assert out.with_name("notes.questions.jsonl").read_bytes() == kept  # nothing was asked
     with pytest.raises(UsageError, match="with another documents"):
         study(swarm.model(**MODEL), tokenizer, DOCUMENTS[:1], out, study_settings(), resume=True)
     result = study(swarm.model(**MODEL), tokenizer, DOCUMENTS, out, study_settings(), resume=True)

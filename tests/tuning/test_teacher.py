@@ -15,6 +15,7 @@ from tests.tuning.study_setup import CHUNKS, MODEL, study_settings
 from tests.tuning.tiny_setup import plain_model
 
 from corolla.data.conversation import Turn
+from corolla.data.documents import Chunk
 from corolla.data.render import Renderer
 from corolla.errors import BundleError, SessionLimit, UsageError
 from corolla.tuning.notebook import Notebook
@@ -108,9 +109,17 @@ def test_whoever_stops_gets_no_more(model: Any, renderer: Renderer) -> None:
 
 def test_what_does_not_fit_is_refused_first(model: Any, renderer: Renderer) -> None:
     with pytest.raises(SessionLimit, match="smaller --chunk-tokens"):
-        check_room(model, renderer, CHUNKS, study_settings(answer_tokens=100_000))
+        check_room(
+            model.config, renderer, [Chunk("a", "One. " * 1000, 1000)], study_settings(chunk_tokens=1000)
+        )
+    with pytest.raises(SessionLimit, match="shorter --facts"):
+        check_room(model.config, renderer, CHUNKS, study_settings(), ["Why? " * 1000])
+    with pytest.raises(UsageError, match="more than --max-length 64"):
+        check_room(model.config, renderer, CHUNKS, study_settings(answer_tokens=80))
+    with pytest.raises(UsageError, match="nothing to study"):
+        check_room(model.config, renderer, [], study_settings())
     with pytest.raises(UsageError, match="has 3 parts: give --questions 3"):
-        check_room(model, renderer, [*CHUNKS, CHUNKS[0]], study_settings(questions=2))
+        check_room(model.config, renderer, [*CHUNKS, CHUNKS[0]], study_settings(questions=2))
 
 
 # --- the file ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ which keep nothing of it but files: beside the bundles, in `.started/NAME/`, its
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -36,6 +37,7 @@ from corolla.tuning.settings import TuneSettings
 FOLDER = ".started"
 MOST_AT_ONCE = 2  # runs that were started here
 SHOWN = 3
+CLOCK_SECONDS = 60.0  # by which a process may seem to be born at another time, where the clock was set since
 LOG_BYTES = 4000  # of what a run has said, that are looked at
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 
@@ -180,25 +182,33 @@ class Starter:
     def _begin(self, name: str, command: list[str], more: Sequence[str] = ()) -> None:
         assert self._folder is not None
         kept = self._folder / FOLDER / name
-        with (kept / "log.txt").open("wb") as log:
-            child = subprocess.Popen(
-                [*command, *more],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C is for us, and the run goes on
-            )
+        child = None
+        try:
+            with (kept / "log.txt").open("wb") as log:
+                child = subprocess.Popen(
+                    [*command, *more],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    start_new_session=True,  # Ctrl-C is for us, and the run goes on
+                )
+            born = psutil.Process(child.pid).create_time()
+            write_json(kept / "process.json", {"pid": child.pid, "born": born, "command": command})
+        except OSError as error:
+            if child is not None:  # nobody would know of it
+                child.kill()
+                child.wait()
+            raise ApiFailure(503, f"The run cannot begin here: {error.strerror or error}.") from error
         self._children[name] = child
-        born = psutil.Process(child.pid).create_time()
-        write_json(kept / "process.json", {"pid": child.pid, "born": born, "command": command})
 
     def stop(self, name: str) -> dict[str, Any]:
         """As Ctrl-C: the step under way is finished and saved. Raises `ApiFailure`."""
         with self._lock:
             if not self.running(name):
                 raise ApiFailure(404, "No run of that name was started here and goes on.", param="name")
-            os.kill(int(self._about(name)["pid"]), signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # it ends just now
+                os.kill(int(self._about(name)["pid"]), signal.SIGINT)
         return {"name": name, "state": "stopping"}
 
     # --- what is known of them -------------------------------------------------------------------------------
@@ -213,12 +223,15 @@ class Starter:
     def running(self, name: str) -> bool:
         """Whether its process is there."""
         child = self._children.get(name)
-        if child is not None and child.poll() is not None:
+        if child is not None:
+            if child.poll() is None:
+                return True
             self._children.pop(name, None)  # another thread may have seen it, too
         about = self._about(name)
         try:
             process = psutil.Process(int(about["pid"]))
-            return bool(process.create_time() == about["born"] and process.status() != psutil.STATUS_ZOMBIE)
+            same = abs(process.create_time() - float(about["born"])) < CLOCK_SECONDS
+            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
         except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
             return False
 

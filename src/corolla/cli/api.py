@@ -211,7 +211,7 @@ def _served(
 def _tune_command(name: str, swarm: SwarmConfig, joining: ClientOptions) -> list[str]:
     """`corolla tune` over the same swarm; where that is one of this process's own, a run has its own too."""
     said = {"--revision": joining.revision, "--dtype": joining.dtype, "--trust": joining.trust}
-    said["--identity"] = swarm.identity
+    said |= {"--identity": swarm.identity, "--cache-dir": joining.cache_dir}
     peers = [word for peer in swarm.peers for word in ("--peers", peer)]
     options = [word for flag, value in said.items() if value is not None for word in (flag, str(value))]
     more = Fields(SwarmConfig).words(vars(swarm))

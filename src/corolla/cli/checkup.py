@@ -51,6 +51,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def find_dtype(name: str) -> torch.dtype:
+    """The dtype of that name. Raises `UsageError`."""
+    if name not in DTYPES:
+        raise UsageError(f"Unknown dtype {name!r}; use {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 # --- families ---------------------------------------------------------------------------------------------
 
 
@@ -86,10 +93,8 @@ def beside_transformers(name: str, device: torch.device, dtype: str) -> Iterator
 
     Raises `UsageError` for a model or dtype that there is not, `SwarmUnavailable` where the server does not start.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}; use {', '.join(DTYPES)}.")
     folder = open_checkpoint(name).tokenizer_source
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=find_dtype(dtype))
     whole = whole.to(device).eval().requires_grad_(False)
     options = ["--device", str(device)]
     with local_swarm(name, servers=1, dtype=dtype, options=options) as swarm:

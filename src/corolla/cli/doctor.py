@@ -37,9 +37,10 @@ def doctor(
 ) -> None:
     """Compare what a device computes here, and how fast, with transformers on that device."""
     set_up_libraries()
-    from corolla.cli.checkup import beside_transformers, compared, find_device
+    from corolla.cli.checkup import beside_transformers, compared, find_device, find_dtype
 
     found = find_device(device)
+    find_dtype(dtype)  # before the families, which take a while
     say(f"Tiny models cut into spans, beside whole ones, on {device} in float32:")
     bad = _shown(compared(family or FAMILIES, found))
     if model != NO_MODEL:

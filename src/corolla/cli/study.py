@@ -84,15 +84,19 @@ def study(
     texts = read_documents(documents)
     set_up_libraries()
     from corolla.cli.local_swarm import joined
+    from corolla.data.render import Renderer
     from corolla.models.checkpoints.checkpoint import open_checkpoint
+    from corolla.models.checkpoints.pretrained import load_tokenizer
     from corolla.models.limits import check_length
-    from corolla.tuning.study import check_way
+    from corolla.tuning.study import check_way, checked_chunks
 
-    check_way(to_do.out, resume=resume, overwrite=overwrite)
+    check_way(to_do.out, resume=resume, overwrite=overwrite, questions=how.questions)
     facts = _facts(to_do)
     checkpoint = open_checkpoint(to_do.model, revision=revision, token=token)
     options.check_local(checkpoint.num_blocks)
     check_length(checkpoint.config, to_do.prompt_tokens, max_length, to_do.model)
+    renderer = Renderer(load_tokenizer(checkpoint), how.rendering)
+    checked_chunks(checkpoint.config, renderer, texts, how, facts)
     with stopped_by_ctrl_c(to_do.out), _questions_kept(to_do.out):
         options = replace(options, identity=client_identity(identity, invite))
         with joined(options.peers, to_do.model, revision) as addresses:

@@ -360,4 +360,6 @@ def _unescaped(text: str) -> str:
 def resume_command() -> str:
     """What was typed, to be typed again so that it goes on."""
     words = sys.argv[1:]
-    return shlex.join(["corolla", *words, *([] if "--resume" in words else ["--resume"])])
+    more = [] if "--resume" in words else ["--resume"]
+    end = words.index("--") if "--" in words else len(words)  # what follows that is no option
+    return shlex.join(["corolla", *words[:end], *more, *words[end:]])

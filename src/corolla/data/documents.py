@@ -1,10 +1,12 @@
 """Texts to study, and the pieces of them that a model reads at once.
 
-Invariant: the pieces of a document, joined, are its text.
+Invariant: the pieces of a document, joined, are its text, but for stretches of nothing but space that are as long as
+a piece.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,14 +42,14 @@ class Chunk:
 
 def read_documents(paths: Sequence[str | Path]) -> list[Document]:
     """Text files, each once. Raises `UsageError` for what is no text, or has none in it."""
-    found = {Path(path).resolve(): Path(path) for path in paths}
+    found = {os.path.realpath(path): Path(path) for path in paths}
     if not found:
         raise UsageError("There is nothing to study: name one or more files of text (.txt or .md).")
     return [_read(path) for path in found.values()]
 
 
 def _read(path: Path) -> Document:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder: name the files in it that are to be studied.")
     if path.suffix.lower() not in KINDS:
         raise UsageError(f"{path} is not .txt or .md: turn it into plain text first, and study that.")
@@ -74,11 +76,12 @@ def chunks_of(documents: Sequence[Document], tokenizer: Any, most: int) -> list[
 def _chunks(document: Document, tokenizer: Any, most: int) -> Iterator[Chunk]:
     text, tokens = "", 0
     for piece, count in _pieces(SENTENCE.findall(document.text), tokenizer, most):
-        if text.strip() and tokens + count > most:
-            yield Chunk(document.name, text, tokens)
+        if tokens + count > most:
+            if text.strip():
+                yield Chunk(document.name, text, tokens)
             text, tokens = "", 0
         text, tokens = text + piece, tokens + count
-    if text:
+    if text.strip():
         yield Chunk(document.name, text, tokens)
 
 

@@ -116,7 +116,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _check_same(self, decisive: dict[str, Any]) -> None:
-        noted = self._read(RUN_FILE)
+        noted = self.noted()
         for name in sorted(noted.keys() | decisive.keys()):
             if noted.get(name) == parse(json.dumps(decisive.get(name))):
                 continue
@@ -134,6 +134,10 @@ class RunFolder:
                 f"The run at {self.path} was started with {name}={noted.get(name)}, not "
                 f"{decisive.get(name)}: resume it with the same settings, or start anew with --overwrite."
             )
+
+    def noted(self) -> dict[str, Any]:
+        """The settings of the run that is there. Raises `BundleError`."""
+        return self._read(RUN_FILE)
 
     def all(self) -> list[Path]:
         """The checkpoints, oldest first."""

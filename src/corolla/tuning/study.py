@@ -68,10 +68,9 @@ def study(
     settings = replace(settings, rendering=renderer.settings)
     if model.prompts is None:
         raise UsageError("The model has no prompt to train: load it with tuning_mode='prefix'.")
-    chunks = chunks_of(documents, tokenizer, settings.chunk_tokens)
-    check_room(model, renderer, chunks, settings)
+    chunks = checked_chunks(model.config, renderer, documents, settings, facts)
     check_length(model.config, model.prompts.length, settings.rendering.max_length, about.name)
-    unfinished = check_way(out, resume=resume, overwrite=overwrite)
+    unfinished = check_way(out, resume=resume, overwrite=overwrite, questions=settings.questions)
     notebook = Notebook(out)
     with RunFolder(out).locked():
         notebook.begin(_what_is_asked(documents, settings, about), resume=resume)
@@ -102,13 +101,34 @@ def study(
     )
 
 
-def check_way(out: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a training run to go on with.
+def checked_chunks(
+    config: Any,
+    renderer: Renderer,
+    documents: Sequence[Document],
+    settings: StudySettings,
+    facts: Sequence[Conversation],
+) -> list[Chunk]:
+    """The pieces of the documents. Raises `UsageError`, `SessionLimit` where they cannot be studied as is wanted."""
+    chunks = chunks_of(documents, renderer.tokenizer, settings.chunk_tokens)
+    asked = [fact.question for fact in facts_given(facts, chunks)] if chunks else ()
+    check_room(config, renderer, chunks, settings, asked)
+    return chunks
+
+
+def check_way(out: Path, *, resume: bool, overwrite: bool, questions: int) -> bool:
+    """Whether there is a training run to go on with; one on fewer or more questions is replaced with `overwrite`.
 
     Raises `UsageError` when something is in the way, or nothing is there to go on with.
     """
     folder = RunFolder(out)
     unfinished = resume and (folder.path / RUN_FILE).is_file()
+    if unfinished and (noted := folder.noted().get("questions")) != questions:
+        if not overwrite:
+            raise UsageError(
+                f"The unfinished run at {folder.path} is on {noted} questions: go on with --questions {noted}, "
+                f"or train anew on {questions} with --resume --overwrite."
+            )
+        unfinished = False
     folder.check(resume=unfinished, overwrite=overwrite)
     Notebook(out).check(resume=resume, overwrite=overwrite)
     return unfinished

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -250,7 +250,7 @@ def _at_once(reading: Reading, numbers: Sequence[int], chunk: int, chunks: int) 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="study") as pool:
         found = [pool.submit(reading.exchange, number, chunk, number // chunks) for number in numbers]
         try:
-            for one in found:
+            for one in as_completed(found):  # each is kept as soon as it is there
                 yield one.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -258,17 +258,38 @@ def _at_once(reading: Reading, numbers: Sequence[int], chunk: int, chunks: int) 
             raise
 
 
-def check_room(model: Any, renderer: Renderer, chunks: Sequence[Chunk], settings: StudySettings) -> None:
-    """Raises `SessionLimit` where a piece, a question and an answer do not fit the model."""
-    limit = context_limit(model.config, 0)
+def check_room(
+    config: Any,
+    renderer: Renderer,
+    chunks: Sequence[Chunk],
+    settings: StudySettings,
+    asked: Sequence[str] = (),
+) -> None:
+    """Raises `SessionLimit` where a piece, a question and an answer do not fit the model of that config.
+
+    `asked` are questions of somebody's. Raises `UsageError` where there is no text, more of it than questions, or too
+    little `max_length` to learn a question with its answer.
+    """
+    if not chunks:
+        raise UsageError("There is nothing to study: the documents hold no text.")
+    question = len(renderer.prompt_ids([Turn("user", "?")])) + settings.question_tokens
+    least, given = question + settings.answer_tokens, settings.rendering.max_length
+    if least > given:
+        raise UsageError(
+            f"A question of {settings.question_tokens} tokens with an answer of {settings.answer_tokens} takes "
+            f"{least} in a chat, more than --max-length {given}: give that, or fewer --answer-tokens."
+        )
+    limit = context_limit(config, 0)
     longest = max(chunks, key=lambda chunk: chunk.tokens)
     request = max(SEEDS.values(), key=len).replace(SENTENCE_HERE, max(sentences_of(longest.text), key=len))
+    request = max([request, *(ANSWER + one for one in asked)], key=len)
     prompt = renderer.prompt_ids([Turn("user", f"{longest.text}\n\n{request}")])
     needed = len(prompt) + settings.question_tokens + settings.answer_tokens
     if needed > limit:
         raise SessionLimit(
             f"A part of {longest.tokens} tokens with its question and answer takes {needed}, more than the {limit} "
-            "that the model can read: give a smaller --chunk-tokens."
+            "that the model can read: give a smaller --chunk-tokens"
+            f"{', or shorter --facts' if asked else ''}."
         )
     if settings.questions < len(chunks):
         raise UsageError(

@@ -4,9 +4,22 @@ import { send } from "/page/talk.js";
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["prompt_tokens", "steps", "batch_size", "max_length", "learning_rate"];
 
+const MOST_BYTES = 8 * 2 ** 20; // that the server takes
+
+// The file as it is: file.text() would put signs of its own in the place of what is no UTF-8.
+async function read(file) {
+  if (file.size > MOST_BYTES) throw new Error(`${file.name} has more than 8 MiB: train on it with corolla tune.`);
+  const bytes = await file.arrayBuffer();
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    throw new Error(`${file.name} is not text in UTF-8: save it as that first.`);
+  }
+}
+
 async function asked() {
   const file = $("file").files[0];
-  const found = { name: $("name").value, file: file.name, content: await file.text(), mode: $("mode").value };
+  const found = { name: $("name").value, file: file.name, content: await read(file), mode: $("mode").value };
   for (const name of NUMBERS) if ($(name).value !== "") found[name] = Number($(name).value);
   return found;
 }
