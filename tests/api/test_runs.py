@@ -13,6 +13,7 @@ from tests.api.world import World, Worlds, write_bundle
 
 from corolla.api.access import Keys
 from corolla.api.runs import Runs
+from corolla.api.starting import Starter
 
 HOSTILE = "<script>document.title='hacked'</script>\x1b[2J"
 
@@ -59,6 +60,15 @@ def test_what_is_said_of_runs(served: World) -> None:
 
 def test_a_folder_that_is_not_there_has_no_runs(tmp_path: Path) -> None:
     assert Runs(tmp_path / "none").all() == Runs(None).all() == []
+
+
+def test_a_run_that_is_to_replace_a_bundle_hides_it_not(served: World, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "poet", served.folder, served.swarm.checkpoint.identity)
+    (tmp_path / "poet.run").mkdir()
+    (tmp_path / "poet.run" / "run.json").write_text("{}")
+    starter = Starter(tmp_path, [], served.api.partners.base, environment={})
+    found = Runs(tmp_path, starter).all()
+    assert {(one["name"], one["state"]) for one in found} == {("poet", "finished"), ("poet", "unfinished")}
 
 
 def test_a_run_that_goes_on_is_seen_as_it_went(tmp_path: Path) -> None:

@@ -291,3 +291,17 @@ def test_no_answer_is_read_off_padding(swarm: MemorySwarm) -> None:
         torch.testing.assert_close(found, local_twin(swarm, model)(**left).logits, atol=1e-4, rtol=0)
     with pytest.raises(UsageError, match="pad_token_id is 999; this model has 256 tokens"):
         classifier(swarm, pad_token_id=999)
+    with pytest.raises(UsageError, match="pad_token_id is '0'; give the number of a token"):
+        classifier(swarm, pad_token_id="0")
+
+
+def test_a_pad_token_that_was_added_is_there_again(swarm: MemorySwarm, tmp_path: Path) -> None:
+    model, given = classifier(swarm), batch("right")
+    model.resize_token_embeddings(257, mean_resizing=False)
+    model.config.pad_token_id = 256
+    given["input_ids"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, 256)
+    model.save_pretrained(tmp_path / "added")
+    again = classifier(swarm, prompts=tmp_path / "added")
+    assert again.config.pad_token_id == 256
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, model(**given).logits)

@@ -56,7 +56,7 @@ def holds(pair: Pair, one: Way, column: Column, folder: Path) -> bool:
 
 MUTANTS: dict[str, tuple[Any, str, Any, str, Column]] = {
     "masks of any length": (
-        guard, "_check_mask", nothing, "all tokens again, though the cache holds some", "none",
+        guard, "check_mask", nothing, "all tokens again, though the cache holds some", "none",
     ),
     "positions from anywhere": (guard, "_check_positions", nothing, "the same by position ids", "none"),
     "masks that change the past": (

@@ -259,7 +259,14 @@ def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, Any], mess
         RenderSettings.from_dict({**RenderSettings().to_dict(), **changed})
 
 
-@pytest.mark.parametrize("changed", [{"max_length": "256"}, {"new": 1}, {"style": None}])
-def test_saved_settings_of_another_form_are_refused(changed: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match="saved rendering settings are not"):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_length": "256"}, "max_length is '256'; it must be a whole number"),
+        ({"style": None}, "style is None; it must be a text"),
+        ({"new": 1}, "not of a form"),
+    ],
+)
+def test_saved_settings_of_another_form_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
         RenderSettings.from_dict({**RenderSettings().to_dict(), **changed})

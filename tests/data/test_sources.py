@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -148,6 +149,12 @@ def test_json_lines_are_read_under_the_other_ending(tmp_path: Path) -> None:
 # --- what cannot be used ----------------------------------------------------------------------------------
 
 
+def without_rows() -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table({"prompt": pa.array([], pa.string())}), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -163,6 +170,7 @@ def test_json_lines_are_read_under_the_other_ending(tmp_path: Path) -> None:
         ("data.csv", b"", "is empty"),
         ("data.csv", b"prompt,response\n", "is empty"),
         ("data.parquet", b"", "is empty"),
+        ("data.parquet", without_rows(), "is empty"),
         ("data.json", b'[{"prompt": "a", ', r"data\.json is not valid JSON: .*column"),
         ("data.jsonl", b"\xff\xfe\x00", r"data\.jsonl is neither UTF-8 text nor utf-16"),
         ("data.parquet", b"PAR1 or not", r"data\.parquet cannot be read as parquet: .*[Pp]arquet"),
@@ -177,6 +185,12 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
     with pytest.raises(DataError, match=message) as error:
         load_conversations(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", " ", None, 5, ["chats.jsonl"], b"chats.jsonl"])
+def test_what_is_no_source_is_one_sentence(source: Any) -> None:
+    with pytest.raises(DataError, match=r"is no source of conversations: give chitchat, a file or"):
+        load_conversations(source)
 
 
 @pytest.mark.parametrize(

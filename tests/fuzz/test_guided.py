@@ -52,7 +52,7 @@ async def test_strangers_guided_by_what_they_reach(
     finally:
         lines.stop()
         await target.close()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     more = {"scripts kept": len(guided.corpus), "lines reached": lines.count}
     if growth is not None:
         more["bytes grown"] = grown = _grown(memory)

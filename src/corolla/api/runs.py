@@ -23,6 +23,7 @@ from corolla.tuning.bundle import BUNDLE_FILE, METRICS_FILE, load_bundle
 from corolla.tuning.checkpoints import RUN_FILE, RunFolder
 
 Stamp = tuple[int, ...]
+ENDED = ("finished", "unreadable")
 QUIET_SECONDS = 60.0  # after which a run whose process is not known is said to have stopped
 MOST_RUNS = 200
 MOST_POINTS = 400
@@ -74,10 +75,12 @@ class Runs:
         """The same with what is known of those that were started here; none of them is changed in place."""
         if self._starter is None:
             return found
-        by_name = {about["name"]: about for about in found}
+        # A bundle may have the name of a run that is to replace it.
+        ended = [about for about in found if about["state"] in ENDED]
+        by_name = {about["name"]: about for about in found if about["state"] not in ENDED}
         for name in self._starter.names():
             known = by_name.get(name)
-            if known is not None and known["state"] in ("finished", "unreadable"):
+            if known is None and any(about["name"] == name for about in ended):
                 continue
             running = self._starter.running(name)
             more: dict[str, Any] = {"started_here": True, "state": "running" if running else "stopped"}
@@ -88,7 +91,8 @@ class Runs:
                 more["why"] = self._starter.last_words(name)
             by_name[name] = known | more
         mine = [about for about in by_name.values() if about.get("started_here")]
-        return mine + [about for about in by_name.values() if not about.get("started_here")]
+        others = [by_name[one["name"]] if one["state"] not in ENDED else one for one in found]
+        return mine + [about for about in others if not about.get("started_here")]
 
     def report(self, name: str) -> bytes | None:
         """A finished run's report, if it has one."""

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from corolla.cli.local_swarm import local_swarm
 from corolla.cli.measure import Step, decode, dense, prefill, sessions, token_ids
 from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.pretrained import load_whole
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.numerics import DTYPES
 
@@ -93,8 +94,7 @@ def beside_transformers(name: str, device: torch.device, dtype: str) -> Iterator
 
     Raises `UsageError` for a model or dtype that there is not, `SwarmUnavailable` where the server does not start.
     """
-    folder = open_checkpoint(name).tokenizer_source
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=find_dtype(dtype))
+    whole: Any = load_whole(open_checkpoint(name), find_dtype(dtype))
     whole = whole.to(device).eval().requires_grad_(False)
     options = ["--device", str(device)]
     with local_swarm(name, servers=1, dtype=dtype, options=options) as swarm:

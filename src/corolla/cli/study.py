@@ -48,8 +48,8 @@ class StudyJob:
     client: SwarmConfig = field(default_factory=SwarmConfig)
 
     def __post_init__(self) -> None:
-        if self.prompt_tokens < 1:
-            raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prefix needs at least 1 token.")
+        if self.prompt_tokens < 2:
+            raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prefix needs at least 2 tokens.")
 
     def notes(self) -> dict[str, Any]:
         """For the bundle."""

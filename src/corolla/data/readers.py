@@ -118,10 +118,15 @@ def _read_parquet(path: Path) -> list[Any]:
         raise DataError(
             f"{path} is compressed as a whole: unpack it first, parquet needs no other compression."
         )
+    datasets = _datasets()
+    from pyarrow.parquet import read_metadata  # a requirement of datasets
+
     # A folder of its own, so that no copy of the user's data stays behind.
     with scratch_folder("corolla-data-") as scratch:
         try:
-            return list(_datasets().Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True))
+            if not read_metadata(path).num_rows:
+                return []  # which datasets cannot read
+            return list(datasets.Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True))
         except Exception as error:  # pyarrow and datasets raise what they like for a broken file
             raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
 

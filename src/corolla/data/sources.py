@@ -75,6 +75,10 @@ def load_conversations(
     hold several lists, `token` for the hub. Raises `DataError` when nothing can be read, no row has a known
     shape, or an option does not go with the source.
     """
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise DataError(
+            f"{source!r:.60} is no source of conversations: give chitchat, a file or a data set's name."
+        )
     source = os.fspath(source)
     if source == "chitchat":
         if persona or split:

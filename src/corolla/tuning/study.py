@@ -253,11 +253,11 @@ def _loss(model: Any, prepared: Prepared, settings: StudySettings) -> float:
 
 
 def teachers_loss(exchanges: Sequence[Exchange]) -> float:
-    """Mean loss, in nats, of the answers' tokens to who gave them: the model with the text in context."""
+    """Mean loss, in nats, of the answers' tokens to who gave them: the model with the text in context; of none NaN."""
     # What is not among the likeliest was chosen by settings of the checkpoint's own, and is less likely than those.
     losses = [
         -dict(zip(ids, logprobs, strict=True)).get(token, logprobs[-1])
         for one in exchanges
         for token, ids, logprobs in zip(one.tokens[: one.said], one.top_ids, one.top_logprobs, strict=False)
     ]
-    return math.fsum(losses) / len(losses)
+    return math.fsum(losses) / len(losses) if losses else math.nan

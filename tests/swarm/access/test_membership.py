@@ -302,3 +302,9 @@ def test_an_invitation_is_no_certificate_whatever_else_it_says() -> None:
     both = jwt.encode(said, someone("issuer").key, algorithm="RS256")
     with pytest.raises(NotAdmitted, match="not genuine"):
         check_certificate(both, peer("a"), {peer("issuer")})
+
+
+@pytest.mark.parametrize("folder", ["", ".", "/"])
+def test_a_folder_is_no_identity(folder: str) -> None:
+    with pytest.raises(UsageError, match=r"The identity file .* cannot be used: that is a folder"):
+        beside(Path(folder), "revoked")

@@ -254,6 +254,8 @@ def classifier(
     """
     if num_labels is not None and not (isinstance(num_labels, int) and num_labels >= 1):
         raise UsageError(f"num_labels is {num_labels!r}; a classifier needs a number of at least 1.")
+    if pad_token_id is not None and (isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int)):
+        raise UsageError(f"pad_token_id is {pad_token_id!r:.60}; give the number of a token.")
     for named, names in (("id2label", id2label), ("label2id", label2id)):
         if names is not None and not isinstance(names, Mapping):
             raise UsageError(f"{named} is {names!r:.60}; give a dictionary such as {{…}} of ids and names.")

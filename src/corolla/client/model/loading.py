@@ -155,9 +155,10 @@ def load_shell(
     pattern = families.block_key_pattern(checkpoint.config)
     state = checkpoint.tensors(lambda key: pattern.match(key) is None, widen_to=dtype)
     changes = saving.labels_of(request.prompts, request.config_changes)
-    pad, words = changes.get("pad_token_id"), checkpoint.config.get_text_config().vocab_size
-    if isinstance(pad, int) and not -words <= pad < words:
-        raise UsageError(f"pad_token_id is {pad}; this model has {words} tokens, 0 to {words - 1}.")
+    pad, words = changes.get("pad_token_id", 0), checkpoint.config.get_text_config().vocab_size
+    added = not -words <= pad < words  # with embeddings of its own, if at all
+    if added:
+        del changes["pad_token_id"]
     more: dict[str, Any] = {"changes": changes, "connection": shared}
     model, info = load_parts(part, checkpoint, state, dtype, seed=request.seed, **more)  # a new head's
     heads, missing = saving.head_names(model), set(info["missing_keys"])
@@ -177,6 +178,11 @@ def load_shell(
     model._noted.note(model, but=missing)
     if request.prompts is not None:
         saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)))
+    if added:
+        words = model.get_input_embeddings().num_embeddings
+        if not 0 <= pad < words:
+            raise UsageError(f"pad_token_id is {pad}; this model has {words} tokens, 0 to {words - 1}.")
+        model.config.pad_token_id = pad
     changed = model._noted.changed(model)
     model.requires_grad_(False)
     if model.get_output_embeddings() is not None:

@@ -105,7 +105,8 @@ def _read_labels(folder: Path) -> dict[str, Any]:
     content = read_object(path, BundleError, "copy the folder again")
     found = {name: content[name] for name in LABELS if content.get(name) is not None}
     names = found.get("id2label")
-    if not isinstance(found.get("num_labels", 1), int) or not isinstance(names, dict | None):
+    numbers = found.get("num_labels", 1), found.get("pad_token_id", 0)
+    if not all(isinstance(one, int) for one in numbers) or not isinstance(names, dict | None):
         raise BundleError(f"{path} does not say which labels there are; copy the folder again.")
     if names is not None:
         found["id2label"] = {int(key): str(value) for key, value in names.items() if str(key).isdecimal()}

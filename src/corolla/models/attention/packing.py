@@ -256,9 +256,8 @@ def packed_attention(
         raise UsageError("The blocks of a packed span were called without a packed batch.")
     rules = Rules(scaling, sliding_window, softcap, s_aux)
     block: Any = module.layer_idx
-    held = (
-        batch.held(block) if isinstance(batch, PackedBatch) else []
-    )  # `compiled/record.py` has one of its own
+    # What `compiled/record.py` puts in the place of a batch keeps no latents.
+    held = batch.held(block) if isinstance(batch, PackedBatch) else []
     if held:
         return side_by_side([_attend_latents(module, query, rules, *one) for one in held]), None
     return batch.attend(block, query, key, value, rules), None

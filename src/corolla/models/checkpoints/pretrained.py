@@ -102,6 +102,24 @@ def load_generation_config(checkpoint: Opened, default: GenerationConfig) -> Gen
         ) from error.__cause__
 
 
+def load_whole(checkpoint: Opened, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model, as transformers itself loads it: what others are compared with. Raises `CheckpointError`."""
+    from transformers import AutoModelForCausalLM
+
+    source = checkpoint.source
+    try:
+        model: PreTrainedModel = _read(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                source.location, **source.loader_arguments(), dtype=dtype, trust_remote_code=False
+            )
+        )
+    except _Unreadable as error:
+        raise CheckpointError(
+            f"transformers itself cannot load {checkpoint.name} ({error})."
+        ) from error.__cause__
+    return model
+
+
 def load_parts(
     part: Any,
     checkpoint: Opened,

@@ -132,7 +132,11 @@ class Membership:
 
 def beside(identity: Path, kind: Literal["revoked", "redeemed", "addresses", "certificates"]) -> Path:
     """Where an identity keeps the peers whose certificates it revoked, the invitations that were redeemed with it,
-    the addresses that others can join it through, or the certificates that were issued for it."""
+    the addresses that others can join it through, or the certificates that were issued for it. Raises `UsageError`."""
+    if not identity.name:
+        raise UsageError(
+            f"The identity file {str(identity)!r} cannot be used: that is a folder; name a file in it."
+        )
     return identity.with_name(f"{identity.name}.{kind}")
 
 
