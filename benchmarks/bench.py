@@ -115,7 +115,7 @@ class Bench:
         Kinds are those of `workers/local.py`, `folder` is that of a model other than the usual one. Gives what was
         tried, too.
         """
-        more = {} if folder is None else {"folder": folder}
+        more: dict[str, Any] = {"tries": self.size(3, 1)} | ({} if folder is None else {"folder": folder})
         named = f"{kind} {folder or ''}"
         return self._fastest("local", named, lambda worker: worker.ask("use", kind=kind, **more))
 

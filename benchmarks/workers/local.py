@@ -81,21 +81,25 @@ def named(folder: str | None) -> Any:
     return plain() if folder is None else model_in(folder)
 
 
-@cache
-def best_attention(kind: str, folder: str | None = None) -> dict[str, Any]:
-    """Try each implementation for a kind of work, and keep the faster one (best of 3)."""
+_found: dict[tuple[str, str | None], dict[str, Any]] = {}  # the best attention, by work and model
+
+
+def best_attention(kind: str, folder: str | None, tries: int) -> dict[str, Any]:
+    """Try each implementation for a kind of work, and keep the faster one."""
     model = named(folder)
     rates: dict[str, float] = {}
     for name in ATTENTION:
         model.set_attn_implementation(name)
-        rates[name] = max(TRIALS[kind](model) for _ in range(3))
+        rates[name] = max(TRIALS[kind](model) for _ in range(tries))
     best = max(rates, key=lambda name: rates[name])
     return {"attention": best, "tokens/s": rates[best], "tried": rates}
 
 
-def use(kind: str, folder: str | None = None) -> dict[str, Any]:
-    """Set the attention for this kind of work (see `TRIALS`); gives what was found about it."""
-    found = best_attention(kind, folder)
+def use(kind: str, folder: str | None = None, tries: int = 3) -> dict[str, Any]:
+    """Set the attention for this kind of work (see `TRIALS`); gives what was found about it the first time."""
+    if (kind, folder) not in _found:
+        _found[kind, folder] = best_attention(kind, folder, tries)
+    found = _found[kind, folder]
     named(folder).set_attn_implementation(found["attention"])
     return found
 
