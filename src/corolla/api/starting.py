@@ -169,7 +169,7 @@ class Starter:
             if not isinstance(command, list) or self._folder is None or self.running(name):
                 raise ApiFailure(404, "No run of that name was started here and has stopped.", param="name")
             self._check_room()
-            again = (RunFolder(self._folder / name).path / "run.json").is_file()
+            again = RunFolder(self._folder / name).has_begun()
             self._begin(name, [*map(str, command)], ["--resume"] if again else [])
         return {"name": name, "state": "starting"}
 

@@ -91,15 +91,19 @@ class RunFolder:
             raise BundleError(f"{self.path} cannot be written: {error.strerror or error}.") from error
         return None
 
+    def has_begun(self) -> bool:
+        """Whether there is a run here to go on with."""
+        return (self.path / RUN_FILE).is_file()
+
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raises `UsageError` when something is in the way, or nothing is there to continue."""
-        if resume and self.out.exists() and not (self.path / RUN_FILE).is_file():
+        if resume and self.out.exists() and not self.has_begun():
             raise UsageError(
                 f"{self.out} is there, and no unfinished run beside it: there is nothing to resume."
             )
         if self.out.exists() and not overwrite and not (resume and self.has_ended()):
             raise UsageError(f"{self.out} exists already: give another --out, or --overwrite to replace it.")
-        if resume and not (self.path / RUN_FILE).is_file():
+        if resume and not self.has_begun():
             raise UsageError(f"There is no unfinished run at {self.path}; start one without --resume.")
         if not resume and not overwrite and self.latest() is not None:
             raise UsageError(

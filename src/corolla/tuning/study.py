@@ -28,7 +28,7 @@ from corolla.errors import DataError, UsageError
 from corolla.models.limits import check_length
 from corolla.tuning.batches import Prepared, Taught, TaughtCollator, split, subsample
 from corolla.tuning.bundle import ModelInfo
-from corolla.tuning.checkpoints import RUN_FILE, RunFolder
+from corolla.tuning.checkpoints import RunFolder
 from corolla.tuning.evaluate import evaluate
 from corolla.tuning.notebook import Notebook
 from corolla.tuning.progress import counted
@@ -121,7 +121,7 @@ def check_way(out: Path, *, resume: bool, overwrite: bool, questions: int) -> bo
     Raises `UsageError` when something is in the way, or nothing is there to go on with.
     """
     folder = RunFolder(out)
-    unfinished = resume and (folder.path / RUN_FILE).is_file()
+    unfinished = resume and folder.has_begun()
     if unfinished and (noted := folder.noted().get("questions")) != questions:
         if not overwrite:
             raise UsageError(
