@@ -267,7 +267,7 @@ class Span:
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            self._compiled = (compile_blocks(self) if self.crossing.plain and not self._latent else None,)
+            self._compiled = (compile_blocks(self) if self.crossing.plain else None,)
         return self._compiled[0]
 
     def run_packed(

@@ -51,25 +51,32 @@ class OneTokenRows:
         return (pointer(self._pages), pointer(self._lengths), self._most, self.room, self._total)
 
     def attend(
-        self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
+        self,
+        query: Tensor,
+        cache: tuple[Tensor, Tensor],
+        rules: Rules,
+        new: tuple[Tensor, Tensor] | None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         """[1, R, heads, V] for `query` [1, heads, R, D] over a block's `cache`, [slots, kv_heads, D] and [.., .., V].
 
-        `new` are the tokens' keys and values [1, kv_heads, R, D or V] if they have yet to be put into the cache.
+        `new` are the tokens' keys and values [1, kv_heads, R, D or V] if they have yet to be put into the cache. Of
+        keys, the last numbers may lie `beside` the others, [slots, kv_heads, E], where D counts both.
         """
-        heads, dim, kv_heads, width = query.shape[1], query.shape[3], cache[0].shape[1], cache[1].shape[-1]
+        heads, kv_heads, width = query.shape[1], cache[0].shape[1], cache[1].shape[-1]
+        dim, extra = cache[0].shape[-1], 0 if beside is None else beside.shape[-1]
         threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
         scores = torch.empty(threads, heads // kv_heads, self.room)
         result = torch.empty(1, self._count, heads, width)
         tokens = [_strided(one) for one in (query, *(new or ()))]
-        numbers, sinks, slopes = kernel_rules(rules, dim)
+        numbers, sinks, slopes = kernel_rules(rules, dim + extra)
         kernels = library()
         assert kernels is not None  # `can_attend` asked
         kernels.attend_rows(
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
-            *(() if new else (None, 0, 0) * 2),
-            *(pointer(one) for one in (*cache, self._pages, self._lengths)),
-            *(self._count, heads, kv_heads, dim, width, PAGE, self._most),
+            *(None, 0, 0) * (4 - len(tokens)),
+            *(pointer(one) for one in (*cache, beside, self._pages, self._lengths)),
+            *(self._count, heads, kv_heads, dim, width, extra, PAGE, self._most),
             *(*numbers, pointer(sinks), pointer(slopes)),
             *(pointer(scores), self.room, pointer(result), threads),
         )

@@ -8,7 +8,7 @@ registry of attention functions, by the name `PACKED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
@@ -181,10 +181,12 @@ class PackedBatch:
         _write(table, cache, (latent, rotary))
         self._latents[block] = table, cache
 
+    def has_latents(self, block: int) -> bool:
+        """Whether `keep` was given any in this pass."""
+        return block in self._latents
+
     def held(self, block: int) -> list[tuple[Stretch, Tensor, Tensor]]:
-        """Each sequence's new tokens, with all its latents [1, 1, S, L] and rotary parts, if `keep` was given any."""
-        if block not in self._latents:
-            return []
+        """Each sequence's new tokens, with all its latents [1, 1, S, L] and rotary parts."""
         table, (latents, rotary) = self._latents[block]
         if self.pool is not None:
             latents, rotary = (side.transpose(0, 1).unsqueeze(0) for side in (latents, rotary))
@@ -211,13 +213,44 @@ class PackedBatch:
             )
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
-        together = bool(table.ones) and can_attend(query, cache)
-        if together and len(table.ones) == len(table.parts):
+        if not table.ones or not can_attend(query, cache):
+            _write(table, cache, (key, value))
+            return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
+        if len(table.ones) == len(table.parts):
             return table.rows().attend(query, cache, rules, (key, value))
         _write(table, cache, (key, value))
-        if together:
-            return _attend_mixed(table, query, cache, rules)
-        return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
+        return _attend_mixed(
+            table,
+            query,
+            lambda own: table.rows().attend(own, cache, rules, None),
+            lambda one: _attend_cached(one, query, cache, rules),
+        )
+
+    def attend_latents(
+        self, attention: Any, query: Tensor, new: tuple[Tensor, Tensor], rules: Rules
+    ) -> Tensor:
+        """The same over the latents that `keep` was given; of the new ones the family's code has made `new`."""
+        block = int(attention.layer_idx)
+        table, (latents, rotary) = self._latents[block]
+        rules = replace(rules, scale=query.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+
+        def ones(own: Tensor) -> Tensor:
+            short = absorbed(attention, latents, rotary)
+            found = table.rows().attend(short.queries(own), (latents, latents), rules, None, rotary)
+            return short.outputs(found.transpose(1, 2)).transpose(1, 2)
+
+        def alone(at: int) -> Tensor:
+            one, own, turned = held[at]
+            if one.past == 0:  # all that there is to see is new
+                return _attend_new(one, query, *new, rules, None)
+            return _attend_latents(attention, query, rules, one, own, turned)
+
+        held = self.held(block)
+        if self.pool is None or not table.ones or not can_attend(query, (latents, rotary)):
+            return side_by_side([alone(at) for at in range(len(held))])
+        if len(table.ones) == len(table.parts):
+            return ones(query)
+        return _attend_mixed(table, query, ones, lambda one: alone(table.parts.index(one)))
 
 
 _batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
@@ -256,10 +289,8 @@ def packed_attention(
         raise UsageError("The blocks of a packed span were called without a packed batch.")
     rules = Rules(scaling, sliding_window, softcap, s_aux)
     block: Any = module.layer_idx
-    # What `compiled/record.py` puts in the place of a batch keeps no latents.
-    held = batch.held(block) if isinstance(batch, PackedBatch) else []
-    if held:
-        return side_by_side([_attend_latents(module, query, rules, *one) for one in held]), None
+    if batch.has_latents(block):
+        return batch.attend_latents(module, query, (key, value), rules), None
     return batch.attend(block, query, key, value, rules), None
 
 
@@ -312,14 +343,17 @@ def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], ru
     return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
 
 
-def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
-    """Sequences with one new token beside others that have more."""
-    result = query.new_empty(1, query.shape[2], query.shape[1], cache[1].shape[2])
+def _attend_mixed(
+    table: _Table, query: Tensor, together: Callable[[Tensor], Tensor], alone: Callable[[Stretch], Tensor]
+) -> Tensor:
+    """Sequences with one new token, `together`, beside others that have more; see `PackedBatch.attend`."""
     places = torch.tensor([one.begin for one in table.ones])
-    result[:, places] = table.rows().attend(query[:, :, places], cache, rules, None)
+    found = together(query[:, :, places])
+    result = found.new_empty(1, query.shape[2], *found.shape[2:])
+    result[:, places] = found
     for one in table.parts:
         if one.count > 1:
-            result[:, one.begin : one.end] = _attend_cached(one, query, cache, rules).transpose(1, 2)
+            result[:, one.begin : one.end] = alone(one).transpose(1, 2)
     return result
 
 
@@ -332,6 +366,9 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules:
         window = None
     if any(one is not None for one in (rules.softcap, rules.sinks, rules.slopes)):  # not in the fused kernel
         return _attend_plainly(query, keys, values, one, rules, window)
+    if (more := query.shape[-1] - values.shape[-1]) > 0 and one.count > 1 and query.device.type == "cpu":
+        # torch's fused kernel for CPUs takes heads of one width only.
+        return attend_one(query, keys, pad(values, (0, more)), one, rules)[..., :-more]
     grouped = query.shape[1] != keys.shape[1]
     if one.count == 1:  # sees everything, or the newest of it
         if window is not None:

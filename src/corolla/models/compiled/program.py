@@ -27,10 +27,10 @@ class Attention(ctypes.Structure):
     """One block's attention, as the kernel is told about it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "sinks", "slopes")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "beside", "sinks", "slopes")),
         *(
             (name, ctypes.c_int64)
-            for name in ("heads", "kv_heads", "dim", "width", "page", "window", "table", "threaded")
+            for name in ("heads", "kv_heads", "dim", "width", "extra", "page", "window", "table", "threaded")
         ),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
     )
@@ -74,15 +74,20 @@ class Program:
         self._pool = pool
 
     def _fill(self, own: Attention, op: Op, pool: PagePool) -> None:
-        block, rules = op.what
-        own.table, place = pool.layout.place(block, rules.window)
-        _, own.heads, _, own.dim = op.inputs[0].sizes
-        own.kv_heads = op.inputs[1].sizes[1]
-        own.width = op.inputs[2].sizes[3]
-        like = [torch.empty(1, own.kv_heads, 1, one) for one in (own.dim, own.width)]
-        own.keys, own.values = map(pointer, pool.store(place, *like))
+        block, rules, latents = op.what
+        own.table, place = pool.layout.place(block, None if latents else rules.window)
+        query, key, third = (one.sizes for one in op.inputs)
+        own.heads, own.kv_heads, own.dim = query[1], key[1], key[3]
+        like = [torch.empty(1, own.kv_heads, 1, one[3]) for one in (key, third)]
+        keys, others = pool.store(place, *like)
+        if latents:  # keys and values at once; what of the keys is rotary lies beside
+            own.width, own.extra = own.dim, third[3]
+            own.keys, own.values, own.beside = map(pointer, (keys, keys, others))
+        else:
+            own.width = third[3]
+            own.keys, own.values = map(pointer, (keys, others))
         own.page, own.threaded = PAGE, THREADED
-        (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim)
+        (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim + own.extra)
         own.sinks, own.slopes = map(pointer, each_head)
         self._kept += each_head
 

@@ -56,7 +56,7 @@ _SIGNATURES = {
     "begin_team": "i",
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
-    "attend_rows": "pllpllpllpppplllllllffl" + "pp" + "plp" + "i",
+    "attend_rows": "pll" * 4 + "ppppp" + "llllllll" + "ffl" + "pp" + "plp" + "i",
     "run_program": "plpppp" + "i",
 }
 

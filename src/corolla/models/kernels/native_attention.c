@@ -13,6 +13,8 @@ typedef struct {
     float scale, softcap;         /* softcap: 0 for none */
     int64_t window;               /* newest tokens that are seen; 0 for all */
     const float *sinks, *slopes;  /* [heads], or NULL */
+    float *beside;                /* what of each key lies elsewhere, [slots, kv_heads, extra]; NULL for nothing */
+    int64_t extra;                /* a multiple of LANES */
 } Attention;
 
 /* Weights [length - begin] of one head's scores, in place; returns what they add up to. */
@@ -69,21 +71,21 @@ INLINE void ask_ahead(Run run, int64_t i, int64_t dim) {
     ask_for(at < run.count ? run.data + at * run.token : run.next + (at - run.count) * run.token, dim);
 }
 
-/* Scores [group][room] of `count` tokens, the first of which goes to `to`. */
-INLINE void score(const Attention *a, Run keys, const float *query, int64_t head_stride, float *to, int64_t room,
-                  const int64_t dim) {
-    int64_t group = a->heads / a->kv_heads;
+/* Scores [few][room] of `count` tokens, the first of which goes to `to`; added to what is there, or in its place. */
+INLINE void score(const Attention *a, Run keys, const float *query, int64_t head_stride, int64_t few, float *to,
+                  int64_t room, const int64_t dim, const int add) {
     for (int64_t i = 0; i < keys.count; i++) {
         const float *key = keys.data + i * keys.token;
         ask_ahead(keys, i, dim);
-        for (int64_t g = 0; g < group; g++) {
+        for (int64_t g = 0; g < few; g++) {
             const float *own = query + g * head_stride;
             vf sums[2] = {{0}};
             for (int64_t d = 0; d < dim; d += 2 * LANES) {
                 sums[0] += load(own + d) * load(key + d);
                 if (d + LANES < dim) sums[1] += load(own + d + LANES) * load(key + d + LANES);
             }
-            to[g * room + i] = sum_lanes(sums[0] + sums[1]) * a->scale;
+            float found = sum_lanes(sums[0] + sums[1]) * a->scale;
+            to[g * room + i] = add ? to[g * room + i] + found : found;
         }
     }
 }
@@ -122,25 +124,30 @@ INLINE void mix_heads(const Attention *a, const float *values, const int32_t *pa
     for (; own < a->width; own += LANES) mix(a, values, pages, begin, length, kv, weights, room, out, own, 1, few);
 }
 
-/* One row's heads that share the keys of `kv`: query [group][dim], out [group][width], scores
- * [group][room]. */
+/* One row's `count` heads from `head` on, which share the keys of `kv`: query [count][dim], out [count][width], scores
+ * [count][room]. */
 INLINE void attend_group(const Attention *a, const float *keys, const float *values, const int32_t *pages,
-                         int64_t length, int64_t kv, const float *query, int64_t head_stride, float *out,
-                         float *scores, int64_t room) {
-    int64_t group = a->heads / a->kv_heads, dim = a->dim, width = a->width;
+                         int64_t length, int64_t kv, int64_t head, int64_t count, const float *query,
+                         int64_t head_stride, float *out, float *scores, int64_t room) {
+    int64_t dim = a->dim, width = a->width;
     int64_t begin = a->window && length > a->window ? length - a->window : 0;
     for (int64_t at = begin; at < length;) {
         Run run = run_from(a, keys, pages, at, length, kv, dim);
-        if (dim == 64) score(a, run, query, head_stride, scores + at - begin, room, 64);
-        else if (dim == 128) score(a, run, query, head_stride, scores + at - begin, room, 128);
-        else score(a, run, query, head_stride, scores + at - begin, room, dim);
+        float *to = scores + at - begin;
+        if (dim == 64) score(a, run, query, head_stride, count, to, room, 64, 0);
+        else if (dim == 128) score(a, run, query, head_stride, count, to, room, 128, 0);
+        else score(a, run, query, head_stride, count, to, room, dim, 0);
+        if (a->beside) {
+            Run more = run_from(a, a->beside, pages, at, length, kv, a->extra);
+            score(a, more, query + dim, head_stride, count, to, room, a->extra, 1);
+        }
         at += run.count;
     }
-    for (int64_t g = 0; g < group;) {
+    for (int64_t g = 0; g < count;) {
         float *weights = scores + g * room, *to = out + g * width;
-        int64_t few = group - g < HEADS ? group - g : HEADS;
+        int64_t few = count - g < HEADS ? count - g : HEADS;
         float totals[HEADS];
-        for (int64_t i = 0; i < few; i++) totals[i] = weigh(a, weights + i * room, begin, length, kv * group + g + i);
+        for (int64_t i = 0; i < few; i++) totals[i] = weigh(a, weights + i * room, begin, length, head + g + i);
 #define MIX(FEW) mix_heads(a, values, pages, begin, length, kv, weights, room, to, FEW)
         if (few == 1) MIX(1);
         else if (few == 2) MIX(2);
@@ -167,32 +174,44 @@ INLINE void keep(const Attention *a, float *cache, const int32_t *pages, int64_t
     for (int64_t d = 0; d < dim; d += LANES) store(to + d, load(from.data + kv * from.head + row * from.row + d));
 }
 
+#define TOGETHER 8 /* heads with the same keys that one thread takes, where there are many */
+
 /* out [rows, heads, width]: each row's query over the `lengths` tokens on its pages, int32 [rows, most] of caches
- * [slots, kv_heads, dim] for keys and [slots, kv_heads, width] for values. New keys and values, if there are any, are put there first. `scores` is
- * [threads, heads / kv_heads, room] of scratch, room a multiple of LANES and at least the greatest length. */
+ * [slots, kv_heads, dim] for keys and [slots, kv_heads, width] for values. New keys and values, if there are any, are
+ * put there first. Where `extra` numbers of a key lie in a cache of their own, `beside`, queries are dim + extra wide.
+ * `scores` is [threads, heads / kv_heads, room] of scratch, room a multiple of LANES and at least the greatest
+ * length. */
 void attend_rows(const float *query, int64_t query_head, int64_t query_row, const float *key, int64_t key_head,
-                 int64_t key_row, const float *value, int64_t value_head, int64_t value_row, float *keys,
-                 float *values, const int32_t *pages, const int64_t *lengths, int64_t rows, int64_t heads,
-                 int64_t kv_heads, int64_t dim, int64_t width, int64_t page, int64_t most, float scale, float softcap,
-                 int64_t window, const float *sinks, const float *slopes, float *scores, int64_t room, float *out,
-                 int threads) {
-    Attention a = {heads, kv_heads, dim, width, page, most, scale, softcap, window, sinks, slopes};
+                 int64_t key_row, const float *value, int64_t value_head, int64_t value_row, const float *more,
+                 int64_t more_head, int64_t more_row, float *keys, float *values, float *beside, const int32_t *pages,
+                 const int64_t *lengths, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t width,
+                 int64_t extra, int64_t page, int64_t most, float scale, float softcap, int64_t window,
+                 const float *sinks, const float *slopes, float *scores, int64_t room, float *out, int threads) {
+    Attention a = {heads, kv_heads, dim, width, page, most, scale, softcap, window, sinks, slopes, beside, extra};
     Tokens new_keys = {key, key_head, key_row}, new_values = {value, value_head, value_row};
-    int64_t group = heads / kv_heads;
+    Tokens new_beside = {more, more_head, more_row};
+    int64_t group = heads / kv_heads, parts = (group + TOGETHER - 1) / TOGETHER;
     int cpu = this_cpu();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         keep_apart(cpu);
-#pragma omp for schedule(dynamic)
-        for (int64_t one = 0; one < rows * kv_heads; one++) {
-            int64_t row = one / kv_heads, kv = one % kv_heads;
-            if (key) {
-                keep(&a, keys, pages + row * most, lengths[row], kv, dim, new_keys, row);
-                keep(&a, values, pages + row * most, lengths[row], kv, width, new_values, row);
+        if (key) {
+#pragma omp for
+            for (int64_t one = 0; one < rows * kv_heads; one++) {
+                int64_t row = one / kv_heads, kv = one % kv_heads;
+                const int32_t *own = pages + row * most;
+                keep(&a, keys, own, lengths[row], kv, dim, new_keys, row);
+                if (value) keep(&a, values, own, lengths[row], kv, width, new_values, row);
+                if (more) keep(&a, beside, own, lengths[row], kv, extra, new_beside, row);
             }
-            attend_group(&a, keys, values, pages + row * most, lengths[row], kv,
-                         query + row * query_row + kv * group * query_head, query_head,
-                         out + (row * heads + kv * group) * width, scores + thread_number() * group * room, room);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t one = 0; one < rows * kv_heads * parts; one++) {
+            int64_t row = one / parts / kv_heads, kv = one / parts % kv_heads, first = one % parts * TOGETHER;
+            int64_t count = group - first < TOGETHER ? group - first : TOGETHER, head = kv * group + first;
+            attend_group(&a, keys, values, pages + row * most, lengths[row], kv, head, count,
+                         query + row * query_row + head * query_head, query_head, out + (row * heads + head) * width,
+                         scores + thread_number() * group * room, room);
         }
     }
 }
