@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from corolla.models.attention.latent import expanded_width
+from corolla.models.attention.latent import expanded_width, expanding
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.attention.prefixes import KeyValueForm
@@ -118,7 +118,8 @@ def cached_form(span: TriedSpan) -> KeyValueForm | None:
 def seen_once(span: TriedSpan, layers: Sequence[nn.Module]) -> set[nn.Module]:
     """Those layers that in each packed pass are called once, with all of its tokens, of sequences of unlike lengths.
 
-    Latents are made keys and values of whole sequences again, and experts are called with some tokens.
+    Not those that make keys and values of latents, which are called for past tokens too, or not at all where their
+    weights are read as matrices. Experts are called with some tokens.
     """
     pool = PagePool(8, dtype=span.dtype, device=span.device)
     rows = [CachedSequence(pool), CachedSequence(pool)]
@@ -138,6 +139,12 @@ def seen_once(span: TriedSpan, layers: Sequence[nn.Module]) -> set[nn.Module]:
                 span.run_packed(_noise(span, 1, total)[0], batch, positions=torch.cat(places).to(span.device))
             fit &= {layer for (layer, tokens), times in seen.items() if (tokens, times) == (total, 1)}
             fit -= {layer for layer, tokens in seen if tokens != total}
+            seen.clear()
+            with torch.inference_mode():
+                for attention in expanding(span.blocks):
+                    _, latents, rotary = batch.held(attention.layer_idx)[0]
+                    attention.expand_kv(latents[:, :, :1], rotary[:, :, :1])
+            fit -= {layer for layer, _ in seen}
     finally:
         for handle in handles:
             handle.remove()

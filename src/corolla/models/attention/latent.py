@@ -26,20 +26,22 @@ Keep = Callable[[int, Tensor, Tensor], None]
 MOST_EXPANDED = 2**28
 
 
+def expanding(blocks: nn.Module) -> list[Any]:
+    """The modules of attention of this kind within these blocks."""
+    return [one for one in blocks.modules() if callable(getattr(one, "expand_kv", None))]
+
+
 def latent_blocks(blocks: nn.Module) -> frozenset[int]:
-    """The indices that attention of this kind has within these blocks."""
-    found: list[Any] = [one for one in blocks.modules() if callable(getattr(one, "expand_kv", None))]
-    return frozenset(int(one.layer_idx) for one in found)
+    """The indices of the blocks that have such attention."""
+    return frozenset(int(one.layer_idx) for one in expanding(blocks))
 
 
 def expanded_width(blocks: nn.Module, form: KeyValueForm, like: Tensor) -> int:
     """Numbers that one block makes of a token's latents at once, of a `form` and as `like`; 0 where it keeps none."""
-    for attention in blocks.modules():
-        expand: Any = getattr(attention, "expand_kv", None)
-        if callable(expand):
-            made = expand(like.new_zeros(1, 1, 1, form.key_dim), like.new_zeros(1, 1, 1, form.value_dim))
-            # The keys twice: without and with their rotary part.
-            return 2 * int(made[0].numel()) + int(made[1].numel())
+    for one in expanding(blocks)[:1]:
+        made = one.expand_kv(like.new_zeros(1, 1, 1, form.key_dim), like.new_zeros(1, 1, 1, form.value_dim))
+        # The keys twice: without and with their rotary part.
+        return 2 * int(made[0].numel()) + int(made[1].numel())
     return 0
 
 
