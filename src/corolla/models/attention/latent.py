@@ -95,7 +95,7 @@ class Absorbed:
 
     def queries(self, query: Tensor) -> Tensor:
         """[1, heads, T, D] as they meet latents and rotary parts side by side, [1, heads, T, L + E]."""
-        plain, turned = query.split([self.keys.shape[2], self.rotary], dim=-1)
+        plain, turned = torch.split(query, [self.keys.shape[2], self.rotary], dim=-1)
         return torch.cat([torch.matmul(plain, self.keys.transpose(1, 2)), turned], -1)
 
     @cached_property

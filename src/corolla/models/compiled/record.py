@@ -192,11 +192,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             short = absorbed(attention, latent, rotary)
             for_queries, for_mixtures = short.layers
-            plain, turned = query.split([short.keys.shape[2], short.rotary], dim=-1)
+            plain, turned = torch.split(query, [short.keys.shape[2], short.rotary], dim=-1)
             found = self._by_heads(plain, for_queries)
             asked = query.new_empty(*query.shape[:3], found.shape[-1] + short.rotary)
             for part, place in zip(
-                (found, turned), asked.split([found.shape[-1], short.rotary], -1), strict=True
+                (found, turned), torch.split(asked, [found.shape[-1], short.rotary], dim=-1), strict=True
             ):
                 if part.numel():
                     self._add("copy", place, [part])
