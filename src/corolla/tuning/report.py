@@ -60,6 +60,7 @@ def report_page(
         replies=[_exchange(one) for one in replies(metrics)],
         recall=list(recall(metrics)),
         recalled_of=_mapping(metrics.get("recall")).get("of"),
+        worth=recall_verdict(metrics),
         problem=_mapping(metrics.get("samples")).get("degenerate"),
         chat=chat_command(place),
         again=again_command(bundle),
@@ -192,6 +193,23 @@ def recall(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             "loss": format(loss, ".3f") if math.isfinite(loss) else "",
             "recalled": format(recalled, ".0%") if math.isfinite(recalled) else "",
         }
+
+
+def recall_verdict(metrics: Mapping[str, Any]) -> str | None:
+    """What to say where a study was worth nothing; None where it was, or where no facts were asked."""
+    ways = _mapping(metrics.get("recall")).get("ways")
+    shares = {
+        _mapping(one).get("way"): _number(_mapping(one).get("recalled"))
+        for one in (ways if isinstance(ways, list) else [])
+    }
+    plain, studied = shares.get("plain prompt", math.nan), shares.get("studied prompt", math.nan)
+    if not studied <= plain:
+        return None
+    return (
+        f"For these questions the study was worth nothing: the studied prefix recalls {studied:.0%}, one that only "
+        f"holds the beginning of the text {plain:.0%}. Try a larger model, more --questions, a lower --lr, or more "
+        "--prompt-tokens: a prefix of as many as the text has begins with all of it."
+    )
 
 
 def _exchange(one: Mapping[str, Any]) -> dict[str, Any]:
