@@ -31,6 +31,7 @@ from corolla.tuning.teacher import (
     check_room,
     counted_words,
     exchanges,
+    sentences_of,
     telling_words,
 )
 
@@ -114,6 +115,17 @@ def test_the_same_number_gives_the_same_exchange_whatever_is_asked_beside_it(
     assert model.prompts is prompt
     (other,) = exchanges(model, renderer, CHUNKS, replace(SETTINGS, seed=9), {0, 1, 2, 4})
     assert other.question != found.question
+
+
+def test_a_line_that_goes_on_is_one_sentence_and_marks_are_none() -> None:
+    text = "# The lamp\n\nIt is lit at nine, and the\nletters come by boat.  \r\n- tea at noon\n- 42 pence each\n"
+    wanted = ["It is lit at nine, and the letters come by boat.", "42 pence each"]
+    assert [one for one in sentences_of(text) if len(one) > 12] == wanted
+    assert sentences_of("It was built between 1851 and\n1854 by Orla.") == [
+        "It was built between 1851 and 1854 by Orla."
+    ]
+    lines = ["灯塔由奥拉看守了很多很多年。", "她每天晚上九点点灯从不缺席。"]
+    assert sentences_of("\n".join(lines)) == lines
 
 
 def test_a_sentence_is_asked_for_by_some_of_its_words_and_never_by_all() -> None:

@@ -142,7 +142,8 @@ def _questions_kept(out: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, CorollaError) as error:
         notebook = Notebook(out)
-        if notebook.exchanges_kept() and RunFolder(out).latest() is None:
+        asking = notebook.exchanges_kept() and RunFolder(out).latest() is None
+        if asking and not isinstance(error, UsageError):  # which says itself what to do
             say_plainly(
                 f"{notebook.exchanges_kept():,} questions with their answers are kept in {notebook.path}; go on with\n"
                 f"  {resume_command()}"

@@ -23,7 +23,7 @@ from rich.text import Text
 from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
 from corolla.config import SwarmConfig
-from corolla.errors import CorollaError
+from corolla.errors import CorollaError, UsageError
 
 if TYPE_CHECKING:
     from corolla.data.conversation import Conversation
@@ -130,7 +130,10 @@ def trained(
 
 @contextlib.contextmanager
 def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
-    """Says what is kept of a run that Ctrl-C or an error has ended at once, and how to go on with it."""
+    """Says what is kept of a run that Ctrl-C or an error has ended at once, and how to go on with it.
+
+    A `UsageError` says so itself, and the same command once more would be refused as well.
+    """
     from corolla.tuning.checkpoints import RunFolder
 
     try:
@@ -140,7 +143,7 @@ def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, CorollaError, OSError, RuntimeError) as error:
         last = RunFolder(out).latest()
         stopped = isinstance(error, KeyboardInterrupt)
-        if last is not None:
+        if last is not None and not isinstance(error, UsageError):
             say_plainly(f"{last} is kept; go on with\n  {resume_command()}")
         elif stopped:
             say_plainly("Stopped before anything was saved.")

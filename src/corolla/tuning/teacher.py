@@ -39,6 +39,8 @@ AT_ONCE = 8  # exchanges about a piece
 DRAWN_FROM = 50  # likeliest tokens, of a question
 TEMPERATURE = 0.7  # of questions; answers are what is likeliest
 LONGEST_SENTENCE, SHORTEST_SENTENCE = 240, 12  # characters
+# A line that goes on in the next, which is no item of a list, no heading, and not behind a gap.
+WRAPPED = re.compile(r"(?<=\S)[ \t]*\r?\n(?!\d+[.)]\s)(?=[^\W_])")
 # What a question may be about, so that a text is seen from several sides, as in self-study; most are about one of its
 # sentences, in turn, so that each is asked about.
 SENTENCE_HERE = "{sentence}"
@@ -91,7 +93,8 @@ class _Said:
 
 def sentences_of(text: str) -> list[str]:
     """The sentences of a piece that are long enough to ask about, or all of it; each no longer than is repeated."""
-    found = [" ".join(one.split())[:LONGEST_SENTENCE] for one in SENTENCE.findall(text)]
+    whole = WRAPPED.sub(" ", text)
+    found = [" ".join(one.split()).lstrip("#*-> ")[:LONGEST_SENTENCE] for one in SENTENCE.findall(whole)]
     return [one for one in found if len(one) >= SHORTEST_SENTENCE] or [
         " ".join(text.split())[:LONGEST_SENTENCE]
     ]
@@ -117,8 +120,8 @@ def about_sentence(sentence: str, often: Counter[str], drawn: random.Random) -> 
     words = telling_words(sentence, often)
     if len(words) < 3:  # two would give away all of it
         return GOES_ON.format(words=sentence[: max(1, len(sentence) // 3)])
-    chosen = sorted(drawn.sample(range(len(words)), 2))
-    return ABOUT.format(words=", ".join(words[place] for place in chosen))
+    longest = sorted(range(len(words)), key=lambda place: len(words[place]))[-4:]
+    return ABOUT.format(words=", ".join(words[place] for place in sorted(drawn.sample(longest, 2))))
 
 
 class Reading:
