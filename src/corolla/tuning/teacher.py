@@ -203,6 +203,8 @@ class Reading:
         except DataError:  # there are marks in it that are the template's own
             return question, None
         place = rendering.replies[1]
+        if place.begin == place.end:  # the tokenizer knows none of it
+            return question, None
         end = [*self._renderer.stop_ids] if place.apart else []
         tokens = [*rendering.ids[place.begin : place.end], *end][: self._settings.answer_tokens]
         prompt = self._prompt(ANSWER + question)
