@@ -45,6 +45,8 @@ class EvalJob(DataOptions):
                 raise UsageError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1."
                 )
+        if self.out.is_dir():
+            raise UsageError(f"{self.out} is a folder: give --out the name of a file for the page.")
         if self.out.exists() and not self.overwrite:
             raise UsageError(f"{self.out} exists already: give another --out, or --overwrite to replace it.")
 
@@ -63,8 +65,10 @@ def evaluate(
     from corolla.cli.local_swarm import joined
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
     from corolla.tuning.bundle import load_bundle
+    from corolla.tuning.report import check_place
 
     to_do, joining = EvalJob(**job), MemberOptions(**member)
+    check_place(to_do.out)
     described = load_bundle(bundle, revision=joining.revision, token=joining.token)
     folder = described.folder or Path(bundle)
     to_do, held_out_only = chosen_data(described, to_do)

@@ -6,9 +6,11 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -68,11 +70,23 @@ def report_page(
     )
 
 
+def check_place(path: Path) -> None:
+    """Raises `BundleError` where no page could be written; its folder is there afterwards."""
+    with _saving(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        pass
+
+
 def write_report(path: Path, page: str) -> None:
     """Raises `BundleError` when it cannot be written."""
+    with _saving(path):
+        write_atomically(path, page.encode())
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page.encode())
+        yield
     except OSError as error:
         raise BundleError(f"The page could not be saved to {path}: {error.strerror or error}.") from error
 
