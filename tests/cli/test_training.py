@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from corolla.cli.training import stopped_by_ctrl_c
-from corolla.errors import SwarmUnavailable, UsageError
+from corolla.errors import BundleError, SwarmUnavailable, UsageError
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from corolla.errors import SwarmUnavailable, UsageError
     [
         (SwarmUnavailable("Nobody serves blocks 0:2."), "--resume"),
         (OSError("gone"), "--resume"),
+        (BundleError("The disk is full."), "--resume"),
         (KeyboardInterrupt(), "--resume"),
         (UsageError("The run was started with learning_rate=0.1, not 0.2."), ""),  # as it would be once more
     ],

@@ -22,6 +22,7 @@ from corolla.cli.terminal import console, say_plainly
 from corolla.cli.training import (
     DataOptions,
     TrainJob,
+    is_refusal,
     resume_command,
     show_next_step,
     stopped_by_ctrl_c,
@@ -143,7 +144,7 @@ def _questions_kept(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, CorollaError) as error:
         notebook = Notebook(out)
         asking = notebook.exchanges_kept() and RunFolder(out).latest() is None
-        if asking and not isinstance(error, UsageError):  # which says itself what to do
+        if asking and not is_refusal(error):
             say_plainly(
                 f"{notebook.exchanges_kept():,} questions with their answers are kept in {notebook.path}; go on with\n"
                 f"  {resume_command()}"

@@ -23,7 +23,7 @@ from rich.text import Text
 from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
 from corolla.config import SwarmConfig
-from corolla.errors import CorollaError, UsageError
+from corolla.errors import BundleError, CorollaError, NonFiniteLoss, UsageError
 
 if TYPE_CHECKING:
     from corolla.data.conversation import Conversation
@@ -132,7 +132,7 @@ def trained(
 def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
     """Says what is kept of a run that Ctrl-C or an error has ended at once, and how to go on with it.
 
-    A `UsageError` says so itself, and the same command once more would be refused as well.
+    Not where the run was refused: the same command once more would be refused as well.
     """
     from corolla.tuning.checkpoints import RunFolder
 
@@ -143,13 +143,18 @@ def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, CorollaError, OSError, RuntimeError) as error:
         last = RunFolder(out).latest()
         stopped = isinstance(error, KeyboardInterrupt)
-        if last is not None and not isinstance(error, UsageError):
+        if last is not None and not is_refusal(error):
             say_plainly(f"{last} is kept; go on with\n  {resume_command()}")
         elif stopped:
             say_plainly("Stopped before anything was saved.")
         if stopped:
             raise typer.Exit(130) from None
         raise
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is about what was typed, and not about what befell a run."""
+    return isinstance(error, UsageError) and not isinstance(error, BundleError | NonFiniteLoss)
 
 
 def result_table(before: Evaluation, after: Evaluation, change: Difference, words: str) -> RenderableType:
