@@ -68,6 +68,11 @@ class TrainJob:
     dtype: str = "auto"
     client: SwarmConfig = field(default_factory=SwarmConfig)
 
+    @property
+    def size(self) -> str:
+        """Of what is trained, for people."""
+        return f"{self.prompt_tokens} prompt tokens"
+
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
         swarm = to_saved(SwarmConfig(peers=self.client.peers, trust=self.client.trust))
@@ -104,9 +109,7 @@ def trained(
         **replace(job.client, peers=tuple(peers)).arguments(),
     ) as model:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        say_plainly(
-            f"Training {trainable:,} numbers: {model.prompts.mode}, {job.prompt_tokens} prompt tokens"
-        )
+        say_plainly(f"Training {trainable:,} numbers: {model.prompts.mode}, {job.size}")
         result = run(
             model,
             out=job.out,

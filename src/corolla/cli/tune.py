@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
     from corolla.tuning.tune import TuneResult
 
-MODES = ("ptune", "deep_ptune", "prefix")
+MODES = ("ptune", "deep_ptune", "prefix", "lora")
 INITS = ("vocab", "text", "random", "conversations")
 
 
@@ -50,9 +50,11 @@ class TuneJob(TrainJob, DataOptions):
     data: Annotated[str, "chitchat, a json/jsonl/csv/parquet file, or a hub name."] = "chitchat"
     out: Annotated[Path, "Where the bundle goes."] = Path("bundle")
     mode: Annotated[
-        str, "ptune, deep_ptune (a prompt for each block besides) or prefix (keys and values for each block)."
+        str,
+        "ptune, deep_ptune (a prompt for each block besides), prefix (keys and values for each block) or lora.",
     ] = "ptune"
     prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
+    rank: Annotated[int, "Of lora: numbers that each changed layer goes through."] = 8
     prompt_init: Annotated[
         str | None,
         "Start from vocab, text, random or conversations (default: vocab, of a prefix conversations).",
@@ -68,6 +70,8 @@ class TuneJob(TrainJob, DataOptions):
             raise UsageError(f"--mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         if self.prompt_tokens < 1:
             raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prompt needs at least 1 token.")
+        if self.rank < 1:
+            raise UsageError(f"--rank is {self.rank}; an adapter has a rank of at least 1.")
         if self.prompt_init not in (None, *INITS):
             raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
         if self.prompt_init is not None and (self.prompt_init == "text") != bool(self.prompt_text):
@@ -79,6 +83,11 @@ class TuneJob(TrainJob, DataOptions):
         if self.prompt_init is None:
             return "text" if self.prompt_text else "conversations" if self.mode == "prefix" else "vocab"
         return self.prompt_init
+
+    @property
+    def size(self) -> str:
+        """See `TrainJob.size`."""
+        return f"rank {self.rank}" if self.mode == "lora" else super().size
 
     def first_text(self, prepared: Prepared, seed: int) -> str | None:
         """The text that the prompt is started from, if it is a text. Raises `UsageError`."""
@@ -174,7 +183,8 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token, cache_dir=job.cache_dir)
     job.client.check_local(checkpoint.num_blocks)
-    check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
+    tokens = 0 if job.mode == "lora" else job.prompt_tokens
+    check_length(checkpoint.config, tokens, settings.rendering.max_length, job.model)
     conversations = job.read(job.token)
     tokenizer = load_tokenizer(checkpoint)
     prepared = prepare(tokenizer, settings, conversations)
@@ -235,6 +245,7 @@ def train_and_report(
         overwrite=overwrite,
         again=again,
         tuning_mode=job.mode,
+        lora_rank=job.rank,
         prompt_init="text" if job.begins_with == "conversations" else job.begins_with,
         prompt_text=job.first_text(prepared, settings.seed),
         seed=settings.seed,
