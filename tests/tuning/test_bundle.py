@@ -80,7 +80,7 @@ def test_peft_loads_a_trained_bundle_and_gives_the_same_logits(
         assert (untrained(**arguments).logits - mine).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune", "prefix"])
+@pytest.mark.parametrize("mode", [pytest.param("ptune", marks=pytest.mark.nightly), "deep_ptune", "prefix"])
 def test_a_distributed_model_loads_a_bundle_trained_through_the_swarm(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path, mode: str
 ) -> None:
