@@ -139,7 +139,7 @@ def test_speculation(chat: Chat) -> None:
 
 @pytest.mark.parametrize(
     ("family", "back"),
-    covering(FAMILIES, [1, SMALL_MARGIN - 3, 60, 110], together=1),
+    covering(FAMILIES, [1, SMALL_MARGIN - 3, 60, 100], together=1),
     indirect=["family"],
 )
 def test_a_chat_goes_back(chat: Chat, back: int) -> None:
