@@ -28,10 +28,9 @@ from corolla.client.model.losses import LazyLogits, Plain, causal_lm_loss
 from corolla.client.model.row_queue import Product, RowQueue
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
-from corolla.models.kernels.choice import ways_for
+from corolla.models.kernels.autotune import backends_for
 from corolla.models.kernels.client import HalfLinear, product_for, quantize_client
-from corolla.models.kernels.packed import FrozenLinear
-from corolla.models.kernels.ways import Ways
+from corolla.models.kernels.linear import Backends, FrozenLinear
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 
@@ -184,7 +183,7 @@ class SharedHead(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.queue = RowQueue()  # where callers meet
         self._kernel: _Kernel | None = None
-        self._ways: tuple[Any, Ways] | None = None  # and the kind of weight that they are for
+        self._backends: tuple[Any, Backends] | None = None  # and the kind of weight that they are for
         self.widens = False
 
     @classmethod
@@ -213,12 +212,12 @@ class SharedHead(nn.Linear):
         return self.weight, self.bias
 
     @property
-    def ways(self) -> Ways:
+    def backends(self) -> Backends:
         """How its weight is multiplied the quickest in a loss; found out by the first one."""
         kind = self.weight.shape, self.weight.dtype, self.weight.device
-        if self._ways is None or self._ways[0] != kind:
-            self._ways = kind, ways_for(self.weight)
-        return self._ways[1]
+        if self._backends is None or self._backends[0] != kind:
+            self._backends = kind, backends_for(self.weight)
+        return self._backends[1]
 
     @property
     def kernel(self) -> Product | None:
@@ -287,7 +286,7 @@ class SharedHead(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A kernel is memory laid out for this machine, which no file can hold.
-        return {**self.__dict__, "_kernel": None, "_ways": None}
+        return {**self.__dict__, "_kernel": None, "_backends": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         made = type(self).__new__(type(self))
@@ -315,7 +314,7 @@ class _Later:
     def plain(self) -> Plain:
         """The weight, where there is nothing else."""
         self._check()
-        return self._head.weight.detach(), self._head.ways
+        return self._head.weight.detach(), self._head.backends
 
     def _check(self) -> None:
         if not self._seen.still(self._head._tables):

@@ -28,7 +28,7 @@ from corolla.models import prompts as prompt_math
 from corolla.models.checkpoints import pretrained
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.prefixes import check_prefix
 from corolla.models.guard import check_reach, position_limit, switch_off_outputs
 from corolla.models.limits import check_tokens
@@ -66,7 +66,7 @@ def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> 
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
-        crossing=crossing_of(checkpoint.config),
+        cuts=cuts_of(checkpoint.config),
         observe=auditing(checkpoint, config.audit, dtype),
     )
 

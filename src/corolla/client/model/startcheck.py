@@ -22,7 +22,7 @@ from transformers.utils.versions import require_version
 
 from corolla.client.local_blocks import LocalBlocks
 from corolla.client.model.objects import SharedConnection
-from corolla.client.sessions.prefixes import PrefixIndex
+from corolla.client.sessions.prefix_cache import PrefixCache
 from corolla.errors import UnsupportedFamily
 from corolla.models.cache import cache_argument, take_cache
 from corolla.models.checkpoints.identity import canonical_config
@@ -241,7 +241,7 @@ class _NoSwarm:
     """The connection of a client that leaves no blocks to others."""
 
     def __init__(self) -> None:
-        self.prefixes = PrefixIndex()
+        self.prefix_cache = PrefixCache()
         self.view = SimpleNamespace(wire="compute")
         self.retry = self.audits = None
         self.is_open = True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corolla.models.attention.one_token_rows import OneTokenRows
 from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op, View
-from corolla.models.kernels.native import library, pointer
+from corolla.models.kernels.native import kernels, pointer
 
 KINDS = (
     "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
@@ -100,11 +100,10 @@ class LaidOut:
         """Hidden states [N, H] behind the last block."""
         self._hidden.copy_(hidden.reshape(-1))
         self._positions.copy_(positions)
-        threads, kernels = torch.get_num_threads(), library()
-        assert kernels is not None
+        threads = torch.get_num_threads()
         rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
         scores = self._scores(tables, threads)
-        kernels.run_program(
+        kernels().run_program(
             *(self._ops, len(self._ops), rows, pointer(scores)),
             *(pointer(self._codes), pointer(self._steps), threads),
         )

@@ -19,8 +19,8 @@ from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import PAGE, PagePool
 from corolla.models.compiled.layout import LaidOut
 from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View
+from corolla.models.kernels.linear import FrozenLinear
 from corolla.models.kernels.native import Layer, pointer
-from corolla.models.kernels.packed import FrozenLinear
 
 
 class Attention(ctypes.Structure):
