@@ -93,7 +93,7 @@ class SwarmView:
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
         self.sent_prefixes = SentPrefixes()
-        # See `prefilled.ask_to_open`; whoever is forgotten is asked once more.
+        # See `named_prompt.ask_to_open`; whoever is forgotten is asked once more.
         self.lacking_bundles: LRUCache[str, str] = LRUCache(MOST_LACKING)
         self._mixed, self._local_blocks = config.mixed, config.local_blocks
         self.numerics: str | None = None  # the arithmetic in which all blocks have answered; None until then

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, Self, cast, get_args
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.client.model.losses import LazyLogits, Plain, causal_lm_loss
 from corolla.client.model.row_queue import Product, RowQueue
-from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels.autotune import backends_for
 from corolla.models.kernels.client import HalfLinear, product_for, quantize_client
@@ -330,11 +329,7 @@ def _autocasting(tensor: Tensor) -> bool:
 
 def use_head_kernel(model: Any, quantization: str) -> None:
     """Have the head multiply in the way that is fastest here, or in fewer bits. Raises `UsageError`."""
-    if quantization not in get_args(ClientQuantization):
-        raise UsageError(
-            f"quantization is {quantization!r}; it must be one of {', '.join(get_args(ClientQuantization))}."
-        )
-    product = quantize_client(model, cast(ClientQuantization, quantization))
+    product = quantize_client(model, quantization)
     head = model.get_output_embeddings()
     if product is None or not isinstance(head, SharedHead):
         return

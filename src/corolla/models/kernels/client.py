@@ -24,7 +24,7 @@ from corolla.models.kernels.narrow import as_it_is
 CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for SmolLM2
 
 
-def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "none") -> FrozenLinear | None:
+def quantize_client(model: PreTrainedModel, quantization: str = "none") -> FrozenLinear | None:
     """Prepare a client's model for its machine; gives the head's product, float32 [..., H] to [..., V], or None.
 
     `none`: the head's weight in fewer bits beside the shared embedding, where it has such a form; else in the very
