@@ -21,7 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from corolla.client.model import saving
-from corolla.client.model.heads import Noted, kept_head
+from corolla.client.model.heads import ChangeTracker, kept_head
 from corolla.client.model.objects import (
     AdapterCheck,
     SharedConnection,
@@ -87,7 +87,7 @@ def in_swarm(family: Any) -> Any:
                 )
             super().__init__(config)
             self.prompts: Prompt | None = None
-            self._noted = Noted()
+            self._changes = ChangeTracker()
             self._revision: str | None = None
             self._blocks = RemoteBlocks(
                 connection.connection, cuts_of(config), 0, config.num_hidden_layers, connection.local
@@ -185,9 +185,9 @@ def in_swarm(family: Any) -> Any:
                 saving.save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Self:
-            changed = self._noted.changed(self)
+            changed = self._changes.changed(self)
             super()._apply(fn, recurse)
-            self._noted.note(self, but=changed)  # moved or converted, not changed
+            self._changes.note(self, but=changed)  # moved or converted, not changed
             return self
 
         def close(self) -> None:

@@ -127,7 +127,7 @@ def state_of(parameter: Tensor | None) -> State | None:
     return version, aliases, parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
 
 
-class Seen:
+class HeadState:
     """A head's weight and bias as they were at some moment."""
 
     def __init__(self, tables: Tables) -> None:
@@ -138,7 +138,7 @@ class Seen:
         return all(map(is_, now, self._tables)) and [*map(state_of, now)] == self._states
 
 
-class Noted:
+class ChangeTracker:
     """Which parameters of a model are still as they were when they were noted."""
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ class _Kernel:
 
     product: Product
     exact: bool
-    seen: Seen
+    seen: HeadState
 
 
 class SharedHead(nn.Linear):
@@ -204,7 +204,7 @@ class SharedHead(nn.Linear):
         if kernel is None:
             return
         if all(watch(one) for one in self.parameters()):
-            self._kernel = _Kernel(kernel, exact, Seen(self._tables))
+            self._kernel = _Kernel(kernel, exact, HeadState(self._tables))
 
     @property
     def _tables(self) -> Tables:
@@ -244,7 +244,7 @@ class SharedHead(nn.Linear):
         if not self.frozen:
             return self._product(hidden)
         if wants_lazy(hidden):
-            later = _Later(self)
+            later = _DeferredProduct(self)
             kernel = self._current()
             exact = not self._halved if kernel is None else kernel.exact
             bias: Tensor | None = self.bias
@@ -299,12 +299,12 @@ class SharedHead(nn.Linear):
         return made
 
 
-class _Later:
+class _DeferredProduct:
     """A head's product for logits that are computed later, with the weights that it has now or not at all."""
 
     def __init__(self, head: SharedHead) -> None:
         self._head = head
-        self._seen = Seen(head._tables)
+        self._seen = HeadState(head._tables)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self._check()
