@@ -218,7 +218,7 @@ def test_a_sequence_in_pieces_is_brought_together_once() -> None:
     fork = first.fork()
     write(pool, fork.grow(1), [90])
     write(pool, first.grow(1), [80])
-    assert fork.contiguous_from() is None or first.stretch() is None
+    assert fork.contiguous_from() is None or first.contiguous_from() is None
     for table, last in ((first, 80), (fork, 90)):
         table.bring_together(3 * PAGE)
         pages = list(table.pages)
