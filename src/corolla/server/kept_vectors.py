@@ -62,6 +62,7 @@ class KeptVectors(PeerCache[KnownVectors]):
 
         Raises `RequestRefused` (no_bundle).
         """
+        assert message.known is not None  # callers ask
         key = f"{message.known}/{message.start}"
         # They came in the memory of all that was sent with them.
         sent = {name: tensors[name].clone() for name in BY_NAME if name in tensors}
