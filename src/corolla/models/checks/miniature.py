@@ -132,8 +132,7 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
     for name in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, name, None) is not None:
-            several = min(2, getattr(config, name))  # one head for all is a kind of its own
-            setattr(small, name, max(several, small.num_attention_heads // ratio))
+            setattr(small, name, max(1, small.num_attention_heads // ratio))
     if isinstance(sizes := getattr(small, "intermediate_size", None), list):
         small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
