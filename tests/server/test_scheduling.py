@@ -161,14 +161,13 @@ async def test_a_long_prompt_is_cut_while_others_generate(
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
     monkeypatch.setattr(accounting, "SPLIT_SHARE", float("inf") if apart else 0.0)
     monkeypatch.setattr(accounting, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
-    monkeypatch.setattr(accounting, "LEAST_PREFILL_TOKENS", 16)
     long, *others = await clients_of(world, 4)
     await at_once(world, *(one.step(9) for one in others))
     await at_once(world, *(one.step(1) for one in others))
     passes, done = Passes(world), asyncio.Event()
 
     async def prompt() -> None:
-        await long.step(88)
+        await long.step(80)
         done.set()
 
     async def generate(one: Client) -> None:
@@ -177,13 +176,26 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    pieces = [16, 16, 16, 16, 24]  # a rest of 8 is not worth a pass of its own
-    both = (
-        [one for count in pieces for one in ((3, 0), (0, count))] if apart else [(3, one) for one in pieces]
-    )
+    both = [(3, 0), (0, accounting.LEAST_PREFILL_TOKENS)] * 5
+    if not apart:
+        both = [(3, accounting.LEAST_PREFILL_TOKENS)] * 5
     counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
     assert list(counts)[: len(both)] == both
     for one in (long, *others):
+        one.assert_right()
+
+
+async def test_a_short_prompt_is_not_cut_for_those_who_generate(
+    world: OneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "SHARED_PASS_SECONDS", 0.0)
+    prompts, (other,) = await clients_of(world, 2), await clients_of(world, 1)
+    await other.step(9)
+    await other.step(1)
+    passes = Passes(world)
+    await at_once(world, *(one.step(accounting.WHOLE_PROMPT) for one in prompts), other.step(1))
+    assert [count for count in passes.counts(Kind.PREFILL) if count] == [accounting.WHOLE_PROMPT] * 2
+    for one in (*prompts, other):
         one.assert_right()
 
 

@@ -100,7 +100,9 @@ class Partners:
     def names(self) -> list[tuple[str, int, Bundle | None]]:
         """What can be asked for: name, since when it is there, and the bundle if it is one."""
         found: list[tuple[str, int, Bundle | None]] = [(self.base.name, self.base.made, None)]
-        for name, stamp in sorted(self._stamps().items()):
+        stamps = self._stamps()
+        self._let_go(stamps)
+        for name, stamp in sorted(stamps.items()):
             bundle = self._described(name, stamp)
             if bundle is not None:
                 found.append((name, stamp[0] // 10**9, bundle))

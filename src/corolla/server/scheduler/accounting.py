@@ -15,18 +15,12 @@ KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
 MOST_REMEMBERED = 10_000  # peers
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
 SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
-LEAST_PREFILL_TOKENS = 32  # fewer take hardly less time: it goes into reading weights
+LEAST_PREFILL_TOKENS = 16
+WHOLE_PROMPT = 64  # a prompt of so few tokens is not cut: a pass for each piece reads all weights again
 SECONDS_A_TOKEN = 0.002  # until it is known
-DECODE_PASS = 16  # passes of fewer tokens are taken for generation
 LEAST_TIMED = 64  # tokens; what fewer take says little
 SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take to be worth one of its own
 GENERATING_SECONDS = 1.0  # how long after a decode step its client is taken to be in the middle of a reply
-
-
-def piece(left: int, budget: int, most: int) -> int:
-    """Tokens of a prompt for a pass, of those that are `left`: the budget, and up to half as many again where that
-    saves a pass of its own; never more than `most`."""
-    return min(most, left if left <= budget + budget // 2 else budget)
 
 
 class PeerHistory:
@@ -141,7 +135,7 @@ class PassTimes:
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass took so long."""
-        if tokens < DECODE_PASS:
+        if tokens < LEAST_PREFILL_TOKENS:
             self._seconds_a_decode += 0.3 * (seconds - self._seconds_a_decode)
         else:
             self._seconds_a_token += 0.3 * (seconds / tokens - self._seconds_a_token)

@@ -20,7 +20,14 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.accounting import PASS_TOKENS, PassTimes, PeerHistory, Shares, Speed, piece
+from corolla.server.scheduler.accounting import (
+    PASS_TOKENS,
+    WHOLE_PROMPT,
+    PassTimes,
+    PeerHistory,
+    Shares,
+    Speed,
+)
 from corolla.server.scheduler.execution import RunPass, run_pass
 from corolla.text import get_logger
 
@@ -355,11 +362,10 @@ class Engine:
         for_prompts = min(for_prompts, most)
         budget, taken = PASS_TOKENS, []
         for one in group:
-            if one.kind is Kind.DECODE:
-                count = min(one.tokens_left, budget)
-            else:
-                count = piece(one.tokens_left, for_prompts, budget)
-                for_prompts = max(0, for_prompts - count)
+            decode = one.kind is Kind.DECODE
+            short = for_prompts > 0 and not one.begun and one.tokens_left <= WHOLE_PROMPT
+            count = min(one.tokens_left, budget if decode or short else min(budget, for_prompts))
+            for_prompts -= 0 if decode else min(count, for_prompts)
             if count or not one.tokens_left:
                 taken.append((one, count))
             budget -= count
