@@ -96,6 +96,8 @@ async def stream(url: str, model: str, messages: Sequence[Any], most: int) -> tu
     began, first, text, usage, pieces = time.perf_counter(), 0.0, "", None, 0
     writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
     async for line in reader:
+        if line.startswith(b"data: [DONE]"):  # not every server closes the connection then
+            break
         if line.startswith(b"data: {"):
             chunk = json.loads(line[6:])
             usage = chunk.get("usage") or usage

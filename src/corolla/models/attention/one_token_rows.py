@@ -28,6 +28,11 @@ class Rules:
     sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
     slopes: Tensor | None = None  # [heads], alibi
 
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention knows all of them."""
+        return self.softcap is None and self.sinks is None and self.slopes is None
+
 
 class OneTokenRows:
     """Rows that have been given one token each, as the kernel reads them; prepared once for all blocks of a pass."""

@@ -27,7 +27,7 @@ from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
-SHORT = 128  # new tokens of a sequence behind others, for which our kernel is quicker than torch's
+FEWEST_ROWS = 16  # queries that share keys, from which our kernel for several tokens is quicker than torch's
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 
@@ -316,7 +316,9 @@ def _attend_new(
 
 def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """A stretch over what its table holds, its new tokens included."""
-    if one.past and one.count <= SHORT and can_attend(query, cache):
+    sharing = one.count * query.shape[1] // cache[0].shape[1]
+    torch_is_quicker = rules.plain and (one.past == 0 or sharing < FEWEST_ROWS)
+    if not torch_is_quicker and one.count > 1 and can_attend(query, cache):
         own = query.narrow(2, one.begin, one.count)
         return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
     keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
@@ -341,7 +343,7 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules:
     window, total = rules.window, int(keys.shape[2])
     if window is not None and total <= window:
         window = None
-    if any(one is not None for one in (rules.softcap, rules.sinks, rules.slopes)):  # not in the fused kernel
+    if not rules.plain:  # not in the fused kernel
         return _attend_plainly(query, keys, values, one, rules, window)
     grouped = query.shape[1] != keys.shape[1]
     if one.count == 1:  # sees everything, or the newest of it
