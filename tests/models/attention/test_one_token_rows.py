@@ -220,7 +220,8 @@ def went_on(
 @pytest.mark.parametrize(("past", "count"), [(5, 6), (48, 7), (95, 40), (200, 17)])
 def test_tokens_that_go_on_behind_others(name: str, past: int, count: int) -> None:
     found, alone = went_on(RULES[name], past, count, (HEADS, KV_HEADS, DIM), DIM)
-    torch.testing.assert_close(found, alone, atol=2e-6, rtol=1e-5)
+    # With slopes scores are of the order of 100, and rounded so.
+    torch.testing.assert_close(found, alone, atol=3e-5 if name == "alibi" else 2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
