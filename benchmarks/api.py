@@ -67,7 +67,12 @@ def llama_server(python: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"model": embedded_gguf(), "port": port, "n_ctx": 1024, "n_threads": os.cpu_count()}
+    options: dict[str, object] = {
+        "model": embedded_gguf(),
+        "port": port,
+        "n_ctx": 1024,
+        "n_threads": os.cpu_count(),
+    }
     # By default a new request ends the one that is under way.
     options |= {"interrupt_requests": False, "verbose": False}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

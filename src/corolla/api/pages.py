@@ -83,8 +83,9 @@ def _may_end(user: User, starter: Starter, name: str) -> bool:
 def _add_runs(app: FastAPI, runs: Runs, starter: Starter | None) -> None:
     def seen_by(user: User) -> list[dict[str, Any]]:
         def one(about: dict[str, Any]) -> dict[str, Any]:
-            mine = starter is not None and bool(about.get("started_here")) and not user.bounded
-            return about | {"yours": mine and _may_end(user, starter, about["name"])}
+            if starter is None or user.bounded or not about.get("started_here"):
+                return about | {"yours": False}
+            return about | {"yours": _may_end(user, starter, about["name"])}
 
         return [one(about) for about in runs.all()]
 
