@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import logging
 
-import httpx
-import pytest
-from openai import APIError
 from tests.api.world import BASE, Worlds
 
 
@@ -30,24 +26,3 @@ def test_an_endless_stream_does_not_hold_up_the_end(worlds: Worlds) -> None:
     world.running.close()
     assert world.api.generator.draining
     assert world.api.generator.pool.count == 0
-
-
-def test_a_second_ctrl_c_breaks_replies_off_without_a_word(
-    worlds: Worlds, caplog: pytest.LogCaptureFixture
-) -> None:
-    world = worlds.make("broken-off")
-    talk = [{"role": "user", "content": "At length, please."}]
-    stream = world.client().chat.completions.create(
-        model=BASE, messages=talk, temperature=0, max_tokens=900, stream=True
-    )
-    next(iter(stream))
-    (run,) = world.api.generator.runs
-    with caplog.at_level(logging.WARNING):
-        world.running.stop()
-        world.running.break_off()
-        with pytest.raises((APIError, httpx.HTTPError)):
-            list(stream)
-        world.running.close()
-    assert run.done.is_set()
-    assert run.cancelled
-    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
 from collections.abc import Sequence
@@ -164,30 +163,17 @@ class Running:
             self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.url = url_of(self.listener)
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(api,), name="api-test")
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(api)), name="api-test")
         self._thread.start()
         assert self._ready.wait(30)
 
-    def _run(self, api: Api) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(self._main(api))
-
     async def _main(self, api: Api) -> None:
-        self._loop, self._stop, self._task = (
-            asyncio.get_running_loop(),
-            asyncio.Event(),
-            asyncio.current_task(),
-        )
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         await serve(create_app(api), self.listener, self._stop, ready=self._ready.set, stopping=api.drain)
 
     def stop(self) -> None:
         """Tell it to end."""
         self._loop.call_soon_threadsafe(self._stop.set)
-
-    def break_off(self) -> None:
-        """What a second Ctrl-C does."""
-        assert self._task is not None
-        self._loop.call_soon_threadsafe(self._task.cancel)
 
     def close(self) -> None:
         """End it."""

@@ -100,11 +100,10 @@ async def serve(
         await asyncio.wait([serving, ending], return_when=asyncio.FIRST_COMPLETED)
         stopping()
         server.should_exit = True
-        await asyncio.shield(serving)
+        await serving
     except asyncio.CancelledError:
         server.should_exit = server.force_exit = True
         await serving
-        await server.lifespan.shutdown()  # uvicorn leaves it out then: it is what stops replies
         raise
     finally:
         ending.cancel()

@@ -300,10 +300,10 @@ async def test_a_prompt_in_a_fork_has_what_it_reads_brought_together(world: OneS
     tokens, twin = noise(1, 50, HIDDEN), await world.connect()
     first = await opened(world, tokens=40, name="1" * 16)
     await step(first, 0, tokens[:, :20])
-    message = opening(tokens=60, name="2" * 16, origin=Origin("1" * 16, 20, 0))
-    assert (await request(twin, Packet(message))).message == Opened(position=20)
-    found = await step(twin, 20, tokens[:, 20:])
-    assert_same(found, world.reference.forward(tokens)[:, 20:])
+    message = opening(tokens=60, name="2" * 16, origin=Origin("1" * 16, PAGE, 0))
+    assert (await request(twin, Packet(message))).message == Opened(position=PAGE)
+    found = await step(twin, PAGE, tokens[:, PAGE:])
+    assert_same(found, world.reference.forward(tokens)[:, PAGE:])
     session = world.server.sessions.find("client", "2" * 16)
     assert session is not None
     assert [table.stretch() is not None for table in session.block_tables[0].tables] == [True]

@@ -235,11 +235,7 @@ class BlockTable:
         That is as dear as reading all of it once where it lies apart.
         """
         missing = pages_for(room) - len(self.pages)
-        if not self.length:
-            return
-        # A last page that another sequence lists too is copied elsewhere before it is written.
-        stays = not self.length % PAGE or not self.pool.shared(self.pages[self.length // PAGE])
-        if stays and self.stretch() is not None and self.pool.follows(self.pages[-1], missing):
+        if not self.length or (self.stretch() is not None and self.pool.follows(self.pages[-1], missing)):
             return
         pages = self.pool.take_together(len(self.pages) + max(0, missing))
         if pages is not None:
