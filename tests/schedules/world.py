@@ -26,7 +26,7 @@ from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.prefixes import KnownPrefix
+from corolla.server.kept_vectors import KnownVectors
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.prefilled import EnteringPrompt, before_span, prefill
 from corolla.swarm.directory.directory import ServerRecord
@@ -216,7 +216,7 @@ class SimulatedSwarm:
         engine.start()
         for one in self._entering(start) if plan.bundles else []:
             if isinstance(one, BlockVectors):
-                server.prefixes.public[one.digest] = KnownPrefix(0, one.values)
+                server.kept.public[one.digest] = KnownVectors.whole(one, 0, len(one.values))
                 continue
             server.budget.set_aside(1)
             server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet

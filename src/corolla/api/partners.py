@@ -23,6 +23,7 @@ from corolla.client.model import saving
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.replies import reply_ends
 from corolla.errors import CorollaError, UsageError
+from corolla.models.checkpoints.prompt_files import PEFT_CONFIG, is_pefts
 from corolla.models.limits import context_limit
 from corolla.text import get_logger, one_line
 from corolla.tuning.bundle import BUNDLE_FILE, Bundle, load_bundle
@@ -118,14 +119,17 @@ class Partners:
             stamp = stamps.get(name)
             if stamp is None:
                 raise unknown(name)
-            known = self._bundles.get(name)
-            if known is None or known[0] != stamp:
-                try:
-                    known = (stamp, self._load(name, stamp))
-                except CorollaError as error:
-                    raise ApiFailure(404, str(error), param="model", code="model_not_found") from error
-                self._bundles[name] = known
-            return known[1]
+            try:
+                return self._known(name, stamp)
+            except CorollaError as error:
+                raise ApiFailure(404, str(error), param="model", code="model_not_found") from error
+
+    def _known(self, name: str, stamp: Stamp) -> Partner:
+        """The partner of a folder as it is now; the lock is held."""
+        known = self._bundles.get(name)
+        if known is None or known[0] != stamp:
+            known = self._bundles[name] = (stamp, self._load(name, stamp))
+        return known[1]
 
     def _let_go(self, stamps: Mapping[str, Stamp]) -> None:
         """Those whose folder is gone or has changed."""
@@ -174,7 +178,10 @@ class Partners:
             return None
         try:
             bundle = load_bundle(self.folder / name)
-            if bundle.model.identity != self._identity:
+            if not bundle.model.identity:  # of peft's own: whether it fits is seen when it is loaded
+                with self._lock:
+                    self._known(name, stamp)
+            elif bundle.model.identity != self._identity:
                 raise UsageError(f"The bundle {name} is for {bundle.model.name}, not for {self.base.name}.")
             return bundle
         except CorollaError as error:
@@ -185,7 +192,7 @@ class Partners:
 
 def _stamp(folder: Path) -> Stamp | None:
     try:
-        about = (folder / BUNDLE_FILE).stat()
+        about = (folder / (PEFT_CONFIG if is_pefts(folder) else BUNDLE_FILE)).stat()
         inside = [one.stat() for one in folder.iterdir() if one.suffix in (".json", ".safetensors")]
     except OSError:
         return None

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from corolla.tuning.evaluate import Difference, Evaluation
     from corolla.tuning.tune import TuneResult
 
-MODES = ("ptune", "deep_ptune", "prefix")
+MODES = ("ptune", "deep_ptune", "prefix", "lora")
 INITS = ("vocab", "text", "random", "conversations")
 
 
@@ -51,9 +51,11 @@ class TuneJob:
     split: Annotated[str | None, "Hub data: which split, such as train."] = None
     out: Annotated[Path, "Where the bundle goes."] = Path("bundle")
     mode: Annotated[
-        str, "ptune, deep_ptune (a prompt for each block besides) or prefix (keys and values for each block)."
+        str,
+        "ptune, deep_ptune (a prompt for each block besides), prefix (keys and values for each block) or lora.",
     ] = "ptune"
     prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
+    rank: Annotated[int, "Of lora: numbers that each changed layer goes through."] = 8
     prompt_init: Annotated[
         str | None,
         "Start from vocab, text, random or conversations (default: vocab, of a prefix conversations).",
@@ -75,6 +77,8 @@ class TuneJob:
             raise UsageError(f"--mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         if self.prompt_tokens < 1:
             raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prompt needs at least 1 token.")
+        if self.rank < 1:
+            raise UsageError(f"--rank is {self.rank}; an adapter has a rank of at least 1.")
         if self.prompt_init not in (None, *INITS):
             raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
         if self.prompt_init is not None and (self.prompt_init == "text") != bool(self.prompt_text):
@@ -206,7 +210,8 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token, cache_dir=job.cache_dir)
     job.client.check_local(checkpoint.num_blocks)
-    check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
+    tokens = 0 if job.mode == "lora" else job.prompt_tokens
+    check_length(checkpoint.config, tokens, settings.rendering.max_length, job.model)
     conversations, report = load_conversations(
         job.data, speaker=job.speaker, persona=job.persona, split=job.split, token=job.token
     )
@@ -273,6 +278,7 @@ def train_and_report(
         job.model,
         tuning_mode=job.mode,
         pre_seq_len=job.prompt_tokens,
+        lora_rank=job.rank,
         prompt_init="text" if job.begins_with == "conversations" else job.begins_with,
         prompt_text=job.first_text(prepared, settings.seed),
         dtype=job.dtype,
@@ -283,7 +289,8 @@ def train_and_report(
         **replace(job.client, peers=tuple(peers)).arguments(),
     ) as model:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        say_plainly(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
+        size = f"rank {job.rank}" if job.mode == "lora" else f"{job.prompt_tokens} prompt tokens"
+        say_plainly(f"Training {trainable:,} numbers: {job.mode}, {size}")
         result = run(
             model,
             settings,

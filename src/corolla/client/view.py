@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from corolla.client.race import Race
-from corolla.client.sent_prefixes import SentPrefixes
+from corolla.client.sent_vectors import SentVectors
 from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
@@ -92,7 +92,7 @@ class SwarmView:
         self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self.heard)
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
-        self.sent_prefixes = SentPrefixes()
+        self.sent_vectors = SentVectors()
         # See `prefilled.ask_to_open`; whoever is forgotten is asked once more.
         self.lacking_bundles: LRUCache[str, str] = LRUCache(MOST_LACKING)
         self._mixed, self._local_blocks = config.mixed, config.local_blocks

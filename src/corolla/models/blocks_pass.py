@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.checks.tracing import replaced
 from corolla.models.crossing import Crossed, Crossing
+from corolla.models.lora import Hook
 from corolla.models.prompts import BlockHook
 
 _running: ContextVar[BlocksPass | None] = ContextVar("corolla_blocks_pass", default=None)
@@ -41,11 +42,19 @@ class BlocksPass:
     which has been done at the client, and something after the last, which is done there too.
     """
 
-    def __init__(self, blocks: nn.ModuleList, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]]) -> None:
-        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs."""
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        hidden: Tensor,
+        hooks: Sequence[Sequence[BlockHook]],
+        behind: Sequence[tuple[nn.Module, Hook]] = (),
+    ) -> None:
+        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs. Those `behind` layers
+        see, and may replace, what these give."""
         self._blocks = blocks
         self._hidden = hidden
         self._hooks = hooks
+        self._behind = behind
         self.left: Tensor | None = None
 
     @contextmanager
@@ -57,6 +66,7 @@ class BlocksPass:
         ]
         for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
             handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
+        handles += [layer.register_forward_hook(self._only_behind(hook)) for layer, hook in self._behind]
         token = _running.set(self)
         try:
             yield
@@ -79,6 +89,9 @@ class BlocksPass:
 
     def _only_here(self, hook: BlockHook) -> BlockHook:
         return lambda block, args: hook(block, args) if _running.get() is self else None
+
+    def _only_behind(self, hook: Hook) -> Hook:
+        return lambda layer, args, output: hook(layer, args, output) if _running.get() is self else None
 
 
 class _NoEmbedding(nn.Module):
@@ -148,9 +161,10 @@ class WideBlocksPass(BlocksPass):
         hooks: Sequence[Sequence[BlockHook]],
         cache: SpanCache | None,
         size: int,
+        behind: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> None:
         """Of what an earlier span has handed on, `cache` keeps all that there has been; a stream is `size` wide."""
-        super().__init__(blocks, crossed.hidden, hooks)
+        super().__init__(blocks, crossed.hidden, hooks, behind)
         self._size = size
         self._crossing = crossing
         self._crossed = crossed

@@ -98,7 +98,10 @@ def again_command(bundle: Described) -> str:
         words = ["corolla", "study", *studied, "--model", bundle.model.name]
     else:
         words = ["corolla", "tune", bundle.model.name, "--mode", bundle.mode]
-    words += ["--prompt-tokens", str(bundle.prompt_tokens)]
+    if bundle.mode == "lora":
+        words += _option("rank", said.get("rank"))
+    else:
+        words += ["--prompt-tokens", str(bundle.prompt_tokens)]
     if bundle.model.revision is not None:
         words += ["--revision", bundle.model.revision]
     if not studied:
@@ -142,7 +145,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 def summary(bundle: Described) -> str:
     """How it was trained, in half a sentence or more."""
     steps, best = bundle.training.get("steps"), bundle.metrics.get("step")
-    parts = [f"{bundle.mode}, {bundle.prompt_tokens} prompt tokens"]
+    parts = [bundle.what]
     if isinstance(steps, int):
         parts.append(f"{steps:,} steps")
     if isinstance(best, int) and best != steps:

@@ -29,9 +29,11 @@ from corolla.models.checkpoints import pretrained
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
 from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.lora import check_adapter
 from corolla.models.checks.prefixes import check_prefix
 from corolla.models.guard import check_reach, position_limit, switch_off_outputs
 from corolla.models.limits import check_tokens
+from corolla.models.lora import initial
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
 from corolla.models.shell import check_cached_length, what_enters
@@ -99,6 +101,15 @@ def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> Pr
         return None
     if request.tuning_mode == "prefix":
         return _first_prefix(model, checkpoint, request).to(model.device)
+    if request.tuning_mode == "lora":
+        if saving.head_names(model):
+            raise UsageError("A classifier has no LoRA yet: train it with tuning_mode='prefix' or 'ptune'.")
+        rank, most = request.lora_rank, model.config.hidden_size
+        if rank > most:
+            raise UsageError(f"lora_rank is {rank}; servers of this model take {most} at most.")
+        names = check_adapter(model.config, request.target_modules)
+        scaling = (2 * rank if request.lora_alpha is None else request.lora_alpha) / rank
+        return initial(model.config, names, rank, scaling, request.seed).to(model.device)
     blocks = checkpoint.num_blocks if request.tuning_mode == "deep_ptune" else 0
     vectors = _first_vectors(model.get_input_embeddings(), checkpoint, request)
     return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)

@@ -109,7 +109,8 @@ class AdapterCheck:
             if wanted is not None:
                 raise UsageError(
                     f"The adapter {name} is to change {wanted}, which is part of the blocks and stays on the servers: "
-                    "choose target_modules outside of the blocks, such as head and embeddings, or tune a prompt."
+                    "choose target_modules outside of the blocks, such as head and embeddings, or load the model with "
+                    "tuning_mode='lora', which trains LoRA there."
                 )
             self._seen[name] = adapter
 

@@ -197,9 +197,9 @@ class SpanSession:
         try:
             if bundle is not None:
                 reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
-            elif deep is not None and "prefix" in tensors:
+            elif deep is not None and deep.kept_by_servers:
                 ask = partial(request, channel)
-                reply = await view.sent_prefixes.ask(self.hop, packet, deep, ask, curious=True)
+                reply = await view.sent_vectors.ask(self.hop, packet, deep, ask, curious=True)
             else:
                 reply = await request(channel, packet)
         except BaseException:
