@@ -317,8 +317,8 @@ def _attend_new(
 def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """A stretch over what its table holds, its new tokens included."""
     sharing = one.count * query.shape[1] // cache[0].shape[1]
-    torch_is_quicker = rules.plain and (one.past == 0 or sharing < FEWEST_ROWS)
-    if not torch_is_quicker and one.count > 1 and can_attend(query, cache):
+    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not rules.plain)
+    if quick and one.count > 1 and can_attend(query, cache):
         own = query.narrow(2, one.begin, one.count)
         return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
     keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
