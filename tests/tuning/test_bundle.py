@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.covering import every_time
 from tests.swarm_fixture import MemorySwarm
 from tests.tuning.test_resume import largest_file
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, plain_model, prompt_for, settings
@@ -81,7 +82,9 @@ def test_peft_loads_a_trained_bundle_and_gives_the_same_logits(
         assert (untrained(**arguments).logits - mine).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune", "prefix", "lora"])
+@pytest.mark.parametrize(
+    "mode", every_time(["deep_ptune", "prefix", "lora"], of=["ptune", "deep_ptune", "prefix", "lora"])
+)
 def test_a_distributed_model_loads_a_bundle_trained_through_the_swarm(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path, mode: str
 ) -> None:

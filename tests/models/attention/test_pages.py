@@ -190,7 +190,7 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 TestPages = PagesMachine.TestCase
-TestPages.settings = settings(max_examples=100, stateful_step_count=40)
+TestPages.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 def test_pages_that_follow_each_other_are_preferred() -> None:

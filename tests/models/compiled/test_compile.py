@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.covering import covering
+from tests.models.conftest import INSTRUCTION_SETS, LANES
 from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
 
@@ -54,8 +56,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_size": 64},
 }
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
-
-each_compiled = pytest.mark.parametrize("family", COMPILED)
 
 
 @cache
@@ -103,9 +103,9 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / (1 + wanted.abs().max()))
 
 
-@pytest.mark.usefixtures("lanes")
-@each_compiled
-def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
+# Programs differ by family, the kernels that they call by instruction set, which the tests of kernels try one by one.
+@pytest.mark.parametrize(("lanes", "family"), covering(LANES, COMPILED, together=1), indirect=["lanes"])
+def test_every_family_is_compiled_and_computes_the_same(lanes: str, family: str) -> None:
     span = span_of(family)
     assert span.compile() is not None
     with torch.inference_mode():
@@ -116,9 +116,12 @@ def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
                 assert error(*crowd.step(seed)) < LESS_EXACT.get(family, EXACT), (len(lengths), seed)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@each_compiled
-def test_in_8_bits_too(family: str) -> None:
+@pytest.mark.parametrize(
+    ("instruction_set", "family"),
+    covering(INSTRUCTION_SETS, COMPILED, together=1),
+    indirect=["instruction_set"],
+)
+def test_in_8_bits_too(instruction_set: str, family: str) -> None:
     span = span_of(family, "int8")
     assert span.compile() is not None
     with torch.inference_mode():

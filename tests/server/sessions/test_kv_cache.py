@@ -255,7 +255,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from corolla.server.sessions import kv_cache
 from tests.server.sessions.test_kv_cache import BudgetMachine
 kv_cache.LOOK_AGAIN_SECONDS = 0.0
-how = settings(derandomize=True, deadline=None, max_examples=40, stateful_step_count=30, phases=[Phase.generate])
+how = settings(derandomize=True, deadline=None, max_examples=25, stateful_step_count=30, phases=[Phase.generate])
 run_state_machine_as_test(BudgetMachine, settings=how)
 """
 
@@ -430,7 +430,7 @@ def short_passes() -> Iterator[None]:
 @pytest.mark.usefixtures("short_passes")
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "mistral", "gemma2"])
 @given(made=steps(), with_prompts=st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=30)
 async def test_a_cache_is_what_its_history_says(
     family: str, made: list[dict[str, Any]], with_prompts: bool
 ) -> None:
