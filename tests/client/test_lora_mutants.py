@@ -129,7 +129,14 @@ def packed(span: Any, hidden: Tensor, adapters: AdapterRows | None) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
+NIGHTLY = (scale_forgotten, stale_digest, one_for_all)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [pytest.param(one, marks=[pytest.mark.nightly] if one in NIGHTLY else []) for one in CAUGHT_BY],
+    ids=lambda plant: plant.__name__,
+)
 def test_mutant(
     plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from corolla.client.connection import SwarmConnection
 from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import slice_config
 from corolla.models.prompts import BlockVectors
@@ -165,7 +165,7 @@ class SimulatedSwarm:
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
-            crossing=crossing_of(self.checkpoint.config),
+            cuts=cuts_of(self.checkpoint.config),
             owns_loop=False,
         )
         self._connections.append(connection)

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from corolla.errors import CorollaError
 from corolla.models.attention.packed_bloom import named_as_loaded
 from corolla.models.families import structure
-from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.linear import FrozenLinear
 from corolla.models.prompts import LoraAdapter
 
 Layers = Mapping[str, nn.Module]  # of a block, by name

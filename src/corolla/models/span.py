@@ -28,10 +28,10 @@ from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.lora import Adapter, AdapterRows, Hook, linear_layers, of_all
@@ -63,7 +63,7 @@ class Span:
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
     hidden_size: int  # H, the width of the hidden states
-    width: int  # W, of what enters the first block: H, and what else blocks need (`models/crossing.py`)
+    width: int  # W, of what enters the first block: H, and what else blocks need (`models/cut_layout.py`)
     width_behind: int  # W', of what leaves the last block
     feed_forward_size: int  # of the widest block
     heads: int  # of the block that has most
@@ -75,18 +75,18 @@ class Span:
         start: int,
         end: int,
         *,
-        crossing: Crossing,
+        cuts: CutLayout,
         packable: bool,
     ) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
-        self.crossing = crossing
+        self.cuts = cuts
         self.start = start
         self.end = end
         self.packable = packable
         self._blocks = blocks
         self.hidden_size = int(model.config.hidden_size)
-        self.width, self.width_behind = crossing.width(start), crossing.width(end)
+        self.width, self.width_behind = cuts.width(start), cuts.width(end)
         self.feed_forward_size = largest(model.config, "intermediate_size") or 4 * self.hidden_size
         self.heads = largest(model.config, "num_attention_heads") or 1
         self.cache_name = cache_argument(model.forward)
@@ -143,7 +143,7 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        view = Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
+        view = Span(model, self._blocks, start, end, cuts=self.cuts, packable=self.packable)
         view._whole = self._whole
         return view
 
@@ -189,7 +189,7 @@ class Span:
         form, so that no prefix can stand for them."""
         if self._whole is not self:
             return self._whole.key_values
-        if not self.crossing.plain or not self._empty_cache.keeps_everything:
+        if not self.cuts.plain or not self._empty_cache.keeps_everything:
             return None
         return cached_form(self)
 
@@ -305,7 +305,7 @@ class Span:
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            self._compiled = (compile_blocks(self) if self.crossing.plain and not self._latent else None,)
+            self._compiled = (compile_blocks(self) if self.cuts.plain and not self._latent else None,)
         return self._compiled[0]
 
     def run_packed(
@@ -334,7 +334,7 @@ class Span:
     ) -> Tensor:
         """The family's own code over what crosses the cut, [R, T, W]."""
         behind = [] if adapters is None else list(adapters.hooks(self.linear_layers))
-        if not self.crossing.plain:
+        if not self.cuts.plain:
             return self._run_wide(hidden, hooks, arguments, behind)
         one_pass = BlocksPass(self.blocks, hidden, hooks, behind)
         with one_pass.hooked():
@@ -346,16 +346,16 @@ class Span:
 
     def _run_wide(
         self,
-        crossing: Tensor,
+        entering: Tensor,
         hooks: Sequence[Sequence[BlockHook]],
         arguments: dict[str, Any],
         behind: Sequence[tuple[nn.Module, Hook]],
     ) -> Tensor:
         """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
-        crossed = self.crossing.split(crossing, self.start)
+        crossed = self.cuts.split(entering, self.start)
         cache = arguments.get(self.cache_name)
-        one_pass = WideBlocksPass(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size, behind)
-        tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
+        one_pass = WideBlocksPass(self.blocks, self.cuts, crossed, hooks, cache, self.hidden_size, behind)
+        tokens = torch.zeros(entering.shape[:2], dtype=torch.long, device=entering.device)
         with one_pass.hooked():
             self.model(input_ids=tokens, **arguments)
         if one_pass.left is None:
@@ -408,24 +408,22 @@ def load_span(
         match = pattern.match(key)
         if match is not None:
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
-    crossing = crossing_of(checkpoint.config)
-    model = _load_blocks(checkpoint, found, crossing, start, end, state, dtype)
-    return Span(
-        model.to(torch.device(device)), found.blocks, start, end, crossing=crossing, packable=packable
-    )
+    cuts = cuts_of(checkpoint.config)
+    model = _load_blocks(checkpoint, found, cuts, start, end, state, dtype)
+    return Span(model.to(torch.device(device)), found.blocks, start, end, cuts=cuts, packable=packable)
 
 
 def _load_blocks(
     checkpoint: Checkpoint,
     found: Structure,
-    crossing: Crossing,
+    cuts: CutLayout,
     start: int,
     end: int,
     state: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
-    model, info = load_parts(span_class(found, start, end, crossing), checkpoint, state, dtype)
+    model, info = load_parts(span_class(found, start, end, cuts), checkpoint, state, dtype)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise CheckpointError(

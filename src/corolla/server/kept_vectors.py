@@ -58,12 +58,11 @@ class KeptVectors(PeerCache[KnownVectors]):
     def with_known(
         self, peer: str, message: OpenSession | Forward | Backward, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """A request's tensors with those that it names for its blocks: they were sent, and are kept now, or are known.
+        """The tensors of a request with those that it names (`known`): they were sent, and are kept now, or are here.
 
         Raises `RequestRefused` (no_bundle).
         """
-        if message.known is None:
-            return tensors
+        assert message.known is not None  # callers ask
         key = f"{message.known}/{message.start}"
         # They came in the memory of all that was sent with them.
         sent = {name: tensors[name].clone() for name in BY_NAME if name in tensors}

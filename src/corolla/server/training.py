@@ -53,7 +53,9 @@ class TrainingRequest(Request):
         self.span = server.part(message)
         self._server = server
         self._lease = message.lease
-        self._tensors = server.kept.with_known(client.peer, message, tensors)
+        self._tensors = tensors
+        if message.known is not None:
+            self._tensors = server.kept.with_known(client.peer, message, tensors)
 
     @cached_property
     def sequences(self) -> Sequences:

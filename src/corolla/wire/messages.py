@@ -254,7 +254,7 @@ HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is open is taken for hung
 
 # name -> (shape, required). Optional tensors are left out of the frame.
-#   hidden     activations in the compute dtype: hidden states, and what else crosses the cut (models/crossing.py)
+#   hidden     activations in the compute dtype: hidden states, and what else crosses the cut (models/cut_layout.py)
 #   mask       bool, True where a token is real; left out when all are
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues

@@ -414,6 +414,7 @@ def test_from_pretrained_can_be_completed() -> None:
     auto, family = AutoDistributedModelForCausalLM, distributed_class("LlamaForCausalLM")
     signature = inspect.signature(auto.from_pretrained)
     assert inspect.signature(family.from_pretrained) == signature
+    assert signature.return_annotation is PreTrainedModel
     assert {"initial_peers", "tuning_mode", "allowed_servers", "blocked_servers"} < set(signature.parameters)
     assert not {"connection", "only", "trust"} & set(signature.parameters)
     for load in (auto.from_pretrained, family.from_pretrained):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from corolla.models.attention import packing
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
-from corolla.models.attention.packing import PackedBatch, Stretch, attend_one, segments_of
+from corolla.models.attention.packing import PackedBatch, TableSegment, attend_one, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.kernels.native import library
 
@@ -52,7 +52,7 @@ def cached_rows(
     return rows
 
 
-def parts_of(batch: PackedBatch) -> list[Stretch]:
+def parts_of(batch: PackedBatch) -> list[TableSegment]:
     """Of rows that have one table each."""
     return [part for segment in batch.segments for part in segment.parts]
 

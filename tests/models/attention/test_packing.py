@@ -171,7 +171,7 @@ def test_pages_apart_give_the_same(family: str) -> None:
     pool = fragmented_pool(span)
     probe = BlockTable(pool)
     probe.grow(PAGE + 1)
-    assert probe.stretch() is None
+    assert probe.contiguous_from() is None
     probe.free()
     apart = in_steps(span, pool, sequences, CUTS, prompts)
     for output, wanted in zip(apart, together, strict=True):

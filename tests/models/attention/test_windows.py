@@ -17,7 +17,7 @@ from torch import Tensor
 
 from corolla.models.attention import windows
 from corolla.models.attention.one_token_rows import Rules
-from corolla.models.attention.packing import PackedBatch, Segment, Stretch, segments_of
+from corolla.models.attention.packing import PackedBatch, Segment, TableSegment, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -322,12 +322,12 @@ def window_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
 
 def window_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Attention sees one token more than the family's own."""
-    visible = Stretch.visible
+    visible = TableSegment.visible
 
-    def wider(self: Stretch, window: int | None, device: torch.device) -> Tensor:
+    def wider(self: TableSegment, window: int | None, device: torch.device) -> Tensor:
         return visible(self, None if window is None else window + 1, device)
 
-    patch.setattr(Stretch, "visible", wider)
+    patch.setattr(TableSegment, "visible", wider)
 
 
 def position_for_what_is_held(patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
 from corolla.models.attention.one_token_rows import Rules
-from corolla.models.attention.packing import Stretch, attend_one
+from corolla.models.attention.packing import TableSegment, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import EDGE, LAYERS, miniature, random_model
@@ -42,23 +42,23 @@ def test_the_size_that_it_is_published_in_passes_and_the_answer_is_kept(family: 
     assert [check_family(AutoConfig.for_model(family)) for _ in range(2)] == [family not in UNPACKABLE] * 2
 
 
-def blind(one: Stretch, window: int | None, device: torch.device) -> Tensor:
+def blind(one: TableSegment, window: int | None, device: torch.device) -> Tensor:
     return torch.ones(one.count, one.past + one.count, dtype=torch.bool, device=device)
 
 
-def unslid(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def unslid(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     return attend_one(query, keys, values, one, dataclasses.replace(rules, window=None))
 
 
-def unscaled(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def unscaled(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     return attend_one(query, keys, values, one, dataclasses.replace(rules, scale=0.1))
 
 
-def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def sinkless(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     return attend_one(query, keys, values, one, dataclasses.replace(rules, sinks=None))
 
 
-def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     alone = dataclasses.replace(one, table=None, past=0)
     keys, values = keys[:, :, one.past :], values[:, :, one.past :]
     return attend_one(query, keys, values, alone, rules)
@@ -67,7 +67,7 @@ def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: 
 @pytest.mark.parametrize(
     ("family", "place", "mistake"),
     [
-        ("bloom", (Stretch, "visible"), blind),
+        ("bloom", (TableSegment, "visible"), blind),
         ("mistral", (packing, "attend_one"), unslid),
         ("granite", (packing, "attend_one"), unscaled),
         ("gpt_oss", (packing, "attend_one"), sinkless),

@@ -306,7 +306,7 @@ async def test_a_prompt_in_a_fork_has_what_it_reads_brought_together(world: OneS
     assert_same(found, world.reference.forward(tokens)[:, PAGE:])
     session = world.server.sessions.find("client", "2" * 16)
     assert session is not None
-    assert [table.stretch() is not None for table in session.block_tables[0].tables] == [True]
+    assert [table.contiguous_from() is not None for table in session.block_tables[0].tables] == [True]
     assert_same(await step(first, 20, tokens[:, 20:23]), world.reference.forward(tokens[:, :23])[:, 20:])
 
 

@@ -28,7 +28,7 @@ from corolla.models import prompts as prompt_math
 from corolla.models.checkpoints import pretrained
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.lora import check_adapter
 from corolla.models.checks.prefixes import check_prefix
 from corolla.models.guard import check_reach, position_limit, switch_off_outputs
@@ -68,7 +68,7 @@ def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> 
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
-        crossing=crossing_of(checkpoint.config),
+        cuts=cuts_of(checkpoint.config),
         observe=auditing(checkpoint, config.audit, dtype),
     )
 
@@ -186,7 +186,7 @@ def load_shell(
         what = families.INNER_OUTPUTS[option]
         log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
     model.requires_grad_(False).eval().to(request.device)
-    model._noted.note(model, but=missing)
+    model._changes.note(model, but=missing)
     if request.prompts is not None:
         saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)))
     if added:
@@ -194,14 +194,14 @@ def load_shell(
         if not 0 <= pad < words:
             raise UsageError(f"pad_token_id is {pad}; this model has {words} tokens, 0 to {words - 1}.")
         model.config.pad_token_id = pad
-    changed = model._noted.changed(model)
+    changed = model._changes.changed(model)
     model.requires_grad_(False)
     if model.get_output_embeddings() is not None:
         share_head(model)
     use_head_kernel(model, request.swarm.quantization)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in heads)
-    model._noted.note(model, but=changed)
+    model._changes.note(model, but=changed)
     return model
 
 

@@ -52,7 +52,7 @@ def copied(model: Any, memo: dict[int, Any]) -> Any:
     _copy_around(model, made, model.blocks_at.split("."), memo)
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config, memo)
-    made._noted.note(made, but=model._noted.changed(model))
+    made._changes.note(made, but=model._changes.changed(model))
     return made
 
 

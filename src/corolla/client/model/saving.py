@@ -45,7 +45,9 @@ PROMPTS = "prompts."  # what the names of a prompt's tensors begin with
 
 def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
     """Write the prompt, and what else was changed. Raises `BundleError`, and `UsageError` when there is nothing."""
-    changed = {name: one for name, one in model._noted.changed(model).items() if not name.startswith(PROMPTS)}
+    changed = {
+        name: one for name, one in model._changes.changed(model).items() if not name.startswith(PROMPTS)
+    }
     if model.prompts is None and not changed:
         raise UsageError(
             "A distributed model has no blocks to save and no prompt was trained: load it with "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, BlockTable, pages_for
-from corolla.models.kernels.native import library, pointer
+from corolla.models.kernels.native import kernels, library, pointer
 
 LANES = 16  # heads are a multiple of this wide where a kernel reads them
 THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking
@@ -68,9 +68,7 @@ class OneTokenRows:
         result = torch.empty(1, self._count, heads, width)
         tokens = [_strided(one) for one in (query, *(new or ()))]
         numbers, sinks, slopes = kernel_rules(rules, dim)
-        kernels = library()
-        assert kernels is not None  # `can_attend` asked
-        kernels.attend_rows(
+        kernels().attend_rows(
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
             *(() if new else (None, 0, 0) * 2),
             *(pointer(one) for one in (*cache, self._pages, self._lengths)),

@@ -32,7 +32,7 @@ QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 
 @dataclass
-class Stretch:
+class TableSegment:
     """New tokens of one sequence as blocks that share pages see them, behind the `past` ones of their table."""
 
     begin: int
@@ -49,11 +49,11 @@ class Stretch:
         """The packed token behind the last one."""
         return self.begin + self.count
 
-    def grow(self, table: BlockTable, room: int) -> Stretch:
+    def grow(self, table: BlockTable, room: int) -> TableSegment:
         """Take slots for the new tokens in that table."""
         self.table, self.past = table, table.length
         self.slots = table.grow(self.count, room)
-        self._first = table.stretch()
+        self._first = table.contiguous_from()
         return self
 
     @property
@@ -97,7 +97,7 @@ class Segment:
     room: int = 0  # tokens that the sequence may reach in the present call
     past: int = 0
     prepared: bool = False
-    parts: list[Stretch] = field(default_factory=list)  # one for each of the sequence's tables
+    parts: list[TableSegment] = field(default_factory=list)  # one for each of the sequence's tables
 
     @property
     def end(self) -> int:
@@ -107,11 +107,11 @@ class Segment:
     def prepare(self, before: int = 0) -> None:
         """Take slots for the new tokens; once, before the first block. A prefix is `before` what is not cached."""
         if self.sequence is None:
-            self.parts = [Stretch(self.begin, self.count, past=before)]
+            self.parts = [TableSegment(self.begin, self.count, past=before)]
             return
         self.past, self.prepared = self.sequence.length, True
         self.parts = [
-            Stretch(self.begin, self.count).grow(table, room)
+            TableSegment(self.begin, self.count).grow(table, room)
             for table, room in self.sequence.with_rooms(self.room)
         ]
         self.sequence.length = self.past + self.count
@@ -129,7 +129,7 @@ def segments_of(lengths: Sequence[int], sequences: Sequence[CachedSequence] | No
 class _Table:
     """The new tokens as the blocks of one of the pool's tables see them."""
 
-    def __init__(self, parts: Sequence[Stretch]) -> None:
+    def __init__(self, parts: Sequence[TableSegment]) -> None:
         self.parts = list(parts)
         slots = [one.slots for one in self.parts if one.slots is not None]
         self.slots = torch.cat(slots) if slots else None
@@ -189,7 +189,7 @@ class PackedBatch:
         _write(table, cache, (latent, rotary))
         self._latents[block] = table, cache
 
-    def held(self, block: int) -> list[tuple[Stretch, Tensor, Tensor]]:
+    def held(self, block: int) -> list[tuple[TableSegment, Tensor, Tensor]]:
         """Each sequence's new tokens, with all its latents [1, 1, S, L] and rotary parts, if `keep` was given any."""
         if block not in self._latents:
             return []
@@ -272,9 +272,9 @@ def packed_attention(
 
 
 def _attend_latents(
-    attention: Any, query: Tensor, rules: Rules, one: Stretch, latents: Tensor, rotary: Tensor
+    attention: Any, query: Tensor, rules: Rules, one: TableSegment, latents: Tensor, rotary: Tensor
 ) -> Tensor:
-    """A stretch over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
+    """A segment over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
     query = query.narrow(2, one.begin, one.count)
     short = absorbed(attention, latents, rotary)
     if not short.pays(one.count, int(latents.shape[2])):
@@ -300,22 +300,22 @@ def side_by_side(parts: list[Tensor]) -> Tensor:
 
 
 def _attend_new(
-    one: Stretch,
+    one: TableSegment,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rules: Rules,
     before: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """A stretch over its own new tokens, and what is before them."""
+    """A segment over its own new tokens, and what is before them."""
     query, key, value = (tensor.narrow(2, one.begin, one.count) for tensor in (query, key, value))
     if before is not None:
         key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
     return attend_one(query, key, value, one, rules)
 
 
-def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
-    """A stretch over what its table holds, its new tokens included."""
+def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
+    """A segment over what its table holds, its new tokens included."""
     sharing = one.count * query.shape[1] // cache[0].shape[1]
     quick = one.past > 0 and (sharing >= FEWEST_ROWS or not rules.plain)
     if quick and one.count > 1 and can_attend(query, cache):
@@ -336,7 +336,7 @@ def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], ru
     return result
 
 
-def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     """One sequence's attention: `query` [1, heads, T, D] at the end of `keys` [1, kv_heads, S, D]."""
     if one.count > QUERY_TOKENS:
         return _attend_in_pieces(query, keys, values, one, rules)
@@ -360,20 +360,20 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules:
     )
 
 
-def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     """A long sequence, some new tokens after the other: no operator takes long, and scores that are written out are
     fewer at a time."""
     parts = []
     for begin in range(0, one.count, QUERY_TOKENS):
         end = min(begin + QUERY_TOKENS, one.count)
         seen = one.past + end
-        piece = Stretch(0, end - begin, past=one.past + begin)
+        piece = TableSegment(0, end - begin, past=one.past + begin)
         parts.append(attend_one(query[:, :, begin:end], keys[:, :, :seen], values[:, :, :seen], piece, rules))
     return torch.cat(parts, dim=2)
 
 
 def _attend_plainly(
-    query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules, window: int | None
+    query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules, window: int | None
 ) -> Tensor:
     """With the scores written out; softmax in float32 at least, as the families' own eager code does."""
     groups = query.shape[1] // keys.shape[1]

@@ -77,7 +77,7 @@ def _same(whole: PreTrainedModel, spans: list[Span], values: Tensor, targets: tu
     ids = torch.randint(3, 64, (ROWS, TOKENS))
     mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
     mask[0, :2] = 0
-    with watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].cuts) as seen:
         changed = _changed_weights(whole, spans, values, targets)
         functional_call(whole, changed, (), {"input_ids": ids, "attention_mask": mask, "use_cache": False})
     hidden, names = seen.entered[0].detach(), as_tensor(targets)

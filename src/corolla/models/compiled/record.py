@@ -25,8 +25,8 @@ from corolla.models.attention.one_token_rows import Rules
 from corolla.models.kernels.experts import Experts
 from corolla.models.kernels.fused import FusedPart
 from corolla.models.kernels.int8 import Int8Linear
-from corolla.models.kernels.narrow import NarrowLinear, as_it_is
-from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.linear import FrozenLinear, NarrowLinear
+from corolla.models.kernels.narrow import as_it_is
 
 UNKNOWN = "unknown"  # an operator that is not understood; `what` says why
 HIDDEN, POSITIONS = 0, 1  # storages of what goes in

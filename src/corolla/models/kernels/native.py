@@ -94,6 +94,13 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def kernels() -> ctypes.CDLL:
+    """`library()`, for those who know that it is there."""
+    found = library()
+    assert found is not None
+    return found
+
+
 @lru_cache(maxsize=8)
 def loaded(compiler: str, cache: Path, limit: str) -> ctypes.CDLL | None:
     """The same for the newest instruction set within a limit, built by `compiler`; None if its results are wrong.

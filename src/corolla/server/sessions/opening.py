@@ -28,7 +28,9 @@ class OpenRequest:
         self._server = server
         self._client = client
         self._message = message
-        self._given = server.kept.with_known(client.peer, message, tensors)
+        self._given = tensors
+        if message.known is not None:
+            self._given = server.kept.with_known(client.peer, message, tensors)
 
     @cached_property
     def span(self) -> Span:

@@ -16,7 +16,7 @@ from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
-from corolla.client.sessions import prefilled as client_prefilled
+from corolla.client.sessions import named_prompt
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -24,8 +24,7 @@ from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
 from corolla.models.prompts import SoftPrompt
 from corolla.server.scheduler.engine import Kind
-from corolla.server.sessions import opening
-from corolla.server.sessions import prefilled as server_prefilled
+from corolla.server.sessions import opening, prefilled
 
 MODES = ["ptune", "deep_ptune"]
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -140,7 +139,7 @@ def test_a_server_holds_what_a_client_would_have_made(
         peers = chats.serve(*SPANS, quantization=quantization)
         model = chats.client(dtype=torch.promote_types(dtype, torch.float32))
         chain, hidden, outputs = _prompt_alone(chats, model)
-        name = client_prefilled.NamedPrompt.of(model.prompts.input, model.prompts.deep, hidden).name.digest
+        name = named_prompt.NamedPrompt.of(model.prompts.input, model.prompts.deep, hidden).name.digest
         for peer, span in zip(peers, chain.spans, strict=True):
             server = chats.swarm.servers[peer]
             bundle = server.bundles[name]
@@ -408,25 +407,25 @@ def shared_page_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def deep_prompts_forgotten_by_the_server(patch: pytest.MonkeyPatch) -> None:
-    through = server_prefilled.EnteringPrompt.through
+    through = prefilled.EnteringPrompt.through
 
     def shallow(self: Any, span: Any, batch: Any) -> Any:
         return dataclasses.replace(through(dataclasses.replace(self, deep=None), span, batch), deep=self.deep)
 
-    patch.setattr(server_prefilled.EnteringPrompt, "through", shallow)
+    patch.setattr(prefilled.EnteringPrompt, "through", shallow)
 
 
 def blocks_before_the_span_left_out(patch: pytest.MonkeyPatch) -> None:
-    before = server_prefilled.before_span
+    before = prefilled.before_span
     patch.setattr("tests.swarm_fixture.before_span", lambda *args, **rest: before(*args[:2], 0, **rest))
 
 
 def outputs_of_another_block(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(server_prefilled.PrefilledPrompt, "outputs_of", lambda self, _span: self.outputs[0])
+    patch.setattr(prefilled.PrefilledPrompt, "outputs_of", lambda self, _span: self.outputs[0])
 
 
 def one_column_too_few(patch: pytest.MonkeyPatch) -> None:
-    prompt = client_prefilled.PrefilledPrompt
+    prompt = named_prompt.PromptOutputs
     left = prompt.left_to_send
 
     def early(self: Any, step: Any, tensors: Any) -> Any:
@@ -436,8 +435,8 @@ def one_column_too_few(patch: pytest.MonkeyPatch) -> None:
 
 
 def deep_prompts_not_in_the_name(patch: pytest.MonkeyPatch) -> None:
-    digest = client_prefilled.digest
-    for module in (client_prefilled, server_prefilled):
+    digest = named_prompt.digest
+    for module in (named_prompt, prefilled):
         patch.setattr(module, "digest", lambda vectors, _deep, dtype: digest(vectors, None, dtype))
 
 
