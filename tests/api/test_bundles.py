@@ -86,11 +86,13 @@ def test_bundles_come_reply_and_go(worlds: Worlds) -> None:
         assert found.choices[0].message.content == expected(world, prompt, world.prompt(talk), 10)
     assert found.usage is not None
     assert found.usage.prompt_tokens_details.cached_tokens == found.usage.prompt_tokens - 1
+    kept = world.api.generator.pool.count
     shutil.rmtree(world.bundles / "poet")
     write_bundle(world.bundles / "new", world.folder, identity, seed=3)
     assert [one.id for one in client.models.list()] == [BASE, "cook", "new", "scout", "seer"]
     with pytest.raises(NotFoundError):
         client.chat.completions.create(model="poet", messages=ASK)
+    assert world.api.generator.pool.count < kept, "nobody will go on with its conversations"
     # Another bundle in the same place is another model.
     shutil.rmtree(world.bundles / "new")
     other = write_bundle(world.bundles / "new", world.folder, identity, seed=4)

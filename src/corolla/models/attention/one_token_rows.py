@@ -1,6 +1,6 @@
-"""Attention of sequences that have been given one token each, in one call of a kernel.
+"""Attention by a kernel, in one call: of sequences that have been given one token each, or of one with several.
 
-Invariant: what the kernel computes is what `packing.attend_one` does, for the same rules.
+Invariant: what the kernels compute is what `packing.attend_one` does, for the same rules.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ class Rules:
     softcap: float | None = None
     sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
     slopes: Tensor | None = None  # [heads], alibi
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention knows all of them."""
+        return self.softcap is None and self.sinks is None and self.slopes is None
 
 
 class OneTokenRows:
@@ -79,6 +84,26 @@ class OneTokenRows:
             *(pointer(scores), self.room, pointer(result), threads),
         )
         return result
+
+
+def attend_stretch(
+    query: Tensor, cache: tuple[Tensor, Tensor], pages: Tensor, past: int, rules: Rules
+) -> Tensor:
+    """[1, T, heads, V] for `query` [1, heads, T, D], the last tokens of a sequence on `pages`, int32, behind `past`
+    others, all in a block's `cache` [slots, kv_heads, D] and [.., .., V]."""
+    heads, count, dim, width = query.shape[1], query.shape[2], query.shape[3], cache[1].shape[-1]
+    result = torch.empty(1, count, heads, width)
+    query = _strided(query)
+    numbers, sinks, slopes = kernel_rules(rules, dim)
+    kernels = library()
+    assert kernels is not None  # `can_attend` asked
+    kernels.attend_stretch(
+        *(pointer(query), query.stride(1), query.stride(2)),
+        *(pointer(one) for one in (*cache, pages)),
+        *(past, count, heads, cache[0].shape[1], dim, width, PAGE),
+        *(*numbers, pointer(sinks), pointer(slopes), pointer(result), torch.get_num_threads()),
+    )
+    return result
 
 
 def kernel_rules(rules: Rules, dim: int) -> tuple[tuple[float, float, int], Tensor | None, Tensor | None]:

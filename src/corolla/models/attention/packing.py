@@ -21,12 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models.attention.latent import absorbed
-from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
+from corolla.models.attention.one_token_rows import OneTokenRows, Rules, attend_stretch, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
+FEWEST_ROWS = 16  # queries that share keys, from which our kernel for several tokens is quicker than torch's
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 
@@ -39,7 +40,7 @@ class TableSegment:
     table: BlockTable | None = None
     past: int = 0
     slots: Tensor | None = None
-    _pages: Tensor | None = None  # where its pages do not follow each other
+    _pages: Tensor | None = None  # int32, of all its tokens
     _first: int | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -53,19 +54,26 @@ class TableSegment:
         self.table, self.past = table, table.length
         self.slots = table.grow(self.count, room)
         self._first = table.contiguous_from()
-        if self._first is None:
-            self._pages = torch.tensor(table.pages[: pages_for(table.length)])
         return self
+
+    @property
+    def pages(self) -> Tensor:
+        """Where all its tokens lie, int32."""
+        if self._pages is None:
+            assert self.table is not None
+            self._pages = torch.tensor(
+                self.table.pages[: pages_for(self.past + self.count)], dtype=torch.int32
+            )
+        return self._pages
 
     def cached(self, turned: Tensor) -> Tensor:
         """All tokens of the table, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
         total = self.past + self.count
         if self._first is not None:
             return turned.narrow(2, self._first * PAGE, total)
-        assert self._pages is not None
         store = turned[0].transpose(0, 1)
         paged = store.view(-1, PAGE, *store.shape[1:])
-        found = paged.index_select(0, self._pages.to(store.device)).flatten(0, 1)[:total]
+        found = paged.index_select(0, self.pages.to(store.device)).flatten(0, 1)[:total]
         return found.transpose(0, 1).unsqueeze(0)
 
     def visible(self, window: int | None, device: torch.device) -> Tensor:
@@ -339,6 +347,11 @@ def _attend_new(
 
 def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """A segment over what its table holds, its new tokens included."""
+    sharing = one.count * query.shape[1] // cache[0].shape[1]
+    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not rules.plain)
+    if quick and one.count > 1 and can_attend(query, cache):
+        own = query.narrow(2, one.begin, one.count)
+        return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
     keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
     return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
 
@@ -367,7 +380,7 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, r
     window, total = rules.window, int(keys.shape[2])
     if window is not None and total <= window:
         window = None
-    if any(one is not None for one in (rules.softcap, rules.sinks, rules.slopes)):  # not in the fused kernel
+    if not rules.plain:  # not in the fused kernel
         return _attend_plainly(query, keys, values, one, rules, window)
     if (more := query.shape[-1] - values.shape[-1]) > 0 and one.count > 1 and query.device.type == "cpu":
         # torch's fused kernel for CPUs takes heads of one width only.

@@ -57,6 +57,7 @@ _SIGNATURES = {
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
     "attend_rows": "pll" * 4 + "ppppp" + "llllllll" + "ffl" + "pp" + "plp" + "i",
+    "attend_stretch": "pllppplllllllffl" + "pp" + "pi",
     "run_program": "plpppp" + "i",
 }
 

@@ -1,4 +1,4 @@
-/* Attention of sequences that have one new token each, over keys and values on pages.
+/* Attention over keys and values on pages: of sequences that have one new token each, and of one that has many.
  *
  * Invariant: as in native.c; a row's result does not depend on the rows beside it.
  */
@@ -213,5 +213,182 @@ void attend_rows(const float *query, int64_t query_head, int64_t query_row, cons
                          query + row * query_row + head * query_head, query_head, out + (row * heads + head) * width,
                          scores + thread_number() * group * room, room);
         }
+    }
+}
+
+/* --- many new tokens of one sequence --------------------------------------------------------------------- */
+
+/* A row is one head's query of one token; TILE rows that share keys lie side by side in vectors, so that neither the
+ * greatest score nor a sum goes across lanes. Keys are taken BLOCK at a time with what a softmax of those before needs
+ * (Dao et al. 2022, arXiv:2205.14135), blocks begin where they do for every row, and what a row does not see changes
+ * none of its bits: so they do not depend on how a prompt is cut. */
+#define VECTORS 2
+#define TILE (VECTORS * LANES)
+#define BLOCK 48
+#define KEYS (REGISTERS > 16 ? 12 : 6) /* whose scores of a tile fit into registers; a divisor of BLOCK */
+#define MIXED (REGISTERS > 16 ? 4 : 2) /* rows whose sums of four vectors do */
+#define TILES 2                        /* that one thread takes together, so that a block is read once for them */
+#define UNSEEN (-1e30f)
+
+typedef struct {
+    float top[TILE], total[TILE], slope[TILE]; /* total: of the weights so far */
+    int32_t at[TILE];                          /* the rows' tokens, counted from the sequence's first one */
+    int32_t first, last;                       /* of those */
+    float *query, *out;                        /* [dim][TILE] and [TILE][width] */
+} Tile;
+
+/* weights [BLOCK][TILE]: scores of a block's keys. */
+INLINE void score_block(const Tile *tile, const float *const *keys, int64_t dim, float scale, float *weights) {
+    for (int first = 0; first < BLOCK; first += KEYS) {
+        vf sums[KEYS][VECTORS] = {{{0}}};
+        for (int64_t d = 0; d < dim; d++) {
+            vf query[VECTORS];
+            for (int v = 0; v < VECTORS; v++) query[v] = load(tile->query + d * TILE + v * LANES);
+            for (int k = 0; k < KEYS; k++)
+                for (int v = 0; v < VECTORS; v++) sums[k][v] += query[v] * keys[first + k][d];
+        }
+        for (int k = 0; k < KEYS; k++)
+            for (int v = 0; v < VECTORS; v++) store(weights + (first + k) * TILE + v * LANES, sums[k][v] * scale);
+    }
+}
+
+/* Which of LANES rows see token `key`. */
+INLINE vi seen_by(const Attention *a, vi rows, int32_t key) {
+    vi seen = rows >= key;
+    return a->window ? seen & (rows - (int32_t)a->window < key) : seen;
+}
+
+/* Scores of a block that begins with token `begin` to weights; gives by what earlier sums are multiplied. */
+INLINE void weigh_block(const Attention *a, Tile *tile, int32_t begin, float *weights, float *factors) {
+    int whole = begin + BLOCK - 1 <= tile->first && (!a->window || begin > tile->last - a->window);
+    for (int v = 0; v < VECTORS; v++) {
+        vf before = load(tile->top + v * LANES), top = before, slope = load(tile->slope + v * LANES);
+        vi rows = load_whole(tile->at + v * LANES);
+        for (int k = 0; k < BLOCK; k++) {
+            float *own = weights + k * TILE + v * LANES;
+            vf scores = load(own);
+            if (a->slopes) scores += slope * (float)(begin + k);
+            if (a->softcap)
+                for (int i = 0; i < LANES; i++) scores[i] = a->softcap * tanhf(scores[i] / a->softcap);
+            if (!whole) {
+                vi seen = seen_by(a, rows, begin + k);
+                scores = (vf)(((vi)scores & seen) | ((vi)((vf){0} + UNSEEN) & ~seen));
+            }
+            store(own, scores);
+            top = max_lanes(scores, top);
+        }
+        vf factor = exp_lanes(before - top), total = load(tile->total + v * LANES) * factor;
+        for (int k = 0; k < BLOCK; k++) {
+            float *own = weights + k * TILE + v * LANES;
+            vf weight = exp_lanes(load(own) - top);
+            if (!whole) weight = (vf)((vi)weight & seen_by(a, rows, begin + k));
+            store(own, weight);
+            total += weight;
+        }
+        store(tile->top + v * LANES, top), store(tile->total + v * LANES, total), store(factors + v * LANES, factor);
+    }
+}
+
+/* `lanes` vectors of each row's sum, from number `own` on. */
+INLINE void mix_some(const Tile *tile, const float *const *values, int64_t width, const float *weights,
+                     const float *factors, int64_t own, const int lanes) {
+    for (int row = 0; row < TILE; row += MIXED) {
+        float *out = tile->out + row * width + own;
+        vf sums[MIXED][4];
+        for (int r = 0; r < MIXED; r++)
+            for (int l = 0; l < lanes; l++) sums[r][l] = load(out + r * width + l * LANES) * factors[row + r];
+        for (int k = 0; k < BLOCK; k++) {
+            const float *weight = weights + k * TILE + row;
+            for (int l = 0; l < lanes; l++) {
+                vf value = load(values[k] + own + l * LANES);
+                for (int r = 0; r < MIXED; r++) sums[r][l] += value * weight[r];
+            }
+        }
+        for (int r = 0; r < MIXED; r++)
+            for (int l = 0; l < lanes; l++) store(out + r * width + l * LANES, sums[r][l]);
+    }
+}
+
+INLINE void mix_block(const Tile *tile, const float *const *values, int64_t width, const float *weights,
+                      const float *factors) {
+    int64_t own = 0;
+    for (; own + 4 * LANES <= width; own += 4 * LANES) mix_some(tile, values, width, weights, factors, own, 4);
+    for (; own < width; own += LANES) mix_some(tile, values, width, weights, factors, own, 1);
+}
+
+/* The tile's rows from `row` on, of the `rows` that share the keys of `kv`; those behind them are nobody's. */
+INLINE void begin_tile(const Attention *a, Tile *tile, Tokens query, int64_t kv, int64_t row, int64_t rows,
+                       int64_t past) {
+    int64_t group = a->heads / a->kv_heads;
+    memset(tile->out, 0, (size_t)(TILE * a->width) * sizeof(float));
+    for (int r = 0; r < TILE; r++) {
+        int64_t own = row + r < rows ? row + r : rows - 1, head = kv * group + own % group, token = own / group;
+        const float *from = query.data + head * query.head + token * query.row;
+        for (int64_t d = 0; d < a->dim; d++) tile->query[d * TILE + r] = from[d];
+        tile->at[r] = (int32_t)(past + token);
+        tile->top[r] = a->sinks ? a->sinks[head] : UNSEEN;
+        tile->total[r] = a->sinks ? 1.0f : 0.0f;
+        tile->slope[r] = a->slopes ? a->slopes[head] : 0.0f;
+    }
+    tile->first = tile->at[0], tile->last = tile->at[TILE - 1];
+}
+
+INLINE void end_tile(const Attention *a, const Tile *tile, int64_t kv, int64_t row, int64_t rows, float *out) {
+    int64_t group = a->heads / a->kv_heads;
+    for (int r = 0; r < TILE && row + r < rows; r++) {
+        float *to = out + ((row + r) / group * a->heads + kv * group + (row + r) % group) * a->width;
+        for (int64_t d = 0; d < a->width; d += LANES)
+            store(to + d, load(tile->out + r * a->width + d) / tile->total[r]);
+    }
+}
+
+/* TILES tiles from `row` on. */
+static void attend_tiles(const Attention *a, const float *keys, const float *values, const int32_t *pages,
+                         Tokens query, int64_t kv, int64_t row, int64_t rows, int64_t past, float *out) {
+    int count = (int)((rows - row + TILE - 1) / TILE);
+    if (count > TILES) count = TILES;
+    float weights[BLOCK * TILE] __attribute__((aligned(64))), factors[TILE];
+    float queries[count * a->dim * TILE] __attribute__((aligned(64)));
+    float outs[count * TILE * a->width] __attribute__((aligned(64)));
+    Tile tiles[TILES];
+    for (int t = 0; t < count; t++) {
+        tiles[t].query = queries + t * a->dim * TILE, tiles[t].out = outs + t * TILE * a->width;
+        begin_tile(a, tiles + t, query, kv, row + t * TILE, rows, past);
+    }
+    int64_t end = tiles[count - 1].last + 1, begin = a->window ? tiles[0].first - a->window + 1 : 0;
+    for (int64_t at = begin > 0 ? begin / BLOCK * BLOCK : 0; at < end; at += BLOCK) {
+        const float *key[BLOCK], *value[BLOCK];
+        for (int64_t k = 0; k < BLOCK; k++) { /* nothing behind the last token is read */
+            int64_t token = at + k < end ? at + k : end - 1;
+            key[k] = place_of(a, keys, pages, token, kv, a->dim);
+            value[k] = place_of(a, values, pages, token, kv, a->width);
+        }
+        for (int t = 0; t < count; t++) {
+            if (at > tiles[t].last) continue;
+            score_block(tiles + t, key, a->dim, a->scale, weights);
+            weigh_block(a, tiles + t, (int32_t)at, weights, factors);
+            mix_block(tiles + t, value, a->width, weights, factors);
+        }
+    }
+    for (int t = 0; t < count; t++) end_tile(a, tiles + t, kv, row + t * TILE, rows, out);
+}
+
+/* out [count, heads, width]: `count` queries at the end of the sequence on `pages`, behind `past` tokens of it; all else
+ * as in attend_rows, but that new keys and values are in the caches. */
+void attend_stretch(const float *query, int64_t query_head, int64_t query_row, const float *keys, const float *values,
+                    const int32_t *pages, int64_t past, int64_t count, int64_t heads, int64_t kv_heads, int64_t dim,
+                    int64_t width, int64_t page, float scale, float softcap, int64_t window, const float *sinks,
+                    const float *slopes, float *out, int threads) {
+    Attention a = {heads, kv_heads, dim, width, page, 0, scale, softcap, window, sinks, slopes};
+    Tokens queries = {query, query_head, query_row};
+    int64_t rows = count * (heads / kv_heads), each = (rows + TILES * TILE - 1) / (TILES * TILE);
+    int cpu = this_cpu();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        keep_apart(cpu);
+#pragma omp for schedule(dynamic)
+        for (int64_t one = each * kv_heads - 1; one >= 0; one--) /* those that see most first */
+            attend_tiles(&a, keys, values, pages, queries, one % kv_heads, one / kv_heads * TILES * TILE, rows, past,
+                         out);
     }
 }

@@ -166,6 +166,11 @@ class StepRequest(Request):
         """See `Request`."""
         return self._total - self._at
 
+    @property
+    def behind(self) -> int:
+        """See `Request`."""
+        return self.rows * (self.session.before + self._position) + self._at
+
     @cached_property
     def _inputs(self) -> Tensor:
         """[n, H] of the tokens that are not padding."""
