@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from corolla.models.attention.prefixes import KeyValueForm
-from corolla.models.kernels.narrow import NarrowLinear, as_it_is, narrow_form
+from corolla.models.kernels.linear import NarrowLinear
+from corolla.models.kernels.narrow import as_it_is, narrow_form
 
 Keep = Callable[[int, Tensor, Tensor], None]
 # Numbers that are made of a sequence's latents at once; beyond, only the absorbed form is used.
