@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,17 @@ def test_what_servers_do_not_compute_is_refused(
     adapted(pair.local, tmp_path, **options)
     with pytest.raises(BundleError, match=sentence):
         pair.model(prompts=tmp_path)
+
+
+def test_a_config_that_makes_no_numbers_is_refused(pair_of: PairOf, tmp_path: Path) -> None:
+    pair = pair_of("llama")
+    adapted(pair.local, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    for wrong in ({"alpha_pattern": ["q_proj"]}, {"alpha_pattern": 5}, {"lora_alpha": float("nan")}):
+        path.write_text(json.dumps(plain | wrong))
+        with pytest.raises(BundleError, match=next(iter(wrong))):
+            pair.model(prompts=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class OpenRequest:
     def _session(self) -> Session:
         server, given, message = self._server, self._given, self._message
         prompts = given.get("prompts") if self.bundle is None else self.bundle.deep_of(self.span)
-        public = message.known is not None and message.known in server.kept.public
+        public = server.kept.of_operator(message) is not None
         return Session(
             self.span,
             server.budget,
