@@ -15,6 +15,9 @@ KERNELS := tests/models/kernels tests/models/compiled tests/models/attention/tes
 AVX2   := COROLLA_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 SOME   := startcheck or ((none-llama or deep_ptune-llama) and not Trainers)
 
+# `make check test`: types are checked beside the tests, since mypy uses one core.
+MAKEFLAGS += --jobs=2
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-avx2 check bench bench-avx2 nightly docs clean
 
@@ -47,7 +50,8 @@ $(OLDEST)/.installed: $(STAMP)
 test: setup $(OLDEST)/.installed  ## all tests but the nightly ones; on the oldest transformers the ways to call a model
 	$(PYTEST) -m 'not nightly'
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly' -k '$(SOME)' $(WAYS)
-	$(AVX2) $(PYTEST) -m 'not nightly' -k 'not plain' $(KERNELS)
+	@# A CPU without AVX-512 is already what the variables make this one look like.
+	! grep -qs avx512f /proc/cpuinfo || $(AVX2) $(PYTEST) -m 'not nightly' -k 'not plain' $(KERNELS)
 
 test-avx2: setup ## all tests but the nightly ones, as on a CPU with AVX2 and nothing newer
 	$(AVX2) $(PYTEST) -m 'not nightly'

@@ -1,11 +1,11 @@
 """What the API costs, over a swarm of two server processes with SmolLM2-135M on this machine.
 
-    python -m benchmarks.api [--streams 8 32] [--first] [--beside URL MODEL]
+    python -m benchmarks.api [--streams 8 32] [--repeats 3] [--llama PYTHON] [--first]
 
 --streams: total tokens/s of so many streams of the API, beside what the same sessions get from one Python client on
-that swarm; the replies must be the same, token by token. --first: the time to the first token of a conversation that
-goes on with 2,000 tokens behind it, beside that of a new one with as many new tokens. --beside measures the streams of
-another server of OpenAI's interface too, such as llama.cpp's own over the same weights.
+that swarm, in turns; the replies must be the same, token by token. --llama: beside llama.cpp's own server on the same
+GGUF too, by a Python that has llama-cpp-python[server]. --first: the time to the first token of a conversation that
+goes on with 2,000 tokens behind it, beside that of a new one with as many new tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import torch
 from corolla.cli.local_swarm import local_swarm
 from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
 from corolla.client.model.loading import load_tokenizer
+from corolla.models.checkpoints.gguf import embedded_gguf
 
 MODEL = "smollm2"
 TOKENS = 32  # of a reply
@@ -58,6 +61,36 @@ def api(peers: Sequence[str]) -> Iterator[str]:
             process.wait(60)
 
 
+@contextlib.contextmanager
+def llama_server(python: str) -> Iterator[str]:
+    """The URL of llama.cpp's own server, on the same file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options: dict[str, object] = {
+        "model": embedded_gguf(),
+        "port": port,
+        "n_ctx": 1024,
+        "n_threads": os.cpu_count(),
+    }
+    # By default a new request ends the one that is under way.
+    options |= {"interrupt_requests": False, "verbose": False}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    process = subprocess.Popen(
+        [python, "-m", "llama_cpp.server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while True:
+            assert process.poll() is None
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 async def stream(url: str, model: str, messages: Sequence[Any], most: int) -> tuple[float, str, Any]:
     """Seconds to the first text, the text, and the usage. By hand, so that nothing of the CPU is spent here."""
     host, _, port = url.removeprefix("http://").partition(":")
@@ -65,39 +98,41 @@ async def stream(url: str, model: str, messages: Sequence[Any], most: int) -> tu
     body = json.dumps(asked | {"stream_options": {"include_usage": True}}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     reader, writer = await asyncio.open_connection(host, int(port), limit=2**20)
-    began, first, text, usage = time.perf_counter(), 0.0, "", None
+    began, first, text, usage, pieces = time.perf_counter(), 0.0, "", None, 0
     writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
     async for line in reader:
+        if line.startswith(b"data: [DONE]"):  # not every server closes the connection then
+            break
         if line.startswith(b"data: {"):
             chunk = json.loads(line[6:])
             usage = chunk.get("usage") or usage
             said = (chunk["choices"][0]["delta"].get("content") or "") if chunk["choices"] else ""
             first = first or (time.perf_counter() - began if said else 0.0)
-            text += said
+            text, pieces = text + said, pieces + bool(said)
     writer.close()
-    return first, text, usage
+    # llama.cpp's server tells no usage in a stream, which has a piece for each token.
+    return first, text, usage or {"completion_tokens": pieces}
 
 
-def talks(count: int) -> list[list[dict[str, str]]]:
-    """So many short chats, none like another."""
-    return [
-        [{"role": "user", "content": f"Tell me {n + 3} things about the number {n}."}] for n in range(count)
-    ]
+def talks(count: int, turn: int) -> list[list[dict[str, str]]]:
+    """So many short chats, none like another, nor like one of another turn: what was kept of those would be known."""
+    words = "Tell me {} things about the number {}."
+    return [[{"role": "user", "content": words.format(n + 3, 1000 * turn + n)}] for n in range(count)]
 
 
-async def streams(url: str, model: str, count: int) -> tuple[float, list[str]]:
+async def streams(url: str, model: str, count: int, turn: int) -> tuple[float, list[str]]:
     """Tokens/s in all, and the replies."""
     began = time.perf_counter()
-    found = await asyncio.gather(*(stream(url, model, talk, TOKENS) for talk in talks(count)))
+    found = await asyncio.gather(*(stream(url, model, talk, TOKENS) for talk in talks(count, turn)))
     seconds = time.perf_counter() - began
     return sum(usage["completion_tokens"] for _, _, usage in found) / seconds, [text for _, text, _ in found]
 
 
-def sessions(model: Any, tokenizer: Any, count: int) -> tuple[float, list[str]]:
+def sessions(model: Any, tokenizer: Any, count: int, turn: int) -> tuple[float, list[str]]:
     """The same from one Python client, a thread each."""
     prompts = [
         tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        for talk in talks(count)
+        for talk in talks(count, turn)
     ]
 
     def one(prompt: str) -> tuple[int, str]:
@@ -119,28 +154,34 @@ def sessions(model: Any, tokenizer: Any, count: int) -> tuple[float, list[str]]:
     return sum(tokens for tokens, _ in found) / seconds, [text for _, text in found]
 
 
-def compare_streams(url: str, peers: Sequence[str], counts: Sequence[int], beside: Sequence[str]) -> None:
+def compare_streams(
+    url: str, peers: Sequence[str], counts: Sequence[int], repeats: int, beside: str | None
+) -> None:
     """Print the rates."""
     tokenizer = load_tokenizer(MODEL)
     with AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=list(peers)) as model:
         for count in counts:
             ours, own, others = [], [], []
-            for turn in range(4):
-                rate, texts = asyncio.run(streams(url, MODEL, count))
-                python, expected = sessions(model, tokenizer, count)
+            for turn in range(repeats + 1):
+                many = count if turn else min(count, 8)  # the first warms up
+                rate, texts = asyncio.run(streams(url, MODEL, many, turn))
+                python, expected = sessions(model, tokenizer, many, turn)
                 assert texts == expected, "the API says something else"
-                if turn:  # the first warms up
+                if turn:
                     ours.append(rate)
                     own.append(python)
                     if beside:
-                        others.append(asyncio.run(streams(beside[0], beside[1], count))[0])
+                        others.append(asyncio.run(streams(beside, MODEL, count, turn))[0])
             print(
                 f"{count} streams: {median(ours):.1f} tokens/s; one Python client {median(own):.1f}: "
                 f"{median(ours) / median(own):.2f} (bar 0.9)",
                 flush=True,
             )
             if others:
-                print(f"  {beside[0]}: {median(others):.1f}: {median(ours) / median(others):.2f}", flush=True)
+                print(
+                    f"  llama.cpp's server: {median(others):.1f}: {median(ours) / median(others):.2f}",
+                    flush=True,
+                )
 
 
 async def first_tokens(url: str) -> tuple[list[float], list[float], int]:
@@ -162,9 +203,12 @@ async def first_tokens(url: str) -> tuple[list[float], list[float], int]:
         assert known > BEHIND
         goes_on.append(seconds)
         # Nothing of it is known, but for the few tokens with which all chats begin.
-        fresh = [{"role": "user", "content": clipped(tokenizer, f"{time.time_ns()} {words * 20}", news - 8)}]
+        start = f"{chr(ord('A') + turn)}{turn} {words * 20}"
+        fresh = [{"role": "user", "content": clipped(tokenizer, start, news - 6)}]
         seconds, _, usage = await stream(url, MODEL, fresh, 4)
-        assert abs(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] - news) < 32
+        own = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+        if turn:  # all of the first one is new
+            assert abs(own - news) <= 4, (own, news)
         new.append(seconds)
     return goes_on[1:], new[1:], news
 
@@ -204,7 +248,8 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, nargs="*", default=[])
     parser.add_argument("--first", action="store_true")
-    parser.add_argument("--beside", nargs=2, default=[], metavar=("URL", "MODEL"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--llama", metavar="PYTHON", help="one that has llama-cpp-python[server]")
     chosen = parser.parse_args()
     with local_swarm(MODEL) as swarm, api(swarm.peers) as url:
         if chosen.first:
@@ -222,7 +267,9 @@ def main() -> None:
                 f"  the same from Python: {behind:.3f} s and {alone:.3f} s: {behind / alone:.2f}", flush=True
             )
         if chosen.streams:
-            compare_streams(url, swarm.peers, chosen.streams, chosen.beside)
+            with contextlib.ExitStack() as stack:
+                beside = stack.enter_context(llama_server(chosen.llama)) if chosen.llama else None
+                compare_streams(url, swarm.peers, chosen.streams, chosen.repeats, beside)
 
 
 if __name__ == "__main__":

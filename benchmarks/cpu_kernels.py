@@ -31,10 +31,9 @@ from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.client import HalfLinear
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.isa import VARIABLE
-from corolla.models.kernels.narrow import Narrow, NarrowLinear, as_it_is
+from corolla.models.kernels.linear import BOUNDS, Backends, FrozenLinear, NarrowLinear, PackedLinear
+from corolla.models.kernels.narrow import Narrow, as_it_is
 from corolla.models.kernels.native import instruction_sets, library
-from corolla.models.kernels.packed import FrozenLinear, PackedLinear
-from corolla.models.kernels.ways import BOUNDS, Ways
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # SmolLM2's, [out, in]
 HEAD = (49152, 576)
@@ -104,7 +103,7 @@ def forms(shape: tuple[int, int]) -> dict[str, Callable[[], FrozenLinear]]:
     steps = (rows, columns // 32)
 
     def own(narrow: Narrow) -> NarrowLinear:
-        return NarrowLinear(narrow, ways=Ways(("own",) * (len(BOUNDS) + 1), "torch"))
+        return NarrowLinear(narrow, backends=Backends(("own",) * (len(BOUNDS) + 1), "torch"))
 
     return {
         "float32": lambda: own(as_it_is(torch.randn(shape))),

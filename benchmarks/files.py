@@ -2,8 +2,9 @@
 
     python -m benchmarks.files [--list]
 
-On the in-memory swarm of two servers, with a tiny random model; counted with `sys.setprofile` in every thread, once
-everything is warm: the second step, the token after the third. Printed, not kept.
+On the in-memory swarm of two servers, with a tiny random model whose heads are as wide as kernels take them; counted
+with `sys.setprofile` in every thread, once everything is warm: the second step, the token after the third.
+`transport/memory.py` counts: it stands for `libp2p.py`, through which real steps go. Printed, not kept.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def main() -> None:
     counted = Counted()
     counted.watch()
     with tempfile.TemporaryDirectory() as folder:
-        swarm = MemorySwarm(write_tiny("llama", Path(folder) / "model"), ((0, 2), (2, 4)))
+        swarm = MemorySwarm(write_tiny("qwen3", Path(folder) / "model"), ((0, 2), (2, 4)))
         found = {"training step": training_step(swarm, counted), "chat token": chat_token(swarm, counted)}
         sys.setprofile(None)
         swarm.close()

@@ -29,7 +29,7 @@ from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import exact_linear, pack_linears, weight_bytes
-from corolla.models.kernels.choice import Trials
+from corolla.models.kernels.autotune import Autotuner
 from corolla.models.span import Span, load_span
 
 PAST, PASSES = 60, 40
@@ -101,7 +101,7 @@ def report(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
         if rows == 1:
             _share("blocks", read_bytes(span), found["compiled"], speed)
     head = head_of(checkpoint, getattr(torch, arguments.dtype))
-    product = exact_linear(head.weight, None, trials=Trials())
+    product = exact_linear(head.weight, None, autotuner=Autotuner())
     for rows in arguments.rows:
         value = torch.randn(rows, head.weight.shape[1])
         found = in_turns({"plain": partial(F.linear, value, head.weight), "ours": partial(product, value)})

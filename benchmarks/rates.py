@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=96)
+    parser.add_argument("--held-out", type=int, default=32)
     options = parser.parse_args()
     set_up_libraries()
     tokenizer, conversations = load_tokenizer(options.model), load_conversations(options.data)[0]
@@ -52,8 +53,8 @@ def main() -> None:
                         steps=options.steps,
                         batch_size=options.batch_size,
                         seed=seed,
-                        held_out=32,
-                        held_out_samples=32,
+                        held_out=options.held_out,
+                        held_out_samples=options.held_out,
                         eval_every=max(1, options.steps // 4),
                         keep="last",  # what becomes of the run, not of the bundle
                         rendering=RenderSettings(style="auto", max_length=options.max_length),

@@ -24,6 +24,9 @@ from tests.e2e.warm import close_warm
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
+hypothesis.settings.register_profile(
+    "every time", hypothesis.settings.get_profile("corolla"), max_examples=50
+)
 hypothesis.settings.load_profile("corolla")
 
 MARKER = "COROLLA_TEST_RUN"
@@ -80,6 +83,8 @@ def _describe(process: psutil.Process) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """No test, and no process that one starts, sees the user's own folders: nothing of ours is written there."""
+    if config.option.markexpr == "not nightly":
+        hypothesis.settings.load_profile("every time")
     home = tempfile.TemporaryDirectory(prefix="ct-home-")
     config.add_cleanup(home.cleanup)
     own = {

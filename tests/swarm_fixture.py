@@ -21,7 +21,7 @@ from corolla.config import SwarmConfig
 from corolla.models.attention.pages import MARGIN, PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import load_span
@@ -145,7 +145,7 @@ class MemorySwarm:
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
-            crossing=crossing_of(self.checkpoint.config),
+            cuts=cuts_of(self.checkpoint.config),
             observe=observe,
             owns_loop=False,
         )

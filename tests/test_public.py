@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -48,6 +49,19 @@ def test_type_checkers_and_completion_see_the_same_names() -> None:
     }
     assert imported - {"distributed_named"} == set(corolla.__all__)
     assert set(corolla.__all__) == {*corolla._HOMES, *ERRORS, "__version__"}
+
+
+@pytest.mark.parametrize(
+    "name", ["load_bundle", "load_conversations", "prepare", "read_documents", "study", "tune"]
+)
+def test_what_functions_take_and_give_has_a_public_name(name: str) -> None:
+    def classes(kind: Any) -> set[str]:
+        own = {kind.__name__} if getattr(kind, "__module__", "").startswith("corolla.") else set()
+        return own.union(*map(classes, get_args(kind)))
+
+    hints = get_type_hints(getattr(corolla, name))
+    assert "return" in hints
+    assert set().union(*map(classes, hints.values())) <= set(corolla.__all__)
 
 
 def test_the_error_tree_is_written_down() -> None:

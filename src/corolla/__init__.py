@@ -38,6 +38,7 @@ from corolla.version import __version__
 if TYPE_CHECKING:
     from corolla.chat.engine import ChatEngine
     from corolla.chat.sampling import SamplingSettings
+    from corolla.chat.transcript import Transcript
     from corolla.client.model.causal_lm import (
         AutoDistributedModel,
         AutoDistributedModelForCausalLM,
@@ -45,14 +46,17 @@ if TYPE_CHECKING:
     )
     from corolla.client.model.loading import load_tokenizer
     from corolla.client.sessions.session import InferenceSession
+    from corolla.data.conversation import Conversation, Turn
     from corolla.data.documents import Document, read_documents
     from corolla.data.render import Renderer, RenderSettings
     from corolla.data.replies import Beginnings
-    from corolla.data.sources import load_conversations
+    from corolla.data.sources import LoadReport, load_conversations
     from corolla.models.limits import context_limit
-    from corolla.models.prompts import SoftPrompt
-    from corolla.tuning.batches import prepare
+    from corolla.models.prompts import KeyValuePrefix, SoftPrompt
+    from corolla.tuning.batches import Prepared, prepare
     from corolla.tuning.bundle import Bundle, load_bundle
+    from corolla.tuning.described import ModelInfo
+    from corolla.tuning.evaluate import Evaluation
     from corolla.tuning.settings import StudySettings, TuneSettings
     from corolla.tuning.study import study
     from corolla.tuning.tune import TuneResult, TuneStopped, tune
@@ -66,18 +70,24 @@ __all__ = [
     "BundleError",
     "ChatEngine",
     "CheckpointError",
+    "Conversation",
     "CorollaError",
     "DataError",
     "Document",
+    "Evaluation",
     "InferenceSession",
+    "KeyValuePrefix",
+    "LoadReport",
     "LyingServer",
     "MissingBlocks",
+    "ModelInfo",
     "NonFiniteLoss",
     "NotAdmitted",
     "OutOfOrder",
     "PeerDisconnected",
     "PeerSilent",
     "PeerUnreachable",
+    "Prepared",
     "ProtocolError",
     "RemoteError",
     "RenderSettings",
@@ -88,10 +98,12 @@ __all__ = [
     "SoftPrompt",
     "StudySettings",
     "SwarmUnavailable",
+    "Transcript",
     "TranscriptError",
     "TuneResult",
     "TuneSettings",
     "TuneStopped",
+    "Turn",
     "UnexpectedArgument",
     "UnknownModel",
     "UnsupportedFamily",
@@ -115,16 +127,24 @@ _HOMES = {
     "Beginnings": "data.replies",
     "Bundle": "tuning.bundle",
     "ChatEngine": "chat.engine",
+    "Conversation": "data.conversation",
     "Document": "data.documents",
+    "Evaluation": "tuning.evaluate",
     "InferenceSession": "client.sessions.session",
+    "KeyValuePrefix": "models.prompts",
+    "LoadReport": "data.sources",
+    "ModelInfo": "tuning.described",
+    "Prepared": "tuning.batches",
     "RenderSettings": "data.render",
     "Renderer": "data.render",
     "SamplingSettings": "chat.sampling",
     "SoftPrompt": "models.prompts",
     "StudySettings": "tuning.settings",
+    "Transcript": "chat.transcript",
     "TuneResult": "tuning.tune",
     "TuneSettings": "tuning.settings",
     "TuneStopped": "tuning.tune",
+    "Turn": "data.conversation",
     "context_limit": "models.limits",
     "load_bundle": "tuning.bundle",
     "load_conversations": "data.sources",

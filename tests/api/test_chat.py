@@ -134,6 +134,31 @@ def test_a_seed_draws_what_generate_draws(world: World) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_ends_a_reply_is_none_of_its_tokens_although_text_was_held_back(
+    world: World, stream: bool
+) -> None:
+    how: dict[str, Any] = {"model": BASE, "messages": HELLO, "max_tokens": 40, "logit_bias": {"2": 4}}
+    for seed in range(200):
+        reply = world.client().chat.completions.create(**how, seed=seed)
+        text = reply.choices[0].message.content or ""
+        if reply.choices[0].finish_reason == "stop" and len(text) > 1 and text.isascii():
+            break
+    # The last character may be the beginning of a stop text until the end comes.
+    how |= {"seed": seed, "stop": [f"{text[-1]}\x00never"], "logprobs": True}
+    if stream:
+        chunks = list(world.client().chat.completions.create(**how, stream=True))
+        content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        rows = [row for chunk in chunks if (own := chunk.choices[0].logprobs) for row in own.content or []]
+    else:
+        found = world.client().chat.completions.create(**how).choices[0]
+        assert found.logprobs is not None
+        content, rows = found.message.content or "", found.logprobs.content or []
+    assert content == text
+    assert reply.usage is not None
+    assert len(rows) == reply.usage.completion_tokens - 1, "the end itself is computed, and not told of"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_stop_text_ends_a_reply_before_it(world: World, stream: bool) -> None:
     said = world.text(world.greedy(world.prompt(HELLO), 24))
     stop = said[6:9]

@@ -73,6 +73,18 @@ def test_an_echo_tells_how_likely_every_token_of_a_text_is(world: World, most: i
     assert reply.usage.prompt_tokens == len(ids)
 
 
+def test_tokens_stand_where_their_character_does(world: World) -> None:
+    text = "a\U0001f327b\u00e9c"
+    reply = world.client().completions.create(
+        model=BASE, prompt=text, temperature=0, max_tokens=0, logprobs=0, echo=True
+    )
+    found = reply.choices[0].logprobs
+    assert found is not None
+    assert found.text_offset is not None
+    own = [offset for offset in found.text_offset if offset < len(text)]
+    assert own == [place for place, one in enumerate(text) for _ in one.encode()]
+
+
 def test_an_echo_without_chances(world: World) -> None:
     reply = world.client().completions.create(model=BASE, prompt=TEXT, temperature=0, max_tokens=5, echo=True)
     said = world.greedy(world.tokenizer(TEXT).input_ids, 5)

@@ -9,6 +9,7 @@ import pytest
 from openai import BadRequestError
 from tests.api.world import BASE, World
 from tests.chat.tokenizers import merging_tokenizer, spacing_tokenizer
+from tests.covering import covering
 
 from corolla.api.grammar import Vocabulary, json_grammar
 from corolla.api.tools import ToolFormat
@@ -61,9 +62,13 @@ def test_a_reply_is_an_object_or_was_cut_short(world: World) -> None:
         assert isinstance(json.loads(text), dict)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=["required", "named"]
+    ("choice", "stream"),
+    covering(
+        {"required": "required", "named": {"type": "function", "function": {"name": "weather"}}},
+        {"whole": False, "streamed": True},
+        together=1,
+    ),
 )
 def test_a_tool_is_called(world: World, choice: Any, stream: bool) -> None:
     reply: Any = world.client().chat.completions.create(

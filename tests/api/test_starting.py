@@ -27,7 +27,12 @@ TALKS = "".join(
     for talk in conversations()
 )
 SMALL = {"steps": 3, "batch_size": 2, "prompt_tokens": 4}
-KEYS = '[ann]\nkey = "ann"\n[bob]\nkey = "bob"\ntokens_per_day = 9\n'
+KEYS = """
+ann = {key = "ann"}
+bob = {key = "bob", tokens_per_day = 9}
+cid = {key = "cid"}
+eve = {key = "eve", operator = true}
+"""
 
 
 def asking(name: str = "poet", **changes: Any) -> dict[str, Any]:
@@ -140,6 +145,39 @@ def test_who_may_not_start_one(worlds: Worlds, tmp_path: Path) -> None:
     folderless = Starter(None, [], guarded.api.partners.base, environment={})
     with pytest.raises(ApiFailure, match="--bundles"):
         folderless._check_name("poet")
+
+
+def test_who_has_started_a_run_stops_it_or_the_operator(worlds: Worlds, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS)
+    waits = [sys.executable, "-c", "import time; time.sleep(600)"]
+    world = worlds.make("owned", keys=Keys.read([], path), tune=waits)
+
+    def ask(key: str, path: str, **more: Any) -> tuple[int, Any]:
+        return asked(world, path, headers={"Authorization": f"Bearer {key}"}, **more)[:2]
+
+    def yours(key: str) -> list[bool]:
+        return [one["yours"] for one in ask(key, "/api/runs")[1]]
+
+    assert world.api.starter is not None
+    try:
+        assert ask("ann", "/api/runs", method="POST", body=asking("poem"))[0] == 200
+        assert [yours(key) for key in ("ann", "bob", "cid", "eve")] == [[True], [False], [False], [True]]
+        status, found = ask("cid", "/api/runs/poem/stop", method="POST")
+        assert (status, "another key" in found["error"]["message"]) == (403, True)
+        assert world.api.starter.running("poem")
+        assert ask("eve", "/api/runs/poem/stop", method="POST")[0] == 200
+        until(lambda: world.api.starter is not None and not world.api.starter.running("poem"))
+        assert ask("cid", "/api/runs/poem/resume", method="POST")[0] == 403
+        # Nor does another's data come into the place of hers.
+        assert ask("cid", "/api/runs", method="POST", body=asking("poem"))[0] == 400
+        assert ask("eve", "/api/runs/poem/resume", method="POST")[0] == 200
+        assert ask("ann", "/api/runs/poem/stop", method="POST")[0] == 200
+        until(lambda: world.api.starter is not None and not world.api.starter.running("poem"))
+    finally:
+        for child in psutil.Process().children():
+            if "time.sleep(600)" in " ".join(child.cmdline()):
+                child.kill()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -214,14 +214,16 @@ class Worlds:
         bundles.mkdir()
         swarm = MemorySwarm(self.folder, spans)
         self._ends.append(swarm)
+        pool = SessionPool(most=most, most_bytes=most_bytes)
         partners = Partners(
             BASE,
             swarm.model(patience=patience),
             load_tokenizer(self.folder),
             identity=swarm.checkpoint.identity,
             folder=bundles,
+            gone=pool.forget,
         )
-        generator = Generator(SessionPool(most=most, most_bytes=most_bytes), at_once=at_once, waiting=waiting)
+        generator = Generator(pool, at_once=at_once, waiting=waiting)
         starter = None
         if tune is not None:
             starter = Starter(bundles, tune, partners.base, environment=environment())

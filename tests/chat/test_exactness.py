@@ -16,6 +16,7 @@ from tests.chat.reference import (
     byte_tokenizer,
     delimited,
 )
+from tests.covering import covering
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,7 @@ MESSAGES = ["Hello!", "how are you", "Ünïcode 🌸 too", "a\nb", "well?", "Goo
 MOST = 16
 # Family to seed and delimiter, chosen so that some replies end by themselves and others are cut.
 FAMILIES = {"llama": (1, "by"), "bloom": (1, "|"), "gemma2": (0, "\n-----\n")}
-MODES = [None, "ptune", "deep_ptune"]
+MODES = {"none": None, "ptune": "ptune", "deep_ptune": "deep_ptune"}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,12 @@ def costs(swarm: MemorySwarm, before: dict[str, int]) -> set[int]:
 @pytest.mark.parametrize(
     ("family", "mode", "style"),
     [
-        *[("llama", mode, style) for mode in MODES for style in ("delimiter", "template")],
-        *[("bloom", mode, "delimiter") for mode in MODES],
+        *covering(["llama"], MODES, ["delimiter", "template"], together=1),
+        ("bloom", "ptune", "delimiter"),
+        *[
+            pytest.param("bloom", mode, "delimiter", marks=pytest.mark.nightly)
+            for mode in (None, "deep_ptune")
+        ],
         ("gemma2", "deep_ptune", "template"),
     ],
 )
@@ -112,7 +117,7 @@ def test_six_turns_equal_recomputing_the_text(
         engine.close()
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=[None, pytest.param("ptune", marks=pytest.mark.nightly), "deep_ptune"])
 def llama(request: pytest.FixtureRequest, swarms: dict[str, MemorySwarm]) -> Iterator[tuple[Any, ...]]:
     """Swarm, model, engine and what is expected of it, with each kind of prompt."""
     swarm, delimiter = swarms["llama"], FAMILIES["llama"][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.chat.reference import VOCABULARY, byte_tokenizer
-from tests.e2e.processes import COROLLA, corolla, environment, processes
+from tests.e2e.processes import COROLLA, Talking, corolla, environment, processes
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 from typer.main import get_command
@@ -159,21 +160,11 @@ def test_a_killed_chat_goes_on_as_if_nothing_had_happened(
 ) -> None:
     path = tmp_path / "chat.jsonl"
     command = ["chat", str(bundle), "--peers", address, "--transcript", str(path), "--dtype", "float32"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*COROLLA, *command], stdin=pipe, stdout=pipe, text=True, env=environment()
-    ) as talking:
-        assert talking.stdin is not None
-        assert talking.stdout is not None
-        talking.stdin.write("one\n")
-        talking.stdin.flush()
-        while not talking.stdout.readline().startswith("Bot: "):
-            pass
-        talking.stdin.write("two\n")
-        talking.stdin.flush()
-        while not talking.stdout.readline().startswith("You: two"):
-            pass
-        talking.kill()
+    with contextlib.closing(Talking(*command)) as talking:
+        talking.say("one")
+        talking.until("Bot: ")
+        talking.say("two")
+        talking.until("You: two")
     said = [exchange.said for exchange in read_chat(path).exchanges]
     assert said in (["one"], ["one", "two"])
     with path.open("ab") as file:

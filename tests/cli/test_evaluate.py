@@ -13,10 +13,11 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tuning.tiny_setup import byte_tokenizer, conversations, settings, write_model
 
 from corolla.cli.evaluate import EvalJob, chosen_data, evaluate_and_report, prepare_evaluated
-from corolla.errors import UsageError
+from corolla.errors import BundleError, UsageError
 from corolla.tuning.batches import prepare
 from corolla.tuning.bundle import ModelInfo, load_bundle
 from corolla.tuning.evaluate import evaluate
+from corolla.tuning.report import check_place
 from corolla.tuning.tune import TuneResult, tune
 
 
@@ -95,3 +96,14 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, refused: Refused) -> None:
     assert (tmp_path / "there.html").read_text() == "mine"
     with pytest.raises(UsageError, match="batch-size is 0"):
         EvalJob(batch_size=0, out=tmp_path / "new.html")
+
+
+def test_a_page_that_could_not_be_written_is_refused_before_anything_is_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "page.html", tmp_path / ("x" * 300)):
+        with pytest.raises(BundleError, match="could not be saved"):
+            check_place(place)
+    check_place(tmp_path / "new" / "page.html")
+    assert [*(tmp_path / "new").iterdir()] == []
+    with pytest.raises(UsageError, match="is a folder"):
+        EvalJob(out=tmp_path / "new", overwrite=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.e2e.processes import corolla
 
 # What takes long to import; and what of ours could only be there to bring such things in.
 HEAVY = (
@@ -72,12 +73,11 @@ def test_an_import_would_be_seen() -> None:
     assert {"torch", "corolla.models"} <= set(done.stderr.split("loaded:")[-1].split())
 
 
-@pytest.mark.parametrize("place", [0, 1, 3])
-def test_the_log_is_shown_wherever_the_command_line_asks_for_it(place: int) -> None:
+def test_the_log_is_shown_wherever_the_command_line_asks_for_it() -> None:
     """Before the command or behind it, as `corolla serve -v`."""
     arguments = ["invite", "--identity", "/nowhere/at/all"]
-    quiet = run(PROGRAM, *arguments)
-    told = run(PROGRAM, *arguments[:place], "-v", *arguments[place:])
-    assert (quiet.returncode, told.returncode) == (2, 2), told.stderr
-    assert "The error came from here" in told.stderr
-    assert "The error came from here" not in quiet.stderr
+    for place in (None, 0, 1, 3):
+        asking = [] if place is None else ["-v"]
+        ended = corolla(*arguments[:place], *asking, *arguments[len(arguments) if place is None else place :])
+        assert ended.returncode == 2
+        assert ("The error came from here" in ended.stderr) is (place is not None)

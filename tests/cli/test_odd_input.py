@@ -56,9 +56,12 @@ def test_a_tokenizer_of_code_is_never_run(model: Path, refused: Refused, command
 
 @pytest.mark.parametrize("command", ["chat", "tune"])
 @pytest.mark.parametrize("content", [DEEP, "{}", '{"model": {"type": "New"}}', "\x00"], ids=range(4))
-def test_a_tokenizer_that_cannot_be_read(model: Path, refused: Refused, command: str, content: str) -> None:
+def test_a_tokenizer_that_cannot_be_read(
+    model: Path, talks: Path, refused: Refused, command: str, content: str
+) -> None:
     (model / "tokenizer.json").write_text(content)
-    assert "no tokenizer that can be read" in refused(command, model)
+    data = ["--data", talks] if command == "tune" else []
+    assert "no tokenizer that can be read" in refused(command, model, *data)
 
 
 @pytest.mark.parametrize("command", ["chat", "tune", "serve"])

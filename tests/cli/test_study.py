@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Refused
-from tests.e2e.processes import corolla
+from tests.e2e.processes import corolla, processes
 from tests.tuning.study_setup import OTHER, TEXT
 from tests.tuning.tiny_setup import write_model
 
-from corolla.cli.local_swarm import local_swarm
 from corolla.tuning.bundle import load_bundle
 
 
@@ -22,8 +21,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def peers(tiny: Path) -> Iterator[list[str]]:
-    with local_swarm(str(tiny), servers=1) as swarm:
-        yield ["--peers", swarm.peers[0]]
+    with processes(tiny.parent) as started:
+        yield ["--peers", started.swarm(tiny, ["0:4"])[0]]
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Refused
-from tests.e2e.processes import COROLLA, corolla, environment
+from tests.e2e.processes import Talking, corolla, processes
 from tests.tuning.tiny_setup import byte_tokenizer, conversations, settings, write_model
 
-from corolla.cli.local_swarm import local_swarm
 from corolla.cli.tune import TuneJob
 from corolla.tuning.batches import prepare
 from corolla.tuning.bundle import load_bundle
@@ -54,8 +53,8 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def peers(tiny: Path) -> Iterator[list[str]]:
-    with local_swarm(str(tiny)) as swarm:
-        yield ["--peers", swarm.peers[0]]
+    with processes(tiny.parent) as started:
+        yield ["--peers", started.swarm(tiny, ["0:2", "2:4"])[0]]
 
 
 @pytest.mark.parametrize(
@@ -166,21 +165,11 @@ def test_ctrl_c_saves_and_prints_the_command_that_ends_the_run(
     arguments = [str(tiny), *peers, "--data", str(talks), *OPTIONS, "--out", str(out)]
     # Enough steps for the signal to come in time; the last of two --steps counts.
     arguments += ["--steps", "16", "--save-every", "1000"]
-    with subprocess.Popen(
-        [*COROLLA, "tune", *arguments],
-        env=environment() | {"PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as run:
-        assert run.stdout is not None
-        said = ""
-        for line in run.stdout:
-            said += line
-            if line.startswith("step 2/16:"):
-                run.send_signal(signal.SIGINT)
-        code = run.wait(timeout=60)
+    with contextlib.closing(Talking("tune", *arguments, PYTHONUNBUFFERED="1")) as run:
+        said = run.until("step 2/16:")
+        run.popen.send_signal(signal.SIGINT)
+        said += run.lines.read()
+        code = run.popen.wait(timeout=60)
     assert code == 130, said
     assert re.search(r"Stopped after step \d+ of 16\.", said), said
     assert "Traceback" not in said

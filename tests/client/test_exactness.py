@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.client.conftest import THREE, TWO, Pair, random_ids
+from tests.covering import covering
 from tests.reference import Prompted, relative
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import FAMILIES, write_tiny
@@ -20,6 +21,10 @@ both_swarms = pytest.mark.parametrize(
     "spans", [pytest.param(TWO, marks=pytest.mark.nightly), THREE], ids=["two servers", "three servers"]
 )
 every_family = pytest.mark.parametrize("family", FAMILIES)
+# What depends on a family as well as on the kind of prompt is in the blocks' own arithmetic, which both pass through.
+every_family_in_turn = pytest.mark.parametrize(
+    ("family", "mode"), covering(FAMILIES, ["ptune", "deep_ptune"], together=1)
+)
 
 
 @every_family
@@ -45,11 +50,12 @@ def test_generation(pair_of: PairOf, family: str, spans: tuple[tuple[int, int], 
     left = torch.ones_like(ids)
     left[0, :3] = 0
     settings = [
-        {"do_sample": False},
         {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-        {"do_sample": False, "attention_mask": left},
+        {"do_sample": False, "attention_mask": left},  # of one row; the other is greedy without padding
         {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95, "num_return_sequences": 2},
     ]
+    if FAMILIES.index(family) % 2:  # what draws comes behind the logits, where families do not differ
+        settings.pop()
     for extra in settings:
         torch.manual_seed(5)
         found = model.generate(ids, max_new_tokens=10, **extra)
@@ -63,7 +69,7 @@ def test_generation(pair_of: PairOf, family: str, spans: tuple[tuple[int, int], 
 
 @every_family
 def test_padded_rows_equal_unpadded_ones(pair_of: PairOf, family: str) -> None:
-    pair = pair_of(family)
+    pair = pair_of(family, THREE)
     model, ids = pair.model(), random_ids(1, 6)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
     mask = (torch.arange(10) >= 4).long()[None]
@@ -73,9 +79,8 @@ def test_padded_rows_equal_unpadded_ones(pair_of: PairOf, family: str) -> None:
     assert torch.equal(found[0, 10:], model.generate(ids, max_new_tokens=8, do_sample=False)[0, 6:])
 
 
-@every_family
+@every_family_in_turn
 @both_swarms
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 def test_losses_and_prompt_gradients(
     pair_of: PairOf, family: str, spans: tuple[tuple[int, int], ...], mode: str
 ) -> None:
@@ -101,10 +106,9 @@ def test_losses_and_prompt_gradients(
     ]
 
 
-@every_family
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+@every_family_in_turn
 def test_cached_decoding_with_prompts(pair_of: PairOf, family: str, mode: str) -> None:
-    pair = pair_of(family)
+    pair = pair_of(family, THREE)
     model = pair.model(tuning_mode=mode, pre_seq_len=3)
     if model.prompts.deep is not None:
         model.prompts.deep.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))

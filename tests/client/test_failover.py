@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
+from tests.covering import covering
 from tests.reference import Prompted, local_model, relative
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.errors import MissingBlocks, RequestRefused, SwarmUnavailable
 
-MODES = pytest.mark.parametrize("mode", [None, "ptune", "deep_ptune"])
+MODES = {"none": None, "ptune": "ptune", "deep_ptune": "deep_ptune"}
+each_mode = pytest.mark.parametrize("mode", MODES.values())
 GREEDY: dict[str, Any] = {"do_sample": False}
 
 
@@ -48,8 +50,7 @@ def pair(swarm: MemorySwarm, mode: str | None) -> tuple[Any, Prompted]:
     return model, Prompted(local, model.prompts.input, model.prompts.deep)
 
 
-@MODES
-@pytest.mark.parametrize("victim", ["a", "b"])
+@pytest.mark.parametrize(("mode", "victim"), covering(MODES, "ab", together=1))
 def test_a_server_killed_between_two_tokens(swarm: MemorySwarm, mode: str | None, victim: str) -> None:
     model, local = pair(swarm, mode)
     ids = random_ids(2, 6)
@@ -69,7 +70,7 @@ def test_a_server_killed_between_two_tokens(swarm: MemorySwarm, mode: str | None
         assert torch.equal(again, expected[:, 9:12])
 
 
-@MODES
+@each_mode
 def test_a_server_killed_in_the_middle_of_a_rollback(swarm: MemorySwarm, mode: str | None) -> None:
     model, local = pair(swarm, mode)
     ids, other = random_ids(1, 6), random_ids(1, 3, seed=2)
@@ -103,12 +104,11 @@ def test_a_server_killed_during_beam_search(swarm: MemorySwarm) -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
-@pytest.mark.parametrize("victims", [("a",), ("b",), ("a", "b")])
-@pytest.mark.parametrize("moment", ["before forward", "before backward"])
-def test_training_goes_on_exactly(
-    swarm: MemorySwarm, mode: str, victims: tuple[str, ...], moment: str
-) -> None:
+@pytest.mark.parametrize(
+    ("mode", "victims", "moment"),
+    covering(["ptune", "deep_ptune"], ["a", "b", "ab"], ["before forward", "before backward"]),
+)
+def test_training_goes_on_exactly(swarm: MemorySwarm, mode: str, victims: str, moment: str) -> None:
     model, local = pair(swarm, mode)
     ids = random_ids(6, 120)
     model(ids, labels=ids).loss.backward()  # a step before, so that streams are open
@@ -127,7 +127,7 @@ def test_training_goes_on_exactly(
         assert relative(model.prompts.deep.grad, local.deep.grad) < 1e-4
 
 
-@MODES
+@each_mode
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_request_that_is_too_large_costs_no_replay(folder: Path, mode: str | None, beams: int) -> None:
     with MemorySwarm(folder, [(0, 2)]) as swarm:

@@ -8,26 +8,25 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
+from tests.covering import covering
 from tests.reference import Prompted, relative
 
 from corolla.errors import UsageError
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 PairOf = Callable[..., Pair]
-FAMILIES = pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "gpt2", "qwen3_moe"])
+FAMILIES = ["llama", "bloom", "gemma2", "gpt2", "qwen3_moe"]
 
 
-@FAMILIES
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("family", "count"), covering(FAMILIES, [1, 3], together=1))
 def test_generation(pair_of: PairOf, family: str, count: int) -> None:
     pair = pair_of(family)
     model, ids = pair.model(local_blocks=count), random_ids(2, 7)
     left = torch.ones_like(ids)
     left[0, :3] = 0
     settings = [
-        {"do_sample": False},
         {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-        {"do_sample": False, "attention_mask": left},
+        {"do_sample": False, "attention_mask": left},  # of one row; the other is greedy without padding
         {"do_sample": True, "temperature": 0.9, "num_return_sequences": 2},
     ]
     for extra in settings:
@@ -37,8 +36,7 @@ def test_generation(pair_of: PairOf, family: str, count: int) -> None:
         assert torch.equal(found, pair.local.generate(ids, max_new_tokens=8, **extra)), extra
 
 
-@FAMILIES
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+@pytest.mark.parametrize(("family", "mode"), covering(FAMILIES, ["ptune", "deep_ptune"], together=1))
 def test_training_rollback_and_forks_with_prompts(pair_of: PairOf, family: str, mode: str) -> None:
     pair = pair_of(family)
     model = pair.model(tuning_mode=mode, pre_seq_len=3, local_blocks=2)

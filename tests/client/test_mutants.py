@@ -295,10 +295,8 @@ def test_mutant(
             settings.eos_token_id, settings.pad_token_id = None, 0
         checks = Checks(swarm, model, local)
         plant(monkeypatch)
-        names = [field for field in vars(Checks) if field[0] != "_" and field != "without_prompts"]
-        outcome = {name: passes(getattr(checks, name), __file__) for name in names}
-    failed = {name for name, passed in outcome.items() if not passed}
-    if plant is no_mistake:
-        assert not failed
-    assert set(CAUGHT_BY[plant]) <= failed
+        every = [field for field in vars(Checks) if field[0] != "_" and field != "without_prompts"]
+        due = CAUGHT_BY[plant]
+        failed = {name for name in due or every if not passes(getattr(checks, name), __file__)}
+    assert failed == set(due)
     assert_none_raised(caplog, __file__)

@@ -109,11 +109,11 @@ def test_what_an_operator_has_is_not_sent(pair_of: PairOf, tmp_path: Path) -> No
         again, ids = swarm.model(prompts=tmp_path), random_ids(1, 7)
         again.generation_config.eos_token_id = None
         assert torch.equal(again.generate(ids, max_new_tokens=6, do_sample=False), local.greedy(ids, 6))
-        assert not len(server.prefixes)
+        assert not len(server.kept)
         random_prefix(again, seed=4)
         other = Prefixed(local.model, again.prompts.values)
         assert torch.equal(again.generate(ids, max_new_tokens=6, do_sample=False), other.greedy(ids, 6))
-        assert len(server.prefixes) == 1
+        assert len(server.kept) == 1
 
 
 def test_another_models_prefix_is_refused(pair_of: PairOf, tmp_path: Path) -> None:

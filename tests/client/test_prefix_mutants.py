@@ -146,10 +146,8 @@ def test_mutant(
         for settings in (model.generation_config, local.model.generation_config):
             settings.eos_token_id, settings.pad_token_id = None, 0
         checks = Checks(swarm, model, local)
-        names = [field for field in vars(Checks) if field[0] != "_"]
-        outcome = {name: passes(getattr(checks, name), __file__) for name in names}
-    failed = {name for name, passed in outcome.items() if not passed}
-    if plant is no_mistake:
-        assert not failed
-    assert set(CAUGHT_BY[plant]) <= failed
+        due = CAUGHT_BY[plant]
+        names = due or [field for field in vars(Checks) if field[0] != "_"]
+        failed = {name for name in names if not passes(getattr(checks, name), __file__)}
+    assert failed == set(due)
     assert_none_raised(caplog, __file__)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
+from tests.covering import covering
 from tests.reference import Prompted
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -32,8 +33,14 @@ def prepared(pair: Pair, mode: str | None) -> tuple[Any, Prompted]:
     return model, Prompted(pair.local, model.prompts.input, model.prompts.deep)
 
 
-@MODES
-@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "qwen3_moe", "opt"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    covering(
+        ["llama", "bloom", "gemma2", "qwen3_moe", "opt"],
+        {"none": None, "ptune": "ptune", "deep_ptune": "deep_ptune"},
+        together=1,
+    ),
+)
 def test_a_chat_costs_its_own_tokens_and_equals_recomputing_everything(
     pair_of: PairOf, family: str, mode: str | None
 ) -> None:

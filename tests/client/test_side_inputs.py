@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.covering import covering
 from tests.models.every_family import tiny
 from tests.swarm_fixture import MemorySwarm
 from torch import Tensor
@@ -57,7 +58,7 @@ def random_ids(rows: int, tokens: int) -> Tensor:
     return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("victim", ["a", "b"])
+@pytest.mark.parametrize(("local", "victim"), covering(FAMILIES, "ab", together=1), indirect=["local"])
 def test_a_server_killed_between_two_turns(swarm: MemorySwarm, local: Any, victim: str) -> None:
     model = client(swarm)
     ids, more = random_ids(1, 6), random_ids(1, 3)

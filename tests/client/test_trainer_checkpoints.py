@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests.client.conftest import Pair, random_ids
 from tests.client.test_ecosystem import Rows, word_tokenizer
+from tests.covering import covering
 from tests.tiny_models import write_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -22,6 +23,9 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
 
 PairOf = Callable[..., Pair]
+in_turn = pytest.mark.parametrize(
+    ("kind", "name"), covering(["ptune", "deep_ptune", "peft"], ["plain", "trl"], together=1)
+)
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft, TRL and accelerate warn about their own choices
 
 
@@ -75,8 +79,7 @@ def vectors(model: Any) -> list[Tensor]:
     return [one.detach().clone() for one in model.parameters() if one.requires_grad]
 
 
-@pytest.mark.parametrize("name", ["plain", "trl"])
-@pytest.mark.parametrize("kind", ["ptune", "deep_ptune", "peft"])
+@in_turn
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     pair_of: PairOf, tmp_path: Path, kind: str, name: str
 ) -> None:
@@ -97,8 +100,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "trl"])
-@pytest.mark.parametrize("kind", ["ptune", "deep_ptune", "peft"])
+@in_turn
 def test_the_best_model_is_loaded_at_the_end(pair_of: PairOf, tmp_path: Path, kind: str, name: str) -> None:
     model = prompted(pair_of("llama"), kind)
     trainer = trainer_of(

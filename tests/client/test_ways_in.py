@@ -74,15 +74,36 @@ def case_of(pair: Pair, column: Column, family: str, folder: Path) -> Case:
 PROMPTS_DIFFER = ("A call of the model", "Losses and gradients", "Loops of one's own", "Sessions")
 
 
+WHOLE = ("`transformers.Trainer`", "TRL `SFTTrainer`")  # trainers that are tried with each kind of prompt
+
+
 def is_for_every_run(one: Way, column: Column, family: str) -> bool:
     """Other families than the first are tried every time where families differ, and every night elsewhere."""
     if one.needs is not None:
         return False
     if family != FAMILIES[0]:
-        return one.every_family and column in ("none", "deep_ptune")
-    if column == "prefix":
-        return one.section in (*PROMPTS_DIFFER, "`generate`") or one.name == "`transformers.Trainer`"
-    return column != "ptune" or one.section in PROMPTS_DIFFER
+        return one.every_family and column == in_turn(one, "none", "deep_ptune", after=FAMILIES.index(family))
+    refused = one.sentence(column) is not None and one.section != "Trainers"
+    return refused or column in columns_of_every_run(one)
+
+
+def columns_of_every_run(one: Way) -> set[Column | None]:
+    """In the first family: all where the prompt decides; elsewhere deep prompts, and the other columns in turn."""
+    if one.section == "Sessions":
+        return {"deep_ptune", in_turn(one, "none", "prefix"), in_turn(one, "ptune", "peft prompt")}
+    if one.section in PROMPTS_DIFFER:
+        return set(COLUMNS)
+    if one.section == "`generate`":
+        return {"deep_ptune", in_turn(one, "none", "prefix", "peft prompt")}
+    if one.section == "Trainers" and one.name not in WHOLE:
+        return {in_turn(one, "none", "deep_ptune", "peft prompt")}
+    return {"none", "deep_ptune", "peft prompt", *(["prefix"] if one.name == WHOLE[0] else [])}
+
+
+def in_turn(one: Way, *columns: Column, after: int = 0) -> Column | None:
+    """One of the columns that a row has, from row to row another."""
+    tried = [column for column in columns if one.sentence(column) != ""]
+    return tried[(WAYS.index(one) + after) % len(tried)] if tried else None
 
 
 def marks(one: Way, column: Column, family: str) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
+from tests.covering import covering
 from tests.reference import local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -19,6 +20,7 @@ from corolla.models.attention.pages import MARGIN, PAGE
 SPANS = [(0, 2), (2, 4)]
 WINDOW = 6  # of the tiny models
 FULL = {"mistral": 0, "gemma3_text": 1}  # tables of each span that keep everything
+FAMILIES = list(FULL)
 SMALL_MARGIN = 24
 GREEDY: dict[str, Any] = {"do_sample": False}
 
@@ -61,7 +63,7 @@ class Chat:
         return FULL[self.family] * -(-tokens // PAGE) + -(-(self.margin + WINDOW - 1 + PAGE) // PAGE)
 
 
-@pytest.fixture(params=FULL)
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -74,12 +76,12 @@ def chat(family: str, tmp_path: Path) -> Iterator[Chat]:
 
 
 def test_a_prompt_and_a_reply_of_many_windows(chat: Chat) -> None:
-    ids = random_ids(1, 250)
+    ids = random_ids(1, 150)
     with chat.model.inference_session() as session:
-        found = chat.say(session, ids, 100)
-        assert torch.equal(found, chat.wanted(ids, 100))
-        assert len(found[0, 250:].unique()) > 15
-        assert all(0 < held <= chat.most_held(350) for held in chat.pages_held())
+        found = chat.say(session, ids, 60)
+        assert torch.equal(found, chat.wanted(ids, 60))
+        assert len(found[0, 150:].unique()) > 15
+        assert all(0 < held <= chat.most_held(210) for held in chat.pages_held())
     assert chat.swarm.reserved() == [0, 0]
 
 
@@ -102,45 +104,49 @@ def test_the_real_margin(family: str, tmp_path: Path) -> None:
 
 
 def test_rows_with_padding_go_on_from_turn_to_turn(chat: Chat) -> None:
-    ids, mask = random_ids(3, 150), torch.ones(3, 150, dtype=torch.long)
-    mask[1, :60], mask[2, :149] = 0, 0
+    ids, mask = random_ids(3, 90), torch.ones(3, 90, dtype=torch.long)
+    mask[1, :60], mask[2, :89] = 0, 0
     with chat.model.inference_session() as session:
         past = chat.say(session, ids, 40, attention_mask=mask)
         assert torch.equal(past, chat.wanted(ids, 40, attention_mask=mask))
         more = random_ids(3, 20, seed=1)
         whole = torch.cat([past, more], 1)
         longer = torch.cat([mask, torch.ones(3, 60, dtype=torch.long)], 1)
-        found = chat.say(session, more, 30)
-        assert torch.equal(torch.cat([past, found], 1), chat.wanted(whole, 30, attention_mask=longer))
-        assert all(held <= 3 * chat.most_held(240) for held in chat.pages_held())
+        found = chat.say(session, more, 20)
+        assert torch.equal(torch.cat([past, found], 1), chat.wanted(whole, 20, attention_mask=longer))
+        assert all(held <= 3 * chat.most_held(170) for held in chat.pages_held())
 
 
 def test_beams(chat: Chat) -> None:
-    ids, settings = random_ids(1, 120), {"num_beams": 4}
+    ids, settings = random_ids(1, 90), {"num_beams": 4}
     with chat.model.inference_session() as session:
-        found = chat.say(session, ids, 50, **settings)
-        assert torch.equal(found, chat.wanted(ids, 50, **settings))
-        assert all(held <= 4 * chat.most_held(170) for held in chat.pages_held())
+        found = chat.say(session, ids, 40, **settings)
+        assert torch.equal(found, chat.wanted(ids, 40, **settings))
+        assert all(held <= 4 * chat.most_held(130) for held in chat.pages_held())
         # Beam search leaves other rows behind than the one it returns: the next turn may have to go far back.
         more = torch.cat([found, random_ids(1, 5, seed=1)], 1)
         again = chat.say(session, more[:, -5:], 10)
-        assert torch.equal(again, chat.wanted(more, 10)[:, 170:])
+        assert torch.equal(again, chat.wanted(more, 10)[:, 130:])
 
 
 def test_speculation(chat: Chat) -> None:
     """Prompt lookup takes tokens back again and again."""
-    ids = random_ids(1, 20).repeat(1, 8)
+    ids = random_ids(1, 20).repeat(1, 5)
     settings = {"prompt_lookup_num_tokens": 8}
     with chat.model.inference_session() as session:
-        assert torch.equal(chat.say(session, ids, 60, **settings), chat.wanted(ids, 60))
+        assert torch.equal(chat.say(session, ids, 40, **settings), chat.wanted(ids, 40))
 
 
-@pytest.mark.parametrize("back", [1, SMALL_MARGIN - 3, 60, 170], ids="{} tokens".format)
+@pytest.mark.parametrize(
+    ("family", "back"),
+    covering(FAMILIES, [1, SMALL_MARGIN - 3, 60, 100], together=1),
+    indirect=["family"],
+)
 def test_a_chat_goes_back(chat: Chat, back: int) -> None:
     """Within the margin nothing is computed again, beyond it all; exactly both times."""
-    ids, other = random_ids(1, 160), random_ids(1, 7, seed=1)
+    ids, other = random_ids(1, 100), random_ids(1, 7, seed=1)
     with chat.model.inference_session() as session:
-        past = chat.say(session, ids, 30)
+        past = chat.say(session, ids, 20)
         session.position = at = session.position - back
         before = chat.computed()
         found = chat.say(session, other, 12)
@@ -148,8 +154,8 @@ def test_a_chat_goes_back(chat: Chat, back: int) -> None:
         assert torch.equal(torch.cat([past[:, :at], found], 1), chat.wanted(whole, 12))
         again = 0 if back <= SMALL_MARGIN else at
         assert chat.computed() - before == 2 * (again + 7 + 11)
-        more = chat.say(session, None, 25)
-        assert torch.equal(torch.cat([whole, found[:, 7:], more], 1), chat.wanted(whole, 37))
+        more = chat.say(session, None, 20)
+        assert torch.equal(torch.cat([whole, found[:, 7:], more], 1), chat.wanted(whole, 32))
 
 
 def test_a_fork_and_its_origin_go_on_by_themselves(chat: Chat) -> None:
@@ -171,8 +177,11 @@ def test_a_fork_and_its_origin_go_on_by_themselves(chat: Chat) -> None:
     fork.close()
 
 
-@pytest.mark.parametrize("still_open", [True, False], ids=["open", "closed"])
-@pytest.mark.parametrize("longer", [5, 70], ids=["kept", "given back"])
+@pytest.mark.parametrize(
+    ("family", "still_open", "longer"),
+    covering(FAMILIES, {"open": True, "closed": False}, {"kept": 5, "given back": 70}),
+    indirect=["family"],
+)
 def test_a_known_beginning(chat: Chat, still_open: bool, longer: int) -> None:
     """Shared while the first session has not gone on for too long, and else sent again; exactly both times."""
     begun, rest, other = random_ids(1, 100), random_ids(1, longer, seed=1), random_ids(1, 30, seed=2)

@@ -56,6 +56,7 @@ def learnt(row: dict[str, Any]) -> list[str]:
         {"instruction": "Hi", "output": "Ho"},
         {"instruction": "Hi", "input": "", "output": "Ho"},
         {"instruction": "Hi", "input": None, "output": "Ho"},
+        {"instruction": "Hi", "input": [], "output": "Ho"},
         {"instruction": "Hi", "context": "", "response": "Ho", "category": "x"},
         {"prompt": "Hi", "chosen": "Ho", "rejected": "No"},
         {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]},

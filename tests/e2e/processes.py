@@ -27,9 +27,12 @@ def environment() -> dict[str, str]:
 
 
 def corolla(
-    *arguments: str, timeout: float = 120.0, text: str = "", **variables: str
+    *arguments: str, timeout: float = 120.0, text: str = "", module: str = "corolla", **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; `text` is its stdin, `variables` are more of its environment."""
+    """Run a command to its end; `text` is its stdin, `variables` are more of its environment.
+
+    With `module` it is another program of this repository.
+    """
     with (
         tempfile.TemporaryFile("w+") as given,
         tempfile.TemporaryFile("w+") as out,
@@ -38,7 +41,7 @@ def corolla(
         given.write(text)
         given.seek(0)
         files = {"stdin": given.fileno(), "stdout": out.fileno(), "stderr": err.fileno()}
-        process = warm().start("corolla", arguments, environment() | variables, **files)
+        process = warm().start(module, arguments, environment() | variables, **files)
         try:
             code = process.wait(timeout)
         finally:
@@ -46,6 +49,50 @@ def corolla(
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
+
+
+class Talking:
+    """A command that is written to, and whose lines, of both its streams, are read as they come."""
+
+    def __init__(self, *arguments: str, module: str = "corolla", new: bool = False, **variables: str) -> None:
+        """With `new` it is started as its user starts it, imports and all."""
+        reading, writing = os.pipe()
+        files = {"stdout": writing, "stderr": writing}
+        own = environment() | variables
+        self.popen: subprocess.Popen[bytes] | Forked
+        if new:
+            command = [sys.executable, "-m", module, *arguments]
+            self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, env=own, **files)
+        else:
+            self.popen = warm().start(module, arguments, own, stdin=None, **files)
+        os.close(writing)
+        self.lines = os.fdopen(reading, encoding="utf-8")
+
+    def say(self, line: str) -> None:
+        """Write a line to it."""
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(f"{line}\n".encode())
+
+    def hang_up(self) -> None:
+        """The end of what it reads."""
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
+
+    def until(self, beginning: str) -> str:
+        """Read until such a line; gives all that was read."""
+        read = ""
+        for line in self.lines:
+            read += line
+            if line.startswith(beginning):
+                return read
+        raise AssertionError(read)
+
+    def close(self) -> None:
+        """Kill it, if it has not ended."""
+        self.hang_up()
+        self.lines.close()
+        self.popen.kill()
+        self.popen.wait()
 
 
 @dataclass

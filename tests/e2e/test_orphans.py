@@ -26,6 +26,7 @@ def family_with_daemons(parent: psutil.Process, daemons: int) -> list[psutil.Pro
         time.sleep(0.05)
 
 
+@pytest.mark.nightly  # test_processes.py kills the parent of such a swarm
 def test_a_killed_chat_leaves_no_server(tmp_path: Path) -> None:
     command = [*COROLLA, "chat", "smollm2", "--no-save"]
     with (tmp_path / "log").open("wb") as log:
@@ -46,7 +47,9 @@ def test_a_killed_chat_leaves_no_server(tmp_path: Path) -> None:
         chat.wait()
 
 
-@pytest.mark.parametrize("files", [6, 9], ids=["at the start", "on the way"])
+@pytest.mark.parametrize(
+    "files", [pytest.param(6, id="at the start", marks=pytest.mark.nightly), pytest.param(9, id="on the way")]
+)
 def test_a_server_without_open_files_says_so(files: int) -> None:
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

@@ -77,7 +77,7 @@ def test_tokens_and_logits(address: str, checkpoint: Checkpoint, local: Any) -> 
         assert torch.equal(found, local.generate(**batch, max_new_tokens=6, num_beams=2, do_sample=False))
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+@pytest.mark.parametrize("mode", [pytest.param("ptune", marks=pytest.mark.nightly), "deep_ptune"])
 def test_losses_and_gradients(address: str, checkpoint: Checkpoint, local: Any, mode: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
     batch = tokenizer(QUESTIONS, return_tensors="pt", padding=True, padding_side="right")

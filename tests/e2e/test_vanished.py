@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from tests.client.conftest import random_ids
 from tests.e2e.greedy_client import SESSIONS
-from tests.e2e.processes import environment, processes
+from tests.e2e.processes import Talking, processes
 from tests.e2e.test_processes import GREEDY, load
 from tests.reference import Prompted, local_model
 from tests.tiny_models import write_tiny
@@ -22,7 +21,6 @@ from corolla.swarm.node import Node
 from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, Ping, ServerStatus
 
-SCRIPT = Path(__file__).with_name("greedy_client.py")
 FREED_SECONDS = 60.0
 
 
@@ -30,18 +28,11 @@ def test_what_a_killed_client_held_is_free_within_a_minute(tmp_path: Path) -> No
     folder = write_tiny("llama", tmp_path / "model")
     with processes(tmp_path) as started:
         address, _ = started.swarm(folder, ["0:4"], "--dtype", "float32", "--cache-tokens", "4096")
-        greedy = subprocess.Popen(
-            [sys.executable, str(SCRIPT), address], stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        try:
-            assert greedy.stdout is not None
-            assert greedy.stdout.readline() == "ready\n"
+        with contextlib.closing(Talking(address, module="tests.e2e.greedy_client")) as greedy:
+            greedy.until("ready")
             held = asyncio.run(status_when(address, lambda one: True))
             assert held.sessions == SESSIONS
             assert held.free_cache_tokens <= 4096 - SESSIONS * 2 * 40
-        finally:
-            greedy.kill()
-            greedy.communicate()
         freed = asyncio.run(status_when(address, lambda one: one.sessions == 0))
         assert (freed.sessions, freed.free_cache_tokens) == (0, 4096)
         model, ids = load(address, folder), random_ids(1, 6)

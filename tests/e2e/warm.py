@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 MOST_BYTES = 2**20  # of what is said in one message
 ROOT = Path(__file__).parents[2]
@@ -170,8 +170,23 @@ def _become(asked: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(asked["environment"])
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        setattr(sys, name, _stream(number, getattr(sys, name)))
     os.chdir(asked["folder"])
     sys.argv = [asked["module"], *asked["arguments"]]
+
+
+def _stream(number: int, before: Any) -> TextIO:
+    """A standard stream as an interpreter opens it when it starts: one that was a file may be a pipe now."""
+    by_lines = number == 2 or os.isatty(number) or "PYTHONUNBUFFERED" in os.environ
+    return open(
+        number,
+        "w" if number else "r",
+        buffering=1 if by_lines else -1,
+        encoding=before.encoding,
+        errors=before.errors,
+        closefd=False,
+    )
 
 
 def _import_all() -> None:

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from tests.fuzz.target import Target, run
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("falcon", marks=pytest.mark.nightly)])
 def test_whatever_strangers_say_in_whatever_order(
     family: str, record_property: Callable[[str, object], None], caplog: pytest.LogCaptureFixture
 ) -> None:

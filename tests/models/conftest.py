@@ -22,14 +22,18 @@ def limited_to(name: str | None) -> Iterator[str]:
     native.library.cache_clear()
 
 
-@pytest.fixture(params=native.instruction_sets() or [None])
+INSTRUCTION_SETS = native.instruction_sets() or [None]
+LANES = [one for one in INSTRUCTION_SETS if one != "avx-vnni"]
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once with each of the sets that kernels can be built for here."""
     with limited_to(request.param) as name:
         yield name
 
 
-@pytest.fixture(params=[one for one in native.instruction_sets() if one != "avx-vnni"] or [None])
+@pytest.fixture(params=LANES)
 def lanes(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same with each but AVX-VNNI, which is AVX2 for all but products of bytes."""
     with limited_to(request.param) as name:

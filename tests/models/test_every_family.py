@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tests.covering import every_time
 from tests.models.every_family import FAMILIES, REPORT, compare, tiny
 
 from corolla.errors import UnsupportedFamily
@@ -31,7 +32,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", [*EXACT, *TEXT])
+# What the others of both lists show besides, another one shows too, or a test of its own.
+OFTEN = (
+    "gptj", "olmo", "nanochat", "mpt", "biogpt", "lfm2", "falcon_h1", "qwen3_next", "deepseek_v32", "gemma3n_text",
+    "mamba", "gemma3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", every_time(OFTEN, [*EXACT, *TEXT]))
 def test_a_family_is_exact(family: str, tmp_path: Path) -> None:
     compare(tiny(family), tmp_path)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.covering import covering
 from tests.reference import blocks_of, local_model
 from tests.tiny_models import FAMILIES, write_tiny
 
@@ -31,8 +32,10 @@ def entered(folder: Path, prompt: SoftPrompt, dtype: torch.dtype) -> torch.Tenso
     return seen[0][0, : prompt.length]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    covering(FAMILIES, {"float32": torch.float32, "bfloat16": torch.bfloat16}, together=1),
+)
 def test_bit_for_bit(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(str(write_tiny(family, tmp_path)))
     width = getattr(checkpoint.config, "word_embed_proj_dim", checkpoint.config.hidden_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.covering import covering
 from tests.models.every_family import tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, write_tiny
 from torch import Tensor, nn
@@ -119,7 +120,11 @@ def logits_through(whole: PreTrainedModel, spans: list[Span], ids: Tensor, **arg
         return whole(input_ids=ids, attention_mask=arguments.get("mask"), use_cache=False).logits
 
 
-@pytest.mark.parametrize("cuts", CUTS, ids=["two", "three"])
+@pytest.mark.parametrize(
+    ("folder", "cuts"),
+    covering(FAMILIES, dict(zip(("two", "three"), CUTS, strict=True)), together=1),
+    indirect=["folder"],
+)
 def test_chained_spans_give_the_whole_models_logits(
     whole: PreTrainedModel, checkpoint: Checkpoint, cuts: list[int]
 ) -> None:

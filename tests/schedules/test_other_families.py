@@ -17,7 +17,7 @@ from torch import Tensor
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.snapshots import copied
 from corolla.models.attention.span_cache import SpanCache
-from corolla.models.crossing import Crossed, Crossing
+from corolla.models.cut_layout import CutLayout, CutTensors
 from tests.faults import Fault
 from tests.schedules.plan import Schedule, plan
 from tests.schedules.run import Outcome, WrongOutcome, run_schedule
@@ -25,7 +25,7 @@ from tests.schedules.workloads import Workload
 from tests.schedules.world import ServerPlan
 
 FAMILIES = ("qwen3_5_text", "minicpm3", "gemma3n_text")
-FIRST, EACH, NIGHTLY = 7_000, 2, 60
+FIRST, EACH, NIGHTLY = 7_000, 1, 60
 
 
 def of_family(family: str, seed: int) -> Schedule:
@@ -101,20 +101,20 @@ def a_latent_that_is_not_rotated(patch: pytest.MonkeyPatch) -> None:
 
 
 def side_inputs_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
-    of_block = Crossed.of_block
-    patch.setattr(Crossed, "of_block", lambda self, block: of_block(self, max(self.cut, block - 1)))
+    of_block = CutTensors.of_block
+    patch.setattr(CutTensors, "of_block", lambda self, block: of_block(self, max(self.cut, block - 1)))
 
 
 def a_stream_that_is_dropped(patch: pytest.MonkeyPatch) -> None:
-    join = Crossing.join
+    join = CutLayout.join
 
-    def without_the_last(self: Crossing, crossed: Crossed, cut: int) -> Tensor:
+    def without_the_last(self: CutLayout, crossed: CutTensors, cut: int) -> Tensor:
         joined = join(self, crossed, cut).clone()
         if 0 < cut < self.depth:
             joined[..., self.hidden.width - self.hidden.size[-1] : self.hidden.width] = 0
         return joined
 
-    patch.setattr(Crossing, "join", without_the_last)
+    patch.setattr(CutLayout, "join", without_the_last)
 
 
 MISTAKES = {

@@ -19,14 +19,14 @@ from corolla.client.connection import SwarmConnection
 from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.families import slice_config
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
-from corolla.server.prefixes import KnownPrefix
+from corolla.server.kept_vectors import KnownVectors
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.prefilled import EnteringPrompt, before_span, prefill
 from corolla.swarm.directory.directory import ServerRecord
@@ -165,7 +165,7 @@ class SimulatedSwarm:
             model=self.checkpoint.identity,
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
-            crossing=crossing_of(self.checkpoint.config),
+            cuts=cuts_of(self.checkpoint.config),
             owns_loop=False,
         )
         self._connections.append(connection)
@@ -216,7 +216,7 @@ class SimulatedSwarm:
         engine.start()
         for one in self._entering(start) if plan.bundles else []:
             if isinstance(one, BlockVectors):
-                server.prefixes.public[one.digest] = KnownPrefix(0, one.values)
+                server.kept.public[one.digest] = KnownVectors.whole(one, 0, len(one.values))
                 continue
             server.budget.set_aside(1)
             server.bundles[one.name] = prefill(span, server.pool, one)  # the engine has no work yet

@@ -185,6 +185,20 @@ async def test_a_long_prompt_is_cut_while_others_generate(
         one.assert_right()
 
 
+async def test_a_short_prompt_is_not_cut_for_those_who_generate(
+    world: OneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "SHARED_PASS_SECONDS", 0.0)
+    prompts, (other,) = await clients_of(world, 2), await clients_of(world, 1)
+    await other.step(9)
+    await other.step(1)
+    passes = Passes(world)
+    await at_once(world, *(one.step(accounting.WHOLE_PROMPT) for one in prompts), other.step(1))
+    assert [count for count in passes.counts(Kind.PREFILL) if count] == [accounting.WHOLE_PROMPT] * 2
+    for one in (*prompts, other):
+        one.assert_right()
+
+
 async def _result(task: asyncio.Task[Any]) -> Any:
     return await task
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from corolla.errors import PeerDisconnected
 from corolla.models.attention.pages import PAGE
+from corolla.models.prompts import as_tensor
 from corolla.wire.failures import MEANINGS
 from corolla.wire.frames import Limits
 from corolla.wire.messages import (
@@ -85,6 +86,7 @@ def as_dict(message: Message, **changes: Any) -> dict[str, Any]:
 
 
 BOTH = packed(noise(2, 3, HIDDEN), grad=noise(2, 3, HIDDEN))
+ADAPTER, QUERIES = noise(2, 3, 4 * HIDDEN), as_tensor(["self_attn.q_proj", "self_attention.dense"])
 NO_TOKENS = {"hidden": torch.zeros(1, 0, HIDDEN)}
 NO_ROWS = {"hidden": torch.zeros(0, 1, HIDDEN)}
 
@@ -144,6 +146,19 @@ CASES = [
          whole(prefix=noise(2, 4, 2 * HIDDEN + 1))),
     Case("forward, a prefix and prompts", "malformed", "prefix", forward(),
          whole(prefix=noise(2, 4, 2 * HIDDEN), prompts=noise(2, 2, HIDDEN))),
+    Case("open, an adapter without names", "malformed", "targets", opening(), {"lora": ADAPTER}),
+    Case("open, an adapter too narrow", "malformed", "lora", opening(),
+         {"lora": ADAPTER[..., :9], "targets": QUERIES}),
+    Case("open, an adapter whose names are no text", "malformed", "targets", opening(),
+         {"lora": ADAPTER, "targets": torch.tensor([255], dtype=torch.uint8)}),
+    Case("open, an adapter that names a layer twice", "malformed", "lora", opening(),
+         {"lora": ADAPTER, "targets": as_tensor(["self_attn.q_proj"] * 2)}),
+    Case("forward, an adapter of no linear layer", "malformed", "targets", forward(),
+         whole(lora=ADAPTER, targets=as_tensor(["self_attn", "self_attention"]))),
+    Case("forward, an adapter of too high a rank", "malformed", "lora", forward(),
+         whole(lora=noise(2, HIDDEN + 1, 4 * HIDDEN), targets=QUERIES)),
+    Case("forward, an adapter and prompts", "malformed", "lora", forward(),
+         whole(lora=ADAPTER, targets=QUERIES, prompts=noise(2, 2, HIDDEN))),
     Case("read, more than there is", "malformed", "tokens", ReadCache(tokens=9), opened=True),
     Case("forward, positions for another batch", "malformed", "positions", forward(),
          whole(positions=torch.zeros(1, 3, dtype=torch.int64))),

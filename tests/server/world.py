@@ -57,6 +57,7 @@ DTYPES = {
     torch.bool: "bool",
     torch.int64: "int64",
     torch.int32: "int32",
+    torch.uint8: "uint8",
 }
 
 

@@ -16,7 +16,7 @@ from corolla.client.audits.audit import Answer
 from corolla.client.audits.auditor import Auditor
 from corolla.client.servers import Health, Verdicts
 from corolla.errors import PeerSilent, RemoteError
-from corolla.models.crossing import Crossing, Form
+from corolla.models.cut_layout import CutLayout, TokenLayout
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import Hop
 from corolla.wire.frames import Packet
@@ -39,7 +39,7 @@ class OneServer:
         self, answers: dict[str, Tensor], kinds: dict[str, str], kind: str | None = "float32"
     ) -> None:
         self.now, self.numerics, self.wire, self.model = 0.0, kind, "compute", "m"
-        self.crossing = Crossing(Form(0, 1, (TRUE.shape[-1],)), depth=4)
+        self.cuts = CutLayout(TokenLayout(0, 1, (TRUE.shape[-1],)), depth=4)
         self.answers, self.kinds = answers, kinds
         self.health, self.verdicts = Health(lambda: self.now), Verdicts()
         self.channels = self

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import sys
 from abc import ABC, abstractmethod
-from asyncio.subprocess import PIPE, Process
-from pathlib import Path
 
+from tests.e2e.processes import Talking
 from tests.swarm.behaviours import serve_all
 
 from corolla.swarm.transport.base import Transport
 from corolla.swarm.transport.memory import MemoryNetwork
-
-ROOT = Path(__file__).parents[2]
 
 
 class Network(ABC):
@@ -103,44 +98,36 @@ class OverLibp2p(Network):
 class AcrossProcesses(Network):
     """The remote peer is a real process, and so are its faults."""
 
-    process: Process
+    remote: Talking
 
     async def start(self) -> None:
         from corolla.swarm.transport.libp2p import Libp2pTransport
 
         self.local = await Libp2pTransport.create()
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.swarm.peer_process",
-            *(await self.local.addresses()),
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-            stdin=PIPE,
-            stdout=PIPE,
-        )
-        assert self.process.stdout is not None
-        self.remote_id = json.loads(await self.process.stdout.readline())["peer_id"]
+        addresses = await self.local.addresses()
+        self.remote = await asyncio.to_thread(Talking, *addresses, module="tests.swarm.peer_process")
+        said = await asyncio.to_thread(self.remote.until, "{")
+        self.remote_id = json.loads(said.splitlines()[-1])["peer_id"]
 
     async def kill(self) -> None:
-        self.process.kill()
-        await self.process.wait()
+        self.remote.popen.kill()
+        await asyncio.to_thread(self.remote.popen.wait)
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        self.remote.popen.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        self.remote.popen.send_signal(signal.SIGCONT)
 
     async def leave(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        await self.process.wait()
+        self.remote.hang_up()
+        await asyncio.to_thread(self.remote.popen.wait)
 
     async def close(self) -> None:
-        if self.process.returncode is None:
+        if self.remote.popen.poll() is None:
             self.resume()
             await self.leave()
+        self.remote.close()
         await self.local.close()
 
 

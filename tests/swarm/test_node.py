@@ -236,3 +236,12 @@ def test_a_long_temporary_path_does_not_break_the_sockets(
 async def _create_and_close() -> None:
     node = await Node.create()
     await node.close()
+
+
+def test_the_engine_does_not_decide_how_the_user_s_tensors_are_shared() -> None:
+    """hivemind would, on import; a model that is then shared starts a process that outlives it."""
+    code = (
+        "import torch.multiprocessing as shared; before = shared.get_sharing_strategy(); "
+        "import corolla.swarm.transport.libp2p; assert shared.get_sharing_strategy() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 from tests.swarm.behaviours import FLOOD_BYTES, LENGTH, call_echo
 from tests.swarm.networks import FAULTY_NETWORKS, NETWORKS, Network
 
 from corolla.errors import PeerDisconnected, PeerUnreachable
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SOON = 20.0  # seconds; only ever waited for in full when a test fails
 SILENT = 0.5  # long enough for an answer on this machine to have come
@@ -27,13 +28,21 @@ async def _started(network: Network) -> AsyncIterator[Network]:
         await network.close()
 
 
-@pytest.fixture(params=list(NETWORKS))
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(NETWORKS))
 async def network(request: pytest.FixtureRequest) -> AsyncIterator[Network]:
+    """For tests that leave it as it was."""
     async for network in _started(NETWORKS[request.param]()):
         yield network
 
 
-@pytest.fixture(params=list(FAULTY_NETWORKS))
+@pytest_asyncio.fixture(loop_scope="module", params=list(NETWORKS))
+async def own_network(request: pytest.FixtureRequest) -> AsyncIterator[Network]:
+    """As `network`, for one test that ends a part of it."""
+    async for network in _started(NETWORKS[request.param]()):
+        yield network
+
+
+@pytest_asyncio.fixture(loop_scope="module", params=list(FAULTY_NETWORKS))
 async def faulty(request: pytest.FixtureRequest) -> AsyncIterator[Network]:
     """As `network`, with a remote peer that can be killed and stopped."""
     async for network in _started(FAULTY_NETWORKS[request.param]()):
@@ -259,33 +268,24 @@ async def test_a_stopped_peer_holds_the_writer(faulty: Network) -> None:
         await stream.read(1)
 
 
-async def test_a_peer_that_leaves_ends_its_streams(network: Network) -> None:
-    stream = await network.local.open(network.remote_id, "stall")
+async def test_a_peer_that_leaves_ends_its_streams(own_network: Network) -> None:
+    stream = await own_network.local.open(own_network.remote_id, "stall")
     reading = asyncio.create_task(stream.read(1))
-    await network.leave()
+    await own_network.leave()
     async with asyncio.timeout(SOON):
         with pytest.raises(PeerDisconnected):
             await reading
     await stream.close()
 
 
-async def test_closing_our_transport_ends_everything(network: Network) -> None:
-    stream = await network.local.open(network.remote_id, "stall")
+async def test_closing_our_transport_ends_everything(own_network: Network) -> None:
+    stream = await own_network.local.open(own_network.remote_id, "stall")
     reading = asyncio.create_task(stream.read(1))
-    await network.local.close()
-    await network.local.close()
+    await own_network.local.close()
+    await own_network.local.close()
     async with asyncio.timeout(SOON):
         with pytest.raises(PeerDisconnected):
             await reading
     with pytest.raises(PeerUnreachable):
-        await network.local.open(network.remote_id, "echo")
+        await own_network.local.open(own_network.remote_id, "echo")
     await stream.close()
-
-
-def test_the_engine_does_not_decide_how_the_user_s_tensors_are_shared() -> None:
-    """hivemind would, on import; a model that is then shared starts a process that outlives it."""
-    code = (
-        "import torch.multiprocessing as shared; before = shared.get_sharing_strategy(); "
-        "import corolla.swarm.transport.libp2p; assert shared.get_sharing_strategy() == before"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

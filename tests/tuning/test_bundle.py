@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.covering import every_time
 from tests.swarm_fixture import MemorySwarm
 from tests.tuning.test_resume import largest_file
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, plain_model, prompt_for, settings
 
 from corolla.chat.sampling import SamplingSettings
+from corolla.cli.partner import find_partner
 from corolla.data.render import RenderSettings
 from corolla.errors import BundleError, UsageError
 from corolla.tuning.batches import prepare
@@ -80,7 +82,9 @@ def test_peft_loads_a_trained_bundle_and_gives_the_same_logits(
         assert (untrained(**arguments).logits - mine).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["ptune", "deep_ptune", "prefix"])
+@pytest.mark.parametrize(
+    "mode", every_time(["deep_ptune", "prefix", "lora"], of=["ptune", "deep_ptune", "prefix", "lora"])
+)
 def test_a_distributed_model_loads_a_bundle_trained_through_the_swarm(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path, mode: str
 ) -> None:
@@ -174,3 +178,18 @@ def test_a_bundle_says_what_was_chosen(
     bundle = load_bundle(tmp_path / "out")
     assert bundle.rendering.style == bundle.training["rendering"]["style"] == "delimiter"
     assert SamplingSettings.from_dict(bundle.sampling).allow_empty is allow_empty
+
+
+def test_a_folder_of_pefts_is_a_bundle(tmp_path: Path) -> None:
+    about = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "some/model"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    bundle = load_bundle(tmp_path)
+    assert (bundle.model.name, bundle.model.identity, bundle.what) == ("some/model", "", "lora, rank 4")
+    assert find_partner(str(tmp_path)).about == "some/model, tuned (lora, rank 4)"
+    for change, sentence in (
+        ({"peft_type": "IA3"}, "peft's IA3"),
+        ({"base_model_name_or_path": None}, "which model"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(about | change))
+        with pytest.raises(BundleError, match=sentence):
+            find_partner(str(tmp_path))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.covering import every_time
 from tests.tuning.test_resume import At, Killed, die
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, prompt_for, settings
 
@@ -183,7 +184,7 @@ def test_any_held_out_loss_is_better_than_none() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(one, marks=pytest.mark.nightly) for one in (1, 2))])
-@pytest.mark.parametrize("rate", [1e-3, 1e-2, 1e-1, ABSURD])
+@pytest.mark.parametrize("rate", every_time([1e-1, ABSURD], of=[1e-3, 1e-2, 1e-1, ABSURD]))
 def test_no_run_diverges_whatever_its_rate(
     tiny_folder: Path, tokenizer: Any, tmp_path: Path, rate: float, seed: int
 ) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.processes import environment
+from tests.e2e.processes import corolla, environment, processes
 from tests.tuning.tiny_setup import WORDS, write_model
 
-from corolla.cli.local_swarm import local_swarm
 from corolla.models.checkpoints.prompt_files import read_prompt_info
 
 SENTIMENT = Path(__file__).parents[2] / "examples" / "sentiment.py"
@@ -29,8 +28,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(tiny: Path) -> Iterator[str]:
-    with local_swarm(str(tiny)) as swarm:
-        yield swarm.peers[0]
+    with processes(tiny.parent) as started:
+        yield started.swarm(tiny, ["0:2", "2:4"])[0]
 
 
 def persona_chat(path: Path) -> Path:
@@ -56,14 +55,7 @@ def test_the_six_steps(kind: str, tiny: Path, address: str, tmp_path: Path) -> N
     arguments = ["--model", str(tiny), "--model-class", chosen, "--peers", address, "--data", data]
     arguments += ["--steps", "3", "--batch-size", "4", "--prefix-tokens", "4", "--max-length", "48"]
     arguments += ["--reply-tokens", "6", "--out", str(tmp_path / "prompt")]
-    ended = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        input="hello there\nand then?\n",
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = corolla(*arguments, module=f"examples.{SCRIPT.stem}", text="hello there\nand then?\n")
     assert ended.returncode == 0, ended.stderr
     losses = [float(loss) for loss in re.findall(r"step \d/3: loss (\S+)", ended.stdout)]
     assert len(losses) == 3

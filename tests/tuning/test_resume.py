@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_with_the_same_losses_to_the_bit(
     assert not (tmp_path / "out.run").exists()
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(0, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [2, pytest.param(0, marks=pytest.mark.nightly)])
 def test_a_run_killed_in_the_middle_of_its_saves_resumes_to_the_same_bundle(
     tiny_folder: Path, tmp_path: Path, count: int
 ) -> None:

@@ -59,8 +59,16 @@ def test_more_data_keeps_most_of_who_was_held_out_by_share() -> None:
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0.1), (2, 2), (3, 0.99)])
 def test_too_few_conversations_are_refused(count: int, held_out: float) -> None:
-    with pytest.raises(DataError, match=f"There are {count} conversations, too few"):
+    there = "is 1 conversation" if count == 1 else f"are {count} conversations"
+    with pytest.raises(DataError, match=f"There {there}, too few"):
         split_conversations(MANY[:count], held_out=held_out, seed=0)
+
+
+def test_rows_that_are_one_conversation_are_told_from_too_few_rows() -> None:
+    with pytest.raises(
+        DataError, match=r"is 1 conversation .rows that are equal, or have one id, are one., too few"
+    ):
+        split_conversations([MANY[0]] * 9, held_out=0.2, seed=0)
 
 
 def test_a_subsample_is_drawn_without_replacement_and_repeatably() -> None:

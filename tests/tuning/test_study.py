@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from tests.client.conftest import random_ids
 from tests.reference import Prefixed, relative
 from tests.swarm_fixture import MemorySwarm
-from tests.tuning.study_setup import CHUNKS, DOCUMENTS, FACTS, MODEL, study_settings
+from tests.tuning.study_setup import CHUNKS, DOCUMENTS, FACTS, MODEL, TEXT, study_settings
 from tests.tuning.tiny_setup import plain_model
 from transformers import TrainerCallback
 from typer.main import get_command
@@ -33,9 +34,9 @@ from corolla.tuning.batches import Taught, TaughtCollator
 from corolla.tuning.bundle import load_bundle
 from corolla.tuning.notebook import Notebook
 from corolla.tuning.recall import WAYS, Fact, facts_asked, facts_given, recall, words_of
-from corolla.tuning.report import again_command
-from corolla.tuning.study import lessons, study, teachers_loss
-from corolla.tuning.teacher import ANSWER, Exchange
+from corolla.tuning.report import again_command, recall_verdict
+from corolla.tuning.study import lessons, study, teachers_loss, teaches
+from corolla.tuning.teacher import ANSWER, SAID, Exchange, counted_words
 from corolla.tuning.tune import TuneResult, TuneStopped
 
 K = 7
@@ -247,6 +248,30 @@ def test_lessons_are_of_different_questions_and_none_is_both_learnt_and_held_out
         lessons(renderer, found[:2], study_settings())
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "tokens", "wanted"),
+    [
+        ("Who keeps the lamp?", "Orla keeps it.", [5, 6, 7], True),
+        (
+            "What is the answer?",
+            "The answer is the boat.",
+            [5, 6, 7],
+            False,
+        ),  # nothing that is said there alone
+        ("Who is Orla?", "who is orla", [5, 6, 7], False),
+        ("Who is Orla?", "Orla Orla Orla Orla", [5] * 12, False),
+    ],
+)
+def test_what_only_repeats_or_says_nothing_of_the_text_is_not_learnt(
+    question: str, answer: str, tokens: list[int], wanted: bool
+) -> None:
+    often = counted_words([TEXT, "The boat. A boat, boat by boat."])
+    rows = [[5, 6]] * len(tokens)
+    one = Exchange(1, 0, "fact", question, answer, tokens, len(tokens), rows, [[-0.5, -2.0]] * len(tokens))
+    assert teaches(one, often) is wanted
+    assert teaches(replace(one, seed=SAID), often)
+
+
 def test_each_way_of_knowing_is_tried_with_what_it_knows(
     swarm: MemorySwarm, tiny_folder: Path, tokenizer: Any
 ) -> None:
@@ -275,6 +300,19 @@ def test_each_way_of_knowing_is_tried_with_what_it_knows(
         assert found[way] == pytest.approx(1.0, abs=1 / len(facts) / 8), way
         assert sum(share == 1 for share in found.values()) == 1, found
     assert torch.equal(model.prompts.values, trained.values)
+
+
+@pytest.mark.parametrize(
+    ("plain", "studied", "wanted"), [(0.14, 0.02, "recalls 2%"), (0.14, 0.4, None), (0.14, None, None)]
+)
+def test_a_study_that_was_worth_nothing_says_so(
+    plain: float, studied: float | None, wanted: str | None
+) -> None:
+    shares = {"plain prompt": plain, "studied prompt": studied}
+    ways = [{"way": way, "loss": 1.0, "recalled": share} for way, share in shares.items()]
+    said = recall_verdict({"recall": {"of": "2 questions", "ways": ways}})
+    assert (said is None) if wanted is None else (said is not None and wanted in said)
+    assert recall_verdict({}) is None
 
 
 def test_what_is_recalled_are_the_words_that_an_answer_is_about() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -19,7 +20,20 @@ from corolla.data.documents import Chunk
 from corolla.data.render import Renderer
 from corolla.errors import BundleError, SessionLimit, UsageError
 from corolla.tuning.notebook import Notebook
-from corolla.tuning.teacher import ANSWER, SEEDS, Exchange, Reading, check_room, exchanges
+from corolla.tuning.study import taught
+from corolla.tuning.teacher import (
+    ANSWER,
+    SAID,
+    SEEDS,
+    Exchange,
+    Reading,
+    about_sentence,
+    check_room,
+    counted_words,
+    exchanges,
+    sentences_of,
+    telling_words,
+)
 
 SETTINGS = study_settings(questions=5)
 
@@ -50,9 +64,9 @@ def test_distributions_are_those_of_the_local_model_with_the_text_before_it(
 ) -> None:
     """Not of the model with its prompt, another piece or none before it; not one token too early or too late."""
     local = plain_model(tiny_folder)
-    assert sum(one.teaches for one in asked) > 2
+    assert sum(bool(one.answer) for one in asked) > 2
     for one in asked:
-        if not one.teaches:
+        if not one.answer:
             continue
         text = CHUNKS[one.chunk].text.strip()
         prompt = renderer.prompt_ids([Turn("user", f"{text}\n\n{ANSWER}{one.question}")])
@@ -63,7 +77,13 @@ def test_distributions_are_those_of_the_local_model_with_the_text_before_it(
         assert wanted.shape == (len(one.tokens), 20)
         least = logits.log_softmax(-1).topk(20).values[:, -1]
         assert bool((wanted >= least[:, None] - 1e-4).all())
-        assert [row[0] for row in one.top_ids] == one.tokens  # the likeliest, greedily
+        if one.seed == SAID:
+            assert one.answer in " ".join(text.split())
+            talk = [Turn("user", one.question), Turn("assistant", one.answer)]
+            learnt = taught(renderer, one).input_ids
+            assert learnt == renderer.ids(talk)[: len(learnt)]
+        else:
+            assert [row[0] for row in one.top_ids] == one.tokens  # the likeliest, greedily
 
 
 def test_a_piece_is_read_once_and_questions_differ(
@@ -71,7 +91,8 @@ def test_a_piece_is_read_once_and_questions_differ(
 ) -> None:
     assert {one.chunk for one in asked} == {0, 1}
     assert len({one.question for one in asked}) == len(asked)
-    assert [one.seed for one in asked] == [list(SEEDS)[turn] for turn in (0, 0, 1, 1, 2)]
+    first, second = list(SEEDS)[:2]
+    assert [one.seed for one in asked] == [first, first, SAID, SAID, second]
     before = sum(swarm.counted().values())
     with Reading(swarm.model(), renderer, CHUNKS[0].text, SETTINGS) as reading:
         begun = sum(swarm.counted().values()) - before
@@ -94,6 +115,28 @@ def test_the_same_number_gives_the_same_exchange_whatever_is_asked_beside_it(
     assert model.prompts is prompt
     (other,) = exchanges(model, renderer, CHUNKS, replace(SETTINGS, seed=9), {0, 1, 2, 4})
     assert other.question != found.question
+
+
+def test_a_line_that_goes_on_is_one_sentence_and_marks_are_none() -> None:
+    text = "# The lamp\n\nIt is lit at nine, and the\nletters come by boat.  \r\n- tea at noon\n- 42 pence each\n"
+    wanted = ["It is lit at nine, and the letters come by boat.", "42 pence each"]
+    assert [one for one in sentences_of(text) if len(one) > 12] == wanted
+    assert sentences_of("It was built between 1851 and\n1854 by Orla.") == [
+        "It was built between 1851 and 1854 by Orla."
+    ]
+    lines = ["灯塔由奥拉看守了很多很多年。", "她每天晚上九点点灯从不缺席。"]
+    assert sentences_of("\n".join(lines)) == lines
+
+
+def test_a_sentence_is_asked_for_by_some_of_its_words_and_never_by_all() -> None:
+    often = counted_words(
+        ["The lamp was lit by Orla Holm in 1874. The lamp, the lamp, the lamp.", "灯塔很高。"]
+    )
+    assert telling_words("The lamp was lit by Orla in 1874", often) == ["Orla", "1874"]
+    assert telling_words("灯塔, unseen", often) == ["灯", "塔"]
+    question = about_sentence("The lamp was lit by Orla Holm in 1874.", often, random.Random(0))
+    assert sum(word in question for word in ("Orla", "Holm", "1874")) == 2
+    assert about_sentence("Then lit by Orla.", often, random.Random(0)) == "How does this go on: Then "
 
 
 def test_whoever_stops_gets_no_more(model: Any, renderer: Renderer) -> None:

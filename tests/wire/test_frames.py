@@ -119,6 +119,16 @@ EVERYTHING: list[Packet] = [
     Packet(Outputs(failures=(("1" * 16, Failure(code="evicted", message="gone")),)), {"hidden": hidden()}),
     Packet(Gradients(), {"grad": hidden(), "prompts": PROMPTS}),
     Packet(Gradients(), {"grad": hidden(), "prefix": PREFIX}),
+    Packet(Gradients(), {"grad": hidden(), "lora": PREFIX}),
+    Packet(
+        Forward(model="m", start=0, end=N, known="0" * 64),
+        {
+            "hidden": hidden()[:1],
+            "lengths": torch.tensor([T]),
+            "lora": PREFIX,
+            "targets": torch.tensor([97, 10, 98], dtype=torch.uint8),
+        },
+    ),
     Packet(
         Forward(model="m", start=0, end=N, known="0" * 64),
         {"hidden": hidden()[:1], "lengths": torch.tensor([T]), "prefix": PREFIX},

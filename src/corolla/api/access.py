@@ -44,6 +44,7 @@ class User:
     name: str
     tokens_per_day: int | None = None
     requests_per_minute: int | None = None
+    operator: bool = False  # may stop what others have started
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _day: int = -1
     _spent: int = 0
@@ -107,7 +108,7 @@ class Keys:
     def __init__(self, users: dict[str, User]) -> None:
         """`users` by key."""
         self._users = {hashlib.sha256(key.encode()).digest(): user for key, user in users.items()}
-        self._everybody = User("")
+        self._everybody = User("", operator=True)
 
     def __bool__(self) -> bool:
         return bool(self._users)
@@ -119,7 +120,7 @@ class Keys:
         for number, key in enumerate(keys, start=1):
             if not key.strip() or not key.isascii() or not key.isprintable():
                 raise UsageError("--api-key must be a word of plain characters.")
-            found[key] = User("key" if len(keys) == 1 else f"key {number}")
+            found[key] = User("key" if len(keys) == 1 else f"key {number}", operator=True)
         for name, about in ({} if path is None else _read_file(path)).items():
             key, user = _user(name, about, path)
             if key in found:
@@ -159,12 +160,16 @@ def _user(name: str, about: Any, path: Path | None) -> tuple[str, User]:
     if not isinstance(about, dict) or not isinstance(about.get("key"), str) or not about["key"].strip():
         raise UsageError(f"{shape}.")
     for field_name, value in about.items():
-        number = field_name in numbers and isinstance(value, int) and not isinstance(value, bool)
-        if field_name != "key" and (not number or value < 1):
+        number = (
+            field_name in numbers and isinstance(value, int) and not isinstance(value, bool) and value > 0
+        )
+        if field_name != "key" and not number and not (field_name == "operator" and isinstance(value, bool)):
             raise UsageError(
-                f"{shape}, and tokens_per_day and requests_per_minute as numbers; {one_line(field_name)} is not that."
+                f"{shape}, and tokens_per_day and requests_per_minute as numbers, operator as true or false; "
+                f"{one_line(field_name)} is not that."
             )
-    return about["key"], User(name, about.get("tokens_per_day"), about.get("requests_per_minute"))
+    budgets = (about.get("tokens_per_day"), about.get("requests_per_minute"))
+    return about["key"], User(name, *budgets, operator=about.get("operator", False))
 
 
 class Gate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -94,8 +95,10 @@ class _Choice:
     shown: tuple[int, int] = (0, 0)  # characters and tokens that were given out
     offset: int = 0  # of the next token, in characters
     offsets: list[int] = field(default_factory=list)
+    _decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
 
     def __post_init__(self) -> None:
+        self._decoder.errors = "replace"
         if self.prompt is not None:
             self.text = self.prompt
 
@@ -119,7 +122,8 @@ class _Choice:
     def _add(self, token: int, chance: TokenChance | None) -> None:
         self.tokens.append((token, chance))
         self.offsets.append(self.offset)
-        self.offset += len(self.partner.vocabulary.bytes_of(token).decode("utf-8", "ignore"))
+        # A character may be of several tokens: all of them stand where it does.
+        self.offset += len(self._decoder.decode(self.partner.vocabulary.bytes_of(token)))
 
     def take_news(self) -> tuple[str, dict[str, Any] | None]:
         """What was not given out yet."""

@@ -247,7 +247,7 @@ class Run:
             self._note_token(latest)
             text = reader.push(token)
             chance = chooser.chances[-1] if chooser.chances else None
-            if reader.ended and not text:
+            if reader.ended and (not text or reader.is_end(token)):
                 chance = None  # what ends a reply is none of its tokens
             if (text or chance is not None) and not self.cancelled:
                 self._tell(Piece(index, text, chance))

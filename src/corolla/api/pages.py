@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from corolla.api.access import User
 from corolla.api.conversations import Conversation, Conversations, Exported
 from corolla.api.failures import ApiFailure
 from corolla.api.runs import Runs
@@ -60,7 +61,7 @@ def add_pages(
     _add_files(app)
     _add_conversations(app, conversations, model)
 
-    _add_runs(app, runs)
+    _add_runs(app, runs, starter)
     _add_starting(app, starter)
 
     @app.get("/api/swarm")
@@ -74,10 +75,23 @@ def add_pages(
         return await streamed(swarm.events())
 
 
-def _add_runs(app: FastAPI, runs: Runs) -> None:
+def _may_end(user: User, starter: Starter, name: str) -> bool:
+    """Whether a run may be stopped and gone on with by this user: who has started it may, and the operator."""
+    return user.operator or starter.owner(name) in (None, user.name)
+
+
+def _add_runs(app: FastAPI, runs: Runs, starter: Starter | None) -> None:
+    def seen_by(user: User) -> list[dict[str, Any]]:
+        def one(about: dict[str, Any]) -> dict[str, Any]:
+            if starter is None or user.bounded or not about.get("started_here"):
+                return about | {"yours": False}
+            return about | {"yours": _may_end(user, starter, about["name"])}
+
+        return [one(about) for about in runs.all()]
+
     @app.get("/api/runs", include_in_schema=False)
-    async def all_runs() -> list[dict[str, Any]]:
-        return await asyncio.to_thread(runs.all)
+    async def all_runs(request: Request) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(seen_by, request.scope["user"])
 
     @app.get("/api/runs/{name}/report", include_in_schema=False)
     async def report(name: RunName) -> Response:
@@ -97,21 +111,29 @@ def _add_starting(app: FastAPI, known: Starter | None) -> None:
             )
         return known
 
+    def own(request: Request, name: str) -> Starter:
+        found = starter(request)
+        if not _may_end(request.scope["user"], found, name):
+            raise ApiFailure(
+                403, f"{name} was started with another key: ask whoever has that, or the operator."
+            )
+        return found
+
     @app.post("/api/runs/preview", include_in_schema=False)
     async def preview(body: NewRun, request: Request) -> dict[str, Any]:
         return await asyncio.to_thread(starter(request).preview, body)
 
     @app.post("/api/runs", include_in_schema=False)
     async def start(body: NewRun, request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(starter(request).start, body)
+        return await asyncio.to_thread(starter(request).start, body, request.scope["user"].name)
 
     @app.post("/api/runs/{name}/stop", include_in_schema=False)
     async def stop(name: RunName, request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(starter(request).stop, name)
+        return await asyncio.to_thread(own(request, name).stop, name)
 
     @app.post("/api/runs/{name}/resume", include_in_schema=False)
     async def resume(name: RunName, request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(starter(request).resume, name)
+        return await asyncio.to_thread(own(request, name).resume, name)
 
 
 def _add_files(app: FastAPI) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from corolla.client.model import saving
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.replies import reply_ends
 from corolla.errors import CorollaError, UsageError
+from corolla.models.checkpoints.prompt_files import PEFT_CONFIG, is_pefts
 from corolla.models.limits import context_limit
 from corolla.text import get_logger, one_line
 from corolla.tuning.bundle import BUNDLE_FILE, Bundle, load_bundle
@@ -77,12 +78,15 @@ class Partners:
         folder: Path | None = None,
         rendering: RenderSettings | None = None,
         max_context: int | None = None,
+        gone: Callable[[Partner], None] = lambda partner: None,
     ) -> None:
-        """`model` is the base model's, `identity` its checkpoint's; `folder` is where bundles lie."""
+        """`model` is the base model's, `identity` its checkpoint's; `folder` is where bundles lie; `gone` is told of
+        those that cannot be asked any more."""
         self._identity, self.folder, self._limit = identity, folder, max_context
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._lock = threading.Lock()
+        self._gone = gone
         self._bundles: dict[str, tuple[Stamp, Partner]] = {}
         self._refused: dict[str, Stamp] = {}
         renderer = Renderer(tokenizer, rendering or RenderSettings(style="auto"))
@@ -97,7 +101,9 @@ class Partners:
     def names(self) -> list[tuple[str, int, Bundle | None]]:
         """What can be asked for: name, since when it is there, and the bundle if it is one."""
         found: list[tuple[str, int, Bundle | None]] = [(self.base.name, self.base.made, None)]
-        for name, stamp in sorted(self._stamps().items()):
+        stamps = self._stamps()
+        self._let_go(stamps)
+        for name, stamp in sorted(stamps.items()):
             bundle = self._described(name, stamp)
             if bundle is not None:
                 found.append((name, stamp[0] // 10**9, bundle))
@@ -108,20 +114,30 @@ class Partners:
         if name in (self.base.name, str(self.base.model.name_or_path)):
             return self.base
         stamps = self._stamps()
+        self._let_go(stamps)
         with self._lock:
-            for gone in self._bundles.keys() - stamps.keys():
-                del self._bundles[gone]
             stamp = stamps.get(name)
             if stamp is None:
                 raise unknown(name)
-            known = self._bundles.get(name)
-            if known is None or known[0] != stamp:
-                try:
-                    known = (stamp, self._load(name, stamp))
-                except CorollaError as error:
-                    raise ApiFailure(404, str(error), param="model", code="model_not_found") from error
-                self._bundles[name] = known
-            return known[1]
+            try:
+                return self._known(name, stamp)
+            except CorollaError as error:
+                raise ApiFailure(404, str(error), param="model", code="model_not_found") from error
+
+    def _known(self, name: str, stamp: Stamp) -> Partner:
+        """The partner of a folder as it is now; the lock is held."""
+        known = self._bundles.get(name)
+        if known is None or known[0] != stamp:
+            known = self._bundles[name] = (stamp, self._load(name, stamp))
+        return known[1]
+
+    def _let_go(self, stamps: Mapping[str, Stamp]) -> None:
+        """Those whose folder is gone or has changed."""
+        with self._lock:
+            names = [name for name, (stamp, _) in self._bundles.items() if stamps.get(name) != stamp]
+            leaving = [self._bundles.pop(name)[1] for name in names]
+        for partner in leaving:
+            self._gone(partner)
 
     def _load(self, name: str, stamp: Stamp) -> Partner:
         assert self.folder is not None
@@ -162,7 +178,10 @@ class Partners:
             return None
         try:
             bundle = load_bundle(self.folder / name)
-            if bundle.model.identity != self._identity:
+            if not bundle.model.identity:  # of peft's own: whether it fits is seen when it is loaded
+                with self._lock:
+                    self._known(name, stamp)
+            elif bundle.model.identity != self._identity:
                 raise UsageError(f"The bundle {name} is for {bundle.model.name}, not for {self.base.name}.")
             return bundle
         except CorollaError as error:
@@ -173,7 +192,7 @@ class Partners:
 
 def _stamp(folder: Path) -> Stamp | None:
     try:
-        about = (folder / BUNDLE_FILE).stat()
+        about = (folder / (PEFT_CONFIG if is_pefts(folder) else BUNDLE_FILE)).stat()
         inside = [one.stat() for one in folder.iterdir() if one.suffix in (".json", ".safetensors")]
     except OSError:
         return None

@@ -41,9 +41,13 @@ class TextReader:
         self._waiting = ""  # text that may be the beginning of a stop text
         self.ended = False
 
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends a reply, and so is none of it."""
+        return token in self._ends
+
     def push(self, token: int) -> str:
         """Take the next token; gives the text that is certain now."""
-        if token in self._ends:
+        if self.is_end(token):
             self.ended = True
             return self._last(self._rest())
         self._ids.append(token)

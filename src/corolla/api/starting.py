@@ -143,12 +143,13 @@ class Starter:
 
     # --- a run ----------------------------------------------------------------------------------------------
 
-    def start(self, asked: NewRun) -> dict[str, Any]:
-        """Begin to train. Raises `ApiFailure`, `CorollaError`, also for data that could not be trained on."""
+    def start(self, asked: NewRun, user: str = "") -> dict[str, Any]:
+        """Begin to train, for that user. Raises `ApiFailure`, `CorollaError`, also for data that could not be trained
+        on."""
         self.preview(asked)
         with self._lock:
             kept = self._check_name(asked.name)
-            if self.running(asked.name):
+            if self.running(asked.name) or self.owner(asked.name) not in (None, user):
                 raise wrong(f"{asked.name} has begun already: give another name.", "name")
             self._check_room()
             try:
@@ -159,18 +160,19 @@ class Starter:
                 raise ApiFailure(503, f"The data cannot be kept here: {error.strerror}.") from error
             out = str(kept.resolve().parents[1] / asked.name)
             command = [*self._command, "--data", str(data), "--out", out, *asked.words()]
-            self._begin(asked.name, command)
+            self._begin(asked.name, command, user)
         return {"name": asked.name, "state": "starting"}
 
     def resume(self, name: str) -> dict[str, Any]:
         """Go on with a run that was started here and has stopped. Raises `ApiFailure`."""
         with self._lock:
-            command = self._about(name).get("command")
+            about = self._about(name)
+            command = about.get("command")
             if not isinstance(command, list) or self._folder is None or self.running(name):
                 raise ApiFailure(404, "No run of that name was started here and has stopped.", param="name")
             self._check_room()
             again = RunFolder(self._folder / name).has_begun()
-            self._begin(name, [*map(str, command)], ["--resume"] if again else [])
+            self._begin(name, [*map(str, command)], about.get("user"), ["--resume"] if again else [])
         return {"name": name, "state": "starting"}
 
     def _check_room(self) -> None:
@@ -179,7 +181,7 @@ class Starter:
                 429, f"{MOST_AT_ONCE} runs are under way: wait for one, or stop one.", code="too_many_runs"
             )
 
-    def _begin(self, name: str, command: list[str], more: Sequence[str] = ()) -> None:
+    def _begin(self, name: str, command: list[str], user: Any, more: Sequence[str] = ()) -> None:
         assert self._folder is not None
         kept = self._folder / FOLDER / name
         child = None
@@ -194,7 +196,8 @@ class Starter:
                     start_new_session=True,  # Ctrl-C is for us, and the run goes on
                 )
             born = psutil.Process(child.pid).create_time()
-            write_json(kept / "process.json", {"pid": child.pid, "born": born, "command": command})
+            about = {"pid": child.pid, "born": born, "command": command, "user": user}
+            write_json(kept / "process.json", about)
         except OSError as error:
             if child is not None:  # nobody would know of it
                 child.kill()
@@ -234,6 +237,11 @@ class Starter:
             return same and bool(process.status() != psutil.STATUS_ZOMBIE)
         except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
             return False
+
+    def owner(self, name: str) -> str | None:
+        """Who has started it; None where no run of that name was started here."""
+        user = self._about(name).get("user")
+        return user if isinstance(user, str) else None
 
     def last_words(self, name: str) -> str:
         """The last line that it has said."""

@@ -186,6 +186,7 @@ def _served(
         model = stack.enter_context(
             AutoDistributedModelForCausalLM.from_pretrained(name, dtype=joining.dtype, **source, **arguments)
         )
+        pool = SessionPool(most=options.sessions, most_bytes=options.session_bytes)
         partners = Partners(
             Path(name).name if Path(name).exists() else name,
             model,
@@ -193,8 +194,8 @@ def _served(
             identity=checkpoint.identity,
             folder=options.bundles,
             max_context=options.max_length,
+            gone=pool.forget,
         )
-        pool = SessionPool(most=options.sessions, most_bytes=options.session_bytes)
         generator = Generator(pool, at_once=options.at_once, waiting=options.waiting)
         kept = Conversations(options.conversations or data_root() / "api" / "conversations.sqlite3")
         starter = Starter(

@@ -19,6 +19,7 @@ from corolla.cli.fields import Fields, with_fields
 from corolla.cli.members import MemberOptions
 from corolla.cli.partner import find_partner
 from corolla.cli.terminal import console, say_plainly
+from corolla.cli.training import DataOptions, result_table
 from corolla.config import SwarmConfig
 from corolla.data.rows import USUAL_SPLIT
 from corolla.errors import BundleError, UsageError
@@ -30,13 +31,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvalJob:
+class EvalJob(DataOptions):
     """On what, and how much of it. Raises `UsageError`."""
 
-    data: Annotated[str | None, "As for corolla tune (default: what the bundle's training held out)."] = None
-    speaker: Annotated[str | None, "chitchat: the person whose turns are predicted."] = None
-    persona: Annotated[bool, "PersonaChat: put the personality in front."] = False
-    split: Annotated[str | None, "Hub data: which split, such as test."] = None
     examples: Annotated[int, "Examples to evaluate, at most."] = 64
     batch_size: Annotated[int, "Examples a batch."] = 8
     out: Annotated[Path, "Where the page goes."] = Path("report.html")
@@ -48,6 +45,8 @@ class EvalJob:
                 raise UsageError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1."
                 )
+        if self.out.is_dir():
+            raise UsageError(f"{self.out} is a folder: give --out the name of a file for the page.")
         if self.out.exists() and not self.overwrite:
             raise UsageError(f"{self.out} exists already: give another --out, or --overwrite to replace it.")
 
@@ -66,8 +65,10 @@ def evaluate(
     from corolla.cli.local_swarm import joined
     from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
     from corolla.tuning.bundle import load_bundle
+    from corolla.tuning.report import check_place
 
     to_do, joining = EvalJob(**job), MemberOptions(**member)
+    check_place(to_do.out)
     described = load_bundle(bundle, revision=joining.revision, token=joining.token)
     folder = described.folder or Path(bundle)
     to_do, held_out_only = chosen_data(described, to_do)
@@ -95,7 +96,6 @@ def evaluate_and_report(
     model: Any, described: Bundle, prepared: Prepared, job: EvalJob, folder: Path
 ) -> None:
     """Compare the model with its prompt and without, and say what came of it."""
-    from corolla.cli.tune import result_table
     from corolla.tuning.evaluate import compare
     from corolla.tuning.evaluate import evaluate as losses
     from corolla.tuning.report import read_history, report_page, write_report
@@ -176,7 +176,6 @@ def prepare_evaluated(
     bundle: Bundle, job: EvalJob, token: str | None, cache_dir: Path | None, *, held_out_only: bool
 ) -> Prepared:
     """Read and render the conversations; says what was found. Raises `DataError`."""
-    from corolla.data.sources import load_conversations
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.models.checkpoints.pretrained import load_tokenizer
     from corolla.models.limits import check_tokens
@@ -185,11 +184,7 @@ def prepare_evaluated(
     checkpoint = open_checkpoint(
         bundle.model.name, revision=bundle.model.revision, token=token, cache_dir=cache_dir
     )
-    conversations, report = load_conversations(
-        job.data or "", speaker=job.speaker, persona=job.persona, split=job.split, token=token
-    )
-    for line in report.lines():
-        say_plainly(line)
+    conversations = job.read(token)
     tokenizer = load_tokenizer(checkpoint)
     settings = _settings_of(bundle, job)
     prepared = (prepare if held_out_only else prepare_evaluation)(tokenizer, settings, conversations)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corolla.config import SwarmConfig
-from corolla.errors import UsageError
+from corolla.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from corolla.chat.sampling import SamplingSettings
@@ -36,22 +36,26 @@ def find_partner(
 
     Raises `BundleError`.
     """
-    from corolla.models.checkpoints.prompt_files import PROMPT_FILE, read_prompt_info
+    from corolla.models.checkpoints.prompt_files import PROMPT_FILE, is_pefts, read_prompt_info
     from corolla.tuning.bundle import BUNDLE_FILE, load_bundle
     from corolla.tuning.sharing import fetch_bundle
 
     folder = Path(name)
     if not folder.exists():
         folder = fetch_bundle(name, revision=revision, token=token, cache_dir=cache_dir) or folder
-    if (folder / BUNDLE_FILE).is_file():
+    if (folder / BUNDLE_FILE).is_file() or is_pefts(folder):
         bundle = load_bundle(folder)
+        if not bundle.model.name:
+            raise BundleError(
+                f"{folder} does not say for which model it is; write base_model_name_or_path into it."
+            )
         return Partner(
             bundle.model.name,
             (revision if name == str(folder) else None) or bundle.model.revision,
             folder,
             bundle.rendering,
             bundle.sampling,
-            f"{bundle.model.name}, tuned ({bundle.mode}, {bundle.prompt_tokens} prompt tokens)",
+            f"{bundle.model.name}, tuned ({bundle.what})",
             bundle.training.get("swarm") or {},
         )
     if (folder / PROMPT_FILE).is_file():
@@ -124,7 +128,12 @@ def prepare(
     client.check_local(checkpoint.num_blocks)
     prompt_tokens = 0
     if partner.prompts is not None:
-        prompt = load_prompt(partner.prompts, model_name=checkpoint.name, identity=checkpoint.identity)
+        prompt = load_prompt(
+            partner.prompts,
+            model_name=checkpoint.name,
+            identity=checkpoint.identity,
+            config=checkpoint.config,
+        )
         prompt_tokens = prompt.length
     limit = context_limit(checkpoint.config, prompt_tokens)
     if max_length is not None and not 1 < max_length <= limit:

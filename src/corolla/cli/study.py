@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from corolla.cli.common import DtypeOption, PeersOption, RevisionOption, TokenOption, set_up_libraries
+from corolla.cli.common import set_up_libraries
 from corolla.cli.fields import Fields, with_fields
-from corolla.cli.members import InviteOption, MemberOption, TrustOption, client_identity, trusted_servers
-from corolla.cli.saved_swarm import to_saved
+from corolla.cli.members import MemberOptions
 from corolla.cli.terminal import console, say_plainly
-from corolla.cli.tune import result_table, resume_command, show_next_step, stopped_by_ctrl_c
+from corolla.cli.training import (
+    DataOptions,
+    TrainJob,
+    is_refusal,
+    resume_command,
+    show_next_step,
+    stopped_by_ctrl_c,
+    trained,
+)
 from corolla.config import SwarmConfig
-from corolla.data.documents import Document, read_documents
+from corolla.data.documents import read_documents
 from corolla.data.render import RenderSettings
 from corolla.errors import CorollaError, UsageError
 from corolla.tuning.settings import StudySettings
@@ -30,8 +38,15 @@ if TYPE_CHECKING:
     from corolla.data.conversation import Conversation
 
 
+MAY_NOT_PAY = (
+    "This takes long, and may not pay: what is learnt is what the model would say with the text before it, so it has "
+    "to answer well with it. One of 135 million parameters recalled no more facts after a study (docs/study.md): take "
+    "the largest that you can, and give questions of your own as --facts, which tell what came of it."
+)
+
+
 @dataclass(frozen=True)
-class StudyJob:
+class StudyJob(TrainJob):
     """What to study; the settings say how. Raises `UsageError`."""
 
     out: Annotated[Path, "Where the bundle goes; the questions go beside it, as OUT.questions.jsonl."] = Path(
@@ -42,10 +57,6 @@ class StudyJob:
     facts: Annotated[
         Path | None, "Questions and answers, as for corolla tune --data, to measure what is recalled."
     ] = None
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    dtype: str = "auto"
-    client: SwarmConfig = field(default_factory=SwarmConfig)
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2:
@@ -53,15 +64,17 @@ class StudyJob:
 
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
-        swarm = to_saved(SwarmConfig(peers=self.client.peers, trust=self.client.trust))
-        return {"prompt_init": "text", "dtype": self.dtype, "swarm": swarm}
+        return {**super().notes(), "prompt_init": "text"}
+
+    def asked(self) -> Sequence[Conversation]:
+        """The facts, as they were given. Raises `DataError`."""
+        return () if self.facts is None else DataOptions(str(self.facts)).read(self.token)
 
 
 @with_fields
 def study(
     *,
     documents: Annotated[list[Path], typer.Argument(help="Text files, .txt or .md.")],
-    peers: PeersOption = None,
     job: Annotated[dict[str, Any], Fields(StudyJob)],
     max_length: Annotated[int, typer.Option(help="Longest question with its answer, in tokens.")] = 256,
     settings: Annotated[dict[str, Any], Fields(StudySettings)],
@@ -69,17 +82,13 @@ def study(
         bool, typer.Option("--resume", help="Go on with the questions there are, and an unfinished run.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    dtype: DtypeOption = "auto",
+    member: Annotated[dict[str, Any], Fields(MemberOptions)],
     client: Annotated[dict[str, Any], Fields(SwarmConfig)],
-    identity: MemberOption = None,
-    invite: InviteOption = None,
-    trust: TrustOption = None,
 ) -> None:
     """Teach a prefix what documents say, through the swarm: the model asks itself, then answers without them."""
-    options = SwarmConfig(**client, trust=trusted_servers(trust), peers=tuple(peers or ()))
-    to_do = StudyJob(**job, revision=revision, token=token, dtype=dtype, client=options)
+    joining = MemberOptions(**member)
+    options = joining.swarm(client)
+    to_do = StudyJob(**job, **joining.source(), dtype=joining.dtype, client=options)
     how = StudySettings(**settings, rendering=RenderSettings(style="auto", max_length=max_length))
     texts = read_documents(documents)
     set_up_libraries()
@@ -88,27 +97,40 @@ def study(
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.models.checkpoints.pretrained import load_tokenizer
     from corolla.models.limits import check_length
+    from corolla.tuning.bundle import load_bundle
+    from corolla.tuning.report import recall_verdict
     from corolla.tuning.study import check_way, checked_chunks
+    from corolla.tuning.study import study as run
 
     check_way(to_do.out, resume=resume, overwrite=overwrite, questions=how.questions)
-    facts = _facts(to_do)
-    checkpoint = open_checkpoint(to_do.model, revision=revision, token=token)
+    facts = to_do.asked()
+    checkpoint = open_checkpoint(to_do.model, **joining.source())
     options.check_local(checkpoint.num_blocks)
     check_length(checkpoint.config, to_do.prompt_tokens, max_length, to_do.model)
     renderer = Renderer(load_tokenizer(checkpoint), how.rendering)
     checked_chunks(checkpoint.config, renderer, texts, how, facts)
+    say_plainly(MAY_NOT_PAY)
     with stopped_by_ctrl_c(to_do.out), _questions_kept(to_do.out):
-        options = replace(options, identity=client_identity(identity, invite))
-        with joined(options.peers, to_do.model, revision) as addresses:
-            _study(
-                replace(to_do, client=replace(options, peers=tuple(addresses))),
-                how,
-                texts,
-                facts,
+        options = joining.identified(options)
+        with joined(options.peers, to_do.model, to_do.revision, to_do.cache_dir) as addresses:
+            trained(
+                replace(to_do, client=options),
+                partial(run, tokenizer=renderer.tokenizer, documents=texts, settings=how, facts=facts),
+                addresses,
                 resume=resume,
                 overwrite=overwrite,
+                again=resume_command(),
+                tuning_mode="prefix",
+                prompt_init="text",
+                prompt_text="\n\n".join(one.text for one in texts),
+                seed=how.seed,
             )
-    show_next_step(to_do.out, peers)
+    metrics = load_bundle(to_do.out).metrics
+    console.print(_recall_table(metrics))
+    verdict = recall_verdict(metrics)
+    if verdict is not None:
+        say_plainly(verdict)
+    show_next_step(to_do.out, joining.peers)
 
 
 @contextlib.contextmanager
@@ -121,7 +143,8 @@ def _questions_kept(out: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, CorollaError) as error:
         notebook = Notebook(out)
-        if notebook.exchanges_kept() and RunFolder(out).latest() is None:
+        asking = notebook.exchanges_kept() and RunFolder(out).latest() is None
+        if asking and not is_refusal(error):
             say_plainly(
                 f"{notebook.exchanges_kept():,} questions with their answers are kept in {notebook.path}; go on with\n"
                 f"  {resume_command()}"
@@ -129,64 +152,6 @@ def _questions_kept(out: Path) -> Iterator[None]:
             if isinstance(error, KeyboardInterrupt):
                 raise typer.Exit(130) from None
         raise
-
-
-def _facts(job: StudyJob) -> Sequence[Conversation]:
-    if job.facts is None:
-        return ()
-    from corolla.data.sources import load_conversations
-
-    talks, report = load_conversations(str(job.facts))
-    for line in report.lines():
-        say_plainly(line)
-    return talks
-
-
-def _study(
-    job: StudyJob,
-    settings: StudySettings,
-    documents: Sequence[Document],
-    facts: Sequence[Conversation],
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
-    from corolla.client.model.loading import load_tokenizer
-    from corolla.tuning.bundle import ModelInfo, load_bundle
-    from corolla.tuning.study import study as run
-    from corolla.tuning.tune import TuneStopped
-
-    with AutoDistributedModelForCausalLM.from_pretrained(
-        job.model,
-        tuning_mode="prefix",
-        pre_seq_len=job.prompt_tokens,
-        prompt_init="text",
-        prompt_text="\n\n".join(one.text for one in documents),
-        dtype=job.dtype,
-        revision=job.revision,
-        token=job.token,
-        seed=settings.seed,
-        **job.client.arguments(),
-    ) as model:
-        result = run(
-            model,
-            load_tokenizer(job.model, revision=job.revision, token=job.token),
-            documents,
-            job.out,
-            settings,
-            ModelInfo(job.model, model.blocks.connection.view.model, job.revision),
-            facts=facts,
-            notes=job.notes(),
-            resume=resume,
-            overwrite=overwrite,
-            console=console,
-        )
-    if isinstance(result, TuneStopped):
-        say_plainly(f"Stopped after step {result.step} of {result.total}. Go on with\n  {resume_command()}")
-        raise typer.Exit(130)
-    console.print(result_table(result.before, result.after, result.difference, f"{result.steps} steps"))
-    console.print(_recall_table(load_bundle(job.out).metrics))
 
 
 def _recall_table(metrics: dict[str, Any]) -> Table:

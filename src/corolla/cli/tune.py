@@ -5,55 +5,56 @@ Invariant: what is wrong with the arguments or the data is said before a server 
 
 from __future__ import annotations
 
-import contextlib
-import math
 import random
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from corolla.cli.common import set_up_libraries
 from corolla.cli.fields import Fields, clean_text, with_fields
 from corolla.cli.members import MemberOptions
-from corolla.cli.saved_swarm import to_saved
 from corolla.cli.terminal import console, say_plainly
+from corolla.cli.training import (
+    DataOptions,
+    TrainJob,
+    resume_command,
+    show_next_step,
+    stopped_by_ctrl_c,
+    trained,
+)
 from corolla.config import SwarmConfig
 from corolla.data.render import NO_LOSS, Example, RenderSettings
-from corolla.errors import CorollaError, UsageError
+from corolla.errors import UsageError
 from corolla.text import printable
 from corolla.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
-    from corolla.tuning.evaluate import Difference, Evaluation
     from corolla.tuning.tune import TuneResult
 
-MODES = ("ptune", "deep_ptune", "prefix")
+MODES = ("ptune", "deep_ptune", "prefix", "lora")
 INITS = ("vocab", "text", "random", "conversations")
 
 
 @dataclass(frozen=True)
-class TuneJob:
+class TuneJob(TrainJob, DataOptions):
     """What to train and on what; the settings say how. Raises `UsageError`."""
 
     data: Annotated[str, "chitchat, a json/jsonl/csv/parquet file, or a hub name."] = "chitchat"
-    speaker: Annotated[str | None, "chitchat: the person whose turns to learn."] = None
-    persona: Annotated[bool, "PersonaChat: put the personality in front."] = False
-    split: Annotated[str | None, "Hub data: which split, such as train."] = None
     out: Annotated[Path, "Where the bundle goes."] = Path("bundle")
     mode: Annotated[
-        str, "ptune, deep_ptune (a prompt for each block besides) or prefix (keys and values for each block)."
+        str,
+        "ptune, deep_ptune (a prompt for each block besides), prefix (keys and values for each block) or lora.",
     ] = "ptune"
     prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
+    rank: Annotated[int, "Of lora: numbers that each changed layer goes through."] = 8
     prompt_init: Annotated[
         str | None,
         "Start from vocab, text, random or conversations (default: vocab, of a prefix conversations).",
@@ -63,18 +64,14 @@ class TuneJob:
     ] = None
     push: Annotated[str | None, "Share the bundle on the hub under this name, such as me/my-bot."] = None
     private: Annotated[bool, "--private", "Share it in a private repository."] = False
-    model: str = "smollm2"
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    cache_dir: Path | None = None
-    dtype: str = "auto"
-    client: SwarmConfig = field(default_factory=SwarmConfig)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"--mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         if self.prompt_tokens < 1:
             raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prompt needs at least 1 token.")
+        if self.rank < 1:
+            raise UsageError(f"--rank is {self.rank}; an adapter has a rank of at least 1.")
         if self.prompt_init not in (None, *INITS):
             raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
         if self.prompt_init is not None and (self.prompt_init == "text") != bool(self.prompt_text):
@@ -86,6 +83,11 @@ class TuneJob:
         if self.prompt_init is None:
             return "text" if self.prompt_text else "conversations" if self.mode == "prefix" else "vocab"
         return self.prompt_init
+
+    @property
+    def size(self) -> str:
+        """See `TrainJob.size`."""
+        return f"rank {self.rank}" if self.mode == "lora" else super().size
 
     def first_text(self, prepared: Prepared, seed: int) -> str | None:
         """The text that the prompt is started from, if it is a text. Raises `UsageError`."""
@@ -100,12 +102,9 @@ class TuneJob:
 
     def notes(self) -> dict[str, Any]:
         """For the bundle."""
-        names = ("data", "speaker", "persona", "split", "prompt_init", "prompt_text", "dtype")
-        swarm = to_saved(SwarmConfig(peers=self.client.peers, trust=self.client.trust))
-        return {name: getattr(self, name) for name in names} | {
-            "prompt_init": self.begins_with,
-            "swarm": swarm,
-        }
+        names = ("data", "speaker", "persona", "split", "prompt_text")
+        own = {name: getattr(self, name) for name in names}
+        return {**super().notes(), **own, "prompt_init": self.begins_with}
 
 
 @with_fields
@@ -174,30 +173,8 @@ def tune(
         say_plainly(f"Shared: {bundle.push_to_hub(to_do.push, token=to_do.token, private=to_do.private)}")
 
 
-@contextlib.contextmanager
-def stopped_by_ctrl_c(out: Path) -> Iterator[None]:
-    """Says what is kept of a run that Ctrl-C or an error has ended at once, and how to go on with it."""
-    from corolla.tuning.checkpoints import RunFolder
-
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except (KeyboardInterrupt, CorollaError, OSError, RuntimeError) as error:
-        last = RunFolder(out).latest()
-        stopped = isinstance(error, KeyboardInterrupt)
-        if last is not None:
-            say_plainly(f"{last} is kept; go on with\n  {resume_command()}")
-        elif stopped:
-            say_plainly("Stopped before anything was saved.")
-        if stopped:
-            raise typer.Exit(130) from None
-        raise
-
-
 def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Prepared:
     """Read and render the conversations; shows the report and `shown` examples."""
-    from corolla.data.sources import load_conversations
     from corolla.models.checkpoints.checkpoint import open_checkpoint
     from corolla.models.checkpoints.pretrained import load_tokenizer
     from corolla.models.limits import check_length, check_tokens
@@ -206,12 +183,9 @@ def prepare_data(job: TuneJob, settings: TuneSettings, *, shown: int = 3) -> Pre
 
     checkpoint = open_checkpoint(job.model, revision=job.revision, token=job.token, cache_dir=job.cache_dir)
     job.client.check_local(checkpoint.num_blocks)
-    check_length(checkpoint.config, job.prompt_tokens, settings.rendering.max_length, job.model)
-    conversations, report = load_conversations(
-        job.data, speaker=job.speaker, persona=job.persona, split=job.split, token=job.token
-    )
-    for line in report.lines():
-        say_plainly(line)
+    tokens = 0 if job.mode == "lora" else job.prompt_tokens
+    check_length(checkpoint.config, tokens, settings.rendering.max_length, job.model)
+    conversations = job.read(job.token)
     tokenizer = load_tokenizer(checkpoint)
     prepared = prepare(tokenizer, settings, conversations)
     rendered = (index for example in prepared.train + prepared.held_out for index in example.input_ids)
@@ -260,82 +234,22 @@ def train_and_report(
     overwrite: bool = False,
     again: str | None = None,
 ) -> TuneResult:
-    """Train through the swarm at `peers`; ends with a table.
-
-    Exits with 130 when it was interrupted; `again` is the command that goes on.
-    """
-    from corolla.client.model.causal_lm import AutoDistributedModelForCausalLM
-    from corolla.tuning.bundle import ModelInfo
-    from corolla.tuning.tune import TuneStopped
+    """Train through the swarm at `peers`; as `trained`."""
     from corolla.tuning.tune import tune as run
 
-    with AutoDistributedModelForCausalLM.from_pretrained(
-        job.model,
+    return trained(
+        job,
+        partial(run, settings=settings, prepared=prepared),
+        peers,
+        resume=resume,
+        overwrite=overwrite,
+        again=again,
         tuning_mode=job.mode,
-        pre_seq_len=job.prompt_tokens,
+        lora_rank=job.rank,
         prompt_init="text" if job.begins_with == "conversations" else job.begins_with,
         prompt_text=job.first_text(prepared, settings.seed),
-        dtype=job.dtype,
-        revision=job.revision,
-        token=job.token,
-        cache_dir=job.cache_dir,
         seed=settings.seed,
-        **replace(job.client, peers=tuple(peers)).arguments(),
-    ) as model:
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        say_plainly(f"Training {trainable:,} numbers: {job.mode}, {job.prompt_tokens} prompt tokens")
-        result = run(
-            model,
-            settings,
-            prepared,
-            job.out,
-            ModelInfo(job.model, model.blocks.connection.view.model, job.revision),
-            notes=job.notes(),
-            resume=resume,
-            overwrite=overwrite,
-            console=console,
-        )
-    if isinstance(result, TuneStopped):
-        say_plainly(f"Stopped after step {result.step} of {result.total}.")
-        if again is not None:
-            say_plainly(f"Go on with\n  {again}")
-        raise typer.Exit(130)
-    words = f"{result.steps} steps in {result.seconds:.0f} s"
-    if result.best_step != result.steps:
-        words = f"after step {result.best_step}, the best of {words}"
-    console.print(result_table(result.before, result.after, result.difference, words))
-    return result
-
-
-def result_table(before: Evaluation, after: Evaluation, change: Difference, words: str) -> RenderableType:
-    """Held-out losses of the base model and the tuned one, with the interval of their difference; `words` below."""
-    table = Table(title="Held-out conversations", title_justify="left", title_style="bold")
-    for name in ("", "before", "after", "change"):
-        table.add_column(name, justify="left" if not name else "right")
-    rows = (
-        ("loss of replies (nats a token)", before.reply_loss, after.reply_loss, ".3f"),
-        ("perplexity of replies", before.perplexity, after.perplexity, ".1f"),
-        ("loss of delimiters and ends", before.marker_loss, after.marker_loss, ".3f"),
     )
-    for name, old, new, form in rows:
-        if math.isnan(old) and math.isnan(new):
-            continue  # there are none, such as ends of answers that were all cut off
-        table.add_row(name, format(old, form), format(new, form), format(new - old, "+" + form))
-    words += f", {before.conversations} held-out conversations"
-    if change.low is not None and change.high is not None:
-        words += (
-            f"; change of the replies' loss, paired 95 % interval: {change.low:+.3f} to {change.high:+.3f}"
-        )
-    return Group(table, Text(words, style="dim"))
-
-
-def show_next_step(out: Path, peers: Sequence[str] | None) -> None:
-    """Where the bundle is, and how to chat with it."""
-    from corolla.tuning.report import REPORT_FILE
-
-    say_plainly(f"Bundle: {out}   what came of it: {out / REPORT_FILE}")
-    join = [part for address in peers or () for part in ("--peers", address)]
-    say_plainly(f"Chat with it:\n  {shlex.join(['corolla', 'chat', str(out), *join])}")
 
 
 def conversations_text(prepared: Prepared, tokens: int, seed: int) -> str:
@@ -358,11 +272,3 @@ def _is_file(text: str) -> bool:
 def _unescaped(text: str) -> str:
     """Line breaks are hard to type on a command line."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def resume_command() -> str:
-    """What was typed, to be typed again so that it goes on."""
-    words = sys.argv[1:]
-    more = [] if "--resume" in words else ["--resume"]
-    end = words.index("--") if "--" in words else len(words)  # what follows that is no option
-    return shlex.join(["corolla", *words[:end], *more, *words[end:]])

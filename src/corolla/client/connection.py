@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from corolla.client.audits.audit import Observer
 from corolla.client.retry import Retry
-from corolla.client.sessions.prefixes import PrefixIndex
+from corolla.client.sessions.prefix_cache import PrefixCache
 from corolla.client.view import SwarmView
 from corolla.config import SwarmConfig
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.swarm.loop import EventLoopThread
 from corolla.swarm.node import Node
 
@@ -34,11 +34,11 @@ class SwarmConnection:
         model: str,
         model_name: str,
         num_blocks: int,
-        crossing: Crossing | None = None,
+        cuts: CutLayout | None = None,
         observe: Callable[[SwarmView], Observer] | None = None,
         owns_loop: bool = True,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it; for `crossing` see `SwarmView`.
+        """`model` is the checkpoint's identity, `model_name` what people call it; for `cuts` see `SwarmView`.
 
         `observe` makes what is told of every answer, if anything.
         """
@@ -55,11 +55,11 @@ class SwarmConnection:
             model=model,
             model_name=model_name,
             num_blocks=num_blocks,
-            crossing=crossing,
+            cuts=cuts,
             introductions=node.introductions,
         )
         self.retry = Retry(self.view, patience=self.config.patience)
-        self.prefixes = PrefixIndex()
+        self.prefix_cache = PrefixCache()
         self.audits = None if observe is None else observe(self.view)
 
     @property

@@ -22,7 +22,7 @@ from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.models.prompts import BlockVectors
 
 
@@ -32,15 +32,15 @@ class RemoteBlocks:
     def __init__(
         self,
         connection: SwarmConnection,
-        crossing: Crossing,
+        cuts: CutLayout,
         start: int,
         end: int,
         local: LocalBlocks | None = None,
     ) -> None:
-        """`crossing` is what crosses the cuts between the model's blocks; `local` are the first ones, where this
+        """`cuts` is what crosses the cuts between the model's blocks; `local` are the first ones, where this
         client runs them itself."""
         self.connection = connection
-        self.crossing = crossing
+        self.cuts = cuts
         self.start, self.end = start, end
         self.local = local
 
@@ -56,7 +56,7 @@ class RemoteBlocks:
             raise UsageError(
                 f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
             )
-        return RemoteBlocks(self.connection, self.crossing, self.start + start, self.start + stop, self.local)
+        return RemoteBlocks(self.connection, self.cuts, self.start + start, self.start + stop, self.local)
 
     @property
     def remote_start(self) -> int:
@@ -68,10 +68,10 @@ class RemoteBlocks:
     ) -> Tensor:
         """Hidden states [R, T, H] after these blocks; `mask` [R, T] is 1 for tokens, `positions` int64 [R, T].
 
-        Where a family's blocks are given more (`models/crossing.py`), all of that stands beside the hidden states.
+        Where a family's blocks are given more (`models/cut_layout.py`), all of that stands beside the hidden states.
         Differentiable in `hidden`. Raises `UsageError` for another width, `MissingBlocks` or `SwarmUnavailable`.
         """
-        width = self.crossing.width(self.start)
+        width = self.cuts.width(self.start)
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
             raise UsageError(
                 "Blocks take hidden states: a tensor [rows, tokens, hidden size] of numbers with a point."

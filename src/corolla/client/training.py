@@ -287,8 +287,9 @@ class TrainingPass:
         if reply is None:
             reply = await self._exchange(hop, self._backward_message(hop, None), tensors)
         pieces = {}
-        for name, sent in ({} if self._deep is None else self._deep.of(hop.start, hop.end)).items():
-            pieces[name] = checked(reply, name, sent, hop.peer_id)
+        if self._deep is not None:
+            name = self._deep.name
+            pieces[name] = checked(reply, name, tensors[name], hop.peer_id)
         value = checked(reply, "grad", stage.inputs, hop.peer_id)
         self._show(Answer(hop, "backward", tensors, {"grad": value} | pieces))
         return value, next(iter(pieces.values()), None)
@@ -328,8 +329,8 @@ class TrainingPass:
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         began = self._view.now()
         packet, ask = Packet(message, tensors), partial(self._view.channels.ask, hop.peer_id)
-        if self._deep is not None and "prefix" in tensors:
-            reply = await self._view.sent_prefixes.ask(hop, packet, self._deep, ask)
+        if self._deep is not None and self._deep.kept_by_servers and self._deep.name in tensors:
+            reply = await self._view.sent_vectors.ask(hop, packet, self._deep, ask)
         else:
             reply = await ask(packet)
         sent = next(iter(tensors.values()))

@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from corolla.client.race import Race
-from corolla.client.sent_prefixes import SentPrefixes
+from corolla.client.sent_vectors import SentVectors
 from corolla.client.servers import Clock, Health, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
@@ -29,7 +29,7 @@ from corolla.errors import (
     RemoteError,
     RequestRefused,
 )
-from corolla.models.crossing import Crossing, Form
+from corolla.models.cut_layout import CutLayout, TokenLayout
 from corolla.swarm.access.admission import Introductions
 from corolla.swarm.access.membership import INVITE_HINT
 from corolla.swarm.channel import ChannelPool, checked
@@ -73,17 +73,17 @@ class SwarmView:
         model: str,
         model_name: str,
         num_blocks: int,
-        crossing: Crossing | None = None,
+        cuts: CutLayout | None = None,
         introductions: Introductions | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it; `crossing` is what crosses the cuts
+        """`model` is the checkpoint's identity, `model_name` what people call it; `cuts` is what crosses the cuts
         between its blocks, None for a hidden state a token. `introductions` presents this
         client where it is not let in; `clock` gives seconds, by default the event loop's."""
         config = config or SwarmConfig()
         self.peer_id = transport.peer_id  # this client's own
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
-        self.crossing = crossing or Crossing(Form(0, 1, ()), num_blocks)
+        self.cuts = cuts or CutLayout(TokenLayout(0, 1, ()), num_blocks)
         self.wire = config.wire_format
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
@@ -92,8 +92,8 @@ class SwarmView:
         self.channels = ChannelPool(transport, PROTOCOL_NAME, self.wire, self.heard)
         self._batchers: dict[str, StepBatcher] = {}
         self.verdicts = Verdicts()
-        self.sent_prefixes = SentPrefixes()
-        # See `prefilled.ask_to_open`; whoever is forgotten is asked once more.
+        self.sent_vectors = SentVectors()
+        # See `named_prompt.ask_to_open`; whoever is forgotten is asked once more.
         self.lacking_bundles: LRUCache[str, str] = LRUCache(MOST_LACKING)
         self._mixed, self._local_blocks = config.mixed, config.local_blocks
         self.numerics: str | None = None  # the arithmetic in which all blocks have answered; None until then
@@ -106,7 +106,7 @@ class SwarmView:
     @property
     def takes_bundles(self) -> bool:
         """Whether a prompt that a server computes by itself is what this client would send it."""
-        return self.wire == "compute" and self.crossing.plain
+        return self.wire == "compute" and self.cuts.plain
 
     async def route(self, start: int, end: int) -> list[Hop]:
         """Servers that together run blocks [start, end), all in the arithmetic that was begun with.
@@ -339,7 +339,7 @@ class SwarmView:
 
     def leaving(self, sent: Tensor, start: int, end: int) -> Tensor:
         """A tensor of the form that leaves blocks [start, end) for what is `sent` to them; of no meaning."""
-        return sent if self.crossing.plain else self.crossing.leaving(sent, start, end)
+        return sent if self.cuts.plain else self.cuts.leaving(sent, start, end)
 
     def output_of(self, reply: Packet, sent: Tensor, hop: Hop) -> Tensor:
         """The outputs of a hop's blocks for what it was `sent`. Raises `ProtocolError` for another form."""

@@ -115,7 +115,7 @@ def _asked(row: Row, said: str) -> list[Turn]:
 def _alpaca(row: Row, _persona: bool) -> Conversation:
     instruction = text_of(row.get("instruction"), "instruction")
     about = _first(row, ASIDE)
-    if about is not None and about != "":
+    if about not in (None, "", []):
         about = text_of(about, "input") if not isinstance(about, str) or about.strip() else ""
     answer = "output" if row.get("output") is not None or "response" not in row else "response"
     said = f"{instruction}\n\n{about}" if about else instruction

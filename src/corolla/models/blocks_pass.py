@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.checks.tracing import replaced
-from corolla.models.crossing import Crossed, Crossing
+from corolla.models.cut_layout import CutLayout, CutTensors
+from corolla.models.lora import Hook
 from corolla.models.prompts import BlockHook
 
 _running: ContextVar[BlocksPass | None] = ContextVar("corolla_blocks_pass", default=None)
@@ -41,11 +42,19 @@ class BlocksPass:
     which has been done at the client, and something after the last, which is done there too.
     """
 
-    def __init__(self, blocks: nn.ModuleList, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]]) -> None:
-        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs."""
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        hidden: Tensor,
+        hooks: Sequence[Sequence[BlockHook]],
+        behind: Sequence[tuple[nn.Module, Hook]] = (),
+    ) -> None:
+        """`hooks` are each block's own, or none at all; they see, and may replace, its inputs. Those `behind` layers
+        see, and may replace, what these give."""
         self._blocks = blocks
         self._hidden = hidden
         self._hooks = hooks
+        self._behind = behind
         self.left: Tensor | None = None
 
     @contextmanager
@@ -57,6 +66,7 @@ class BlocksPass:
         ]
         for block, own in zip(self._blocks, self._hooks, strict=bool(self._hooks)):
             handles += [block.register_forward_pre_hook(self._only_here(hook)) for hook in own]
+        handles += [layer.register_forward_hook(self._only_behind(hook)) for layer, hook in self._behind]
         token = _running.set(self)
         try:
             yield
@@ -79,6 +89,9 @@ class BlocksPass:
 
     def _only_here(self, hook: BlockHook) -> BlockHook:
         return lambda block, args: hook(block, args) if _running.get() is self else None
+
+    def _only_behind(self, hook: Hook) -> Hook:
+        return lambda layer, args, output: hook(layer, args, output) if _running.get() is self else None
 
 
 class _NoEmbedding(nn.Module):
@@ -116,18 +129,18 @@ class _Zeros(nn.Module):
         return _Zeros(self._of_block * count, self._dtype, of_block=self._of_block)
 
 
-def stand_in(child: nn.Module, crossing: Crossing, count: int) -> nn.Module:
+def stand_in(child: nn.Module, cuts: CutLayout, count: int) -> nn.Module:
     """For a part with weights outside of the `count` blocks that are kept."""
-    if crossing.plain:
+    if cuts.plain:
         return _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing()
     if isinstance(child, nn.ModuleList):
-        return nn.ModuleList([stand_in(one, crossing, count) for one in child])
+        return nn.ModuleList([stand_in(one, cuts, count) for one in child])
     if not isinstance(child, nn.Embedding | nn.Linear):
         return _Nothing()
     width = child.embedding_dim if isinstance(child, nn.Embedding) else child.out_features
     # What gives every block its own part gives it to these blocks only.
-    each = any(one.each and width == crossing.depth * one.form.width for one in crossing.sides)
-    return _Zeros(width, child.weight.dtype, of_block=width // crossing.depth if each else 0).of_blocks(count)
+    each = any(one.each and width == cuts.depth * one.layout.width for one in cuts.sides)
+    return _Zeros(width, child.weight.dtype, of_block=width // cuts.depth if each else 0).of_blocks(count)
 
 
 def narrow_stand_ins(model: PreTrainedModel, count: int) -> None:
@@ -138,28 +151,29 @@ def narrow_stand_ins(model: PreTrainedModel, count: int) -> None:
 
 
 class WideBlocksPass(BlocksPass):
-    """A pass whose blocks are given more than hidden states (`models/crossing.py`)."""
+    """A pass whose blocks are given more than hidden states (`models/cut_layout.py`)."""
 
     def __init__(
         self,
         blocks: nn.ModuleList,
-        crossing: Crossing,
-        crossed: Crossed,
+        cuts: CutLayout,
+        crossed: CutTensors,
         hooks: Sequence[Sequence[BlockHook]],
         cache: SpanCache | None,
         size: int,
+        behind: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> None:
-        """Of what an earlier span has handed on, `cache` keeps all that there has been; a stream is `size` wide."""
-        super().__init__(blocks, crossed.hidden, hooks)
+        """Of what an earlier span's blocks share, `cache` keeps all that there has been; a stream is `size` wide."""
+        super().__init__(blocks, crossed.hidden, hooks, behind)
         self._size = size
-        self._crossing = crossing
+        self._cuts = cuts
         self._crossed = crossed
         self._cache = cache
         self._store: Any = None
 
     def _only_here(self, hook: BlockHook) -> BlockHook:
         """A hook sees all streams, as so many rows."""
-        form, plain = self._crossing.hidden, super()._only_here(hook)
+        form, plain = self._cuts.hidden, super()._only_here(hook)
         size = self._size
 
         def each_stream(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -189,35 +203,35 @@ class WideBlocksPass(BlocksPass):
             return None
         for side, value in self._crossed.of_block(index):
             args, kwargs = replaced(args, kwargs, side.name, side.place, value)
-        if self._crossing.store is not None and self._store is None:
-            name, place = self._crossing.store
+        if self._cuts.store is not None and self._store is None:
+            name, place = self._cuts.store
             self._store = args[place] if place < len(args) else kwargs[name]
             self._fill()
         return args, kwargs
 
     def _fill(self) -> None:
         """What earlier blocks have put into the dictionary, as those behind them find it there."""
-        handed: dict[Any, list[Tensor]] = defaultdict(list)
-        for one, flat in self._crossed.handed.items():
-            value = one.form.shaped(flat)
+        shared: dict[Any, list[Tensor]] = defaultdict(list)
+        for one, flat in self._crossed.shared.items():
+            value = one.layout.shaped(flat)
             if self._cache is not None:
-                value = self._cache.hand(one, value)
-            handed[one.key].append(value)
-        for key, values in handed.items():
+                value = self._cache.keep_shared(one, value)
+            shared[one.key].append(value)
+        for key, values in shared.items():
             self._store[key] = tuple(values)
 
     def join(self, end: int) -> Tensor:
         """What crosses the cut behind the last block, [R, T, W]."""
         assert self.left is not None
-        tokens = self._crossed.hidden.shape[self._crossing.hidden.tokens]
-        handed = {}
-        for one in self._crossing.handed:
+        tokens = self._crossed.hidden.shape[self._cuts.hidden.tokens]
+        shared = {}
+        for one in self._cuts.shared:
             if not one.crosses(end):
                 continue
-            if one.by < self._crossed.cut:
-                handed[one] = self._crossed.handed[one]
+            if one.made_by < self._crossed.cut:
+                shared[one] = self._crossed.shared[one]
             else:
                 value = self._store[one.key][one.index]
-                newest = value.narrow(one.form.tokens, value.shape[one.form.tokens] - tokens, tokens)
-                handed[one] = one.form.flat(newest)
-        return self._crossing.join(replace(self._crossed, hidden=self.left, handed=handed), end)
+                newest = value.narrow(one.layout.tokens, value.shape[one.layout.tokens] - tokens, tokens)
+                shared[one] = one.layout.flat(newest)
+        return self._cuts.join(replace(self._crossed, hidden=self.left, shared=shared), end)

@@ -17,7 +17,7 @@ from corolla.errors import CheckpointError, UsageError
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.forms import crossing_of, values_returned
+from corolla.models.checks.forms import cuts_of, values_returned
 from corolla.models.families import structure
 from corolla.models.parts import front_class
 from corolla.models.prompts import SoftPrompt
@@ -30,8 +30,8 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
     Reads neither blocks nor the vocabulary's embedding. Raises `CheckpointError` when a tensor is missing,
     `UsageError` for a family whose blocks are given more than hidden states.
     """
-    crossing = crossing_of(checkpoint.config)
-    if not crossing.plain:
+    cuts = cuts_of(checkpoint.config)
+    if not cuts.plain:
         raise UsageError(
             f"Servers compute no prompts of {checkpoint.config.model_type} models by themselves, since their blocks "
             "take more than hidden states: leave the bundle out, clients send it."
@@ -45,7 +45,7 @@ def entering(checkpoint: Checkpoint, prompts: Sequence[SoftPrompt], dtype: torch
 
     model = _load_front(
         checkpoint,
-        BlocksLayer(run, returns=values_returned(checkpoint.config), crossing=crossing),
+        BlocksLayer(run, returns=values_returned(checkpoint.config), cuts=cuts),
         dtype,
     )
     BaseModelHooks(model, prompts=lambda: begun[-1], caches=None)

@@ -12,23 +12,23 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.models.blocks_pass import stand_in
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.models.families import Structure, slice_config
 from corolla.models.shell import BlocksLayer, replace_blocks
 
 
-def span_class(found: Structure, start: int, end: int, crossing: Crossing) -> type[PreTrainedModel]:
+def span_class(found: Structure, start: int, end: int, cuts: CutLayout) -> type[PreTrainedModel]:
     """The model that runs the blocks, with blocks [start, end) only."""
     holder = found.holder
 
     def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
         holder.__init__(self, config)
-        cut_to_blocks(self, found.blocks, start, end, crossing)
+        cut_to_blocks(self, found.blocks, start, end, cuts)
 
     return _built_by(holder, build)
 
 
-def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int, crossing: Crossing) -> None:
+def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int, cuts: CutLayout) -> None:
     """Keep blocks [start, end) of a family's model, and no other weights.
 
     Modules without weights stay: they may make what the blocks are called with, such as rotary embeddings.
@@ -40,7 +40,7 @@ def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int, cro
             setattr(model, name, nn.ModuleList(child[start:end]))
             continue
         if name != blocks and any(True for _ in child.parameters()):
-            setattr(model, name, stand_in(child, crossing, end - start))
+            setattr(model, name, stand_in(child, cuts, end - start))
     setattr(model, blocks, nn.ModuleList(kept))
     model.whole_config = model.config
     # Blocks keep the whole model's config, by which they know their own place; the model that runs them

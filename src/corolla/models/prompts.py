@@ -7,6 +7,8 @@ prompt means the same thing in each. Prompts are fp32; they are cast to the acti
 A prefix has no tokens: it is what the caches would hold of P tokens at positions 0…P-1, for each block. Those that
 come after it stand at P, P+1, …, and are counted from 0 wherever they travel; whoever runs blocks puts it in front.
 
+An adapter has no tokens and no place: it changes linear layers of the blocks (`models/lora.py`).
+
 Soft prompts: Lester et al. 2021 (arXiv:2104.08691), `ptune`. Deep prompts, one for each block: Li and Liang
 2021 (arXiv:2101.00190) and Liu et al. 2021 (arXiv:2110.07602), in the additive form of Petals, `deep_ptune`.
 Prefixes: keys and values themselves, as Li and Liang's without its projection; with a frozen first token and started
@@ -31,29 +33,43 @@ from corolla.errors import UsageError
 BlockHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
-GIVEN = ("prompts", "prefix")  # what blocks may be given, by the names of its tensors
+GIVEN = ("prompts", "prefix", "lora")  # what blocks may be given, by the names of its tensors
 
 
 class BlockVectors:
     """What each block is given besides hidden states: fp32 `values` [blocks, P, D], and as which tensor they travel.
 
     `prompts` are added to the hidden states of positions 0…P-1 (D is the blocks' width); a `prefix` is the keys and
-    values of P tokens before those that are sent: first the keys of all heads, then the values.
+    values of P tokens before those that are sent: first the keys of all heads, then the values. Of `lora` P is the
+    rank, and D what `models/lora.py` says of the layers called `targets`.
     """
 
-    def __init__(self, *parts: Tensor, name: Literal["prompts", "prefix"] = "prompts") -> None:
-        """`parts` lie one behind the other along P; they are joined when somebody needs them, which few steps do."""
-        self._parts, self.name = parts, name
+    def __init__(
+        self,
+        *parts: Tensor,
+        name: Literal["prompts", "prefix", "lora"] = "prompts",
+        targets: tuple[str, ...] = (),
+        scale: Tensor | None = None,
+    ) -> None:
+        """`parts` lie one behind the other along P, and are multiplied by a `scale`; they are joined when somebody
+        needs them, which few steps do."""
+        self._parts, self.name, self._targets, self._scale = parts, name, targets, scale
 
     @cached_property
     def values(self) -> Tensor:
         """[blocks, P, D], differentiable in the parts."""
-        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
+        joined = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
+        return joined if self._scale is None else joined * self._scale
 
     @property
     def requires_grad(self) -> bool:
         """Whether somebody trains them."""
         return any(part.requires_grad for part in self._parts)
+
+    @property
+    def kept_by_servers(self) -> bool:
+        """Whether servers keep them by their digest, so that they travel once."""
+        return self.name != "prompts"
 
     @property
     def prefix_length(self) -> int:
@@ -62,30 +78,60 @@ class BlockVectors:
 
     @cached_property
     def digest(self) -> str:
-        """By what name a client and a server know the same prefix, 64 hexadecimal digits."""
-        return _digest([self.values], self.name)
+        """By what name a client and a server know the same vectors, 64 hexadecimal digits."""
+        return _digest([self.values], " ".join((self.name, *self._targets)))
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """What `of` gives, by name."""
+        return (self.name, "targets") if self._targets else (self.name,)
 
     def of(self, start: int, end: int) -> dict[str, Tensor]:
-        """Those of blocks [start, end), by name."""
-        return {self.name: self.values[start:end]}
+        """What blocks [start, end) are given, by the names of the tensors that travel."""
+        beside = {"targets": as_tensor(self._targets)} if self._targets else {}
+        return {self.name: self.values[start:end]} | beside
 
     def detached(self) -> BlockVectors:
         """The same on the CPU, which nobody trains."""
-        return BlockVectors(self.values.detach().float().cpu(), name=self.name)
+        return BlockVectors(self.values.detach().float().cpu(), name=self.name, targets=self._targets)
 
     def kept(self) -> BlockVectors:
         """A copy of that."""
-        return BlockVectors(self.detached().values.clone(), name=self.name)
+        return BlockVectors(self.detached().values.clone(), name=self.name, targets=self._targets)
 
     def same(self, other: BlockVectors | None) -> bool:
         """Whether the other is the same in every number."""
         return self is other or (
-            other is not None and self.name == other.name and torch.equal(self.values, other.values)
+            other is not None
+            and (self.name, self._targets) == (other.name, other._targets)
+            and torch.equal(self.values, other.values)
         )
+
+
+def as_tensor(names: Sequence[str]) -> Tensor:
+    """Names of layers as they travel: UTF-8, uint8 [C], a line each."""
+    return torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
 
 
 class _Trained(nn.Module):
     """What is trained of a model; moves with it, but is never narrower than fp32: small steps would be lost."""
+
+    _snapshot: BlockVectors | None = None
+
+    @property
+    def blocks(self) -> BlockVectors | None:
+        """What each block is given."""
+        raise NotImplementedError
+
+    def snapshot(self) -> BlockVectors | None:
+        """The same as it is now, for sessions, which keep what they began with.
+
+        One object for as long as no number changes, which its digest is worth.
+        """
+        now = None if self.blocks is None else self.blocks.detached()
+        if now is not None and not now.same(self._snapshot):
+            self._snapshot = now.kept()
+        return None if now is None else self._snapshot
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
 
@@ -131,10 +177,6 @@ class SoftPrompt(_Trained):
         """What each block is given of it."""
         return None if self.deep is None else BlockVectors(self.deep)
 
-    def snapshot(self) -> BlockVectors | None:
-        """The same as it is now, for sessions, which keep what they began with."""
-        return None if self.blocks is None else self.blocks.kept()
-
 
 class KeyValuePrefix(_Trained):
     """The trainable parameters of `prefix`: `trained` [blocks, P-F, D], behind the first F tokens, which are `frozen`.
@@ -159,7 +201,6 @@ class KeyValuePrefix(_Trained):
         values = values.detach().float()
         self.register_buffer("frozen", values[:, :frozen].clone())
         self.trained = nn.Parameter(values[:, frozen:].clone())
-        self._snapshot: BlockVectors | None = None
 
     @property
     def length(self) -> int:
@@ -176,15 +217,38 @@ class KeyValuePrefix(_Trained):
         """What each block is given."""
         return BlockVectors(self.frozen, self.trained, name="prefix")
 
-    def snapshot(self) -> BlockVectors:
-        """As a `SoftPrompt`'s; one object for as long as no number changes, which its digest is worth."""
-        values = self.blocks.detached().values
-        if self._snapshot is None or not torch.equal(values, self._snapshot.values):
-            self._snapshot = BlockVectors(values, name="prefix")
-        return self._snapshot
+
+class LoraAdapter(_Trained):
+    """The trainable parameters of `lora`: `trained` [blocks, R, F], the columns of A and Bᵗ of the layers `targets`.
+
+    fp32, laid out as `models/lora.py` says. `scale`, which is broadcast to them, is what they are multiplied by where
+    blocks are given them: 1 for A, peft's scaling for B, and 0 where a layer's rank is lower or a block lacks it.
+    """
+
+    trained: nn.Parameter
+    scale: Tensor
+    mode = "lora"
+    input = None  # nothing is put before the embeddings
+    length = 0
+
+    def __init__(self, values: Tensor, scale: Tensor, targets: tuple[str, ...]) -> None:
+        super().__init__()
+        self.trained = nn.Parameter(values.detach().float().clone())
+        self.register_buffer("scale", scale.detach().float().clone())
+        self.targets = targets
+
+    @property
+    def rank(self) -> int:
+        """R, of the layer that has most."""
+        return int(self.trained.shape[1])
+
+    @property
+    def blocks(self) -> BlockVectors:
+        """What each block is given."""
+        return BlockVectors(self.trained, name="lora", targets=self.targets, scale=self.scale)
 
 
-Prompt = SoftPrompt | KeyValuePrefix
+Prompt = SoftPrompt | KeyValuePrefix | LoraAdapter
 
 
 def sent_length(prompt: Prompt | None) -> int:
@@ -233,12 +297,13 @@ def prepend_positions(positions: Tensor, length: int) -> Tensor:
 def place_prompt(base: nn.Module, named: dict[str, Any], prompt: Prompt, *, in_front: bool) -> None:
     """Rewrite the base model's arguments for a prompt that comes before the user's first token.
 
-    `in_front`, its vectors are part of this call; otherwise they are cached, or are a prefix, which is as if cached.
+    `in_front`, its vectors are part of this call; otherwise they are cached, or are a prefix, which is as if cached,
+    or an adapter of no length.
     """
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None:
         named["attention_mask"] = prepend_mask(mask, prompt.length)
-    if not in_front or isinstance(prompt, KeyValuePrefix):
+    if not in_front or not isinstance(prompt, SoftPrompt):
         if positions is not None:
             named["position_ids"] = positions + prompt.length
         return

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.attention.padding_free import FlatRows
-from corolla.models.attention.rotary import Edge, edge_of
+from corolla.models.attention.rotary import LengthThreshold, length_threshold
 from corolla.models.cache import (
     BlocksCall,
     Caches,
@@ -36,7 +36,7 @@ from corolla.models.cache import (
     own_cache,
     take_cache,
 )
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.models.prompts import (
     Prompt,
     SoftPrompt,
@@ -74,14 +74,14 @@ _seen: ContextVar[list[Tensor] | None] = ContextVar("corolla_seen", default=None
 class BlocksLayer(guard.NoHooks):
     """The one pseudo-layer; hands hidden states to `run` and gives the result in the family's form."""
 
-    def __init__(self, run: RunBlocks, *, returns: int, crossing: Crossing) -> None:
-        """`returns` and `crossing` are what `models/checks/forms.py` says of the family."""
+    def __init__(self, run: RunBlocks, *, returns: int, cuts: CutLayout) -> None:
+        """`returns` and `cuts` are what `models/checks/forms.py` says of the family."""
         super().__init__()
         self._run = run
         self._returns = returns
-        self.crossing = crossing
+        self.cuts = cuts
         self._holder: weakref.ref[nn.Module] | None = None
-        self._edge: tuple[Edge | None] | None = None  # None: not yet looked for
+        self._threshold: tuple[LengthThreshold | None] | None = None  # None: not yet looked for
 
     def stand_in(self, holder: nn.Module) -> None:
         """`holder` is the model whose blocks this layer stands for; it has its weights when it is first run."""
@@ -89,22 +89,22 @@ class BlocksLayer(guard.NoHooks):
         holder.register_forward_pre_hook(lambda _holder, _args: self._look())
 
     @property
-    def edge(self) -> Edge | None:
+    def threshold(self) -> LengthThreshold | None:
         """Where the family's rotary embeddings begin to depend on the length of a sequence."""
         self._look()
-        return None if self._edge is None else self._edge[0]
+        return None if self._threshold is None else self._threshold[0]
 
     def _look(self) -> None:
         """Once, before the rotary embeddings have seen a sequence: they remember the longest."""
         holder = None if self._holder is None else self._holder()
-        if self._edge is None and holder is not None:
-            self._edge = (edge_of(holder),)
+        if self._threshold is None and holder is not None:
+            self._threshold = (length_threshold(holder),)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
-        plain = self.crossing.plain
+        plain = self.cuts.plain
         entering = hidden_states if plain else self._collected(hidden_states, args, kwargs)
         output = self._outputs(entering)
-        return self.in_form(output if plain else self.crossing.hidden.shaped(output))
+        return self.in_form(output if plain else self.cuts.hidden.shaped(output))
 
     def in_form(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """Hidden states as the family's blocks return them."""
@@ -114,14 +114,14 @@ class BlocksLayer(guard.NoHooks):
         """What a block is given besides hidden states, of the arguments behind them."""
         return {
             side.name: args[side.place - 1] if side.place <= len(args) else kwargs[side.name]
-            for side in self.crossing.sides
+            for side in self.cuts.sides
         }
 
     def _collected(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What enters the blocks, [R, T, W]: the family's loop has come to the last of them."""
         given = [*_given.get(), self.given(args, kwargs)]
         _given.set(())
-        return self.crossing.collect(hidden, given)
+        return self.cuts.collect(hidden, given)
 
     def _outputs(self, entering: Tensor) -> Tensor:
         """Of all blocks, for what enters them [R, T, W]."""
@@ -130,22 +130,22 @@ class BlocksLayer(guard.NoHooks):
             raise UsageError(
                 "The blocks were called outside of their model's forward; use model.blocks[i:j](hidden)."
             )
-        if self.edge is not None:
-            self._check_length(self.edge, entering, call)
+        if self.threshold is not None:
+            self._check_length(self.threshold, entering, call)
         seen = _seen.get()
         if seen is None:
             return self._run(entering, call)
         seen.append(entering)
-        return entering[..., : self.crossing.hidden.width]
+        return entering[..., : self.cuts.hidden.width]
 
-    def _check_length(self, edge: Edge, hidden: Tensor, call: BlocksCall) -> None:
+    def _check_length(self, threshold: LengthThreshold, hidden: Tensor, call: BlocksCall) -> None:
         rows, count = int(hidden.shape[0]), int(hidden.shape[1])
         positions = call.positions
         if positions is None:
             positions = torch.arange(call.start, call.start + count, device=hidden.device)
         positions = positions.expand(rows, -1) + call.prefix_length
         real = None if call.mask is None else call.mask[:, -count:].to(positions.device)
-        edge.check(positions, real, cached=call.cache is not None)
+        threshold.check(positions, real, cached=call.cache is not None)
 
 
 class _EarlierBlock(guard.NoHooks):
@@ -166,8 +166,8 @@ class _EarlierBlock(guard.NoHooks):
 def check_cached_length(model: nn.Module, tokens: int) -> None:
     """Raises `SessionLimit` where a session of so many tokens a row, prompts included, would not be exact."""
     for layer in model.modules():
-        if isinstance(layer, BlocksLayer) and layer.edge is not None:
-            layer.edge.check_cached(tokens)
+        if isinstance(layer, BlocksLayer) and layer.threshold is not None:
+            layer.threshold.check_cached(tokens)
 
 
 @torch.no_grad()
@@ -374,7 +374,7 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     """
     path, _, name = prefix.rpartition(".")
     holder: Any = model.get_submodule(path)
-    before = 0 if layer.crossing.plain else layer.crossing.depth - 1
+    before = 0 if layer.cuts.plain else layer.cuts.depth - 1
     earlier = [_EarlierBlock(layer, first=not index) for index in range(before)]
     stand_ins = nn.ModuleList([*earlier, layer])
     for block, stand_in in zip(getattr(holder, name), stand_ins, strict=False):

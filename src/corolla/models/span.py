@@ -8,9 +8,9 @@ before and after the blocks replaced by nothing; blocks keep the index that they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
+from corolla.models.lora import Adapter, AdapterRows, Hook, linear_layers, of_all
 from corolla.models.parts import span_class
 from corolla.models.prompts import (
     BlockHook,
@@ -42,7 +43,16 @@ from corolla.models.prompts import (
     packed_hooks,
     prepend_mask,
 )
-from corolla.models.trials import cached_form, goes_one_by_one, masks_new_tokens, measured_bytes, remembers
+from corolla.models.trials import (
+    cached_form,
+    goes_one_by_one,
+    masks_new_tokens,
+    measured_bytes,
+    remembers,
+    seen_once,
+)
+
+EMPTY: Mapping[str, Tensor | None] = {}
 
 
 class Span:
@@ -53,7 +63,7 @@ class Span:
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
     hidden_size: int  # H, the width of the hidden states
-    width: int  # W, of what enters the first block: H, and what else blocks need (`models/crossing.py`)
+    width: int  # W, of what enters the first block: H, and what else blocks need (`models/cut_layout.py`)
     width_behind: int  # W', of what leaves the last block
     feed_forward_size: int  # of the widest block
     heads: int  # of the block that has most
@@ -65,18 +75,18 @@ class Span:
         start: int,
         end: int,
         *,
-        crossing: Crossing,
+        cuts: CutLayout,
         packable: bool,
     ) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
-        self.crossing = crossing
+        self.cuts = cuts
         self.start = start
         self.end = end
         self.packable = packable
         self._blocks = blocks
         self.hidden_size = int(model.config.hidden_size)
-        self.width, self.width_behind = crossing.width(start), crossing.width(end)
+        self.width, self.width_behind = cuts.width(start), cuts.width(end)
         self.feed_forward_size = largest(model.config, "intermediate_size") or 4 * self.hidden_size
         self.heads = largest(model.config, "num_attention_heads") or 1
         self.cache_name = cache_argument(model.forward)
@@ -133,7 +143,7 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        view = Span(model, self._blocks, start, end, crossing=self.crossing, packable=self.packable)
+        view = Span(model, self._blocks, start, end, cuts=self.cuts, packable=self.packable)
         view._whole = self._whole
         return view
 
@@ -160,12 +170,18 @@ class Span:
         return self._empty_cache.has_known_states and remembers(self)
 
     def go_back(
-        self, cache: SpanCache, length: int, *, mask: Tensor | None = None, prompts: Tensor | None = None
+        self,
+        cache: SpanCache,
+        length: int,
+        *,
+        mask: Tensor | None = None,
+        given: Mapping[str, Tensor | None] = EMPTY,
     ) -> None:
-        """Have a cache that reaches there hold its first `length` tokens, not 0; mask and prompts as for `forward`."""
+        """Have a cache that reaches there hold its first `length` tokens, not 0; mask, and what blocks are given, as
+        for `forward`."""
         if (again := cache.go_back(length)) is not None:
             seen = None if mask is None else mask[:, :length].to(self.device)
-            self.forward(again[0], mask=seen, positions=again[1], cache=cache, prompts=prompts)
+            self.forward(again[0], mask=seen, positions=again[1], cache=cache, **given)
 
     @cached_property
     def key_values(self) -> KeyValueForm | None:
@@ -173,9 +189,25 @@ class Span:
         form, so that no prefix can stand for them."""
         if self._whole is not self:
             return self._whole.key_values
-        if not self.crossing.plain or not self._empty_cache.keeps_everything:
+        if not self.cuts.plain or not self._empty_cache.keeps_everything:
             return None
         return cached_form(self)
+
+    @cached_property
+    def linear_layers(self) -> list[dict[str, nn.Module]]:
+        """Of each block those linear layers that may be given an adapter (`models/lora.py`), by name.
+
+        In a packed pass those that see each of its tokens once, and in their order: no others, such as experts', know
+        whose a token is.
+        """
+        layers = [linear_layers(block) for block in self.blocks]
+        if not self.packable:
+            return layers
+        if self._whole is not self:
+            begin = self.start - self._whole.start
+            return self._whole.linear_layers[begin : begin + len(layers)]
+        fit = seen_once(self, [one for own in layers for one in own.values()])
+        return [{name: one for name, one in own.items() if one in fit} for own in layers]
 
     @cached_property
     def cache_bytes(self) -> tuple[int, int]:
@@ -194,6 +226,8 @@ class Span:
         cache: SpanCache | None = None,
         prompts: Tensor | None = None,
         prefix: Tensor | None = None,
+        lora: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """What crosses the cut before block `start` to what does after block `end - 1`, [R, T, W] to [R, T, W'].
 
@@ -201,8 +235,8 @@ class Span:
         token is padding; left out, none is. `positions` int64 [R, T] default to past + 0, 1, …. `cache` is extended
         by the T new tokens. `prompts` [blocks, P, H] are added before each block (`add_deep`), to each stream of
         hidden states, counted from the cache's beginning. `prefix` [blocks, P, D] stands before all tokens, which know
-        nothing of it: mask, positions and the cache's tokens are counted from behind it. Differentiable in `hidden`,
-        `prompts` and `prefix`.
+        nothing of it: mask, positions and the cache's tokens are counted from behind it. `lora` [blocks, R, F] is an
+        adapter of the layers `targets` (`models/lora.py`). Differentiable in `hidden` and in these.
         """
         if prefix is not None:
             cache = self._begun_with(prefix, int(hidden.shape[0]), cache)
@@ -211,12 +245,12 @@ class Span:
             positions = None if positions is None else positions + before
         past = cache.get_seq_length() if cache is not None else 0
         if cache is not None and past and hidden.shape[1] > 1 and self._one_by_one:
+            again = partial(self.forward, cache=cache, prompts=prompts, lora=lora, targets=targets)
             steps = []
             for at in range(hidden.shape[1]):
                 seen = None if mask is None else mask[:, : past + at + 1]
                 place = None if positions is None else positions[:, at : at + 1]
-                one = hidden[:, at : at + 1]
-                steps.append(self.forward(one, mask=seen, positions=place, cache=cache, prompts=prompts))
+                steps.append(again(hidden[:, at : at + 1], mask=seen, positions=place))
             return torch.cat(steps, dim=1)
         if past and positions is None and (mask is None or not self._empty_cache.keeps_everything):
             # Not every family's code counts what is cached; some others count the mask's ones.
@@ -231,8 +265,11 @@ class Span:
             [] if prompts is None else [[PromptAdder(one, past)] for one in prompts]
         )
         real = None if mask is None else mask.bool()[:, -hidden.shape[1] :].to(hidden.device)
+        adapter = None
+        if lora is not None and targets is not None:
+            adapter = of_all(Adapter.of(lora, targets, self.device, self.dtype), hidden[..., 0].numel())
         with padded(real):
-            output = self.run(hidden, hooks, arguments)
+            output = self.run(hidden, hooks, arguments, adapter)
         if cache is not None:
             cache.record(hidden, positions)
         return output
@@ -252,22 +289,23 @@ class Span:
         *,
         positions: Tensor,
         deep: DeepRows | None = None,
+        adapters: AdapterRows | None = None,
     ) -> Tensor:
         """As `forward`, [N, W] to [N, W'] of the batch's packed tokens.
 
-        `positions` int64 [N] are position ids. `deep` are deep prompts and the tokens that they are added to.
-        For families that `selfcheck` found to be packable. Differentiable in `hidden` and the prompts where
-        nothing is cached.
+        `positions` int64 [N] are position ids. `deep` are deep prompts and the tokens that they are added to,
+        `adapters` those of layers. For families that `selfcheck` found to be packable. Differentiable in `hidden` and
+        in these where nothing is cached.
         """
-        plain = deep is None and batch.one_each and not torch.is_grad_enabled()
+        plain = deep is None and adapters is None and batch.one_each and not torch.is_grad_enabled()
         if plain and len(hidden) <= MOST_ROWS and (program := self.compile()) is not None:
             return program.run(hidden, positions, batch)
-        return self.run_packed(hidden, batch, positions=positions, deep=deep)
+        return self.run_packed(hidden, batch, positions=positions, deep=deep, adapters=adapters)
 
     def compile(self) -> Program | None:
         """The blocks' passes in generation as one call, if they can be; made when it is first asked for."""
         if self._compiled is None:
-            self._compiled = (compile_blocks(self) if self.crossing.plain and not self._latent else None,)
+            self._compiled = (compile_blocks(self) if self.cuts.plain else None,)
         return self._compiled[0]
 
     def run_packed(
@@ -277,6 +315,7 @@ class Span:
         *,
         positions: Tensor,
         deep: DeepRows | None = None,
+        adapters: AdapterRows | None = None,
     ) -> Tensor:
         """What `forward_packed` gives, always by the family's own code."""
         hooks: list[list[BlockHook]] = [] if deep is None else packed_hooks(deep)
@@ -284,13 +323,20 @@ class Span:
         if self._latent and batch.goes_on:
             arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
         with self._attention(PACKED), packed(batch):
-            return self.run(hidden.unsqueeze(0), hooks, arguments).squeeze(0)
+            return self.run(hidden.unsqueeze(0), hooks, arguments, adapters).squeeze(0)
 
-    def run(self, hidden: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        hooks: Sequence[Sequence[BlockHook]],
+        arguments: dict[str, Any],
+        adapters: AdapterRows | None = None,
+    ) -> Tensor:
         """The family's own code over what crosses the cut, [R, T, W]."""
-        if not self.crossing.plain:
-            return self._run_wide(hidden, hooks, arguments)
-        one_pass = BlocksPass(self.blocks, hidden, hooks)
+        behind = [] if adapters is None else list(adapters.hooks(self.linear_layers))
+        if not self.cuts.plain:
+            return self._run_wide(hidden, hooks, arguments, behind)
+        one_pass = BlocksPass(self.blocks, hidden, hooks, behind)
         with one_pass.hooked():
             # The code may write to what it is given before the first block gets the hidden states themselves.
             self.model(inputs_embeds=torch.zeros_like(hidden), **arguments)
@@ -299,13 +345,17 @@ class Span:
         return one_pass.left
 
     def _run_wide(
-        self, crossing: Tensor, hooks: Sequence[Sequence[BlockHook]], arguments: dict[str, Any]
+        self,
+        entering: Tensor,
+        hooks: Sequence[Sequence[BlockHook]],
+        arguments: dict[str, Any],
+        behind: Sequence[tuple[nn.Module, Hook]],
     ) -> Tensor:
         """The same of a family whose blocks are given more: entered with tokens, of which such things are made."""
-        crossed = self.crossing.split(crossing, self.start)
+        crossed = self.cuts.split(entering, self.start)
         cache = arguments.get(self.cache_name)
-        one_pass = WideBlocksPass(self.blocks, self.crossing, crossed, hooks, cache, self.hidden_size)
-        tokens = torch.zeros(crossing.shape[:2], dtype=torch.long, device=crossing.device)
+        one_pass = WideBlocksPass(self.blocks, self.cuts, crossed, hooks, cache, self.hidden_size, behind)
+        tokens = torch.zeros(entering.shape[:2], dtype=torch.long, device=entering.device)
         with one_pass.hooked():
             self.model(input_ids=tokens, **arguments)
         if one_pass.left is None:
@@ -358,24 +408,22 @@ def load_span(
         match = pattern.match(key)
         if match is not None:
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
-    crossing = crossing_of(checkpoint.config)
-    model = _load_blocks(checkpoint, found, crossing, start, end, state, dtype)
-    return Span(
-        model.to(torch.device(device)), found.blocks, start, end, crossing=crossing, packable=packable
-    )
+    cuts = cuts_of(checkpoint.config)
+    model = _load_blocks(checkpoint, found, cuts, start, end, state, dtype)
+    return Span(model.to(torch.device(device)), found.blocks, start, end, cuts=cuts, packable=packable)
 
 
 def _load_blocks(
     checkpoint: Checkpoint,
     found: Structure,
-    crossing: Crossing,
+    cuts: CutLayout,
     start: int,
     end: int,
     state: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
-    model, info = load_parts(span_class(found, start, end, crossing), checkpoint, state, dtype)
+    model, info = load_parts(span_class(found, start, end, cuts), checkpoint, state, dtype)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise CheckpointError(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.families import block_key_pattern, slice_config, structure
 from corolla.models.span import Span, load_span
 
@@ -39,15 +39,15 @@ def load_prepared(
         return span
 
     bounds = _bounds(checkpoint, start, end, step_bytes // dtype.itemsize)
-    if len(bounds) == 2 or not crossing_of(checkpoint.config).plain:
+    if len(bounds) == 2 or not cuts_of(checkpoint.config).plain:
         return read(start, end)
     blocks = structure(checkpoint.config).blocks
     model = read(bounds[0], bounds[1]).model
     for first, last in pairwise(bounds[1:]):
         _append(model, read(first, last).model, blocks)
     model.config = slice_config(model.whole_config, start, end)
-    crossing = crossing_of(checkpoint.config)
-    return Span(model, blocks, start, end, crossing=crossing, packable=packable)
+    cuts = cuts_of(checkpoint.config)
+    return Span(model, blocks, start, end, cuts=cuts, packable=packable)
 
 
 def _bounds(checkpoint: Checkpoint, start: int, end: int, most: int) -> list[int]:

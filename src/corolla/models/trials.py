@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from corolla.models.attention.latent import expanded_width
+from corolla.models.attention.latent import expanded_width, expanding
+from corolla.models.attention.packing import PackedBatch, segments_of
+from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.span_cache import SpanCache
 
@@ -38,6 +42,8 @@ class TriedSpan(Protocol):
     def run(self, hidden: Tensor, hooks: Any, arguments: dict[str, Any]) -> Tensor: ...
 
     def go_back(self, cache: SpanCache, length: int) -> None: ...
+
+    def run_packed(self, hidden: Tensor, batch: PackedBatch, *, positions: Tensor) -> Tensor: ...
 
 
 def goes_one_by_one(span: TriedSpan) -> bool:
@@ -107,6 +113,42 @@ def cached_form(span: TriedSpan) -> KeyValueForm | None:
         span.forward(probe, cache=cache)
         form = cache.form
         return form and replace(form, expanded=expanded_width(span.blocks, form, probe))
+
+
+def seen_once(span: TriedSpan, layers: Sequence[nn.Module]) -> set[nn.Module]:
+    """Those layers that in each packed pass are called once, with all of its tokens, of sequences of unlike lengths.
+
+    Not those that make keys and values of latents, which are called for past tokens too, or not at all where their
+    weights are read as matrices. Experts are called with some tokens.
+    """
+    pool = PagePool(8, dtype=span.dtype, device=span.device)
+    rows = [CachedSequence(pool), CachedSequence(pool)]
+    fit, seen = set(layers), Counter[tuple[nn.Module, int]]()
+
+    def count(layer: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        seen[layer, args[0][..., 0].numel() if args else 0] += 1
+
+    handles = [layer.register_forward_hook(count) for layer in fit]
+    try:
+        for lengths in ((3, 4), (2, 1)):
+            seen.clear()
+            starts, total = [row.length for row in rows], sum(lengths)
+            places = [torch.arange(start, start + new) for start, new in zip(starts, lengths, strict=True)]
+            with torch.inference_mode():
+                batch = PackedBatch(segments_of(lengths, rows), pool)
+                span.run_packed(_noise(span, 1, total)[0], batch, positions=torch.cat(places).to(span.device))
+            fit &= {layer for (layer, tokens), times in seen.items() if (tokens, times) == (total, 1)}
+            fit -= {layer for layer, tokens in seen if tokens != total}
+            seen.clear()
+            with torch.inference_mode():
+                for attention in expanding(span.blocks):
+                    _, latents, rotary = batch.held(attention.layer_idx)[0]
+                    attention.expand_kv(latents[:, :, :1], rotary[:, :, :1])
+            fit -= {layer for layer, _ in seen}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return fit
 
 
 def _noise(span: TriedSpan, rows: int, tokens: int) -> Tensor:

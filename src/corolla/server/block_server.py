@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,10 +21,11 @@ from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.latent import MOST_EXPANDED
 from corolla.models.attention.pages import Layout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
-from corolla.models.prompts import BlockVectors
+from corolla.models.lora import named_parts, names_in, width
+from corolla.models.prompts import GIVEN, BlockVectors
 from corolla.models.span import Span
+from corolla.server.kept_vectors import KeptVectors, KnownVectors
 from corolla.server.peers import Leases, PeerLimits, UsageLog
-from corolla.server.prefixes import KnownPrefix, Prefixes
 from corolla.server.scheduler.engine import GOING_AWAY, Engine, Kind
 from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
@@ -35,7 +36,8 @@ from corolla.wire.messages import Backward, Forward, OpenSession, ServerStatus
 
 WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
-PREFIX_BYTES = 2**28
+MOST_TARGET_BYTES = 2**13
+KEPT_BYTES = 2**28  # of what peers need not send again
 
 
 @dataclass
@@ -77,7 +79,7 @@ class BlockServer:
         self.limits = limits or PeerLimits()
         self.leases = Leases(LEASE_BYTES) if leases is None else leases
         # Measured by passes of its own, which do not go together with the engine's.
-        _ = span.cache_bytes, span.key_values
+        _ = span.cache_bytes, span.key_values, span.linear_layers
         self.pool = PagePool(
             budget.capacity, dtype=span.dtype, device=span.device, layout=layout or layout_of(span)
         )
@@ -89,7 +91,7 @@ class BlockServer:
         self.cpus = FreeCpus(threads)
         self.sessions = SessionStore(self.engine)
         self.bundles: dict[str, PrefilledPrompt] = {}  # by `models.prompts.digest`
-        self.prefixes = Prefixes(PREFIX_BYTES, time.monotonic)
+        self.kept = KeptVectors(KEPT_BYTES, time.monotonic)
         self.counters = Counters()
         self.usage = UsageLog()
         self.draining = False
@@ -100,13 +102,13 @@ class BlockServer:
         self._idle.set()
 
     async def prefill_bundles(self, bundles: Sequence[EnteringPrompt | BlockVectors]) -> None:
-        """Compute prompts once for all clients, and keep them, and prefixes, for good.
+        """Compute prompts once for all clients, and keep them, prefixes and adapters for good.
 
-        Raises `UsageError` if there is no room, or for a prefix that these blocks cannot take.
+        Raises `UsageError` if there is no room, or for a prefix or adapter that these blocks cannot take.
         """
-        for prefix in bundles:
-            if isinstance(prefix, BlockVectors):
-                self._keep_prefix(prefix)
+        for one in bundles:
+            if isinstance(one, BlockVectors):
+                self._keep_vectors(one)
         prompts = [one for one in bundles if isinstance(one, EnteringPrompt)]
         needed = sum(pages_for(len(prompt.hidden)) for prompt in prompts) * self.pool.layout.tables
         if needed >= self.budget.capacity:
@@ -120,13 +122,13 @@ class BlockServer:
             work = partial(prefill, self.span, self.pool, prompt)
             self.bundles[prompt.name] = await self.engine.submit(Kind.TRAINING, work)
 
-    def _keep_prefix(self, prefix: BlockVectors) -> None:
-        own = prefix.of(self.span.start, self.span.end)["prefix"]
+    def _keep_vectors(self, vectors: BlockVectors) -> None:
+        own = KnownVectors.whole(vectors, self.span.start, self.span.end)
         try:
-            check_prefix(own, self.span)
+            check_given(own.tensors, self.span)
         except RequestRefused as refusal:
             raise UsageError(f"A bundle is not for this model: {refusal}") from refusal
-        self.prefixes.public[prefix.digest] = KnownPrefix(self.span.start, own)
+        self.kept.public[vectors.digest] = own
 
     def part(self, message: OpenSession | Forward | Backward) -> Span:
         """The part of the span that the message is for. Raises `RequestRefused`."""
@@ -158,7 +160,7 @@ class BlockServer:
     def _tidy_up(self) -> None:
         """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
-        self.prefixes.expire()
+        self.kept.expire()
         if self._untidy:
             _return_freed_memory()
         self._untidy = False
@@ -229,6 +231,22 @@ def check_hidden(hidden: Tensor, span: Span) -> None:
         raise malformed("hidden", f"Hidden states are {span.width} wide here, not {hidden.shape[2]}.")
 
 
+def check_given(
+    tensors: Mapping[str, Tensor],
+    span: Span,
+    *,
+    prompts_at_most: int | None = None,
+    prefix_at_most: int | None = None,
+) -> None:
+    """What the span's blocks are to be given besides hidden states. Raises `RequestRefused`."""
+    check_prompts(tensors.get("prompts"), span, at_most=prompts_at_most)
+    check_prefix(tensors.get("prefix"), span, at_most=prefix_at_most)
+    check_adapter(tensors.get("lora"), tensors.get("targets"), span)
+    given = [name for name in GIVEN if name in tensors]
+    if len(given) > 1:
+        raise malformed(given[1], "Blocks are given deep prompts, a prefix or an adapter, not two of these.")
+
+
 def check_prompts(prompts: Tensor | None, span: Span, *, at_most: int | None = None) -> None:
     """Deep prompts [blocks, P, H] for exactly the span's blocks, or none. Raises `RequestRefused`.
 
@@ -267,6 +285,34 @@ def check_prefix(prefix: Tensor | None, span: Span, *, at_most: int | None = Non
         raise malformed(
             "prefix",
             f"A prefix of {prefix.shape[1]} tokens is more than the {at_most} that can be cached here.",
+        )
+
+
+def check_adapter(adapter: Tensor | None, targets: Tensor | None, span: Span) -> None:
+    """An adapter [blocks, R, F] of some layers of exactly the span's blocks, or none. Raises `RequestRefused`."""
+    if adapter is None and targets is None:
+        return
+    if adapter is None or targets is None or len(targets) > MOST_TARGET_BYTES:
+        raise malformed("targets", "An adapter comes with the names of its layers, and they with it.")
+    try:
+        names = names_in(targets)
+    except ValueError:
+        raise malformed("targets", "The names of an adapter's layers are UTF-8.") from None
+    asked, needed = set(names), width(span.linear_layers, names)
+    for block, layers in zip(span.blocks, span.linear_layers, strict=True):
+        other = next((name for name in named_parts(block) if name in asked and name not in layers), None)
+        if other is not None:
+            raise malformed(
+                "targets",
+                f"{other} is not a linear layer that sees each token once, so it takes no adapter here.",
+            )
+    if len(asked) < len(names) or not 0 < adapter.shape[1] <= span.hidden_size:
+        raise malformed(
+            "lora", f"An adapter names each layer once, and its rank is at most {span.hidden_size}."
+        )
+    if adapter.shape[0] != span.end - span.start or adapter.shape[2] < needed:
+        raise malformed(
+            "lora", f"An adapter of these layers is {span.end - span.start} by its rank by {needed} at least."
         )
 
 

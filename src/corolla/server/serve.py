@@ -32,7 +32,7 @@ from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.helpers import give_up_helpers
 from corolla.models.numerics import choose_dtype, dtype_name
-from corolla.models.prompts import BlockVectors, Prompt
+from corolla.models.prompts import BlockVectors, LoraAdapter, Prompt
 from corolla.models.span import Span
 from corolla.models.stepwise import load_prepared
 from corolla.server.block_server import BlockServer
@@ -186,7 +186,7 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     check_quantization(config.quantization, dtype, device)
     prompts = read_bundles(config.bundles, checkpoint)
-    if prompts and not packable:
+    if not packable and not all(isinstance(one, LoraAdapter) for one in prompts):
         raise UsageError(
             f"Caches of {checkpoint.config.model_type} models cannot be shared between clients: leave --bundle out."
         )

@@ -19,14 +19,14 @@ from torch.nn.utils.rnn import pad_sequence
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.kernels.helpers import SPINNING
+from corolla.models.lora import Adapter, names_in, of_all
 from corolla.models.prompts import GIVEN, DeepRows
 from corolla.models.span import Span
 from corolla.server.block_server import (
     BlockServer,
+    check_given,
     check_hidden,
     check_memory,
-    check_prefix,
-    check_prompts,
     malformed,
     working_bytes,
 )
@@ -55,9 +55,7 @@ class TrainingRequest(Request):
         self._lease = message.lease
         self._tensors = tensors
         if message.known is not None:
-            self._tensors = tensors | {
-                "prefix": server.prefixes.of(client.peer, message, tensors.get("prefix"))
-            }
+            self._tensors = server.kept.with_known(client.peer, message, tensors)
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -184,10 +182,7 @@ class Sequences:
     def __init__(self, span: Span, tensors: dict[str, Tensor]) -> None:
         """Raises `RequestRefused` for tensors that do not fit the span."""
         check_hidden(tensors["hidden"], span)
-        check_prompts(tensors.get("prompts"), span)
-        check_prefix(tensors.get("prefix"), span)
-        if all(name in tensors for name in GIVEN):
-            raise malformed("prefix", "Sequences have deep prompts or a prefix, not both.")
+        check_given(tensors, span)
         self._before = int(tensors["prefix"].shape[1]) if "prefix" in tensors else 0
         self.lengths = _checked_lengths(tensors)
         self.tokens = sum(self.lengths)
@@ -244,7 +239,7 @@ class Sequences:
         return tensor.to(self._span.device, self._span.dtype).detach()
 
     def _given(self, with_gradient: bool) -> dict[str, Tensor]:
-        """Deep prompts or a prefix, by name."""
+        """Deep prompts, a prefix or an adapter, by name."""
         found = {}
         for name in GIVEN:
             if name in self._tensors:
@@ -261,11 +256,17 @@ class Sequences:
         prompts, prefix, deep = given.get("prompts"), given.get("prefix"), None
         if prompts is not None:
             deep = DeepRows.of([(one.begin, 0, one.count) for one in segments], [prompts] * len(segments))
+        adapter, targets = given.get("lora"), self._tensors.get("targets")
+        if adapter is not None and targets is not None:
+            adapters = of_all(Adapter(adapter, names_in(targets)), self.tokens)
+        else:
+            adapters = None
         output = self._span.forward_packed(
             hidden[0],
             PackedBatch(segments, prefix=None if prefix is None else self._span.by_block(prefix)),
             positions=self._positions(hidden.device) + self._before,
             deep=deep,
+            adapters=adapters,
         )
         return output.unsqueeze(0)
 
@@ -284,7 +285,8 @@ class Sequences:
             parts = torch.split(self._positions(hidden.device), self.lengths)
             positions = pad_sequence(list(parts), batch_first=True)
         mask = None if bool(real.all()) and positions is None else real
-        output = self._span.forward(rows, mask=mask, positions=positions, cache=None, **given)
+        beside = {"targets": self._tensors["targets"]} if "targets" in self._tensors else {}
+        output = self._span.forward(rows, mask=mask, positions=positions, cache=None, **given, **beside)
         return output[real].unsqueeze(0)
 
 
@@ -324,7 +326,9 @@ def backward_of(lease: Lease, grad: Tensor, prompt_gradient: bool) -> dict[str, 
     """Gradients through a graph, which is used up, given that of its output [1, T, H]; on the CPU."""
     given = lease.given if prompt_gradient else {}
     wanted = [lease.hidden, *given.values()]
-    grads = torch.autograd.grad(lease.output, wanted, grad.to(lease.output.device, lease.output.dtype))
+    given_grad = grad.to(lease.output.device, lease.output.dtype)
+    # Not every span has layers that an adapter is for.
+    grads = torch.autograd.grad(lease.output, wanted, given_grad, materialize_grads=True)
     found = {name: one.to("cpu", torch.float32) for name, one in zip(given, grads[1:], strict=True)}
     return {"grad": grads[0].to("cpu", grad.dtype)} | found
 

@@ -210,9 +210,11 @@ def split_conversations(
     ids = sorted({conversation.id for conversation in conversations}, key=lambda name: _rank(name, seed))
     count = max(1, round(held_out * len(ids)) if held_out < 1 else int(held_out))
     if count >= len(ids):
+        there = "is 1 conversation" if len(ids) == 1 else f"are {len(ids)} conversations"
+        same = " (rows that are equal, or have one id, are one)" if len(conversations) > len(ids) else ""
         raise DataError(
-            f"There are {len(ids)} conversations, too few to hold {count} out and train on the rest: "
-            "give more data or a smaller --held-out."
+            f"There {there}{same}, too few to hold {count} out and train on the rest: give more data or a smaller "
+            "--held-out."
         )
     kept_out = set(ids[:count])
     train = [conversation for conversation in conversations if conversation.id not in kept_out]

@@ -33,6 +33,8 @@ from corolla.models.checkpoints.prompt_files import (
     DEEP_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    is_pefts,
+    read_pefts_info,
     read_prompt_info,
     save_prompt,
 )
@@ -145,6 +147,7 @@ def clear_leftovers(out: Path) -> None:
 def load_bundle(folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Bundle:
     """Read and check a bundle's description: of a folder, or of a repository on the hub, such as `user/name`.
 
+    A folder that peft has written is a bundle for whatever model it fits; its `identity` is empty.
     Raises `BundleError` with one sentence.
     """
     if not os.path.exists(folder):
@@ -155,6 +158,8 @@ def load_bundle(folder: str | Path, *, revision: str | None = None, token: str |
     path = folder / BUNDLE_FILE
     if not os.path.isdir(folder):
         raise BundleError(f"{folder} is no folder and no bundle on the hub.")
+    if is_pefts(folder) and not path.is_file():
+        return _pefts(folder)
     if not path.is_file():
         raise BundleError(
             f"{folder} holds no {BUNDLE_FILE}, so it is not a bundle; `corolla tune` writes one."
@@ -175,6 +180,22 @@ def load_bundle(folder: str | Path, *, revision: str | None = None, token: str |
         raise BundleError(f"{path} lacks or garbles what a bundle says; copy the bundle again.") from error
     _check_prompt(bundle, folder)
     return bundle
+
+
+def _pefts(folder: Path) -> Bundle:
+    """What can be said of a folder that peft alone has written, which does not say what exactly its base was."""
+    about = read_pefts_info(folder)
+    return Bundle(
+        model=ModelInfo(str(about.get("base_model_name_or_path") or ""), "", about.get("revision")),
+        mode=about["mode"],
+        prompt_tokens=about.get("num_virtual_tokens") or 0,
+        rendering=RenderSettings(style="auto"),
+        stop={},
+        training={"rank": about.get("r")},
+        metrics={},
+        sampling={},
+        folder=folder,
+    )
 
 
 def _from_content(content: dict[str, Any], folder: Path) -> Bundle:

@@ -41,6 +41,12 @@ class Described:
     sampling: dict[str, Any] = field(default_factory=lambda: dict(SAMPLING))
     folder: Path | None = None
 
+    @property
+    def what(self) -> str:
+        """What was trained, and how large it is."""
+        rank = f"rank {self.training.get('rank')}"
+        return f"{self.mode}, {rank if self.mode == 'lora' else f'{self.prompt_tokens} prompt tokens'}"
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `bundle.json`."""
         content = asdict(self)

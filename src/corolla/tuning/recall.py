@@ -7,8 +7,6 @@ so a figure says how much of the answers comes back, not how well it is said.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,12 +17,9 @@ from corolla.data.documents import Chunk
 from corolla.data.render import Renderer
 from corolla.tuning.samples import base_model, replies
 from corolla.tuning.settings import StudySettings
-from corolla.tuning.teacher import Exchange, Reading
+from corolla.tuning.teacher import WORD, Exchange, Reading, counted_words, telling_words
 
 WAYS = ("no context", "text in context", "plain prompt", "studied prompt")
-RARE = 3  # a word that a text has more often is hardly what an answer is about
-SHORT = 3  # letters of a word that is not looked for, unless it has a digit
-WORD = re.compile(r"\w+")
 BATCH = 16
 
 
@@ -48,14 +43,10 @@ def words_of(text: str) -> frozenset[str]:
 
 def facts_asked(exchanges: Sequence[Exchange], chunks: Sequence[Chunk]) -> list[Fact]:
     """Facts of the model's own questions: words of the answer that are seldom in the text, and not in the question."""
-    often = Counter(word for chunk in chunks for word in WORD.findall(chunk.text.casefold()))
+    often = counted_words(chunk.text for chunk in chunks)
     found = []
     for one in exchanges:
-        words = frozenset(
-            word
-            for word in words_of(one.answer) - words_of(one.question)
-            if 0 < often[word] <= RARE and (len(word) > SHORT or any(map(str.isdigit, word)))
-        )
+        words = frozenset(telling_words(one.answer.casefold(), often)) - words_of(one.question)
         if words:
             found.append(Fact(one.question, words, one.chunk))
     return found

@@ -6,9 +6,11 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -60,6 +62,7 @@ def report_page(
         replies=[_exchange(one) for one in replies(metrics)],
         recall=list(recall(metrics)),
         recalled_of=_mapping(metrics.get("recall")).get("of"),
+        worth=recall_verdict(metrics),
         problem=_mapping(metrics.get("samples")).get("degenerate"),
         chat=chat_command(place),
         again=again_command(bundle),
@@ -67,11 +70,23 @@ def report_page(
     )
 
 
+def check_place(path: Path) -> None:
+    """Raises `BundleError` where no page could be written; its folder is there afterwards."""
+    with _saving(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        pass
+
+
 def write_report(path: Path, page: str) -> None:
     """Raises `BundleError` when it cannot be written."""
+    with _saving(path):
+        write_atomically(path, page.encode())
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page.encode())
+        yield
     except OSError as error:
         raise BundleError(f"The page could not be saved to {path}: {error.strerror or error}.") from error
 
@@ -98,7 +113,10 @@ def again_command(bundle: Described) -> str:
         words = ["corolla", "study", *studied, "--model", bundle.model.name]
     else:
         words = ["corolla", "tune", bundle.model.name, "--mode", bundle.mode]
-    words += ["--prompt-tokens", str(bundle.prompt_tokens)]
+    if bundle.mode == "lora":
+        words += _option("rank", said.get("rank"))
+    else:
+        words += ["--prompt-tokens", str(bundle.prompt_tokens)]
     if bundle.model.revision is not None:
         words += ["--revision", bundle.model.revision]
     if not studied:
@@ -142,7 +160,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 def summary(bundle: Described) -> str:
     """How it was trained, in half a sentence or more."""
     steps, best = bundle.training.get("steps"), bundle.metrics.get("step")
-    parts = [f"{bundle.mode}, {bundle.prompt_tokens} prompt tokens"]
+    parts = [bundle.what]
     if isinstance(steps, int):
         parts.append(f"{steps:,} steps")
     if isinstance(best, int) and best != steps:
@@ -192,6 +210,23 @@ def recall(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             "loss": format(loss, ".3f") if math.isfinite(loss) else "",
             "recalled": format(recalled, ".0%") if math.isfinite(recalled) else "",
         }
+
+
+def recall_verdict(metrics: Mapping[str, Any]) -> str | None:
+    """What to say where a study was worth nothing; None where it was, or where no facts were asked."""
+    ways = _mapping(metrics.get("recall")).get("ways")
+    shares = {
+        _mapping(one).get("way"): _number(_mapping(one).get("recalled"))
+        for one in (ways if isinstance(ways, list) else [])
+    }
+    plain, studied = shares.get("plain prompt", math.nan), shares.get("studied prompt", math.nan)
+    if not studied <= plain:
+        return None
+    return (
+        f"For these questions the study was worth nothing: the studied prefix recalls {studied:.0%}, one that only "
+        f"holds the beginning of the text {plain:.0%}. Try a larger model, more --questions, a lower --lr, or more "
+        "--prompt-tokens: a prefix of as many as the text has begins with all of it."
+    )
 
 
 def _exchange(one: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from corolla.data.render import RenderSettings
 from corolla.errors import UsageError
 
 # What suits each mode: `benchmarks/rates.py`.
-RATES = {"ptune": 1e-2, "deep_ptune": 1e-2, "prefix": 3e-2}
+RATES = {"ptune": 1e-2, "deep_ptune": 1e-2, "prefix": 3e-2, "lora": 1e-3}
 KEEP = ("best", "last")
 EVALUATIONS = 10  # in a run, where nothing else is said
 FEWEST_STEPS = 20  # between two of them

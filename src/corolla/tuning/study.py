@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -33,9 +34,20 @@ from corolla.tuning.evaluate import evaluate
 from corolla.tuning.notebook import Notebook
 from corolla.tuning.progress import counted
 from corolla.tuning.recall import WAYS, facts_asked, facts_given, recall, values_of
-from corolla.tuning.samples import base_model
+from corolla.tuning.samples import Sample, base_model
 from corolla.tuning.settings import StudySettings
-from corolla.tuning.teacher import ANSWER, SEEDS, Exchange, check_room, exchanges
+from corolla.tuning.teacher import (
+    ABOUT,
+    ANSWER,
+    GOES_ON,
+    SAID,
+    SEEDS,
+    Exchange,
+    check_room,
+    counted_words,
+    exchanges,
+    telling_words,
+)
 from corolla.tuning.tune import TuneResult, TuneStopped, loaded_as, tune
 
 FEWEST = 4  # answers to learn from and to be held out
@@ -76,7 +88,14 @@ def study(
         notebook.begin(_what_is_asked(documents, settings, about), resume=resume)
         _ask(model, renderer, chunks, settings, notebook, console)
     found = [one for number, one in sorted(notebook.exchanges.items()) if number < settings.questions]
-    prepared, held_out = lessons(renderer, found, settings)
+    worth = [one for one in found if teaches(one, counted_words(chunk.text for chunk in chunks))]
+    if len(worth) < len(found):
+        line = (
+            f"{len(found) - len(worth):,} of {len(found):,} questions are left out: their answers say nothing of the "
+            "text, only repeat, or are the question. Where these are many, the model is too small to ask itself."
+        )
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    prepared, held_out = lessons(renderer, worth, settings)
     return tune(
         model,
         settings,
@@ -139,7 +158,7 @@ def _what_is_asked(
 ) -> dict[str, Any]:
     """All that an exchange of some number depends on."""
     texts = [hashlib.sha256(one.text.encode()).hexdigest()[:16] for one in documents]
-    wording = hashlib.sha256(repr((SEEDS, ANSWER)).encode()).hexdigest()[:16]
+    wording = hashlib.sha256(repr((SEEDS, ANSWER, ABOUT, GOES_ON)).encode()).hexdigest()[:16]
     return {"model": about.identity, "documents": texts, "wording": wording, **settings.asking()}
 
 
@@ -167,6 +186,14 @@ def _ask(
             notebook.add(one)
 
 
+def teaches(one: Exchange, often: Counter[str]) -> bool:
+    """Whether something is to be learnt of the text, whose words there are so often. A sentence of it always is."""
+    if one.seed == SAID:
+        return True
+    said = Sample(one.question, one.answer, tuple(one.tokens[: one.said]))
+    return said.problem() is None and bool(telling_words(f"{one.question} {one.answer}", often))
+
+
 def lessons(
     renderer: Renderer, found: Sequence[Exchange], settings: StudySettings
 ) -> tuple[Prepared, list[Exchange]]:
@@ -174,7 +201,11 @@ def lessons(
 
     Raises `DataError` where too few of them teach anything.
     """
-    by_question = {" ".join(one.question.casefold().split()): one for one in reversed(found) if one.teaches}
+    by_question = {
+        " ".join(one.question.casefold().split()): one
+        for one in reversed(found)
+        if one.question and one.answer
+    }
     longest = settings.rendering.max_length
     by_id = {str(one.number): one for one in sorted(by_question.values(), key=lambda one: one.number)}
     examples = {name: taught(renderer, one) for name, one in by_id.items()}

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
+import re
 import threading
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Self
@@ -26,7 +29,7 @@ from corolla.data.cuts import shared
 from corolla.data.documents import SENTENCE, Chunk
 from corolla.data.render import Renderer
 from corolla.data.replies import ReplyReader, TokensSeen, reply_ends
-from corolla.errors import SessionLimit, UsageError
+from corolla.errors import DataError, SessionLimit, UsageError
 from corolla.models.limits import context_limit
 from corolla.tuning.samples import base_model
 from corolla.tuning.settings import StudySettings
@@ -36,6 +39,8 @@ AT_ONCE = 8  # exchanges about a piece
 DRAWN_FROM = 50  # likeliest tokens, of a question
 TEMPERATURE = 0.7  # of questions; answers are what is likeliest
 LONGEST_SENTENCE, SHORTEST_SENTENCE = 240, 12  # characters
+# A line that goes on in the next, which is no item of a list, no heading, and not behind a gap.
+WRAPPED = re.compile(r"(?<=\S)[ \t]*\r?\n(?!\d+[.)]\s)(?=[^\W_])")
 # What a question may be about, so that a text is seen from several sides, as in self-study; most are about one of its
 # sentences, in turn, so that each is asked about.
 SENTENCE_HERE = "{sentence}"
@@ -49,6 +54,14 @@ SEEDS = {
     "summary": 'Ask what the text says about the subject of this sentence: "{sentence}" Write only the question.',
 }
 ANSWER = "Answer in a sentence or two from the text above: "
+# Every other exchange is about a sentence that is itself the answer, so that no model is too small to ask about it.
+SAID = "said"
+ABOUT, GOES_ON = "What is said about {words}?", "How does this go on: {words}"
+RARE = 3  # a word that a text has more often is hardly what somebody asks about
+SHORT = 3  # letters of a word that is not looked for, unless it has a digit
+# Where words are not parted by spaces (Chinese, Japanese), each character counts as one.
+UNPARTED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{UNPARTED}]|[^\W{UNPARTED}]+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Exchange:
 
     number: int
     chunk: int
-    seed: str  # one of `SEEDS`
+    seed: str  # one of `SEEDS`, or `SAID`
     question: str
     answer: str
     tokens: list[int]  # of the answer, and of what ended it
@@ -68,11 +81,6 @@ class Exchange:
     def __post_init__(self) -> None:
         if not self.said <= len(self.tokens) == len(self.top_ids) == len(self.top_logprobs):
             raise ValueError("of each token there is the teacher's distribution")
-
-    @property
-    def teaches(self) -> bool:
-        """Whether something was asked and answered."""
-        return bool(self.question and self.answer)
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,35 @@ class _Said:
 
 def sentences_of(text: str) -> list[str]:
     """The sentences of a piece that are long enough to ask about, or all of it; each no longer than is repeated."""
-    found = [" ".join(one.split())[:LONGEST_SENTENCE] for one in SENTENCE.findall(text)]
+    whole = WRAPPED.sub(" ", text)
+    found = [" ".join(one.split()).lstrip("#*-> ")[:LONGEST_SENTENCE] for one in SENTENCE.findall(whole)]
     return [one for one in found if len(one) >= SHORTEST_SENTENCE] or [
         " ".join(text.split())[:LONGEST_SENTENCE]
     ]
+
+
+def telling_words(text: str, often: Counter[str]) -> list[str]:
+    """The words of a text, in order, that are what somebody would ask about: seldom in the whole, of which `often`."""
+    return [
+        word
+        for word in WORD.findall(text)
+        if 0 < often[word.casefold()] <= RARE
+        and (len(word) > SHORT or any(map(str.isdigit, word)) or re.match(f"[{UNPARTED}]", word))
+    ]
+
+
+def counted_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word is in these, without regard to case."""
+    return Counter(word for text in texts for word in WORD.findall(text.casefold()))
+
+
+def about_sentence(sentence: str, often: Counter[str], drawn: random.Random) -> str:
+    """A question that a sentence answers: about two of its words, else how it goes on."""
+    words = telling_words(sentence, often)
+    if len(words) < 3:  # two would give away all of it
+        return GOES_ON.format(words=sentence[: max(1, len(sentence) // 3)])
+    longest = sorted(range(len(words)), key=lambda place: len(words[place]))[-4:]
+    return ABOUT.format(words=", ".join(words[place] for place in sorted(drawn.sample(longest, 2))))
 
 
 class Reading:
@@ -100,7 +133,7 @@ class Reading:
     def __init__(self, model: Any, renderer: Renderer, text: str, settings: StudySettings) -> None:
         """`model` has no prompt at the moment. Raises `UsageError` where the piece is too long for it."""
         self._model, self._renderer, self._text, self._settings = model, renderer, text, settings
-        self._sentences = sentences_of(text)
+        self._sentences, self._often = sentences_of(text), counted_words([text])
         self._ends = reply_ends(model, renderer)
         prompts = [self._prompt(request) for request in (*SEEDS.values(), ANSWER)]
         self._begin = prompts[0][: min(shared(prompts[0], one) for one in prompts[1:])]
@@ -126,15 +159,13 @@ class Reading:
 
         Raises `SwarmUnavailable`, `CancelledError` after `stop`.
         """
-        rounds, place = divmod(turn, len(self._sentences))
-        seed = list(SEEDS)[(turn + rounds) % len(SEEDS)]
-        drawn = _Drawn(f"{self._settings.seed}:{number}")
-        request = SEEDS[seed].replace(SENTENCE_HERE, self._sentences[place])
-        asked = self._say(request, self._settings.question_tokens, drawn)
-        question = next((line.strip() for line in asked.text.splitlines() if line.strip()), "")
-        if not question:
-            return Exchange(number, chunk, seed, "", "", [], 0, [], [])
-        said = self.answer(question)
+        half, odd = divmod(turn, 2)
+        rounds, place = divmod(half, len(self._sentences))
+        sentence, own = self._sentences[place], f"{self._settings.seed}:{number}"
+        seed = SAID if odd else list(SEEDS)[(half + rounds) % len(SEEDS)]
+        question, said = self._read_out(sentence, own) if odd else self._asked(seed, sentence, own)
+        if said is None:
+            return Exchange(number, chunk, seed, question, "", [], 0, [], [])
         logprobs, ids = said.logits.float().log_softmax(-1).topk(min(LIKELIEST, said.logits.shape[-1]))
         return Exchange(
             number,
@@ -151,6 +182,43 @@ class Reading:
     def answer(self, question: str) -> _Said:
         """The likeliest answer, with the piece in context."""
         return self._say(ANSWER + question, self._settings.answer_tokens, None)
+
+    def _asked(self, seed: str, sentence: str, own: str) -> tuple[str, _Said | None]:
+        """A question of the model's, drawn by numbers of its `own`, and the answer; none where nothing was asked."""
+        request = SEEDS[seed].replace(SENTENCE_HERE, sentence)
+        asked = self._say(request, self._settings.question_tokens, _Drawn(own))
+        question = next((line.strip() for line in asked.text.splitlines() if line.strip()), "")
+        return question, self.answer(question) if question else None
+
+    @torch.no_grad()
+    def _read_out(self, sentence: str, own: str) -> tuple[str, _Said | None]:
+        """A question about a sentence, and the sentence as the answer, up to the longest; none where it is no reply.
+
+        The distributions are those of the model as it would answer so with the piece before it.
+        """
+        question = about_sentence(sentence, self._often, random.Random(own))
+        try:
+            talk = [Turn("user", question), Turn("assistant", sentence)]
+            rendering = self._renderer.style.render(talk)
+        except DataError:  # there are marks in it that are the template's own
+            return question, None
+        place = rendering.replies[1]
+        if place.begin == place.end:  # the tokenizer knows none of it
+            return question, None
+        end = [*self._renderer.stop_ids] if place.apart else []
+        tokens = [*rendering.ids[place.begin : place.end], *end][: self._settings.answer_tokens]
+        prompt = self._prompt(ANSWER + question)
+        with self._forked() as session:
+            session.position = shared(self._begin, prompt)
+            new = torch.tensor([prompt[session.position :] + tokens[:-1]], device=self._model.device)
+            output = self._model(
+                new,
+                use_cache=True,
+                logits_to_keep=len(tokens),
+                **{self._model.cache_name: session.cache},
+            )
+        said = min(place.end - place.begin, len(tokens))
+        return question, _Said(sentence, tokens, said, output.logits[0])
 
     def stop(self) -> None:
         """End what is being said, in any thread."""

@@ -152,7 +152,10 @@ class PromptTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_prompt(
-            Path(resume_from_checkpoint), model_name=self._about.name, identity=self._about.identity
+            Path(resume_from_checkpoint),
+            model_name=self._about.name,
+            identity=self._about.identity,
+            config=self.model.config,
         )
         self.model.prompts.load_state_dict(saved.state_dict())  # in place: the optimizer keeps hold of it
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback
 
 from corolla.errors import UsageError
+from corolla.models.prompts import LoraAdapter, Prompt
 from corolla.tuning.batches import Prepared
 from corolla.tuning.bundle import (
     CARD_FILE,
@@ -137,6 +138,7 @@ def tune(
             training={
                 **_as_chosen(settings, prepared).to_dict(),
                 **(notes or {}),
+                **_rank(model.prompts),
                 "steps": state.global_step,
             },
             metrics=metrics_of(before, after, difference, samples)
@@ -216,13 +218,18 @@ def _what_is_trained(
         "mode": model.prompts.mode,
         "prompt_tokens": model.prompts.length,
         "data": prepared.fingerprint(),
+        **_rank(model.prompts),
     }
+
+
+def _rank(prompt: Prompt) -> dict[str, int]:
+    return {"rank": prompt.rank} if isinstance(prompt, LoraAdapter) else {}
 
 
 def _for_prompt(model: Any, settings: TuneSettings) -> TuneSettings:
     if model.prompts is None:
         raise UsageError(
-            "The model has no prompt to train: load it with tuning_mode='ptune', 'deep_ptune' or 'prefix'."
+            "The model has no prompt to train: load it with tuning_mode='ptune', 'deep_ptune', 'prefix' or 'lora'."
         )
     return settings.for_mode(model.prompts.mode)
 

@@ -6,7 +6,7 @@ Tensors do not live in messages: a frame carries them beside the message, by nam
 Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
 R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, D the hidden size, H and W
 widths of what crosses a cut, mostly the hidden size, P prompt tokens, N blocks and K packed sequences; Q positions of
-a prefix, and E numbers that it has for each.
+a prefix, and E numbers that it has for each; A the rank of an adapter, F what it has of each block, C bytes of names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FailureCode = Literal[
     "busy",  # over a budget now; try again after `retry_after`
     "evicted",  # the session's cache is gone; replay it
     "no_lease",  # the forward's graph is gone; send the backward's inputs
-    "no_bundle",  # the server has not computed this prompt by itself, or has not got this prefix; send it
+    "no_bundle",  # the server has not computed this prompt by itself, or has not got this prefix or adapter; send it
     "draining",  # the server is going away; use another
     "not_allowed",  # the peer may not use this server
     "not_batchable",  # this step cannot be taken among `Steps`; send it as a `Step`
@@ -79,9 +79,9 @@ class Prefilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OpenSession(Message, frozen=True):
     """Reserve an attention cache for `rows` sequences over blocks [start, end) of `model`.
 
-    `max_tokens` counts what the caches must hold, prompts included. A deep prompt or a prefix travels here, once, so
-    that whoever replays the session cannot forget it; what comes behind a prefix is counted from 0. With an `origin`
-    the columns of `bundle` are the origin's own.
+    `max_tokens` counts what the caches must hold, prompts included. What blocks are given besides (deep prompts, a
+    prefix, an adapter) travels here, once, so that whoever replays the session cannot forget it; what comes behind a
+    prefix is counted from 0. With an `origin` the columns of `bundle` are the origin's own.
     """
 
     model: Identity
@@ -93,7 +93,7 @@ class OpenSession(Message, frozen=True):
     origin: Origin | None = None
     bundle: Prefilled | None = None
     known: Name | None = (
-        None  # the digest of `prefix`, which may be left out: a server that lacks it says "no_bundle"
+        None  # the digest of `prefix` or `lora`, which may be left out: a server that lacks it says "no_bundle"
     )
 
 
@@ -171,7 +171,7 @@ class Backward(Message, frozen=True):
     model: Identity
     start: BlockIndex
     end: BlockIndex
-    prompt_gradient: bool = False  # whether that for the deep prompts or the prefix is wanted as well
+    prompt_gradient: bool = False  # whether that for what blocks are given is wanted as well
     lease: Name | None = None
     known: Name | None = None  # as in `OpenSession`
 
@@ -254,7 +254,7 @@ HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is open is taken for hung
 
 # name -> (shape, required). Optional tensors are left out of the frame.
-#   hidden     activations in the compute dtype: hidden states, and what else crosses the cut (models/crossing.py)
+#   hidden     activations in the compute dtype: hidden states, and what else crosses the cut (models/cut_layout.py)
 #   mask       bool, True where a token is real; left out when all are
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues
@@ -262,8 +262,16 @@ SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is
 #   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
 #   prefix     float32 keys and values of Q positions before all tokens, for each of the N blocks (models/prompts.py)
+#   lora       float32 adapter of the N blocks (models/lora.py), of the layers that `targets` names
+#   targets    uint8, UTF-8, a line each
+_GIVEN = {
+    "prompts": ("N P D", False),
+    "prefix": ("N Q E", False),
+    "lora": ("N A F", False),
+    "targets": ("C", False),
+}
 TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
-    OpenSession: {"prompts": ("N P D", False), "prefix": ("N Q E", False)},
+    OpenSession: _GIVEN,
     Step: {
         "hidden": ("R T H", True),
         "hidden_scales": ("R T B", False),
@@ -277,8 +285,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "hidden_scales": ("R T B", False),
         "lengths": ("K", True),
         "positions": ("R T", False),
-        "prompts": ("N P D", False),
-        "prefix": ("N Q E", False),
+        **_GIVEN,
     },
     Backward: {
         "grad": ("R T H", True),
@@ -287,8 +294,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "hidden_scales": ("R T C", False),
         "lengths": ("K", False),
         "positions": ("R T", False),
-        "prompts": ("N P D", False),
-        "prefix": ("N Q E", False),
+        **_GIVEN,
     },
     CacheContents: {"prefix": ("N Q E", True)},
     Opened: {"hidden": ("R T H", False), "hidden_scales": ("R T B", False)},
@@ -299,5 +305,6 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "grad_scales": ("R T B", False),
         "prompts": ("N P D", False),
         "prefix": ("N Q E", False),
+        "lora": ("N A F", False),
     },
 }

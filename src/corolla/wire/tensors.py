@@ -43,6 +43,8 @@ _ALLOWED_DTYPES: dict[str, tuple[str, ...]] = {
     "grad_scales": ("float32",),
     "prompts": _FLOATING,
     "prefix": _FLOATING,
+    "lora": _FLOATING,
+    "targets": ("uint8",),
     "mask": ("bool",),
     "positions": ("int64",),
     "rows": ("int64",),
@@ -54,6 +56,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
     "int8": torch.int8,
+    "uint8": torch.uint8,
     "bool": torch.bool,
     "int64": torch.int64,
 }

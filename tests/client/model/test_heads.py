@@ -25,7 +25,7 @@ from corolla.client.model.losses import summed_cross_entropy
 from corolla.client.model.row_queue import MOST_ROWS, RowQueue
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import exact_linear
-from corolla.models.kernels.choice import Trials
+from corolla.models.kernels.autotune import Autotuner
 from corolla.models.kernels.int8 import has_int8
 
 PairOf = Callable[..., Pair]
@@ -335,7 +335,7 @@ def test_a_copy_has_logits_of_its_own_weights() -> None:
     """Also where the faster product reads the head's own memory, and the first head is changed later."""
     torch.manual_seed(3)
     head = SharedHead.like(nn.Linear(96, 256, bias=False).requires_grad_(False))
-    product = exact_linear(head.weight, None, trials=Trials())
+    product = exact_linear(head.weight, None, autotuner=Autotuner())
     head.use_kernel(product, exact=True)
     twin, hidden = copy.deepcopy(head), torch.randn(2, 96)
     wanted = nn.functional.linear(hidden, twin.weight)

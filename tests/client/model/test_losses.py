@@ -17,7 +17,7 @@ from torch import Tensor
 from corolla.client.model import losses
 from corolla.client.model.heads import SharedHead, lazy_logits, share_head
 from corolla.client.model.losses import LazyLogits, summed_cross_entropy, token_losses
-from corolla.models.kernels.ways import Ways
+from corolla.models.kernels.linear import Backends
 
 PairOf = Callable[..., Pair]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(hidden.numel() // hidden.shape[-1])
         return plain(self, hidden)
 
-    def by_hand(weight: Tensor, ways: Ways, count: int) -> Any:
+    def by_hand(weight: Tensor, ways: Backends, count: int) -> Any:
         chunk = plain_head(weight, ways, count)
 
         def run(hidden: Tensor, *others: Any) -> Any:

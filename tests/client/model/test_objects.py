@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
+from tests.covering import covering, every_time
 from tests.tiny_models import FAMILIES, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,8 +42,14 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 # --- copies ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "gemma2"])
-@pytest.mark.parametrize("mode", [None, "ptune", "deep_ptune"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    covering(
+        ["llama", "gpt2", "opt", "bloom", "gemma2"],
+        {"none": None, "ptune": "ptune", "deep_ptune": "deep_ptune"},
+        together=1,
+    ),
+)
 def test_a_deepcopy_is_another_model_on_the_same_swarm(
     pair_of: PairOf, family: str, mode: str | None
 ) -> None:
@@ -217,7 +224,11 @@ def test_a_model_with_small_tables_can_be_converted(pair_of: PairOf, kind: str, 
 # --- the config --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One rule for all; in these a config keeps what it is about in different places.
+SOME = ("llama", "gpt2", "opt", "bloom", "gemma2", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", every_time(SOME, FAMILIES))
 def test_the_name_of_our_attention_stays_inside(pair_of: PairOf, family: str, tmp_path: Path) -> None:
     pair = pair_of(family)
     model = pair.model()
@@ -403,6 +414,7 @@ def test_from_pretrained_can_be_completed() -> None:
     auto, family = AutoDistributedModelForCausalLM, distributed_class("LlamaForCausalLM")
     signature = inspect.signature(auto.from_pretrained)
     assert inspect.signature(family.from_pretrained) == signature
+    assert signature.return_annotation is PreTrainedModel
     assert {"initial_peers", "tuning_mode", "allowed_servers", "blocked_servers"} < set(signature.parameters)
     assert not {"connection", "only", "trust"} & set(signature.parameters)
     for load in (auto.from_pretrained, family.from_pretrained):

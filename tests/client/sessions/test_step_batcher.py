@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
+from tests.covering import covering
 from tests.reference import Prompted
 from tests.virtual_time import in_virtual_time
 from torch import Tensor
@@ -89,8 +90,10 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert own.tolist() == local.tolist()
 
 
-@pytest.mark.parametrize("mode", [None, "deep_ptune"])
-@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    covering(["llama", "bloom", "gemma2"], {"none": None, "deep_ptune": "deep_ptune"}, together=1),
+)
 def test_a_crowd_of_sessions_replies_as_each_would_alone(
     pair_of: PairOf, family: str, mode: str | None, sent: list[int]
 ) -> None:

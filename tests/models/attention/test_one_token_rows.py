@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from corolla.models.attention import packing
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
-from corolla.models.attention.packing import PackedBatch, Stretch, attend_one, segments_of
+from corolla.models.attention.packing import PackedBatch, TableSegment, attend_one, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.kernels.native import library
 
@@ -51,7 +52,7 @@ def cached_rows(
     return rows
 
 
-def parts_of(batch: PackedBatch) -> list[Stretch]:
+def parts_of(batch: PackedBatch) -> list[TableSegment]:
     """Of rows that have one table each."""
     return [part for segment in batch.segments for part in segment.parts]
 
@@ -177,3 +178,75 @@ def test_a_row_that_does_not_look_at_its_pages_is_seen() -> None:
     wrong = OneTokenRows(tables[1:]).attend(query[:, :, 1:], store, Rules(), None)
     assert torch.equal(right[:, :3], wrong[:, :3])
     assert not torch.allclose(right[:, 3], wrong[:, 3], atol=1e-3)
+
+
+# --- several tokens of one sequence ------------------------------------------------------------------------
+
+
+def went_on(
+    rules: Rules, past: int, count: int, shape: tuple[int, int, int], width: int, threads: int = 1
+) -> tuple[Tensor, Tensor]:
+    """What the kernel gives for `count` tokens behind `past`, on pages apart, and what torch does."""
+    heads, kv_heads, dim = shape
+    pool = PagePool(128, dtype=torch.float32, device=torch.device("cpu"))
+    rows = [CachedSequence(pool) for _ in range(2)]
+    store = pool.store(0, noise(1, kv_heads, 1, dim, seed=0), noise(1, kv_heads, 1, width, seed=0))
+    for side in store:
+        side.fill_(float("nan"))  # what nobody has written is not read
+    for turn in range(0, past, PAGE):
+        for row in rows:
+            new = min(PAGE, past - turn)
+            row.length += new
+            slots = row.tables[0].grow(new)
+            for index, side in enumerate(store):
+                side[slots] = noise(new, *side.shape[1:], seed=10 * turn + index)
+    query = noise(1, 64, heads, dim, seed=1)[:, :count].transpose(1, 2)
+    key = noise(1, 64, kv_heads, dim, seed=2)[:, :count].transpose(1, 2)
+    value = noise(1, 64, kv_heads, width, seed=3)[:, :count].transpose(1, 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batch = PackedBatch(segments_of([count], rows[:1]), pool)
+        found = batch.attend(0, query, key, value, rules)
+    finally:
+        torch.set_num_threads(before)
+    cache = [side.transpose(0, 1).unsqueeze(0) for side in store]
+    (one,) = parts_of(batch)
+    alone = attend_one(query, one.cached(cache[0]), one.cached(cache[1]), one, rules)
+    return found, alone.transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("past", "count"), [(5, 6), (48, 7), (95, 40), (200, 17)])
+def test_tokens_that_go_on_behind_others(name: str, past: int, count: int) -> None:
+    found, alone = went_on(RULES[name], past, count, (HEADS, KV_HEADS, DIM), DIM)
+    # With slopes scores are of the order of 100, and rounded so.
+    torch.testing.assert_close(found, alone, atol=3e-5 if name == "alibi" else 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width"),
+    [
+        ((9, 3, 64), 64),
+        ((4, 4, 16), 16),
+        ((7, 1, 128), 128),
+        ((3, 3, 80), 80),
+        ((5, 1, 256), 256),
+        ((6, 2, 48), 32),
+    ],
+    ids=str,
+)
+def test_tokens_that_go_on_with_heads_of_every_kind(shape: tuple[int, int, int], width: int) -> None:
+    found, alone = went_on(Rules(), 131, 30, shape, width)
+    assert 30 * shape[0] // shape[1] >= packing.FEWEST_ROWS, "the kernel is asked"
+    torch.testing.assert_close(found, alone, atol=2e-6, rtol=1e-5)
+    again, _ = went_on(Rules(), 131, 30, shape, width, threads=2)
+    assert torch.equal(found, again)
+
+
+def test_how_a_prompt_is_cut_changes_no_bit() -> None:
+    """A token's numbers do not depend on those that are computed with it."""
+    for rules in (Rules(), RULES["window and sinks"]):
+        whole, _ = went_on(rules, 100, 60, (HEADS, KV_HEADS, DIM), DIM)
+        first, _ = went_on(rules, 100, 7, (HEADS, KV_HEADS, DIM), DIM)
+        assert torch.equal(whole[:, :7], first)

@@ -17,7 +17,6 @@ from corolla.errors import UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.selfcheck import check_family
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
 
@@ -35,12 +34,6 @@ def span_of(family: str) -> Span:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = open_checkpoint(str(write_tiny(family, Path(folder))))
         return load_span(checkpoint, START, END, dtype=torch.float32)
-
-
-@cache
-def packable(family: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        return check_family(open_checkpoint(str(write_tiny(family, Path(folder)))).config)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -107,11 +100,6 @@ def in_steps(
 def alone(span: Span, sequence: Tensor, prompts: Tensor | None) -> Tensor:
     with torch.inference_mode():
         return span.forward(sequence[None], prompts=prompts)[0]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_families_but_one_can_be_packed(family: str) -> None:
-    assert packable(family) == (family not in UNPACKABLE)
 
 
 LENGTHS = [1, 7, 19, 40]  # less than a sliding window, more than a page
@@ -183,7 +171,7 @@ def test_pages_apart_give_the_same(family: str) -> None:
     pool = fragmented_pool(span)
     probe = BlockTable(pool)
     probe.grow(PAGE + 1)
-    assert probe.stretch() is None
+    assert probe.contiguous_from() is None
     probe.free()
     apart = in_steps(span, pool, sequences, CUTS, prompts)
     for output, wanted in zip(apart, together, strict=True):

@@ -173,7 +173,7 @@ class PagesMachine(RuleBasedStateMachine):
             if row.tokens:
                 used = row.cached.pages[: pages_for(len(row.tokens))]
                 apart = used != list(range(used[0], used[0] + len(used)))
-                assert row.cached.stretch() == (None if apart else used[0])
+                assert row.cached.contiguous_from() == (None if apart else used[0])
 
     @invariant()
     def whole_pages_in_common_hold_the_same_tokens(self) -> None:
@@ -190,7 +190,7 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 TestPages = PagesMachine.TestCase
-TestPages.settings = settings(max_examples=100, stateful_step_count=40)
+TestPages.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 def test_pages_that_follow_each_other_are_preferred() -> None:
@@ -200,14 +200,14 @@ def test_pages_that_follow_each_other_are_preferred() -> None:
     second.grow(1, room=3 * PAGE)
     assert len(second.pages) == 3  # all that the call may need, so that they lie together
     first.grow(4 * PAGE)
-    assert first.stretch() == 0  # what came later left room behind it
+    assert first.contiguous_from() == 0  # what came later left room behind it
     first.grow(PAGE)
-    assert first.stretch() is None  # the page behind its own was taken
-    assert second.stretch() is not None
+    assert first.contiguous_from() is None  # the page behind its own was taken
+    assert second.contiguous_from() is not None
     second.free()
     third = BlockTable(pool)
     third.grow(4 * PAGE)
-    assert third.stretch() is not None
+    assert third.contiguous_from() is not None
 
 
 def test_a_sequence_in_pieces_is_brought_together_once() -> None:
@@ -218,11 +218,11 @@ def test_a_sequence_in_pieces_is_brought_together_once() -> None:
     fork = first.fork()
     write(pool, fork.grow(1), [90])
     write(pool, first.grow(1), [80])
-    assert fork.stretch() is None or first.stretch() is None
+    assert fork.contiguous_from() is None or first.contiguous_from() is None
     for table, last in ((first, 80), (fork, 90)):
         table.bring_together(3 * PAGE)
         pages = list(table.pages)
-        assert table.stretch() == pages[0]
+        assert table.contiguous_from() == pages[0]
         assert len(pages) == 3
         assert read(table) == [*range(PAGE), last]
         table.bring_together(3 * PAGE)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.rotary import Edge, edge_of
+from corolla.models.attention.rotary import LengthThreshold, length_threshold
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.limits import context_limit
@@ -97,24 +97,26 @@ def hidden_around(folder: Path, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "rope", "edge"),
+    ("family", "rope", "threshold"),
     [
-        ("llama", DYNAMIC, Edge(512, gradual=True)),
-        ("llama", LONGROPE, Edge(EDGE, gradual=False)),
+        ("llama", DYNAMIC, LengthThreshold(512, gradual=True)),
+        ("llama", LONGROPE, LengthThreshold(EDGE, gradual=False)),
         ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, None),
-        ("gemma3_text", BY_LAYER, Edge(512, gradual=True)),
+        ("gemma3_text", BY_LAYER, LengthThreshold(512, gradual=True)),
     ],
 )
-def test_the_edge_is_found_by_asking(family: str, rope: dict[str, Any], edge: Edge | None) -> None:
+def test_the_edge_is_found_by_asking(
+    family: str, rope: dict[str, Any], threshold: LengthThreshold | None
+) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(family, rope_parameters=rope))
     before = copy.deepcopy(list(model.named_buffers()))
-    assert edge_of(model) == edge
+    assert length_threshold(model) == threshold
     for (name, one), (_, other) in zip(before, model.named_buffers(), strict=True):
         assert torch.equal(one, other), name
 
 
 def test_sequences_in_one_pass_are_as_if_alone(folder: Path) -> None:
-    """Lengths on both sides of the edge, twice, and a short one after the long ones."""
+    """Lengths on both sides of the threshold, twice, and a short one after the long ones."""
     spans = spans_of(folder)
     ids = ids_of(EDGE + 9, 5, EDGE + 1, EDGE)
     around = [hidden_around(folder, one) for one in ids]

@@ -219,7 +219,7 @@ class LayeredMachine(RuleBasedStateMachine):
 
 
 TestLayered = LayeredMachine.TestCase
-TestLayered.settings = settings(max_examples=100, stateful_step_count=40)
+TestLayered.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 def test_a_row_can_always_go_back_by_the_margin() -> None:

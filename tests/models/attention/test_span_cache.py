@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.covering import covering
 from tests.models.every_family import tiny
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
@@ -30,8 +31,12 @@ def in_steps(span: Span, hidden: Tensor, cuts: tuple[int, ...]) -> Tensor:
 
 
 # Of the latter two's code only one token at a time goes on from a state.
-@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_next", "jamba", "falcon_h1"])
-@pytest.mark.parametrize("cuts", [(), (1,), (3, 4, 5), (2, 6)])
+@pytest.mark.parametrize(
+    ("family", "cuts"),
+    covering(
+        ["llama", "lfm2", "qwen3_next", "jamba", "falcon_h1"], [(), (1,), (3, 4, 5), (2, 6)], together=1
+    ),
+)
 def test_a_sequence_in_pieces_is_as_in_one_pass(family: str, cuts: tuple[int, ...]) -> None:
     span = span_of(family)
     hidden = torch.randn(2, TOKENS, span.hidden_size, generator=torch.Generator().manual_seed(1))

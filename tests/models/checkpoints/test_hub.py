@@ -75,7 +75,10 @@ def test_only_what_is_needed_is_fetched_and_a_local_copy_is_the_same_model(
         assert weights == {file for key, file in weight_map.items() if ".layers.1." in key}
         assert set(hub.parts) >= set(weight_map.values()) - weights  # sampled where they are
     # Without a network, what was fetched and noted is enough for the same work.
-    assert use(endpoint, tmp_path / "cache", REPOSITORY) == [local]
+    again, offline = use(endpoint, tmp_path / "cache", REPOSITORY, "someone/else")
+    assert again == local
+    assert offline["error"] == "UnknownModel"
+    assert "the hub cannot be reached" in str(offline["text"])
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
@@ -84,13 +87,10 @@ def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with serving(folder) as hub:
         endpoint = f"http://127.0.0.1:{hub.server_port}"
         unknown, pickled = use(endpoint, tmp_path / "cache", "someone/else", REPOSITORY)
-    (offline,) = use(endpoint, tmp_path / "cache", "someone/else")
     assert unknown["error"] == "UnknownModel"
     assert "There is no model someone/else" in str(unknown["text"])
     assert pickled["error"] == "CheckpointError"
     assert "only pickled weights" in str(pickled["text"])
-    assert offline["error"] == "UnknownModel"
-    assert "the hub cannot be reached" in str(offline["text"])
 
 
 def test_petals_names_mean_the_originals() -> None:

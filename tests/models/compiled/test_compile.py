@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.covering import covering
+from tests.models.conftest import INSTRUCTION_SETS, LANES
 from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
 
@@ -20,8 +22,7 @@ from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.compiled import compile as compiling
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
-from corolla.models.compiled.layout import LaidOut
-from corolla.models.compiled.program import Program
+from corolla.models.compiled.program import Program, SizedProgram
 from corolla.models.compiled.record import record
 from corolla.models.kernels import int8
 from corolla.models.kernels.apply import Quantization, pack_linears
@@ -54,8 +55,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_size": 64},
 }
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
-
-each_compiled = pytest.mark.parametrize("family", COMPILED)
 
 
 @cache
@@ -103,9 +102,9 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / (1 + wanted.abs().max()))
 
 
-@pytest.mark.usefixtures("lanes")
-@each_compiled
-def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
+# Programs differ by family, the kernels that they call by instruction set, which the tests of kernels try one by one.
+@pytest.mark.parametrize(("lanes", "family"), covering(LANES, COMPILED, together=1), indirect=["lanes"])
+def test_every_family_is_compiled_and_computes_the_same(lanes: str, family: str) -> None:
     span = span_of(family)
     assert span.compile() is not None
     with torch.inference_mode():
@@ -116,9 +115,12 @@ def test_every_family_is_compiled_and_computes_the_same(family: str) -> None:
                 assert error(*crowd.step(seed)) < LESS_EXACT.get(family, EXACT), (len(lengths), seed)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@each_compiled
-def test_in_8_bits_too(family: str) -> None:
+@pytest.mark.parametrize(
+    ("instruction_set", "family"),
+    covering(INSTRUCTION_SETS, COMPILED, together=1),
+    indirect=["instruction_set"],
+)
+def test_in_8_bits_too(instruction_set: str, family: str) -> None:
     span = span_of(family, "int8")
     assert span.compile() is not None
     with torch.inference_mode():
@@ -230,7 +232,7 @@ def test_deep_prompts_gradients_and_long_steps_go_through_the_familys_code(
 ) -> None:
     span = span_of("qwen3")
     assert span.compile() is not None
-    monkeypatch.setattr(LaidOut, "run", lambda *_: pytest.fail("the compiled pass was used"))
+    monkeypatch.setattr(SizedProgram, "run", lambda *_: pytest.fail("the compiled pass was used"))
     with torch.inference_mode():
         deep = DeepRows.of([(0, 2, 1)], [noise(3, 8, span.hidden_size)])
         found, wanted = Crowd(span, [2, 30]).step(1, deep)
@@ -265,17 +267,17 @@ def test_another_pool_is_another_cache() -> None:
 
 def test_scratch_is_as_large_as_the_longest_table_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program was compared on a pool of one table; here blocks with a window have another, far shorter one."""
-    span, own = span_of("gemma2"), LaidOut._scores
+    span, own = span_of("gemma2"), SizedProgram._scores
     assert span.compile() is not None
     guards: list[Tensor] = []
 
-    def guarded(self: LaidOut, tables: Any, threads: int) -> Tensor:
+    def guarded(self: SizedProgram, tables: Any, threads: int) -> Tensor:
         size = len(own(self, tables, threads))
         memory = torch.full((size + 5000,), 7.0)
         guards.append(memory[size:])
         return memory[:size]
 
-    monkeypatch.setattr(LaidOut, "_scores", guarded)
+    monkeypatch.setattr(SizedProgram, "_scores", guarded)
     with torch.inference_mode():
         crowd = Crowd(span, [400])
         for row in (*crowd.rows, *crowd.twins):
@@ -289,12 +291,12 @@ def test_scratch_is_as_large_as_the_longest_table_needs(monkeypatch: pytest.Monk
 def test_a_program_that_computes_something_else_is_not_used(
     quantization: Quantization, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = LaidOut.run
+    run = SizedProgram.run
 
-    def wrong(self: LaidOut, hidden: Tensor, positions: Tensor, tables: Any) -> Tensor:
+    def wrong(self: SizedProgram, hidden: Tensor, positions: Tensor, tables: Any) -> Tensor:
         return run(self, hidden, positions + 1, tables)
 
-    monkeypatch.setattr(LaidOut, "run", wrong)
+    monkeypatch.setattr(SizedProgram, "run", wrong)
     assert compile_blocks(span_of("llama", quantization)) is None
     assert "would change their results" in caplog.text
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from corolla.models.compiled.layout import KINDS
-from corolla.models.compiled.program import Program
+from corolla.models.compiled.program import KINDS, Program
 from corolla.models.compiled.record import NotCompilable, record
 from corolla.models.kernels.native import library
 

@@ -14,8 +14,7 @@ from torch import nn
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import Quantization, pack_linears, supported, weight_bytes
 from corolla.models.kernels.int8 import Int8Linear, has_int8
-from corolla.models.kernels.narrow import NarrowLinear
-from corolla.models.kernels.packed import FrozenLinear, is_packable
+from corolla.models.kernels.linear import FrozenLinear, NarrowLinear, is_packable
 
 pytestmark = pytest.mark.skipif(
     not (is_packable(torch.device("cpu"), torch.float32) and has_int8()), reason="torch without these kernels"

@@ -15,7 +15,7 @@ from corolla.errors import UsageError
 from corolla.models.kernels import client
 from corolla.models.kernels.client import ClientQuantization, HalfEmbedding, HalfLinear, quantize_client
 from corolla.models.kernels.int8 import has_int8
-from corolla.models.kernels.packed import is_packable
+from corolla.models.kernels.linear import is_packable
 
 pytestmark = pytest.mark.skipif(
     not (is_packable(torch.device("cpu"), torch.float32) and has_int8()), reason="torch without these kernels"

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from corolla.errors import UsageError
 from corolla.models.kernels import int8
 from corolla.models.kernels.int8 import Int8Linear, activation_levels, has_int8
+from corolla.models.kernels.linear import FrozenLinear, PackedLinear, is_packable
 from corolla.models.kernels.native import library
-from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
 
 SIZES = [(7, 5), (64, 48), (1, 33), (130, 1), (80, 64)]  # [out, in]
 KINDS = [

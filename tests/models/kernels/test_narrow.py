@@ -15,10 +15,10 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS
 from corolla.models.kernels import narrow
 from corolla.models.kernels.apply import exact_linear
-from corolla.models.kernels.choice import Trials
-from corolla.models.kernels.narrow import NarrowLinear, as_it_is, narrow_form
+from corolla.models.kernels.autotune import Autotuner
+from corolla.models.kernels.linear import BACKENDS, BOUNDS, Backend, Backends, NarrowLinear
+from corolla.models.kernels.narrow import as_it_is, narrow_form
 from corolla.models.kernels.native import library
-from corolla.models.kernels.ways import BOUNDS, WAYS, Way, Ways
 
 pytestmark = [
     pytest.mark.skipif(library() is None, reason="no C compiler"),
@@ -124,12 +124,12 @@ def test_threads_change_no_bit(name: str) -> None:
 
 
 @each_weight
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 6, 200])
-def test_each_way_gives_the_product_and_its_gradient(name: str, way: Way, rows: int) -> None:
+def test_each_backend_gives_the_product_and_its_gradient(name: str, backend: Backend, rows: int) -> None:
     weight, layer = made(name)
-    back: Way = "torch" if way == "own" else way
-    layer = NarrowLinear(layer.narrow, layer.bias, Ways((way,) * (len(BOUNDS) + 1), back))
+    back: Backend = "torch" if backend == "own" else backend
+    layer = NarrowLinear(layer.narrow, layer.bias, Backends((backend,) * (len(BOUNDS) + 1), back))
     value = torch.randn(rows, IN, requires_grad=True)
     found = layer(value)
     torch.testing.assert_close(found, F.linear(value, weight, layer.bias), atol=1e-5, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_each_way_gives_the_product_and_its_gradient(name: str, way: Way, rows: 
 def test_weights_without_a_narrow_form_are_kept_as_they_are_in_their_own_memory() -> None:
     weight = torch.randn(OUT, IN)
     assert narrow_form(weight) is None
-    layer = exact_linear(weight, None, trials=Trials())
+    layer = exact_linear(weight, None, autotuner=Autotuner())
     assert isinstance(layer, NarrowLinear)
     assert layer.narrow.values.data_ptr() == weight.data_ptr()
 
@@ -173,7 +173,7 @@ def test_weights_that_are_no_numbers_are_left_alone(value: float) -> None:
 def test_without_a_compiler_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(narrow, "library", lambda: None)
     weight, value = torch.randn(OUT, IN).bfloat16().float(), torch.randn(3, IN)
-    layer = exact_linear(weight, None, trials=Trials())
+    layer = exact_linear(weight, None, autotuner=Autotuner())
     assert layer.native() is None
     torch.testing.assert_close(layer(value), F.linear(value, weight))
 

@@ -10,7 +10,7 @@ from tests.reference import relative
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from corolla.models.kernels.packed import PackedLinear, is_packable
+from corolla.models.kernels.linear import PackedLinear, is_packable
 from corolla.server.scheduler.execution import CUTS, Preemptible, cut_of
 
 ROWS = 37

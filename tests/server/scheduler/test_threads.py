@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -87,6 +88,13 @@ def two_threads() -> Any:
     torch.set_num_threads(before)
 
 
+@dataclass
+class Asked:
+    """A request with so many tokens behind it."""
+
+    behind: int = 0
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_each_class_of_rows_finds_its_own_number_of_threads() -> None:
     clock = Clock()
@@ -100,14 +108,34 @@ def test_each_class_of_rows_finds_its_own_number_of_threads() -> None:
 
     run = ThreadChooser(2, clock, lambda: 0).choosing(run_pass)
     for _ in range(200):
-        run([(None, 1)])
-        run([(None, 16), (None, 16)])
-        run([(None, MOST_TOKENS + 1)])
+        run([(Asked(), 1)])
+        run([(Asked(), 16), (Asked(), 16)])
+        run([(Asked(), MOST_TOKENS + 1)])
         assert torch.get_num_threads() == 2
     assert used[1][-20:].count(1) >= 19
     assert used[32][-20:].count(2) >= 19
     assert 1 in used[32]
     assert set(used[MOST_TOKENS + 1]) == {2}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_long_contexts_do_not_sway_short_ones() -> None:
+    """Turn about, as when a chat goes on beside new ones: where much is read, two threads are quicker."""
+    clock = Clock()
+    used: dict[int, list[int]] = {0: [], 2000: []}
+
+    def run_pass(parts: list[tuple[Any, int]]) -> list[BaseException | None]:
+        behind, threads = parts[0][0].behind, torch.get_num_threads()
+        used[behind].append(threads)
+        clock.now += (2.0 + 0.6 * threads) if not behind else 12.0 / threads
+        return [None] * len(parts)
+
+    run = ThreadChooser(2, clock, lambda: 0).choosing(run_pass)
+    for turn in range(200):
+        for behind in (0, 2000) if turn % 3 else (2000,):
+            run([(Asked(behind), 30)])
+    assert used[0][-20:].count(1) >= 19
+    assert used[2000][-20:].count(2) >= 18
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -124,9 +152,9 @@ def test_threads_are_restored_when_a_pass_raises() -> None:
 
     chooser = ThreadChooser(2, clock, lambda: 0)
     for _ in range(60):
-        chooser.choosing(quicker_alone)([(None, 1)])
+        chooser.choosing(quicker_alone)([(Asked(), 1)])
     with pytest.raises(KeyboardInterrupt):
-        chooser.choosing(failing)([(None, 1)])
+        chooser.choosing(failing)([(Asked(), 1)])
     assert torch.get_num_threads() == 2
 
 
@@ -144,7 +172,7 @@ def test_passes_that_failed_are_no_evidence() -> None:
         return [ValueError() if failing else None for _ in parts]
 
     run = ThreadChooser(2, clock, lambda: 0).choosing(run_pass)
-    errors = [run([(None, 1)])[0] for _ in range(300)]
+    errors = [run([(Asked(), 1)])[0] for _ in range(300)]
     assert any(errors)
     assert used.count(1) < 60
     assert set(used[-5:]) == {2}
@@ -167,7 +195,7 @@ def test_a_crowd_on_a_full_machine_gets_half_of_it(parts: list[int], others: int
         found.append(torch.get_num_threads())
         return [None] * len(parts)
 
-    ThreadChooser(2, others=lambda: others, cpus=2).choosing(run_pass)([(None, count) for count in parts])
+    ThreadChooser(2, others=lambda: others, cpus=2).choosing(run_pass)([(Asked(), count) for count in parts])
     assert found == [used]
     assert torch.get_num_threads() == 2
 
@@ -182,11 +210,11 @@ def test_helpers_that_wait_awake_are_no_others() -> None:
         return [None] * len(parts)
 
     run = ThreadChooser(2, clock, lambda: 2, 2).choosing(run_pass)
-    run([(None, 1)])  # with two threads
-    run([(None, 1)] * LARGE_BATCH)  # right after: one of the two that run is the helper
+    run([(Asked(), 1)])  # with two threads
+    run([(Asked(), 1)] * LARGE_BATCH)  # right after: one of the two that run is the helper
     clock.now += 1
-    run([(None, 1)] * LARGE_BATCH)
-    run([(None, 1)] * LARGE_BATCH)  # the last pass had no helper
+    run([(Asked(), 1)] * LARGE_BATCH)
+    run([(Asked(), 1)] * LARGE_BATCH)  # the last pass had no helper
     assert found == [2, 2, 1, 1]
 
 

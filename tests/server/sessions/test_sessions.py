@@ -38,7 +38,17 @@ from corolla.server.sessions import session as session_module
 from corolla.server.sessions.kv_cache import WAIT_SECONDS
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
-from corolla.wire.messages import Alive, CloseSession, Failure, Opened, Output, Ping, ServerStatus, Step
+from corolla.wire.messages import (
+    Alive,
+    CloseSession,
+    Failure,
+    Opened,
+    Origin,
+    Output,
+    Ping,
+    ServerStatus,
+    Step,
+)
 
 TOKENS = noise(2, 9, HIDDEN, seed=5)
 
@@ -281,6 +291,23 @@ async def test_a_session_behind_a_prefix_fills_no_more_pages_than_it_reserved(wo
     for begin in range(0, 3 * PAGE, PAGE):  # its second page is its own and lies apart from the prefix's
         await step(channel, begin, tokens[:, begin : begin + PAGE])
         assert await world.pages_held() <= world.budget.reserved
+
+
+async def test_a_prompt_in_a_fork_has_what_it_reads_brought_together(world: OneServer) -> None:
+    """Its attention reads all of it in each block; where pages lie apart, that is copied each time."""
+    if not world.span.packable:
+        return
+    tokens, twin = noise(1, 50, HIDDEN), await world.connect()
+    first = await opened(world, tokens=40, name="1" * 16)
+    await step(first, 0, tokens[:, :20])
+    message = opening(tokens=60, name="2" * 16, origin=Origin("1" * 16, PAGE, 0))
+    assert (await request(twin, Packet(message))).message == Opened(position=PAGE)
+    found = await step(twin, PAGE, tokens[:, PAGE:])
+    assert_same(found, world.reference.forward(tokens)[:, PAGE:])
+    session = world.server.sessions.find("client", "2" * 16)
+    assert session is not None
+    assert [table.contiguous_from() is not None for table in session.block_tables[0].tables] == [True]
+    assert_same(await step(first, 20, tokens[:, 20:23]), world.reference.forward(tokens[:, :23])[:, 20:])
 
 
 # --- bad ends ----------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ function section(run) {
   const when = run.saved ? `saved ${new Date(run.saved * 1000).toLocaleString()}` : "";
   made.append(element("p", [run.state, steps, pace(run), held(run), when, run.why].filter(Boolean).join(", ")));
   if (run.loss.length + run.held_out.length > 1) made.append(curve(run));
-  if (run.started_here && run.state !== "finished") made.append(act(run));
+  if (run.yours && run.state !== "finished") made.append(act(run));
   for (const one of run.samples || []) {
     made.append(element("p", `You: ${one.said}`, "who"), element("p", `Bot: ${one.reply || "(nothing)"}`));
   }

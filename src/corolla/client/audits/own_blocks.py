@@ -83,7 +83,8 @@ class OwnBlocks:
         if not answer.backward:
             return {"hidden": output}
         wanted = {"grad": hidden} | {name: one for name, one in given.items() if name in answer.claimed}
-        grads = torch.autograd.grad(output, list(wanted.values()), answer.inputs["grad"].to(self._dtype))
+        grad = answer.inputs["grad"].to(self._dtype)
+        grads = torch.autograd.grad(output, list(wanted.values()), grad, materialize_grads=True)
         return dict(zip(wanted, grads, strict=True))
 
 
@@ -98,5 +99,6 @@ def _each_sequence(span: Span, hidden: Tensor, given: dict[str, Tensor], inputs:
     for part, ids in zip(parts, positions, strict=True):
         # With position ids of its own a family may take a sequence without a mask for packed ones.
         mask = None if ids is None else torch.ones(part.shape[:2], dtype=torch.bool)
-        outputs.append(span.forward(part, mask=mask, positions=ids, cache=None, **given))
+        beside = {"targets": inputs["targets"]} if "targets" in inputs else {}
+        outputs.append(span.forward(part, mask=mask, positions=ids, cache=None, **given, **beside))
     return torch.cat(outputs, dim=1)

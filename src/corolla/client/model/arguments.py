@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -90,7 +91,7 @@ _IGNORED = frozenset({"low_cpu_mem_usage", "torchscript", "tqdm_class"})  # what
 _DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")  # all of them one device here
 
 
-TUNING_MODES = (None, "ptune", "deep_ptune", "prefix")
+TUNING_MODES = (None, "ptune", "deep_ptune", "prefix", "lora")
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,27 @@ class LoadRequest:
     cache_dir: str | Path | None
     # Fields of the checkpoint's config that are the client's own affair.
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    lora_rank: int = 8
+    lora_alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self)
         mode, length, init = self.tuning_mode, self.pre_seq_len, self.prompt_init
         if mode not in TUNING_MODES:
-            raise UsageError(f"tuning_mode is {mode!r}; it must be None, 'ptune', 'deep_ptune' or 'prefix'.")
+            raise UsageError(
+                f"tuning_mode is {mode!r}; it must be None, 'ptune', 'deep_ptune', 'prefix' or 'lora'."
+            )
         if mode is not None and length < 1:
             raise UsageError(
                 f"tuning_mode={mode!r} needs at least one prompt token, but pre_seq_len is {length}."
             )
         if init not in ("vocab", "text", "random"):
             raise UsageError(f"prompt_init is {init!r}; it must be 'vocab', 'text' or 'random'.")
+        if self.lora_rank < 1:
+            raise UsageError(f"lora_rank is {self.lora_rank}; an adapter has a rank of at least 1.")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise UsageError(f"lora_alpha is {self.lora_alpha}; it must be a number above 0.")
         if not -(2**63) <= self.seed < 2**64:  # torch takes no other
             raise UsageError(f"seed is {self.seed}; it must be from {-(2**63)} to {2**64 - 1}.")
         if mode == "prefix" and length < 2:
@@ -146,6 +156,9 @@ def from_pretrained(
     initial_peers: str | Collection[str] | None = (),
     tuning_mode: str | None = None,
     pre_seq_len: int | None = 16,
+    lora_rank: int | None = 8,
+    lora_alpha: float | None = None,
+    target_modules: str | Collection[str] | None = None,
     prompt_init: str | None = "vocab",
     prompt_text: str | None = None,
     seed: int | None = 0,
@@ -172,9 +185,11 @@ def from_pretrained(
     Args:
         name: A hub name, a local folder, a .gguf file, or `smollm2`.
         initial_peers: The addresses to join through, which `corolla bootstrap` and `corolla serve` print.
-        tuning_mode: None, "ptune" (a prompt before the input), "deep_ptune" (and one before each block) or "prefix"
-            (keys and values before those of each block, started from what the swarm computes for a text).
+        tuning_mode: None, "ptune" (a prompt before the input), "deep_ptune" (and one before each block), "prefix"
+            (keys and values before those of each block, started from what the swarm computes for a text) or "lora".
         pre_seq_len: How many prompt tokens.
+        lora_rank, lora_alpha, target_modules: As in peft's `LoraConfig`: the rank, what is divided by it for the scale
+            (twice the rank), and the layers, all that can be changed.
         prompt_init: What a new prompt starts as: "vocab", "text" (with `prompt_text`) or "random", under `seed`.
         prompts: The folder of a saved prompt: a bundle, what a trainer wrote, or one of peft's prompt tuning.
         dtype: "auto" or a torch dtype, of the client's part; `torch_dtype` is its older name.
@@ -220,6 +235,9 @@ def from_pretrained(
         ),
         tuning_mode=tuning_mode,
         pre_seq_len=16 if pre_seq_len is None else pre_seq_len,
+        lora_rank=8 if lora_rank is None else lora_rank,
+        lora_alpha=lora_alpha,
+        target_modules=(target_modules,) if isinstance(target_modules, str) else target_modules,  # type: ignore[arg-type]
         prompt_init="vocab" if prompt_init is None else prompt_init,
         prompt_text=prompt_text,
         seed=0 if seed is None else seed,

@@ -5,6 +5,7 @@ Invariant: `generate` is transformers' own; the overrides below only bring in th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache as memoize
 from functools import wraps
@@ -168,6 +169,8 @@ def _loader(
     def load(*args: P.args, **options: P.kwargs) -> Any:
         return load_distributed(asked(*args, **options), only=only, chosen=chosen)
 
+    signature = inspect.signature(asked).replace(return_annotation=PreTrainedModel)
+    load.__signature__ = signature  # type: ignore[attr-defined]
     return load
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from corolla.client.model import saving
-from corolla.client.model.heads import Noted, kept_head
+from corolla.client.model.heads import ChangeTracker, kept_head
 from corolla.client.model.objects import (
     AdapterCheck,
     SharedConnection,
@@ -35,7 +35,7 @@ from corolla.client.sessions.session import ActiveSession, InferenceSession, for
 from corolla.errors import UsageError
 from corolla.models import families, guard
 from corolla.models.cache import RemoteCache, cache_argument
-from corolla.models.checks.forms import crossing_of, needs_ids, reads_flat_rows, values_returned
+from corolla.models.checks.forms import cuts_of, needs_ids, reads_flat_rows, values_returned
 from corolla.models.prompts import Prompt, prefix_length, sent_length
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
 
@@ -87,16 +87,14 @@ def in_swarm(family: Any) -> Any:
                 )
             super().__init__(config)
             self.prompts: Prompt | None = None
-            self._noted = Noted()
+            self._changes = ChangeTracker()
             self._revision: str | None = None
             self._blocks = RemoteBlocks(
-                connection.connection, crossing_of(config), 0, config.num_hidden_layers, connection.local
+                connection.connection, cuts_of(config), 0, config.num_hidden_layers, connection.local
             )
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
-            layer = BlocksLayer(
-                self._blocks.run, returns=values_returned(config), crossing=self._blocks.crossing
-            )
+            layer = BlocksLayer(self._blocks.run, returns=values_returned(config), cuts=self._blocks.cuts)
             self.blocks_at = families.blocks_prefix(config, family)
             self.blocks_holder = (replace_blocks(self, self.blocks_at, layer),)
             caches = SessionCaches(self)
@@ -187,9 +185,9 @@ def in_swarm(family: Any) -> Any:
                 saving.save_client_part(self, Path(save_directory), for_trainer=is_main_process is not None)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Self:
-            changed = self._noted.changed(self)
+            changed = self._changes.changed(self)
             super()._apply(fn, recurse)
-            self._noted.note(self, but=changed)  # moved or converted, not changed
+            self._changes.note(self, but=changed)  # moved or converted, not changed
             return self
 
         def close(self) -> None:

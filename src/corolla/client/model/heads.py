@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, Self, cast, get_args
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.client.model.losses import LazyLogits, Plain, causal_lm_loss
 from corolla.client.model.row_queue import Product, RowQueue
-from corolla.config import ClientQuantization
 from corolla.errors import UsageError
-from corolla.models.kernels.choice import ways_for
+from corolla.models.kernels.autotune import backends_for
 from corolla.models.kernels.client import HalfLinear, product_for, quantize_client
-from corolla.models.kernels.packed import FrozenLinear
-from corolla.models.kernels.ways import Ways
+from corolla.models.kernels.linear import Backends, FrozenLinear
 
 FEW_ROWS = 64  # what one caller may bring to a common product; more gain nothing by it
 
@@ -129,7 +127,7 @@ def state_of(parameter: Tensor | None) -> State | None:
     return version, aliases, parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
 
 
-class Seen:
+class HeadState:
     """A head's weight and bias as they were at some moment."""
 
     def __init__(self, tables: Tables) -> None:
@@ -140,7 +138,7 @@ class Seen:
         return all(map(is_, now, self._tables)) and [*map(state_of, now)] == self._states
 
 
-class Noted:
+class ChangeTracker:
     """Which parameters of a model are still as they were when they were noted."""
 
     def __init__(self) -> None:
@@ -172,7 +170,7 @@ class _Kernel:
 
     product: Product
     exact: bool
-    seen: Seen
+    seen: HeadState
 
 
 class SharedHead(nn.Linear):
@@ -184,7 +182,7 @@ class SharedHead(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.queue = RowQueue()  # where callers meet
         self._kernel: _Kernel | None = None
-        self._ways: tuple[Any, Ways] | None = None  # and the kind of weight that they are for
+        self._backends: tuple[Any, Backends] | None = None  # and the kind of weight that they are for
         self.widens = False
 
     @classmethod
@@ -206,19 +204,19 @@ class SharedHead(nn.Linear):
         if kernel is None:
             return
         if all(watch(one) for one in self.parameters()):
-            self._kernel = _Kernel(kernel, exact, Seen(self._tables))
+            self._kernel = _Kernel(kernel, exact, HeadState(self._tables))
 
     @property
     def _tables(self) -> Tables:
         return self.weight, self.bias
 
     @property
-    def ways(self) -> Ways:
+    def backends(self) -> Backends:
         """How its weight is multiplied the quickest in a loss; found out by the first one."""
         kind = self.weight.shape, self.weight.dtype, self.weight.device
-        if self._ways is None or self._ways[0] != kind:
-            self._ways = kind, ways_for(self.weight)
-        return self._ways[1]
+        if self._backends is None or self._backends[0] != kind:
+            self._backends = kind, backends_for(self.weight)
+        return self._backends[1]
 
     @property
     def kernel(self) -> Product | None:
@@ -246,7 +244,7 @@ class SharedHead(nn.Linear):
         if not self.frozen:
             return self._product(hidden)
         if wants_lazy(hidden):
-            later = _Later(self)
+            later = _DeferredProduct(self)
             kernel = self._current()
             exact = not self._halved if kernel is None else kernel.exact
             bias: Tensor | None = self.bias
@@ -287,7 +285,7 @@ class SharedHead(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A kernel is memory laid out for this machine, which no file can hold.
-        return {**self.__dict__, "_kernel": None, "_ways": None}
+        return {**self.__dict__, "_kernel": None, "_backends": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         made = type(self).__new__(type(self))
@@ -301,12 +299,12 @@ class SharedHead(nn.Linear):
         return made
 
 
-class _Later:
+class _DeferredProduct:
     """A head's product for logits that are computed later, with the weights that it has now or not at all."""
 
     def __init__(self, head: SharedHead) -> None:
         self._head = head
-        self._seen = Seen(head._tables)
+        self._seen = HeadState(head._tables)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self._check()
@@ -315,7 +313,7 @@ class _Later:
     def plain(self) -> Plain:
         """The weight, where there is nothing else."""
         self._check()
-        return self._head.weight.detach(), self._head.ways
+        return self._head.weight.detach(), self._head.backends
 
     def _check(self) -> None:
         if not self._seen.still(self._head._tables):
@@ -331,11 +329,7 @@ def _autocasting(tensor: Tensor) -> bool:
 
 def use_head_kernel(model: Any, quantization: str) -> None:
     """Have the head multiply in the way that is fastest here, or in fewer bits. Raises `UsageError`."""
-    if quantization not in get_args(ClientQuantization):
-        raise UsageError(
-            f"quantization is {quantization!r}; it must be one of {', '.join(get_args(ClientQuantization))}."
-        )
-    product = quantize_client(model, cast(ClientQuantization, quantization))
+    product = quantize_client(model, quantization)
     head = model.get_output_embeddings()
     if product is None or not isinstance(head, SharedHead):
         return

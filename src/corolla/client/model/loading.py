@@ -28,10 +28,12 @@ from corolla.models import prompts as prompt_math
 from corolla.models.checkpoints import pretrained
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_parts
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
+from corolla.models.checks.lora import check_adapter
 from corolla.models.checks.prefixes import check_prefix
 from corolla.models.guard import check_reach, position_limit, switch_off_outputs
 from corolla.models.limits import check_tokens
+from corolla.models.lora import initial
 from corolla.models.numerics import choose_dtype
 from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
 from corolla.models.shell import check_cached_length, what_enters
@@ -66,7 +68,7 @@ def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> 
         model=checkpoint.identity,
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
-        crossing=crossing_of(checkpoint.config),
+        cuts=cuts_of(checkpoint.config),
         observe=auditing(checkpoint, config.audit, dtype),
     )
 
@@ -99,6 +101,15 @@ def first_prompt(model: Any, checkpoint: Checkpoint, request: LoadRequest) -> Pr
         return None
     if request.tuning_mode == "prefix":
         return _first_prefix(model, checkpoint, request).to(model.device)
+    if request.tuning_mode == "lora":
+        if saving.head_names(model):
+            raise UsageError("A classifier has no LoRA yet: train it with tuning_mode='prefix' or 'ptune'.")
+        rank, most = request.lora_rank, model.config.hidden_size
+        if rank > most:
+            raise UsageError(f"lora_rank is {rank}; servers of this model take {most} at most.")
+        names = check_adapter(model.config, request.target_modules)
+        scaling = (2 * rank if request.lora_alpha is None else request.lora_alpha) / rank
+        return initial(model.config, names, rank, scaling, request.seed).to(model.device)
     blocks = checkpoint.num_blocks if request.tuning_mode == "deep_ptune" else 0
     vectors = _first_vectors(model.get_input_embeddings(), checkpoint, request)
     return SoftPrompt(vectors, blocks, checkpoint.config.hidden_size).to(model.device)
@@ -175,7 +186,7 @@ def load_shell(
         what = families.INNER_OUTPUTS[option]
         log.warning("%s asks for %s by default; these stay on the servers: off.", checkpoint.name, what)
     model.requires_grad_(False).eval().to(request.device)
-    model._noted.note(model, but=missing)
+    model._changes.note(model, but=missing)
     if request.prompts is not None:
         saving.take_tables(model, saving.read_tables(request.prompts, with_head=bool(heads)))
     if added:
@@ -183,14 +194,14 @@ def load_shell(
         if not 0 <= pad < words:
             raise UsageError(f"pad_token_id is {pad}; this model has {words} tokens, 0 to {words - 1}.")
         model.config.pad_token_id = pad
-    changed = model._noted.changed(model)
+    changed = model._changes.changed(model)
     model.requires_grad_(False)
     if model.get_output_embeddings() is not None:
         share_head(model)
     use_head_kernel(model, request.swarm.quantization)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in heads)
-    model._noted.note(model, but=changed)
+    model._changes.note(model, but=changed)
     return model
 
 

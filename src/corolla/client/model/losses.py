@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from corolla.models.guard import IGNORED
-from corolla.models.kernels.ways import Ways, product, product_back
+from corolla.models.kernels.linear import Backends, product, product_back
 
 # Of 50,000 words in float32 25 MB: the most that the C library keeps for the next chunk and need not ask for anew.
 CHUNK_ROWS = 128
@@ -31,7 +31,7 @@ LEAST_LEFT = 1e-6
 Product = Callable[[Tensor], Tensor]
 # Functions, with what they are given behind logits.
 Steps = tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
-Plain = tuple[Tensor, Ways]  # a weight [V, H], and how it is multiplied
+Plain = tuple[Tensor, Backends]  # a weight [V, H], and how it is multiplied
 
 # What can be said of logits without having them.
 _KNOWN: frozenset[Any] = frozenset(
@@ -390,18 +390,18 @@ def _any_head(logits_of: Product) -> _Chunk:
     return chunk
 
 
-def _plain_head(weight: Tensor, ways: Ways, rows: int) -> _Chunk:
-    """By hand, in the ways that are the quickest here."""
+def _plain_head(weight: Tensor, backends: Backends, rows: int) -> _Chunk:
+    """By hand, in the backends that are the quickest here."""
     # Used for all chunks: fresh memory of this size costs as much as what is done in it.
     probabilities = weight.new_empty(min(rows, CHUNK_ROWS), len(weight))
 
     def chunk(hidden: Tensor, targets: Targets, gradient: Tensor | None) -> Tensor:
-        logits = product(hidden, weight, None, ways.of(len(hidden)))
+        logits = product(hidden, weight, None, backends.of(len(hidden)))
         some = torch.softmax(logits, dim=-1, out=probabilities[: len(hidden)])
         loss = targets.loss(logits, some)
         if gradient is not None:
             errors = targets.errors(some)
-            gradient.copy_(product_back(errors, weight, ways.backward))
+            gradient.copy_(product_back(errors, weight, backends.backward))
         return loss
 
     return chunk

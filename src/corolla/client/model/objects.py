@@ -52,7 +52,7 @@ def copied(model: Any, memo: dict[int, Any]) -> Any:
     _copy_around(model, made, model.blocks_at.split("."), memo)
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config, memo)
-    made._noted.note(made, but=model._noted.changed(model))
+    made._changes.note(made, but=model._changes.changed(model))
     return made
 
 
@@ -109,7 +109,8 @@ class AdapterCheck:
             if wanted is not None:
                 raise UsageError(
                     f"The adapter {name} is to change {wanted}, which is part of the blocks and stays on the servers: "
-                    "choose target_modules outside of the blocks, such as head and embeddings, or tune a prompt."
+                    "choose target_modules outside of the blocks, such as head and embeddings, or load the model with "
+                    "tuning_mode='lora', which trains LoRA there."
                 )
             self._seen[name] = adapter
 

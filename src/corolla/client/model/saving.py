@@ -33,8 +33,9 @@ from corolla.models.checkpoints.prompt_files import (
     load_prompt,
     save_prompt,
 )
+from corolla.models.checks.lora import check_adapter
 from corolla.models.checks.prefixes import check_prefix
-from corolla.models.prompts import KeyValuePrefix, Prompt
+from corolla.models.prompts import KeyValuePrefix, LoraAdapter, Prompt
 
 TABLES = "model.safetensors"
 LABELS_FILE = "classifier.json"
@@ -44,7 +45,9 @@ PROMPTS = "prompts."  # what the names of a prompt's tensors begin with
 
 def save_client_part(model: Any, folder: Path, *, for_trainer: bool) -> None:
     """Write the prompt, and what else was changed. Raises `BundleError`, and `UsageError` when there is nothing."""
-    changed = {name: one for name, one in model._noted.changed(model).items() if not name.startswith(PROMPTS)}
+    changed = {
+        name: one for name, one in model._changes.changed(model).items() if not name.startswith(PROMPTS)
+    }
     if model.prompts is None and not changed:
         raise UsageError(
             "A distributed model has no blocks to save and no prompt was trained: load it with "
@@ -140,13 +143,14 @@ def refuse_blocks(config: PretrainedConfig, state: Mapping[str, Any]) -> None:
 def saved_prompt(model: Any, folder: Path, *, name: str, identity: str) -> Prompt:
     """The prompt in `folder` for a model of that name and identity.
 
-    Raises `BundleError`, and `UnsupportedFamily` for a prefix that the model's blocks cannot take.
+    Raises `BundleError`, and `UnsupportedFamily` for a prefix or adapter that the model's blocks cannot take.
     """
-    shape = (int(model.get_input_embeddings().weight.shape[1]), len(model.blocks))
     beside = bool(head_names(model))
-    prompt = load_prompt(folder, model_name=name, identity=identity, peft_shape=shape, with_head=beside)
+    prompt = load_prompt(folder, model_name=name, identity=identity, config=model.config, with_head=beside)
     if isinstance(prompt, KeyValuePrefix):
         check_prefix(model.config)
+    elif isinstance(prompt, LoraAdapter):
+        check_adapter(model.config, prompt.targets)
     return prompt
 
 
@@ -174,7 +178,8 @@ def read_tables(folder: Path, *, with_head: bool) -> Tables:
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} is missing or truncated; copy the folder again.") from error
     named = {name.removeprefix(start): tensor for name, tensor in found.items() if name.startswith(start)}
-    return Tables(path, {name: tensor for name, tensor in named.items() if not name.startswith(PROMPTS)})
+    own = {name: one for name, one in named.items() if not name.startswith(PROMPTS) and ".lora_" not in name}
+    return Tables(path, own)
 
 
 def take_tables(model: Any, tables: Tables) -> None:

@@ -22,7 +22,7 @@ from transformers.utils.versions import require_version
 
 from corolla.client.local_blocks import LocalBlocks
 from corolla.client.model.objects import SharedConnection
-from corolla.client.sessions.prefixes import PrefixIndex
+from corolla.client.sessions.prefix_cache import PrefixCache
 from corolla.errors import UnsupportedFamily
 from corolla.models.cache import cache_argument, take_cache
 from corolla.models.checkpoints.identity import canonical_config
@@ -46,19 +46,9 @@ def check_generation(config: PretrainedConfig, distributed: Any) -> None:
     `distributed` is the client's class for the family. Raises `UnsupportedFamily`, which names the releases that
     are tested.
     """
-    key = canonical_config(miniature(config).to_dict())
-    if key in _passed:
-        return
-    try:
-        difference = _difference(config, distributed)
-    except Exception as error:  # whatever a release that nobody knows makes of it
-        difference = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    if difference is not None:
-        raise UnsupportedFamily(
-            f"With transformers {transformers.__version__}, a miniature of this {config.model_type} model does not "
-            f"generate what it should ({difference}), so nothing is generated with it{_other_release()}"
-        )
-    _passed.add(key)
+    wrong = f"a miniature of this {config.model_type} model does not generate what it should"
+    family, small = structure(config).causal_lm, miniature(config)
+    _check(family, small, distributed, _different_replies, wrong, "nothing is generated with it")
 
 
 def check_outputs(config: PretrainedConfig, family: Any, distributed: Any) -> None:
@@ -66,21 +56,33 @@ def check_outputs(config: PretrainedConfig, family: Any, distributed: Any) -> No
 
     Raises `UnsupportedFamily`.
     """
+    wrong = f"a miniature {family.__name__} in a swarm does not give what it should"
     small = miniature(config)
     small.pad_token_id = 0  # classifiers look for it
+    _check(family, small, distributed, _different_outputs, wrong, "it is not used")
+
+
+def _check(
+    family: Any,
+    small: PretrainedConfig,
+    distributed: Any,
+    difference: Callable[[Any, Any], str | None],
+    wrong: str,
+    so: str,
+) -> None:
+    """Raises `UnsupportedFamily` where `difference` finds words for how the client's model differs from the whole."""
     key = canonical_config(small.to_dict()) + family.__name__.encode()
     if key in _passed:
         return
     try:
         with undisturbed():
             whole = random_model(family, small)
-            difference = _different_outputs(whole, _client_of(_InMemory(whole), distributed))
-    except Exception as error:
-        difference = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    if difference is not None:
+            found = difference(whole, _client_of(_InMemory(whole), distributed))
+    except Exception as error:  # whatever a release that nobody knows makes of it
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if found is not None:
         raise UnsupportedFamily(
-            f"With transformers {transformers.__version__}, a miniature {family.__name__} in a swarm does not give "
-            f"what it should ({difference}), so it is not used{_other_release()}"
+            f"With transformers {transformers.__version__}, {wrong} ({found}), so {so}{_other_release()}"
         )
     _passed.add(key)
 
@@ -90,19 +92,12 @@ def _different_outputs(whole: Any, model: Any) -> str | None:
     mask = torch.ones_like(ids)
     ids[0, :PADDED] = mask[0, :PADDED] = 0
     outputs: list[Tensor] = []
-    gradients: list[Tensor] = []
-    weight = torch.randn(ROWS, 1)
     for one in (whole, model):
         found = one(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         outputs.append(found[mask.bool()] if found.ndim == 3 else found)
-        embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
-        found = one(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False)[0]
-        last = found[:, -1] if found.ndim == 3 else found
-        gradients += torch.autograd.grad((last * weight).sum(), [embeddings])
     if not close(outputs[1], outputs[0]):
         return "in a batch with padding"
-    real = mask.bool()
-    return None if close(gradients[1][real], gradients[0][real]) else "in gradients"
+    return _different_gradients(whole, model, ids, mask)
 
 
 def _other_release() -> str:
@@ -114,18 +109,9 @@ def _other_release() -> str:
     return ""
 
 
-def _difference(config: PretrainedConfig, distributed: Any) -> str | None:
-    """In what the client's model differs from the whole one, in words; None when it does not."""
-    small = miniature(config)
-    with undisturbed():
-        whole = random_model(structure(config).causal_lm, small)
-        model = _client_of(_InMemory(whole), distributed)
-        for one in (whole, model):
-            one.generation_config.update(eos_token_id=None, pad_token_id=0)
-        return _first_difference(whole, model)
-
-
-def _first_difference(whole: Any, model: Any) -> str | None:
+def _different_replies(whole: Any, model: Any) -> str | None:
+    for one in (whole, model):
+        one.generation_config.update(eos_token_id=None, pad_token_id=0)
     ids = torch.randint(3, 64, (ROWS, TOKENS))
     mask = torch.ones_like(ids)
     mask[0, :PADDED] = 0
@@ -140,9 +126,8 @@ def _first_difference(whole: Any, model: Any) -> str | None:
     if not _same(first, whole, row, torch.ones_like(row)):
         return "in a session"
     both = torch.cat([first.sequences, more], 1)
-    if not _same(
-        second, whole, both, torch.ones_like(both)
-    ):  # a mask would be guessed from tokens it has said
+    # Without a mask it would be guessed from tokens that were said.
+    if not _same(second, whole, both, torch.ones_like(both)):
         return "in a session's second turn"
     return _different_cache(whole, model, ids, mask) or _different_gradients(whole, model, ids, mask)
 
@@ -182,13 +167,16 @@ def _last_logits(whole: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _different_gradients(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> str | None:
-    weight = mask.unsqueeze(-1) * torch.randn(*ids.shape, whole.config.vocab_size)
     gradients: list[Tensor] = []
+    weight = real = mask.bool()
     for one in (whole, model):
         embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
-        logits = one(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False).logits
-        gradients += torch.autograd.grad((logits * weight).sum(), [embeddings])
-    real = mask.bool()
+        outputs = one(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False)[0]
+        if not gradients:
+            weight = torch.randn_like(outputs)
+            if outputs.ndim == 3:  # a number for each token, also of padding
+                weight *= real.unsqueeze(-1)
+        gradients += torch.autograd.grad((outputs * weight).sum(), [embeddings])
     return None if close(gradients[1][real], gradients[0][real]) else "in gradients"
 
 
@@ -241,7 +229,7 @@ class _NoSwarm:
     """The connection of a client that leaves no blocks to others."""
 
     def __init__(self) -> None:
-        self.prefixes = PrefixIndex()
+        self.prefix_cache = PrefixCache()
         self.view = SimpleNamespace(wire="compute")
         self.retry = self.audits = None
         self.is_open = True

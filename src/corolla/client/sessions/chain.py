@@ -19,7 +19,7 @@ from torch import Tensor
 from corolla.client.audits.audit import Observer
 from corolla.client.local_blocks import LocalSession
 from corolla.client.retry import Retry
-from corolla.client.sessions.prefilled import NamedPrompt
+from corolla.client.sessions.named_prompt import NamedPrompt
 from corolla.client.sessions.span_session import History, Progress, SpanSession, order_of
 from corolla.client.training import step_answer
 from corolla.client.view import SwarmView

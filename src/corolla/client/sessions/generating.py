@@ -101,29 +101,29 @@ class GenerateCall:
 
     def _in_session(self, session: InferenceSession, inputs: Tensor | None) -> Any:
         model, kwargs = self._model, self._kwargs
-        turn = session.begin(
+        whole = session.begin(
             inputs,
             kwargs.pop("attention_mask", None),
             kwargs.pop("inputs_embeds", None),
             # peft puts its prompts in front by a method of its own in the place of ours, and in empty sessions only.
             share=getattr(model.prepare_inputs_for_generation, "__self__", None) is model,
         )
-        if turn.mask is not None:
-            kwargs["attention_mask"] = turn.mask
-        if turn.embeddings is not None:
-            kwargs["inputs_embeds"] = turn.embeddings
+        if whole.mask is not None:
+            kwargs["attention_mask"] = whole.mask
+        if whole.embeddings is not None:
+            kwargs["inputs_embeds"] = whole.embeddings
         kwargs.setdefault("use_cache", True)  # a session is a cache, whatever the checkpoint's settings say
-        session.cache.begin_call(turn.ids, turn.embeddings)
+        session.cache.begin_call(whole.ids, whole.embeddings)
         ends = RowEnds()
         try:
             with _noting(ends):
-                result = self._plain(turn.ids, *self._args, **{model.cache_name: session.cache}, **kwargs)
+                result = self._plain(whole.ids, *self._args, **{model.cache_name: session.cache}, **kwargs)
         except BaseException:
-            session.break_off(turn)
+            session.break_off(whole)
             raise
         finally:
             session.cache.end_call()
-        newer = session.keep(sequences_of(result), turn, ends.mask_of)
+        newer = session.keep(sequences_of(result), whole, ends.mask_of)
         if isinstance(result, Tensor):
             return newer
         result.sequences = newer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from corolla.client.remote_blocks import RemoteBlocks, close_soon
 from corolla.client.sessions.chain import SessionChain
-from corolla.client.sessions.prefixes import LEAST_TOKENS, Prefix
+from corolla.client.sessions.prefix_cache import LEAST_TOKENS, CachedPrefix
 from corolla.errors import UsageError
 from corolla.models import guard
 from corolla.models.cache import RemoteCache
@@ -32,7 +32,7 @@ SAME = 1e-5  # of the largest value: what may differ where the same tokens enter
 
 
 @dataclass(frozen=True)
-class Turn:
+class GenerateInputs:
     """What a `generate` call is given so that it goes on with a session's conversation."""
 
     ids: Tensor | None  # int64 [R, n], all tokens that are known as ids
@@ -96,7 +96,7 @@ class InferenceSession:
         # on the cache, since that is what a caller of `generate` is given.
         self._connection = blocks.connection
         self._finalizer = weakref.finalize(self.cache, close_soon, self._connection, self._chain)
-        self._connection.prefixes.opened(self)
+        self._connection.prefix_cache.opened(self)
 
     # --- tokens so far -----------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class InferenceSession:
         embeddings: Tensor | None = None,
         *,
         share: bool = True,
-    ) -> Turn:
+    ) -> GenerateInputs:
         """The whole conversation with `inputs` [R, T], or `embeddings` [R, T, H], behind it.
 
         `mask` may cover the new tokens or the whole; `share` allows to begin with what another session of this
@@ -166,22 +166,22 @@ class InferenceSession:
         past = self.output_ids
         if past is None and embeddings is not None:
             columns = torch.full(embeddings.shape[:2], -1)
-            return Turn(inputs, embeddings, mask, 0, columns)
+            return GenerateInputs(inputs, embeddings, mask, 0, columns)
         new = inputs if embeddings is None else torch.full(embeddings.shape[:2], -1)
         ids = _appended(past, new)
         if share and past is None and ids is not None and (mask is None or bool(mask.all())):
             self._share_known_prefix(ids)
         if past is None or ids is None:
-            return Turn(ids, None, mask, 0, ids)
+            return GenerateInputs(ids, None, mask, 0, ids)
         self.cache.align(ids)
         mask = self._whole_mask(mask, int(past.shape[1]), ids)
         if bool((ids < 0).any()):
-            return self._turn_of_embeddings(ids, embeddings, mask, past)
-        return Turn(ids, None, mask, int(past.shape[1]), ids)
+            return self._as_embeddings(ids, embeddings, mask, past)
+        return GenerateInputs(ids, None, mask, int(past.shape[1]), ids)
 
-    def _turn_of_embeddings(
+    def _as_embeddings(
         self, columns: Tensor, embeddings: Tensor | None, mask: Tensor, past: Tensor
-    ) -> Turn:
+    ) -> GenerateInputs:
         """`generate` takes such a conversation as embeddings; of what is cached nobody looks at them."""
         cached, total = self.cache.length, int(columns.shape[1])
         new = 0 if embeddings is None else int(embeddings.shape[1])
@@ -197,13 +197,13 @@ class InferenceSession:
         is_token = (columns >= 0).all(0)
         ids = columns[:, is_token] if bool(is_token.any()) else None
         returned = int((past >= 0).all(0).sum())
-        return Turn(ids, torch.cat([cached_part, *parts], 1), mask, returned, columns)
+        return GenerateInputs(ids, torch.cat([cached_part, *parts], 1), mask, returned, columns)
 
     def _share_known_prefix(self, ids: Tensor) -> None:
         """Where another session of this client has begun with the same tokens, take them over from it."""
         if ids.shape[0] != 1:
             return
-        found = self._connection.prefixes.find(ids[0].detach().cpu(), self._prompt_key)
+        found = self._connection.prefix_cache.find(ids[0].detach().cpu(), self._prompt_key)
         if found is None:
             return
         prefix, tokens = found
@@ -216,12 +216,12 @@ class InferenceSession:
         if self._connection.run(self._chain.unless_stopped(begin)):
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
-    def prefix(self) -> Prefix | None:
+    def prefix(self) -> CachedPrefix | None:
         """What others may begin with: the tokens of a single row without padding that the servers have seen."""
         version, ids = self._chain.version, self.cache.ids
         if ids is None or ids.shape[0] != 1 or self.cache.mask is not None or bool((ids < 0).any()):
             return None
-        return Prefix(ids[0], self._chain, self._prompt_key, version)
+        return CachedPrefix(ids[0], self._chain, self._prompt_key, version)
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""
@@ -252,28 +252,28 @@ class InferenceSession:
         return whole
 
     def keep(
-        self, sequences: Tensor, turn: Turn, mask_of: Callable[[Tensor, int, int], Tensor | None]
+        self, sequences: Tensor, inputs: GenerateInputs, mask_of: Callable[[Tensor, int, int], Tensor | None]
     ) -> Tensor:
         """Note what a call has returned, [R, n]; gives back what came after the tokens of earlier calls.
 
         `mask_of` is `generating.RowEnds.mask_of`.
         """
-        given = 0 if turn.ids is None else int(turn.ids.shape[1])
+        given = 0 if inputs.ids is None else int(inputs.ids.shape[1])
         said = sequences[:, given:]
-        columns = turn.columns if turn.columns is not None else sequences[:, :0]
+        columns = inputs.columns if inputs.columns is not None else sequences[:, :0]
         rows = sequences.shape[0] // max(1, columns.shape[0])
         columns = columns.to(sequences.device).repeat_interleave(rows, dim=0)
         self._output_ids = torch.cat([columns, said], 1) if given != columns.shape[1] else sequences
         self._output_mask = mask_of(sequences, given, int(columns.shape[1]))
         self.cache.align(self._output_ids)  # beams that were given up may be longer than what was returned
-        return sequences[:, turn.returned :]
+        return sequences[:, inputs.returned :]
 
-    def break_off(self, turn: Turn) -> None:
+    def break_off(self, inputs: GenerateInputs) -> None:
         """A call has ended in between. Tokens that were said stay; beams and samples are forgotten with their call."""
-        if turn.columns is None or self.cache.rows in (0, turn.columns.shape[0]):
+        if inputs.columns is None or self.cache.rows in (0, inputs.columns.shape[0]):
             return
         known = 0 if self._output_ids is None else int(self._output_ids.shape[1])
-        self.cache.align(turn.columns)
+        self.cache.align(inputs.columns)
         self.cache.truncate(min(known, self.cache.length))
 
     # --- life --------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class InferenceSession:
         keep = prefix is not None and len(prefix.ids) >= LEAST_TOKENS
         self._connection.run(self._chain.close(keep=keep, seconds=seconds))
         if keep and prefix is not None:
-            self._connection.prefixes.keep(prefix)
+            self._connection.prefix_cache.keep(prefix)
 
 
 def _go_on_from(cache: RemoteCache, new: Callable[[], InferenceSession]) -> InferenceSession:

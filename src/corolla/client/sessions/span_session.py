@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from corolla.client.sessions.prefilled import NamedPrompt, PrefilledPrompt, ask_to_open
+from corolla.client.sessions.named_prompt import NamedPrompt, PromptOutputs, ask_to_open
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import ProtocolError, RemoteError, RequestRefused, UsageError
@@ -38,7 +38,7 @@ REPLAY_TOKENS = 2048  # rows × tokens that a replay sends at once
 
 
 @dataclass(frozen=True)
-class _Segment:
+class _StepInputs:
     """The inputs of one step, as they were sent; `rows` says which of them the cached rows continue."""
 
     hidden: Tensor  # [r, T, H]
@@ -49,11 +49,11 @@ class _Segment:
     def length(self) -> int:
         return int(self.hidden.shape[1])
 
-    def first(self, count: int) -> _Segment:
+    def first(self, count: int) -> _StepInputs:
         positions = None if self.positions is None else self.positions[:, :count]
         return replace(self, hidden=self.hidden[:, :count], positions=positions)
 
-    def select(self, rows: Tensor) -> _Segment:
+    def select(self, rows: Tensor) -> _StepInputs:
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def tensors(self, start: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._segments: list[_Segment] = []
+        self._steps: list[_StepInputs] = []
         self.length = 0  # tokens a row
         self.rows = 0  # sequences; 0 before the first step
         self.held = 0  # tokens a row that the server holds; more than `length` until it hears of a rollback
@@ -86,7 +86,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Memory of the inputs."""
-        return sum(segment.hidden.nbytes for segment in self._segments)
+        return sum(one.hidden.nbytes for one in self._steps)
 
     def copy(self, length: int) -> History:
         """Another history of the first `length` tokens; tensors are shared, they never change.
@@ -94,7 +94,7 @@ class History:
         The order is still to be told to whoever begins with what this one's server holds.
         """
         twin = History()
-        twin._segments, twin.length = list(self._segments), self.length
+        twin._steps, twin.length = list(self._steps), self.length
         twin.rows, twin.order = self.rows, self.order
         twin.truncate(length)
         return twin
@@ -105,36 +105,36 @@ class History:
         The server held the first `known` of its tokens already.
         """
         self.epoch += self.held > 0 and (self.length + known < self.held or self.order is not None)
-        self._segments.append(_Segment(hidden, positions))
+        self._steps.append(_StepInputs(hidden, positions))
         self.length += int(hidden.shape[1])
         self.rows, self.held, self.order = int(hidden.shape[0]), self.length, None
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         while self.length > length:
-            last = self._segments.pop()
+            last = self._steps.pop()
             self.length -= last.length
             if self.length < length:
                 kept = last.first(length - self.length)
-                self._segments.append(kept)
+                self._steps.append(kept)
                 self.length += kept.length
 
     def select_rows(self, rows: Tensor) -> None:
         """Rows now continue the former rows that int64 [R] names."""
-        self._segments = [segment.select(rows) for segment in self._segments]
+        self._steps = [one.select(rows) for one in self._steps]
         self.order = rows if self.order is None else self.order[rows]
         self.rows = len(rows)
 
     def last(self) -> Tensor:
         """The input of the newest token, [R, 1, H]; there is one."""
-        return self._segments[-1].tensors(0)[0][:, -1:]
+        return self._steps[-1].tensors(0)[0][:, -1:]
 
     def inputs(self) -> tuple[Tensor, Tensor] | None:
         """Inputs [R, length, H] and position ids [R, length]; None when there are none."""
         parts, start = [], 0
-        for segment in self._segments:
-            parts.append(segment.tensors(start))
-            start += segment.length
+        for one in self._steps:
+            parts.append(one.tensors(start))
+            start += one.length
         if not parts:
             return None
         return torch.cat([hidden for hidden, _ in parts], 1), torch.cat([ids for _, ids in parts], 1)
@@ -163,7 +163,7 @@ class SpanSession:
         self._batcher: StepBatcher | None = None  # of this client's sessions at the same server
         self._batchable = True  # whether the server takes steps of this session among others'
         self._reserved = 0  # tokens a row that the server was asked to have room for
-        self._prefilled: PrefilledPrompt | None = None  # what the server holds before the first step
+        self._prefilled: PromptOutputs | None = None  # what the server holds before the first step
 
     def origin(self, tokens: int) -> Origin | None:
         """How the server may be told to begin another session with the first `tokens` of this one."""
@@ -197,9 +197,9 @@ class SpanSession:
         try:
             if bundle is not None:
                 reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
-            elif deep is not None and "prefix" in tensors:
+            elif deep is not None and deep.kept_by_servers:
                 ask = partial(request, channel)
-                reply = await view.sent_prefixes.ask(self.hop, packet, deep, ask, curious=True)
+                reply = await view.sent_vectors.ask(self.hop, packet, deep, ask, curious=True)
             else:
                 reply = await request(channel, packet)
         except BaseException:
@@ -207,7 +207,7 @@ class SpanSession:
             raise
         self.channel = channel
         self._output_of = view.output_of
-        self._batchable = view.crossing.plain
+        self._batchable = view.cuts.plain
         self._batcher = view.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
         self.history.held = reply.message.position if isinstance(reply.message, Opened) else 0

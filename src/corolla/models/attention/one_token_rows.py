@@ -1,6 +1,6 @@
-"""Attention of sequences that have been given one token each, in one call of a kernel.
+"""Attention by a kernel, in one call: of sequences that have been given one token each, or of one with several.
 
-Invariant: what the kernel computes is what `packing.attend_one` does, for the same rules.
+Invariant: what the kernels compute is what `packing.attend_one` does, for the same rules.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention.pages import PAGE, BlockTable, pages_for
-from corolla.models.kernels.native import library, pointer
+from corolla.models.kernels.native import kernels, library, pointer
 
 LANES = 16  # heads are a multiple of this wide where a kernel reads them
 THREADED = 2**13  # weights (tokens times heads) from which threads are worth their waking
@@ -27,6 +27,11 @@ class Rules:
     softcap: float | None = None
     sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
     slopes: Tensor | None = None  # [heads], alibi
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention knows all of them."""
+        return self.softcap is None and self.sinks is None and self.slopes is None
 
 
 class OneTokenRows:
@@ -51,29 +56,54 @@ class OneTokenRows:
         return (pointer(self._pages), pointer(self._lengths), self._most, self.room, self._total)
 
     def attend(
-        self, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules, new: tuple[Tensor, Tensor] | None
+        self,
+        query: Tensor,
+        cache: tuple[Tensor, Tensor],
+        rules: Rules,
+        new: tuple[Tensor, Tensor] | None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         """[1, R, heads, V] for `query` [1, heads, R, D] over a block's `cache`, [slots, kv_heads, D] and [.., .., V].
 
-        `new` are the tokens' keys and values [1, kv_heads, R, D or V] if they have yet to be put into the cache.
+        `new` are the tokens' keys and values [1, kv_heads, R, D or V] if they have yet to be put into the cache. Of
+        keys, the last numbers may lie `beside` the others, [slots, kv_heads, E], where D counts both.
         """
-        heads, dim, kv_heads, width = query.shape[1], query.shape[3], cache[0].shape[1], cache[1].shape[-1]
+        heads, kv_heads, width = query.shape[1], cache[0].shape[1], cache[1].shape[-1]
+        dim, extra = cache[0].shape[-1], 0 if beside is None else beside.shape[-1]
         threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
         scores = torch.empty(threads, heads // kv_heads, self.room)
         result = torch.empty(1, self._count, heads, width)
         tokens = [_strided(one) for one in (query, *(new or ()))]
-        numbers, sinks, slopes = kernel_rules(rules, dim)
-        kernels = library()
-        assert kernels is not None  # `can_attend` asked
-        kernels.attend_rows(
+        numbers, sinks, slopes = kernel_rules(rules, dim + extra)
+        kernels().attend_rows(
             *(argument for one in tokens for argument in (pointer(one), one.stride(1), one.stride(2))),
-            *(() if new else (None, 0, 0) * 2),
-            *(pointer(one) for one in (*cache, self._pages, self._lengths)),
-            *(self._count, heads, kv_heads, dim, width, PAGE, self._most),
+            *(None, 0, 0) * (4 - len(tokens)),
+            *(pointer(one) for one in (*cache, beside, self._pages, self._lengths)),
+            *(self._count, heads, kv_heads, dim, width, extra, PAGE, self._most),
             *(*numbers, pointer(sinks), pointer(slopes)),
             *(pointer(scores), self.room, pointer(result), threads),
         )
         return result
+
+
+def attend_stretch(
+    query: Tensor, cache: tuple[Tensor, Tensor], pages: Tensor, past: int, rules: Rules
+) -> Tensor:
+    """[1, T, heads, V] for `query` [1, heads, T, D], the last tokens of a sequence on `pages`, int32, behind `past`
+    others, all in a block's `cache` [slots, kv_heads, D] and [.., .., V]."""
+    heads, count, dim, width = query.shape[1], query.shape[2], query.shape[3], cache[1].shape[-1]
+    result = torch.empty(1, count, heads, width)
+    query = _strided(query)
+    numbers, sinks, slopes = kernel_rules(rules, dim)
+    kernels = library()
+    assert kernels is not None  # `can_attend` asked
+    kernels.attend_stretch(
+        *(pointer(query), query.stride(1), query.stride(2)),
+        *(pointer(one) for one in (*cache, pages)),
+        *(past, count, heads, cache[0].shape[1], dim, width, PAGE),
+        *(*numbers, pointer(sinks), pointer(slopes), pointer(result), torch.get_num_threads()),
+    )
+    return result
 
 
 def kernel_rules(rules: Rules, dim: int) -> tuple[tuple[float, float, int], Tensor | None, Tensor | None]:

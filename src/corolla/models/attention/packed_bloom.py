@@ -37,6 +37,11 @@ class PackedBloomAttention(nn.Module):
         return own.dense(context.flatten(2)) + residual, None
 
 
+def named_as_loaded(name: str) -> str:
+    """What a part of a bloom block was called before `pack_bloom`; other families' names are as they were."""
+    return name.replace("self_attention.own.", "self_attention.")
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """Slopes [heads] of Press et al. 2022 (arXiv:2108.12409): a geometric series, filled up for odd counts."""
     nearest = 2 ** (heads.bit_length() - 1)

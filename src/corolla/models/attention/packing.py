@@ -8,7 +8,7 @@ registry of attention functions, by the name `PACKED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,22 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models.attention.latent import absorbed
-from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
+from corolla.models.attention.one_token_rows import OneTokenRows, Rules, attend_stretch, can_attend
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
+FEWEST_ROWS = 16  # queries that share keys, from which our kernel for several tokens is quicker than torch's
 QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
 
 
 @dataclass
-class Stretch:
+class TableSegment:
     """New tokens of one sequence as blocks that share pages see them, behind the `past` ones of their table."""
 
     begin: int
@@ -39,7 +40,7 @@ class Stretch:
     table: BlockTable | None = None
     past: int = 0
     slots: Tensor | None = None
-    _pages: Tensor | None = None  # where its pages do not follow each other
+    _pages: Tensor | None = None  # int32, of all its tokens
     _first: int | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -48,24 +49,31 @@ class Stretch:
         """The packed token behind the last one."""
         return self.begin + self.count
 
-    def grow(self, table: BlockTable, room: int) -> Stretch:
+    def grow(self, table: BlockTable, room: int) -> TableSegment:
         """Take slots for the new tokens in that table."""
         self.table, self.past = table, table.length
         self.slots = table.grow(self.count, room)
-        self._first = table.stretch()
-        if self._first is None:
-            self._pages = torch.tensor(table.pages[: pages_for(table.length)])
+        self._first = table.contiguous_from()
         return self
+
+    @property
+    def pages(self) -> Tensor:
+        """Where all its tokens lie, int32."""
+        if self._pages is None:
+            assert self.table is not None
+            self._pages = torch.tensor(
+                self.table.pages[: pages_for(self.past + self.count)], dtype=torch.int32
+            )
+        return self._pages
 
     def cached(self, turned: Tensor) -> Tensor:
         """All tokens of the table, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
         total = self.past + self.count
         if self._first is not None:
             return turned.narrow(2, self._first * PAGE, total)
-        assert self._pages is not None
         store = turned[0].transpose(0, 1)
         paged = store.view(-1, PAGE, *store.shape[1:])
-        found = paged.index_select(0, self._pages.to(store.device)).flatten(0, 1)[:total]
+        found = paged.index_select(0, self.pages.to(store.device)).flatten(0, 1)[:total]
         return found.transpose(0, 1).unsqueeze(0)
 
     def visible(self, window: int | None, device: torch.device) -> Tensor:
@@ -89,7 +97,7 @@ class Segment:
     room: int = 0  # tokens that the sequence may reach in the present call
     past: int = 0
     prepared: bool = False
-    parts: list[Stretch] = field(default_factory=list)  # one for each of the sequence's tables
+    parts: list[TableSegment] = field(default_factory=list)  # one for each of the sequence's tables
 
     @property
     def end(self) -> int:
@@ -99,11 +107,11 @@ class Segment:
     def prepare(self, before: int = 0) -> None:
         """Take slots for the new tokens; once, before the first block. A prefix is `before` what is not cached."""
         if self.sequence is None:
-            self.parts = [Stretch(self.begin, self.count, past=before)]
+            self.parts = [TableSegment(self.begin, self.count, past=before)]
             return
         self.past, self.prepared = self.sequence.length, True
         self.parts = [
-            Stretch(self.begin, self.count).grow(table, room)
+            TableSegment(self.begin, self.count).grow(table, room)
             for table, room in self.sequence.with_rooms(self.room)
         ]
         self.sequence.length = self.past + self.count
@@ -121,7 +129,7 @@ def segments_of(lengths: Sequence[int], sequences: Sequence[CachedSequence] | No
 class _Table:
     """The new tokens as the blocks of one of the pool's tables see them."""
 
-    def __init__(self, parts: Sequence[Stretch]) -> None:
+    def __init__(self, parts: Sequence[TableSegment]) -> None:
         self.parts = list(parts)
         slots = [one.slots for one in self.parts if one.slots is not None]
         self.slots = torch.cat(slots) if slots else None
@@ -181,10 +189,12 @@ class PackedBatch:
         _write(table, cache, (latent, rotary))
         self._latents[block] = table, cache
 
-    def held(self, block: int) -> list[tuple[Stretch, Tensor, Tensor]]:
-        """Each sequence's new tokens, with all its latents [1, 1, S, L] and rotary parts, if `keep` was given any."""
-        if block not in self._latents:
-            return []
+    def has_latents(self, block: int) -> bool:
+        """Whether `keep` was given any in this pass."""
+        return block in self._latents
+
+    def held(self, block: int) -> list[tuple[TableSegment, Tensor, Tensor]]:
+        """Each sequence's new tokens, with all its latents [1, 1, S, L] and rotary parts."""
         table, (latents, rotary) = self._latents[block]
         if self.pool is not None:
             latents, rotary = (side.transpose(0, 1).unsqueeze(0) for side in (latents, rotary))
@@ -211,13 +221,44 @@ class PackedBatch:
             )
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
-        together = bool(table.ones) and can_attend(query, cache)
-        if together and len(table.ones) == len(table.parts):
+        if not table.ones or not can_attend(query, cache):
+            _write(table, cache, (key, value))
+            return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
+        if len(table.ones) == len(table.parts):
             return table.rows().attend(query, cache, rules, (key, value))
         _write(table, cache, (key, value))
-        if together:
-            return _attend_mixed(table, query, cache, rules)
-        return side_by_side([_attend_cached(one, query, cache, rules) for one in table.parts])
+        return _attend_mixed(
+            table,
+            query,
+            lambda own: table.rows().attend(own, cache, rules, None),
+            lambda one: _attend_cached(one, query, cache, rules),
+        )
+
+    def attend_latents(
+        self, attention: Any, query: Tensor, new: tuple[Tensor, Tensor], rules: Rules
+    ) -> Tensor:
+        """The same over the latents that `keep` was given; of the new ones the family's code has made `new`."""
+        block = int(attention.layer_idx)
+        table, (latents, rotary) = self._latents[block]
+        rules = replace(rules, scale=query.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+
+        def ones(own: Tensor) -> Tensor:
+            short = absorbed(attention, latents, rotary)
+            found = table.rows().attend(short.queries(own), (latents, latents), rules, None, rotary)
+            return short.outputs(found.transpose(1, 2)).transpose(1, 2)
+
+        def alone(at: int) -> Tensor:
+            one, own, turned = held[at]
+            if one.past == 0:  # all that there is to see is new
+                return _attend_new(one, query, *new, rules, None)
+            return _attend_latents(attention, query, rules, one, own, turned)
+
+        held = self.held(block)
+        if self.pool is None or not table.ones or not can_attend(query, (latents, rotary)):
+            return side_by_side([alone(at) for at in range(len(held))])
+        if len(table.ones) == len(table.parts):
+            return ones(query)
+        return _attend_mixed(table, query, ones, lambda one: alone(table.parts.index(one)))
 
 
 _batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
@@ -256,17 +297,15 @@ def packed_attention(
         raise UsageError("The blocks of a packed span were called without a packed batch.")
     rules = Rules(scaling, sliding_window, softcap, s_aux)
     block: Any = module.layer_idx
-    # What `compiled/record.py` puts in the place of a batch keeps no latents.
-    held = batch.held(block) if isinstance(batch, PackedBatch) else []
-    if held:
-        return side_by_side([_attend_latents(module, query, rules, *one) for one in held]), None
+    if batch.has_latents(block):
+        return batch.attend_latents(module, query, (key, value), rules), None
     return batch.attend(block, query, key, value, rules), None
 
 
 def _attend_latents(
-    attention: Any, query: Tensor, rules: Rules, one: Stretch, latents: Tensor, rotary: Tensor
+    attention: Any, query: Tensor, rules: Rules, one: TableSegment, latents: Tensor, rotary: Tensor
 ) -> Tensor:
-    """A stretch over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
+    """A segment over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
     query = query.narrow(2, one.begin, one.count)
     short = absorbed(attention, latents, rotary)
     if not short.pays(one.count, int(latents.shape[2])):
@@ -292,46 +331,60 @@ def side_by_side(parts: list[Tensor]) -> Tensor:
 
 
 def _attend_new(
-    one: Stretch,
+    one: TableSegment,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rules: Rules,
     before: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """A stretch over its own new tokens, and what is before them."""
+    """A segment over its own new tokens, and what is before them."""
     query, key, value = (tensor.narrow(2, one.begin, one.count) for tensor in (query, key, value))
     if before is not None:
         key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
     return attend_one(query, key, value, one, rules)
 
 
-def _attend_cached(one: Stretch, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
-    """A stretch over what its table holds, its new tokens included."""
+def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
+    """A segment over what its table holds, its new tokens included."""
+    sharing = one.count * query.shape[1] // cache[0].shape[1]
+    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not rules.plain)
+    if quick and one.count > 1 and can_attend(query, cache):
+        own = query.narrow(2, one.begin, one.count)
+        return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
     keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
     return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
 
 
-def _attend_mixed(table: _Table, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
-    """Sequences with one new token beside others that have more."""
-    result = query.new_empty(1, query.shape[2], query.shape[1], cache[1].shape[2])
+def _attend_mixed(
+    table: _Table,
+    query: Tensor,
+    together: Callable[[Tensor], Tensor],
+    alone: Callable[[TableSegment], Tensor],
+) -> Tensor:
+    """Sequences with one new token, `together`, beside others that have more; see `PackedBatch.attend`."""
     places = torch.tensor([one.begin for one in table.ones])
-    result[:, places] = table.rows().attend(query[:, :, places], cache, rules, None)
+    found = together(query[:, :, places])
+    result = found.new_empty(1, query.shape[2], *found.shape[2:])
+    result[:, places] = found
     for one in table.parts:
         if one.count > 1:
-            result[:, one.begin : one.end] = _attend_cached(one, query, cache, rules).transpose(1, 2)
+            result[:, one.begin : one.end] = alone(one).transpose(1, 2)
     return result
 
 
-def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     """One sequence's attention: `query` [1, heads, T, D] at the end of `keys` [1, kv_heads, S, D]."""
     if one.count > QUERY_TOKENS:
         return _attend_in_pieces(query, keys, values, one, rules)
     window, total = rules.window, int(keys.shape[2])
     if window is not None and total <= window:
         window = None
-    if any(one is not None for one in (rules.softcap, rules.sinks, rules.slopes)):  # not in the fused kernel
+    if not rules.plain:  # not in the fused kernel
         return _attend_plainly(query, keys, values, one, rules, window)
+    if (more := query.shape[-1] - values.shape[-1]) > 0 and one.count > 1 and query.device.type == "cpu":
+        # torch's fused kernel for CPUs takes heads of one width only.
+        return attend_one(query, keys, pad(values, (0, more)), one, rules)[..., :-more]
     grouped = query.shape[1] != keys.shape[1]
     if one.count == 1:  # sees everything, or the newest of it
         if window is not None:
@@ -347,20 +400,20 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules:
     )
 
 
-def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules) -> Tensor:
+def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
     """A long sequence, some new tokens after the other: no operator takes long, and scores that are written out are
     fewer at a time."""
     parts = []
     for begin in range(0, one.count, QUERY_TOKENS):
         end = min(begin + QUERY_TOKENS, one.count)
         seen = one.past + end
-        piece = Stretch(0, end - begin, past=one.past + begin)
+        piece = TableSegment(0, end - begin, past=one.past + begin)
         parts.append(attend_one(query[:, :, begin:end], keys[:, :, :seen], values[:, :, :seen], piece, rules))
     return torch.cat(parts, dim=2)
 
 
 def _attend_plainly(
-    query: Tensor, keys: Tensor, values: Tensor, one: Stretch, rules: Rules, window: int | None
+    query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules, window: int | None
 ) -> Tensor:
     """With the scores written out; softmax in float32 at least, as the families' own eager code does."""
     groups = query.shape[1] // keys.shape[1]

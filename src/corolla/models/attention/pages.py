@@ -119,13 +119,13 @@ class PagePool:
         return int(self.pages - np.count_nonzero(self._refcounts))
 
     def take(self, count: int, *, after: int | None = None) -> list[int]:
-        """`count` pages with one reference each: those behind `after` if they are free, else one stretch, else any.
+        """`count` pages with one reference each: those behind `after` if they are free, else one run, else any.
 
         Raises `MemoryError` when fewer are free; whoever reserves before taking never sees it.
         """
-        first = self._stretch_after(after, count)
+        first = self._run_after(after, count)
         if first is None:
-            first = self._stretch(count)
+            first = self._run(count)
         if first is not None:
             chosen = list(range(first, first + count))
         else:
@@ -135,12 +135,12 @@ class PagePool:
         self._refcounts[chosen] = 1
         return chosen
 
-    def _stretch_after(self, after: int | None, count: int) -> int | None:
+    def _run_after(self, after: int | None, count: int) -> int | None:
         if after is None or after + 1 + count > self.pages:
             return None
         return None if self._refcounts[after + 1 : after + 1 + count].any() else after + 1
 
-    def _stretch(self, count: int) -> int | None:
+    def _run(self, count: int) -> int | None:
         """The first page of `count` free ones in a row, in the middle of the most that there are: so the sequence
         before them has room to grow on behind itself, and so have they."""
         edges = np.concatenate(([-1], np.flatnonzero(self._refcounts), [self.pages]))
@@ -154,11 +154,11 @@ class PagePool:
 
     def take_together(self, count: int) -> list[int] | None:
         """As `take`, but only pages that follow each other; None where there are none."""
-        return None if self._stretch(count) is None else self.take(count)
+        return None if self._run(count) is None else self.take(count)
 
     def follows(self, page: int, count: int) -> bool:
         """Whether the `count` pages behind a page are free."""
-        return count <= 0 or self._stretch_after(page, count) is not None
+        return count <= 0 or self._run_after(page, count) is not None
 
     def retain(self, pages: Sequence[int]) -> None:
         """One more reference to each page."""
@@ -235,7 +235,9 @@ class BlockTable:
         That is as dear as reading all of it once where it lies apart.
         """
         missing = pages_for(room) - len(self.pages)
-        if not self.length or (self.stretch() is not None and self.pool.follows(self.pages[-1], missing)):
+        if not self.length or (
+            self.contiguous_from() is not None and self.pool.follows(self.pages[-1], missing)
+        ):
             return
         pages = self.pool.take_together(len(self.pages) + max(0, missing))
         if pages is not None:
@@ -288,7 +290,7 @@ class BlockTable:
         self.pages = []
         self.length = 0
 
-    def stretch(self) -> int | None:
+    def contiguous_from(self) -> int | None:
         """The first page, if the sequence's tokens lie on pages that follow each other."""
         used = self.pages[: pages_for(self.length)]
         first = used[0]

@@ -3,8 +3,8 @@
 Invariant: a sequence's embeddings are those that the family's code gives it when it is run alone by a new model. The
 family's own modules look at the longest sequence of a pass, and remember it.
 
-Up to `Edge.tokens` tokens the frequencies are the same for all sequences. Beyond, those of a sequence that is
-run whole are exact; a cache holds what was computed with others, so sessions end there (`shell.py`).
+Up to `LengthThreshold.tokens` tokens the frequencies are the same for all sequences. Beyond, those of a sequence that
+is run whole are exact; a cache holds what was computed with others, so sessions end there (`shell.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _real: ContextVar[Tensor | None] = ContextVar("corolla_real_tokens", default=Non
 
 
 @dataclass(frozen=True)
-class Edge:
+class LengthThreshold:
     """Where frequencies begin to depend on the length."""
 
     tokens: int  # the longest sequence with the frequencies of all shorter ones
@@ -39,7 +39,7 @@ class Edge:
         """Whether a pass over `positions` int64 [R, T] can be exact; `real` bool [R, T] is False for padding.
 
         A batch's frequencies are those of its longest row, padding included, while here each row is computed as
-        if alone. Raises `UsageError` where that is not the same, `SessionLimit` for a cache beyond the edge.
+        if alone. Raises `UsageError` where that is not the same, `SessionLimit` for a cache beyond the threshold.
         """
         longest = int(positions.max()) + 1
         if longest <= self.tokens:
@@ -76,18 +76,18 @@ def padded(real: Tensor | None) -> Iterator[None]:
 class RotaryByLength(nn.Module):
     """Stands in for such a module of a family and keeps it inside, as it was when it was new."""
 
-    def __init__(self, own: nn.Module, edge: Edge) -> None:
+    def __init__(self, own: nn.Module, threshold: LengthThreshold) -> None:
         super().__init__()
         self.own = own
-        self.edge = edge
+        self.threshold = threshold
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the family's own: `position_ids` int64 [R, T], or [1, N] of a packed pass."""
-        if int(position_ids.max()) < self.edge.tokens:
+        if int(position_ids.max()) < self.threshold.tokens:
             return self.own(x, position_ids, *args, **kwargs)
         batch, real = current_batch(), _real.get()
         if batch is not None:
-            parts, dim = _stretches(position_ids, batch.segments), -2
+            parts, dim = _of_segments(position_ids, batch.segments), -2
         elif real is not None and position_ids.ndim == 2:
             parts, dim = _rows(position_ids, real), 0
         else:
@@ -95,7 +95,7 @@ class RotaryByLength(nn.Module):
         return _joined([_as_new(self.own)(x, part, *args, **kwargs) for part in parts], dim)
 
 
-def _stretches(position_ids: Tensor, segments: list[Segment]) -> list[Tensor]:
+def _of_segments(position_ids: Tensor, segments: list[Segment]) -> list[Tensor]:
     return [position_ids[..., one.begin : one.end] for one in segments]
 
 
@@ -121,15 +121,15 @@ def by_length(model: nn.Module) -> None:
     """Put a `RotaryByLength` in the place of each module that is one; to be done before the model has run."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            edge = _edge_of(child) if _is_rotary(child) else None
-            if edge is not None:
-                setattr(module, name, RotaryByLength(child, edge))
+            threshold = _threshold_of(child) if _is_rotary(child) else None
+            if threshold is not None:
+                setattr(module, name, RotaryByLength(child, threshold))
 
 
-def edge_of(model: nn.Module) -> Edge | None:
-    """The first edge of a model's rotary embeddings, if their frequencies depend on the length."""
-    edges = [_edge_of(one) for one in model.modules() if _is_rotary(one)]
-    found = [one for one in edges if one is not None]
+def length_threshold(model: nn.Module) -> LengthThreshold | None:
+    """The first threshold of a model's rotary embeddings, if their frequencies depend on the length."""
+    thresholds = [_threshold_of(one) for one in model.modules() if _is_rotary(one)]
+    found = [one for one in thresholds if one is not None]
     return min(found, key=lambda one: one.tokens) if found else None
 
 
@@ -137,24 +137,24 @@ def cached_limit(config: PretrainedConfig) -> int | None:
     """How many tokens a session may have, prompts included, where rotary embeddings change before the config's end."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     parts = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
-    edges = [
+    thresholds = [
         part.get("original_max_position_embeddings") for part in parts if part.get("rope_type") == "longrope"
     ]
-    return min((int(one) for one in edges if one), default=None)
+    return min((int(one) for one in thresholds if one), default=None)
 
 
 def _is_rotary(module: nn.Module) -> bool:
     return "Rotary" in type(module).__name__ and any("inv_freq" in name for name, _ in module.named_buffers())
 
 
-def _edge_of(rotary: nn.Module) -> Edge | None:
+def _threshold_of(rotary: nn.Module) -> LengthThreshold | None:
     kinds = getattr(rotary, "layer_types", None)
-    edges = [_edge_of_kind(rotary, {"layer_type": kind}) for kind in kinds] if kinds else []
-    found = [one for one in edges or [_edge_of_kind(rotary, {})] if one is not None]
+    thresholds = [_threshold_of_kind(rotary, {"layer_type": kind}) for kind in kinds] if kinds else []
+    found = [one for one in thresholds or [_threshold_of_kind(rotary, {})] if one is not None]
     return min(found, key=lambda one: one.tokens) if found else None
 
 
-def _edge_of_kind(rotary: nn.Module, arguments: dict[str, Any]) -> Edge | None:
+def _threshold_of_kind(rotary: nn.Module, arguments: dict[str, Any]) -> LengthThreshold | None:
     """Found by asking: the place of one token is looked up in shorter and longer sequences."""
     device = next(rotary.buffers()).device
 
@@ -178,4 +178,4 @@ def _edge_of_kind(rotary: nn.Module, arguments: dict[str, Any]) -> Edge | None:
             low = middle
         else:
             high = middle
-    return Edge(low, gradual=not torch.equal(at_length(low + 1), at_length(LONGEST)))
+    return LengthThreshold(low, gradual=not torch.equal(at_length(low + 1), at_length(LONGEST)))

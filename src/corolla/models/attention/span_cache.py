@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 from corolla.models.attention.prefixes import KeyValueForm, as_prefix
 from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
-from corolla.models.crossing import Handed
+from corolla.models.cut_layout import SharedTensor
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
@@ -49,14 +49,14 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self.rows = 0
         self._length = 0
         self.prefix_length = 0  # positions before all tokens
-        self._handed: dict[Handed, Tensor] = {}
+        self._shared: dict[SharedTensor, Tensor] = {}
         self._snapshots = Snapshots()
 
-    def hand(self, one: Handed, new: Tensor) -> Tensor:
-        """Keep what an earlier span's block has handed on for the new tokens; gives that of all tokens."""
-        past = self._handed.get(one)
-        whole = new if past is None else torch.cat([past, new], dim=one.form.tokens)
-        self._handed[one] = whole
+    def keep_shared(self, one: SharedTensor, new: Tensor) -> Tensor:
+        """Keep what an earlier span's block shares of the new tokens; gives that of all tokens."""
+        past = self._shared.get(one)
+        whole = new if past is None else torch.cat([past, new], dim=one.layout.tokens)
+        self._shared[one] = whole
         return whole
 
     def begin_with(self, prefix: Tensor, rows: int, form: KeyValueForm) -> None:
@@ -79,7 +79,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     def form(self) -> KeyValueForm | None:
         """Of what is cached, where that is keys and values of one form and nothing else."""
         own = self.layers[self._start :]
-        if self.of_its_own or self._handed or any(type(one) is not DynamicLayer for one in own):
+        if self.of_its_own or self._shared or any(type(one) is not DynamicLayer for one in own):
             return None
         forms = {KeyValueForm.of(one.keys, one.values) for one in own if one.is_initialized}
         return forms.pop() if len(forms) == 1 and all(one.is_initialized for one in own) else None
@@ -103,12 +103,12 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Memory of everything that is kept."""
-        handed = sum(one.nbytes for one in self._handed.values())
+        shared = sum(one.nbytes for one in self._shared.values())
         more = sum(
             one.nbytes for name, value in vars(self).items() if name != "layers" for one in _tensors(value)
         )
         layers = sum(one.nbytes for layer in self.layers for one in _tensors(vars(layer)))
-        return handed + more + layers + self._snapshots.nbytes
+        return shared + more + layers + self._snapshots.nbytes
 
     @property
     def keeps_everything(self) -> bool:
@@ -173,8 +173,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
                 layer.crop(-surplus)
             elif isinstance(layer, DynamicLayer):
                 DynamicLayer.crop(layer, -surplus)
-        for one, whole in self._handed.items():
-            self._handed[one] = whole.narrow(one.form.tokens, 0, length)
+        for one, whole in self._shared.items():
+            self._shared[one] = whole.narrow(one.layout.tokens, 0, length)
         self._length = length
 
     def truncate(self, length: int) -> None:
@@ -187,8 +187,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         super().reorder_cache(beam_idx)
         if self.of_its_own:
             self._reorder_own(beam_idx)
-        for one, whole in self._handed.items():
-            self._handed[one] = whole.index_select(one.form.rows, beam_idx.to(whole.device))
+        for one, whole in self._shared.items():
+            self._shared[one] = whole.index_select(one.layout.rows, beam_idx.to(whole.device))
         self._snapshots.select_rows(beam_idx)
         self.rows = len(beam_idx)
 

@@ -1,11 +1,12 @@
-"""Prompts on disk: safetensors and JSON, in peft's own adapter layout where peft has one (`ptune`, `prefix`).
+"""Prompts on disk: safetensors and JSON, in peft's own adapter layout where peft has one (all but `deep_ptune`).
 
 Invariant: a prompt is read back only for the model identity that it was trained for; files are replaced
 whole or not at all.
 
     prompt.json                  which model, which mode, which shapes
-    adapter_config.json          ptune, prefix: what peft reads
-    adapter_model.safetensors    ptune: `prompt_embeddings` [P, H]; prefix: [P, blocks × D], as peft's CARTRIDGE
+    adapter_config.json          ptune, prefix, lora: what peft reads
+    adapter_model.safetensors    ptune: `prompt_embeddings` [P, H]; prefix: [P, blocks × D], as peft's CARTRIDGE; lora:
+                                 see `lora_files.py`
     prompts.safetensors          deep_ptune: `input` [P, H] and `deep` [blocks, P, H]
 """
 
@@ -23,15 +24,17 @@ from transformers import PretrainedConfig
 from corolla.errors import BundleError, CheckpointError
 from corolla.files import write_atomically, write_json
 from corolla.json_files import load_object
+from corolla.models.checkpoints.lora_files import lora_of, peft_files
 from corolla.models.checkpoints.source import read_json
-from corolla.models.prompts import KeyValuePrefix, Prompt, SoftPrompt
+from corolla.models.prompts import KeyValuePrefix, LoraAdapter, Prompt, SoftPrompt
 
 PROMPT_FILE = "prompt.json"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_BASE = "base_model."  # what the names of the model's own tensors begin with
 DEEP_WEIGHTS = "prompts.safetensors"
-PREFIX_TYPES = ("CARTRIDGE", "PREFIX_TUNING")  # peft's, the latter's projection is applied when it is saved
+# peft's types; of PREFIX_TUNING the projection is applied when it is saved.
+MODES = {"PROMPT_TUNING": "ptune", "CARTRIDGE": "prefix", "PREFIX_TUNING": "prefix", "LORA": "lora"}
 FORMAT_VERSION = 1
 
 
@@ -58,8 +61,12 @@ def save_prompt(
             vectors = prompt.input.detach().float().cpu().contiguous()
             write_atomically(folder / DEEP_WEIGHTS, save({"input": vectors, "deep": given.contiguous()}))
         else:
-            vectors = _peft_vectors(prompt)
-            write_atomically(folder / PEFT_WEIGHTS, save({"prompt_embeddings": vectors, **beside}))
+            if isinstance(prompt, LoraAdapter):
+                vectors, tensors = prompt.trained[0], peft_files(prompt, config)[0]
+            else:
+                vectors = _peft_vectors(prompt)
+                tensors = {"prompt_embeddings": vectors}
+            write_atomically(folder / PEFT_WEIGHTS, save(tensors | beside))
             kind = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]} if beside else {}
             write_json(folder / PEFT_CONFIG, _peft_config(prompt, config, model_name, revision) | kind)
         write_json(
@@ -83,23 +90,25 @@ def load_prompt(
     *,
     model_name: str,
     identity: str,
-    peft_shape: tuple[int, int] | None = None,
+    config: PretrainedConfig | None = None,
     with_head: bool = False,
 ) -> Prompt:
     """Read a prompt back. Raises `BundleError` for another model's, and for files that cannot be read.
 
-    With `peft_shape`, the model's width H and number of blocks, a folder that peft itself wrote is read, too; nobody
-    can tell for which model that was, as long as it is as wide and deep. A classifier's head beside it is left to
+    With the model's `config` a folder that peft itself wrote is read, too; nobody can tell for which model that was,
+    as long as it is as wide and deep. An adapter needs it in any case. A classifier's head beside a prompt is left to
     others `with_head`.
     """
-    if peft_shape is not None and not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists():
-        return _load_peft_prompt(folder, model_name, *peft_shape, with_head=with_head)
+    if config is not None and is_pefts(folder):
+        return _load_peft_prompt(folder, model_name, config, with_head=with_head)
     about = read_prompt_info(folder)
     if about["identity"] != identity:
         raise BundleError(
             f"The prompt in {folder} was trained for {about['model']} (identity {about['identity'][:12]}), "
             f"not for {model_name} (identity {identity[:12]}): load it with the model that it belongs to."
         )
+    if about["mode"] == "lora" and config is not None:
+        return lora_of(_peft_info(folder), _read_tensors(folder / PEFT_WEIGHTS), config)
     deep_mode = about["mode"] == "deep_ptune"
     tensors = _read_tensors(folder / (DEEP_WEIGHTS if deep_mode else PEFT_WEIGHTS))
     vectors = tensors.get("input" if deep_mode else "prompt_embeddings")
@@ -119,7 +128,12 @@ def load_prompt(
     return prompt
 
 
-def _peft_vectors(prompt: Prompt) -> Tensor:
+def is_pefts(folder: Path) -> bool:
+    """Whether a folder holds what peft alone has written."""
+    return not (folder / PROMPT_FILE).exists() and (folder / PEFT_CONFIG).exists()
+
+
+def _peft_vectors(prompt: SoftPrompt | KeyValuePrefix) -> Tensor:
     """What peft calls `prompt_embeddings`: [P, H], or of a prefix [P, blocks × D]."""
     if isinstance(prompt, SoftPrompt):
         return prompt.input.detach().float().cpu().contiguous()
@@ -143,23 +157,37 @@ def _peft_info(folder: Path) -> dict[str, Any]:
     return about
 
 
+def read_pefts_info(folder: Path) -> dict[str, Any]:
+    """What peft says of its adapter, with our name for its `mode`. Raises `BundleError`."""
+    about = _peft_info(folder)
+    mode = MODES.get(str(about["peft_type"]))
+    if mode is None:
+        raise BundleError(
+            f"{folder} holds peft's {about['peft_type']}, and Corolla reads {', '.join(MODES)}."
+        )
+    return about | {"mode": mode}
+
+
 def _frozen_tokens(about: dict[str, Any]) -> int:
     """How many first tokens peft leaves as they are: of a CARTRIDGE one, if it says nothing, and otherwise none."""
     found = about.get("num_frozen_tokens", 1) if about["peft_type"] == "CARTRIDGE" else 0
     return found if isinstance(found, int) else -1
 
 
-def _load_peft_prompt(folder: Path, model_name: str, width: int, blocks: int, *, with_head: bool) -> Prompt:
-    about = _peft_info(folder)
+def _load_peft_prompt(folder: Path, model_name: str, config: PretrainedConfig, *, with_head: bool) -> Prompt:
+    about, blocks = _peft_info(folder), int(config.num_hidden_layers)
+    width = getattr(config, "word_embed_proj_dim", config.hidden_size)
     kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
-    if kind not in ("PROMPT_TUNING", *PREFIX_TYPES) or parts != 1:
+    if kind not in MODES or parts != 1:
         raise BundleError(
-            f"{folder} holds peft's {kind}, and prompts= takes PROMPT_TUNING, {' or '.join(PREFIX_TYPES)}: load it "
+            f"{folder} holds peft's {kind}, and prompts= takes {', '.join(MODES)}: load it "
             "with PeftModel.from_pretrained(model, folder), if it leaves the blocks alone."
         )
     if not (folder / PEFT_WEIGHTS).exists():
         raise BundleError(f"{folder} lacks {PEFT_WEIGHTS}: copy it again, or save it with safetensors.")
     tensors = _read_tensors(folder / PEFT_WEIGHTS)
+    if kind == "LORA":
+        return lora_of(about, tensors, config)
     vectors = tensors.pop("prompt_embeddings", None)
     if vectors is None or vectors.ndim != 2 or vectors.shape[0] != about.get("num_virtual_tokens"):
         raise BundleError(f"The prompt in {folder} is not what its {PEFT_CONFIG} says; copy it again.")
@@ -170,7 +198,7 @@ def _load_peft_prompt(folder: Path, model_name: str, width: int, blocks: int, *,
             f"{folder} holds more than a prompt ({min(tensors)}): load it with "
             "PeftModel.from_pretrained(model, folder)."
         )
-    if kind in PREFIX_TYPES:
+    if MODES[kind] == "prefix":
         if about.get("num_layers") != blocks:
             raise BundleError(
                 f"The prefix in {folder} is for a model of {about.get('num_layers')} blocks "
@@ -216,6 +244,10 @@ def _peft_config(
         "base_model_name_or_path": config._name_or_path or model_name,
         "revision": revision,
         "inference_mode": True,
+    }
+    if isinstance(prompt, LoraAdapter):
+        return about | peft_files(prompt, config)[1]
+    about |= {
         "num_virtual_tokens": prompt.length,
         "num_transformer_submodules": 1,
         "num_layers": config.num_hidden_layers,

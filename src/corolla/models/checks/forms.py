@@ -12,11 +12,11 @@ from corolla.errors import UnsupportedFamily
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import Arguments, arguments_of, measured
-from corolla.models.crossing import Crossing, Form
+from corolla.models.cut_layout import CutLayout, TokenLayout
 from corolla.models.families import structure
 
 _seen: dict[bytes, tuple[Arguments, int]] = {}
-_crossings: dict[bytes, Crossing] = {}
+_cuts: dict[bytes, CutLayout] = {}
 _flat_rows: dict[type[PretrainedConfig], bool] = {}
 
 
@@ -28,21 +28,21 @@ def values_returned(config: PretrainedConfig) -> int:
     return _look(config)[1]
 
 
-def crossing_of(config: PretrainedConfig) -> Crossing:
+def cuts_of(config: PretrainedConfig) -> CutLayout:
     """What crosses the cuts between the blocks. Raises as `values_returned`."""
     arguments, _ = _look(config)
     if arguments.plain:
-        return Crossing(Form(0, 1, (int(config.hidden_size),)), int(config.num_hidden_layers))
+        return CutLayout(TokenLayout(0, 1, (int(config.hidden_size),)), int(config.num_hidden_layers))
     if arguments.left_out:
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be split yet: besides hidden states their blocks take "
             f"{' and '.join(arguments.left_out)}, which no server is sent."
         )
     key = canonical_config(config.to_dict())
-    if key not in _crossings:
+    if key not in _cuts:
         with refusing(config, "used: a miniature of this one does not run"), undisturbed():
-            _crossings[key] = measured(config, arguments)
-    return _crossings[key]
+            _cuts[key] = measured(config, arguments)
+    return _cuts[key]
 
 
 def left_out(config: PretrainedConfig) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def refusing(
 
 def needs_ids(config: PretrainedConfig) -> bool:
     """Whether the family's code finds no inputs of its blocks for embeddings that are not those of tokens."""
-    if not crossing_of(config).sides:
+    if not cuts_of(config).sides:
         return False
     small = miniature(config)
     with undisturbed(), torch.no_grad():

@@ -61,7 +61,7 @@ def _same(whole: PreTrainedModel, spans: list[Span], form: KeyValueForm) -> bool
     for index, own in enumerate(prefix):
         keys, values = form.split(own)
         cache.update(keys.expand(ROWS, -1, -1, -1), values.expand(ROWS, -1, -1, -1), index)
-    with watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].cuts) as seen:
         arguments = {cache_argument(whole.forward): cache, "use_cache": True}
         whole(
             input_ids=ids, attention_mask=torch.cat([torch.ones(ROWS, PREFIX).long(), mask], 1), **arguments

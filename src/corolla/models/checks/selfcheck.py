@@ -33,7 +33,7 @@ from corolla.models.checkpoints.source import LocalFolder
 from corolla.models.checks.forms import left_out, refusing, values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
-from corolla.models.crossing import Crossing
+from corolla.models.cut_layout import CutLayout
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, load_span
@@ -121,12 +121,12 @@ class Seen:
 
 
 @contextmanager
-def watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) -> Iterator[Seen]:
+def watched(whole: PreTrainedModel, cuts: CutLayout, *, grad: bool = False) -> Iterator[Seen]:
     """With `grad`, what is given to the blocks from outside comes from nowhere and needs gradients."""
     blocks: Any = whole.get_submodule(blocks_prefix(whole.config))
     hidden = argument_names(blocks[0])[0]
-    from_outside = [(hidden, 0), *((side.name, side.place) for side in crossing.sides)]
-    shared = {side.name for side in crossing.sides if not side.each}
+    from_outside = [(hidden, 0), *((side.name, side.place) for side in cuts.sides)]
+    shared = {side.name for side in cuts.sides if not side.each}
     seen = Seen()
 
     def entering(
@@ -144,11 +144,11 @@ def watched(whole: PreTrainedModel, crossing: Crossing, *, grad: bool = False) -
             given[name] = value
         seen.given.append(given)
         if len(seen.given) == len(blocks):
-            seen.entered.append(crossing.collect(seen.given[0][hidden], seen.given))
+            seen.entered.append(cuts.collect(seen.given[0][hidden], seen.given))
         return args, kwargs
 
     def leaving(_block: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
-        seen.left.append(crossing.hidden.flat(first_of(output)))
+        seen.left.append(cuts.hidden.flat(first_of(output)))
 
     handles = [one.register_forward_pre_hook(entering, with_kwargs=True) for one in blocks]
     handles.append(blocks[-1].register_forward_hook(leaving))
@@ -201,7 +201,7 @@ def _cut_again(spans: list[Span]) -> list[Span]:
 
 
 def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor | None) -> bool:
-    with watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].cuts) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     real = slice(None) if mask is None else mask.bool()
     found, wanted = _chain(spans, seen.entered[0], mask=mask)[real], seen.left[0][real]
@@ -217,7 +217,7 @@ def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor
     ids = ids[:, :CACHED] % 3 + 3
     mask = torch.ones_like(ids)
     mask[0, :PROMPT] = mask[1, -PROMPT:] = 0
-    with watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].cuts) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, real in enumerate(mask.bool()):
         alone = seen.entered[0][row, real][None]
@@ -233,7 +233,7 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
     There are families whose own code gives something else token by token than at once; then, with what it gives so.
     """
     ids, mask = ids[:, :CACHED], mask[:, :CACHED]
-    with watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].cuts) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     caches, found = [span.new_cache() for span in spans], []
     for start, end in PIECES:
@@ -252,7 +252,7 @@ def _same_cached_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, m
 def _own_steps(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> Tensor:
     """What leaves the last block of the whole with a cache of its own, in the same pieces."""
     cache: Any = None
-    with watched(whole, spans[0].crossing) as seen:
+    with watched(whole, spans[0].cuts) as seen:
         for start, end in PIECES:
             arguments: dict[str, Any] = {cache_argument(whole.forward): cache, "use_cache": True}
             cache = take_cache(
@@ -268,7 +268,7 @@ def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, ma
         return _chain(spans, hidden, mask=call.mask, positions=call.positions)
 
     shell = copy.deepcopy(whole)
-    layer = BlocksLayer(run, returns=values_returned(whole.config), crossing=spans[0].crossing)
+    layer = BlocksLayer(run, returns=values_returned(whole.config), cuts=spans[0].cuts)
     holder = replace_blocks(shell, blocks_prefix(whole.config), layer)
     BaseModelHooks(holder, prompts=lambda: None, caches=None)
     wanted, found = (
@@ -280,15 +280,15 @@ def _same_at_a_client(whole: PreTrainedModel, spans: list[Span], ids: Tensor, ma
 
 
 def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask: Tensor) -> bool:
-    crossing = spans[0].crossing
-    with watched(whole, crossing, grad=True) as seen:
+    cuts = spans[0].cuts
+    with watched(whole, cuts, grad=True) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape).to(mask.device)
     distinct = {id(one): one for given in seen.given for one in given.values()}
     grads = torch.autograd.grad((seen.left[0] * weight).sum(), list(distinct.values()))
     of = dict(zip(distinct, grads, strict=True))
     given = [{name: of[id(one)] for name, one in each.items()} for each in seen.given]
-    expected = crossing.collect(next(iter(given[0].values())), given)
+    expected = cuts.collect(next(iter(given[0].values())), given)
     hidden = seen.entered[0].detach().requires_grad_()
     (gradient,) = torch.autograd.grad((_chain(spans, hidden, mask=mask) * weight).sum(), [hidden])
     real = mask.bool()

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corolla.models.crossing import Crossing, Form, Handed, Side
+from corolla.models.cut_layout import CutLayout, SharedTensor, SideInput, TokenLayout
 from corolla.models.families import blocks_prefix, structure
 
 MEASURED = "corolla_measured"  # attention of which only the shapes are of interest
@@ -68,8 +68,8 @@ class _Put:
 
     key: Any
     tensors: tuple[Tensor, ...]
-    by: int
-    until: int = -1
+    made_by: int
+    last_read_by: int = -1
 
 
 class _Watched(UserDict[Any, Any]):
@@ -86,7 +86,7 @@ class _Watched(UserDict[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         for one in [one for one in self.found if one.key == key][-1:]:
-            one.until = self.block
+            one.last_read_by = self.block
         return super().__getitem__(key)
 
 
@@ -228,7 +228,7 @@ def _kept(value: Any) -> Any:
 # --- sizes --------------------------------------------------------------------------------------------------
 
 
-def measured(config: PretrainedConfig, arguments: Arguments) -> Crossing:
+def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
     """What crosses the cuts of the model of this config, whose blocks have these arguments. Takes no memory.
 
     Raises whatever the family's code raises on the meta device.
@@ -249,17 +249,19 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> Crossing:
     names = argument_names(blocks[0])
     first = [calls[0] for calls, _ in passes]
     sides = [
-        Side(name, names.index(name), _form([call.given[name] for call in first]), each)
+        SideInput(name, names.index(name), _layout([call.given[name] for call in first]), each)
         for name, each in arguments.sides
     ]
-    handed = [
-        Handed(one.key, index, one.by, one.until, _form([tensor, other.tensors[index]]))
+    shared = [
+        SharedTensor(one.key, index, one.made_by, one.last_read_by, _layout([tensor, other.tensors[index]]))
         for one, other in zip(*(puts for _, puts in passes), strict=True)
         for index, tensor in enumerate(one.tensors)
-        if one.until > one.by
+        if one.last_read_by > one.made_by
     ]
     store = None if arguments.store is None else (arguments.store, names.index(arguments.store))
-    return Crossing(_form([call.hidden for call in first]), len(blocks), tuple(sides), store, tuple(handed))
+    return CutLayout(
+        _layout([call.hidden for call in first]), len(blocks), tuple(sides), store, tuple(shared)
+    )
 
 
 @contextmanager
@@ -274,9 +276,9 @@ def _unchecked_distributions() -> Iterator[None]:
         kind.set_default_validate_args(before)
 
 
-def _form(tensors: Sequence[Tensor]) -> Form:
+def _layout(tensors: Sequence[Tensor]) -> TokenLayout:
     """How a tensor lies, given one of each of `SHAPES`."""
     sizes = list(zip(*(tensor.shape for tensor in tensors), strict=True))
     rows, tokens = (sizes.index(one) for one in zip(*SHAPES, strict=True))
     rest = tuple(size for at, (size, _) in enumerate(sizes) if at not in (rows, tokens))
-    return Form(rows, tokens, rest)
+    return TokenLayout(rows, tokens, rest)

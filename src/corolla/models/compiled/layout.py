@@ -1,29 +1,17 @@
-"""A program's operators and memory for one number of rows, as `native_program.c` takes them.
+"""Where a program's tensors lie in memory, and the loops of its operators, for one number of rows.
 
 Invariant: an operator's tensors lie where no other operator writes before the last that reads them is done.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor
+from corolla.models.compiled.record import HIDDEN, NotCompilable, Op, View
 
-from corolla.models.attention.one_token_rows import OneTokenRows
-from corolla.models.compiled.record import HIDDEN, POSITIONS, NotCompilable, Op, View
-from corolla.models.kernels.native import library, pointer
-
-KINDS = (
-    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
-    "neg", "abs", "square", "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh",
-    "gelu", "exp", "sin", "cos", "floor", "log", "expm1", "nonzero", "greater", "where", "sum", "softmax", "top",
-    "gather", "scatter", "route", "pick", "experts", "combine"
-)  # fmt: skip  # by their numbers in native_program.c
 # Operators over whole lines, a tensor's last dimension; and those that give a line.
 BY_LINE, LINES = (
     ("mean", "sum", "softmax", "top", "layer_norm", "gather"),
@@ -37,103 +25,7 @@ ALIGNED = 16  # floats
 Pairs = Sequence[tuple[Op, Any]]
 
 
-class _NativeOp(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-        ("inputs", ctypes.c_void_p * 3),
-        ("sizes", ctypes.c_int64 * DIMS),
-        ("strides", ctypes.c_int64 * DIMS * 4),  # of the output, and of the inputs
-        ("number", ctypes.c_double),
-        ("what", ctypes.c_void_p),
-    )
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = (
-        ("pages", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("most", "room", "total")),
-    )
-
-
-class LaidOut:
-    """Ready to run, over and over."""
-
-    def __init__(
-        self,
-        ops: Pairs,
-        lengths: list[int],
-        whole: set[int],
-        constants: dict[int, Tensor],
-        output: View,
-        take: Callable[[int], Tensor],
-    ) -> None:
-        """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements.
-
-        `whole` are the storages of int64.
-
-        `take` gives at least so many float32 of memory, which nobody else uses while this runs.
-        """
-        ops = _plain(ops, lengths, whole)
-        floats = [length * (2 if at in whole else 1) for at, length in enumerate(lengths)]
-        places, size = _places(
-            [op for op, _ in ops], floats, fixed={POSITIONS, *constants}, kept={HIDDEN, output.storage}
-        )
-        inputs = [op.inputs[0] for op, _ in ops if op.kind in PRODUCTS]
-        widest = max((prod(one.sizes) for one in inputs), default=0)  # activations in 8 bits, one a byte
-        rows = max((prod(one.sizes[:-1]) for one in inputs), default=0)
-        arena = take(size + -(-widest // 4) + rows)
-        self._codes, self._steps = arena[size + rows :], arena[size:]
-        self._hidden = arena.narrow(0, places[HIDDEN], lengths[HIDDEN])
-        self._positions = torch.empty(lengths[POSITIONS], dtype=torch.int64)
-        self._kept = [what for _, what in ops], list(constants.values())
-        begins = {storage: arena.data_ptr() + at * arena.itemsize for storage, at in places.items()}
-        outside = {POSITIONS: self._positions} | constants
-        begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
-        self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins, whole) for op, what in ops))
-        self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
-        heads = [(op.inputs[0].sizes[1], op.inputs[1].sizes[1]) for op, _ in ops if op.kind == "attend"]
-        self._sharing = max((own // kv for own, kv in heads), default=0)  # heads with the same keys
-
-    def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
-        """Hidden states [N, H] behind the last block."""
-        self._hidden.copy_(hidden.reshape(-1))
-        self._positions.copy_(positions)
-        threads, kernels = torch.get_num_threads(), library()
-        assert kernels is not None
-        rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
-        scores = self._scores(tables, threads)
-        kernels.run_program(
-            *(self._ops, len(self._ops), rows, pointer(scores)),
-            *(pointer(self._codes), pointer(self._steps), threads),
-        )
-        return self._result.clone().view(hidden.shape)
-
-    def _scores(self, tables: Sequence[OneTokenRows], threads: int) -> Tensor:
-        """Scratch for any block's attention, whichever of the pool's tables it reads."""
-        return torch.empty(threads * self._sharing * max((one.room for one in tables), default=0))
-
-
-def _native(op: Op, what: Any, begins: dict[int, int], whole: set[int]) -> _NativeOp:
-    """An operator for the kernel; `begins` is where each storage does."""
-
-    def place(view: View) -> int:
-        width = 8 if view.storage in whole else 4
-        return begins[view.storage] + view.offset * width
-
-    native = _NativeOp(KINDS.index(op.kind), place(op.output), number=op.number)
-    native.inputs[: len(op.inputs)] = [place(one) for one in op.inputs]
-    if what is not None:
-        native.what = ctypes.addressof(what)
-    sizes, strides = _dimensions(op)
-    native.sizes[:] = sizes
-    for own, one in zip(native.strides, strides, strict=False):
-        own[:] = one
-    return native
-
-
-def _plain(ops: Pairs, lengths: list[int], whole: set[int]) -> Pairs:
+def with_copies(ops: Pairs, lengths: list[int], whole: set[int]) -> Pairs:
     """The same, with copies of what products and attention cannot read as it lies; `lengths` grows by theirs."""
     found: list[tuple[Op, Any]] = []
     for op, what in ops:
@@ -164,7 +56,7 @@ def _contiguous(storage: int, sizes: tuple[int, ...]) -> View:
     return View(storage, 0, sizes, strides)
 
 
-def _places(
+def places_of(
     ops: Sequence[Op], lengths: Sequence[int], *, fixed: set[int], kept: set[int]
 ) -> tuple[dict[int, int], int]:
     """Where in one piece of memory each storage lies, and how much is needed, in elements.
@@ -200,7 +92,7 @@ def _rounded(length: int) -> int:
 # --- sizes and strides ----------------------------------------------------------------------------------
 
 
-def _dimensions(op: Op) -> tuple[list[int], list[list[int]]]:
+def dimensions(op: Op) -> tuple[list[int], list[list[int]]]:
     """An operator's loop: sizes, and the strides of the output and the inputs."""
     if op.kind == "product":
         return [prod(op.inputs[0].sizes[:-1]), 0, 0, 0], []

@@ -7,32 +7,60 @@ recordings, and a pass of which it is not true is refused.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from corolla.models.attention.one_token_rows import LANES, THREADED, kernel_rules
+from corolla.models.attention.one_token_rows import LANES, THREADED, OneTokenRows, kernel_rules
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import PAGE, PagePool
-from corolla.models.compiled.layout import LaidOut
+from corolla.models.compiled.layout import DIMS, PRODUCTS, Pairs, dimensions, places_of, with_copies
 from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View
-from corolla.models.kernels.native import Layer, pointer
-from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.linear import FrozenLinear
+from corolla.models.kernels.native import Layer, kernels, pointer
+
+KINDS = (
+    "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
+    "neg", "abs", "square", "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh",
+    "gelu", "exp", "sin", "cos", "floor", "log", "expm1", "nonzero", "greater", "where", "sum", "softmax", "top",
+    "gather", "scatter", "route", "pick", "experts", "combine"
+)  # fmt: skip  # by their numbers in native_program.c
 
 
 class Attention(ctypes.Structure):
     """One block's attention, as the kernel is told about it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "sinks", "slopes")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "beside", "sinks", "slopes")),
         *(
             (name, ctypes.c_int64)
-            for name in ("heads", "kv_heads", "dim", "width", "page", "window", "table", "threaded")
+            for name in ("heads", "kv_heads", "dim", "width", "extra", "page", "window", "table", "threaded")
         ),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
+    )
+
+
+class _NativeOp(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p * 3),
+        ("sizes", ctypes.c_int64 * DIMS),
+        ("strides", ctypes.c_int64 * DIMS * 4),  # of the output, and of the inputs
+        ("number", ctypes.c_double),
+        ("what", ctypes.c_void_p),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("most", "room", "total")),
     )
 
 
@@ -48,7 +76,7 @@ class Program:
         self._whats: dict[int, Any] = {at: _what(self._first.ops[at]) for at in self._needed}
         self._kept: list[Tensor | None] = []  # sinks and slopes
         self._pool: PagePool | None = None
-        self._layouts: dict[int, LaidOut] = {}
+        self._sized: dict[int, SizedProgram] = {}
         self._most = most
         self._arena = torch.empty(0)  # which all of these share, since one of them runs at a time
 
@@ -59,11 +87,9 @@ class Program:
         if pool is not self._pool:
             self._use(pool)
         rows = len(hidden)
-        if rows not in self._layouts:
-            self._layouts[rows] = self._laid_out(rows)
-        return self._layouts[rows].run(
-            hidden, positions, [batch.rows(at) for at in range(pool.layout.tables)]
-        )
+        if rows not in self._sized:
+            self._sized[rows] = self._for_rows(rows)
+        return self._sized[rows].run(hidden, positions, [batch.rows(at) for at in range(pool.layout.tables)])
 
     def _use(self, pool: PagePool) -> None:
         """Attention reads and writes this pool."""
@@ -74,21 +100,26 @@ class Program:
         self._pool = pool
 
     def _fill(self, own: Attention, op: Op, pool: PagePool) -> None:
-        block, rules = op.what
-        own.table, place = pool.layout.place(block, rules.window)
-        _, own.heads, _, own.dim = op.inputs[0].sizes
-        own.kv_heads = op.inputs[1].sizes[1]
-        own.width = op.inputs[2].sizes[3]
-        like = [torch.empty(1, own.kv_heads, 1, one) for one in (own.dim, own.width)]
-        own.keys, own.values = map(pointer, pool.store(place, *like))
+        block, rules, latents = op.what
+        own.table, place = pool.layout.place(block, None if latents else rules.window)
+        query, key, third = (one.sizes for one in op.inputs)
+        own.heads, own.kv_heads, own.dim = query[1], key[1], key[3]
+        like = [torch.empty(1, own.kv_heads, 1, one[3]) for one in (key, third)]
+        keys, others = pool.store(place, *like)
+        if latents:  # keys and values at once; what of the keys is rotary lies beside
+            own.width, own.extra = own.dim, third[3]
+            own.keys, own.values, own.beside = map(pointer, (keys, keys, others))
+        else:
+            own.width = third[3]
+            own.keys, own.values = map(pointer, (keys, others))
         own.page, own.threaded = PAGE, THREADED
-        (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim)
+        (own.scale, own.softcap, own.window), *each_head = kernel_rules(rules, own.dim + own.extra)
         own.sinks, own.slopes = map(pointer, each_head)
         self._kept += each_head
 
     # --- for one number of rows -----------------------------------------------------------------------------
 
-    def _laid_out(self, rows: int) -> LaidOut:
+    def _for_rows(self, rows: int) -> SizedProgram:
         assert self._first.output is not None
         assert self._second.output is not None
         ops = [(self._op(at, rows), self._whats[at]) for at in self._needed]
@@ -97,7 +128,7 @@ class Program:
         lengths = [self._at(rows, *own) if at in used else 0 for at, own in enumerate(both)]
         output = self._view(self._first.output, self._second.output, rows)
         whole = self._first.whole
-        return LaidOut(ops, lengths, whole, self._first.constants, output, partial(self._take, rows))
+        return SizedProgram(ops, lengths, whole, self._first.constants, output, partial(self._take, rows))
 
     def _take(self, rows: int, length: int) -> Tensor:
         """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
@@ -128,6 +159,81 @@ class Program:
         if rest or value < 0:
             raise NotCompilable("a size that is not in proportion to the rows")
         return value
+
+
+class SizedProgram:
+    """A program for one number of rows: ready to run, over and over."""
+
+    def __init__(
+        self,
+        ops: Pairs,
+        lengths: list[int],
+        whole: set[int],
+        constants: dict[int, Tensor],
+        output: View,
+        take: Callable[[int], Tensor],
+    ) -> None:
+        """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements.
+
+        `whole` are the storages of int64.
+
+        `take` gives at least so many float32 of memory, which nobody else uses while this runs.
+        """
+        ops = with_copies(ops, lengths, whole)
+        floats = [length * (2 if at in whole else 1) for at, length in enumerate(lengths)]
+        places, size = places_of(
+            [op for op, _ in ops], floats, fixed={POSITIONS, *constants}, kept={HIDDEN, output.storage}
+        )
+        inputs = [op.inputs[0] for op, _ in ops if op.kind in PRODUCTS]
+        widest = max((prod(one.sizes) for one in inputs), default=0)  # activations in 8 bits, one a byte
+        rows = max((prod(one.sizes[:-1]) for one in inputs), default=0)
+        arena = take(size + -(-widest // 4) + rows)
+        self._codes, self._steps = arena[size + rows :], arena[size:]
+        self._hidden = arena.narrow(0, places[HIDDEN], lengths[HIDDEN])
+        self._positions = torch.empty(lengths[POSITIONS], dtype=torch.int64)
+        self._kept = [what for _, what in ops], list(constants.values())
+        begins = {storage: arena.data_ptr() + at * arena.itemsize for storage, at in places.items()}
+        outside = {POSITIONS: self._positions} | constants
+        begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
+        self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins, whole) for op, what in ops))
+        self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
+        heads = [(op.inputs[0].sizes[1], op.inputs[1].sizes[1]) for op, _ in ops if op.kind == "attend"]
+        self._sharing = max((own // kv for own, kv in heads), default=0)  # heads with the same keys
+
+    def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
+        """Hidden states [N, H] behind the last block."""
+        self._hidden.copy_(hidden.reshape(-1))
+        self._positions.copy_(positions)
+        threads = torch.get_num_threads()
+        rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
+        scores = self._scores(tables, threads)
+        kernels().run_program(
+            *(self._ops, len(self._ops), rows, pointer(scores)),
+            *(pointer(self._codes), pointer(self._steps), threads),
+        )
+        return self._result.clone().view(hidden.shape)
+
+    def _scores(self, tables: Sequence[OneTokenRows], threads: int) -> Tensor:
+        """Scratch for any block's attention, whichever of the pool's tables it reads."""
+        return torch.empty(threads * self._sharing * max((one.room for one in tables), default=0))
+
+
+def _native(op: Op, what: Any, begins: dict[int, int], whole: set[int]) -> _NativeOp:
+    """An operator for the kernel; `begins` is where each storage does."""
+
+    def place(view: View) -> int:
+        width = 8 if view.storage in whole else 4
+        return begins[view.storage] + view.offset * width
+
+    native = _NativeOp(KINDS.index(op.kind), place(op.output), number=op.number)
+    native.inputs[: len(op.inputs)] = [place(one) for one in op.inputs]
+    if what is not None:
+        native.what = ctypes.addressof(what)
+    sizes, strides = dimensions(op)
+    native.sizes[:] = sizes
+    for own, one in zip(native.strides, strides, strict=False):
+        own[:] = one
+    return native
 
 
 def _check_alike(first: Recording, second: Recording, needed: Sequence[int]) -> None:

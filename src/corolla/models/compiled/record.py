@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from corolla.models.attention.latent import absorbed
 from corolla.models.attention.one_token_rows import Rules
 from corolla.models.kernels.experts import Experts
 from corolla.models.kernels.fused import FusedPart
 from corolla.models.kernels.int8 import Int8Linear
-from corolla.models.kernels.narrow import NarrowLinear, as_it_is
-from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.linear import FrozenLinear, NarrowLinear
+from corolla.models.kernels.narrow import as_it_is
 
 UNKNOWN = "unknown"  # an operator that is not understood; `what` says why
 HIDDEN, POSITIONS = 0, 1  # storages of what goes in
@@ -104,6 +105,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found = Recording()
         self._seen: list[Tensor] = []  # kept, so that no storage's place is taken by another
         self._storages: dict[int, int] = {}
+        self._latents: dict[int, tuple[Tensor, Tensor]] = {}  # the new tokens', by block
         self._inside = 0  # a product or attention, whose own operators are not ours
 
     def begin(self, hidden: Tensor, positions: Tensor) -> None:
@@ -166,7 +168,53 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """See `PackedBatch.attend`."""
         batch, heads, rows, _ = query.shape
         result = self._fresh(batch, rows, heads, value.shape[-1])
-        self._add("attend", result, [query, key, value], what=(block, rules))
+        self._add("attend", result, [query, key, value], what=(block, rules, False))
+        return result
+
+    # Of blocks whose attention keeps latents.
+    goes_on = True
+
+    def keep(self, block: int, latent: Tensor, rotary: Tensor) -> None:
+        """See `PackedBatch.keep`."""
+        self._latents[block] = latent, rotary
+
+    def has_latents(self, block: int) -> bool:
+        """See `PackedBatch.has_latents`."""
+        return block in self._latents
+
+    def attend_latents(
+        self, attention: Any, query: Tensor, _new: tuple[Tensor, Tensor], rules: Rules
+    ) -> Tensor:
+        """See `PackedBatch.attend_latents`; in the absorbed form, with a product for each head."""
+        block = int(attention.layer_idx)
+        latent, rotary = self._latents[block]
+        self._inside += 1
+        try:
+            short = absorbed(attention, latent, rotary)
+            for_queries, for_mixtures = short.layers
+            plain, turned = torch.split(query, [short.keys.shape[2], short.rotary], dim=-1)
+            found = self._by_heads(plain, for_queries)
+            asked = query.new_empty(*query.shape[:3], found.shape[-1] + short.rotary)
+            for part, place in zip(
+                (found, turned), torch.split(asked, [found.shape[-1], short.rotary], dim=-1), strict=True
+            ):
+                if part.numel():
+                    self._add("copy", place, [part])
+            mixed = query.new_empty(1, query.shape[2], query.shape[1], latent.shape[-1])
+            rules = replace(rules, scale=query.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+            self._add("attend", mixed, [asked, latent, rotary], what=(block, rules, True))
+            made = self._by_heads(mixed.transpose(1, 2), for_mixtures)
+            result = torch.empty_like(made.transpose(1, 2), memory_format=torch.contiguous_format)
+            self._add("copy", result, [made.transpose(1, 2)])
+            return result
+        finally:
+            self._inside -= 1
+
+    def _by_heads(self, value: Tensor, layers: Sequence[NarrowLinear]) -> Tensor:
+        """Each head's rows [1, heads, N, D] by a layer of its own, [1, heads, N, D']."""
+        result = value.new_empty(*value.shape[:3], layers[0].out_features)
+        for head, layer in enumerate(layers):
+            self._add("product", result[0, head], [value[0, head]], what=layer)
         return result
 
     def _fresh(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

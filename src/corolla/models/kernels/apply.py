@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla.config import QUANTIZATIONS
 from corolla.errors import UsageError
-from corolla.models.kernels.choice import Trials
+from corolla.models.kernels.autotune import Autotuner
 from corolla.models.kernels.experts import replace_experts
 from corolla.models.kernels.fused import FusedPart, Group
 from corolla.models.kernels.int8 import Int8Linear, has_int8
-from corolla.models.kernels.narrow import Narrow, NarrowLinear, as_it_is, narrow_form
-from corolla.models.kernels.packed import FrozenLinear, PackedLinear, is_packable
+from corolla.models.kernels.linear import FrozenLinear, NarrowLinear, PackedLinear, is_packable
+from corolla.models.kernels.narrow import Narrow, as_it_is, narrow_form
 
 Make = Callable[[Tensor, Tensor | None], FrozenLinear]  # of weight and bias
 Quantization = Literal["none", "int8"]
@@ -85,7 +85,7 @@ def pack_linears(module: nn.Module, *, quantization: Quantization = "none", piec
         )
     if quantization == "int8" and not has_int8():
         raise UsageError("int8 needs a C compiler, or an x86 CPU with AVX2; run without quantization here.")
-    exact = partial(exact_linear, trials=Trials())
+    exact = partial(exact_linear, autotuner=Autotuner())
     make: Make = exact if quantization == "none" else partial(Int8Linear, pieces=pieces)
     names = _replaceable(module, lambda weight: is_packable(weight.device, weight.dtype))
     total = len(names) + replace_experts(module, make)
@@ -157,15 +157,15 @@ def _replace(module: nn.Module, names: set[str], make: Callable[[Tensor, Tensor 
         del layer
 
 
-def exact_linear(weight: Tensor, bias: Tensor | None, *, trials: Trials) -> FrozenLinear:
+def exact_linear(weight: Tensor, bias: Tensor | None, *, autotuner: Autotuner) -> FrozenLinear:
     """The fastest layer with this very float32 weight [out, in], whose memory it may share."""
-    return linear_of(narrow_form(weight) or as_it_is(weight), bias, trials=trials)
+    return linear_of(narrow_form(weight) or as_it_is(weight), bias, autotuner=autotuner)
 
 
-def linear_of(narrow: Narrow, bias: Tensor | None, *, trials: Trials) -> FrozenLinear:
+def linear_of(narrow: Narrow, bias: Tensor | None, *, autotuner: Autotuner) -> FrozenLinear:
     """The fastest layer with a weight that is kept so."""
-    ways = trials.ways(narrow)
-    return PackedLinear(narrow.values, bias) if ways.packed else NarrowLinear(narrow, bias, ways)
+    backends = autotuner.backends(narrow)
+    return PackedLinear(narrow.values, bias) if backends.packed else NarrowLinear(narrow, bias, backends)
 
 
 def _fuse(parent: nn.Module, names: tuple[str, ...], make: Make) -> bool:

@@ -16,16 +16,15 @@ from transformers import PreTrainedModel
 from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import exact_linear
-from corolla.models.kernels.choice import Trials
+from corolla.models.kernels.autotune import Autotuner
 from corolla.models.kernels.int8 import Int8Linear
-from corolla.models.kernels.narrow import NarrowLinear, as_it_is
-from corolla.models.kernels.packed import FrozenLinear, is_packable
-from corolla.models.kernels.ways import multiply
+from corolla.models.kernels.linear import FrozenLinear, NarrowLinear, is_packable, multiply
+from corolla.models.kernels.narrow import as_it_is
 
 CHUNK = 4096  # rows of a 16-bit weight that are widened at a time; 9.4 MB for SmolLM2
 
 
-def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "none") -> FrozenLinear | None:
+def quantize_client(model: PreTrainedModel, quantization: str = "none") -> FrozenLinear | None:
     """Prepare a client's model for its machine; gives the head's product, float32 [..., H] to [..., V], or None.
 
     `none`: the head's weight in fewer bits beside the shared embedding, where it has such a form; else in the very
@@ -49,7 +48,7 @@ def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "
     # A bias of its own: what is made here must not change when the head is changed.
     bias = None if head.bias is None else head.bias.detach().clone()
     if quantization == "none":
-        return exact_linear(head.weight, bias, trials=Trials())
+        return exact_linear(head.weight, bias, autotuner=Autotuner())
     product = Int8Linear(head.weight, bias) if quantization == "int8" else None
     halve_tables(model, head)
     return product or HalfLinear(head.weight, head.bias)
@@ -58,7 +57,7 @@ def quantize_client(model: PreTrainedModel, quantization: ClientQuantization = "
 def product_for(copied: nn.Linear, head: nn.Linear, product: FrozenLinear) -> FrozenLinear:
     """The `product` of `head` for a copy of it: what reads the head's own memory reads the copy's instead."""
     if isinstance(product, NarrowLinear) and product.narrow.values.data_ptr() == head.weight.data_ptr():
-        return NarrowLinear(as_it_is(copied.weight), product.bias, product.ways)
+        return NarrowLinear(as_it_is(copied.weight), product.bias, product.backends)
     return product
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corolla.models.kernels.packed import FrozenLinear, is_packable
+from corolla.models.kernels.linear import FrozenLinear, is_packable
 from corolla.text import get_logger
 
 log = get_logger(__name__)

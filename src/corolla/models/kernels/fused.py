@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.linear import FrozenLinear
 
 
 class Group:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from corolla.errors import UsageError
-from corolla.models.kernels.native import FORMS, Layer, library, pointer
-from corolla.models.kernels.packed import FrozenLinear
+from corolla.models.kernels.linear import FrozenLinear
+from corolla.models.kernels.native import FORMS, Layer, kernels, library, pointer
 
 WEIGHT_LEVELS = 127  # symmetric: -127 … 127
 TINY = 1e-30  # below any real activation; keeps a row of zeros a row of zeros
@@ -137,9 +137,8 @@ class _Native:
             bias = None if bias is None else F.pad(bias, (0, outputs - len(bias)))
         rows, count = rows.contiguous(), len(rows)
         codes, steps = torch.empty(count, columns, dtype=torch.uint8), rows.new_empty(count)
-        product, kernels = rows.new_empty(count, outputs), library()
-        assert kernels is not None
-        kernels.int8_product(
+        product = rows.new_empty(count, outputs)
+        kernels().int8_product(
             *self._described,
             *(pointer(bias), columns, outputs, pointer(rows), pointer(codes), pointer(steps)),
             *(pointer(product), count, WEIGHT_LEVELS, TINY, torch.get_num_threads()),

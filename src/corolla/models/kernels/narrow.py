@@ -16,9 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from corolla.models.kernels.native import FORMS, Layer, library, pointer
-from corolla.models.kernels.packed import FrozenLinear
-from corolla.models.kernels.ways import Ways, product, product_back, usual
+from corolla.models.kernels.native import FORMS, kernels, library, pointer
 
 OUTPUTS = 4  # whose number has to be a multiple of this
 MOST_COLUMNS = 2**16  # four rows of so many lie on a thread's stack
@@ -82,7 +80,7 @@ class Narrow:
         if self.form == "float32":
             return self.values
         wide = torch.empty(self.shape)
-        _kernels().narrow_widen(*self.described(), pointer(wide), torch.get_num_threads())
+        kernels().narrow_widen(*self.described(), pointer(wide), torch.get_num_threads())
         return wide
 
 
@@ -257,59 +255,3 @@ def _searched(groups: Tensor) -> Tensor:
 def _in_float8(groups: Tensor, step: Tensor) -> Tensor:
     """Of which groups [..., group] all weights are the products of 8-bit floats with its step [..., 1]; bool [...]."""
     return ((groups / step).to(FLOAT8).float() * step == groups).all(-1)
-
-
-class NarrowLinear(FrozenLinear):
-    """A frozen float32 linear layer on the CPU whose weight is kept narrow; differentiable in its input."""
-
-    def __init__(self, narrow: Narrow, bias: Tensor | None = None, ways: Ways | None = None) -> None:
-        """`bias` float32 [out] is kept as it is; `ways` to multiply, the usual ones where nothing was tried."""
-        super().__init__(*narrow.shape, bias)
-        self.narrow = narrow
-        self.ways = usual(narrow.has_kernel) if ways is None else ways
-        self._described = narrow.described()
-        for name, tensor in narrow.tensors().items():  # whoever adds up a module's memory finds them
-            self.register_buffer(f"narrow_{name}", tensor, persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The float32 weight [out, in]; made anew at each reading."""
-        wide = self.narrow.widened()
-        return wide.clone() if wide is self.narrow.values else wide
-
-    def weight_bytes(self) -> int:
-        """Memory of weight and bias in bytes."""
-        kept = sum(tensor.nbytes for tensor in self.narrow.tensors().values())
-        return kept + (0 if self.bias is None else self.bias.nbytes)
-
-    def multiply(self, value: Tensor) -> Tensor:
-        rows = value.numel() // self.in_features
-        way = self.ways.of(rows)
-        if way != "own":
-            return product(value, self.narrow.widened(), self.bias, way)
-        value = value.contiguous()
-        result = value.new_empty(*value.shape[:-1], self.out_features)
-        given = pointer(self.bias), pointer(value), pointer(result), rows, torch.get_num_threads()
-        _kernels().narrow_product(*self._described, *given)
-        return result
-
-    def multiply_back(self, gradient: Tensor) -> Tensor:
-        return product_back(gradient, self.narrow.widened(), self.ways.backward)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NarrowLinear:
-        # Nobody changes the weight, and what the kernels are told of it holds for this memory only.
-        memo[id(self)] = made = NarrowLinear(self.narrow, self.bias, self.ways)
-        return made
-
-    def native(self) -> Layer | None:
-        """What `run_program` is told, if it can compute this; it holds as long as this layer does."""
-        if not self.narrow.has_kernel:
-            return None
-        form, values, steps, offsets, halves, shift, columns, rows = self._described
-        return Layer(form, halves, shift, columns, rows, values, steps, offsets, pointer(self.bias))
-
-
-def _kernels() -> Any:
-    found = library()
-    assert found is not None  # `has_kernel` asked
-    return found

@@ -14,8 +14,8 @@ void int8_product(const int8_t *values, const float *scales, const int32_t *sums
                   int64_t out, const float *x, uint8_t *codes, float *steps, float *y, int64_t rows, float levels,
                   float least, int threads);
 void attend_rows(const float *query, int64_t query_head, int64_t query_row, const float *key, int64_t key_head,
-                 int64_t key_row, const float *value, int64_t value_head, int64_t value_row, float *keys,
-                 float *values, const int32_t *pages, const int64_t *lengths, int64_t rows, int64_t heads,
-                 int64_t kv_heads, int64_t dim, int64_t width, int64_t page, int64_t most, float scale, float softcap,
-                 int64_t window, const float *sinks, const float *slopes, float *scores, int64_t room, float *out,
-                 int threads);
+                 int64_t key_row, const float *value, int64_t value_head, int64_t value_row, const float *more,
+                 int64_t more_head, int64_t more_row, float *keys, float *values, float *beside, const int32_t *pages,
+                 const int64_t *lengths, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t width,
+                 int64_t extra, int64_t page, int64_t most, float scale, float softcap, int64_t window,
+                 const float *sinks, const float *slopes, float *scores, int64_t room, float *out, int threads);

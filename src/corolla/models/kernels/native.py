@@ -56,7 +56,8 @@ _SIGNATURES = {
     "begin_team": "i",
     "end_team": "",
     "int8_product": "ppppllppppl" + "ffi",
-    "attend_rows": "pllpllpllpppplllllllffl" + "pp" + "plp" + "i",
+    "attend_rows": "pll" * 4 + "ppppp" + "llllllll" + "ffl" + "pp" + "plp" + "i",
+    "attend_stretch": "pllppplllllllffl" + "pp" + "pi",
     "run_program": "plpppp" + "i",
 }
 
@@ -90,6 +91,13 @@ def library() -> ctypes.CDLL | None:
         return None
     if found is None:
         log.warning("The C kernels compute wrong results on this machine, so they are not used.")
+    return found
+
+
+def kernels() -> ctypes.CDLL:
+    """`library()`, for those who know that it is there."""
+    found = library()
+    assert found is not None
     return found
 
 

@@ -31,9 +31,9 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    float *keys, *values;
+    float *keys, *values, *beside; /* latents: keys and values are the same, rotary parts lie beside */
     const float *sinks, *slopes;
-    int64_t heads, kv_heads, dim, width, page, window, table, threaded;
+    int64_t heads, kv_heads, dim, width, extra, page, window, table, threaded;
     double scale, softcap;
 } Attention;
 
@@ -70,10 +70,12 @@ static void multiply(const Op *op, uint8_t *codes, float *steps, int threads) {
 static void attend(const Op *op, const Rows *tables, float *scores, int threads) {
     const Attention *a = op->what;
     const Rows *rows = tables + a->table;
-    const int64_t *query = op->stride[0], *key = query + 2, *value = op->stride[1];
-    attend_rows(op->in[0], query[0], query[1], op->in[1], key[0], key[1], op->in[2], value[0], value[1], a->keys,
-                a->values, rows->pages, rows->lengths, op->size[0], a->heads, a->kv_heads, a->dim, a->width, a->page, rows->most,
-                (float)a->scale, (float)a->softcap, a->window, a->sinks, a->slopes, scores, rows->room, op->out,
+    const int64_t *query = op->stride[0], *key = query + 2, *third = op->stride[1];
+    const float *value = a->beside ? NULL : op->in[2], *more = a->beside ? op->in[2] : NULL;
+    attend_rows(op->in[0], query[0], query[1], op->in[1], key[0], key[1], value, third[0], third[1], more, third[0],
+                third[1], a->keys, a->values, a->beside, rows->pages, rows->lengths, op->size[0], a->heads,
+                a->kv_heads, a->dim, a->width, a->extra, a->page, rows->most, (float)a->scale, (float)a->softcap,
+                a->window, a->sinks, a->slopes, scores, rows->room, op->out,
                 rows->total * a->heads >= a->threaded ? threads : 1);
 }
 

@@ -16,6 +16,7 @@ MOST_REMEMBERED = 10_000  # peers
 PASS_TOKENS = 512  # tokens that one packed pass takes at most
 SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
 LEAST_PREFILL_TOKENS = 16
+WHOLE_PROMPT = 64  # a prompt of so few tokens is not cut: a pass for each piece reads all weights again
 SECONDS_A_TOKEN = 0.002  # until it is known
 LEAST_TIMED = 64  # tokens; what fewer take says little
 SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take to be worth one of its own

@@ -20,7 +20,14 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.accounting import PASS_TOKENS, PassTimes, PeerHistory, Shares, Speed
+from corolla.server.scheduler.accounting import (
+    PASS_TOKENS,
+    WHOLE_PROMPT,
+    PassTimes,
+    PeerHistory,
+    Shares,
+    Speed,
+)
 from corolla.server.scheduler.execution import RunPass, run_pass
 from corolla.text import get_logger
 
@@ -68,6 +75,11 @@ class Request:
     @property
     def tokens_left(self) -> int:
         """Tokens that have still to go through the blocks, in passes."""
+        return 0
+
+    @property
+    def behind(self) -> int:
+        """Tokens that its next ones see and that have been through the blocks."""
         return 0
 
     def run_pass(self, parts: Sequence[tuple[Any, int]]) -> list[BaseException | None]:
@@ -350,12 +362,13 @@ class Engine:
         for_prompts = min(for_prompts, most)
         budget, taken = PASS_TOKENS, []
         for one in group:
-            room = budget if one.kind is Kind.DECODE else min(budget, for_prompts)
-            count = min(one.tokens_left, room)
+            decode = one.kind is Kind.DECODE
+            short = for_prompts > 0 and not one.begun and one.tokens_left <= WHOLE_PROMPT
+            count = min(one.tokens_left, budget if decode or short else min(budget, for_prompts))
+            for_prompts -= 0 if decode else min(count, for_prompts)
             if count or not one.tokens_left:
                 taken.append((one, count))
             budget -= count
-            for_prompts -= 0 if one.kind is Kind.DECODE else count
         return taken
 
     def _settle(self, ended: list[tuple[Request, Any, BaseException | None]]) -> None:

@@ -32,8 +32,10 @@ RunPass = Callable[[Pass], list[BaseException | None]]  # the error of each requ
 
 LARGE_BATCH = 8  # decode steps in one pass
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
+CONTEXT = 512  # tokens; the least context that makes a class of its own
 COST = 0.01  # the share of time that trials may cost
 GAPS = (8, 256)  # passes between two trials, at least and at most
+FIRST_GAP = 4  # until there is a verdict: of some kinds of passes, few ever come
 TRIALS = 7  # that a verdict is made of; a few passes that were held up do not sway their median
 FEWEST_TRIALS = 3
 MARGIN = 0.03  # by so much the other way has to be quicker
@@ -61,7 +63,7 @@ class Contest:
     def __init__(self) -> None:
         self.best = 0
         self._ratios: deque[float] = deque(maxlen=TRIALS)  # the other way's time, in those of the best
-        self._gap = GAPS[0]
+        self._gap = FIRST_GAP
         self._turns = 0  # since the last trial
         self._before: float | None = None
         self._trial: float | None = None
@@ -94,7 +96,7 @@ class Contest:
 
 
 class ThreadChooser:
-    """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …).
+    """Runs passes with one thread or all, by a contest for each class of row counts (1, 2-3, 4-7, …) and contexts.
 
     A pass of few rows is hundreds of short products. To share one out, sleeping threads have to be woken, which on a
     virtual machine, or beside other busy processes, takes longer than it saves; on an idle one it pays. Neither can
@@ -117,7 +119,7 @@ class ThreadChooser:
         self._others = others or others_running
         self._cpus = cpus
         self._awake = (0, 0.0)  # helpers of the last pass, and until when they may wait awake for the next
-        self._contests: defaultdict[int, Contest] = defaultdict(Contest)
+        self._contests: defaultdict[tuple[int, int], Contest] = defaultdict(Contest)
 
     def choosing(self, run_pass: RunPass) -> RunPass:
         """`run_pass` with threads chosen for each pass; to be called on the compute thread."""
@@ -128,7 +130,10 @@ class ThreadChooser:
                 return run_pass(parts)
             if tokens == len(parts) >= LARGE_BATCH and self._is_full():
                 return self._with(self._ways[0] // 2, partial(run_pass, parts))
-            return self._timed(self._contests[tokens.bit_length()], partial(run_pass, parts))
+            # Attention over a long context is work of another kind: long pieces, which threads share well.
+            behind = sum(request.behind for request, _ in parts) // CONTEXT
+            contest = self._contests[tokens.bit_length(), behind.bit_length()]
+            return self._timed(contest, partial(run_pass, parts))
 
         return run
 

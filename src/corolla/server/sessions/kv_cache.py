@@ -87,7 +87,7 @@ class CacheBudget:
         return self._line.index(holder) if holder in self._line else 0
 
     async def reserve(self, holder: CacheHolder, pages: int, field: str) -> None:
-        """Grow or shrink a reservation to `pages`; `field` is the message field that asks for it.
+        """Grow a reservation to `pages`, which is more; `field` is the message field that asks for it.
 
         Raises `RequestRefused`, and leaves the reservation as it was: too_large, busy after `WAIT_SECONDS` in
         line, evicted when others took this one's own room while it waited for more.
@@ -99,10 +99,7 @@ class CacheBudget:
                 code="too_large",
                 field=field,
             )
-        if not self._line and self._resized(holder, pages):
-            return
-        if pages <= holder.pages:
-            self._resized(holder, pages)
+        if not self._line and self._grown(holder, pages):
             return
         await self._stand_in_line(holder, pages, field)
 
@@ -113,7 +110,7 @@ class CacheBudget:
             while True:
                 if holder.evicted:  # before there is room: what it holds is not what its client thinks
                     raise RequestRefused("The session's cache is gone; replay it.", code="evicted")
-                if self._first_in_line() is holder and self._resized(holder, pages):
+                if self._first_in_line() is holder and self._grown(holder, pages):
                     return
                 if self.clock() >= deadline:
                     raise RequestRefused(
@@ -141,16 +138,14 @@ class CacheBudget:
         except TimeoutError:
             return
 
-    def _resized(self, holder: CacheHolder, pages: int) -> bool:
+    def _grown(self, holder: CacheHolder, pages: int) -> bool:
         """Whether the reservation is as wanted now, after evictions where these were needed and enough."""
         more = pages - holder.pages
         if more > self.free and not self._evict(more, holder):
             return False
         self._count(holder, more)
-        if pages and holder not in self._holders:
+        if holder not in self._holders:
             self._holders.append(holder)
-        if more < 0:
-            self._changed.set()
         return True
 
     def _count(self, holder: CacheHolder, more: int) -> None:

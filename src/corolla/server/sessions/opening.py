@@ -11,7 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from corolla.models.span import Span
-from corolla.server.block_server import BlockServer, check_prefix, check_prompts, malformed
+from corolla.server.block_server import BlockServer, check_given, malformed
 from corolla.server.scheduler.engine import Kind
 from corolla.server.sessions.prefilled import PrefilledPrompt, find
 from corolla.server.sessions.session import Client, Session
@@ -28,10 +28,9 @@ class OpenRequest:
         self._server = server
         self._client = client
         self._message = message
-        self._prompts = tensors.get("prompts")
-        self._prefix = tensors.get("prefix")
+        self._given = tensors
         if message.known is not None:
-            self._prefix = server.prefixes.of(client.peer, message, self._prefix)
+            self._given = server.kept.with_known(client.peer, message, tensors)
 
     @cached_property
     def span(self) -> Span:
@@ -48,12 +47,13 @@ class OpenRequest:
         span = self.span
         self._server.check_staying()
         most = self._server.pool.layout.cached_of(self._message.max_tokens)
-        if self.bundle is None:  # whose prompts are its own
-            check_prompts(self._prompts, span, at_most=most)
         limit = self._server.budget.tokens(self._server.budget.capacity)
-        check_prefix(self._prefix, span, at_most=limit)
-        if self._prefix is not None and (self._prompts is not None or self.bundle is not None):
-            raise malformed("prefix", "A session begins with a prompt or with a prefix, not with both.")
+        check_given(self._given, span, prompts_at_most=most, prefix_at_most=limit)
+        if self.bundle is not None and self._given:
+            raise malformed(
+                next(iter(self._given)),
+                "A session begins with a bundle's prompt, or blocks are given something else.",
+            )
 
     async def run(self) -> Packet:
         """The answer to a client whose session is open now."""
@@ -72,18 +72,21 @@ class OpenRequest:
         return answer
 
     def _session(self) -> Session:
-        server, prompts = self._server, self._prompts
-        if self.bundle is not None:
-            prompts = self.bundle.deep_of(self.span)
+        server, given, message = self._server, self._given, self._message
+        prompts = given.get("prompts") if self.bundle is None else self.bundle.deep_of(self.span)
+        public = message.known is not None and message.known in server.kept.public
         return Session(
             self.span,
             server.budget,
             server.pool,
             server.engine.post,
             prompts=None if prompts is None else prompts.to(self.span.device),
-            prefix=self._prefix,
+            prefix=given.get("prefix"),
+            lora=given.get("lora"),
+            targets=given.get("targets"),
+            held=0 if public else given["lora"].nbytes if "lora" in given else 0,
             peer=self._client.peer,
-            name=self._message.name,
+            name=message.name,
         )
 
     def _tokens(self) -> int:

@@ -22,7 +22,7 @@ from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.prompt_files import load_prompt
 from corolla.models.front import entering
 from corolla.models.kernels.apply import use_kernels
-from corolla.models.prompts import BlockVectors, DeepRows, KeyValuePrefix, Prompt, SoftPrompt, digest
+from corolla.models.prompts import BlockVectors, DeepRows, Prompt, SoftPrompt, digest
 from corolla.models.span import Span, load_span
 from corolla.wire.messages import Prefilled
 
@@ -75,7 +75,9 @@ def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Prompt
     """The prompts of these bundles. Raises `BundleError` for one that is not for this model."""
     prompts: list[Prompt] = []
     for folder in folders:
-        prompt = load_prompt(folder, model_name=checkpoint.name, identity=checkpoint.identity)
+        prompt = load_prompt(
+            folder, model_name=checkpoint.name, identity=checkpoint.identity, config=checkpoint.config
+        )
         if not _fits(prompt, checkpoint.config):
             raise BundleError(
                 f"The prompt in {folder} has not the shape that {checkpoint.name} needs; copy the bundle again."
@@ -85,9 +87,9 @@ def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Prompt
 
 
 def _fits(prompt: Prompt, config: PretrainedConfig) -> bool:
-    if isinstance(prompt, KeyValuePrefix):
+    if not isinstance(prompt, SoftPrompt):
         # Its width is looked at with the blocks.
-        return prompt.values.shape[0] == int(config.num_hidden_layers)
+        return prompt.blocks.values.shape[0] == int(config.num_hidden_layers)
     size, width = config.hidden_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
     longest = getattr(config, "max_position_embeddings", None) or prompt.length
     deep = None if prompt.deep is None else prompt.deep.shape
@@ -107,11 +109,12 @@ def before_span(
     device: torch.device,
     quantization: str,
 ) -> list[EnteringPrompt | BlockVectors]:
-    """The prompts as they enter block `start`, once for each dtype that clients may compute in; prefixes as they are.
+    """The prompts as they enter block `start`, once for each dtype that clients may compute in; prefixes and
+    adapters as they are.
 
     One block at a time is read and run, in the server's own arithmetic. Raises `CheckpointError`.
     """
-    prefixes = [prompt.blocks.kept() for prompt in prompts if isinstance(prompt, KeyValuePrefix)]
+    given = [prompt.blocks.kept() for prompt in prompts if not isinstance(prompt, SoftPrompt)]
     soft = [prompt for prompt in prompts if isinstance(prompt, SoftPrompt)]
     found: dict[str, EnteringPrompt] = {}
     for kind in _client_dtypes(dtype) if soft else ():
@@ -120,13 +123,13 @@ def before_span(
             name = digest(prompt.input, deep, kind)
             found[name] = EnteringPrompt(name, hidden, deep, kind)
     if not found:
-        return [*prefixes]
+        return [*given]
     for index in range(start):
         block = load_span(checkpoint, index, index + 1, dtype=dtype, device=device)
         use_kernels(block.model, quantization, device)
         for name, one in found.items():
             found[name] = one.through(block, PackedBatch([Segment(0, len(one.hidden))]))
-    return [*found.values(), *prefixes]
+    return [*found.values(), *given]
 
 
 def _client_dtypes(dtype: torch.dtype) -> list[torch.dtype]:

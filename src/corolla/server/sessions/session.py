@@ -18,6 +18,7 @@ from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePoo
 from corolla.models.attention.prefixes import put, take
 from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
+from corolla.models.lora import Adapter
 from corolla.models.span import Span
 from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Request
@@ -49,17 +50,26 @@ class Session:
         *,
         prompts: Tensor | None,
         prefix: Tensor | None = None,
+        lora: Tensor | None = None,
+        targets: Tensor | None = None,
+        held: int = 0,
         peer: str = "",
         name: str | None = None,
     ) -> None:
         """`peer` is whose session it is, who may call it `name`; `prompts` are the deep prompts [blocks, P, H] of
-        these blocks, `prefix` [blocks, P, D] is what stands before every row; `post` hands work to the compute
-        thread."""
+        these blocks, `prefix` [blocks, P, D] is what stands before every row, `lora` [blocks, R, F] the adapter of
+        the layers `targets`, `held` the bytes of these that nobody else answers for; `post` hands work to the
+        compute thread."""
         self.span = span
         self.peer = peer
         self.name = name
         self.prompts = prompts
         self.prefix = prefix
+        self.lora, self.targets = lora, targets
+        self.adapter = None
+        if lora is not None and targets is not None:
+            self.adapter = Adapter.of(lora, targets, span.device, span.dtype)
+        self._held_pages = -(-held * pool.layout.tables // (bytes_per_token(span) * PAGE))
         self.before = 0 if prefix is None else int(prefix.shape[1])  # positions that come before column 0
         self.pool = pool
         self.rows = 0  # sequences
@@ -127,7 +137,7 @@ class Session:
             whole = self._pages_of_own(rows, before + tokens, SNAPSHOTS if self.span.remembers else 0)
             if whole > self._budget.capacity // SNAPSHOT_SHARE:
                 whole = self._pages_of_own(rows, before + tokens, 0)
-            return max(self.pages, whole)
+            return max(self.pages, whole + self._held_pages)
         common = [before // PAGE] * layout.tables
         if rows > 1 and self.block_tables and position:
             chosen = self._chosen(order)
@@ -136,7 +146,7 @@ class Session:
         pages = layout.most_pages(rows, before + tokens, tokens - position, PASS_TOKENS, common)
         # The prefix's own pages stay when all rows have a copy of its last one, or have left it behind.
         pages += layout.tables * (pages_for(before) if not layout.plain else int(before % PAGE > 0))
-        return max(self.pages, pages)
+        return max(self.pages, pages + self._held_pages)
 
     def _pages_of_own(self, rows: int, tokens: int, snapshots: int) -> int:
         """Pages that are as large as a family's own caches of `rows` of so many tokens, by the byte."""
@@ -181,10 +191,13 @@ class Session:
 
     def can_be_forked(self, origin: Origin, other: Session) -> bool:
         """Whether another session over the same span, with the same prompts, may begin as `origin` says."""
-        same_prompts = _same(self.prompts, other.prompts) and _same(self.prefix, other.prefix)
+        same_prompts = all(_same(one, its) for one, its in zip(self._given(), other._given(), strict=True))
         fits = origin.tokens <= self.length and origin.epoch == self.epoch and not self.evicted
         fits = fits and other.span is self.span and same_prompts
         return fits and self.reaches(origin.tokens)
+
+    def _given(self) -> tuple[Tensor | None, ...]:
+        return self.prompts, self.prefix, self.lora, self.targets
 
     # --- on the compute thread --------------------------------------------------------------------------
 
@@ -268,7 +281,8 @@ class Session:
 
     def _go_back(self, position: int, mask: Tensor | None) -> None:
         with torch.inference_mode():
-            self.span.go_back(self.plain, position, mask=mask, prompts=self.prompts)
+            given = {"prompts": self.prompts, "lora": self.lora, "targets": self.targets}
+            self.span.go_back(self.plain, position, mask=mask, given=given)
 
     def remember(self, rows: int, *, turn: bool) -> None:
         """Take a snapshot of the rows' states, if one is due and room was reserved (`attention/snapshots.py`)."""
@@ -303,7 +317,8 @@ class Session:
             self._prefix_pages.free()
         self.block_tables, self._prefix_pages = [], None
         self.plain = self.span.new_cache()
-        self.prompts = self.prefix = self.mask = None  # an evicted session's stream may stay open for long
+        self.prompts = self.prefix = self.mask = None
+        self.lora = self.targets = self.adapter = None  # an evicted session's stream may stay open for long
         self.length = self.rows = 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
+from corolla.models.lora import AdapterRows
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
 from corolla.server.scheduler.accounting import PASS_TOKENS
@@ -165,6 +166,11 @@ class StepRequest(Request):
         """See `Request`."""
         return self._total - self._at
 
+    @property
+    def behind(self) -> int:
+        """See `Request`."""
+        return self.rows * (self.session.before + self._position) + self._at
+
     @cached_property
     def _inputs(self) -> Tensor:
         """[n, H] of the tokens that are not padding."""
@@ -265,6 +271,8 @@ class StepRequest(Request):
                 cache=session.plain,
                 prompts=session.prompts,
                 prefix=session.prefix,
+                lora=session.lora,
+                targets=session.targets,
             )
         self._outputs[:, begin:end] = output
         self._at = self.rows * end
@@ -310,6 +318,7 @@ def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
             PackedBatch([one for step, _ in parts for one in step.segments], pool),
             positions=ids.to(span.device),
             deep=_deep_rows(parts),
+            adapters=_adapter_rows(parts, total),
         ).to("cpu", hidden.dtype)
     for (step, _), own in zip(parts, torch.split(output, [count for _, count in parts]), strict=True):
         step.store(own)
@@ -325,3 +334,13 @@ def _deep_rows(parts: Sequence[tuple[StepRequest, int]]) -> DeepRows | None:
                 places.append((one.begin, one.past, one.count))
                 prompts.append(own)
     return DeepRows.of(places, prompts) if places else None
+
+
+def _adapter_rows(parts: Sequence[tuple[StepRequest, int]], total: int) -> AdapterRows | None:
+    """The adapters of those sessions that have some."""
+    own = [
+        (step.session.adapter, [range(one.begin, one.end) for one in step.segments])
+        for step, _ in parts
+        if step.session.adapter is not None
+    ]
+    return AdapterRows(own, total) if own else None

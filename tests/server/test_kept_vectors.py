@@ -13,7 +13,7 @@ from tests.server.world import END, START, opening
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.prefixes import A_PEERS_PREFIXES, KnownPrefix, Prefixes
+from corolla.server.kept_vectors import A_PEERS_KEPT, KeptVectors, KnownVectors
 from corolla.wire.messages import OpenSession
 
 
@@ -25,9 +25,13 @@ def prefix(value: float = 1.0) -> Tensor:
     return torch.full((END - START, 2, 8), value)
 
 
-def known(kept: Prefixes, peer: str, index: int) -> Tensor | None:
+def given(kept: KeptVectors, peer: str, message: OpenSession, sent: Tensor | None) -> Tensor:
+    return kept.with_known(peer, message, {} if sent is None else {"prefix": sent})["prefix"]
+
+
+def known(kept: KeptVectors, peer: str, index: int) -> Tensor | None:
     try:
-        return kept.of(peer, names(index), None)
+        return given(kept, peer, names(index), None)
     except RequestRefused:
         return None
 
@@ -41,50 +45,50 @@ def _raised(work: Callable[[], None]) -> list[BaseException]:
 
 
 def test_a_peer_finds_its_own_and_nobody_elses() -> None:
-    kept = Prefixes(10**6, lambda: 0.0)
-    assert kept.of("alice", names(1), prefix()) is not None
+    kept = KeptVectors(10**6, lambda: 0.0)
+    assert given(kept, "alice", names(1), prefix()) is not None
     assert torch.equal(known(kept, "alice", 1), prefix())
     assert known(kept, "bob", 1) is None
-    kept.public[f"{7:064x}"] = KnownPrefix(START, prefix(7.0))
+    kept.public[f"{7:064x}"] = KnownVectors(START, END - START, {"prefix": prefix(7.0)})
     assert torch.equal(known(kept, "bob", 7), prefix(7.0))
 
 
 def test_a_part_of_the_operators_is_found_by_its_blocks() -> None:
-    kept, whole = Prefixes(10**6, lambda: 0.0), torch.arange(4.0).view(4, 1, 1).expand(4, 2, 8)
-    kept.public["0" * 64] = KnownPrefix(0, whole)
-    found = kept.of("alice", opening(start=1, end=3, known="0" * 64), None)
+    kept, whole = KeptVectors(10**6, lambda: 0.0), torch.arange(4.0).view(4, 1, 1).expand(4, 2, 8)
+    kept.public["0" * 64] = KnownVectors(0, 4, {"prefix": whole})
+    found = given(kept, "alice", opening(start=1, end=3, known="0" * 64), None)
     assert torch.equal(found, whole[1:3])
     with pytest.raises(RequestRefused, match="has not got that prefix"):
-        kept.of("alice", opening(start=3, end=5, known="0" * 64), None)
+        given(kept, "alice", opening(start=3, end=5, known="0" * 64), None)
 
 
 def test_the_newest_few_of_a_peer_are_kept_and_all_within_a_budget() -> None:
-    kept = Prefixes(10**6, lambda: 0.0)
-    for index in range(A_PEERS_PREFIXES + 2):
-        kept.of("alice", names(index), prefix())
+    kept = KeptVectors(10**6, lambda: 0.0)
+    for index in range(A_PEERS_KEPT + 2):
+        given(kept, "alice", names(index), prefix())
         assert known(kept, "alice", 1 if index > 1 else index) is not None  # which makes it the newest
     assert known(kept, "alice", 0) is None
     assert known(kept, "alice", 1) is not None
-    small = Prefixes(3 * prefix().nbytes, lambda: 0.0)
-    small.of("bob", names(0), prefix())
+    small = KeptVectors(3 * prefix().nbytes, lambda: 0.0)
+    given(small, "bob", names(0), prefix())
     for index in range(5):
-        small.of("alice", names(index), prefix())
+        given(small, "alice", names(index), prefix())
     assert small.held <= small.budget
     assert known(small, "bob", 0) is not None  # alice drove out her own
 
 
 def test_what_is_kept_holds_no_other_memory() -> None:
     """A prefix comes in one piece of memory with the hidden states beside it, which may be much more."""
-    kept, payload = Prefixes(10**6, lambda: 0.0), torch.ones(2**18)
+    kept, payload = KeptVectors(10**6, lambda: 0.0), torch.ones(2**18)
     sent = payload[: prefix().numel()].view(prefix().shape)
-    found = [kept.of("alice", names(1), given) for given in (sent, None)]
+    found = [given(kept, "alice", names(1), one) for one in (sent, None)]
     assert all(torch.equal(one, prefix()) for one in found)
     assert [one.untyped_storage().nbytes() for one in found] == [prefix().nbytes] * 2
 
 
 def test_requests_ask_while_another_thread_lets_go_of_what_is_old() -> None:
     times, done = count(), threading.Event()
-    kept = Prefixes(10**6, lambda: 20.0 * next(times))  # each grows old within some requests
+    kept = KeptVectors(10**6, lambda: 20.0 * next(times))  # each grows old within some requests
 
     def expire() -> None:
         while not done.is_set():
@@ -97,7 +101,7 @@ def test_requests_ask_while_another_thread_lets_go_of_what_is_old() -> None:
     thread.start()
     try:
         for index in range(2000):
-            assert kept.of("alice", names(index % 20), prefix()) is not None
+            assert given(kept, "alice", names(index % 20), prefix()) is not None
     finally:
         done.set()
         thread.join()

@@ -1,8 +1,8 @@
 """What crosses a cut between two blocks, as one tensor [R, T, W] of everything that the blocks behind it need.
 
 Mostly that is a hidden state a token, and nothing is done to it. Some families have several streams of hidden states;
-blocks that are given more, made of the tokens before the first one (*sides*); or keys and values that later blocks
-take from earlier ones (*handed on*). All of it lies beside the hidden states of its token: so histories, replays,
+or side inputs, made of the tokens before the first block; or tensors that blocks share, such as keys and values that
+later ones take from an earlier one. All of it lies beside the hidden states of its token: so histories, replays,
 micro-batches, audits and gradients carry it without knowing, and W depends on the cut alone.
 
 Invariant: nothing is rounded on the way; what a span is given is what the family's own loop would have given its
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Form:
+class TokenLayout:
     """How a tensor of R rows of T tokens lies: R at one dimension, T at another, what each token has at the rest."""
 
     rows: int
@@ -57,44 +57,44 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Side:
+class SideInput:
     """An argument of the blocks that is made before the first one, of the tokens."""
 
     name: str
     place: int  # among the block's arguments, hidden states being 0
-    form: Form
+    layout: TokenLayout
     each: bool  # whether each block has its own; else all have the same
 
 
 @dataclass(frozen=True)
-class Handed:
-    """A tensor that block `by` puts into the dictionary that all blocks are given; block `until` reads it last."""
+class SharedTensor:
+    """A tensor that one block puts into the dictionary that all blocks are given, and later blocks read."""
 
     key: Any
     index: int  # of the tuple that stands there
-    by: int
-    until: int
-    form: Form
+    made_by: int
+    last_read_by: int
+    layout: TokenLayout
 
     def crosses(self, cut: int) -> bool:
         """Whether blocks behind this cut read what a block before it has put there."""
-        return self.by < cut <= self.until
+        return self.made_by < cut <= self.last_read_by
 
 
 @dataclass(frozen=True)
-class Crossing:
+class CutLayout:
     """Of a model of `depth` blocks. A cut is the index of the block behind it."""
 
-    hidden: Form
+    hidden: TokenLayout
     depth: int
-    sides: tuple[Side, ...] = ()
+    sides: tuple[SideInput, ...] = ()
     store: tuple[str, int] | None = None  # name and place of the argument that is the dictionary
-    handed: tuple[Handed, ...] = ()
+    shared: tuple[SharedTensor, ...] = ()
 
     @cached_property
     def plain(self) -> bool:
         """Whether it is one hidden state a token, and nothing else."""
-        return not (self.sides or self.handed) and (self.hidden.rows, self.hidden.tokens) == (0, 1)
+        return not (self.sides or self.shared) and (self.hidden.rows, self.hidden.tokens) == (0, 1)
 
     def width(self, cut: int) -> int:
         """W, of what crosses there."""
@@ -102,11 +102,11 @@ class Crossing:
 
     def _widths(self, cut: int) -> list[int]:
         left = self.depth - cut
-        sides = [one.form.width * (left if one.each else 1) for one in self.sides] if left else []
-        return [self.hidden.width, *(one.form.width for one in self._handed(cut)), *sides]
+        sides = [one.layout.width * (left if one.each else 1) for one in self.sides] if left else []
+        return [self.hidden.width, *(one.layout.width for one in self._shared_at(cut)), *sides]
 
-    def _handed(self, cut: int) -> list[Handed]:
-        return [one for one in self.handed if one.crosses(cut)]
+    def _shared_at(self, cut: int) -> list[SharedTensor]:
+        return [one for one in self.shared if one.crosses(cut)]
 
     def leaving(self, entering: Tensor, start: int, end: int) -> Tensor:
         """A tensor of the form that leaves blocks [start, end), given what enters them; of no meaning."""
@@ -114,21 +114,21 @@ class Crossing:
             return entering
         return entering[..., :1].expand(*entering.shape[:-1], self.width(end))
 
-    def split(self, crossing: Tensor, cut: int) -> Crossed:
+    def split(self, tensor: Tensor, cut: int) -> CutTensors:
         """[R, T, W] taken apart."""
-        hidden, *rest = torch.split(crossing, self._widths(cut), dim=-1)
-        handed = self._handed(cut)
-        return Crossed(
+        hidden, *rest = torch.split(tensor, self._widths(cut), dim=-1)
+        shared = self._shared_at(cut)
+        return CutTensors(
             self.hidden.shaped(hidden),
-            dict(zip(handed, rest[: len(handed)], strict=True)),
-            dict(zip(self.sides, rest[len(handed) :], strict=bool(rest[len(handed) :]))),
+            dict(zip(shared, rest[: len(shared)], strict=True)),
+            dict(zip(self.sides, rest[len(shared) :], strict=bool(rest[len(shared) :]))),
             cut,
         )
 
-    def join(self, crossed: Crossed, cut: int) -> Tensor:
+    def join(self, crossed: CutTensors, cut: int) -> Tensor:
         """[R, T, W] of what was split at an earlier cut, with what has become of it since."""
         flat = [self.hidden.flat(crossed.hidden)]
-        flat += [crossed.handed[one] for one in self._handed(cut)]
+        flat += [crossed.shared[one] for one in self._shared_at(cut)]
         if cut < self.depth:
             flat += [crossed.behind(one, cut) for one in self.sides]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
@@ -137,27 +137,27 @@ class Crossing:
         """[R, T, W] of what the family's own loop gives its blocks, the first one `hidden`."""
         sides = {}
         for one in self.sides:
-            parts = [one.form.flat(each[one.name]) for each in (given if one.each else given[:1])]
+            parts = [one.layout.flat(each[one.name]) for each in (given if one.each else given[:1])]
             sides[one] = torch.cat(parts, dim=-1)
-        return self.join(Crossed(hidden, {}, sides, 0), 0)
+        return self.join(CutTensors(hidden, {}, sides, 0), 0)
 
 
 @dataclass
-class Crossed:
+class CutTensors:
     """What crossed a cut: hidden states in the family's form; the rest flat, [R, T, width]."""
 
     hidden: Tensor
-    handed: dict[Handed, Tensor]
-    sides: dict[Side, Tensor]  # those of all blocks behind the cut, side by side
+    shared: dict[SharedTensor, Tensor]
+    sides: dict[SideInput, Tensor]  # those of all blocks behind the cut, side by side
     cut: int
 
-    def of_block(self, block: int) -> Iterator[tuple[Side, Tensor]]:
+    def of_block(self, block: int) -> Iterator[tuple[SideInput, Tensor]]:
         """The arguments of one block, in the family's form."""
         for side, values in self.sides.items():
-            first = (block - self.cut) * side.form.width if side.each else 0
-            yield side, side.form.shaped(values.narrow(-1, first, side.form.width))
+            first = (block - self.cut) * side.layout.width if side.each else 0
+            yield side, side.layout.shaped(values.narrow(-1, first, side.layout.width))
 
-    def behind(self, side: Side, cut: int) -> Tensor:
+    def behind(self, side: SideInput, cut: int) -> Tensor:
         """What of a side the blocks behind a later cut are given."""
         values = self.sides[side]
-        return values[..., (cut - self.cut) * side.form.width :] if side.each else values
+        return values[..., (cut - self.cut) * side.layout.width :] if side.each else values

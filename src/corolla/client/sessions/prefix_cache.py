@@ -23,7 +23,7 @@ KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Prefix:
+class CachedPrefix:
     """What a session of one row holds: its tokens int64 [n], where they are, and its input prompt [P, H] or a prefix's
     digest.
 
@@ -43,26 +43,26 @@ class Prefix:
 
 
 class Session(Protocol):
-    """What the index asks of a session."""
+    """What the cache asks of a session."""
 
-    def prefix(self) -> Prefix | None:
+    def prefix(self) -> CachedPrefix | None:
         """What others may begin with, if anything."""
 
 
-class PrefixIndex:
+class PrefixCache:
     """The sessions of one connection, open and lately closed. For any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._kept: list[Prefix] = []
+        self._kept: list[CachedPrefix] = []
 
     def opened(self, session: Session) -> None:
         """A session of this client has begun."""
         with self._lock:
             self._open.add(session)
 
-    def keep(self, prefix: Prefix) -> None:
+    def keep(self, prefix: CachedPrefix) -> None:
         """Remember a session that is being closed, at the expense of older ones."""
         with self._lock:
             kept = [*self._kept, prefix][-KEPT:]
@@ -70,9 +70,9 @@ class PrefixIndex:
                 kept.pop(0)
             self._kept = kept
 
-    def find(self, ids: Tensor, prompt: Tensor | str | None) -> tuple[Prefix, int] | None:
+    def find(self, ids: Tensor, prompt: Tensor | str | None) -> tuple[CachedPrefix, int] | None:
         """The session that shares most first tokens with int64 [n], at most n - 1, and how many."""
-        best: tuple[Prefix, int] | None = None
+        best: tuple[CachedPrefix, int] | None = None
         for one in self._prefixes():
             if not _same(one.prompt, prompt):
                 continue
@@ -81,7 +81,7 @@ class PrefixIndex:
                 best = (one, common)
         return best
 
-    def _prefixes(self) -> Iterator[Prefix]:
+    def _prefixes(self) -> Iterator[CachedPrefix]:
         with self._lock:
             kept, sessions = self._kept, list(self._open)
         yield from reversed(kept)

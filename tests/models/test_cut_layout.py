@@ -12,15 +12,15 @@ import torch
 from tests.models.every_family import tiny
 
 from corolla.models.blocks_pass import WideBlocksPass
-from corolla.models.checks.forms import crossing_of
+from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import split_miniature
-from corolla.models.crossing import Crossing, Form, Handed, Side
+from corolla.models.cut_layout import CutLayout, SharedTensor, SideInput, TokenLayout
 from corolla.models.span import Span
 
-SIDE = Side("side", 1, Form(0, 1, (2,)), each=True)
-FIRST = Side("first", 2, Form(0, 1, (3,)), each=False)
-KEYS = Handed("kind", 0, by=0, until=2, form=Form(0, 2, (2, 4)))
-FULL = Crossing(Form(1, 2, (3, 5)), 4, (SIDE, FIRST), ("store", 3), (KEYS,))
+SIDE = SideInput("side", 1, TokenLayout(0, 1, (2,)), each=True)
+FIRST = SideInput("first", 2, TokenLayout(0, 1, (3,)), each=False)
+KEYS = SharedTensor("kind", 0, made_by=0, last_read_by=2, layout=TokenLayout(0, 2, (2, 4)))
+FULL = CutLayout(TokenLayout(1, 2, (3, 5)), 4, (SIDE, FIRST), ("store", 3), (KEYS,))
 
 
 def test_widths_follow_from_the_cut() -> None:
@@ -55,13 +55,13 @@ def test_streams_are_rows_to_whoever_adds_prompts() -> None:
 )
 def test_what_crosses_is_found_by_watching(family: str, sides: int, streams: tuple[int, ...]) -> None:
     config = tiny(family)
-    found = crossing_of(config)
+    found = cuts_of(config)
     assert len(found.sides) == sides
     assert found.hidden.size == (*streams, config.hidden_size)
     assert found.plain == (not sides)
     # Keys and values of each kind of layer that shares them, read by the last layers.
-    assert {one.until for one in found.handed} <= {3, 4}
-    assert len(found.handed) == (4 if sides else 0)
+    assert {one.last_read_by for one in found.shared} <= {3, 4}
+    assert len(found.shared) == (4 if sides else 0)
 
 
 def chained(spans: list[Span], entering: torch.Tensor) -> torch.Tensor:
@@ -77,15 +77,15 @@ def spans() -> Iterator[list[Span]]:
 
 
 def wrong_block(one_pass: Any, index: int, *rest: Any) -> Any:
-    return give(one_pass, min(index + 1, one_pass._crossing.depth - 1), *rest)
+    return give(one_pass, min(index + 1, one_pass._cuts.depth - 1), *rest)
 
 
-def left_out(crossing: Crossing, cut: int) -> list[Handed]:
-    return handed(crossing, cut)[:0]
+def left_out(cuts: CutLayout, cut: int) -> list[SharedTensor]:
+    return shared_at(cuts, cut)[:0]
 
 
 give = WideBlocksPass._give
-handed = Crossing._handed
+shared_at = CutLayout._shared_at
 
 
 def test_every_part_of_it_matters(spans: list[Span], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +98,11 @@ def test_every_part_of_it_matters(spans: list[Span], monkeypatch: pytest.MonkeyP
     first, *rest = spans
     left = first.forward(entering)
     for cut, span in ((first.end, rest[0]), (rest[0].end, rest[-1])):
-        parts = span.crossing.split(left, cut)
-        for one in parts.handed:
-            moved = replace(parts, handed=parts.handed | {one: parts.handed[one].roll(1, 1)})
+        parts = span.cuts.split(left, cut)
+        for one in parts.shared:
+            moved = replace(parts, shared=parts.shared | {one: parts.shared[one].roll(1, 1)})
             tail = rest if cut == first.end else rest[1:]
-            assert not torch.allclose(chained(tail, span.crossing.join(moved, cut)), wanted, atol=1e-3)
+            assert not torch.allclose(chained(tail, span.cuts.join(moved, cut)), wanted, atol=1e-3)
         left = span.forward(left) if cut == first.end else left
 
 
@@ -110,7 +110,7 @@ def test_a_dropped_stream_is_noticed(tmp_path: Path) -> None:
     with split_miniature(tiny("gemma3n_text")) as (_, found):
         entering = torch.randn(1, 5, found[0].width)
         wanted = chained(found, entering)
-        streams = found[0].crossing.hidden.size[0]
+        streams = found[0].cuts.hidden.size[0]
         for stream in range(streams):
             size = found[0].hidden_size
             other = entering.clone()

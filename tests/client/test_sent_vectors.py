@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corolla.client.sent_prefixes import MOST_HOPS, SentPrefixes
+from corolla.client.sent_vectors import MOST_HOPS, SentVectors
 from corolla.errors import RequestRefused
 from corolla.models.prompts import BlockVectors
 from corolla.swarm.directory.routing import Hop
@@ -34,7 +34,7 @@ class Server:
 
 
 async def ask(
-    sent: SentPrefixes, server: Server, given: BlockVectors, start: int = 0, curious: bool = False
+    sent: SentVectors, server: Server, given: BlockVectors, start: int = 0, curious: bool = False
 ) -> None:
     hop = Hop("server", start, start + 2)
     packet = Packet(Forward(model="m", start=start, end=start + 2), given.of(start, start + 2))
@@ -42,7 +42,7 @@ async def ask(
 
 
 async def test_it_is_sent_once() -> None:
-    sent, server = SentPrefixes(), Server()
+    sent, server = SentVectors(), Server()
     for given in (FIRST, FIRST, SECOND, SECOND):
         await ask(sent, server, given)
     first, second = FIRST.digest, SECOND.digest
@@ -52,7 +52,7 @@ async def test_it_is_sent_once() -> None:
 
 
 async def test_a_server_that_has_lost_it_is_sent_it_again() -> None:
-    sent, server = SentPrefixes(), Server()
+    sent, server = SentVectors(), Server()
     await ask(sent, server, FIRST)
     server.known.clear()
     await ask(sent, server, FIRST)
@@ -61,14 +61,14 @@ async def test_a_server_that_has_lost_it_is_sent_it_again() -> None:
 
 
 async def test_what_is_remembered_is_bounded() -> None:
-    sent, server = SentPrefixes(), Server()
+    sent, server = SentVectors(), Server()
     for start in [*range(MOST_HOPS + 1), 0, MOST_HOPS]:
         await ask(sent, server, FIRST, start)
     assert [whole for _, whole in server.asked[-2:]] == [True, False]
 
 
 async def test_who_is_curious_asks_once_whether_the_operator_has_it() -> None:
-    sent, server = SentPrefixes(), Server()
+    sent, server = SentVectors(), Server()
     server.known.add(FIRST.digest)
     await ask(sent, server, FIRST, curious=True)
     assert [whole for _, whole in server.asked] == [False]
@@ -78,7 +78,7 @@ async def test_who_is_curious_asks_once_whether_the_operator_has_it() -> None:
 
 
 async def test_other_refusals_are_not_asked_again() -> None:
-    sent = SentPrefixes()
+    sent = SentVectors()
 
     async def refuse(_packet: Packet) -> Packet:
         raise RequestRefused("busy", code="busy")

@@ -37,7 +37,7 @@ class NamedPrompt:
         name = Prefilled(digest=digest(vectors, deep, hidden.dtype), deep=deep is not None)
         return NamedPrompt(name, int(vectors.shape[0]), int(hidden.shape[2]), hidden.dtype)
 
-    def prefilled(self, reply: Packet, peer_id: str) -> PrefilledPrompt | None:
+    def prefilled(self, reply: Packet, peer_id: str) -> PromptOutputs | None:
         """What a server's answer to an opening holds of the prompt, if anything. Raises `ProtocolError`."""
         if not isinstance(reply.message, Opened) or not reply.message.position:
             return None
@@ -49,11 +49,11 @@ class NamedPrompt:
                 field="position",
                 peer_id=peer_id,
             )
-        return PrefilledPrompt(outputs.to(self.dtype))
+        return PromptOutputs(outputs.to(self.dtype))
 
 
 @dataclass(frozen=True)
-class PrefilledPrompt:
+class PromptOutputs:
     """A prompt's columns that a session's server holds before the first step; `outputs` are [1, P, H]."""
 
     outputs: Tensor
@@ -79,7 +79,7 @@ class PrefilledPrompt:
 
 async def ask_to_open(
     channel: Channel, packet: Packet, bundle: NamedPrompt, lacking: MutableMapping[str, str]
-) -> tuple[Packet, PrefilledPrompt | None]:
+) -> tuple[Packet, PromptOutputs | None]:
     """The answer to an opening that names `bundle`, and what the server has of that.
 
     Deep prompts are sent only to a server that has not got them; which ones those are stands in `lacking`, peers
