@@ -28,17 +28,20 @@ def table(figures: Sequence[Figure], lines: Lines, newer: bool) -> str:
     rows = [
         "| figure | Corolla | baseline | | ratio | wanted | |",
         "|---|---|---|---|---|---|---|",
-        *(_row(figure, lines.get(figure.name), newer) for figure in figures),
+        *(_row(figure, lines[figure.name], newer) for figure in figures if figure.name in lines),
     ]
-    return "\n".join(rows) + "\n\n" + _sources([lines[f.name] for f in figures if f.name in lines])
+    missing = [f"`{figure.name}`" for figure in figures if figure.name not in lines]
+    rest = [f"Not measured here yet: {', '.join(missing)}."] if missing else []
+    sources = _sources([lines[figure.name] for figure in figures if figure.name in lines])
+    return "\n\n".join(["\n".join(rows), *rest, sources])
 
 
-def _row(figure: Figure, line: dict[str, Any] | None, newer: bool) -> str:
+def _row(figure: Figure, line: dict[str, Any], newer: bool) -> str:
     wanted = f"{'at most' if figure.at_most else 'at least'} {figure.wanted(newer):g}×"  # noqa: RUF001
     beginning = f"| {figure.title} |"
-    if line is None or "not_measured" in line:
-        reason = "not measured" if line is None else f"not measured: {line['not_measured']}"
-        return f"{beginning} {_cell(reason)} | {figure.baseline} | | | {wanted} | |"
+    if "not_measured" in line:
+        reason = _cell(f"not measured: {line['not_measured']}")
+        return f"{beginning} {reason} | {figure.baseline} | | | {wanted} | |"
     ratio = float(line["ratio"])
     verdict = "met" if figure.met(ratio, newer) else "**short**"
     ours, theirs = (_value(line[side], figure.unit) for side in ("ours", "baseline"))
