@@ -61,7 +61,7 @@ def peers(tiny: Path) -> Iterator[list[str]]:
     ("arguments", "words"),
     [
         (["--prompt-tokens", "0"], "--prompt-tokens is 0"),
-        (["--mode", "lora"], "ptune, deep_ptune, prefix"),
+        (["--mode", "dora"], "ptune, deep_ptune, prefix, lora"),
         (["--prompt-init", "zeros"], "vocab, text, random"),
         (["--prompt-init", "text"], "--prompt-text"),
         (["--steps", "0"], "--steps is 0"),
