@@ -139,13 +139,18 @@ def _check_shapes(what: str, layers: Layers, name: str, pair: Mapping[str, Tenso
 def _scaling(about: Mapping[str, Any], module: str, rank: int) -> float:
     """As peft has it: alpha is divided by the rank, or by its root."""
     patterns = about.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise BundleError(
+            "The adapter's alpha_pattern is no list of layers and numbers; copy the folder again."
+        )
     try:
         key = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", module)), None)
     except re.error as error:
         raise BundleError("The adapter's alpha_pattern is no pattern; copy the folder again.") from error
     alpha = about.get("lora_alpha", 8) if key is None else patterns[key]
-    if not isinstance(alpha, int | float):
-        raise BundleError(f"The adapter's lora_alpha is {alpha!r:.60}, which is no number.")
+    # What float32, in which the scale is kept, has no number for would make every product of the adapter none.
+    if not isinstance(alpha, int | float) or not abs(alpha) <= torch.finfo(torch.float32).max:
+        raise BundleError(f"The adapter's lora_alpha is {alpha!r:.60}, which is no number that servers take.")
     return float(alpha / math.sqrt(rank) if about.get("use_rslora") else alpha / rank)
 
 
