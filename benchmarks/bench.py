@@ -131,6 +131,7 @@ class Bench:
     def _fastest(
         self, module: str, kind: str, use: Callable[[Worker], dict[str, Any]]
     ) -> tuple[list[Worker], dict[str, Any]]:
+        self._forget_ended(module)
         if (module, kind) not in self._chosen:
             tried = {}
             for waiting in WAITING:
@@ -144,6 +145,16 @@ class Bench:
         # Spinning gains little on an idle machine and loses most of the speed beside anything else that runs;
         # so sleeping is measured with it every time, and the better one counts.
         return [self._baseline(module, waiting) for waiting in dict.fromkeys((best, "sleep"))], about
+
+    def _forget_ended(self, module: str) -> None:
+        """A baseline's process that has ended (for want of memory, say) is started and set up again."""
+        ended = [
+            key for key, one in self._baselines.items() if key[0] == module and one.process.poll() is not None
+        ]
+        for key in ended:
+            self._baselines.pop(key).close()
+        if ended:
+            self._chosen = {key: found for key, found in self._chosen.items() if key[0] != module}
 
     def _baseline(self, module: str, waiting: str) -> Worker:
         if (module, waiting) not in self._baselines:

@@ -81,7 +81,8 @@ def shared_beginning(bench: Bench) -> Pair:
 
 LINES = [
     Line(
-        (Figure("decode_1", "decode, 1 session, fp32", "tokens/s", "transformers, local", 1.8),), decode_one
+        (Figure("decode_1", "decode, 1 session, fp32", "tokens/s", "transformers, local", 2.5, newer=3.5),),
+        decode_one,
     ),
     Line(
         (
@@ -90,7 +91,8 @@ LINES = [
                 "decode, 1 session, int8 servers and head",
                 "tokens/s",
                 "llama.cpp, the same GGUF (Q4_1)",
-                0.6,
+                0.7,
+                newer=0.85,
             ),
         ),
         decode_int8,
@@ -103,12 +105,16 @@ LINES = [
                 "decode, one client, batch of 8",
                 "tokens/s",
                 "transformers, local batch of 8",
-                1.0,
+                1.8,
+                newer=2.3,
             ),
         ),
         decode_batch,
     ),
-    Line((Figure("prefill_512", "prefill of 512 tokens", "tokens/s", "transformers, local", 0.95),), prefill),
+    Line(
+        (Figure("prefill_512", "prefill of 512 tokens", "tokens/s", "transformers, local", 1.1, newer=1.5),),
+        prefill,
+    ),
     Line(
         (
             Figure(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,13 +57,13 @@ class Worker:
         try:
             print(json.dumps({"do": do, "with": arguments}), file=self.process.stdin, flush=True)
         except BrokenPipeError:
-            raise NotMeasured(self._last_words()) from None
+            raise NotMeasured(self.last_words()) from None
 
     def result(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise NotMeasured(self._last_words())
+            raise NotMeasured(self.last_words())
         answer = json.loads(line)
         if "error" in answer:
             raise NotMeasured(f"{self.name}: {answer['error']}")
@@ -81,11 +82,14 @@ class Worker:
             self.process.wait()
         self._log.close()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """What a process that has ended said last."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         if self._log.closed:
             return f"the worker {self.name} was closed"
+        if self.process.returncode == -signal.SIGKILL:
+            return f"the worker {self.name} was killed, perhaps for want of memory"
         self._log.seek(0)
         words = self._log.read().strip().splitlines()
         return f"the worker {self.name} ended: {words[-1] if words else self.process.returncode}"
@@ -93,7 +97,12 @@ class Worker:
 
 @contextlib.contextmanager
 def only(worker: Worker) -> Iterator[None]:
-    """Stop (SIGSTOP) every other process below this one: servers, clients, their network daemons."""
+    """Stop (SIGSTOP) every other process below this one: servers, clients, their network daemons.
+
+    Raises `NotMeasured` where that process has ended.
+    """
+    if worker.process.poll() is not None:
+        raise NotMeasured(worker.last_words())
     spared = _family(psutil.Process(worker.process.pid))
     stopped = [process for process in _family(psutil.Process())[1:] if process not in spared]
     with _guard([process.pid for process in stopped]):

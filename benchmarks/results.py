@@ -53,16 +53,21 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
-def line_of(measured: Measured) -> dict[str, Any]:
-    """What of a figure goes into the file."""
+def is_newer(found: dict[str, Any]) -> bool:
+    """Whether a run's processor had AVX-512 and was let use it."""
+    return str(found["machine"]["torch"]).startswith("AVX512")
+
+
+def line_of(measured: Measured, newer: bool) -> dict[str, Any]:
+    """What of a figure goes into the file; `newer` as in `is_newer`."""
     return {
         "figure": measured.figure.name,
         "unit": measured.figure.unit,
         "ours": statistics.median(measured.ours),
         "baseline": statistics.median(measured.baseline),
         "ratio": measured.ratio,
-        "target": measured.figure.target,
-        "met": measured.figure.met(measured.ratio),
+        "target": measured.figure.wanted(newer),
+        "met": measured.figure.met(measured.ratio, newer),
         "runs": {"ours": measured.ours, "baseline": measured.baseline},
         "details": measured.details,
     }
@@ -104,11 +109,12 @@ def append(file: Path, line: dict[str, Any], found: dict[str, Any], *, quick: bo
         lines.write(json.dumps({**line, "quick": quick, **found}) + "\n")
 
 
-def newest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The newest line of each figure by its name; a quick run's do not count."""
+def newest(folder: Path = RESULTS, newer: bool | None = None) -> dict[str, dict[str, Any]]:
+    """The newest line of each figure by its name, of all runs or of those where `is_newer` says this; a quick run's
+    do not count."""
     found: dict[str, dict[str, Any]] = {}
     for line in sorted(_lines(folder.glob("*.jsonl")), key=lambda line: str(line["date"])):
-        if not line["quick"]:
+        if not line["quick"] and newer in (None, is_newer(line)):
             found[line["figure"]] = line
     return found
 

@@ -20,7 +20,17 @@ from benchmarks.bench import CLIENT_ENV, Bench, Options
 from benchmarks.figures import Line, measure
 from benchmarks.growth import Growth
 from benchmarks.processes import NotMeasured
-from benchmarks.results import RESULTS, append, chosen, conditions, describe, line_of, not_measured, of_memory
+from benchmarks.results import (
+    RESULTS,
+    append,
+    chosen,
+    conditions,
+    describe,
+    is_newer,
+    line_of,
+    not_measured,
+    of_memory,
+)
 from corolla.errors import CorollaError
 
 LINES: list[Line] = [*generation.LINES, *sessions.LINES, *training.LINES, *memory.LINES, *shapes.LINES]
@@ -35,6 +45,7 @@ class Run:
         self._bench = bench
         self._file = file
         self._conditions = conditions()
+        self._newer = is_newer(self._conditions)
 
     def head(self) -> None:
         """What everything is measured with."""
@@ -48,11 +59,13 @@ class Run:
     def line(self, line: Line) -> None:
         """Measure a line and note its figures."""
         try:
-            found = [line_of(each) for each in measure(line, self._bench, self._bench.options.repeats)]
+            found = [
+                line_of(each, self._newer) for each in measure(line, self._bench, self._bench.options.repeats)
+            ]
         except (NotMeasured, CorollaError) as error:
             found = [not_measured(figure, str(error)) for figure in line.figures]
         for figure, result in zip(line.figures, found, strict=True):
-            bound = f"{'<=' if figure.at_most else '>='} {figure.target:g}x"
+            bound = f"{'<=' if figure.at_most else '>='} {figure.wanted(self._newer):g}x"
             self._print(result, bound)
             self._append(result)
         if how := chosen(found[0]):

@@ -122,6 +122,14 @@ def test_what_is_wrong_with_a_file_of_keys_is_said(tmp_path: Path, content: str,
         Keys.read([], tmp_path / "nowhere")
 
 
+def test_nobody_in_the_file_is_called_as_the_user_of_the_options(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text('[key]\nkey = "x"\n')
+    assert Keys.read([], path).user("Bearer x").name == "key"
+    with pytest.raises(UsageError, match="called key"):
+        Keys.read(["y"], path)
+
+
 def test_no_web_page_from_elsewhere_may_ask(world: World) -> None:
     body = {"model": BASE, "messages": ASK, "max_tokens": 1}
     host = f"{world.address[0]}:{world.address[1]}"

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from benchmarks.bench import Pair
 from benchmarks.figures import Figure, Line, Measured, measure
-from benchmarks.report import put, table
+from benchmarks.report import put
 from benchmarks.results import line_of, newest, not_measured
 from benchmarks.run import GROWTHS, LINES, NAMES
 from benchmarks.sizes import DEMO
 
+from benchmarks import report
 from corolla.cli import demo
 from corolla.data.render import RenderSettings
 
 FAST = Figure("fast", "fast | things", "tokens/s", "the local model", 1.5)
+BOTH = Figure("both", "both", "tokens/s", "the local model", 1.5, newer=2.0)
 SMALL = Figure("small", "a small thing", "bytes", "budget", 1.25, at_most=True)
 CONDITIONS = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -30,7 +32,11 @@ CONDITIONS = {
 
 
 def line(figure: Figure, ours: list[float], baseline: list[float], **more: Any) -> dict[str, Any]:
-    return {**line_of(Measured(figure, ours, baseline, {})), **CONDITIONS, **more}
+    return {**line_of(Measured(figure, ours, baseline, {}), newer=False), **CONDITIONS, **more}
+
+
+def table(figures: list[Figure], lines: dict[str, dict[str, Any]]) -> str:
+    return report.table(figures, lines, newer=False)
 
 
 def write(file: Path, *lines: dict[str, Any]) -> None:
@@ -95,6 +101,14 @@ def test_newest_line_counts_whatever_file_it_is_in(tmp_path: Path) -> None:
     assert found["fast"]["ratio"] == 2.0
     assert found["small"]["ratio"] == 1.0
     assert len(found) == 2
+
+
+def test_a_newer_processor_has_its_own_lines_and_bound(tmp_path: Path) -> None:
+    newer = {"machine": {**CONDITIONS["machine"], "torch": "AVX512"}}
+    write(tmp_path / "a.jsonl", line(BOTH, [1.6], [1.0]), line(BOTH, [1.7], [1.0], **newer))
+    older, other = (newest(tmp_path, newer) for newer in (False, True))
+    assert "1.60× | at least 1.5× | met |" in report.table([BOTH], older, newer=False)  # noqa: RUF001
+    assert "1.70× | at least 2× | **short** |" in report.table([BOTH], other, newer=True)  # noqa: RUF001
 
 
 def test_only_what_is_between_the_markers_changes() -> None:

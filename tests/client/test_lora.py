@@ -357,13 +357,20 @@ def test_evaluations_name_it(pair_of: PairOf, tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ({"lora_rank": 0}, "lora_rank is 0"),
-        ({"target_modules": ["lm_head"]}, "lm_head in blocks of llama models"),
+        ({"target_modules": ["lm_head"]}, "lm_head is none of the linear layers in blocks of llama models"),
+        ({"target_modules": []}, "Nothing is none of the linear layers"),
         ({"tuning_mode": "lorra"}, "'prefix' or 'lora'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(pair_of: PairOf, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises((UsageError, UnsupportedFamily), match=sentence):
         pair_of("llama").model(**({"tuning_mode": "lora"} | options))
+
+
+def test_all_layers_may_be_asked_for_as_in_peft(pair_of: PairOf) -> None:
+    pair = pair_of("llama")
+    every = pair.model(tuning_mode="lora", target_modules="all-linear").prompts
+    assert every.targets == pair.model(tuning_mode="lora").prompts.targets != ()
 
 
 def test_pefts_own_wrapper_names_our_mode(pair_of: PairOf) -> None:

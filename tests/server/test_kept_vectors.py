@@ -53,6 +53,14 @@ def test_a_peer_finds_its_own_and_nobody_elses() -> None:
     assert torch.equal(known(kept, "bob", 7), prefix(7.0))
 
 
+def test_who_sends_something_else_by_the_operators_name_is_given_the_operators() -> None:
+    kept = KeptVectors(10**6, lambda: 0.0)
+    kept.public[f"{7:064x}"] = KnownVectors(START, END - START, {"prefix": prefix(7.0)})
+    found = given(kept, "bob", names(7), prefix(8.0))
+    assert found.data_ptr() == kept.public[f"{7:064x}"].tensors["prefix"].data_ptr()
+    assert not kept.held
+
+
 def test_a_part_of_the_operators_is_found_by_its_blocks() -> None:
     kept, whole = KeptVectors(10**6, lambda: 0.0), torch.arange(4.0).view(4, 1, 1).expand(4, 2, 8)
     kept.public["0" * 64] = KnownVectors(0, 4, {"prefix": whole})

@@ -125,6 +125,10 @@ class Keys:
             key, user = _user(name, about, path)
             if key in found:
                 raise UsageError(f"{path}: {one_line(name)} has the key of another user.")
+            if any(name == one.name for one in found.values()):  # what somebody has is theirs by name
+                raise UsageError(
+                    f"{path}: the user of --api-key is called {one_line(name)}: give another name."
+                )
             found[key] = user
         return cls(found)
 

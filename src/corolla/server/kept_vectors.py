@@ -60,9 +60,12 @@ class KeptVectors(PeerCache[KnownVectors]):
     ) -> dict[str, Tensor]:
         """The tensors of a request with those that it names (`known`): they were sent, and are kept now, or are here.
 
+        What the operator has is taken from there although it was sent: nobody answers for its memory by itself.
         Raises `RequestRefused` (no_bundle).
         """
         assert message.known is not None  # callers ask
+        if (found := self.of_operator(message)) is not None:
+            return tensors | found
         key = f"{message.known}/{message.start}"
         # They came in the memory of all that was sent with them.
         sent = {name: tensors[name].clone() for name in BY_NAME if name in tensors}
@@ -70,16 +73,19 @@ class KeptVectors(PeerCache[KnownVectors]):
             self.keep(peer, key, KnownVectors(message.start, message.end - message.start, sent))
             self._limit(peer)
             return tensors | sent
-        public = self.public.get(message.known)
-        one = public or self.take(peer, key)
+        one = self.take(peer, key)
         found = None if one is None else one.of(message.start, message.end)
         if one is None or found is None:
             raise RequestRefused(
                 "This server has not got that prefix or adapter; send it.", code="no_bundle", field="known"
             )
-        if public is None:
-            self.keep(peer, key, one)  # it was used last
+        self.keep(peer, key, one)  # it was used last
         return tensors | found
+
+    def of_operator(self, message: OpenSession | Forward | Backward) -> dict[str, Tensor] | None:
+        """Those of the operator's that a request names, if it has them for all of its blocks."""
+        one = None if message.known is None else self.public.get(message.known)
+        return None if one is None else one.of(message.start, message.end)
 
     def _limit(self, peer: str) -> None:
         with self._lock, self._kept.timer:

@@ -88,7 +88,8 @@ def study(
         notebook.begin(_what_is_asked(documents, settings, about), resume=resume)
         _ask(model, renderer, chunks, settings, notebook, console)
     found = [one for number, one in sorted(notebook.exchanges.items()) if number < settings.questions]
-    worth = [one for one in found if teaches(one, counted_words(chunk.text for chunk in chunks))]
+    often = counted_words(chunk.text for chunk in chunks)
+    worth = [one for one in found if teaches(one, often)]
     if len(worth) < len(found):
         line = (
             f"{len(found) - len(worth):,} of {len(found):,} questions are left out: their answers say nothing of the "

@@ -150,6 +150,13 @@ class LoadRequest:
             raise UsageError("Give either tuning_mode, for a new prompt, or prompts, for a saved one.")
 
 
+def _target_modules(asked: str | Collection[str] | None) -> Any:
+    """Names of layers; None for all, which peft calls so."""
+    if isinstance(asked, str):
+        return None if asked == "all-linear" else (asked,)
+    return asked
+
+
 def from_pretrained(
     name: str | Path,
     *,
@@ -237,7 +244,7 @@ def from_pretrained(
         pre_seq_len=16 if pre_seq_len is None else pre_seq_len,
         lora_rank=8 if lora_rank is None else lora_rank,
         lora_alpha=lora_alpha,
-        target_modules=(target_modules,) if isinstance(target_modules, str) else target_modules,  # type: ignore[arg-type]
+        target_modules=_target_modules(target_modules),
         prompt_init="vocab" if prompt_init is None else prompt_init,
         prompt_text=prompt_text,
         seed=0 if seed is None else seed,

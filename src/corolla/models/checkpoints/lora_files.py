@@ -23,6 +23,7 @@ from corolla.models.families import block_key_pattern, structure
 from corolla.models.lora import Layers, linear_layers_of, pieces, places, width
 from corolla.models.prompts import LoraAdapter
 
+MOST_ALPHA = 1e30  # beyond, and for what is no number, products are none either
 PEFT_MODEL = "base_model.model."  # what names begin with
 # Of a layer's name before `.lora_A.weight`, the block and the layer in it.
 _HALF = re.compile(r"^(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
@@ -140,17 +141,14 @@ def _scaling(about: Mapping[str, Any], module: str, rank: int) -> float:
     """As peft has it: alpha is divided by the rank, or by its root."""
     patterns = about.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise BundleError(
-            "The adapter's alpha_pattern is no list of layers and numbers; copy the folder again."
-        )
+        raise BundleError("The adapter's alpha_pattern has no value for each layer; copy the folder again.")
     try:
         key = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", module)), None)
     except re.error as error:
         raise BundleError("The adapter's alpha_pattern is no pattern; copy the folder again.") from error
     alpha = about.get("lora_alpha", 8) if key is None else patterns[key]
-    # What float32, in which the scale is kept, has no number for would make every product of the adapter none.
-    if not isinstance(alpha, int | float) or not abs(alpha) <= torch.finfo(torch.float32).max:
-        raise BundleError(f"The adapter's lora_alpha is {alpha!r:.60}, which is no number that servers take.")
+    if not isinstance(alpha, int | float) or not abs(alpha) <= MOST_ALPHA:
+        raise BundleError(f"The adapter's lora_alpha is {alpha!r:.60}, which is no number to multiply by.")
     return float(alpha / math.sqrt(rank) if about.get("use_rslora") else alpha / rank)
 
 

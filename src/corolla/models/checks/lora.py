@@ -50,9 +50,14 @@ def check_adapter(config: PretrainedConfig, targets: tuple[str, ...] | None) -> 
         named = {one: [name for name in here if f".{name}".endswith(f".{one}")] for one in wanted}
         lacking = next((one for one, found in named.items() if not found), None)
         if lacking is not None or not named:
+            what = (
+                f"{lacking or 'Nothing'} is none of the linear layers"
+                if here
+                else "There are no linear layers"
+            )
             raise UnsupportedFamily(
-                f"{lacking or 'Nothing'} in blocks of {config.model_type} models is a linear layer that sees each "
-                f"token once, and only those can have an adapter: {', '.join(sorted(here))}."
+                f"{what} in blocks of {config.model_type} models that see each token once, and only those can have an "
+                f"adapter: {', '.join(sorted(here)) or 'use ptune'}."
             )
         names = tuple(sorted({name for found in named.values() for name in found}))
         _check_same(config, whole, spans, names)

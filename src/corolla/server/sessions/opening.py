@@ -74,7 +74,7 @@ class OpenRequest:
     def _session(self) -> Session:
         server, given, message = self._server, self._given, self._message
         prompts = given.get("prompts") if self.bundle is None else self.bundle.deep_of(self.span)
-        public = message.known is not None and message.known in server.kept.public
+        public, lora = server.kept.of_operator(message) is not None, given.get("lora")
         return Session(
             self.span,
             server.budget,
@@ -82,9 +82,10 @@ class OpenRequest:
             server.engine.post,
             prompts=None if prompts is None else prompts.to(self.span.device),
             prefix=given.get("prefix"),
-            lora=given.get("lora"),
+            lora=lora,
             targets=given.get("targets"),
-            held=0 if public else given["lora"].nbytes if "lora" in given else 0,
+            # It is widened to float32.
+            held=0 if public or lora is None else lora.numel() * max(4, lora.itemsize),
             peer=self._client.peer,
             name=message.name,
         )

@@ -65,10 +65,10 @@ class Session:
         self.name = name
         self.prompts = prompts
         self.prefix = prefix
-        self.lora, self.targets = lora, targets
-        self.adapter = None
+        self.lora, self.targets, self.adapter = lora, targets, None
         if lora is not None and targets is not None:
             self.adapter = Adapter.of(lora, targets, span.device, span.dtype)
+            self.lora = self.adapter.values  # kept once, as it is computed with
         self._held_pages = -(-held * pool.layout.tables // (bytes_per_token(span) * PAGE))
         self.before = 0 if prefix is None else int(prefix.shape[1])  # positions that come before column 0
         self.pool = pool
