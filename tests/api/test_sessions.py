@@ -97,7 +97,12 @@ def test_bundles_and_users_have_sessions_of_their_own(worlds: Worlds) -> None:
     assert (forked.position, forked is session) == (20, False)
     again = pool.take("ann", base, [*session.output_ids[0].tolist(), 9])
     assert again is session
-    for one in (other, mine, forked, again):
+    pool.give("ann", base, again)
+    assert pool.count
+    pool.forget(base)
+    pool.give("ann", base, forked)
+    assert pool.count == 0, "a request has ended whose model is gone"
+    for one in (other, mine):
         one.close()
     pool.close()
     assert pool.count == 0

@@ -64,6 +64,7 @@ def peers(tiny: Path) -> Iterator[list[str]]:
         (["--mode", "dora"], "ptune, deep_ptune, prefix, lora"),
         (["--prompt-init", "zeros"], "vocab, text, random"),
         (["--prompt-init", "text"], "--prompt-text"),
+        (["--mode", "lora", "--prompt-text", "tea"], "--mode lora has no prompt to start"),
         (["--steps", "0"], "--steps is 0"),
         (["--delimiter", "-v", "--steps", "0"], "--steps is 0"),  # a value is not the option of that name
         (["--keep", "first"], "--keep is 'first'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load, save
 from tests.client.conftest import TWO, Pair, random_ids
 from tests.models.every_family import tiny
 from tests.reference import relative
@@ -179,15 +181,34 @@ def test_what_servers_do_not_compute_is_refused(
         pair.model(prompts=tmp_path)
 
 
-def test_a_config_that_makes_no_numbers_is_refused(pair_of: PairOf, tmp_path: Path) -> None:
+def _renamed(tensors: dict[str, torch.Tensor], number: str) -> dict[str, torch.Tensor]:
+    return {name.replace("layers.3.", f"layers.{number}."): one for name, one in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "sentence"),
+    [
+        ({"lora_alpha": math.nan}, None, "lora_alpha is nan"),
+        ({"lora_alpha": 10**400}, None, "lora_alpha is 1000"),
+        ({"alpha_pattern": ["q_proj"]}, None, "alpha_pattern"),
+        ({"peft_type": ["LORA"]}, None, "what kind of adapter"),
+        ({}, lambda tensors: {name: one * math.inf for name, one in tensors.items()}, "not finite"),
+        ({}, lambda tensors: {name: one.double() * 1e300 for name, one in tensors.items()}, "not finite"),
+        ({}, lambda tensors: _renamed(tensors, "03"), "no half of a linear layer"),
+        ({}, lambda tensors: _renamed(tensors, "9" * 5000), "no half of a linear layer"),
+    ],
+)
+def test_garbled_files_are_refused(
+    pair_of: PairOf, config: dict[str, Any], change: Any, sentence: str, tmp_path: Path
+) -> None:
     pair = pair_of("llama")
-    adapted(pair.local, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    plain = json.loads(path.read_text())
-    for wrong in ({"alpha_pattern": ["q_proj"]}, {"alpha_pattern": 5}, {"lora_alpha": float("nan")}):
-        path.write_text(json.dumps(plain | wrong))
-        with pytest.raises(BundleError, match=next(iter(wrong))):
-            pair.model(prompts=tmp_path)
+    adapted(pair.local, tmp_path, target_modules=["q_proj"])
+    about, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    about.write_text(json.dumps(json.loads(about.read_text()) | config))
+    if change is not None:
+        weights.write_bytes(save(change(load(weights.read_bytes()))))
+    with pytest.raises(BundleError, match=sentence):
+        pair.model(prompts=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
+from corolla.models.lora import width
+from corolla.models.prompts import as_tensor
 from corolla.server.block_server import working_bytes
 from corolla.server.peers import LEASE_SECONDS, Lease, Leases
 from corolla.server.training import Saved, Sequences
@@ -223,6 +225,18 @@ def test_a_prefix_before_code_that_cannot_be_packed_is_in_the_caches_of_all_bloc
     cache = span.new_cache()
     cache.begin_with(prefix, rows, span.key_values)
     assert cache.nbytes < working_bytes(span, **Sequences(span, tensors).sizes, with_gradients=False)
+
+
+def test_what_an_adapter_makes_is_counted() -> None:
+    span = span_of("llama", torch.float32)
+    names = tuple(sorted({name for layers in span.linear_layers for name in layers}))
+    lora = torch.ones(BLOCKS, HIDDEN, width(span.linear_layers, names))
+    given = {"lora": lora, "targets": as_tensor(names)}
+    sequences = Sequences(span, packed(noise(2, 40, HIDDEN).float()) | given)
+    kept = sequences.forward_kept()[1].nbytes - lora.nbytes
+    counted = working_bytes(span, **sequences.sizes, with_gradients=True)
+    without = working_bytes(span, **sequences.sizes | {"adapted": 0}, with_gradients=True)
+    assert without < kept <= counted
 
 
 async def test_a_gradient_of_another_shape_is_refused(world: OneServer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ class SessionPool:
         self._most, self._most_bytes = most, most_bytes
         self._lock = threading.Lock()
         self._kept: list[Kept] = []  # the least recently used first
+        self._gone: list[weakref.ref[Partner]] = []  # whom requests under way may still speak with
         self._closed = False
 
     @property
@@ -102,8 +104,11 @@ class SessionPool:
 
     def _put(self, kept: Kept) -> None:
         with self._lock:
-            self._kept.append(kept)
-            leaving = self._over_budget() if not self._closed else self._kept[:]
+            if self._closed or any(one() is kept.partner for one in self._gone):
+                leaving = [kept]
+            else:
+                self._kept.append(kept)
+                leaving = self._over_budget()
             self._kept = [one for one in self._kept if not any(one is other for other in leaving)]
         for one in leaving:
             _close(one.session)
@@ -120,6 +125,7 @@ class SessionPool:
     def forget(self, partner: Partner) -> None:
         """A partner is gone, and nobody will ask for its sessions."""
         with self._lock:
+            self._gone = [*(one for one in self._gone if one() is not None), weakref.ref(partner)]
             leaving = [one for one in self._kept if one.partner is partner]
             self._kept = [one for one in self._kept if one.partner is not partner]
         for one in leaving:

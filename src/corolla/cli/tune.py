@@ -76,6 +76,8 @@ class TuneJob(TrainJob, DataOptions):
             raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
         if self.prompt_init is not None and (self.prompt_init == "text") != bool(self.prompt_text):
             raise UsageError("--prompt-init text and --prompt-text TEXT go together.")
+        if self.mode == "lora" and (self.prompt_init or self.prompt_text):
+            raise UsageError("--mode lora has no prompt to start: leave out --prompt-init and --prompt-text.")
 
     @property
     def begins_with(self) -> str:

@@ -89,12 +89,14 @@ def _class_among(auto: Any, config: PretrainedConfig, what: str) -> type[PreTrai
 def block_key_pattern(config: PretrainedConfig) -> re.Pattern[str]:
     """Matches a checkpoint's key of a block's tensor; groups `index` and `rest`.
 
-    Checkpoints of a base model alone (gpt2, bloom on the hub) leave the base model's name out of their keys.
+    Checkpoints of a base model alone (gpt2, bloom on the hub) leave the base model's name out of their keys. Numbers
+    are as torch writes them: "03", for which it has no module, is no block.
     """
     found = structure(config)
     inner = found.prefix.removeprefix(found.optional_prefix)
     return re.compile(
-        rf"^(?:{re.escape(found.optional_prefix)})?{re.escape(inner)}\.(?P<index>\d+)\.(?P<rest>.+)$"
+        rf"^(?:{re.escape(found.optional_prefix)})?{re.escape(inner)}"
+        r"\.(?P<index>0|[1-9][0-9]{0,8})\.(?P<rest>.+)$"
     )
 
 

@@ -317,7 +317,15 @@ def check_adapter(adapter: Tensor | None, targets: Tensor | None, span: Span) ->
 
 
 def check_memory(
-    span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, limit: int, copied: int = 0
+    span: Span,
+    *,
+    rows: int,
+    tokens: int,
+    total: int,
+    with_gradients: bool,
+    limit: int,
+    copied: int = 0,
+    adapted: int = 0,
 ) -> None:
     """That `rows` of `tokens` new tokens, of `total` so far, can be computed in `limit` bytes at once.
 
@@ -325,7 +333,13 @@ def check_memory(
     memory that the kernel takes back is no exception that could be answered.
     """
     needed = working_bytes(
-        span, rows=rows, tokens=tokens, total=total, with_gradients=with_gradients, copied=copied
+        span,
+        rows=rows,
+        tokens=tokens,
+        total=total,
+        with_gradients=with_gradients,
+        copied=copied,
+        adapted=adapted,
     )
     if needed > limit:
         raise RequestRefused(
@@ -337,14 +351,21 @@ def check_memory(
 
 
 def working_bytes(
-    span: Span, *, rows: int, tokens: int, total: int, with_gradients: bool, copied: int = 0
+    span: Span,
+    *,
+    rows: int,
+    tokens: int,
+    total: int,
+    with_gradients: bool,
+    copied: int = 0,
+    adapted: int = 0,
 ) -> int:
     """About what a computation takes beyond weights and cache; an estimate on the high side.
 
     Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
     are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, fused code only
     a mask. `copied` are numbers of a prefix that each block puts before its sequences; code that cannot be packed has
-    them in a cache, of all blocks at once.
+    them in a cache, of all blocks at once. `adapted` are numbers that an adapter makes in a block.
     """
     size = span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
@@ -356,6 +377,7 @@ def working_bytes(
         attention = rows * tokens * total * size
     holding = blocks if span.packable else span.end - span.start + 1
     expanded = blocks * _expanded(span, tokens, total, copied, with_gradients) * size
+    activations += adapted * max(4, size)
     return blocks * (activations + attention) + holding * copied * size + expanded
 
 

@@ -195,14 +195,20 @@ class Sequences:
         longest = max(self.lengths) + self._before
         form = self._span.key_values if self._before else None
         copied = 0 if form is None else len(self.lengths) * longest * form.width
+        rows, tokens = len(self.lengths), longest - self._before
         if self._span.packable:
-            return {"rows": 1, "tokens": self.tokens, "total": longest, "copied": copied}
-        return {
-            "rows": len(self.lengths),
-            "tokens": longest - self._before,
-            "total": longest,
-            "copied": copied,
-        }
+            rows, tokens = 1, self.tokens
+        adapted = rows * tokens * self._adapted
+        return {"rows": rows, "tokens": tokens, "total": longest, "copied": copied, "adapted": adapted}
+
+    @property
+    def _adapted(self) -> int:
+        """Numbers that an adapter makes of a token in a block: A·x, and what it widens."""
+        if "lora" not in self._tensors:
+            return 0
+        _, rank, width = self._tensors["lora"].shape
+        widened = int(width) if self._span.dtype.itemsize < 4 else 0
+        return int(rank) * len(names_in(self._tensors["targets"])) + widened
 
     @property
     def work(self) -> float:

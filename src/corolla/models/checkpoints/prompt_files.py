@@ -151,9 +151,11 @@ def _peft_info(folder: Path) -> dict[str, Any]:
     path = folder / PEFT_CONFIG
     try:
         about = read_json(path)
-        _ = about["peft_type"]
+        kind = about["peft_type"]
     except (CheckpointError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read; copy the folder again.") from error
+    if not isinstance(kind, str):
+        raise BundleError(f"{path} does not say what kind of adapter it is of; copy the folder again.")
     return about
 
 
@@ -271,8 +273,16 @@ def _peft_config(
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """By name; every number is finite in float32, in which prompts are kept. Raises `BundleError`."""
     try:
         # Copied: a mapped file that is truncated later would kill the process.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} is missing or truncated; copy the bundle again.") from error
+    for name, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise BundleError(
+                f"{path} holds numbers in {name} that are not finite, as a training that has run away leaves: take an "
+                "earlier checkpoint of it."
+            )
+    return tensors
