@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,3 +163,5 @@ def set_up_libraries() -> None:
     SPINNING.allow()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # transformers' own modules call it, and a user can do nothing about that.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
