@@ -233,7 +233,7 @@ def forks(span: Span, layout: Layout) -> float:
 CHECKS = (prefill_and_decode, company, going_back, forks)
 
 
-@pytest.mark.parametrize(("family", "margin", "check"), covering(WINDOWED, [0, 9], CHECKS))
+@pytest.mark.parametrize(("family", "margin", "check"), covering(list(WINDOWED), [0, 9], CHECKS))
 def test_what_is_kept_is_enough(family: str, margin: int, check: Callable[[Span, Layout], float]) -> None:
     span = span_of(family)
     layout = layout_of(span, margin)
