@@ -258,14 +258,15 @@ async def test_work_at_hand_is_not_evicted_for_anybody(monkeypatch: pytest.Monke
 
 async def test_a_peer_within_its_share_overtakes_one_beyond_it() -> None:
     budget = CacheBudget(20)
-    working = Holding("greedy")
-    working.idle_after = None
-    await budget.reserve(working, 19, "max_tokens")
+    working, other = Holding("greedy"), Holding("greedy")
+    for one, pages in ((working, 16), (other, 3)):
+        one.idle_after = None
+        await budget.reserve(one, pages, "max_tokens")
     greedy, modest = Holding("greedy"), Holding("modest")
     modest.idle_after = None
     waiting = [asyncio.create_task(budget.reserve(one, 4, "max_tokens")) for one in (greedy, modest)]
     await until(lambda: budget.waiting == 2)
-    await budget.reserve(working, 16, "max_tokens")
+    budget.release(other)
     await waiting[1]
     assert (modest.pages, greedy.pages) == (4, 0)
     budget.release(working)
