@@ -269,12 +269,12 @@ def test_a_prompt_that_peft_wrote_is_read(pair_of: PairOf, tmp_path: Path) -> No
     torch.testing.assert_close(logits(model, ids), logits(adapted, ids)[:, 3:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["LORA", "P_TUNING"])
+@pytest.mark.parametrize("kind", ["IA3", "P_TUNING"])
 def test_what_else_peft_writes_is_refused_by_its_name(pair_of: PairOf, tmp_path: Path, kind: str) -> None:
-    from peft import LoraConfig, PromptEncoderConfig, get_peft_model
+    from peft import IA3Config, PromptEncoderConfig, get_peft_model
 
     configs: dict[str, Any] = {
-        "LORA": LoraConfig(target_modules=["lm_head"]),
+        "IA3": IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
         "P_TUNING": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }
     pair = pair_of("llama")

@@ -30,7 +30,7 @@ def compiled(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
         return run(hidden, positions)
 
     program = Program([record(whole, *inputs(rows)) for rows in ROWS], ROWS, most=64)
-    return lambda hidden, positions: program._laid_out(len(hidden)).run(hidden, positions, [])
+    return lambda hidden, positions: program.for_rows(len(hidden)).run(hidden, positions, [])
 
 
 def inputs(rows: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def test_memory_is_shared_by_all_numbers_of_rows() -> None:
         return rotated(hidden, positions)
 
     program = Program([record(whole, *inputs(rows)) for rows in ROWS], ROWS, most=64)
-    layouts = [program._laid_out(rows) for rows in (1, 64, 2, 33, 7)]
+    layouts = [program.for_rows(rows) for rows in (1, 64, 2, 33, 7)]
     assert len({layout._hidden.untyped_storage().data_ptr() for layout in layouts}) == 1
     for layout, rows in zip(layouts, (1, 64, 2, 33, 7), strict=True):
         hidden, positions = inputs(rows)

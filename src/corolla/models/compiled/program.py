@@ -86,10 +86,14 @@ class Program:
         assert pool is not None
         if pool is not self._pool:
             self._use(pool)
-        rows = len(hidden)
+        tables = [batch.rows(at) for at in range(pool.layout.tables)]
+        return self.for_rows(len(hidden)).run(hidden, positions, tables)
+
+    def for_rows(self, rows: int) -> SizedProgram:
+        """The program for one number of rows, made when it is first asked for."""
         if rows not in self._sized:
-            self._sized[rows] = self._for_rows(rows)
-        return self._sized[rows].run(hidden, positions, [batch.rows(at) for at in range(pool.layout.tables)])
+            self._sized[rows] = self._made_for(rows)
+        return self._sized[rows]
 
     def _use(self, pool: PagePool) -> None:
         """Attention reads and writes this pool."""
@@ -119,7 +123,7 @@ class Program:
 
     # --- for one number of rows -----------------------------------------------------------------------------
 
-    def _for_rows(self, rows: int) -> SizedProgram:
+    def _made_for(self, rows: int) -> SizedProgram:
         assert self._first.output is not None
         assert self._second.output is not None
         ops = [(self._op(at, rows), self._whats[at]) for at in self._needed]
