@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.client.sessions.test_prefilled import write_bundle
+from tests.client.sessions.test_named_prompt import write_bundle
 from tests.e2e.processes import corolla
 from tests.tiny_models import tiny_config, write_tiny
 
