@@ -140,7 +140,7 @@ def test_tuning_that_cannot_begin(refused: Run, tiny: Path, tmp_path: Path) -> N
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"text": "no conversation"}\n')
     assert "--prompt-tokens" in refused("tune", str(tiny), "--prompt-tokens", "0", *out)
-    assert "--mode" in refused("tune", str(tiny), "--mode", "lora", *out)
+    assert "--mode" in refused("tune", str(tiny), "--mode", "dora", *out)
     assert "empty" in refused("tune", str(tiny), "--data", str(empty), *out)
     said = refused("tune", str(tiny), "--data", str(wrong), *out)
     assert "no conversation" in said
