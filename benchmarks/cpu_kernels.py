@@ -7,6 +7,7 @@ in place of the optional package of that name.)
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py            # products, gradients, blocks
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --sets     # the C kernels, for each instruction set
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --compile  # and torch.compile of one block
+    GOMP_SPINCOUNT=10000 python benchmarks/cpu_kernels.py --attention   # of several tokens, beside torch
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+from corolla.models.attention.one_token_rows import Rules, attend_stretch
+from corolla.models.attention.packing import PackedBatch, attend_one, segments_of
+from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.client import HalfLinear
 from corolla.models.kernels.int8 import Int8Linear
@@ -40,6 +44,7 @@ HEAD = (49152, 576)
 FUSED = (3072, 576)  # gate and up, which are one product
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 SOME_ROWS = (1, 2, 8, 32)
+ATTENTION = (9, 3, 64)  # SmolLM2's heads, those of keys, and their width
 ROTATED_BYTES = 100e6
 PAST = 200  # tokens in the cache of a step
 
@@ -231,6 +236,31 @@ def compiled() -> None:
             report("compile", interleaved(calls, seconds=2.0), compile_seconds=round(seconds, 1))
 
 
+def attention(heads: int, kv_heads: int, dim: int, count: int, past: int) -> None:
+    """Of `count` tokens of one sequence behind `past` others: our kernel's, beside torch's."""
+    pool = PagePool(pages_for(past + count), dtype=torch.float32, device=torch.device("cpu"))
+    cache = pool.store(0, torch.empty(1, kv_heads, 1, dim), torch.empty(1, kv_heads, 1, dim))
+    for side in cache:
+        side.normal_()
+    row = CachedSequence(pool)
+    for new in (past, count) if past else (count,):
+        batch = PackedBatch(segments_of([new], [row]), pool)
+    (one,) = batch.segments[0].parts
+    query = torch.randn(1, count, heads, dim).transpose(1, 2)
+    turned = [side.transpose(0, 1).unsqueeze(0) for side in cache]
+
+    def by_torch() -> Tensor:
+        return attend_one(query, one.cached(turned[0]), one.cached(turned[1]), one, Rules())
+
+    with torch.inference_mode():
+        calls: dict[str, Call] = {
+            "torch": by_torch,
+            "ours": partial(attend_stretch, query, cache, one.pages, past, Rules()),
+        }
+        shape = (heads, kv_heads, dim)
+        report("attention", interleaved(calls), shape=shape, tokens=count, behind=past)
+
+
 def main() -> None:
     """Print the figures asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -238,6 +268,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sets", action="store_true")
+    parser.add_argument("--attention", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -249,6 +280,10 @@ def main() -> None:
     print(json.dumps({"what": "machine", **about}), flush=True)
     if options.compile:
         compiled()
+        return
+    if options.attention:
+        for count, past in itertools.product((30, 128, 512), (0, 500, 2000)):
+            attention(*ATTENTION, count, past)
         return
     if options.sets:
         by_instruction_set(FUSED, SOME_ROWS)

@@ -348,7 +348,8 @@ def _attend_new(
 def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """A segment over what its table holds, its new tokens included."""
     sharing = one.count * query.shape[1] // cache[0].shape[1]
-    quick = sharing >= FEWEST_ROWS or not rules.plain
+    # With nothing behind them they are computed as tokens that nobody caches: a bundle has the bits of a session.
+    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not rules.plain)
     if quick and one.count > 1 and can_attend(query, cache):
         own = query.narrow(2, one.begin, one.count)
         return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
