@@ -6,7 +6,7 @@ A mistake that only raises, since the code around it has changed, would be notic
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 
@@ -18,6 +18,12 @@ def passes(check: Callable[[], bool], file: str) -> bool:
     except Exception as error:
         assert_is_planted(error, file)
         return False
+
+
+def failing(checks: object, due: Collection[str], file: str) -> set[str]:
+    """Those methods of `checks` that come out wrong: of the `due` ones, or of all where none is due."""
+    names = due or [name for name in vars(type(checks)) if name[0] != "_"]
+    return {name for name in names if not passes(getattr(checks, name), file)}
 
 
 def assert_is_planted(error: BaseException, file: str) -> None:

@@ -22,6 +22,8 @@ from corolla.errors import UsageError
 
 # How activations travel: as they are, or in fewer bytes, which is inexact.
 WireFormat = Literal["compute", "float16", "int8"]
+# What a client trains beside the frozen model (docs/tuning.md).
+TuningMode = Literal["ptune", "deep_ptune", "prefix", "lora"]
 # How a client keeps its embedding and head: as they are, or in fewer bits.
 ClientQuantization = Literal["none", "bfloat16", "int8"]
 

@@ -38,6 +38,19 @@ class Pair:
         return model
 
 
+def goes_back_forks_and_heals(pair: Pair, model: Any, session: Any, ids: Any, whole: Any) -> None:
+    """`whole` [1, 22] comes of `ids` [1, 8] in a session that is set back, is forked, and loses its servers."""
+    greedy: dict[str, Any] = {"do_sample": False}
+    assert torch.equal(model.generate(ids, max_new_tokens=6, **greedy), whole[:, :14])
+    session.position = 9
+    twin = session.fork()
+    for span in session.chain.spans:
+        pair.swarm.loop.run(span.drop())
+    assert torch.equal(model.generate(None, max_new_tokens=7, **greedy), whole[:, 9:16])
+    with twin:
+        assert torch.equal(model.generate(None, max_new_tokens=13, session=twin, **greedy), whole[:, 9:])
+
+
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair]]:
     """`pair_of(family, spans)`; swarms live as long as the module's tests."""

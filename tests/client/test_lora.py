@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, save
-from tests.client.conftest import TWO, Pair, random_ids
+from tests.client.conftest import TWO, Pair, goes_back_forks_and_heals, random_ids
 from tests.models.every_family import tiny
 from tests.reference import relative
 from tests.swarm_fixture import MemorySwarm
@@ -93,14 +93,7 @@ def test_rollback_forks_beams_and_lost_servers(pair_of: PairOf, count: int, tmp_
     ids = random_ids(1, 8)
     whole = greedy(local, ids, 14)
     with model.inference_session() as session:
-        assert torch.equal(model.generate(ids, max_new_tokens=6, **GREEDY), whole[:, :14])
-        session.position = 9
-        twin = session.fork()
-        for span in session.chain.spans:
-            pair.swarm.loop.run(span.drop())
-        assert torch.equal(model.generate(None, max_new_tokens=7, **GREEDY), whole[:, 9:16])
-        with twin:
-            assert torch.equal(model.generate(None, max_new_tokens=13, session=twin, **GREEDY), whole[:, 9:])
+        goes_back_forks_and_heals(pair, model, session, ids, whole)
     found = model.generate(ids, max_new_tokens=6, num_beams=3, **GREEDY)
     assert torch.equal(found, greedy(local, ids, 6, num_beams=3))
 

@@ -12,7 +12,7 @@ import torch
 from tests.client.conftest import TWO, random_ids
 from tests.client.test_lora import adapted, greedy
 from tests.client.test_mutants import prompts_lost_in_a_replay
-from tests.mutants import assert_none_raised, passes
+from tests.mutants import assert_none_raised, failing
 from tests.reference import local_model, relative
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -153,10 +153,6 @@ def test_mutant(
         model = swarm.model(prompts=tmp_path / "adapter")
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         checks = Checks(swarm, model, local)
-        names = [field for field in vars(Checks) if field[0] != "_"]
-        outcome = {name: passes(getattr(checks, name), __file__) for name in names}
-    failed = {name for name, passed in outcome.items() if not passed}
-    if plant is no_mistake:
-        assert not failed
-    assert set(CAUGHT_BY[plant]) <= failed
+        failed = failing(checks, CAUGHT_BY[plant], __file__)
+    assert failed == set(CAUGHT_BY[plant])
     assert_none_raised(caplog, __file__)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.client.conftest import THREE, TWO, Pair, random_ids
+from tests.client.conftest import THREE, TWO, Pair, goes_back_forks_and_heals, random_ids
 from tests.models.every_family import tiny
 from tests.reference import Prefixed, local_model, relative
 from tests.swarm_fixture import MemorySwarm
@@ -104,14 +104,7 @@ def test_rollback_forks_and_lost_servers(pair_of: PairOf, family: str, count: in
     ids = random_ids(1, 8)
     whole = local.greedy(ids, 14)
     with model.inference_session() as session:
-        assert torch.equal(model.generate(ids, max_new_tokens=6, **GREEDY), whole[:, :14])
-        session.position = 9
-        twin = session.fork()
-        for span in session.chain.spans:
-            pair.swarm.loop.run(span.drop())
-        assert torch.equal(model.generate(None, max_new_tokens=7, **GREEDY), whole[:, 9:16])
-        with twin:
-            assert torch.equal(model.generate(None, max_new_tokens=13, session=twin, **GREEDY), whole[:, 9:])
+        goes_back_forks_and_heals(pair, model, session, ids, whole)
         session.position = 0
         again = model.generate(ids[:, :4], max_new_tokens=3, **GREEDY)
         assert torch.equal(again, local.greedy(ids[:, :4], 3))

@@ -185,9 +185,9 @@ def test_the_estimate_of_memory_grows_as_the_computation_does(family: str) -> No
     assert working_bytes(span, rows=1, tokens=8, total=64, with_gradients=False) > one
     square = working_bytes(span, rows=1, tokens=100_000, total=100_000, with_gradients=False)
     assert square > 100_000**2  # bytes
-    check_memory(span, rows=1, tokens=8, total=8, with_gradients=False, limit=one)
+    check_memory(one, rows=1, tokens=8, limit=one)
     with pytest.raises(RequestRefused, match="fewer rows"):
-        check_memory(span, rows=1, tokens=8, total=8, with_gradients=False, limit=one - 1)
+        check_memory(one, rows=1, tokens=8, limit=one - 1)
 
 
 async def test_what_would_not_fit_memory_is_refused_and_changes_nothing(world: OneServer) -> None:

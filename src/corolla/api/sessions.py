@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from corolla.api.partners import Partner
+from corolla.client.sessions.prefix_cache import common_length
 from corolla.errors import CorollaError
 
 ENDS_SECONDS = 0.15  # for servers to say that they have freed a cache
@@ -32,12 +33,6 @@ class Kept:
     session: Any
     ids: Tensor  # int64 [n], what it holds
     nbytes: int
-
-    def common(self, ids: Tensor) -> int:
-        """How many first tokens it shares with int64 [n]."""
-        length = min(len(self.ids), len(ids))
-        differs = (self.ids[:length] != ids[:length]).nonzero()
-        return int(differs[0]) if len(differs) else length
 
 
 class SessionPool:
@@ -71,7 +66,7 @@ class SessionPool:
             best, shared = None, 0
             for one in reversed(self._kept):
                 if one.user == user and one.partner is partner:
-                    common = one.common(wanted)
+                    common = common_length(one.ids, wanted)
                     if common > shared:
                         best, shared = one, common
             if best is not None and (shared >= LEAST_SHARED or shared == len(best.ids)):

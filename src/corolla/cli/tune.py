@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Group, RenderableType
@@ -29,7 +29,7 @@ from corolla.cli.training import (
     stopped_by_ctrl_c,
     trained,
 )
-from corolla.config import SwarmConfig
+from corolla.config import SwarmConfig, TuningMode
 from corolla.data.render import NO_LOSS, Example, RenderSettings
 from corolla.errors import UsageError
 from corolla.text import printable
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from corolla.tuning.batches import Prepared
     from corolla.tuning.tune import TuneResult
 
-MODES = ("ptune", "deep_ptune", "prefix", "lora")
+MODES = get_args(TuningMode)
 INITS = ("vocab", "text", "random", "conversations")
 
 

@@ -316,31 +316,12 @@ def check_adapter(adapter: Tensor | None, targets: Tensor | None, span: Span) ->
         )
 
 
-def check_memory(
-    span: Span,
-    *,
-    rows: int,
-    tokens: int,
-    total: int,
-    with_gradients: bool,
-    limit: int,
-    copied: int = 0,
-    adapted: int = 0,
-) -> None:
-    """That `rows` of `tokens` new tokens, of `total` so far, can be computed in `limit` bytes at once.
+def check_memory(needed: int, *, rows: int, tokens: int, limit: int) -> None:
+    """That `rows` of `tokens` new tokens, for which `working_bytes` are `needed`, can be computed in `limit` bytes.
 
     Raises `RequestRefused` (too_large). Without it, one client's single long request would end the process:
     memory that the kernel takes back is no exception that could be answered.
     """
-    needed = working_bytes(
-        span,
-        rows=rows,
-        tokens=tokens,
-        total=total,
-        with_gradients=with_gradients,
-        copied=copied,
-        adapted=adapted,
-    )
     if needed > limit:
         raise RequestRefused(
             f"Computing {rows} x {tokens} tokens here would take about {needed / 2**30:.1f} GiB of "

@@ -65,7 +65,11 @@ class TrainingRequest(Request):
     def check_memory(self, *, with_gradients: bool) -> None:
         """That the sequences can be computed here. Raises `RequestRefused`."""
         sizes, limit = self.sequences.sizes, self._server.working_bytes
-        check_memory(self.span, **sizes, with_gradients=with_gradients, limit=limit)
+        needed = self._working_bytes(with_gradients=with_gradients)
+        check_memory(needed, rows=sizes["rows"], tokens=sizes["tokens"], limit=limit)
+
+    def _working_bytes(self, *, with_gradients: bool) -> int:
+        return working_bytes(self.span, **self.sequences.sizes, with_gradients=with_gradients)
 
     def check_time(self, tokens: float) -> None:
         """That so many tokens can be computed here in a time that others can bear. Raises `RequestRefused`."""
@@ -123,7 +127,7 @@ class ForwardRequest(TrainingRequest):
 
     def _may_keep(self) -> bool:
         """Whether there is room for the graph, in memory and among the leases."""
-        needed = working_bytes(self.span, **self.sequences.sizes, with_gradients=True)
+        needed = self._working_bytes(with_gradients=True)
         return needed <= self._server.working_bytes and self._server.leases.may_fit(self.sequences.tokens)
 
 

@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from corolla.config import SwarmConfig, check_kinds
+from corolla.config import SwarmConfig, TuningMode, check_kinds
 from corolla.errors import UnexpectedArgument, UsageError
 from corolla.models.numerics import DTYPES
 
@@ -91,9 +91,6 @@ _IGNORED = frozenset({"low_cpu_mem_usage", "torchscript", "tqdm_class"})  # what
 _DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")  # all of them one device here
 
 
-TUNING_MODES = (None, "ptune", "deep_ptune", "prefix", "lora")
-
-
 @dataclass(frozen=True)
 class LoadRequest:
     """A model that was asked for: see `from_pretrained`. Raises `UsageError` for a prompt that cannot be made."""
@@ -120,9 +117,10 @@ class LoadRequest:
     def __post_init__(self) -> None:
         check_kinds(self)
         mode, length, init = self.tuning_mode, self.pre_seq_len, self.prompt_init
-        if mode not in TUNING_MODES:
+        *modes, last = get_args(TuningMode)
+        if mode not in (None, *modes, last):
             raise UsageError(
-                f"tuning_mode is {mode!r}; it must be None, 'ptune', 'deep_ptune', 'prefix' or 'lora'."
+                f"tuning_mode is {mode!r}; it must be None, {', '.join(map(repr, modes))} or {last!r}."
             )
         if mode is not None and length < 1:
             raise UsageError(

@@ -35,11 +35,12 @@ class CachedPrefix:
     prompt: Tensor | str | None
     version: int
 
-    def common(self, ids: Tensor) -> int:
-        """How many first tokens it shares with int64 [n]."""
-        length = min(len(self.ids), len(ids))
-        differs = (self.ids[:length] != ids[:length]).nonzero()
-        return int(differs[0]) if len(differs) else length
+
+def common_length(one: Tensor, other: Tensor) -> int:
+    """How many first tokens two histories, int64 [n] each, share."""
+    length = min(len(one), len(other))
+    differs = (one[:length] != other[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length
 
 
 class Session(Protocol):
@@ -76,7 +77,7 @@ class PrefixCache:
         for one in self._prefixes():
             if not _same(one.prompt, prompt):
                 continue
-            common = min(one.common(ids), len(ids) - 1)
+            common = min(common_length(one.ids, ids), len(ids) - 1)
             if common >= LEAST_TOKENS and (best is None or common > best[1]):
                 best = (one, common)
         return best

@@ -77,9 +77,8 @@ class LatentPages(Cache):  # type: ignore[misc]
 class Absorbed:
     """What `expand_kv` does, as matrices."""
 
-    keys: (
-        Tensor  # [heads, L + E, D]; or [heads, L, D - E], where the rotary part is the end of each head's key
-    )
+    # [heads, L + E, D]; or [heads, L, D - E], where the rotary part is the end of each head's key.
+    keys: Tensor
     values: Tensor  # [heads, L, D']
     rotary: int = 0  # E in the latter case
 

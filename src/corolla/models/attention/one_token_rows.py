@@ -95,9 +95,7 @@ def attend_stretch(
     result = torch.empty(1, count, heads, width)
     query = _strided(query)
     numbers, sinks, slopes = kernel_rules(rules, dim)
-    kernels = library()
-    assert kernels is not None  # `can_attend` asked
-    kernels.attend_stretch(
+    kernels().attend_stretch(
         *(pointer(query), query.stride(1), query.stride(2)),
         *(pointer(one) for one in (*cache, pages)),
         *(past, count, heads, cache[0].shape[1], dim, width, PAGE),

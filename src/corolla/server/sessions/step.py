@@ -18,7 +18,7 @@ from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.lora import AdapterRows
 from corolla.models.prompts import DeepRows
-from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed
+from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed, working_bytes
 from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Kind, Request
 from corolla.server.sessions.session import Client, Session
@@ -94,14 +94,10 @@ class StepRequest(Request):
         """See `handlers.Answered`."""
         check_hidden(self._hidden, self.session.span)
         self._check_fits()
-        check_memory(
-            self.session.span,
-            rows=self.rows,
-            tokens=min(_columns(PASS_TOKENS, self.rows), self.count),
-            total=self.session.before + self._position + self.count,
-            with_gradients=False,
-            limit=self._server.working_bytes,
-        )
+        rows, tokens = self.rows, min(_columns(PASS_TOKENS, self.rows), self.count)
+        total = self.session.before + self._position + self.count
+        needed = working_bytes(self.session.span, rows=rows, tokens=tokens, total=total, with_gradients=False)
+        check_memory(needed, rows=rows, tokens=tokens, limit=self._server.working_bytes)
 
     def _check_fits(self) -> None:
         """Everything that depends on the session's state. Raises `RequestRefused`."""
