@@ -11,10 +11,10 @@ import torch
 from tests.api.world import BASE, World, Worlds
 from tests.mutants import passes
 
-from corolla.api import reading, sampling, scoring, wishes
+from corolla.api import reading, sampling, scoring, sessions, wishes
 from corolla.api.access import Keys, User
 from corolla.api.generation import Run
-from corolla.api.sessions import Kept, SessionPool
+from corolla.api.sessions import SessionPool
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 HELLO = [{"role": "user", "content": "What of the moon, and what of the rain?"}]
@@ -116,8 +116,10 @@ def bias_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def prefix_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    common = Kept.common
-    patch.setattr(Kept, "common", lambda self, ids: min(common(self, ids) + 1, len(self.ids), len(ids)))
+    common = sessions.common_length
+    patch.setattr(
+        sessions, "common_length", lambda one, other: min(common(one, other) + 1, len(one), len(other))
+    )
 
 
 def stop_missed_across_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -186,8 +188,12 @@ def test_without_a_mistake(guarded: World, check: Callable[[World], bool]) -> No
 def test_a_mistake_is_noticed(
     guarded: World, monkeypatch: pytest.MonkeyPatch, plant: Plant, check: Callable[[World], bool]
 ) -> None:
+    # Its own sessions: one that holds the whole request already may hide a mistake, and what a mistake has left there
+    # is nobody else's.
+    own = SessionPool(most=8, most_bytes=2**28)
     with monkeypatch.context() as patch:
+        patch.setattr(guarded.api.generator, "pool", own)
         plant(patch)
         noticed = not passes(lambda: check(guarded), __file__)
-    guarded.api.generator.pool.forget(guarded.api.partners.base)  # what a mistake has left there
+    own.close()
     assert noticed

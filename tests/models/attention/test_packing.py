@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.attention.pools import FilledPool
 from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +42,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def new_pool(span: Span, pages: int = 60) -> PagePool:
-    return PagePool(pages, dtype=span.dtype, device=span.device)
+    return FilledPool(pages, dtype=span.dtype, device=span.device)
 
 
 def assert_same(found: Tensor, wanted: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.covering import covering
+from tests.models.attention.pools import FilledPool
 from tests.mutants import passes
 from tests.tiny_models import write_tiny
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from corolla.models.attention import windows
 from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.packing import PackedBatch, Segment, TableSegment, segments_of
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool
+from corolla.models.attention.pages import PAGE, CachedSequence, Layout
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
@@ -65,7 +66,7 @@ class Rows:
 
     def __init__(self, span: Span, layout: Layout, *, pages: int = 200) -> None:
         self.span = span
-        self.pool = PagePool(pages, dtype=span.dtype, device=span.device, layout=layout)
+        self.pool = FilledPool(pages, dtype=span.dtype, device=span.device, layout=layout)
         self.rows: list[CachedSequence] = []
         self.gathered = 0  # times that the pages of a table did not follow each other
         self.given: list[Tensor] = []
