@@ -2,7 +2,8 @@
 
 All see the same batches in the same order and take the same steps, each mode at the rate that is its default. A
 prefix and peft's CARTRIDGE start from the same conversations of the training split, `ptune` and peft's PROMPT_TUNING
-(`prompt_vocab`) from the same sampled vocabulary; `prompt_random` and `prefix_tuning` start as peft starts them.
+(`prompt_vocab`) from the same sampled vocabulary, `lora` and peft's LORA from the same A; `prompt_random` and
+`prefix_tuning` start as peft starts them.
 Every run is a line of a JSON file, so that what was interrupted goes on; the table and the paired intervals are made
 of the lines.
 
@@ -28,11 +29,13 @@ from typing import Any
 import torch
 from peft import (
     CartridgeConfig,
+    LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
     get_peft_model,
+    set_peft_model_state_dict,
 )
 from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from torch import Tensor, nn
@@ -45,6 +48,9 @@ from corolla.cli.tune import conversations_text
 from corolla.data.render import RenderSettings
 from corolla.data.sources import load_conversations
 from corolla.models.checkpoints.checkpoint import open_checkpoint
+from corolla.models.checkpoints.lora_files import peft_files
+from corolla.models.checks.lora import check_adapter
+from corolla.models.lora import initial
 from corolla.models.prompts import initial_vectors
 from corolla.tuning.batches import Prepared, prepare
 from corolla.tuning.checkpoints import RunFolder
@@ -53,7 +59,8 @@ from corolla.tuning.settings import RATES, TuneSettings
 from corolla.tuning.trainer import training_arguments
 
 SLOW_LINE = 100e6 / 8  # bytes a second
-OWN_TENSORS = ("prefix", "prompts")  # what a prompt adds to the line
+RANK = 8  # of LoRA, with twice that as alpha
+OWN_TENSORS = ("prefix", "prompts", "lora")  # what a prompt adds to the line
 # Pairs of runs whose difference is told: the second minus the first.
 PAIRS = (
     ("base", "ptune"),
@@ -64,6 +71,9 @@ PAIRS = (
     ("prompt_vocab", "prefix"),
     ("prompt_random", "prefix"),
     ("prefix_tuning", "prefix"),
+    ("base", "lora"),
+    ("prefix", "lora"),
+    ("peft_lora", "lora"),
 )
 
 
@@ -156,7 +166,7 @@ def whole_model(task: Task) -> Any:
 
 
 def with_peft(task: Task, config: Any, start: Callable[[Any, Any, Task], None] | None) -> Outcome:
-    """Train an adapter; `start` gives it its first values, of the base model and the task."""
+    """Train a prompt; `start` gives it its first values, of the base model and the task."""
     torch.manual_seed(task.settings.seed)
     base = whole_model(task)
     model = get_peft_model(base, config)
@@ -189,6 +199,18 @@ def from_text(encoder: Any, base: Any, task: Task) -> None:
     )
 
 
+def with_peft_lora(task: Task, _swarms: Swarms) -> Outcome:
+    """Train a LoRA adapter of all linear layers, from what a distributed model's adapter of this seed begins with."""
+    base = whole_model(task)
+    names = check_adapter(base.config, None)
+    tensors, about = peft_files(initial(base.config, names, RANK, 2.0, task.settings.seed), base.config)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=about["target_modules"])
+    model = get_peft_model(base, config)
+    set_peft_model_state_dict(model, tensors)
+    seconds = trained(model, task)
+    return Outcome(evaluated(Kept(model, 0), task), seconds, numbers_of(model), {})
+
+
 def base_alone(task: Task) -> Outcome:
     """No prompt at all."""
     return Outcome(evaluated(Kept(whole_model(task), 0), task), 0.0, 0, {})
@@ -211,16 +233,17 @@ class Swarms:
 
 def with_corolla(task: Task, mode: str, swarms: Swarms) -> Outcome:
     """Train through the swarm."""
-    start: dict[str, Any] = (
-        {"prompt_init": "text", "prompt_text": task.text} if mode == "prefix" else {"prompt_init": "vocab"}
-    )
+    starts: dict[str, dict[str, Any]] = {
+        "prefix": {"prompt_init": "text", "prompt_text": task.text},
+        "lora": {"lora_rank": RANK},
+    }
     with AutoDistributedModelForCausalLM.from_pretrained(
         task.model,
         initial_peers=swarms.peers,
         tuning_mode=mode,
         pre_seq_len=task.prompt_tokens,
         seed=task.settings.seed,
-        **start,
+        **starts.get(mode, {"prompt_init": "vocab"}),
     ) as model:
         with counted(model.blocks.connection.view) as traffic:
             seconds = trained(model, task)
@@ -282,6 +305,8 @@ RUNS = {
     ),
     "prompt_random": Run("peft PROMPT_TUNING, defaults", "ptune", _peft(PromptTuningConfig)),
     "prefix_tuning": Run("peft PREFIX_TUNING", "prefix", _peft(PrefixTuningConfig)),
+    "lora": Run("lora, two servers", "lora", lambda task, swarms: with_corolla(task, "lora", swarms)),
+    "peft_lora": Run("peft LORA, same start", "lora", with_peft_lora),
 }
 
 
