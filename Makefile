@@ -26,7 +26,9 @@ help:            ## this list
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
-# What is never imported need not be compiled: half of what pip would do.
+# What is never imported need not be compiled: half of what pip would do. What is imported is compiled once, even where
+# the caller's environment says otherwise: each process would spend ten seconds on it again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile
 
 $(STAMP): pyproject.toml constraints.txt
