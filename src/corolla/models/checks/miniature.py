@@ -227,14 +227,25 @@ def _most_varied_stretch(config: PretrainedConfig, length: int) -> int:
 
 def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
     """Heads together are as wide as the hidden states only where they are so in the original."""
-    if getattr(config, "qk_rope_head_dim", None) is not None:
-        if getattr(config, "head_dim", None) == config.qk_rope_head_dim:
-            small.head_dim = small.qk_rope_head_dim
+    if (rotated := getattr(config, "qk_rope_head_dim", None)) is not None:
+        if _is_size(config, "qk_nope_head_dim"):
+            small.qk_nope_head_dim = max(1, small.qk_rope_head_dim * config.qk_nope_head_dim // rotated)
+        # The width that rotary tables are made for, of which they take all or a part.
+        wide = getattr(config, "head_dim", None)
+        if rotated in {int(share * (wide or 0)) for share in _rotary_shares(config)}:
+            small.head_dim = small.qk_rope_head_dim * wide // rotated
     elif not hasattr(config, "num_attention_heads"):
         return
     elif isinstance(getattr(small, "head_dim", None), int) and not _is_computed(config, "head_dim"):
         together = config.head_dim * config.num_attention_heads == config.hidden_size
         small.head_dim = SMALL["head_dim"] * (1 if together else 2)
+
+
+def _rotary_shares(config: PretrainedConfig) -> set[float]:
+    """Of a head's width, how much is rotated, by each kind of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = list(rope.values()) if rope and all(isinstance(one, dict) for one in rope.values()) else [rope]
+    return {part.get("partial_rotary_factor") or 1.0 for part in parts}
 
 
 def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:

@@ -236,6 +236,7 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
     found = structure(config)
     config = copy.deepcopy(config)
     config._attn_implementation = MEASURED
+    config._experts_implementation = "batched_mm"  # the others ask for a router's values, or for 16 bits
     config.return_dict = True
     passes = []
     with torch.device("meta"), torch.no_grad(), _unchecked_distributions():
