@@ -139,6 +139,47 @@ except KeyboardInterrupt:
 """
 
 
+OFTEN = """
+import asyncio, random, signal
+from corolla.swarm.loop import EventLoopThread
+
+loop, draw, met = EventLoopThread(), random.Random(1), 0
+
+async def answer():
+    await asyncio.sleep(0)
+    return 42
+
+def ring(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, ring)
+while met < 8000:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 400e-6))
+        for _ in range(3):
+            loop.run(answer())
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        met += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert loop.run(answer(), timeout=20) == 42
+loop.close()
+print("well")
+"""
+
+
+def test_ctrl_c_at_any_instant_leaves_the_loop_as_it_was() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OFTEN],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "well", done.stderr
+
+
 def test_ctrl_c_cancels_the_work() -> None:
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED],

@@ -11,7 +11,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError
 from typing import Any, Generic, TypeVar
 
 from corolla.errors import UsageError
@@ -51,13 +51,14 @@ class EventLoopThread:
         if self.is_current:
             work.close()
             raise RuntimeError("EventLoopThread.run would wait for itself; await the coroutine instead.")
-        cancellable = _Cancellable(work)
+        handed = _Work(work)
         try:
-            return self._submit(cancellable.run()).result(timeout)
+            self._submit(handed)
+            return handed.wait(timeout)
         except BaseException:
             # Whatever ended the wait (an interrupt, even one that came while the work was being handed over,
             # the timeout, or the work itself), nothing goes on.
-            self._call_off(cancellable)
+            self._call_off(handed)
             raise
 
     def run_soon(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -66,7 +67,7 @@ class EventLoopThread:
         For finalizers: in a forked process or after `close()`, `work` is dropped and nothing raised.
         """
         try:
-            self._submit(work)
+            self._submit(_Work(work))
         except UsageError:
             return
 
@@ -81,27 +82,27 @@ class EventLoopThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    def _call_off(self, work: _Cancellable[Any]) -> None:
+    def _call_off(self, work: _Work[Any]) -> None:
         with self._lock:
             if os.getpid() == self._pid and not self._closed:
                 self._loop.call_soon_threadsafe(work.call_off)
                 return
         work.call_off()
 
-    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def _submit(self, work: _Work[Any]) -> None:
         if os.getpid() != self._pid:
-            work.close()
+            work.call_off()
             raise UsageError(
                 "A model's connection to the swarm does not survive a fork; use the model in the process that "
                 "loaded it, not in a DataLoader worker."
             )
         with self._lock:
             if self._closed:
-                work.close()
+                work.call_off()
                 raise UsageError("The connection to the swarm is closed; load the model again.")
             # In a context of its own: tasks that outlive the call (a stream's) would otherwise keep everything
             # alive that the caller's context variables hold, a session among it.
-            return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, self._loop)
+            self._loop.call_soon_threadsafe(work.start, context=contextvars.Context())
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -117,25 +118,55 @@ class EventLoopThread:
             self._loop.close()
 
 
-class _Cancellable(Generic[T]):
-    """Work that can be called off at any moment, also before it has become a task."""
+class _Work(Generic[T]):
+    """A coroutine for the loop, its outcome for whoever waits for it; called off at any moment, also before it begins.
 
-    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
-        self._work = work
-        self._task: asyncio.Task[Any] | None = None
+    The wait is for a bare lock. `concurrent.futures.Future` waits with a `threading.Condition`, whose methods are
+    Python code: Ctrl-C inside them leaves its lock held, and then the loop waits for that for ever.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._coroutine = coroutine
+        self._task: asyncio.Task[None] | None = None
         self._called_off = False
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._results: list[T] = []
+        self._error: BaseException | None = None
 
-    async def run(self) -> T:
-        """The work itself."""
-        if self._called_off:
-            raise asyncio.CancelledError
-        self._task = asyncio.current_task()
-        return await self._work
+    def start(self) -> None:
+        """Begin, on the loop's thread."""
+        if not self._called_off:
+            self._task = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
+        try:
+            self._results.append(await self._coroutine)
+        except BaseException as error:  # for whoever waits, as all others
+            self._error = error
+        finally:
+            self._done.release()
+
+    def wait(self, timeout: float | None) -> T:
+        """What comes of it, on another thread. Raises its error, and `TimeoutError` after so many seconds."""
+        if not self._done.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            raise TimeoutError
+        error, self._error = self._error, None
+        if error is None:
+            return self._results.pop()
+        try:
+            if isinstance(
+                error, asyncio.CancelledError
+            ):  # which in other threads means that they are cancelled
+                raise CancelledError
+            raise error
+        finally:
+            del error  # whose traceback holds this frame
 
     def call_off(self) -> None:
         """Cancel it, or keep it from beginning. Runs on the loop's thread, or when there is no loop."""
         self._called_off = True
         if self._task is None:
-            self._work.close()
+            self._coroutine.close()
         elif not self._task.done():
             self._task.cancel()
