@@ -200,42 +200,54 @@ INLINE void product_of_few(int form, int64_t group, const Weight *w, const float
 
 /* --- more rows ------------------------------------------------------------------------------------------ */
 
-/* The same for any rows with OUTS weight rows that have been widened. */
-INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const float *x, float *y, int rows) {
+#define SIDE_BY_SIDE (REGISTERS > 16 ? 4 : 3) /* rows of x, whose sums with OUTS outputs stay in registers */
+#define LINE 64                               /* bytes that memory gives at once */
+
+/* The same for any rows with OUTS weight rows that have been widened. Meanwhile memory is asked for the `bytes` at
+ * `next`: spread over all of x, since a CPU waits for few lines at a time, and into a cache that x does not fill.
+ * Where x is so short that they do not fit in, the CPU guesses well enough what comes. */
+INLINE void product_of_many(const float *wide, int64_t in, int64_t out, const float *x, float *y, int rows,
+                            const char *next, int64_t bytes) {
+    int64_t tiles = rows / SIDE_BY_SIDE + 1, stride = bytes / (in / LANES * tiles);
+    const char *end = stride < LINE ? next + bytes : next;
 #define PRODUCT(ROWS)                                                                      \
     do {                                                                                   \
         vf sums[OUTS][ROWS] = {{{0}}};                                                     \
-        for (int64_t at = 0; at < in; at += LANES)                                         \
+        for (int64_t at = 0; at < in; at += LANES, next += stride) {                       \
+            if (next < end) __builtin_prefetch(next, 0, 2);                                \
             for (int o = 0; o < OUTS; o++) {                                               \
                 vf weight = load(wide + o * in + at);                                      \
                 for (int r = 0; r < ROWS; r++) sums[o][r] += weight * load(x + r * in + at); \
             }                                                                              \
+        }                                                                                  \
         for (int o = 0; o < OUTS; o++)                                                     \
             for (int r = 0; r < ROWS; r++) y[r * out + o] = sum_lanes(sums[o][r]);         \
         x += ROWS * in, y += ROWS * out, rows -= ROWS;                                     \
     } while (0)
 #if REGISTERS > 16
     while (rows >= 4) PRODUCT(4);
-#else
-    while (rows >= 3) PRODUCT(3);
 #endif
-    while (rows >= 1) PRODUCT(1);
+    while (rows >= 3) PRODUCT(3);
+    if (rows == 2) PRODUCT(2);
+    if (rows == 1) PRODUCT(1);
 #undef PRODUCT
 }
 
 INLINE void product(int form, int64_t group, const Weight *w, const float *x, float *y, int64_t rows) {
+    int64_t bytes = is_grouped(form) ? 0 : OUTS * row_bytes(form, w); /* widen_row asks for groups itself */
     float totals[is_grouped(form) ? FEW * rounded_up(w->in / group) : 1];
     if (is_grouped(form) && w->offsets && rows <= FEW) add_groups(x, w->in, group, (int)rows, totals);
 #pragma omp for schedule(static) nowait
     for (int64_t first = 0; first < w->out; first += OUTS) {
+        const char *own = (const char *)w->values + first * row_bytes(form, w);
         if (rows == 1) product_of_few(form, group, w, x, totals, y, first, 1);
         else if (rows == 2) product_of_few(form, group, w, x, totals, y, first, 2);
         else if (form == FLOAT32)
-            product_of_many((const float *)w->values + first * w->in, w->in, w->out, x, y + first, (int)rows);
+            product_of_many((const float *)own, w->in, w->out, x, y + first, (int)rows, own + bytes, bytes);
         else {
             float wide[OUTS * w->in] __attribute__((aligned(64)));
             for (int o = 0; o < OUTS; o++) widen_row(form, w, first + o, wide + o * w->in);
-            product_of_many(wide, w->in, w->out, x, y + first, (int)rows);
+            product_of_many(wide, w->in, w->out, x, y + first, (int)rows, own + bytes, bytes);
         }
         for (int64_t r = 0; r < rows && w->bias; r++)
             for (int o = 0; o < OUTS; o++) y[r * w->out + first + o] += w->bias[first + o];
