@@ -8,8 +8,8 @@ before and after the blocks replaced by nothing; blocks keep the index that they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
-from corolla.models.attention.packing import PACKED, PackedBatch, packed
+from corolla.models.attention.packing import PACKED, PackedBatch, attention_named, packed
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
+from corolla.models.attention.stacked import StackedCaches
 from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_ins
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
@@ -62,6 +63,7 @@ class Span:
     end: int
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
+    stackable: bool  # the same of `forward_stacked`
     hidden_size: int  # H, the width of the hidden states
     width: int  # W, of what enters the first block: H, and what else blocks need (`models/cut_layout.py`)
     width_behind: int  # W', of what leaves the last block
@@ -77,6 +79,7 @@ class Span:
         *,
         cuts: CutLayout,
         packable: bool,
+        stackable: bool = False,
     ) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
@@ -84,6 +87,7 @@ class Span:
         self.start = start
         self.end = end
         self.packable = packable
+        self.stackable = stackable and cuts.plain
         self._blocks = blocks
         self.hidden_size = int(model.config.hidden_size)
         self.width, self.width_behind = cuts.width(start), cuts.width(end)
@@ -143,7 +147,9 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        view = Span(model, self._blocks, start, end, cuts=self.cuts, packable=self.packable)
+        view = Span(
+            model, self._blocks, start, end, cuts=self.cuts, packable=self.packable, stackable=self.stackable
+        )
         view._whole = self._whole
         return view
 
@@ -325,6 +331,23 @@ class Span:
         with self._attention(PACKED), packed(batch):
             return self.run(hidden.unsqueeze(0), hooks, arguments, adapters).squeeze(0)
 
+    def forward_stacked(
+        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], positions: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """As `forward` of each cache's rows, that have one new token each and no padding: [R, 1, W] to [R, 1, W'].
+
+        `positions` are int64 [R, 1]. For families that `selfcheck` found to be stackable, caches that hold tokens, and
+        what is given no vectors. A pass that fails leaves all caches as they were.
+        """
+        stacked = StackedCaches(caches, self._latent)
+        arguments = {"use_cache": True, self.cache_name: stacked, "position_ids": torch.cat(list(positions))}
+        with self._attention(PACKED), packed(stacked):
+            output = self.run(torch.cat(list(hidden)), [], arguments)
+        stacked.commit()
+        for cache, own, places in zip(caches, hidden, positions, strict=True):
+            cache.record(own, places)
+        return torch.split(output, [len(one) for one in hidden])
+
     def run(
         self,
         hidden: Tensor,
@@ -362,18 +385,9 @@ class Span:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
         return one_pass.join(self.end)
 
-    @contextmanager
-    def _attention(self, name: str) -> Iterator[None]:
+    def _attention(self, name: str) -> AbstractContextManager[None]:
         """The family's code uses the attention function of that name inside."""
-        configs = (self.model.config, self._block_config)
-        before = [config._attn_implementation_internal for config in configs]
-        for config in configs:
-            config._attn_implementation_internal = name
-        try:
-            yield
-        finally:
-            for config, own in zip(configs, before, strict=True):
-                config._attn_implementation_internal = own
+        return attention_named(name, (self.model.config, self._block_config))
 
 
 def load_span(
@@ -384,10 +398,11 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     packable: bool = False,
+    stackable: bool = False,
 ) -> Span:
     """Read blocks [start, end) of a checkpoint, and nothing else of it.
 
-    `packable` is what `check_family` says of the family.
+    `packable` is what `check_family` says of the family, `stackable` what `steps_stack` does.
 
     Raises `UsageError` for blocks that the model does not have, `CheckpointError` when a tensor is missing or
     has another shape than the config says.
@@ -410,7 +425,8 @@ def load_span(
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
     cuts = cuts_of(checkpoint.config)
     model = _load_blocks(checkpoint, found, cuts, start, end, state, dtype)
-    return Span(model.to(torch.device(device)), found.blocks, start, end, cuts=cuts, packable=packable)
+    model = model.to(torch.device(device))
+    return Span(model, found.blocks, start, end, cuts=cuts, packable=packable, stackable=stackable)
 
 
 def _load_blocks(

@@ -251,7 +251,7 @@ class PackedBatch:
             one, own, turned = held[at]
             if one.past == 0:  # all that there is to see is new
                 return _attend_new(one, query, *new, rules, None)
-            return _attend_latents(attention, query, rules, one, own, turned)
+            return attend_latents(attention, query, rules, one, own, turned)
 
         held = self.held(block)
         if self.pool is None or not table.ones or not can_attend(query, (latents, rotary)):
@@ -272,6 +272,19 @@ def packed(batch: PackedBatch) -> Iterator[None]:
         yield
     finally:
         _batch.reset(token)
+
+
+@contextmanager
+def attention_named(name: str, configs: Sequence[Any]) -> Iterator[None]:
+    """Families' code with these configs uses the attention function of that name inside."""
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
 
 
 def current_batch() -> PackedBatch | None:
@@ -302,7 +315,7 @@ def packed_attention(
     return batch.attend(block, query, key, value, rules), None
 
 
-def _attend_latents(
+def attend_latents(
     attention: Any, query: Tensor, rules: Rules, one: TableSegment, latents: Tensor, rotary: Tensor
 ) -> Tensor:
     """A segment over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
