@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,12 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packed_bloom import pack_bloom
-from corolla.models.attention.packing import PACKED, PackedBatch, attention_named, packed
+from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.attention.stacked import StackedCaches
-from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_ins
+from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, attention_named, narrow_stand_ins
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
@@ -97,9 +96,10 @@ class Span:
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
-        self._block_config: Any = next(
+        block_config = next(
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
         )
+        self._configs: tuple[Any, Any] = (model.config, block_config)
         self._latent = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
@@ -328,7 +328,7 @@ class Span:
         arguments: dict[str, Any] = {"position_ids": positions.unsqueeze(0), "use_cache": False}
         if self._latent and batch.goes_on:
             arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
-        with self._attention(PACKED), packed(batch):
+        with attention_named(PACKED, self._configs), packed(batch):
             return self.run(hidden.unsqueeze(0), hooks, arguments, adapters).squeeze(0)
 
     def forward_stacked(
@@ -341,12 +341,9 @@ class Span:
         """
         stacked = StackedCaches(caches, self._latent)
         arguments = {"use_cache": True, self.cache_name: stacked, "position_ids": torch.cat(list(positions))}
-        with self._attention(PACKED), packed(stacked):
+        with attention_named(PACKED, self._configs), packed(stacked):
             output = self.run(torch.cat(list(hidden)), [], arguments)
-        stacked.commit()
-        for cache, own, places in zip(caches, hidden, positions, strict=True):
-            cache.record(own, places)
-        return torch.split(output, [len(one) for one in hidden])
+        return stacked.commit(output, hidden, positions)
 
     def run(
         self,
@@ -384,10 +381,6 @@ class Span:
         if one_pass.left is None:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
         return one_pass.join(self.end)
-
-    def _attention(self, name: str) -> AbstractContextManager[None]:
-        """The family's code uses the attention function of that name inside."""
-        return attention_named(name, (self.model.config, self._block_config))
 
 
 def load_span(

@@ -274,19 +274,6 @@ def packed(batch: PackedBatch) -> Iterator[None]:
         _batch.reset(token)
 
 
-@contextmanager
-def attention_named(name: str, configs: Sequence[Any]) -> Iterator[None]:
-    """Families' code with these configs uses the attention function of that name inside."""
-    before = [config._attn_implementation_internal for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own
-
-
 def current_batch() -> PackedBatch | None:
     """The batch whose pass is running, if one is."""
     return _batch.get()

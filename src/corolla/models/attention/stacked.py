@@ -1,4 +1,4 @@
-"""Sequences that have been given one token each, of families whose blocks keep states, as a batch of the family's code.
+"""Sequences with one new token each, of families whose blocks keep states, as a batch of the family's own code.
 
 Invariant: the caches that are stacked are read only, until `commit`: a pass that fails has changed none of them. A row
 sees its own cache and nothing else: states are stacked along the batch, since they are of one size whatever the length
@@ -39,13 +39,15 @@ class StackedCaches(Cache):  # type: ignore[misc]
     goes_on = True
 
     def __init__(self, caches: Sequence[SpanCache], latent: frozenset[int]) -> None:
-        """`latent` are the blocks whose attention keeps latents. Raises `TypeError` for caches that cannot be stacked."""
+        """`latent` are the blocks whose attention keeps latents. Raises `TypeError` for other kinds of caches."""
         if any(not can_be_stacked(one) for one in caches):
             raise TypeError("These caches are of a kind that cannot be stacked.")
         self._caches = caches
         self._latent = latent
         self._new: dict[int, list[tuple[Tensor, Tensor]]] = {}  # keys and values of each cache, by block
-        super().__init__(layers=[_stacked(layers) for layers in zip(*(one.layers for one in caches), strict=True)])
+        super().__init__(
+            layers=[_stacked(layers) for layers in zip(*(one.layers for one in caches), strict=True)]
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_others: Any, **_more: Any
@@ -107,8 +109,13 @@ class StackedCaches(Cache):  # type: ignore[misc]
 
     # --- its end --------------------------------------------------------------------------------------------
 
-    def commit(self) -> None:
-        """Give each cache what is its own, after a pass through all blocks."""
+    def commit(
+        self, output: Tensor, hidden: Sequence[Tensor], positions: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Give each cache what is its own, after a pass through all blocks; returns the part of each in `output`.
+
+        `hidden` [R, 1, W] and `positions` int64 [R, 1] are what each was given.
+        """
         for block, stacked in enumerate(self.layers):
             layers = [one.layers[block] for one in self._caches]
             for layer, (keys, values) in zip(layers, self._new.get(block, ()), strict=False):
@@ -119,6 +126,9 @@ class StackedCaches(Cache):  # type: ignore[misc]
                         parts = () if whole is None else self._of_caches(whole)
                         for layer, part in zip(layers, parts, strict=False):
                             getattr(layer, name)[at].copy_(part)
+        for cache, own, places in zip(self._caches, hidden, positions, strict=True):
+            cache.record(own, places)
+        return self._of_caches(output)
 
 
 def can_be_stacked(cache: SpanCache) -> bool:

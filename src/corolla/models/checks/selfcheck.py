@@ -46,6 +46,7 @@ ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3
 STEPS = 5  # of one token
 PIECES = ((0, CACHED - 3), (CACHED - 3, CACHED - 2), (CACHED - 2, CACHED))  # in which cached tokens come
 
+
 @dataclass(frozen=True)
 class Together:
     """Which requests of a family may share a pass."""
@@ -360,27 +361,23 @@ def _steps(spans: list[Span], hidden: list[Tensor], companies: Sequence[list[int
     """What the last `STEPS` tokens of sequences give, with what is before them cached; who steps together when."""
     caches = [[span.new_cache() for span in spans] for _ in hidden]
     outputs: list[list[Tensor]] = [[] for _ in hidden]
-    for one, own in zip(hidden, caches, strict=True):
-        value = one[:, :-STEPS]
-        for span, cache in zip(spans, own, strict=True):
+    for sequence, kept in zip(hidden, caches, strict=True):
+        value = sequence[:, :-STEPS]
+        for span, cache in zip(spans, kept, strict=True):
             value = span.forward(value, cache=cache)
     for company in companies:
         at = [caches[one][0].tokens for one in company]
-        values: Sequence[Tensor] = [
-            hidden[one][:, place : place + 1] for one, place in zip(company, at, strict=True)
-        ]
-        places = [
-            torch.full((len(value), 1), place, device=value.device)
-            for value, place in zip(values, at, strict=True)
-        ]
+        both = list(zip((hidden[one] for one in company), at, strict=True))
+        values: Sequence[Tensor] = [one[:, place : place + 1] for one, place in both]
+        places = [torch.full((len(one), 1), place, device=one.device) for one, place in both]
         for index, span in enumerate(spans):
             own = [caches[one][index] for one in company]
             if len(company) > 1:
                 values = span.forward_stacked(values, own, places)
             else:
                 values = [span.forward(values[0], cache=own[0])]
-        for one, value in zip(company, values, strict=True):
-            outputs[one].append(value)
+        for row, value in zip(company, values, strict=True):
+            outputs[row].append(value)
     return [torch.cat(one, 1) for one in outputs]
 
 
