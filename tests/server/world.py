@@ -80,7 +80,7 @@ def span_of(family: str, dtype: torch.dtype = torch.float64) -> Span:
 def write_hybrid(family: str, folder: Path) -> Path:
     """The same of a family whose blocks keep states too, as wide."""
     config = tiny(family)
-    config.hidden_size = HIDDEN
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = HIDDEN, 4, 2
     torch.manual_seed(0)
     random_model(structure(config).causal_lm, config).save_pretrained(folder)
     return folder

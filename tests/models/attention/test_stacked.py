@@ -75,9 +75,12 @@ def with_padding(own: Any) -> Any:
 def test_a_family_that_stacks_wrongly_comes_alone(
     family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(selfcheck.log, "info", lambda words, *_: said.append(words))
     monkeypatch.setattr(selfcheck, "_passed", {})
     monkeypatch.setattr(*place, mistake(getattr(*place)))
     assert not steps_stack(tiny(family))
+    assert not said  # it has run, and given something else
 
 
 def span_of(family: str, folder: Path) -> Span:

@@ -26,6 +26,7 @@ from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
 
+STACKED_BYTES = 2**28
 DECODE_TOKENS = 8  # a step of so few tokens a row is generation (speculation included), not a prompt
 
 
@@ -62,9 +63,10 @@ class StepRequest(Request):
         """
         self.rows, self.count = int(hidden.shape[0]), int(hidden.shape[1])
         super().__init__(Kind.DECODE if self.count <= DECODE_TOKENS else Kind.PREFILL, session.peer, session)
-        whole = session.span.stackable and self.count == 1 and mask is None and session.stacks_from(position)
+        alone = mask is not None and not bool(mask.all())
+        stacks = session.span.stackable and self.count == 1 and not alone and session.stacks_from(position)
         # Of families that cannot be packed, steps of one token may be stacked; nothing else shares a pass.
-        self.group = session.span if session.span.packable or whole else None
+        self.group = session.span if session.span.packable or stacks else None
         self.room = max(reserve, position + self.count)
         self.segments: list[Segment] = []  # of the pass at hand
         self._server = server
@@ -207,7 +209,8 @@ class StepRequest(Request):
                 step.undo()
             if len(parts) == 1:
                 return [error]
-            return [one[0].run_pass([one])[0] for one in parts]
+            # Each by itself, but for those that were taken in a company before the one that failed.
+            return [one[0].run_pass([one])[0] if one[0].tokens_left else None for one in parts]
         return [None] * len(parts)
 
     def begin(self) -> None:
@@ -262,7 +265,9 @@ class StepRequest(Request):
         """Its new tokens [R, 1, H] and their position ids [R, 1], for a pass over steps of one token."""
         span = self.session.span
         self.begin_plain()
-        hidden = self._hidden.to(span.device, span.dtype)
+        hidden = self._hidden.to(
+            span.device, span.dtype, copy=True
+        )  # which is kept; a message holds others' too
         return hidden, self._ids.view(self.rows, 1).to(span.device)
 
     def store_stacked(self, output: Tensor) -> None:
@@ -342,12 +347,17 @@ def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
 
 
 def _run_stacked(span: Span, steps: Sequence[StepRequest]) -> None:
-    with torch.inference_mode():
-        hidden, positions = zip(*(one.load_stacked() for one in steps), strict=True)
-        caches = [one.session.plain for one in steps]
-        outputs = span.forward_stacked(hidden, caches, positions)
-    for step, own in zip(steps, outputs, strict=True):
-        step.store_stacked(own)
+    """Steps of one token, as many together as have no more than `STACKED_BYTES` of states, which a pass copies."""
+    most, left = STACKED_BYTES // max(1, span.cache_bytes[1]), list(steps)
+    while left:
+        company = [left.pop(0)]
+        while left and sum(one.rows for one in company) + left[0].rows <= most:
+            company.append(left.pop(0))
+        with torch.inference_mode():
+            hidden, positions = zip(*(one.load_stacked() for one in company), strict=True)
+            outputs = span.forward_stacked(hidden, [one.session.plain for one in company], positions)
+        for step, own in zip(company, outputs, strict=True):
+            step.store_stacked(own)
 
 
 def _deep_rows(parts: Sequence[tuple[StepRequest, int]]) -> DeepRows | None:
