@@ -22,7 +22,7 @@ from corolla.models.attention.pages import MARGIN, PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.forms import cuts_of
-from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.selfcheck import check_family, steps_stack
 from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
@@ -73,8 +73,10 @@ class MemorySwarm:
         bundles: Sequence[Path] = (),
     ) -> str:
         """Start a server, which computes the prompts of `bundles` by itself; gives its peer id."""
+        config = self.checkpoint.config
+        packable, stackable = check_family(config), steps_stack(config)
         span = load_span(
-            self.checkpoint, start, end, dtype=self.dtype, packable=check_family(self.checkpoint.config)
+            self.checkpoint, start, end, dtype=self.dtype, packable=packable, stackable=stackable
         )
         if quantization != "none" or bundles:  # a prompt's earlier blocks are always computed with them
             use_kernels(span.model, quantization, span.device)

@@ -357,8 +357,9 @@ HEAD = """# Models
 What becomes of every family of causal models that transformers {release} knows, as `make nightly` found it with a
 tiny random model of each ({layers} layers in three uneven spans; head widths, experts and windows in unequal ratios):
 logits with padding on either side, gradients, a batch of greedy replies and of beams, a chat of two turns, and one
-that was set back. *Packed* families share a server's passes, others are computed request by request. Of models that
-also take images, the part that reads and writes text is used, from the checkpoint as it lies on the hub.
+that was set back. *Packed* families share a server's passes, others are computed request by request, but for steps of
+one token of those with recurrences or convolutions (qwen3_next, falcon_h1, lfm2, …), which share passes too. Of models
+that also take images, the part that reads and writes text is used, from the checkpoint as it lies on the hub.
 
 The last column is what the family's own cache holds of one sequence of {context} tokens in 16 bits, at the size that
 its config has by default: keys and values, latents, states. That is what a session takes on the servers together;

@@ -20,7 +20,7 @@ from corolla.config import SwarmConfig
 from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.forms import cuts_of
-from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.selfcheck import check_family, steps_stack
 from corolla.models.families import slice_config
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
@@ -92,8 +92,8 @@ class _Spans:
         free = self._free[checkpoint.name, start, end]
         if free:
             return free.pop()
-        span = load_span(checkpoint, start, end, dtype=DTYPE, packable=check_family(checkpoint.config))
-        return span
+        packable, stackable = check_family(checkpoint.config), steps_stack(checkpoint.config)
+        return load_span(checkpoint, start, end, dtype=DTYPE, packable=packable, stackable=stackable)
 
     def give(self, checkpoint: Checkpoint, span: Span) -> None:
         self._free[checkpoint.name, span.start, span.end].append(span)

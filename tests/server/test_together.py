@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.virtual_time import SimulatedEngine, in_virtual_time
 from torch import Tensor
 
 from corolla.errors import RequestRefused
+from corolla.models.span import Span
 from corolla.server.sessions import step as step_module
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.memory import MemoryTransport
@@ -30,7 +32,7 @@ from corolla.wire.frames import Packet
 from corolla.wire.messages import PROTOCOL_NAME, CloseSession, Outputs, Part, Ping, Step, Steps
 
 
-@pytest.fixture(params=["llama", "bloom"])
+@pytest.fixture(params=["llama", "bloom", "qwen3_5_text", "falcon_h1"])
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[OneServer]:
     world = OneServer(request.param, capacity=60)
     await world.start()
@@ -179,6 +181,37 @@ async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: One
         session.assert_right(world)
 
 
+async def test_states_are_stacked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A company that fails changes nothing of those before it."""
+    world, companies = OneServer("qwen3_5_text", capacity=60), []
+    own, begin = Span.forward_stacked, step_module.StepRequest.begin
+
+    def forward_stacked(span: Span, hidden: Sequence[Tensor], *more: Any) -> Sequence[Tensor]:
+        companies.append(len(hidden))
+        return own(span, hidden, *more)
+
+    def fail_once(step: step_module.StepRequest) -> None:
+        if step.session.name == three.name and step.session.length == three.at and companies == [2]:
+            companies.append(0)
+            raise ZeroDivisionError
+        begin(step)
+
+    monkeypatch.setattr(Span, "forward_stacked", forward_stacked)
+    monkeypatch.setattr(step_module, "STACKED_BYTES", 2 * world.span.cache_bytes[1])
+    await world.start()
+    try:
+        peer = Peer(world)
+        one, two, three = await peer.open(1, 1, 1)
+        monkeypatch.setattr(step_module.StepRequest, "begin", fail_once)
+        for _ in range(2):
+            assert not (await peer.step((one, two, three))).failures
+        assert companies == [2, 0, 2, 1]
+        for session in (one, two, three):
+            session.assert_right(world)
+    finally:
+        await world.close()
+
+
 async def test_a_family_that_cannot_be_packed() -> None:
     world = OneServer("falcon", capacity=60)
     await world.start()
@@ -254,14 +287,14 @@ async def test_a_client_that_goes_while_its_steps_wait(world: OneServer) -> None
 async def test_a_step_that_fails_fails_alone(world: OneServer, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
-    own = step_module.StepRequest.load
+    own = step_module.StepRequest.begin
 
-    def load(step: step_module.StepRequest, count: int, begin: int) -> object:
-        if len(step.session.block_tables) and step.session.length == one.at:
+    def begin(step: step_module.StepRequest) -> None:
+        if step.session.length == one.at:
             raise ZeroDivisionError
-        return own(step, count, begin)
+        own(step)
 
-    monkeypatch.setattr(step_module.StepRequest, "load", load)
+    monkeypatch.setattr(step_module.StepRequest, "begin", begin)
     reply = await peer.step((one, two))
     assert codes(reply) == {one.name: "internal"}
     two.assert_right(world)

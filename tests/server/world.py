@@ -15,13 +15,16 @@ from typing import Any
 
 import msgspec
 import torch
-from tests.tiny_models import write_tiny
+from tests.models.every_family import tiny
+from tests.tiny_models import FAMILIES, write_tiny
 from torch import Tensor
 
 from corolla.models.attention.pages import MARGIN
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.miniature import random_model
+from corolla.models.checks.selfcheck import check_family, steps_stack
+from corolla.models.families import structure
 from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
@@ -68,9 +71,19 @@ def span_of(family: str, dtype: torch.dtype = torch.float64) -> Span:
     In float64 the order of summation, which differs between a session and a whole pass, does not show.
     """
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = open_checkpoint(str(write_tiny(family, Path(folder))))
-        span = load_span(checkpoint, START, END, dtype=dtype, packable=check_family(checkpoint.config))
-        return span
+        write = write_tiny if family in FAMILIES else write_hybrid
+        checkpoint = open_checkpoint(str(write(family, Path(folder))))
+        together = check_family(checkpoint.config), steps_stack(checkpoint.config)
+        return load_span(checkpoint, START, END, dtype=dtype, packable=together[0], stackable=together[1])
+
+
+def write_hybrid(family: str, folder: Path) -> Path:
+    """The same of a family whose blocks keep states too, as wide."""
+    config = tiny(family)
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = HIDDEN, 4, 2
+    torch.manual_seed(0)
+    random_model(structure(config).causal_lm, config).save_pretrained(folder)
+    return folder
 
 
 class Clock:

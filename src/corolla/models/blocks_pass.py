@@ -35,6 +35,19 @@ def first_of(output: Any) -> Tensor:
     return hidden
 
 
+@contextmanager
+def attention_named(name: str, configs: Sequence[Any]) -> Iterator[None]:
+    """Families' code with these configs uses the attention function of that name inside."""
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
+
+
 class BlocksPass:
     """One pass of hidden states through a list of blocks: what enters the first, and what leaves the last.
 

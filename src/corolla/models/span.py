@@ -8,8 +8,7 @@ before and after the blocks replaced by nothing; blocks keep the index that they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,7 +23,8 @@ from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import by_length, padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
-from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, narrow_stand_ins
+from corolla.models.attention.stacked import StackedCaches
+from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, attention_named, narrow_stand_ins
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
@@ -62,6 +62,7 @@ class Span:
     end: int
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
+    stackable: bool  # the same of `forward_stacked`
     hidden_size: int  # H, the width of the hidden states
     width: int  # W, of what enters the first block: H, and what else blocks need (`models/cut_layout.py`)
     width_behind: int  # W', of what leaves the last block
@@ -77,6 +78,7 @@ class Span:
         *,
         cuts: CutLayout,
         packable: bool,
+        stackable: bool = False,
     ) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
@@ -84,6 +86,7 @@ class Span:
         self.start = start
         self.end = end
         self.packable = packable
+        self.stackable = stackable and cuts.plain
         self._blocks = blocks
         self.hidden_size = int(model.config.hidden_size)
         self.width, self.width_behind = cuts.width(start), cuts.width(end)
@@ -93,9 +96,10 @@ class Span:
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
-        self._block_config: Any = next(
+        block_config = next(
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
         )
+        self._configs: tuple[Any, Any] = (model.config, block_config)
         self._latent = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
@@ -143,7 +147,9 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        view = Span(model, self._blocks, start, end, cuts=self.cuts, packable=self.packable)
+        view = Span(
+            model, self._blocks, start, end, cuts=self.cuts, packable=self.packable, stackable=self.stackable
+        )
         view._whole = self._whole
         return view
 
@@ -322,8 +328,22 @@ class Span:
         arguments: dict[str, Any] = {"position_ids": positions.unsqueeze(0), "use_cache": False}
         if self._latent and batch.goes_on:
             arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
-        with self._attention(PACKED), packed(batch):
+        with attention_named(PACKED, self._configs), packed(batch):
             return self.run(hidden.unsqueeze(0), hooks, arguments, adapters).squeeze(0)
+
+    def forward_stacked(
+        self, hidden: Sequence[Tensor], caches: Sequence[SpanCache], positions: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """As `forward` of each cache's rows, that have one new token each and no padding: [R, 1, W] to [R, 1, W'].
+
+        `positions` are int64 [R, 1]. For families that `selfcheck` found to be stackable, caches that hold tokens, and
+        what is given no vectors. A pass that fails leaves all caches as they were.
+        """
+        stacked = StackedCaches(caches, self._latent)
+        arguments = {"use_cache": True, self.cache_name: stacked, "position_ids": torch.cat(list(positions))}
+        with attention_named(PACKED, self._configs), packed(stacked):
+            output = self.run(torch.cat(list(hidden)), [], arguments)
+        return stacked.commit(output, hidden, positions)
 
     def run(
         self,
@@ -362,19 +382,6 @@ class Span:
             raise CheckpointError(f"The code of {self.config.model_type} has not called its blocks.")
         return one_pass.join(self.end)
 
-    @contextmanager
-    def _attention(self, name: str) -> Iterator[None]:
-        """The family's code uses the attention function of that name inside."""
-        configs = (self.model.config, self._block_config)
-        before = [config._attn_implementation_internal for config in configs]
-        for config in configs:
-            config._attn_implementation_internal = name
-        try:
-            yield
-        finally:
-            for config, own in zip(configs, before, strict=True):
-                config._attn_implementation_internal = own
-
 
 def load_span(
     checkpoint: Checkpoint,
@@ -384,10 +391,11 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     packable: bool = False,
+    stackable: bool = False,
 ) -> Span:
     """Read blocks [start, end) of a checkpoint, and nothing else of it.
 
-    `packable` is what `check_family` says of the family.
+    `packable` is what `check_family` says of the family, `stackable` what `steps_stack` does.
 
     Raises `UsageError` for blocks that the model does not have, `CheckpointError` when a tensor is missing or
     has another shape than the config says.
@@ -410,7 +418,8 @@ def load_span(
             state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
     cuts = cuts_of(checkpoint.config)
     model = _load_blocks(checkpoint, found, cuts, start, end, state, dtype)
-    return Span(model.to(torch.device(device)), found.blocks, start, end, cuts=cuts, packable=packable)
+    model = model.to(torch.device(device))
+    return Span(model, found.blocks, start, end, cuts=cuts, packable=packable, stackable=stackable)
 
 
 def _load_blocks(

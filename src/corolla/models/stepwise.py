@@ -28,13 +28,16 @@ def load_prepared(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     packable: bool = False,
+    stackable: bool = False,
     prepare: Callable[[PreTrainedModel], object],
     step_bytes: int = STEP_BYTES,
 ) -> Span:
     """`load_span`, with `prepare` done to the blocks before many more are read; raises what both raise."""
 
     def read(first: int, last: int) -> Span:
-        span = load_span(checkpoint, first, last, dtype=dtype, device=device, packable=packable)
+        span = load_span(
+            checkpoint, first, last, dtype=dtype, device=device, packable=packable, stackable=stackable
+        )
         prepare(span.model)
         return span
 
@@ -47,7 +50,7 @@ def load_prepared(
         _append(model, read(first, last).model, blocks)
     model.config = slice_config(model.whole_config, start, end)
     cuts = cuts_of(checkpoint.config)
-    return Span(model, blocks, start, end, cuts=cuts, packable=packable)
+    return Span(model, blocks, start, end, cuts=cuts, packable=packable, stackable=stackable)
 
 
 def _bounds(checkpoint: Checkpoint, start: int, end: int, most: int) -> list[int]:

@@ -27,7 +27,7 @@ from corolla.files import ready_file
 from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.selfcheck import check_family, steps_stack
 from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.helpers import give_up_helpers
@@ -160,6 +160,7 @@ class OpenedModel:
     dtype: torch.dtype
     device: torch.device
     packable: bool
+    stackable: bool
     quantization: str
     prompts: list[Prompt] = field(default_factory=list)  # of the bundles
 
@@ -182,7 +183,7 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
         raise UsageError(f"--device {config.device} is not available on this machine.") from error
     # Read now: what it takes samples of may find no room beside the weights.
     log.info("the identity of %s is %s", checkpoint.name, checkpoint.identity)
-    packable = check_family(checkpoint.config)
+    packable, stackable = check_family(checkpoint.config), steps_stack(checkpoint.config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     check_quantization(config.quantization, dtype, device)
     prompts = read_bundles(config.bundles, checkpoint)
@@ -190,7 +191,9 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
         raise UsageError(
             f"Caches of {checkpoint.config.model_type} models cannot be shared between clients: leave --bundle out."
         )
-    return OpenedModel(checkpoint, start, end, dtype, device, packable, config.quantization, prompts)
+    return OpenedModel(
+        checkpoint, start, end, dtype, device, packable, stackable, config.quantization, prompts
+    )
 
 
 def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
@@ -205,6 +208,7 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
         dtype=opened.dtype,
         device=opened.device,
         packable=opened.packable,
+        stackable=opened.stackable,
         prepare=lambda model: use_kernels(model, opened.quantization, opened.device),
     )
     if opened.checkpoint.stored_as is not None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from corolla.errors import UsageError
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool
+from corolla.models.blocks_pass import attention_named
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span, load_span
@@ -263,6 +264,9 @@ def test_a_long_sequence_in_pieces_equals_itself(family: str, monkeypatch: pytes
 
 def test_blocks_of_a_packed_span_say_what_is_missing() -> None:
     span = span_of("llama")
-    with span._attention("corolla_packed"), pytest.raises(UsageError, match="without a packed batch"):
+    with (
+        attention_named("corolla_packed", span._configs),
+        pytest.raises(UsageError, match="without a packed batch"),
+    ):
         span.model(inputs_embeds=noise(1, 3, span.hidden_size), use_cache=False)
     assert_same(alone(span, noise(3, span.hidden_size), None), alone(span, noise(3, span.hidden_size), None))

@@ -251,7 +251,7 @@ class PackedBatch:
             one, own, turned = held[at]
             if one.past == 0:  # all that there is to see is new
                 return _attend_new(one, query, *new, rules, None)
-            return _attend_latents(attention, query, rules, one, own, turned)
+            return attend_latents(attention, query, rules, one, own, turned)
 
         held = self.held(block)
         if self.pool is None or not table.ones or not can_attend(query, (latents, rotary)):
@@ -302,7 +302,7 @@ def packed_attention(
     return batch.attend(block, query, key, value, rules), None
 
 
-def _attend_latents(
+def attend_latents(
     attention: Any, query: Tensor, rules: Rules, one: TableSegment, latents: Tensor, rotary: Tensor
 ) -> Tensor:
     """A segment over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""

@@ -10,7 +10,7 @@ families, so nothing is served on trust. A client proves all of its own half by 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -43,9 +43,19 @@ log = get_logger(__name__)
 
 # A sequence that is cached ends where rotary embeddings begin to change, one that is run whole goes beyond.
 ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3
+STEPS = 5  # of one token
 PIECES = ((0, CACHED - 3), (CACHED - 3, CACHED - 2), (CACHED - 2, CACHED))  # in which cached tokens come
 
-_passed: dict[tuple[bytes, torch.device], bool] = {}
+
+@dataclass(frozen=True)
+class Together:
+    """Which requests of a family may share a pass."""
+
+    packable: bool  # all, packed
+    stackable: bool  # steps of one token, stacked
+
+
+_passed: dict[tuple[bytes, torch.device], Together] = {}
 CPU = torch.device("cpu")
 
 
@@ -56,13 +66,24 @@ def check_family(config: PretrainedConfig, device: torch.device = CPU) -> bool:
     computed one by one. Takes about a second and leaves the random number generators alone. Raises
     `UnsupportedFamily` when the family cannot be split, or when the split model computes something else.
     """
+    return _checked(config, device).packable
+
+
+def steps_stack(config: PretrainedConfig, device: torch.device = CPU) -> bool:
+    """Whether steps of one token (`Span.forward_stacked`) give the same together, of a family that cannot be packed;
+    found out with, and raises as, `check_family`."""
+    return _checked(config, device).stackable
+
+
+def _checked(config: PretrainedConfig, device: torch.device) -> Together:
     structure(config)  # raises for what is not a causal model of one list of blocks
     with refusing(config, "served: a miniature of this one could not be split", _refuse_what_is_left_out):
         key = canonical_config(miniature(config).to_dict()), device
         if key not in _passed:
             with split_miniature(config, device) as (whole, spans):
                 _compare(config, _first_difference(whole, spans))
-                _passed[key] = can_pack(spans)
+                packable = can_pack(spans)
+                _passed[key] = Together(packable, not packable and can_stack(spans))
         return _passed[key]
 
 
@@ -312,6 +333,52 @@ def can_pack(spans: list[Span]) -> bool:
     except Exception as error:  # whatever the family's own attention code makes of missing masks and caches
         log.info("Packed passes are not for this family: %s", error)
         return False
+
+
+def can_stack(spans: list[Span]) -> bool:
+    """Whether steps of one token of several requests, as a batch, equal steps of each by itself.
+
+    Their sequences are of unlike lengths, one request is of two rows, and the company changes.
+    """
+    width, device = spans[0].width, spans[0].device
+    sizes = ((1, EDGE), (2, EDGE - 3), (1, EDGE - 1))
+    hidden = [torch.randn(rows, length, width).to(device) for rows, length in sizes]
+    try:
+        with torch.inference_mode():
+            return spans[0].cuts.plain and _same_stacked_steps(spans, hidden)
+    except Exception as error:  # whatever the family's own code makes of others' caches
+        log.info("Stacked steps are not for this family: %s", error)
+        return False
+
+
+def _same_stacked_steps(spans: list[Span], hidden: list[Tensor]) -> bool:
+    wanted = [_steps(spans, [one], ([0],) * STEPS)[0] for one in hidden]
+    found = _steps(spans, hidden, ([0, 1, 2], [2, 0], [1], [0, 1, 2], [2, 1, 0], [0, 1], [2]))
+    return all(close(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def _steps(spans: list[Span], hidden: list[Tensor], companies: Sequence[list[int]]) -> list[Tensor]:
+    """What the last `STEPS` tokens of sequences give, with what is before them cached; who steps together when."""
+    caches = [[span.new_cache() for span in spans] for _ in hidden]
+    outputs: list[list[Tensor]] = [[] for _ in hidden]
+    for sequence, kept in zip(hidden, caches, strict=True):
+        value = sequence[:, :-STEPS]
+        for span, cache in zip(spans, kept, strict=True):
+            value = span.forward(value, cache=cache)
+    for company in companies:
+        at = [caches[one][0].tokens for one in company]
+        both = list(zip((hidden[one] for one in company), at, strict=True))
+        values: Sequence[Tensor] = [one[:, place : place + 1] for one, place in both]
+        places = [torch.full((len(one), 1), place, device=one.device) for one, place in both]
+        for index, span in enumerate(spans):
+            own = [caches[one][index] for one in company]
+            if len(company) > 1:
+                values = span.forward_stacked(values, own, places)
+            else:
+                values = [span.forward(values[0], cache=own[0])]
+        for row, value in zip(company, values, strict=True):
+            outputs[row].append(value)
+    return [torch.cat(one, 1) for one in outputs]
 
 
 def _alone(spans: list[Span], hidden: Tensor) -> Tensor:

@@ -189,6 +189,11 @@ class Session:
         ]
         return all(row.reaches(kept) for row, kept in chosen)
 
+    def stacks_from(self, position: int) -> bool:
+        """Whether a step of one token at this column needs nothing but its caches, so that it may be stacked."""
+        prompts = 0 if self.prompts is None else int(self.prompts.shape[1])
+        return self.lora is None and self.prefix is None and self.mask is None and position >= max(1, prompts)
+
     def can_be_forked(self, origin: Origin, other: Session) -> bool:
         """Whether another session over the same span, with the same prompts, may begin as `origin` says."""
         same_prompts = all(_same(one, its) for one, its in zip(self._given(), other._given(), strict=True))

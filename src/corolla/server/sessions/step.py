@@ -18,6 +18,7 @@ from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.lora import AdapterRows
 from corolla.models.prompts import DeepRows
+from corolla.models.span import Span
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed, working_bytes
 from corolla.server.scheduler.accounting import PASS_TOKENS
 from corolla.server.scheduler.engine import Kind, Request
@@ -25,6 +26,7 @@ from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
 
+STACKED_BYTES = 2**28
 DECODE_TOKENS = 8  # a step of so few tokens a row is generation (speculation included), not a prompt
 
 
@@ -61,8 +63,10 @@ class StepRequest(Request):
         """
         self.rows, self.count = int(hidden.shape[0]), int(hidden.shape[1])
         super().__init__(Kind.DECODE if self.count <= DECODE_TOKENS else Kind.PREFILL, session.peer, session)
-        # Families that cannot be packed share no pass.
-        self.group = session.span if session.span.packable else None
+        alone = mask is not None and not bool(mask.all())
+        stacks = session.span.stackable and self.count == 1 and not alone and session.stacks_from(position)
+        # Of families that cannot be packed, steps of one token may be stacked; nothing else shares a pass.
+        self.group = session.span if session.span.packable or stacks else None
         self.room = max(reserve, position + self.count)
         self.segments: list[Segment] = []  # of the pass at hand
         self._server = server
@@ -148,7 +152,7 @@ class StepRequest(Request):
     @cached_property
     def _places(self) -> Tensor | None:
         """Where each packed token stands in the flattened [R × T]; None when there is no padding."""
-        if self._mask is None or self.group is None:
+        if self._mask is None or not self.session.span.packable:
             return None
         real = self._mask[:, self._position :].reshape(-1)
         return None if bool(real.all()) else real.nonzero().flatten()
@@ -185,7 +189,7 @@ class StepRequest(Request):
 
     @cached_property
     def _outputs(self) -> Tensor:
-        inputs = self._hidden if self.group is None else self._inputs
+        inputs = self._inputs if self.session.span.packable else self._hidden
         return inputs.new_empty(*inputs.shape[:-1], self.session.span.width_behind)
 
     @cached_property
@@ -205,7 +209,8 @@ class StepRequest(Request):
                 step.undo()
             if len(parts) == 1:
                 return [error]
-            return [one[0].run_pass([one])[0] for one in parts]
+            # Each by itself, but for those that were taken in a company before the one that failed.
+            return [one[0].run_pass([one])[0] if one[0].tokens_left else None for one in parts]
         return [None] * len(parts)
 
     def begin(self) -> None:
@@ -251,11 +256,29 @@ class StepRequest(Request):
             if one.sequence is not None:
                 one.sequence.trim()
 
+    def begin_plain(self) -> None:
+        """`begin`, and a snapshot where one is due, for a family that cannot be packed."""
+        self.begin()
+        self.session.remember(self.rows, turn=not self._at and self.count > 1)
+
+    def load_stacked(self) -> tuple[Tensor, Tensor]:
+        """Its new tokens [R, 1, H] and their position ids [R, 1], for a pass over steps of one token."""
+        span = self.session.span
+        self.begin_plain()
+        hidden = self._hidden.to(
+            span.device, span.dtype, copy=True
+        )  # which is kept; a message holds others' too
+        return hidden, self._ids.view(self.rows, 1).to(span.device)
+
+    def store_stacked(self, output: Tensor) -> None:
+        """What that pass gave, [R, 1, H]."""
+        self._outputs.copy_(output)
+        self._at = self.rows
+
     def run_plain(self, tokens: int) -> None:
         """The next columns, of about so many tokens, for a family that cannot be packed."""
-        self.begin()
+        self.begin_plain()
         session, device = self.session, self.session.span.device
-        session.remember(self.rows, turn=not self._at and self.count > 1)
         begin = self._at // self.rows
         end = min(begin + _columns(tokens, self.rows), self.count)
         mask, positions = self._mask, self._positions
@@ -295,9 +318,12 @@ def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
     """The next tokens of steps of one span through it, together where the family allows it."""
     session = parts[0][0].session
     span, pool = session.span, session.pool
+    if not span.packable and len(parts) > 1:
+        _run_stacked(span, [step for step, _ in parts])
+        return
     if not span.packable:
-        for step, count in parts:
-            step.run_plain(count)
+        step, count = parts[0]
+        step.run_plain(count)
         return
     loaded, total = [], 0
     for step, count in parts:
@@ -318,6 +344,20 @@ def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
         ).to("cpu", hidden.dtype)
     for (step, _), own in zip(parts, torch.split(output, [count for _, count in parts]), strict=True):
         step.store(own)
+
+
+def _run_stacked(span: Span, steps: Sequence[StepRequest]) -> None:
+    """Steps of one token, as many together as have no more than `STACKED_BYTES` of states, which a pass copies."""
+    most, left = STACKED_BYTES // max(1, span.cache_bytes[1]), list(steps)
+    while left:
+        company = [left.pop(0)]
+        while left and sum(one.rows for one in company) + left[0].rows <= most:
+            company.append(left.pop(0))
+        with torch.inference_mode():
+            hidden, positions = zip(*(one.load_stacked() for one in company), strict=True)
+            outputs = span.forward_stacked(hidden, [one.session.plain for one in company], positions)
+        for step, own in zip(company, outputs, strict=True):
+            step.store_stacked(own)
 
 
 def _deep_rows(parts: Sequence[tuple[StepRequest, int]]) -> DeepRows | None:

@@ -77,8 +77,7 @@ class StepsRequest:
         step = StepRequest(self._server, session, hidden, position=part.position, reserve=part.reserve)
         try:
             step.check()
-            alike = session.span.packable and session.span.cuts.plain  # outputs are of one width
-            if not alike or not step.fits_reservation:
+            if step.group is None or not session.span.cuts.plain or not step.fits_reservation:
                 raise RequestRefused("Send this step by itself.", code="not_batchable")
         except RequestRefused as refusal:
             if meaning(refusal).session_lost:
