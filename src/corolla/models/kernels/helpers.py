@@ -1,4 +1,4 @@
-"""The threads that compute: how many there are, who else runs, and how they wait for their next piece of work.
+"""The threads that compute: whether they have helpers, who else runs, and how they wait for their next piece of work.
 
 Invariant: nothing above the kernels knows which library these threads are of. They change how long work takes, never
 its bits. How they wait is changed in processes that are commands of ours alone: whoever uses the library finds
@@ -20,12 +20,6 @@ from corolla.models.kernels.native import library
 
 QUIET_SECONDS = 2.0  # after the last training, until helpers spin again
 AWAKE_SECONDS = 0.001  # after a piece of work its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
-
-
-def set_threads(count: int) -> None:
-    """The calling thread computes with so many, itself included."""
-    if count != torch.get_num_threads():
-        torch.set_num_threads(count)
 
 
 def give_up_helpers() -> int:

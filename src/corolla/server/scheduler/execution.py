@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from corolla.models.kernels.helpers import AWAKE_SECONDS, others_running, set_threads
+from corolla.models.kernels.helpers import AWAKE_SECONDS, others_running
 
 T = TypeVar("T")
 Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
@@ -144,11 +144,11 @@ class ThreadChooser:
 
     def _with(self, threads: int, work: Callable[[], T]) -> T:
         before = torch.get_num_threads()
-        set_threads(threads)
+        _set_threads(threads)
         try:
             return work()
         finally:
-            set_threads(before)
+            _set_threads(before)
             self._awake = threads - 1, self._clock() + AWAKE_SECONDS
 
     def _timed(
@@ -179,7 +179,7 @@ class FreeCpus:
     def take(self) -> None:
         """Set the calling thread's number by what runs now; to be called now and then while the work goes on."""
         if self._all > 1:
-            set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
+            _set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -188,7 +188,13 @@ class FreeCpus:
         try:
             yield
         finally:
-            set_threads(self._all)
+            _set_threads(self._all)
+
+
+def _set_threads(count: int) -> None:
+    """The calling thread computes with so many, itself included."""
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
