@@ -123,7 +123,9 @@ def main() -> None:
     for name, files in found.items():
         print(f"{name}: {len(files)} of our files (at most {BARS[name]})")
         if arguments.list:
-            print("".join(f"    {file}: {', '.join(sorted(files[file]))}\n" for file in sorted(files)), end="")
+            print(
+                "".join(f"    {file}: {', '.join(sorted(files[file]))}\n" for file in sorted(files)), end=""
+            )
         if unnamed := [file for file in sorted(files) if Path(file).name not in DESCRIPTION.read_text()]:
             print(f"    not named in docs/architecture.md: {', '.join(unnamed)}")
 

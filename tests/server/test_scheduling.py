@@ -1,4 +1,4 @@
-"""Which steps share a pass, what comes between what, and that company changes no result."""
+"""Which steps share a pass, what comes between what, and that others in a pass change no result."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ async def test_training_comes_after_generation_until_it_has_waited(world: OneSer
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_a_generation_step_is_let_in_between_two_pieces_of_training(world: OneServer) -> None:
+async def test_a_generation_step_comes_in_between_two_pieces_of_training(world: OneServer) -> None:
     """In the forward, in the backward of a kept graph, and in a backward that computes all anew."""
     one, two = [await Client(world, await world.connect(), seed, True).open() for seed in (3, 6)]
     trained = await world.connect()
@@ -362,7 +362,7 @@ class InTheMiddle:
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_a_step_given_up_is_not_let_in(world: OneServer) -> None:
+async def test_a_step_given_up_does_not_come_in_between(world: OneServer) -> None:
     """Its session is freed already; computed all the same, it would hold pages that nobody frees."""
     staying, leaving = await clients_of(world, 2)
     await at_once(world, staying.step(9), leaving.step(9))

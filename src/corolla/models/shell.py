@@ -256,7 +256,7 @@ class BaseModelHooks:
         call = BlocksCall(
             mask=guard.real_mask(None if mask is None else mask[:, before:], positions),
             positions=None if positions is None else positions - before,
-            deep=None if prompt is None else prompt.blocks,
+            vectors=None if prompt is None else prompt.blocks,
             cache=cache,
             start=0 if view is None else view.past - before,
             prompt=prompt.input if prompt is not None and first else None,

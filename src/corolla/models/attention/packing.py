@@ -1,7 +1,7 @@
 """Tokens of many sequences in one pass: `[1, N, H]` without padding, attention per sequence.
 
 Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
-outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
+outputs do not depend on the others. Everything but attention treats the N packed tokens alike, so the
 family's own code runs over them unchanged; attention reaches `attend` through transformers'
 registry of attention functions, by the name `PACKED`.
 """

@@ -53,7 +53,7 @@ class Spinning:
         self._allowed = allowed
         self._until = 0.0
         self._lock = threading.Lock()
-        self._crowd: threading.Thread | None = None  # whose helpers are the ones too many
+        self._owner: threading.Thread | None = None  # whose helpers are the ones too many
 
     def allow(self) -> None:
         """This process is ours."""
@@ -65,14 +65,14 @@ class Spinning:
             return
         with self._lock:
             self._until = time.monotonic() + self._quiet
-            if self._crowd is None:
-                self._crowd = threading.Thread(target=self._keep, name="corolla-crowd", daemon=True)
-                self._crowd.start()
+            if self._owner is None:
+                self._owner = threading.Thread(target=self._keep, name="corolla-idle-helpers", daemon=True)
+                self._owner.start()
 
     @property
     def paused(self) -> bool:
         """Whether something has trained just now."""
-        return self._crowd is not None
+        return self._owner is not None
 
     def _keep(self) -> None:
         kernels = library()
@@ -82,7 +82,7 @@ class Spinning:
             with self._lock:
                 left = self._until - time.monotonic()
                 if left <= 0:
-                    self._crowd = None
+                    self._owner = None
                     return
             time.sleep(left)
 

@@ -1,7 +1,7 @@
 """A session takes a step: by itself (`Step`), or beside others of its peer (`Steps`).
 
 Invariant: a session takes one step at a time, and either has taken it whole or has lost its cache. A step's outputs
-depend on its own session only: one that fails in company is computed again alone, so an error reaches the client
+depend on its own session only: one that fails beside others is computed again alone, so an error reaches the client
 whose step it was and nobody else. Padding is neither computed nor cached: rows are told apart by the mask, and their
 padding's outputs are zero.
 """
