@@ -12,7 +12,7 @@ from torch import Tensor
 from corolla.errors import PeerDisconnected, ProtocolError
 from corolla.models.attention.pages import PAGE
 from corolla.server.peers import Budgets, Leases, PeerLimits
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.prefilled import EnteringPrompt
 from corolla.swarm.channel import Channel, Conversation, following, request
 from corolla.wire.failures import meaning

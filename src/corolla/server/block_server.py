@@ -26,8 +26,8 @@ from corolla.models.prompts import GIVEN, BlockVectors
 from corolla.models.span import Span
 from corolla.server.kept_vectors import KeptVectors, KnownVectors
 from corolla.server.peers import Leases, PeerLimits, UsageLog
-from corolla.server.scheduler.engine import GOING_AWAY, Engine, Kind
-from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
+from corolla.server.scheduler.engine import GOING_AWAY, Engine
+from corolla.server.scheduler.execution import FreeCpus, Kind, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.prefilled import EnteringPrompt, PrefilledPrompt, prefill
 from corolla.server.sessions.store import SessionStore

@@ -20,8 +20,7 @@ from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.lora import Adapter
 from corolla.models.span import Span
-from corolla.server.scheduler.accounting import PASS_TOKENS
-from corolla.server.scheduler.engine import Request
+from corolla.server.scheduler.execution import PASS_TOKENS, Request
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 

@@ -19,8 +19,7 @@ from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.lora import AdapterRows
 from corolla.models.prompts import DeepRows
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed, working_bytes
-from corolla.server.scheduler.accounting import PASS_TOKENS
-from corolla.server.scheduler.engine import Kind, Request
+from corolla.server.scheduler.execution import PASS_TOKENS, Kind, Request
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step
