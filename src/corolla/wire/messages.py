@@ -251,7 +251,6 @@ ClientMessage = OpenSession | Step | Steps | ReadCache | CloseSession | Forward 
 ServerMessage = (
     Opened | Output | Outputs | CacheContents | Gradients | Closed | Alive | ServerStatus | Failure
 )
-AnyMessage = ClientMessage | ServerMessage
 
 HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is open is taken for hung
