@@ -1,7 +1,7 @@
 """What honest servers differ by, which is what the tolerances of audits must allow, and what lies look like.
 
-For each class of arithmetic pairs of honest servers answer the same: with one thread and with two, alone and in
-company, packed and token by token with a cache (in compiled passes too), with and without our kernels, with the int8
+For each class of arithmetic pairs of honest servers answer the same: with one thread and with two, alone and beside
+others, packed and token by token with a cache (in compiled passes too), with and without our kernels, with the int8
 arithmetic of machines that have VNNI and of those that have not. Printed: how many comparisons, the distribution of
 differences in parts of what the blocks do (`client/audits/audit.py: Deviation`), and the margin below the tolerance
 that stands in the code; then how many tolerances each kind of lie is.

@@ -61,7 +61,7 @@ def generation(quick: bool, limit: float) -> dict[str, Any]:
     """Steps/s of the three ways at every rate and length."""
     cells: Cells = []
     with Servers(MODEL, stages=STAGES, replicas=REPLICAS) as servers:
-        tokenizer = AutoTokenizer.from_pretrained(servers.checkpoint.tokenizer_source)
+        tokenizer = AutoTokenizer.from_pretrained(servers.checkpoint.source.location)
         prompt = tokenizer(TEXT, return_tensors="pt").input_ids
         take_turns([Resuming(servers, prompt, 32, 0.0, 0)], limit)  # the first passes are slower
         for seed, count in enumerate((16,) if quick else COUNTS):

@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,14 @@ import corolla
 PACKAGE = str(Path(corolla.__file__).parent)
 DESCRIPTION = Path(__file__).parents[1] / "docs" / "architecture.md"
 BARS = {"training step": 28, "chat token": 35}
+Files = dict[str, set[str]]  # of each file that is passed through: which functions are called
 
 
 class Counted:
     """The files whose functions were called while `counting`, by any thread that was started after `watch`."""
 
     def __init__(self) -> None:
-        self.files: set[str] = set()
+        self.files: Files = defaultdict(set)
         self._on = False
 
     def watch(self) -> None:
@@ -43,9 +45,9 @@ class Counted:
         sys.setprofile(self._note)
 
     @contextmanager
-    def counting(self) -> Iterator[set[str]]:
-        """The files that are passed through meanwhile."""
-        self.files = set()
+    def counting(self) -> Iterator[Files]:
+        """The files that are passed through meanwhile, and which of their functions."""
+        self.files = defaultdict(set)
         self._on = True
         try:
             yield self.files
@@ -54,7 +56,8 @@ class Counted:
 
     def _note(self, frame: FrameType, event: str, argument: Any) -> None:
         if self._on and event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            self.files.add(frame.f_code.co_filename.removeprefix(PACKAGE).lstrip("/"))
+            file = frame.f_code.co_filename.removeprefix(PACKAGE).lstrip("/")
+            self.files[file].add(frame.f_code.co_qualname.replace(".<locals>", ""))
 
 
 class OneToken:
@@ -64,7 +67,7 @@ class OneToken:
         self._counted = counted
         self._seen = 0
         self._open: Any = None
-        self.files: set[str] = set()
+        self.files: Files = {}
 
     def put(self, tokens: Any) -> None:
         self._seen += 1
@@ -78,7 +81,7 @@ class OneToken:
         """Nothing is left to do."""
 
 
-def training_step(swarm: MemorySwarm, counted: Counted) -> set[str]:
+def training_step(swarm: MemorySwarm, counted: Counted) -> Files:
     """Files of one step of prompt tuning."""
     model = swarm.model(tuning_mode="deep_ptune", pre_seq_len=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -91,7 +94,7 @@ def training_step(swarm: MemorySwarm, counted: Counted) -> set[str]:
     return files
 
 
-def chat_token(swarm: MemorySwarm, counted: Counted) -> set[str]:
+def chat_token(swarm: MemorySwarm, counted: Counted) -> Files:
     """Files of one token in the middle of a reply."""
     model, streamer = swarm.model(), OneToken(counted)
     with model.inference_session(max_length=64) as session:
@@ -108,7 +111,7 @@ def chat_token(swarm: MemorySwarm, counted: Counted) -> set[str]:
 def main() -> None:
     """Count, and print beside the bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="name the files")
+    parser.add_argument("--list", action="store_true", help="name the files, and what is called of each")
     arguments = parser.parse_args()
     counted = Counted()
     counted.watch()
@@ -120,7 +123,9 @@ def main() -> None:
     for name, files in found.items():
         print(f"{name}: {len(files)} of our files (at most {BARS[name]})")
         if arguments.list:
-            print("".join(f"    {file}\n" for file in sorted(files)), end="")
+            print(
+                "".join(f"    {file}: {', '.join(sorted(files[file]))}\n" for file in sorted(files)), end=""
+            )
         if unnamed := [file for file in sorted(files) if Path(file).name not in DESCRIPTION.read_text()]:
             print(f"    not named in docs/architecture.md: {', '.join(unnamed)}")
 

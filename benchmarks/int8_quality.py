@@ -74,7 +74,7 @@ def held_out(model_name: str, data: str, count: int, max_length: int, seed: int)
         seed=seed,
         rendering=RenderSettings(max_length=max_length),
     )
-    source = open_checkpoint(model_name).tokenizer_source
+    source = open_checkpoint(model_name).source.location
     tokenizer = AutoTokenizer.from_pretrained(source)
     conversations, _ = load_conversations(data)
     return source, prepare(tokenizer, settings, conversations)

@@ -161,7 +161,7 @@ def numbers_of(model: Any) -> int:
 
 def whole_model(task: Task) -> Any:
     """The base model, all of it here."""
-    source = open_checkpoint(task.model).tokenizer_source
+    source = open_checkpoint(task.model).source.location
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
@@ -429,7 +429,7 @@ def main() -> None:
     options = parser.parse_args()
     set_up_libraries()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
-    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(options.model).tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(options.model).source.location)
     conversations = load_conversations(options.data)[0]
     with ExitStack() as stack:
         path = options.lines or Path(stack.enter_context(tempfile.TemporaryDirectory()), "lines.jsonl")

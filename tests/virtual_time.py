@@ -12,7 +12,8 @@ import selectors
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from corolla.server.scheduler.engine import Engine, Request
+from corolla.server.scheduler.engine import Engine
+from corolla.server.scheduler.execution import Request
 from corolla.swarm.loop import EventLoopThread
 
 P = ParamSpec("P")

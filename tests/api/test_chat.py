@@ -174,7 +174,7 @@ def test_a_stop_text_ends_a_reply_before_it(world: World, stream: bool) -> None:
     assert (text, reason) == (said[:6], "stop")
 
 
-def test_chances_are_those_of_the_local_model(world: World) -> None:
+def test_probabilitys_are_those_of_the_local_model(world: World) -> None:
     reply = world.client().chat.completions.create(
         model=BASE, messages=HELLO, temperature=0, max_tokens=10, logprobs=True, top_logprobs=3
     )
@@ -186,8 +186,8 @@ def test_chances_are_those_of_the_local_model(world: World) -> None:
     assert len(rows) == len(said)
     with torch.no_grad():
         logits = world.local(torch.tensor([[*ids, *said]])).logits[0, len(ids) - 1 : -1]
-    chances = logits.log_softmax(-1)
-    for row, token, own in zip(rows, said, chances, strict=True):
+    probabilities = logits.log_softmax(-1)
+    for row, token, own in zip(rows, said, probabilities, strict=True):
         assert abs(row.logprob - float(own[token])) < 1e-4
         best = own.topk(3)
         likeliest = [one.logprob for one in row.top_logprobs]

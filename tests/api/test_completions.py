@@ -49,22 +49,22 @@ def test_an_echo_tells_how_likely_every_token_of_a_text_is(world: World, most: i
     )
     said = [token for token in world.greedy(ids, most) if token != 2] if most else []
     with torch.no_grad():
-        chances = world.local(torch.tensor([[*ids, *said]])).logits[0].log_softmax(-1)
+        probabilities = world.local(torch.tensor([[*ids, *said]])).logits[0].log_softmax(-1)
     found = reply.choices[0].logprobs
     assert found is not None
     assert found.token_logprobs is not None
     assert found.top_logprobs is not None
     assert found.tokens is not None
     assert found.text_offset is not None
-    own = [float(chances[place, token]) for place, token in enumerate([*ids, *said][1:])]
+    own = [float(probabilities[place, token]) for place, token in enumerate([*ids, *said][1:])]
     assert found.token_logprobs[0] is None
     assert found.token_logprobs[1:] == pytest.approx(own, abs=1e-4)
     for place, row in enumerate(found.top_logprobs[1:]):
-        assert max(row.values()) == pytest.approx(float(chances[place].max()), abs=1e-4)
+        assert max(row.values()) == pytest.approx(float(probabilities[place].max()), abs=1e-4)
         assert len(row) in (2, 1)
     rows = zip(found.tokens[1:], found.top_logprobs[1:], strict=True)
     greedy = [name == max(row, key=row.__getitem__) for name, row in rows]
-    best = [token == int(chances[place].argmax()) for place, token in enumerate([*ids, *said][1:])]
+    best = [token == int(probabilities[place].argmax()) for place, token in enumerate([*ids, *said][1:])]
     assert greedy == best, "whether a token is the likeliest can be told by its name"
     assert reply.choices[0].text == text + world.text(said)
     assert "".join(found.tokens[: len(ids)]) == text
@@ -85,7 +85,7 @@ def test_tokens_stand_where_their_character_does(world: World) -> None:
     assert own == [place for place, one in enumerate(text) for _ in one.encode()]
 
 
-def test_an_echo_without_chances(world: World) -> None:
+def test_an_echo_without_probabilitys(world: World) -> None:
     reply = world.client().completions.create(model=BASE, prompt=TEXT, temperature=0, max_tokens=5, echo=True)
     said = world.greedy(world.tokenizer(TEXT).input_ids, 5)
     assert reply.choices[0].text == TEXT + world.text(said)

@@ -65,7 +65,7 @@ def stops_end_replies(world: World) -> bool:
     return bool(reply(world, stop=said[4:7]).choices[0].message.content == said[: said.index(said[4:7])])
 
 
-def chances_are_local(world: World) -> bool:
+def probabilities_are_local(world: World) -> bool:
     ids, said = world.prompt(HELLO), world.greedy(world.prompt(HELLO), 12)
     with torch.no_grad():
         rows = world.local(torch.tensor([[*ids, *said]])).logits[0].log_softmax(-1)
@@ -126,16 +126,16 @@ def stop_missed_across_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reading, "_begun", lambda _text, _stop: 0)
 
 
-def chances_of_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
+def probabilities_of_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
     """The scores one place before."""
     for module in (sampling, scoring):
-        of, before = module.chance_of, list[Any]()
+        of, before = module.probability_of, list[Any]()
 
         def shifted(row: Any, token: int, top: int, of: Any = of, before: list[Any] = before) -> Any:
             before.append(row)
             return of(before[max(0, len(before) - 2)], token, top)
 
-        patch.setattr(module, "chance_of", shifted)
+        patch.setattr(module, "probability_of", shifted)
 
 
 def one_seed_for_all(patch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ CHECKS = (
     penalties_count,
     branches_are_right,
     stops_end_replies,
-    chances_are_local,
+    probabilities_are_local,
     echoes_are_local,
     draws_are_of_their_seeds,
     counts_are_exact,
@@ -172,8 +172,8 @@ PLANTED = [
     (bias_ignored, penalties_count),
     (prefix_off_by_one, branches_are_right),
     (stop_missed_across_tokens, stops_end_replies),
-    (chances_of_the_wrong_place, chances_are_local),
-    (chances_of_the_wrong_place, echoes_are_local),
+    (probabilities_of_the_wrong_place, probabilities_are_local),
+    (probabilities_of_the_wrong_place, echoes_are_local),
     (one_seed_for_all, draws_are_of_their_seeds),
     (token_counted_twice, counts_are_exact),
 ]

@@ -107,8 +107,10 @@ def test_langchain(world: World) -> None:
         return "".join([chunk.content async for chunk in chat.astream(ASK)])
 
     assert asyncio.run(stream()) == whole
-    chances = chat.bind(logprobs=True, top_logprobs=2).invoke(ASK).response_metadata["logprobs"]["content"]
-    assert [len(one["top_logprobs"]) for one in chances] == [2] * len(chances)
+    probabilities = (
+        chat.bind(logprobs=True, top_logprobs=2).invoke(ASK).response_metadata["logprobs"]["content"]
+    )
+    assert [len(one["top_logprobs"]) for one in probabilities] == [2] * len(probabilities)
     assert langchain.ChatOpenAI(**how, temperature=0, max_tokens=12, use_responses_api=True).invoke(ASK).text
     assert langchain.OpenAI(**how, temperature=0, max_tokens=4).invoke("The moon")
 
@@ -175,13 +177,13 @@ def test_lm_eval(world: World) -> None:
     pairs = [("The moon is", " a stone"), ("Rain falls", " down"), ("x", "yz")]
     asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
     found = model.loglikelihood(asked, disable_tqdm=True)
-    for (before, after), (chance, greedy) in zip(pairs, found, strict=True):
+    for (before, after), (probability, greedy) in zip(pairs, found, strict=True):
         ids = model.tok_encode(before + after)
         known = len(model.tok_encode(before))
         with torch.no_grad():
             rows = world.local(torch.tensor([ids])).logits[0].log_softmax(-1)[known - 1 : -1]
         following = torch.tensor(ids[known:])
-        assert abs(chance - float(rows.gather(1, following[:, None]).sum())) < 1e-3
+        assert abs(probability - float(rows.gather(1, following[:, None]).sum())) < 1e-3
         assert greedy == bool((rows.argmax(-1) == following).all())
     until = Instance("generate_until", {}, ("Rain falls", {"until": ["\n\n"], "max_gen_toks": 8}), 0)
     (said,) = model.generate_until([until], disable_tqdm=True)

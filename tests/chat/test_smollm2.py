@@ -49,9 +49,7 @@ def swarm() -> Iterator[MemorySwarm]:
 def test_turns_equal_recomputing_the_text(swarm: MemorySwarm, mode: str | None, style: str) -> None:
     messages = MESSAGES if style == "delimiter" else MESSAGES[1:4]
     tokenizer = load_tokenizer("smollm2")
-    local = AutoModelForCausalLM.from_pretrained(
-        swarm.checkpoint.tokenizer_source, dtype=torch.float32
-    ).eval()
+    local = AutoModelForCausalLM.from_pretrained(swarm.checkpoint.source.location, dtype=torch.float32).eval()
     rendered = Renderer(tokenizer, RenderSettings(style=style, delimiter=DELIMITER))
     sampling = SamplingSettings(temperature=0, max_new_tokens=MOST)
     with swarm.model(

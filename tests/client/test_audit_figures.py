@@ -110,7 +110,7 @@ def test_honest_servers_raise_no_alarm(
     scaled: Callable[[float], int],
 ) -> None:
     """Of both kinds of kernels, packed and padded, with 8 bits and without, cut differently, with compressed
-    wires; training, prefill, decoding and beams, alone and in company."""
+    wires; training, prefill, decoding and beams, alone and beside others."""
     folder = write_tiny(family, tmp_path)
     checks, worst = 0, dict[str, float]()
     most = scaled(most) if (family, most) in HONEST else most

@@ -66,8 +66,8 @@ CAUGHT_BY: dict[Plant, tuple[str, ...]] = {
     scale_forgotten: ("decoding",),
     stale_digest: ("changed",),
     prompts_lost_in_a_replay: ("failover",),
-    on_everybodys_rows: ("company",),
-    one_for_all: ("company",),
+    on_everybodys_rows: ("together",),
+    one_for_all: ("together",),
 }
 
 
@@ -106,7 +106,7 @@ class Checks:
             after = self.model.generate(None, max_new_tokens=5, do_sample=False)
         return torch.equal(torch.cat([before, after], 1), greedy(self.local, ids, 9))
 
-    def company(self) -> bool:
+    def together(self) -> bool:
         """Rows of one pass, as each of them alone; those without an adapter to the last bit."""
         (server, *_) = self.swarm.servers.values()
         span, given = server.span, self.model.prompts.blocks.detached()

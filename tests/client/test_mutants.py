@@ -109,7 +109,7 @@ def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
     async def forgetful(self: SpanSession, view: Any, **arguments: Any) -> bool:
         replaying = getattr(view, "seen", set()) & {(self.hop.start, self.hop.end)}
         view.seen = getattr(view, "seen", set()) | {(self.hop.start, self.hop.end)}
-        return await opened(self, view, **(arguments | ({"deep": None} if replaying else {})))
+        return await opened(self, view, **(arguments | ({"vectors": None} if replaying else {})))
 
     patch.setattr(SpanSession, "open", forgetful)
 

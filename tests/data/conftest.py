@@ -14,7 +14,7 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 @pytest.fixture(scope="session")
 def smol() -> Any:
     """SmolLM2's tokenizer: no BOS added, a ChatML template that puts a system turn of its own in front."""
-    return AutoTokenizer.from_pretrained(open_checkpoint("smollm2").tokenizer_source)
+    return AutoTokenizer.from_pretrained(open_checkpoint("smollm2").source.location)
 
 
 @pytest.fixture(scope="session")

@@ -164,8 +164,8 @@ class Client:
         """What `generate` draws under this seed, all computed anew for every token."""
         torch.manual_seed(seed)
         for _ in range(count):
-            chances = self.local.logits(ids)[:, -1].float().softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(chances, 1)], 1)
+            probabilities = self.local.logits(ids)[:, -1].float().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(probabilities, 1)], 1)
         return ids
 
     def train(

@@ -50,7 +50,7 @@ def real_prompts(tokenizer: Any) -> list[Tensor]:
 @pytest.mark.nightly
 def test_tokens_are_the_same_alone_and_in_a_crowd(model: Any) -> None:
     """Equal, or one of two that the local model cannot tell apart either (such cases are shown)."""
-    source = open_checkpoint("smollm2").tokenizer_source
+    source = open_checkpoint("smollm2").source.location
     prompts = real_prompts(AutoTokenizer.from_pretrained(source))
 
     def reply(ids: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_kills_one_after_the_other(started: Processes, folder: Path, mode: str |
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_smollm2_survives_a_kill_and_a_hang(started: Processes) -> None:
-    source = open_checkpoint("smollm2").tokenizer_source
+    source = open_checkpoint("smollm2").source.location
     swarm = RealSwarm(started, "smollm2")
     swarm.serve("0:15", "15:30", "0:15", "15:30")
     with swarm.load(tuning_mode="ptune", pre_seq_len=8) as model:

@@ -41,7 +41,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def local(checkpoint: Checkpoint) -> Any:
-    return local_model(checkpoint.tokenizer_source)
+    return local_model(checkpoint.source.location)
 
 
 def load(address: str, **arguments: Any) -> Any:
@@ -52,8 +52,8 @@ def load(address: str, **arguments: Any) -> Any:
 
 def test_logits_are_as_true_as_the_local_models(address: str, checkpoint: Checkpoint, local: Any) -> None:
     """Both round in float32, each in its own order: what counts is how far each is from float64."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
-    exact = AutoModelForCausalLM.from_pretrained(checkpoint.tokenizer_source, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.location)
+    exact = AutoModelForCausalLM.from_pretrained(checkpoint.source.location, dtype=torch.float64).eval()
     with load(address) as model, torch.no_grad():
         for question in QUESTIONS:
             ids = tokenizer(question, return_tensors="pt").input_ids
@@ -63,7 +63,7 @@ def test_logits_are_as_true_as_the_local_models(address: str, checkpoint: Checkp
 
 
 def test_tokens_and_logits(address: str, checkpoint: Checkpoint, local: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.location)
     reference = Prompted(local, torch.zeros(0, checkpoint.config.hidden_size))
     with load(address) as model, torch.no_grad():
         for question in QUESTIONS:
@@ -79,7 +79,7 @@ def test_tokens_and_logits(address: str, checkpoint: Checkpoint, local: Any) -> 
 
 @pytest.mark.parametrize("mode", [pytest.param("ptune", marks=pytest.mark.nightly), "deep_ptune"])
 def test_losses_and_gradients(address: str, checkpoint: Checkpoint, local: Any, mode: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.location)
     batch = tokenizer(QUESTIONS, return_tensors="pt", padding=True, padding_side="right")
     ids, mask = batch.input_ids, batch.attention_mask
     labels = ids.masked_fill(mask == 0, -100)
@@ -99,7 +99,7 @@ def test_the_seeds_loop_of_one_token_a_call(
     address: str, checkpoint: Checkpoint, local: Any, tmp_path: Path
 ) -> None:
     """With prompts, as in the seed's last step: what Petals breaks at the second token."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.location)
     with load(address, tuning_mode="ptune", pre_seq_len=8) as model:
         reference = Prompted(local, model.prompts.input)
         with model.inference_session(max_length=128) as session:

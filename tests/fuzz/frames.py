@@ -14,8 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from corolla.wire.messages import PROTOCOL_VERSION
-from corolla.wire.session import State
+from corolla.wire.messages import PROTOCOL_VERSION, State
 from tests.server.world import BLOCKS, DTYPES, END, HIDDEN, MODEL, PREAMBLE, START, noise
 
 Tensors = dict[str, Tensor]

@@ -12,11 +12,11 @@ from torch import Tensor
 from corolla.errors import PeerDisconnected, ProtocolError
 from corolla.models.attention.pages import PAGE
 from corolla.server.peers import Budgets, Leases, PeerLimits
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.prefilled import EnteringPrompt
-from corolla.swarm.channel import Channel, request
+from corolla.swarm.channel import Channel, Conversation, following, request
 from corolla.wire.failures import meaning
-from corolla.wire.frames import PREAMBLE_SIZE, Packet, parse_header, parse_payload, parse_preamble
+from corolla.wire.frames import PREAMBLE_SIZE, Packet, expand, parse_header, parse_payload, parse_preamble
 from corolla.wire.messages import (
     PROTOCOL_NAME,
     ClientMessage,
@@ -27,8 +27,6 @@ from corolla.wire.messages import (
     Output,
     Step,
 )
-from corolla.wire.session import Conversation, following
-from corolla.wire.tensors import expand
 from tests.fuzz.frames import BUNDLE, strangers
 from tests.server.world import HIDDEN, Clock, OneServer, RawClient, assert_same, noise, opening
 

@@ -63,7 +63,7 @@ def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
         key = (id(view), self.hop.start)
         again = key in seen
         seen.add(key)
-        return await opened(self, view, **(arguments | ({"deep": None} if again else {})))
+        return await opened(self, view, **(arguments | ({"vectors": None} if again else {})))
 
     patch.setattr(SpanSession, "open", forgetful)
 

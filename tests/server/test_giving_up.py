@@ -25,8 +25,8 @@ from tests.server.world import (
 
 from corolla.errors import RequestRefused
 from corolla.server.block_server import check_memory, working_bytes
-from corolla.server.scheduler import accounting, engine
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler import engine, execution
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions import step
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
@@ -82,7 +82,7 @@ async def test_a_second_request_before_the_answer_is_out_of_order(world: OneServ
 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine, accounting, step):  # all use it
+    for module in (engine, execution, step):  # all use it
         monkeypatch.setattr(module, "PASS_TOKENS", 8)  # 4 tokens of each of two rows
 
 
@@ -110,7 +110,7 @@ async def test_a_decode_step_comes_between_the_pieces_of_a_prefill(
     world: OneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step arrives when the first piece is being computed; training, less urgent, comes after the last."""
-    monkeypatch.setattr(accounting, "SPLIT_SHARE", 0.0)  # the step shares a pass with the second piece
+    monkeypatch.setattr(execution, "SPLIT_SHARE", 0.0)  # the step shares a pass with the second piece
     channel, other, training = [await world.connect() for _ in range(3)]
     await request(channel, Packet(opening(rows=2)))
     await request(other, Packet(opening(rows=1)))

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from corolla.errors import ProtocolError
 from corolla.wire.failures import failure_of
-from corolla.wire.frames import Limits, Packet, encode, parse_header
+from corolla.wire.frames import MAX_DIMENSION, Limits, Packet, encode, parse_header
 from corolla.wire.messages import PROTOCOL_VERSION, ClientMessage, CloseSession, Failure, Opened, Output, Step
-from corolla.wire.tensors import MAX_DIMENSION
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 

@@ -1,4 +1,4 @@
-"""Which steps share a pass, what comes between what, and that company changes no result."""
+"""Which steps share a pass, what comes between what, and that others in a pass change no result."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from tests.server.world import (
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler import accounting
-from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind
+from corolla.server.scheduler import execution
+from corolla.server.scheduler.engine import AGEING_SECONDS, Engine
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.step import StepRequest
 from corolla.swarm.channel import Channel, request
 from corolla.wire.frames import Packet
@@ -159,8 +160,8 @@ async def test_a_long_prompt_is_cut_while_others_generate(
     world: OneServer, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A piece of the prompt comes with or after everybody's next token; nobody waits for the whole prompt."""
-    monkeypatch.setattr(accounting, "SPLIT_SHARE", float("inf") if apart else 0.0)
-    monkeypatch.setattr(accounting, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
+    monkeypatch.setattr(execution, "SPLIT_SHARE", float("inf") if apart else 0.0)
+    monkeypatch.setattr(execution, "SHARED_PASS_SECONDS", 0.0)  # so, the least that a pass takes of a prompt
     long, *others = await clients_of(world, 4)
     await at_once(world, *(one.step(9) for one in others))
     await at_once(world, *(one.step(1) for one in others))
@@ -176,9 +177,9 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 
     everybody = (prompt(), *(generate(one) for one in others))
     await at_once(world, *everybody, begins_when=lambda: done.is_set() or _waiting(world) >= 3)
-    both = [(3, 0), (0, accounting.LEAST_PREFILL_TOKENS)] * 5
+    both = [(3, 0), (0, execution.LEAST_PREFILL_TOKENS)] * 5
     if not apart:
-        both = [(3, accounting.LEAST_PREFILL_TOKENS)] * 5
+        both = [(3, execution.LEAST_PREFILL_TOKENS)] * 5
     counts = zip(passes.counts(Kind.DECODE), passes.counts(Kind.PREFILL), strict=True)
     assert list(counts)[: len(both)] == both
     for one in (long, *others):
@@ -188,13 +189,13 @@ async def test_a_long_prompt_is_cut_while_others_generate(
 async def test_a_short_prompt_is_not_cut_for_those_who_generate(
     world: OneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accounting, "SHARED_PASS_SECONDS", 0.0)
+    monkeypatch.setattr(execution, "SHARED_PASS_SECONDS", 0.0)
     prompts, (other,) = await clients_of(world, 2), await clients_of(world, 1)
     await other.step(9)
     await other.step(1)
     passes = Passes(world)
-    await at_once(world, *(one.step(accounting.WHOLE_PROMPT) for one in prompts), other.step(1))
-    assert [count for count in passes.counts(Kind.PREFILL) if count] == [accounting.WHOLE_PROMPT] * 2
+    await at_once(world, *(one.step(execution.WHOLE_PROMPT) for one in prompts), other.step(1))
+    assert [count for count in passes.counts(Kind.PREFILL) if count] == [execution.WHOLE_PROMPT] * 2
     for one in (*prompts, other):
         one.assert_right()
 
@@ -233,7 +234,7 @@ def _waiting(world: OneServer) -> int:
 
 
 def test_what_a_decode_pass_takes_decides_whether_prompts_are_computed_apart() -> None:
-    times = accounting.PassTimes()
+    times = execution.PassTimes()
     for _ in range(20):
         times.passed(16, 0.032)  # 2 ms a token
         times.passed(1, 0.015)
@@ -285,7 +286,7 @@ async def test_training_comes_after_generation_until_it_has_waited(world: OneSer
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_a_generation_step_is_let_in_between_two_pieces_of_training(world: OneServer) -> None:
+async def test_a_generation_step_comes_in_between_two_pieces_of_training(world: OneServer) -> None:
     """In the forward, in the backward of a kept graph, and in a backward that computes all anew."""
     one, two = [await Client(world, await world.connect(), seed, True).open() for seed in (3, 6)]
     trained = await world.connect()
@@ -362,7 +363,7 @@ class InTheMiddle:
 
 
 @pytest.mark.usefixtures("every_operator")
-async def test_a_step_given_up_is_not_let_in(world: OneServer) -> None:
+async def test_a_step_given_up_does_not_come_in_between(world: OneServer) -> None:
     """Its session is freed already; computed all the same, it would hold pages that nobody frees."""
     staying, leaving = await clients_of(world, 2)
     await at_once(world, staying.step(9), leaving.step(9))

@@ -29,7 +29,8 @@ from corolla.models.span import Span, load_span
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.peers import Budgets, Leases, PeerLimits
-from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.engine import Engine
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.transport.base import Stream

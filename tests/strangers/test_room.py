@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from corolla.errors import PeerDisconnected
 from corolla.server.peers import CLEARLY, choose_evictions
-from corolla.server.scheduler.accounting import KNOWN_SECONDS, PeerHistory
+from corolla.server.scheduler.engine import KNOWN_SECONDS, PeerHistory
 from corolla.wire.messages import Opened, Output, Ping, ServerStatus, Step
 from tests.server.world import (
     HIDDEN,

@@ -26,9 +26,9 @@ from corolla.wire.messages import (
     Opened,
     OpenSession,
     Output,
+    State,
     Step,
 )
-from corolla.wire.session import State
 
 Handler = Callable[[Channel], Awaitable[None]]
 

@@ -10,9 +10,8 @@ from tests.wire.whole import decode
 
 from corolla.config import SwarmConfig, WireFormat
 from corolla.errors import ProtocolError, UsageError
-from corolla.wire.frames import Packet, encode
+from corolla.wire.frames import Packet, compress, encode, expand
 from corolla.wire.messages import ClientMessage, Step
-from corolla.wire.tensors import compress, expand
 
 FORMS: list[tuple[WireFormat, float]] = [("float16", 5e-4), ("int8", 0.5 / 127 + 1e-6)]
 

@@ -27,7 +27,6 @@ from corolla.wire.frames import (
 from corolla.wire.messages import (
     PROTOCOL_VERSION,
     Alive,
-    AnyMessage,
     Backward,
     CacheContents,
     ClientMessage,
@@ -51,6 +50,7 @@ from corolla.wire.messages import (
     Steps,
 )
 
+AnyMessage = ClientMessage | ServerMessage
 R, T, S, H, N, P = 2, 3, 5, 4, 6, 7
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

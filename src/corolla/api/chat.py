@@ -11,7 +11,7 @@ from typing import Any
 from corolla.api.generation import Ended, Piece, Run, Wish
 from corolla.api.partners import Partner
 from corolla.api.requests import ChatRequest
-from corolla.api.sampling import TokenChance
+from corolla.api.sampling import TokenProbability
 from corolla.api.streaming import DONE, Answer, event, failed
 from corolla.api.wishes import ChatWish, chat_wish
 
@@ -66,9 +66,9 @@ class ChatAnswer:
                     yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
             if isinstance(one, Piece):
                 choice = self._choices[one.index]
-                text, chances = choice.take(one)
-                if text or chances:
-                    yield self._chunk(one.index, {"content": text}, logprobs=choice.logprobs(chances))
+                text, probabilities = choice.take(one)
+                if text or probabilities:
+                    yield self._chunk(one.index, {"content": text}, logprobs=choice.logprobs(probabilities))
             elif isinstance(one, Ended):
                 choice = self._choices[one.index]
                 rest = choice.end(one)
@@ -109,21 +109,21 @@ class _Choice:
     partner: Partner
     text: str = ""  # all of it
     shown: int = 0  # characters that were given out
-    chances: list[TokenChance] = field(default_factory=list)
-    fresh: list[TokenChance] = field(default_factory=list)  # that were not given out yet
+    probabilities: list[TokenProbability] = field(default_factory=list)
+    fresh: list[TokenProbability] = field(default_factory=list)  # that were not given out yet
     calls: list[Any] = field(default_factory=list)
     reason: str = ""
 
-    def take(self, piece: Piece) -> tuple[str, list[TokenChance]]:
+    def take(self, piece: Piece) -> tuple[str, list[TokenProbability]]:
         """What of the reply can be given out now."""
         self.text += piece.text
-        if piece.chance is not None:
-            self.chances.append(piece.chance)
-            self.fresh.append(piece.chance)
+        if piece.probability is not None:
+            self.probabilities.append(piece.probability)
+            self.fresh.append(piece.probability)
         return self._show(self._certain()), self.news()
 
-    def news(self) -> list[TokenChance]:
-        """Chances that were not given out yet."""
+    def news(self) -> list[TokenProbability]:
+        """Probabilities that were not given out yet."""
         found, self.fresh = self.fresh, []
         return found
 
@@ -146,13 +146,13 @@ class _Choice:
                 self.reason = "tool_calls" if ended.reason == "stop" else ended.reason
         return self._show(len(self.text))
 
-    def logprobs(self, chances: list[TokenChance]) -> dict[str, Any] | None:
+    def logprobs(self, probabilities: list[TokenProbability]) -> dict[str, Any] | None:
         """In OpenAI's form; None where nobody asked."""
         if self.wish.wish.sampling.logprobs is None:
             return None
-        return {"content": [self._chance(one) for one in chances], "refusal": None}
+        return {"content": [self._probability(one) for one in probabilities], "refusal": None}
 
-    def _chance(self, one: TokenChance) -> dict[str, Any]:
+    def _probability(self, one: TokenProbability) -> dict[str, Any]:
         top = [self._token(token, logprob) for token, logprob in one.top]
         return {**self._token(one.token, one.logprob), "top_logprobs": top}
 
@@ -170,6 +170,6 @@ class _Choice:
         return {
             "index": index,
             "message": message,
-            "logprobs": self.logprobs(self.chances),
+            "logprobs": self.logprobs(self.probabilities),
             "finish_reason": self.reason,
         }

@@ -13,7 +13,7 @@ from corolla.api.chat import usage_of
 from corolla.api.generation import Ended, Event, Piece, Run, Scored, Wish
 from corolla.api.partners import Partner
 from corolla.api.requests import CompletionRequest
-from corolla.api.sampling import TokenChance
+from corolla.api.sampling import TokenProbability
 from corolla.api.streaming import DONE, Answer, event, failed
 from corolla.api.wishes import completion_wishes
 
@@ -90,7 +90,7 @@ class _Choice:
     partner: Partner
     prompt: str | None
     text: str = ""
-    tokens: list[tuple[int, TokenChance | None]] = field(default_factory=list)
+    tokens: list[tuple[int, TokenProbability | None]] = field(default_factory=list)
     reason: str | None = None
     shown: tuple[int, int] = (0, 0)  # characters and tokens that were given out
     offset: int = 0  # of the next token, in characters
@@ -110,17 +110,17 @@ class _Choice:
     def take(self, one: Event) -> None:
         """Something has happened."""
         if isinstance(one, Scored):
-            for token, chance in zip(self.wish.ids, one.chances, strict=True):
-                self._add(token, chance)
+            for token, probability in zip(self.wish.ids, one.probabilities, strict=True):
+                self._add(token, probability)
         elif isinstance(one, Piece):
             self.text += one.text
-            if one.chance is not None:
-                self._add(one.chance.token, one.chance)
+            if one.probability is not None:
+                self._add(one.probability.token, one.probability)
         else:
             self.reason = one.reason
 
-    def _add(self, token: int, chance: TokenChance | None) -> None:
-        self.tokens.append((token, chance))
+    def _add(self, token: int, probability: TokenProbability | None) -> None:
+        self.tokens.append((token, probability))
         self.offsets.append(self.offset)
         # A character may be of several tokens: all of them stand where it does.
         self.offset += len(self._decoder.decode(self.partner.vocabulary.bytes_of(token)))

@@ -23,7 +23,7 @@ from corolla.api.failures import ApiFailure
 from corolla.api.grammar import Matcher
 from corolla.api.partners import Partner
 from corolla.api.reading import TextReader
-from corolla.api.sampling import Sampling, TokenChance, TokenChooser
+from corolla.api.sampling import Sampling, TokenChooser, TokenProbability
 from corolla.api.scoring import score_prompt
 from corolla.api.sessions import SessionPool, fresh
 from corolla.data.replies import TokensSeen
@@ -53,11 +53,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token has added to the reply of this index: text, maybe none, and its chance if that is asked for."""
+    """What a token has added to the reply of this index: text, maybe none, and its probability if asked for."""
 
     index: int
     text: str
-    chance: TokenChance | None = None
+    probability: TokenProbability | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Scored:
     """The prompt's tokens have been looked at; None for the first, before which there is nothing."""
 
     index: int
-    chances: tuple[TokenChance | None, ...]
+    probabilities: tuple[TokenProbability | None, ...]
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,9 @@ class Run:
         with self._using(index, session):
             self.timing.cached += int(session.cache.length)
             if wish.score is not None:
-                chances = score_prompt(wish.partner.model, session, wish.ids, wish.score, self._wanted)
+                probabilities = score_prompt(wish.partner.model, session, wish.ids, wish.score, self._wanted)
                 for number in range(wish.count):
-                    self._tell(Scored(index + number, chances))
+                    self._tell(Scored(index + number, probabilities))
             elif wish.count > 1:
                 self._read_prompt(wish, session)
             known = min(len(wish.ids) - 1, int(session.position))
@@ -246,11 +246,11 @@ class Run:
             said += 1
             self._note_token(latest)
             text = reader.push(token)
-            chance = chooser.chances[-1] if chooser.chances else None
+            probability = chooser.probabilities[-1] if chooser.probabilities else None
             if reader.ended and (not text or reader.is_end(token)):
-                chance = None  # what ends a reply is none of its tokens
-            if (text or chance is not None) and not self.cancelled:
-                self._tell(Piece(index, text, chance))
+                probability = None  # what ends a reply is none of its tokens
+            if (text or probability is not None) and not self.cancelled:
+                self._tell(Piece(index, text, probability))
             return reader.ended or self.cancelled or (matcher is not None and matcher.over)
 
         new = wish.ids[int(session.position) :]

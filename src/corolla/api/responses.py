@@ -101,7 +101,7 @@ _REFUSED: Refusals = {
     "store": ((None, False), "nothing is stored here: give false"),
     "tool_choice": ((None, "auto", "none"), "tools are for /v1/chat/completions here"),
     "tools": ((None, []), "tools are for /v1/chat/completions here"),
-    "top_logprobs": ((None, 0), "chances are for /v1/chat/completions here"),
+    "top_logprobs": ((None, 0), "probabilities are for /v1/chat/completions here"),
     "truncation": ((None, "disabled"), "what is too long is refused"),
 }
 

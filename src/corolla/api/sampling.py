@@ -52,7 +52,7 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenChance:
+class TokenProbability:
     """A token that was chosen, and the likeliest ones where it was, by the model's own scores."""
 
     token: int
@@ -61,7 +61,7 @@ class TokenChance:
 
 
 class TokenChooser(LogitsProcessor):  # type: ignore[misc]
-    """Chooses for one row, and leaves `generate` nothing but the choice; `chances` are noted if they are asked for."""
+    """Chooses for one row, and leaves `generate` nothing but the choice; `probabilities` are noted if asked for."""
 
     def __init__(self, sampling: Sampling, grammar: Grammar | None = None) -> None:
         self._sampling = sampling
@@ -73,14 +73,14 @@ class TokenChooser(LogitsProcessor):  # type: ignore[misc]
         else:
             self._generator.manual_seed(max(sampling.seed, -(2**63)))  # the least that torch takes
         self._warpers = _warpers(sampling)
-        self.chances: list[TokenChance] = []
+        self.probabilities: list[TokenProbability] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         raw = scores[:1].detach().float().cpu()
         adjusted = self._adjusted(input_ids[:1].cpu(), raw)
         token = self._draw(input_ids, adjusted)
         if self._sampling.logprobs is not None:
-            self.chances.append(chance_of(raw[0], token, self._sampling.logprobs))
+            self.probabilities.append(probability_of(raw[0], token, self._sampling.logprobs))
         self._counts[token] = self._counts.get(token, 0) + 1
         if self._grammar is not None:
             self._grammar.take(token)
@@ -125,9 +125,9 @@ def _warpers(sampling: Sampling) -> Any:
     return found
 
 
-def chance_of(scores: Tensor, token: int, top: int) -> TokenChance:
+def probability_of(scores: Tensor, token: int, top: int) -> TokenProbability:
     """A token's log probability by scores float32 [V], beside those of the `top` likeliest."""
     logprobs = scores.log_softmax(-1)
     best = logprobs.topk(min(top, len(logprobs)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return TokenChance(token, float(logprobs[token]), tuple(pairs))
+    return TokenProbability(token, float(logprobs[token]), tuple(pairs))

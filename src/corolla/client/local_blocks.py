@@ -42,7 +42,7 @@ class LocalBlocks:
         """Blocks [start, end) on hidden states [R, T, H]; differentiable in them and what blocks are given besides."""
         rows = int(hidden.shape[0])
         positions = None if call.positions is None else call.positions.expand(rows, -1)
-        given = {} if call.deep is None else call.deep.of(start, end)
+        given = {} if call.vectors is None else call.vectors.of(start, end)
         with self._lock:
             return self._span.view(start, end).forward(
                 hidden, mask=call.mask, positions=positions, cache=cache, **given

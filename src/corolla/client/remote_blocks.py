@@ -87,7 +87,7 @@ class RemoteBlocks:
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         return self.run(hidden, BlocksCall(mask, positions, None, None, 0))
 
-    def open_chain(self, deep: BlockVectors | None = None) -> SessionChain:
+    def open_chain(self, vectors: BlockVectors | None = None) -> SessionChain:
         """A session over these blocks, which no server hears of before its first step; see `SessionChain`."""
         front = None
         if self.local is not None and self.start < self.remote_start:
@@ -100,26 +100,26 @@ class RemoteBlocks:
             swarm.run,
             start=self.remote_start,
             end=self.end,
-            deep=deep,
+            vectors=vectors,
             front=front,
         )
 
     def run(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """What the pseudo-layer does: a session's step when there is a cache, otherwise a training pass."""
         wanted = torch.is_grad_enabled() and (
-            hidden.requires_grad or (call.deep is not None and call.deep.requires_grad)
+            hidden.requires_grad or (call.vectors is not None and call.vectors.requires_grad)
         )
         if call.cache is None:
             return self._run_whole(hidden, call, wanted)
         if call.start == 0 and (wanted or call.cache.lazy):
             output = self._run_whole(hidden, call, wanted)
-            deep = None if call.deep is None else call.deep.kept()  # training goes on with it
-            call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None, deep=deep))
+            vectors = None if call.vectors is None else call.vectors.kept()  # training goes on with it
+            call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None, vectors=vectors))
             return output
         output = self._step(hidden, call)
         if not wanted:
             return output
-        values = None if call.deep is None else call.deep.values
+        values = None if call.vectors is None else call.vectors.values
         once: Tensor = _NoGradients.apply(output, hidden, values)  # type: ignore[no-untyped-call]
         return once
 
@@ -129,7 +129,7 @@ class RemoteBlocks:
             if self.remote_start == self.end:
                 return hidden
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
-            hidden, None if call.deep is None else call.deep.values, self, call, wanted
+            hidden, None if call.vectors is None else call.vectors.values, self, call, wanted
         )
         return output
 
@@ -156,7 +156,7 @@ class _NoGradients(torch.autograd.Function):
     """A step's output, as if it depended on what entered: whoever asks for the gradient is told that there is none."""
 
     @staticmethod
-    def forward(_ctx: Any, output: Tensor, _hidden: Tensor, _deep: Tensor | None) -> Tensor:
+    def forward(_ctx: Any, output: Tensor, _hidden: Tensor, _vectors: Tensor | None) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
@@ -174,7 +174,7 @@ class _RemoteForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        values: Tensor | None,  # of `call.deep`, where autograd sees them
+        values: Tensor | None,  # of `call.vectors`, where autograd sees them
         blocks: RemoteBlocks,
         call: BlocksCall,
         lend: bool,
@@ -186,7 +186,7 @@ class _RemoteForward(torch.autograd.Function):
             connection.audits,
             start=blocks.remote_start,
             end=blocks.end,
-            deep=call.deep,
+            vectors=call.vectors,
             lend=lend,
         )
         work = training.forward(on_cpu(hidden), on_cpu(call.mask), on_cpu(call.positions))
@@ -202,8 +202,8 @@ class _RemoteForward(torch.autograd.Function):
                 "(gradient penalties)."
             )
         work = ctx.training.backward(on_cpu(grad))  # type: ignore[attr-defined]
-        grad_hidden, grad_deep = ctx.connection.run(work)  # type: ignore[attr-defined]
+        grad_hidden, grad_vectors = ctx.connection.run(work)  # type: ignore[attr-defined]
         values: Tensor | None = ctx.values  # type: ignore[attr-defined]
-        if values is not None and grad_deep is not None:
-            grad_deep = grad_deep.to(values.device, values.dtype)
-        return grad_hidden.to(grad.device), grad_deep, None, None, None
+        if values is not None and grad_vectors is not None:
+            grad_vectors = grad_vectors.to(values.device, values.dtype)
+        return grad_hidden.to(grad.device), grad_vectors, None, None, None

@@ -1,10 +1,11 @@
-"""The servers that a client knows: what they announce, whom it avoids and why, who was found lying.
+"""The servers that a client knows: what they announce, whom it avoids and why, how fast they are, who was found lying.
 
 Invariant: records are no older than `REFRESH_SECONDS`, or the newest that could be had at once. Peers that failed
 lately are used only where nobody else can be, and then after a rest that grows with each failure; a busy one is left
 alone as long as it asked for. What a peer says for itself counts a few times and no more. A peer that answers is
 forgiven its failures, but not that it disagreed with another; one that was condemned is never routed to again by this
 client, and a finding ends one piece of work with a `LyingServer`, and every session that the peer had a part in.
+What a server announced of its speed is believed as far as it does not contradict what it was found to be.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from corolla.config import SwarmConfig
 from corolla.errors import LyingServer, SwarmUnavailable
 from corolla.swarm.directory.directory import Directory, ServerRecord
-from corolla.swarm.directory.routing import KINDS, Hop, numerics_of
+from corolla.swarm.directory.routing import KINDS, Hop, block_seconds, numerics_of
 from corolla.text import get_logger
 from corolla.wire.messages import SILENCE_SECONDS
 
@@ -46,6 +49,19 @@ SHORTEST_BUSY = 0.1
 MOST_EXCUSES = 3
 EXCUSE_SECONDS = 60.0
 
+# A server counts as slow after so many exchanges in a row, each of which took so many times what it announced
+# and more than a line and a full house explain. The margins are wide: leaving costs a replay.
+SLOW_FACTOR = 20.0
+SLOW_SECONDS = 0.25
+SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
+SLOW_IN_A_ROW = 4
+SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
+
+BELIEF = 2.0  # what a server announces counts within so many times of what it was found to take
+FEW_TOKENS = 16  # of an exchange that says how long a token takes
+ENOUGH = 4  # of these: the first ones come while a server warms up
+NEWEST = 0.2  # weight of the newest of them in their average
+
 Clock = Callable[[], float]  # seconds
 What = Literal["forward", "backward", "step"]
 
@@ -64,6 +80,9 @@ class Records:
         """`moved` hears of a peer that has come back with other blocks."""
         self.known: list[ServerRecord] = []  # those that compute in numerics that there are
         self.by_numerics: dict[str, list[ServerRecord]] = {}  # in the order of `routing.KINDS`
+        self.announced: dict[
+            str, float
+        ] = {}  # seconds of a token in a block, of peers that say how fast they are
         self.untrusted = 0  # servers of the model that the user has left out
         self.cut_short = False  # the directory was not read to its end: there may be others
         self._directory = directory
@@ -126,6 +145,7 @@ class Records:
             if (before.start, before.end) != (record.start, record.end):
                 self._moved(record.peer_id)
         self.known, self._by_peer = records, {one.peer_id: one for one in records}
+        self.announced = {one.peer_id: block_seconds(one) for one in records if one.throughput > 0}
         self.by_numerics = {kind: [] for kind in numerics_of(records)}
         for record in records:
             self.by_numerics[record.numerics].append(record)
@@ -236,6 +256,61 @@ class Health:
         for peer in [peer for peer, end in until.items() if end <= now]:
             del until[peer]
         return set(until)
+
+
+def is_too_slow(announced: float, nbytes: int, seconds: float) -> bool:
+    """Whether an exchange took far longer than the server `announced`, in seconds too, and its bytes explain."""
+    return seconds > SLOW_FACTOR * announced + SLOW_SECONDS + nbytes / SLOW_LINE
+
+
+@dataclass
+class _Pace:
+    average: float = 0.0  # seconds of a token in a block, of exchanges with few tokens; the newest count most
+    measured: int = 0  # such exchanges
+    in_a_row: int = 0  # exchanges that took far too long
+    factor: float = 1.0  # how many times slower than announced, in the least slow of them
+    until: float = float("-inf")  # seconds; counts as slow so long
+
+
+@dataclass
+class Paces:
+    """How fast servers were found to be; moments and durations are passed in, in seconds."""
+
+    _of: dict[str, _Pace] = field(default_factory=lambda: defaultdict(_Pace))
+
+    def took(
+        self, hop: Hop, tokens: int, nbytes: int, seconds: float, now: float, announced: float | None
+    ) -> None:
+        """Note an exchange of `tokens` (rows × tokens) and `nbytes` with a server, which has `announced` that a token
+        takes so many seconds in a block, or nothing."""
+        pace, work = self._of[hop.peer_id], tokens * (hop.end - hop.start)
+        if tokens <= FEW_TOKENS and seconds > 0:
+            pace.measured += 1
+            pace.average += max(NEWEST, 1 / pace.measured) * (seconds / work - pace.average)
+        if announced is None or not is_too_slow(work * announced, nbytes, seconds):
+            pace.in_a_row, pace.until = 0, float("-inf")
+            return
+        factor = seconds / (work * announced)
+        pace.factor = min(factor, pace.factor) if pace.in_a_row else factor
+        pace.in_a_row += 1
+        if pace.in_a_row >= SLOW_IN_A_ROW:
+            pace.until = now + SLOW_MEMORY_SECONDS
+
+    def is_slow(self, peer_id: str, now: float) -> bool:
+        """Whether the peer was found slow lately."""
+        return peer_id in self._of and self._of[peer_id].until > now
+
+    def seen(self, records: Sequence[ServerRecord], now: float) -> list[ServerRecord]:
+        """The records, with the throughput that is believed: within `BELIEF` of what was found."""
+        return [self._believed(one, now) if one.peer_id in self._of else one for one in records]
+
+    def _believed(self, record: ServerRecord, now: float) -> ServerRecord:
+        pace, seconds = self._of[record.peer_id], block_seconds(record)
+        if self.is_slow(record.peer_id, now):
+            seconds *= pace.factor
+        elif pace.measured >= ENOUGH:
+            seconds = min(max(seconds, pace.average / BELIEF), pace.average * BELIEF)
+        return msgspec.structs.replace(record, throughput=1.0 / (seconds * max(1, record.end - record.start)))
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,11 @@ class MicroBatch:
     positions: Tensor | None  # int64 [1, N]; None when every sequence counts from 0
     stages: list[Stage] = field(default_factory=list)
 
-    def extra(self, deep: BlockVectors | None, start: int, end: int) -> dict[str, Tensor]:
+    def extra(self, vectors: BlockVectors | None, start: int, end: int) -> dict[str, Tensor]:
         tensors = {"lengths": self.lengths}
         if self.positions is not None:
             tensors["positions"] = self.positions
-        return tensors | ({} if deep is None else deep.of(start, end))
+        return tensors | ({} if vectors is None else vectors.of(start, end))
 
     def packed(self, batch: Tensor) -> Tensor:
         """This micro-batch's tokens [1, N, H] of a batch [R, T, H]."""
@@ -113,7 +113,7 @@ def step_answer(
     hop: Hop,
     history: History,
     mask: Tensor | None,
-    deep: BlockVectors | None,
+    vectors: BlockVectors | None,
     output: Tensor,
     draw: random.Random,
 ) -> Answer | None:
@@ -131,7 +131,7 @@ def step_answer(
         return None
     claimed = torch.zeros(1, len(row), output.shape[-1], dtype=output.dtype)
     claimed[0, newest] = output[row[newest], column[newest] - before]
-    inputs = {"hidden": micro.packed(hidden)} | micro.extra(deep, hop.start, hop.end)
+    inputs = {"hidden": micro.packed(hidden)} | micro.extra(vectors, hop.start, hop.end)
     return Answer(hop, "step", inputs, {"hidden": claimed}, newest)
 
 
@@ -146,15 +146,15 @@ class TrainingPass:
         *,
         start: int,
         end: int,
-        deep: BlockVectors | None,
+        vectors: BlockVectors | None,
         lend: bool,
     ) -> None:
-        """`deep` are of all the model's blocks; `lend` says that a backward will follow."""
+        """`vectors` are of all the model's blocks; `lend` says that a backward will follow."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._start, self._end = start, end
-        self._deep = None if deep is None else deep.detached()
+        self._vectors = None if vectors is None else vectors.detached()
         self._lend = lend
         self._micro_batches: list[MicroBatch] = []
         self._entered = torch.empty(0)  # of the form of what entered, before the backward
@@ -189,12 +189,12 @@ class TrainingPass:
             return await self._backward(micro, micro.packed(grad))
 
         results = await _together(one, self._micro_batches)
-        deep_grad = None if self._deep is None else torch.zeros_like(self._deep.values)
-        if deep_grad is not None:
+        vectors_grad = None if self._vectors is None else torch.zeros_like(self._vectors.values)
+        if vectors_grad is not None:
             for _, pieces in results:  # in the order of the batch, so that sums are the same every time
                 for hop, piece in pieces:
-                    deep_grad[hop.start : hop.end] += piece
-        return self._unpacked([grad_hidden for grad_hidden, _ in results], self._entered), deep_grad
+                    vectors_grad[hop.start : hop.end] += piece
+        return self._unpacked([grad_hidden for grad_hidden, _ in results], self._entered), vectors_grad
 
     def _begin(self) -> None:
         if self._audits is not None:
@@ -222,7 +222,7 @@ class TrainingPass:
                 await self._ask_little(hop, value)
             lease = secrets.token_hex(16) if self._lend else None
             message = Forward(model=self._view.model, start=hop.start, end=hop.end, lease=lease)
-            tensors = {"hidden": value} | micro.extra(self._deep, hop.start, hop.end)
+            tensors = {"hidden": value} | micro.extra(self._vectors, hop.start, hop.end)
             reply = await self._exchange(hop, message, tensors)
             output = self._view.output_of(reply, value, hop)
             self._show(Answer(hop, "forward", tensors, {"hidden": output}))
@@ -282,13 +282,13 @@ class TrainingPass:
         self, micro: MicroBatch, stage: Stage, grad: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         hop = stage.hop
-        tensors = {"hidden": stage.inputs, "grad": grad} | micro.extra(self._deep, hop.start, hop.end)
+        tensors = {"hidden": stage.inputs, "grad": grad} | micro.extra(self._vectors, hop.start, hop.end)
         reply = await self._redeem(stage, grad)
         if reply is None:
             reply = await self._exchange(hop, self._backward_message(hop, None), tensors)
         pieces = {}
-        if self._deep is not None:
-            name = self._deep.name
+        if self._vectors is not None:
+            name = self._vectors.name
             pieces[name] = checked(reply, name, tensors[name], hop.peer_id)
         value = checked(reply, "grad", stage.inputs, hop.peer_id)
         self._show(Answer(hop, "backward", tensors, {"grad": value} | pieces))
@@ -312,7 +312,7 @@ class TrainingPass:
             model=self._view.model,
             start=hop.start,
             end=hop.end,
-            prompt_gradient=self._deep is not None,
+            prompt_gradient=self._vectors is not None,
             lease=lease,
         )
 
@@ -329,8 +329,8 @@ class TrainingPass:
     async def _exchange(self, hop: Hop, message: Message, tensors: dict[str, Tensor]) -> Packet:
         began = self._view.now()
         packet, ask = Packet(message, tensors), partial(self._view.channels.ask, hop.peer_id)
-        if self._deep is not None and self._deep.kept_by_servers and self._deep.name in tensors:
-            reply = await self._view.sent_vectors.ask(hop, packet, self._deep, ask)
+        if self._vectors is not None and self._vectors.kept_by_servers and self._vectors.name in tensors:
+            reply = await self._view.sent_vectors.ask(hop, packet, self._vectors, ask)
         else:
             reply = await ask(packet)
         sent = next(iter(tensors.values()))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from corolla.client.race import Race
 from corolla.client.sent_vectors import SentVectors
-from corolla.client.servers import Clock, Health, Records, Verdicts
+from corolla.client.servers import Clock, Health, Paces, Records, Verdicts
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.config import SwarmConfig
 from corolla.errors import (
@@ -37,7 +37,6 @@ from corolla.swarm.directory.directory import Directory, ServerRecord
 from corolla.swarm.directory.routing import (
     HOP_SECONDS,
     Hop,
-    Paces,
     announced_seconds,
     block_seconds,
     find_route,
@@ -379,9 +378,9 @@ class SwarmView:
         if hop.peer_id not in self.health.proven:
             self._curious_at, self._disappointed = self.now() + CURIOUS_SECONDS, 0
         self.health.answered(hop.peer_id)
-        record = self.records.of(hop.peer_id)
-        if record is not None:
-            self._paces.took(record, hop, tokens, nbytes, seconds, self.now())
+        if self.records.of(hop.peer_id) is not None:
+            announced = self.records.announced.get(hop.peer_id)
+            self._paces.took(hop, tokens, nbytes, seconds, self.now(), announced)
 
     def should_leave(self, hop: Hop) -> bool:
         """Whether the server was found far slower than it announced, or is doubted, and a better one is there."""

@@ -29,7 +29,7 @@ class BlocksCall:
 
     mask: Tensor | None  # bool [R, S], S tokens so far; None when all are real
     positions: Tensor | None  # int64 [R, T]; None when they are start, start+1, …
-    deep: BlockVectors | None  # a prefix is before all tokens, and counted in nothing here
+    vectors: BlockVectors | None  # a prefix is before all tokens, and counted in nothing here
     cache: RemoteCache | None
     start: int  # position of the first of the T tokens, soft prompt included
     prompt: Tensor | None = None  # fp32 [P, H], what the first of the T tokens are, where they are a prompt
@@ -37,7 +37,7 @@ class BlocksCall:
     @property
     def prefix_length(self) -> int:
         """How many positions of a prefix come before all tokens."""
-        return 0 if self.deep is None else self.deep.prefix_length
+        return 0 if self.vectors is None else self.vectors.prefix_length
 
     def select_rows(self, rows: Tensor) -> BlocksCall:
         """The same for the rows that int64 [R'] names, wherever it says something of rows."""

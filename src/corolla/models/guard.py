@@ -230,8 +230,8 @@ def watch_losses(model: PreTrainedModel, caches: Caches) -> None:
             if isinstance(given, Tensor):
                 check_labels(given, getattr(model.get_output_embeddings(), "out_features", None))
                 check_labels_of(given, named.get("attention_mask"), shifted=wanted)
-        apart = isinstance(labels, Tensor) and cache is None and named.get("use_cache") is not False
-        if apart and caches.active() is not None:
+        whole = isinstance(labels, Tensor) and cache is None and named.get("use_cache") is not False
+        if whole and caches.active() is not None:
             cache = caches.fresh(lazy=True)
         return (), named if cache is None else {**named, cache_name: cache}
 

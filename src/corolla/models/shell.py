@@ -246,7 +246,7 @@ class BaseModelHooks:
         elif prompt is not None:
             place_prompt(base, named, prompt, in_front=first)
         guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
-        before = prefix_length(prompt)
+        before = 0 if prompt is None else prefix_length(prompt)
         view = PromptedView(None, before) if before else None
         if cache is not None:
             view = cache.with_prompt(self._own_cache)
@@ -256,7 +256,7 @@ class BaseModelHooks:
         call = BlocksCall(
             mask=guard.real_mask(None if mask is None else mask[:, before:], positions),
             positions=None if positions is None else positions - before,
-            deep=None if prompt is None else prompt.blocks,
+            vectors=None if prompt is None else prompt.blocks,
             cache=cache,
             start=0 if view is None else view.past - before,
             prompt=prompt.input if prompt is not None and first else None,
@@ -323,7 +323,8 @@ class BaseModelHooks:
             guard.check_places(positions, length, limit)
 
     def _leave(self, _base: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        nothing_in_front()
+        if self._needs_ids:
+            nothing_in_front()
         if not self._entered.get():
             return output
         *outer, entered = self._entered.get()

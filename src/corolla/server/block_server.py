@@ -19,15 +19,15 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.latent import MOST_EXPANDED
-from corolla.models.attention.pages import Layout, PagePool, pages_for
+from corolla.models.attention.pages import PageLayout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.lora import named_parts, names_in, width
 from corolla.models.prompts import GIVEN, BlockVectors
 from corolla.models.span import Span
 from corolla.server.kept_vectors import KeptVectors, KnownVectors
 from corolla.server.peers import Leases, PeerLimits, UsageLog
-from corolla.server.scheduler.engine import GOING_AWAY, Engine, Kind
-from corolla.server.scheduler.execution import FreeCpus, ThreadChooser, run_pass
+from corolla.server.scheduler.engine import GOING_AWAY, Engine
+from corolla.server.scheduler.execution import FreeCpus, Kind, ThreadChooser, run_pass
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.prefilled import EnteringPrompt, PrefilledPrompt, prefill
 from corolla.server.sessions.store import SessionStore
@@ -63,7 +63,7 @@ class BlockServer:
         limits: PeerLimits | None = None,
         leases: Leases | None = None,
         silence: float | None = None,
-        layout: Layout | None = None,
+        layout: PageLayout | None = None,
         engine: Callable[..., Engine] = Engine,
     ) -> None:
         """`model` is the identity of the span's checkpoint; a computation that would need more than

@@ -22,7 +22,7 @@ from cachetools import TTLCache
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.accounting import PeerHistory
+from corolla.server.scheduler.engine import PeerHistory
 from corolla.text import get_logger, one_line
 
 log = get_logger(__name__)

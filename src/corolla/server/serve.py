@@ -38,8 +38,8 @@ from corolla.models.stepwise import load_prepared
 from corolla.server.block_server import BlockServer
 from corolla.server.handlers import handle
 from corolla.server.peers import Budgets, Leases, PeerLimits
-from corolla.server.scheduler.accounting import LEAST_TIMED
-from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.engine import Engine
+from corolla.server.scheduler.execution import LEAST_TIMED, Kind
 from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.server.sessions.prefilled import EnteringPrompt, before_span, read_bundles
 from corolla.server.sessions.session import default_capacity

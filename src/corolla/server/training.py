@@ -31,8 +31,7 @@ from corolla.server.block_server import (
     working_bytes,
 )
 from corolla.server.peers import Lease
-from corolla.server.scheduler.engine import Kind, Request
-from corolla.server.scheduler.execution import Preemptible
+from corolla.server.scheduler.execution import Kind, Preemptible, Request
 from corolla.server.sessions.session import Client
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Gradients, Output

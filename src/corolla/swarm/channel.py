@@ -19,6 +19,7 @@ from torch import Tensor
 
 from corolla.config import WireFormat
 from corolla.errors import (
+    OutOfOrder,
     PeerDisconnected,
     PeerSilent,
     ProtocolError,
@@ -28,28 +29,32 @@ from corolla.errors import (
 )
 from corolla.swarm.transport.base import Buffer, Stream, Transport
 from corolla.text import one_line
-from corolla.wire.failures import meaning
+from corolla.wire.failures import ends_in, meaning
 from corolla.wire.frames import (
     LIMITS,
     PREAMBLE_SIZE,
     Header,
     Limits,
     Packet,
+    compress,
     encode,
+    expand,
     parse_header,
     parse_payload,
     parse_preamble,
 )
 from corolla.wire.messages import (
+    CLIENT_TURN,
     HEARTBEAT_SECONDS,
     SILENCE_SECONDS,
+    TRANSITIONS,
     Alive,
     ClientMessage,
     Failure,
+    Message,
     ServerMessage,
+    State,
 )
-from corolla.wire.session import Conversation
-from corolla.wire.tensors import compress, expand
 
 T = TypeVar("T")
 
@@ -74,6 +79,34 @@ class RefusedPacket(Packet):
     """A request whose tensors were not taken; the stream goes on once it is answered with the refusal."""
 
     refusal: RequestRefused | None = None
+
+
+def following(state: State, message: Message) -> State:
+    """The state after `message`. Raises `OutOfOrder(field="type")` where it is not legal in `state`."""
+    try:
+        if isinstance(message, Failure) and state is not State.ENDED:
+            return ends_in(message, state)
+        return TRANSITIONS[state][type(message)]
+    except KeyError:
+        raise OutOfOrder(
+            f"{type(message).__name__} is out of order here (state: {state.value}).", field="type"
+        ) from None
+
+
+class Conversation:
+    """One side's view of a stream's conversation; both sides advance it with every message."""
+
+    def __init__(self) -> None:
+        self.state = State.IDLE
+
+    def advance(self, message: Message) -> None:
+        """Note a message that was sent or received. Raises `OutOfOrder`, and stays as it was."""
+        self.state = following(self.state, message)
+
+    @property
+    def request_open(self) -> bool:
+        """Whether the server owes an answer."""
+        return self.state not in CLIENT_TURN and self.state is not State.ENDED
 
 
 class Channel:
@@ -245,7 +278,7 @@ class Channel:
 async def request(channel: Channel, packet: Packet) -> Packet:
     """A client's whole exchange: send, wait through signs of life, return the answer.
 
-    Raises `RequestRefused` for a `Failure`, after which the channel is as `wire/session.py` says, and
+    Raises `RequestRefused` for a `Failure`, after which the channel is as `wire/failures.py` says, and
     `PeerSilent`, `PeerDisconnected` or `ProtocolError`. After these, and when cancelled, an answer may still
     be under way: the channel is closed. `UsageError` and `ValueError` come before anything is sent.
     """

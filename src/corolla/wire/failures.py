@@ -1,8 +1,18 @@
 """What each code of a `Failure` means, for both sides, in one table.
 
-Invariant: nobody else decides anything by a code's name; all ask this table. What a failure leaves of a stream is
-carried out by `wire/session.py`, what a client does about it by `client/retry.py`, `client/view.py` and those who
-sent the request.
+Invariant: nobody else decides anything by a code's name; all ask this table. What a client does about a failure is
+carried out by `client/retry.py`, `client/view.py` and those who sent the request; what is left of the stream follows
+here. A `Failure` answers the request at hand:
+
+- the stream is lost: the bytes that follow cannot be trusted (ENDED). A server may send these in any state, and
+  closes the stream after them.
+- a stream is refused before any request: the server does not take it at all (ENDED). Its client hears it as the
+  answer to its first request.
+- a `Step` that does not cost the session: nothing was computed and the cache is as it was (OPEN). So it is for the
+  session of a part of `Steps`.
+- any other answer to a `Step` or `CloseSession`: the session is gone (IDLE); its client replays it. A refused
+  part of `Steps` costs its session the cache likewise, and its stream stays as it is until its client closes it.
+- any other answer to another request: as if it had not been made.
 """
 
 from __future__ import annotations
@@ -11,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from corolla.errors import OutOfOrder, ProtocolError, RequestRefused
-from corolla.wire.messages import Failure, FailureCode
+from corolla.wire.messages import TRANSITIONS, Failure, FailureCode, State
 
 
 class Remedy(Enum):
@@ -65,6 +75,16 @@ MEANINGS: dict[FailureCode, Meaning] = {
 def meaning(failure: Failure | RequestRefused) -> Meaning:
     """What a failure means, as it was sent or as it was raised."""
     return MEANINGS[failure.code]  # type: ignore[index]
+
+
+def ends_in(failure: Failure, state: State) -> State:
+    """Where a stream stands after a failure that came in `state`."""
+    means = meaning(failure)
+    if means.stream_lost or (state is State.IDLE and means.refuses_streams):
+        return State.ENDED
+    if state is State.STEPPING and not means.session_lost:
+        return State.OPEN
+    return TRANSITIONS[state][Failure]
 
 
 def remedy_of(error: BaseException | None) -> Remedy | None:

@@ -1,7 +1,9 @@
 """Everything that two peers may say to each other, as typed, versioned, closed structures.
 
-Invariant: a message that decodes is well-formed (types, ranges, no unknown field); what it *means* for a
-session is judged by `wire/session.py` (legal order) and by the server (its own blocks and budgets).
+Invariant: a message that decodes is well-formed (types, ranges, no unknown field); what it *means* for a session is
+judged by its stream (`TRANSITIONS`, the legal order) and by the server (its own blocks and budgets). At any moment
+both peers agree on whose turn it is: a stream carries one exchange at a time. A client speaks in IDLE and OPEN, a
+server in all other states, until ENDED, where nobody does.
 Tensors do not live in messages: a frame carries them beside the message, by name (`wire/frames.py`).
 Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
 R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, D the hidden size, H and W
@@ -11,6 +13,7 @@ a prefix, and E numbers that it has for each; A the rank of an adapter, F what i
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Literal
 
 import msgspec
@@ -248,7 +251,6 @@ ClientMessage = OpenSession | Step | Steps | ReadCache | CloseSession | Forward 
 ServerMessage = (
     Opened | Output | Outputs | CacheContents | Gradients | Closed | Alive | ServerStatus | Failure
 )
-AnyMessage = ClientMessage | ServerMessage
 
 HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is open is taken for hung
@@ -258,7 +260,7 @@ SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is
 #   mask       bool, True where a token is real; left out when all are
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues
-#   …_scales   float32, of a compressed tensor, B a token (compression.py)
+#   …_scales   float32, of a compressed tensor, B a token (`frames.compress`)
 #   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
 #   prefix     float32 keys and values of Q positions before all tokens, for each of the N blocks (models/prompts.py)
@@ -308,3 +310,71 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "lora": ("N A F", False),
     },
 }
+
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+DTYPES: dict[str, tuple[str, ...]] = {
+    "hidden": (*_FLOATING, "int8"),
+    "grad": (*_FLOATING, "int8"),
+    "hidden_scales": ("float32",),
+    "grad_scales": ("float32",),
+    "prompts": _FLOATING,
+    "prefix": _FLOATING,
+    "lora": _FLOATING,
+    "targets": ("uint8",),
+    "mask": ("bool",),
+    "positions": ("int64",),
+    "rows": ("int64",),
+    "lengths": ("int64",),
+}
+
+
+# --- The legal order of messages on one stream ------------------------------------------------------------
+
+
+class State(Enum):
+    """Where the conversation on a stream stands."""
+
+    IDLE = "idle"
+    OPENING = "opening a session"
+    OPEN = "open session"
+    STEPPING = "computing a step"
+    CLOSING = "closing a session"
+    READING = "reading a session's cache"
+    STEPPING_MANY = "computing steps of several sessions"
+    FORWARD = "computing a forward pass"
+    BACKWARD = "computing a backward pass"
+    PING = "answering a ping"
+    PING_OPEN = "answering a ping inside a session"
+    ENDED = "ended"
+
+
+# What may be said in each state, and the state after it; what a `Failure` leaves depends on its code
+# (`failures.ends_in`).
+TRANSITIONS: dict[State, dict[type[Message], State]] = {
+    State.IDLE: {
+        OpenSession: State.OPENING,
+        Steps: State.STEPPING_MANY,
+        Forward: State.FORWARD,
+        Backward: State.BACKWARD,
+        Ping: State.PING,
+    },
+    State.OPENING: {Opened: State.OPEN, Alive: State.OPENING, Failure: State.IDLE},
+    State.OPEN: {
+        Step: State.STEPPING,
+        ReadCache: State.READING,
+        CloseSession: State.CLOSING,
+        Ping: State.PING_OPEN,
+    },
+    State.STEPPING: {Output: State.OPEN, Alive: State.STEPPING, Failure: State.IDLE},
+    State.READING: {CacheContents: State.OPEN, Alive: State.READING, Failure: State.OPEN},
+    State.CLOSING: {Closed: State.IDLE, Alive: State.CLOSING, Failure: State.IDLE},
+    State.STEPPING_MANY: {Outputs: State.IDLE, Alive: State.STEPPING_MANY, Failure: State.IDLE},
+    State.FORWARD: {Output: State.IDLE, Alive: State.FORWARD, Failure: State.IDLE},
+    State.BACKWARD: {Gradients: State.IDLE, Alive: State.BACKWARD, Failure: State.IDLE},
+    State.PING: {ServerStatus: State.IDLE, Alive: State.PING, Failure: State.IDLE},
+    State.PING_OPEN: {ServerStatus: State.OPEN, Alive: State.PING_OPEN, Failure: State.OPEN},
+    State.ENDED: {},
+}
+
+# Whose turn it is.
+CLIENT_TURN = frozenset({State.IDLE, State.OPEN})

@@ -23,7 +23,7 @@ from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.prompt_files import save_prompt
 from corolla.models.families import blocks_prefix
 from corolla.models.prompts import SoftPrompt
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions import opening, prefilled
 
 MODES = ["ptune", "deep_ptune"]

@@ -1,4 +1,4 @@
-"""Packed passes equal each sequence alone, for every family; company, pages and strangers change nothing."""
+"""Packed passes equal each sequence alone, for every family; neighbours, pages and strangers change nothing."""
 
 from __future__ import annotations
 
@@ -200,8 +200,8 @@ def test_a_wild_stranger_harms_nobody(family: str, value: float) -> None:
     sequences = sequences_of(span)
     wild = torch.full((9, span.hidden_size), value)
     wanted = in_steps(span, new_pool(span), sequences, CUTS, prompts[1:])
-    company = [sequences[0], wild, *sequences[1:]]
-    found = in_steps(span, new_pool(span), company, [CUTS[0], [3, 8], *CUTS[1:]], prompts)
+    mixed = [sequences[0], wild, *sequences[1:]]
+    found = in_steps(span, new_pool(span), mixed, [CUTS[0], [3, 8], *CUTS[1:]], prompts)
     for output, expected in zip([found[0], *found[2:]], wanted, strict=True):
         assert_same(output, expected)
 

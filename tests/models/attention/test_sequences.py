@@ -14,7 +14,7 @@ from corolla.models.attention.packing import Segment
 from corolla.models.attention.pages import (
     PAGE,
     CachedSequence,
-    Layout,
+    PageLayout,
     PagePool,
     common_pages,
     pages_for,
@@ -24,12 +24,12 @@ PAGES = 60
 WINDOWS = (None, 20, 5)
 MARGIN = 9
 # Five blocks; the first two lie together and keep everything, as the last table's only one has a page half empty.
-LAYOUT = Layout(WINDOWS, {3: (0, 0), 4: (0, 1), 5: (1, 0), 6: (1, 1), 7: (2, 0)}, MARGIN)
+LAYOUT = PageLayout(WINDOWS, {3: (0, 0), 4: (0, 1), 5: (1, 0), 6: (1, 1), 7: (2, 0)}, MARGIN)
 AT_ONCE = 40
 Tokens = list[int]
 
 
-def new_pool(pages: int = PAGES, layout: Layout = LAYOUT) -> PagePool:
+def new_pool(pages: int = PAGES, layout: PageLayout = LAYOUT) -> PagePool:
     return PagePool(pages, dtype=torch.float64, device=torch.device("cpu"), layout=layout)
 
 
@@ -225,7 +225,7 @@ TestLayered.settings = settings(max_examples=50, stateful_step_count=40)
 def test_a_row_can_always_go_back_by_the_margin() -> None:
     """Whatever its length; and to where it cannot go back, some block would miss a token."""
     for window in (1, 2, 16, 17, 31):
-        pool = new_pool(layout=Layout((window,), {0: (0, 0)}, MARGIN))
+        pool = new_pool(layout=PageLayout((window,), {0: (0, 0)}, MARGIN))
         row = CachedSequence(pool)
         for length in range(1, 120):
             pass_of([row], [length])
@@ -257,10 +257,10 @@ def test_no_more_pages_are_taken_than_are_reckoned(rows: int, begun: int, new: i
         assert any(common)
     most = LAYOUT.most_pages(rows, tokens, new, AT_ONCE, common)
     width, used = AT_ONCE // rows if together else AT_ONCE, 0
-    for company in [own] if together else [[row] for row in own]:
+    for group in [own] if together else [[row] for row in own]:
         for start in range(0, new, width):
             piece = list(range(begun + start, begun + min(new, start + width)))
-            used = max(used, pass_of(company, piece, tokens))
+            used = max(used, pass_of(group, piece, tokens))
     assert used <= most
     assert most <= sum(rows * pages_for(tokens) for _ in WINDOWS)
     longest = 3 * sum(map(LAYOUT.pages_at_rest, (20, 5))) + pages_for(tokens)
@@ -268,11 +268,11 @@ def test_no_more_pages_are_taken_than_are_reckoned(rows: int, begun: int, new: i
 
 
 def test_what_a_very_long_row_needs_is_its_window() -> None:
-    layout = Layout((4096,), {0: (0, 0)})
+    layout = PageLayout((4096,), {0: (0, 0)})
     most = layout.most_pages(1, 1_000_000, 200, 512, [0])
     assert (most - 2) * PAGE <= 4096 + 256 + 200 + 2 * PAGE
     assert layout.cached_of(1_000_000) == 4095 + 256
-    two = Layout((None, 512), {0: (0, 0), 1: (1, 0)})
+    two = PageLayout((None, 512), {0: (0, 0), 1: (1, 0)})
     assert two.most_pages(1, 160_000, 200, 512, [0, 0]) == 10_000 + layout_pages(512, 200)
     assert two.most_pages(1, 100, 100, 512, [0, 0]) == 2 * pages_for(100)
 

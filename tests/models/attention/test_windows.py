@@ -19,7 +19,7 @@ from torch import Tensor
 from corolla.models.attention import windows
 from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.packing import PackedBatch, Segment, TableSegment, segments_of
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout
+from corolla.models.attention.pages import PAGE, CachedSequence, PageLayout
 from corolla.models.attention.windows import MOST_TABLES, layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
@@ -64,7 +64,7 @@ def alone(span: Span, sequence: Tensor) -> Tensor:
 class Rows:
     """Rows of one pool, and what each was given."""
 
-    def __init__(self, span: Span, layout: Layout, *, pages: int = 200) -> None:
+    def __init__(self, span: Span, layout: PageLayout, *, pages: int = 200) -> None:
         self.span = span
         self.pool = FilledPool(pages, dtype=span.dtype, device=span.device, layout=layout)
         self.rows: list[CachedSequence] = []
@@ -178,7 +178,7 @@ def test_a_span_without_attention_has_pages_of_the_plain_kind(monkeypatch: pytes
 # --- exactness ---------------------------------------------------------------------------------------------
 
 
-def prefill_and_decode(span: Span, layout: Layout) -> float:
+def prefill_and_decode(span: Span, layout: PageLayout) -> float:
     """One row in pieces longer and shorter than the window, then token by token over several pages."""
     rows = Rows(span, layout)
     rows.open()
@@ -186,7 +186,7 @@ def prefill_and_decode(span: Span, layout: Layout) -> float:
     return max(rows.step({0: count}, seed) for seed, count in enumerate(pieces))
 
 
-def company(span: Span, layout: Layout) -> float:
+def together(span: Span, layout: PageLayout) -> float:
     """Rows of other lengths in the same passes; pages that never follow each other."""
     rows = Rows(span, layout)
     rows.pool.release(rows.pool.take(rows.pool.pages)[::2])  # what is free lies apart
@@ -203,7 +203,7 @@ def company(span: Span, layout: Layout) -> float:
     return furthest
 
 
-def going_back(span: Span, layout: Layout) -> float:
+def going_back(span: Span, layout: PageLayout) -> float:
     """As far as there is, from wherever a row stands, and on from there."""
     rows, furthest = Rows(span, layout), 0.0
     rows.open()
@@ -217,7 +217,7 @@ def going_back(span: Span, layout: Layout) -> float:
     return furthest
 
 
-def forks(span: Span, layout: Layout) -> float:
+def forks(span: Span, layout: PageLayout) -> float:
     """As beams do: copies that go on by themselves, and one that goes back first."""
     rows = Rows(span, layout)
     rows.open()
@@ -231,11 +231,11 @@ def forks(span: Span, layout: Layout) -> float:
     return max(furthest, *(rows.step({0: 1, 2: 1, 3: 1}, 500 + 10 * seed) for seed in range(12)))
 
 
-CHECKS = (prefill_and_decode, company, going_back, forks)
+CHECKS = (prefill_and_decode, together, going_back, forks)
 
 
 @pytest.mark.parametrize(("family", "margin", "check"), covering(list(WINDOWED), [0, 9], CHECKS))
-def test_what_is_kept_is_enough(family: str, margin: int, check: Callable[[Span, Layout], float]) -> None:
+def test_what_is_kept_is_enough(family: str, margin: int, check: Callable[[Span, PageLayout], float]) -> None:
     span = span_of(family)
     layout = layout_of(span, margin)
     assert layout.windows == WINDOWED[family]
@@ -291,8 +291,8 @@ def no_mistake(_patch: pytest.MonkeyPatch) -> None:
 
 
 def one_token_too_few_kept(patch: pytest.MonkeyPatch) -> None:
-    kept = Layout.kept
-    patch.setattr(Layout, "kept", lambda self, window: kept(self, window) - 1)
+    kept = PageLayout.kept
+    patch.setattr(PageLayout, "kept", lambda self, window: kept(self, window) - 1)
 
 
 def a_page_freed_too_early(patch: pytest.MonkeyPatch) -> None:
@@ -312,13 +312,13 @@ def a_rollback_too_far_allowed(patch: pytest.MonkeyPatch) -> None:
 
 
 def window_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
-    place = Layout.place
+    place = PageLayout.place
 
-    def swapped(self: Layout, block: int, _window: int | None) -> tuple[int, int]:
+    def swapped(self: PageLayout, block: int, _window: int | None) -> tuple[int, int]:
         table, inside = place(self, block, 1)
         return (table + 1) % self.tables, inside
 
-    patch.setattr(Layout, "place", swapped)
+    patch.setattr(PageLayout, "place", swapped)
 
 
 def window_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -357,12 +357,12 @@ def room_of_a_fork_shared(patch: pytest.MonkeyPatch) -> None:
 
 CAUGHT_BY: dict[Plant, set[str]] = {
     no_mistake: set(),
-    one_token_too_few_kept: {"prefill_and_decode", "company"},
-    a_page_freed_too_early: {"prefill_and_decode", "company", "forks"},
+    one_token_too_few_kept: {"prefill_and_decode", "together"},
+    a_page_freed_too_early: {"prefill_and_decode", "together", "forks"},
     a_rollback_too_far_allowed: {"going_back"},
     window_of_the_wrong_blocks: {"prefill_and_decode"},
-    window_off_by_one: {"prefill_and_decode", "company"},
-    position_for_what_is_held: {"prefill_and_decode", "company"},
+    window_off_by_one: {"prefill_and_decode", "together"},
+    position_for_what_is_held: {"prefill_and_decode", "together"},
     room_of_a_fork_shared: {"forks"},
 }
 
@@ -380,5 +380,5 @@ def test_mutant(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed == due
 
 
-def _is_exact(check: Callable[[Span, Layout], float], span: Span, layout: Layout) -> bool:
+def _is_exact(check: Callable[[Span, PageLayout], float], span: Span, layout: PageLayout) -> bool:
     return check(span, layout) < EXACT

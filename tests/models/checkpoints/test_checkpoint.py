@@ -41,7 +41,7 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     assert checkpoint.architecture == "LlamaForCausalLM"
     assert checkpoint.revision == "v1"
     assert checkpoint.dtype == torch.bfloat16
-    assert checkpoint.tokenizer_source == str(tmp_path)
+    assert checkpoint.source.location == str(tmp_path)
 
 
 def test_only_the_shards_that_are_needed_are_fetched(tmp_path: Path) -> None:

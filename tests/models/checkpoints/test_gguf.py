@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 checkpoint = open_checkpoint("smollm2")
-print(checkpoint.identity, checkpoint.num_blocks, checkpoint.tokenizer_source)
+print(checkpoint.identity, checkpoint.num_blocks, checkpoint.source.location)
 """
 
 
@@ -48,7 +48,7 @@ def test_two_processes_convert_the_embedded_model_at_once(tmp_path: Path) -> Non
     )
     span = load_span(checkpoint, 29, 30, dtype=torch.float32)
     assert span.nbytes() < 20_000_000
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.location)
     assert tokenizer.decode(tokenizer("Hello there\n-----\n").input_ids) == "Hello there\n-----\n"
     assert "<|im_start|>user" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], tokenize=False

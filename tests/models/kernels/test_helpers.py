@@ -17,8 +17,8 @@ from corolla.models.kernels.native import library
 SECONDS = 30
 
 
-def crowds() -> int:
-    return sum(thread.name == "corolla-crowd" for thread in threading.enumerate())
+def idle_owners() -> int:
+    return sum(thread.name == "corolla-idle-helpers" for thread in threading.enumerate())
 
 
 def until_spinning(spinning: Spinning) -> None:
@@ -50,22 +50,22 @@ def test_each_piece_of_training_prolongs_it() -> None:
 
 
 def test_however_often_it_is_asked_for_one_thread_does_it() -> None:
-    before = crowds()
+    before = idle_owners()
     spinning = Spinning(quiet=0.2, allowed=True)
     callers = [threading.Thread(target=spinning.pause) for _ in range(8)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
-    assert crowds() <= before + 1
+    assert idle_owners() <= before + 1
     until_spinning(spinning)
 
 
 def test_a_user_s_own_process_is_left_alone() -> None:
-    before, spinning = crowds(), Spinning()
+    before, spinning = idle_owners(), Spinning()
     spinning.pause()
     assert not spinning.paused
-    assert crowds() == before
+    assert idle_owners() == before
 
 
 SCRIPT = """

@@ -12,7 +12,8 @@ import pytest
 from tests.server.world import Blocker, Clock, until
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.engine import AGEING_SECONDS, Engine, Kind, Request
+from corolla.server.scheduler.engine import AGEING_SECONDS, Engine
+from corolla.server.scheduler.execution import Kind, Request
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.server.world import BLOCKS, HIDDEN, Clock, assert_same, noise, span_o
 from torch import Tensor
 
 from corolla.errors import RequestRefused
-from corolla.models.attention.pages import Layout, PagePool
+from corolla.models.attention.pages import PageLayout, PagePool
 from corolla.models.attention.windows import layout_of
 from corolla.server.sessions import session as session_module
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, WAIT_SECONDS, CacheBudget
@@ -466,8 +466,8 @@ def test_a_tokens_room_is_measured_on_the_span(family: str, heads: int) -> None:
     span = span_of(family)
     size = BLOCKS * 2 * heads * (HIDDEN // 4) * 8  # keys and values, four query heads, float64
     assert bytes_per_token(span) == size
-    assert default_capacity(span, 1000 * 16 * size, Layout()) == 500  # pages in half of the free memory
-    assert default_capacity(span, 1, Layout()) == 1
+    assert default_capacity(span, 1000 * 16 * size, PageLayout()) == 500  # pages in half of the free memory
+    assert default_capacity(span, 1, PageLayout()) == 1
 
 
 async def test_closed_sessions_go_before_idle_ones_however_lately_they_were_used() -> None:

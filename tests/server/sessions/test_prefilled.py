@@ -22,7 +22,7 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.pages import PAGE
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.prefilled import EnteringPrompt
 from corolla.swarm.channel import request
 from corolla.wire.frames import Packet

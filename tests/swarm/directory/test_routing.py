@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from corolla.errors import MissingBlocks
 from corolla.swarm.directory.directory import ServerRecord
 from corolla.swarm.directory.routing import (
-    ENOUGH,
     HOP_SECONDS,
-    SLOW_IN_A_ROW,
-    SLOW_MEMORY_SECONDS,
     Hop,
-    Paces,
     block_seconds,
     find_route,
     first_hops,
-    is_too_slow,
     ranges,
     uncovered,
 )
@@ -164,76 +159,6 @@ def test_a_thousand_servers_are_routed_quickly() -> None:
 def test_ranges() -> None:
     assert ranges([]) == []
     assert ranges([1, 2, 5, 7, 8]) == [(1, 3), (5, 6), (7, 9)]
-
-
-# --- servers that are slower than they say -------------------------------------------------------------------
-
-HOP = Hop("slow", 0, 4)
-SAYS_100 = server("slow", 0, 4, throughput=100.0)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "nbytes", "seconds", "too_slow"),
-    [
-        (1, 4096, 1.0, True),  # a hundred times slower than announced
-        (1, 4096, 0.2, False),  # twenty times is still a full house
-        (1, 4096, 0.44, False),
-        (1000, 4096, 100.0, False),  # a long prompt at a tenth of the speed
-        (1000, 4096, 1000.0, True),
-        (1, 2_000_000, 8.0, False),  # a slow line
-    ],
-)
-def test_what_counts_as_too_slow(tokens: int, nbytes: int, seconds: float, too_slow: bool) -> None:
-    assert is_too_slow(SAYS_100, HOP, tokens, nbytes, seconds) is too_slow
-
-
-def test_who_announced_no_speed_is_never_too_slow() -> None:
-    assert not is_too_slow(server("slow", 0, 4, throughput=0.0), HOP, 1, 0, 1e6)
-
-
-def test_a_part_of_a_span_is_due_sooner_than_the_whole() -> None:
-    assert is_too_slow(SAYS_100, Hop("slow", 1, 2), 10, 0, 1.0)
-    assert not is_too_slow(SAYS_100, HOP, 10, 0, 1.0)
-
-
-def test_a_slow_server_is_left_after_several_times_in_a_row_and_for_a_while() -> None:
-    paces, other = Paces(), server("other", 0, 4, throughput=1.1)
-    for moment in range(SLOW_IN_A_ROW - 1):
-        paces.took(SAYS_100, HOP, 1, 0, 1.0, moment)
-    paces.took(SAYS_100, HOP, 1, 0, 0.01, 3.0)  # once as announced: it counts anew
-    for moment in range(4, 3 + SLOW_IN_A_ROW):
-        paces.took(SAYS_100, HOP, 1, 0, 1.0, moment)
-    assert not paces.is_slow("slow", 7.0)
-    assert find_route(paces.seen([SAYS_100, other], 7.0), 0, 4) == [HOP]
-    paces.took(SAYS_100, HOP, 1, 0, 2.0, 8.0)
-    assert paces.is_slow("slow", 8.0)
-    assert find_route(paces.seen([SAYS_100, other], 8.0), 0, 4) == [Hop("other", 0, 4)]
-    assert find_route(paces.seen([SAYS_100], 8.0), 0, 4) == [HOP]  # better than nobody
-    assert not paces.is_slow("slow", 8.0 + SLOW_MEMORY_SECONDS)
-
-
-def test_of_two_slow_servers_the_less_slow_is_taken() -> None:
-    paces, worse = Paces(), server("worse", 0, 4, throughput=100.0)
-    for moment in range(SLOW_IN_A_ROW):
-        paces.took(SAYS_100, HOP, 1, 0, 1.0, moment)
-        paces.took(worse, Hop("worse", 0, 4), 1, 0, 3.0, moment)
-    assert find_route(paces.seen([SAYS_100, worse], 5.0), 0, 4) == [HOP]
-
-
-def test_what_a_server_announces_counts_within_bounds_of_what_it_was_found_to_take() -> None:
-    boaster, honest = server("boaster", 0, 4, throughput=1e9), server("honest", 0, 4, throughput=10.0)
-    paces = Paces()
-    for moment in range(ENOUGH):
-        assert find_route(paces.seen([boaster, honest], 0.0), 0, 4) == [Hop("boaster", 0, 4)]
-        paces.took(boaster, Hop("boaster", 0, 4), 1, 0, 0.24, moment)  # too little to be called slow
-        paces.took(honest, Hop("honest", 0, 4), 1, 0, 0.04, moment)
-    assert find_route(paces.seen([boaster, honest], 9.0), 0, 4) == [Hop("honest", 0, 4)]
-    close = server("close", 0, 4, throughput=30.0)
-    for moment in range(ENOUGH):
-        paces.took(close, Hop("close", 0, 4), 1, 0, 0.05, moment)
-    assert find_route(paces.seen([close, honest], 9.0), 0, 4) == [
-        Hop("close", 0, 4)
-    ]  # about as fast, and says more
 
 
 @given(swarms(), st.sets(st.sampled_from(["p0", "p1", "p2"])), st.sets(st.sampled_from(["p2", "p3", "p4"])))

@@ -23,11 +23,10 @@ from corolla.client.model.distributed import as_family, in_swarm
 from corolla.client.model.loading import client_dtype_for, connect, first_prompt, load_shell
 from corolla.client.model.objects import SharedConnection
 from corolla.client.model.startcheck import check_generation, check_outputs
-from corolla.client.sessions.generating import GenerateCall, prepare_room, watched
+from corolla.client.sessions.generating import GenerateCall, beyond_cache, prepare_room, watched
 from corolla.client.sessions.session import InferenceSession
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models import families
-from corolla.models.cache import RemoteCache
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.guard import watch_losses
 
@@ -69,18 +68,7 @@ def distributed_class(architecture: str) -> type[PreTrainedModel]:
             """
             return GenerateCall(self, super().generate, args, kwargs).run(inputs, session)
 
-        @wraps(family.prepare_inputs_for_generation)  # `generate` reads what it takes off its signature
-        def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """As the family's own, and not what the cache holds already, which speculation would run again."""
-            cache = kwargs.get(self.cache_name)
-            if isinstance(cache, RemoteCache) and not args:
-                new = cache.new_of(input_ids, kwargs.get("inputs_embeds"))
-                if new is not None and kwargs.get("next_sequence_length") is None:
-                    kwargs["next_sequence_length"] = new
-            prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-            if isinstance(cache, RemoteCache):
-                cache.announce(prepared, kwargs.get("attention_mask"))
-            return prepared
+        prepare_inputs_for_generation = beyond_cache(family.prepare_inputs_for_generation)
 
         def _prepare_cache_for_generation(
             self,

@@ -50,17 +50,17 @@ class SessionChain:
         *,
         start: int,
         end: int,
-        deep: BlockVectors | None,
+        vectors: BlockVectors | None,
         front: LocalSession | None = None,
     ) -> None:
-        """`run` waits for work on the event loop. `deep` is what all the model's blocks are given besides, a snapshot,
-        None to take that from the first step; `front` is what this client runs itself, before these blocks."""
+        """`run` waits for work on the event loop. `vectors` are what all the model's blocks are given besides, a
+        snapshot, None to take that from the first step; `front` is what this client runs itself, before these."""
         self._view = view
         self._retry = retry
         self._audits = audits
         self._run = run
         self._front = front
-        self._start, self._end, self._deep = start, end, deep
+        self._start, self._end, self._vectors = start, end, vectors
         self._bundle: NamedPrompt | None = None  # the prompt that the session begins with
         self.spans: list[SpanSession] = []  # in the order of the blocks
         self._order: Tensor | None = None  # of rows, which the spans' histories have not been told yet
@@ -99,10 +99,10 @@ class SessionChain:
     def step(self, hidden: Tensor, call: BlocksCall) -> Tensor:
         """See `models.cache.BlocksSession`. Raises `SwarmUnavailable` when patience ends, `LyingServer` when what is
         cached came from a peer that was found lying; the next step is all right."""
-        if self._deep is None and call.start == 0 and not self.spans:
-            self._deep = None if call.deep is None else call.deep.kept()
+        if self._vectors is None and call.start == 0 and not self.spans:
+            self._vectors = None if call.vectors is None else call.vectors.kept()
         if self._front is not None:  # whose caches, too, are of what the session began with
-            hidden = self._front.step(hidden, replace(call, deep=self._deep))
+            hidden = self._front.step(hidden, replace(call, vectors=self._vectors))
         if self._start == self._end:  # nothing is left to the swarm
             return hidden
         if call.start == 0:
@@ -160,7 +160,7 @@ class SessionChain:
         self._bundle = None
         if call.prompt is not None and self._start == 0 and self._view.takes_bundles:
             self._bundle = NamedPrompt.of(
-                call.prompt, None if self._deep is None else self._deep.values, hidden
+                call.prompt, None if self._vectors is None else self._vectors.values, hidden
             )
 
     async def _in_chunks(
@@ -231,7 +231,7 @@ class SessionChain:
             self._note_author(span.hop)
             if self._audits is not None:
                 past = span.history.copy(span.history.length)  # the session goes on
-                self._audits.saw(partial(step_answer, span.hop, past, progress.mask, self._deep, output))
+                self._audits.saw(partial(step_answer, span.hop, past, progress.mask, self._vectors, output))
             progress.value = output
             progress.advance()
             if self._view.should_leave(span.hop):
@@ -265,7 +265,11 @@ class SessionChain:
             rows = int(progress.value.shape[0])
             try:
                 await span.open(
-                    self._view, rows=rows, max_tokens=self._reserved, deep=self._deep, bundle=self._bundle
+                    self._view,
+                    rows=rows,
+                    max_tokens=self._reserved,
+                    vectors=self._vectors,
+                    bundle=self._bundle,
                 )
                 await span.replay(lost.history, rest, progress, self._reserved)
                 return span, rest, await self._step(span, progress)
@@ -319,7 +323,7 @@ class SessionChain:
         step. False, and nothing has changed, where the other does not hold so many, or no longer what it
         held at `version`.
         """
-        if self.spans or other.version != version or not other.can_be_forked(tokens, self._deep):
+        if self.spans or other.version != version or not other.can_be_forked(tokens, self._vectors):
             return False
         self._order, self._bundle = other._order, other._bundle
         self.reserve(tokens)
@@ -342,7 +346,7 @@ class SessionChain:
                     self._view,
                     rows=self._rows,
                     max_tokens=self._reserved,
-                    deep=self._deep,
+                    vectors=self._vectors,
                     origin=origin,
                     bundle=self._bundle,
                 )
@@ -351,12 +355,13 @@ class SessionChain:
         if not shared:
             await span.drop()
 
-    def can_be_forked(self, tokens: int, deep: BlockVectors | None) -> bool:
+    def can_be_forked(self, tokens: int, vectors: BlockVectors | None) -> bool:
         """Whether another session whose blocks are given this may begin with the first `tokens` of this one."""
         if self._view.verdicts.against(self._authors) is not None:
             return False
         held = min((span.history.length for span in self.spans), default=0)
-        return 0 < tokens <= held and (deep is self._deep or (deep is not None and deep.same(self._deep)))
+        same = vectors is self._vectors or (vectors is not None and vectors.same(self._vectors))
+        return 0 < tokens <= held and same
 
     def entered(self, tokens: int) -> Tensor | None:
         """What the first `tokens` columns were when they entered the first block, [R, tokens, H]; None if unknown."""

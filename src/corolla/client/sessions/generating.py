@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
@@ -173,6 +174,24 @@ def prepare_room(
     else:
         del model_kwargs[model.cache_name]
     return max_cache_length
+
+
+def beyond_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A family's `prepare_inputs_for_generation`, but for what the cache holds, which speculation would run again."""
+
+    @wraps(prepare)  # `generate` reads what it takes off its signature
+    def prepare_inputs_for_generation(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(model.cache_name)
+        if isinstance(cache, RemoteCache) and not args:
+            new = cache.new_of(input_ids, kwargs.get("inputs_embeds"))
+            if new is not None and kwargs.get("next_sequence_length") is None:
+                kwargs["next_sequence_length"] = new
+        prepared = prepare(model, input_ids, *args, **kwargs)
+        if isinstance(cache, RemoteCache):
+            cache.announce(prepared, kwargs.get("attention_mask"))
+        return prepared
+
+    return prepare_inputs_for_generation
 
 
 class RowEnds:

@@ -177,7 +177,7 @@ class SpanSession:
         *,
         rows: int,
         max_tokens: int,
-        deep: BlockVectors | None,
+        vectors: BlockVectors | None,
         origin: Origin | None = None,
         bundle: NamedPrompt | None = None,
     ) -> bool:
@@ -192,14 +192,14 @@ class SpanSession:
             name=self.name,
             origin=origin,
         )
-        tensors = {} if deep is None else deep.of(self.hop.start, self.hop.end)
+        tensors = {} if vectors is None else vectors.of(self.hop.start, self.hop.end)
         packet = Packet(message, tensors)
         try:
             if bundle is not None:
                 reply, self._prefilled = await ask_to_open(channel, packet, bundle, view.lacking_bundles)
-            elif deep is not None and deep.kept_by_servers:
+            elif vectors is not None and vectors.kept_by_servers:
                 ask = partial(request, channel)
-                reply = await view.sent_vectors.ask(self.hop, packet, deep, ask, curious=True)
+                reply = await view.sent_vectors.ask(self.hop, packet, vectors, ask, curious=True)
             else:
                 reply = await request(channel, packet)
         except BaseException:

@@ -28,11 +28,6 @@ class Rules:
     sinks: Tensor | None = None  # [heads], a score of each head that takes weight and gives nothing
     slopes: Tensor | None = None  # [heads], alibi
 
-    @property
-    def plain(self) -> bool:
-        """Whether torch's own attention knows all of them."""
-        return self.softcap is None and self.sinks is None and self.slopes is None
-
 
 class OneTokenRows:
     """Rows that have been given one token each, as the kernel reads them; prepared once for all blocks of a pass."""
@@ -53,7 +48,7 @@ class OneTokenRows:
 
     def described(self) -> tuple[int | None, ...]:
         """Pages and lengths, pages of a row in the table, a head's room and the sum: see `run_program`."""
-        return (pointer(self._pages), pointer(self._lengths), self._most, self.room, self._total)
+        return (self._pages.data_ptr(), self._lengths.data_ptr(), self._most, self.room, self._total)
 
     def attend(
         self,

@@ -1,7 +1,7 @@
 """Tokens of many sequences in one pass: `[1, N, H]` without padding, attention per sequence.
 
 Invariant: a sequence's tokens see themselves, what the same sequence has cached, and nothing else; its
-outputs do not depend on the company. Everything but attention treats the N packed tokens alike, so the
+outputs do not depend on the others. Everything but attention treats the N packed tokens alike, so the
 family's own code runs over them unchanged; attention reaches `attend` through transformers'
 registry of attention functions, by the name `PACKED`.
 """
@@ -349,7 +349,7 @@ def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor
     """A segment over what its table holds, its new tokens included."""
     sharing = one.count * query.shape[1] // cache[0].shape[1]
     # With nothing behind them they are computed as tokens that nobody caches: a bundle has the bits of a session.
-    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not rules.plain)
+    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not _torch_knows(rules))
     if quick and one.count > 1 and can_attend(query, cache):
         own = query.narrow(2, one.begin, one.count)
         return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
@@ -381,7 +381,7 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, r
     window, total = rules.window, int(keys.shape[2])
     if window is not None and total <= window:
         window = None
-    if not rules.plain:  # not in the fused kernel
+    if not _torch_knows(rules):
         return _attend_plainly(query, keys, values, one, rules, window)
     if (more := query.shape[-1] - values.shape[-1]) > 0 and one.count > 1 and query.device.type == "cpu":
         # torch's fused kernel for CPUs takes heads of one width only.
@@ -399,6 +399,11 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, r
     return scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=grouped
     )
+
+
+def _torch_knows(rules: Rules) -> bool:
+    """Whether torch's own attention, in one call, does all that they say."""
+    return rules.softcap is None and rules.sinks is None and rules.slopes is None
 
 
 def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:

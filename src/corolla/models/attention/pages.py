@@ -6,8 +6,8 @@ changed by another. One thread at a time uses a pool: the compute thread.
 
 Pages as in Kwon et al. 2023 (arXiv:2309.06180). A page holds `PAGE` tokens of one sequence for all blocks of a
 span, so one table serves every block; where some blocks see a window only, for those of one of several tables
-(`Layout`). Each of those holds the sequence's tokens from `begins` on, with all that any later token may see unless
-the sequence goes back by more than the layout's margin; what lies behind that is given back, whole pages at a time.
+(`PageLayout`). Each of those holds the sequence's tokens from `begins` on, with all that any later token may see
+unless the sequence goes back by more than the layout's margin; what lies behind that is given back, by whole pages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def pages_for(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PageLayout:
     """Which blocks of a span share a page. A sequence has a table of pages for each set of blocks that do.
 
     Blocks of one table see equally far back. All tables take their pages from one pool, so none has room that
@@ -103,11 +103,11 @@ class PagePool:
     """`pages` pages for the blocks of a span. Memory is taken from the system as pages are first written."""
 
     def __init__(
-        self, pages: int, *, dtype: torch.dtype, device: torch.device, layout: Layout | None = None
+        self, pages: int, *, dtype: torch.dtype, device: torch.device, layout: PageLayout | None = None
     ) -> None:
         """`layout` is for a span whose blocks do not share all pages."""
         self.pages = pages
-        self.layout = layout or Layout()
+        self.layout = layout or PageLayout()
         self._dtype = dtype
         self._device = device
         self._refcounts = np.zeros(pages, dtype=np.int32)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, pages_for
+from corolla.models.attention.pages import PAGE, CachedSequence, PageLayout, PagePool, pages_for
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,6 @@ def take(row: CachedSequence, blocks: range, first: int, last: int, form: KeyVal
     return found
 
 
-def _place(layout: Layout, block: int) -> tuple[int, int]:
+def _place(layout: PageLayout, block: int) -> tuple[int, int]:
     """The table and the place in a page of what a block keeps, however far back it looks."""
     return (0, block) if layout.plain else layout.places[block]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.packing import PackedBatch, Segment, segments_of
-from corolla.models.attention.pages import MARGIN, CachedSequence, Layout, PagePool
+from corolla.models.attention.pages import MARGIN, CachedSequence, PageLayout, PagePool
 from corolla.models.span import Span
 
 MOST_TABLES = 8  # about; each table costs every row some microseconds a pass
@@ -40,25 +40,25 @@ class _WatchedBatch(PackedBatch):
         return super().attend(block, query, key, value, rules)
 
 
-def layout_of(span: Span, margin: int = MARGIN) -> Layout:
+def layout_of(span: Span, margin: int = MARGIN) -> PageLayout:
     """The layout for the caches of a span and its views; runs the span on a few tokens.
 
     A span that cannot be packed has caches of its own, which keep everything.
     """
     if not span.packable:
-        return Layout()
+        return PageLayout()
     calls = _calls(span)
     windows = {block: window for block, (window, _, _) in calls}
     shapes = {call[1:] for _, call in calls}
     if len(windows) != len(calls) or len(shapes) > 1 or set(windows.values()) <= {None}:
-        return Layout()
+        return PageLayout()
     groups: dict[Window, list[int]] = defaultdict(list)
     for block, window in sorted(windows.items()):
         groups[window].append(block)
     # As deep as the smallest group: pages of the others are full then, but for their last table's.
     depth = max(min(map(len, groups.values())), -(-len(windows) // MOST_TABLES))
     tables = [(window, blocks) for window, group in groups.items() for blocks in _cut(group, depth)]
-    return Layout(
+    return PageLayout(
         windows=tuple(window for window, _ in tables),
         places={
             block: (table, place)

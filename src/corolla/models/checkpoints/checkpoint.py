@@ -101,11 +101,6 @@ class Checkpoint:
         """What the config says that the weights are stored in."""
         return getattr(self.config, "dtype", None)
 
-    @property
-    def tokenizer_source(self) -> str:
-        """What `AutoTokenizer.from_pretrained` takes, together with `revision`."""
-        return self.source.location
-
     @cached_property
     def identity(self) -> str:
         """32 hexadecimal digits that are equal for equal weights only; reads every file's header."""

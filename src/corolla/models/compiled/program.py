@@ -203,6 +203,7 @@ class SizedProgram:
         self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
         heads = [(op.inputs[0].sizes[1], op.inputs[1].sizes[1]) for op, _ in ops if op.kind == "attend"]
         self._sharing = max((own // kv for own, kv in heads), default=0)  # heads with the same keys
+        self._run = kernels().run_program
 
     def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
         """Hidden states [N, H] behind the last block."""
@@ -211,9 +212,9 @@ class SizedProgram:
         threads = torch.get_num_threads()
         rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
         scores = self._scores(tables, threads)
-        kernels().run_program(
-            *(self._ops, len(self._ops), rows, pointer(scores)),
-            *(pointer(self._codes), pointer(self._steps), threads),
+        self._run(
+            *(self._ops, len(self._ops), rows, scores.data_ptr()),
+            *(self._codes.data_ptr(), self._steps.data_ptr(), threads),
         )
         return self._result.clone().view(hidden.shape)
 

@@ -1,4 +1,4 @@
-"""The threads that compute: how many there are, who else runs, and how they wait for their next piece of work.
+"""The threads that compute: whether they have helpers, who else runs, and how they wait for their next piece of work.
 
 Invariant: nothing above the kernels knows which library these threads are of. They change how long work takes, never
 its bits. How they wait is changed in processes that are commands of ours alone: whoever uses the library finds
@@ -20,12 +20,6 @@ from corolla.models.kernels.native import library
 
 QUIET_SECONDS = 2.0  # after the last training, until helpers spin again
 AWAKE_SECONDS = 0.001  # after a piece of work its helpers have gone to sleep for sure (`GOMP_SPINCOUNT`)
-
-
-def set_threads(count: int) -> None:
-    """The calling thread computes with so many, itself included."""
-    if count != torch.get_num_threads():
-        torch.set_num_threads(count)
 
 
 def give_up_helpers() -> int:
@@ -59,7 +53,7 @@ class Spinning:
         self._allowed = allowed
         self._until = 0.0
         self._lock = threading.Lock()
-        self._crowd: threading.Thread | None = None  # whose helpers are the ones too many
+        self._owner: threading.Thread | None = None  # whose helpers are the ones too many
 
     def allow(self) -> None:
         """This process is ours."""
@@ -71,14 +65,14 @@ class Spinning:
             return
         with self._lock:
             self._until = time.monotonic() + self._quiet
-            if self._crowd is None:
-                self._crowd = threading.Thread(target=self._keep, name="corolla-crowd", daemon=True)
-                self._crowd.start()
+            if self._owner is None:
+                self._owner = threading.Thread(target=self._keep, name="corolla-idle-helpers", daemon=True)
+                self._owner.start()
 
     @property
     def paused(self) -> bool:
         """Whether something has trained just now."""
-        return self._crowd is not None
+        return self._owner is not None
 
     def _keep(self) -> None:
         kernels = library()
@@ -88,7 +82,7 @@ class Spinning:
             with self._lock:
                 left = self._until - time.monotonic()
                 if left <= 0:
-                    self._crowd = None
+                    self._owner = None
                     return
             time.sleep(left)
 

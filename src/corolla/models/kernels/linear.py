@@ -191,6 +191,7 @@ class NarrowLinear(FrozenLinear):
         self.narrow = narrow
         self.backends = default_backends(narrow.has_kernel) if backends is None else backends
         self._described = narrow.described()
+        self._kernel = kernels().narrow_product if narrow.has_kernel else None
         for name, tensor in narrow.tensors().items():  # whoever adds up a module's memory finds them
             self.register_buffer(f"narrow_{name}", tensor, persistent=False)
 
@@ -212,8 +213,10 @@ class NarrowLinear(FrozenLinear):
             return product(value, self.narrow.widened(), self.bias, backend)
         value = value.contiguous()
         result = value.new_empty(*value.shape[:-1], self.out_features)
-        given = pointer(self.bias), pointer(value), pointer(result), rows, torch.get_num_threads()
-        kernels().narrow_product(*self._described, *given)
+        assert self._kernel is not None
+        bias = None if self.bias is None else self.bias.data_ptr()
+        given = bias, value.data_ptr(), result.data_ptr(), rows, torch.get_num_threads()
+        self._kernel(*self._described, *given)
         return result
 
     def multiply_back(self, gradient: Tensor) -> Tensor:

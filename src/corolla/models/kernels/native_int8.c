@@ -1,7 +1,7 @@
 /* Products of weights and activations in 8 bits; see native.c.
  *
  * Invariant: activations are whole numbers of a step of their row, from -127 to 127, weights of a step of their output.
- * Sums of bytes are exact, so a row's result has the same bits in any company, and with every instruction set. Nothing is
+ * Sums of bytes are exact, so a row's result has the same bits beside any others, and with every instruction set. Nothing is
  * allocated and nothing is checked here.
  */
 #include "threads.h"

@@ -15,20 +15,20 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
-from corolla.server.scheduler.accounting import (
+from corolla.server.scheduler.execution import (
     PASS_TOKENS,
     WHOLE_PROMPT,
+    Kind,
     PassTimes,
-    PeerHistory,
-    Shares,
+    Request,
+    RunPass,
     Speed,
+    run_pass,
 )
-from corolla.server.scheduler.execution import RunPass, run_pass
 from corolla.text import get_logger
 
 T = TypeVar("T")
@@ -42,53 +42,77 @@ GATHER_SECONDS = 0.008  # what a decode step waits at most for those of others t
 QUIET_SECONDS = 2.0
 PREEMPTING_TOKENS = 128  # of prompts that come in between at a time, at most
 PROMPT_CREDIT = 1.0  # seconds of computing that a prompt's peer may be ahead of what it comes before
+KNOWN_SECONDS = 10.0  # of computing, after which a peer has a history
+MOST_REMEMBERED = 10_000  # peers
 GOING_AWAY = "This server is going away; use another."
 
 
-class Kind(IntEnum):
-    """Classes of work, most urgent first."""
+class PeerHistory:
+    """For whom a server has computed, and how long: a stranger has to use it up, while others use it too.
 
-    DECODE = 0
-    PREFILL = 1
-    TRAINING = 2
+    A server has one second of computing a second, so however many identities a stranger makes, few of them are known.
+    Written on the compute thread, read anywhere.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}  # whoever was computed for last is last
+
+    def computed(self, peer: str, seconds: float) -> None:
+        """The peer was given so much."""
+        self._seconds[peer] = self._seconds.pop(peer, 0.0) + seconds
+        if len(self._seconds) > MOST_REMEMBERED:
+            del self._seconds[next(iter(self._seconds))]
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def known(self, peer: str) -> bool:
+        """Whether the peer has a history."""
+        return self._seconds.get(peer, 0.0) >= KNOWN_SECONDS
+
+    def weights(self, peers: Collection[str]) -> Callable[[str], float]:
+        """What each of these counts for where they share something: all new ones together no more than all known."""
+        known = sum(self.known(peer) for peer in peers)
+        new = min(1.0, known / max(1, len(peers) - known)) if known else 1.0
+        return lambda peer: 1.0 if self.known(peer) else new
 
 
-class Request:
-    """Something to compute for a peer. Made inside the event loop, enqueued once, ends in `done`."""
+class Shares:
+    """Seconds of computing that each peer was given: whoever had least of it comes first.
 
-    passes = False  # computed in passes (`run_pass`) until no tokens are left; else alone, by `result`
-    group: object = None  # requests of the same group share passes
+    Invariant: between two peers with a history that both always have work, the difference in what they were given
+    stays below one request each, however much they ask for. A peer that had nothing to do gathers no credit: it
+    begins where the least served of the busy ones stands.
 
-    def __init__(
-        self, kind: Kind, peer: str, session: object = None, run: Callable[[], Any] | None = None
-    ) -> None:
-        """`peer` is for whom; `session` is whose step it is, if it is one; `run` is the function, if it is one."""
-        self._run = run
-        self.kind = kind
-        self.peer = peer
-        self.session = session
-        self.work = 0.0  # of one that is computed alone: see `accounting.Speed`
-        self.arrived = 0.0  # by the engine's clock
-        self.begun = False
-        self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    Virtual time as in Sheng et al. 2024 (arXiv:2401.00588), counted in seconds of computing. A second of one of many
+    new peers counts for more: together they get no more than those with a history.
+    """
 
-    @property
-    def tokens_left(self) -> int:
-        """Tokens that have still to go through the blocks, in passes."""
-        return 0
+    def __init__(self, history: PeerHistory | None = None) -> None:
+        self._history = PeerHistory() if history is None else history
+        self._given: dict[str, float] = {}
+        self._floor = 0.0  # what the least served of the busy peers has had
+        self._weigh = self._history.weights(())
 
-    @property
-    def behind(self) -> int:
-        """Tokens that its next ones see and that have been through the blocks."""
-        return 0
+    def after(self, peer: str, seconds: float = 0.0) -> float:
+        """The peer's place in the order, once it was given so much more: smaller is sooner."""
+        return max(self._floor, self._given.get(peer, 0.0)) + seconds / self._weigh(peer)
 
-    def run_pass(self, parts: Sequence[tuple[Any, int]]) -> list[BaseException | None]:
-        """Take (request, tokens) pairs of this one's group through one pass; the error of each, or None."""
-        raise NotImplementedError
+    def give(self, peer: str, seconds: float) -> None:
+        """The peer was given so much."""
+        self._given[peer] = self.after(peer, seconds)
+        self._history.computed(peer, seconds)
 
-    def result(self) -> Any:
-        """What `done` is to hold, on the compute thread."""
-        return None if self._run is None else self._run()
+    def settle(self, busy: Collection[str]) -> None:
+        """Only `busy` peers have work now: what others may no longer claim is forgotten."""
+        if busy:
+            self._floor = max(self._floor, min(self.after(peer) for peer in busy))
+        self._weigh = self._history.weights(busy)
+        for peer in [peer for peer, given in self._given.items() if given <= self._floor]:
+            del self._given[peer]
+
+    def __len__(self) -> int:
+        return len(self._given)
 
 
 class Engine:

@@ -1,4 +1,7 @@
-"""How the compute thread carries work out: with how many threads, and interrupted for others' steps.
+"""What the compute thread carries out, and how: how long it takes, with how many threads, in which pieces.
+
+A `Request` is computed in passes or alone. How long the last passes took says how many tokens of a prompt the next one
+takes.
 
 A pass is tried with one thread or all. What is computed alone (training) has a thread for each CPU that nobody else
 uses, and is cut into pieces of bounded time, between which others' steps are computed. Operators are the pieces;
@@ -10,12 +13,14 @@ Invariant: the number of threads changes how long work takes, never its bits, an
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache, partial
 from statistics import median
 from typing import Any, TypeVar
@@ -24,11 +29,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from corolla.models.kernels.helpers import AWAKE_SECONDS, others_running, set_threads
+from corolla.models.kernels.helpers import AWAKE_SECONDS, others_running
+from corolla.swarm.arrivals import ArrivalTracker
 
 T = TypeVar("T")
-Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
-RunPass = Callable[[Pass], list[BaseException | None]]  # the error of each request, or None
+
+PASS_TOKENS = 512  # tokens that one packed pass takes at most
+SHARED_PASS_SECONDS = 0.02  # what pieces of prompts may add to a pass while others generate
+LEAST_PREFILL_TOKENS = 16
+WHOLE_PROMPT = 64  # a prompt of so few tokens is not cut: a pass for each piece reads all weights again
+SECONDS_A_TOKEN = 0.002  # until it is known
+LEAST_TIMED = 64  # tokens; what fewer take says little
+SPLIT_SHARE = 0.5  # of what pieces of prompts take, that a decode pass may take to be worth one of its own
+GENERATING_SECONDS = 1.0  # how long after a decode step its client is taken to be in the middle of a reply
 
 LARGE_BATCH = 8  # decode steps in one pass
 MOST_TOKENS = 64  # larger passes, and jobs that are not passes, take all threads
@@ -47,10 +60,110 @@ SCORES = 2**18  # that attention computes at once then, of each head
 FEWEST_QUERIES = 32
 
 
+class Kind(IntEnum):
+    """Classes of work, most urgent first."""
+
+    DECODE = 0
+    PREFILL = 1
+    TRAINING = 2
+
+
+class Request:
+    """Something to compute for a peer. Made inside the event loop, enqueued once, ends in `done`."""
+
+    passes = False  # computed in passes (`run_pass`) until no tokens are left; else alone, by `result`
+    group: object = None  # requests of the same group share passes
+
+    def __init__(
+        self, kind: Kind, peer: str, session: object = None, run: Callable[[], Any] | None = None
+    ) -> None:
+        """`peer` is for whom; `session` is whose step it is, if it is one; `run` is the function, if it is one."""
+        self._run = run
+        self.kind = kind
+        self.peer = peer
+        self.session = session
+        self.work = 0.0  # of one that is computed alone: see `Speed`
+        self.arrived = 0.0  # by the engine's clock
+        self.begun = False
+        self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that have still to go through the blocks, in passes."""
+        return 0
+
+    @property
+    def behind(self) -> int:
+        """Tokens that its next ones see and that have been through the blocks."""
+        return 0
+
+    def run_pass(self, parts: Sequence[tuple[Any, int]]) -> list[BaseException | None]:
+        """Take (request, tokens) pairs of this one's group through one pass; the error of each, or None."""
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """What `done` is to hold, on the compute thread."""
+        return None if self._run is None else self._run()
+
+
+Pass = Sequence[tuple[Any, int]]  # requests of one group, and how many tokens of each
+RunPass = Callable[[Pass], list[BaseException | None]]  # the error of each request, or None
+
+
 def run_pass(parts: Pass) -> list[BaseException | None]:
     """One pass, as its requests are computed."""
     errors: list[BaseException | None] = parts[0][0].run_pass(parts)
     return errors
+
+
+class Speed:
+    """How long work takes that is computed alone. `work` is in tokens that go through all of the server's blocks."""
+
+    def __init__(self) -> None:
+        self._lately: deque[float] = deque(maxlen=16)  # seconds a token
+        self._best = SECONDS_A_TOKEN
+
+    def took(self, work: float, seconds: float) -> None:
+        """So much work took so long."""
+        if work >= LEAST_TIMED:
+            self._lately.append(seconds / work)
+            self._best = min(self._lately)
+
+    def seconds_of(self, work: float) -> float:
+        """How long so much takes, as quickly as it went lately: it was not slower for a reason that has passed."""
+        return work * self._best
+
+
+class PassTimes:
+    """What the last passes say about the next: what a prompt token costs, and who is in the middle of a reply."""
+
+    def __init__(self) -> None:
+        self._seconds_a_token = SECONDS_A_TOKEN
+        self._seconds_a_decode = 0.0
+        self.decodes = ArrivalTracker()  # when each session's last decode step was computed
+
+    def prefill_budget(self, now: float, prefilling: set[int]) -> int:
+        """Prompt tokens for a pass; few while others than these sessions generate, so that their tokens flow."""
+        others = self.decodes.others_arrived(now - GENERATING_SECONDS, prefilling)
+        return self.shared_budget() if others else PASS_TOKENS
+
+    def shared_budget(self) -> int:
+        """Prompt tokens that delay a decode step by about `SHARED_PASS_SECONDS`."""
+        return max(LEAST_PREFILL_TOKENS, int(SHARED_PASS_SECONDS / self._seconds_a_token))
+
+    def splits_decode(self, prompt_tokens: int) -> bool:
+        """Whether decode steps are better computed before so many prompt tokens than with them.
+
+        That costs reading the weights once more, so it depends on what a pass of few tokens takes.
+        """
+        return self._seconds_a_decode < SPLIT_SHARE * prompt_tokens * self._seconds_a_token
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """A pass took so long."""
+        if tokens < LEAST_PREFILL_TOKENS:
+            self._seconds_a_decode += 0.3 * (seconds - self._seconds_a_decode)
+        else:
+            self._seconds_a_token += 0.3 * (seconds / tokens - self._seconds_a_token)
 
 
 class Contest:
@@ -144,11 +257,11 @@ class ThreadChooser:
 
     def _with(self, threads: int, work: Callable[[], T]) -> T:
         before = torch.get_num_threads()
-        set_threads(threads)
+        _set_threads(threads)
         try:
             return work()
         finally:
-            set_threads(before)
+            _set_threads(before)
             self._awake = threads - 1, self._clock() + AWAKE_SECONDS
 
     def _timed(
@@ -179,7 +292,7 @@ class FreeCpus:
     def take(self) -> None:
         """Set the calling thread's number by what runs now; to be called now and then while the work goes on."""
         if self._all > 1:
-            set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
+            _set_threads(min(self._all, max(self._cpus - self._others(), self._all // 2)))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -188,7 +301,13 @@ class FreeCpus:
         try:
             yield
         finally:
-            set_threads(self._all)
+            _set_threads(self._all)
+
+
+def _set_threads(count: int) -> None:
+    """The calling thread computes with so many, itself included."""
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Protocol
 from corolla.errors import RequestRefused
 from corolla.models.attention.pages import PAGE
 from corolla.server.peers import Holder, choose_evictions
-from corolla.server.scheduler.accounting import PeerHistory
+from corolla.server.scheduler.engine import PeerHistory
 
 RETRY_SECONDS = 5.0
 IDLE_SECONDS = 5.0  # a session whose last step is so long ago is between two replies

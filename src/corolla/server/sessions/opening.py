@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer, check_given, malformed
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.prefilled import PrefilledPrompt, find
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.server.block_server import BlockServer, malformed
-from corolla.server.scheduler.engine import Kind
+from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions.session import Client
 from corolla.server.sessions.step import ready
 from corolla.wire.frames import LIMITS, Packet

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, common_pages, pages_for
+from corolla.models.attention.pages import PAGE, CachedSequence, PageLayout, PagePool, common_pages, pages_for
 from corolla.models.attention.prefixes import put, take
 from corolla.models.attention.snapshots import SNAPSHOTS
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.lora import Adapter
 from corolla.models.span import Span
-from corolla.server.scheduler.accounting import PASS_TOKENS
-from corolla.server.scheduler.engine import Request
+from corolla.server.scheduler.execution import PASS_TOKENS, Request
 from corolla.server.sessions.kv_cache import IDLE_SECONDS, CacheBudget
 from corolla.wire.messages import Origin
 
@@ -331,7 +330,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
-def default_capacity(span: Span, free_bytes: int, layout: Layout) -> int:
+def default_capacity(span: Span, free_bytes: int, layout: PageLayout) -> int:
     """Pages that half of the free memory can hold, by the span's own keys and values."""
     blocks = span.end - span.start
     page_bytes = bytes_per_token(span) * PAGE * (layout.depth or blocks) // blocks

@@ -1,7 +1,7 @@
 """A session takes a step: by itself (`Step`), or beside others of its peer (`Steps`).
 
 Invariant: a session takes one step at a time, and either has taken it whole or has lost its cache. A step's outputs
-depend on its own session only: one that fails in company is computed again alone, so an error reaches the client
+depend on its own session only: one that fails beside others is computed again alone, so an error reaches the client
 whose step it was and nobody else. Padding is neither computed nor cached: rows are told apart by the mask, and their
 padding's outputs are zero.
 """
@@ -20,8 +20,7 @@ from corolla.models.lora import AdapterRows
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span
 from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed, working_bytes
-from corolla.server.scheduler.accounting import PASS_TOKENS
-from corolla.server.scheduler.engine import Kind, Request
+from corolla.server.scheduler.execution import PASS_TOKENS, Kind, Request
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Output, Step

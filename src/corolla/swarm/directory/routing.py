@@ -2,36 +2,19 @@
 
 Invariant: the same records, in whatever order, give the same route; a route covers its range exactly, each
 hop lies within what its server announced, and no chain of eligible servers has a lower estimated cost.
-What a server announced of its speed is believed as far as it does not contradict what it was found to be.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-
-import msgspec
+from dataclasses import dataclass
 
 from corolla.errors import MissingBlocks
 from corolla.swarm.directory.directory import ServerRecord
 
 HOP_SECONDS = 0.005  # what a hop costs besides its blocks: serialisation, scheduling, an unmeasured link
 UNMEASURED_BLOCK_SECONDS = 0.005  # per token, for a server that announces no throughput
-
-# A server counts as slow after so many exchanges in a row, each of which took so many times what it announced
-# and more than a line and a full house explain. The margins are wide: leaving costs a replay.
-SLOW_FACTOR = 20.0
-SLOW_SECONDS = 0.25
-SLOW_LINE = 250_000.0  # bytes/s that any line is taken to carry
-SLOW_IN_A_ROW = 4
-SLOW_MEMORY_SECONDS = 120.0  # then its word is believed again
-
-BELIEF = 2.0  # what a server announces counts within so many times of what it was found to take
-FEW_TOKENS = 16  # of an exchange that says how long a token takes
-ENOUGH = 4  # of these: the first ones come while a server warms up
-NEWEST = 0.2  # weight of the newest of them in their average
 
 
 @dataclass(frozen=True)
@@ -150,62 +133,6 @@ def _best_of_each_range(
 def announced_seconds(record: ServerRecord, hop: Hop, tokens: int) -> float:
     """How long `tokens` (rows × tokens) would take in the blocks of a hop, one by one, if its server were right."""
     return tokens * (hop.end - hop.start) * block_seconds(record)
-
-
-def is_too_slow(record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float) -> bool:
-    """Whether an exchange took far longer than announced; never for a server that announced no throughput."""
-    due = SLOW_FACTOR * announced_seconds(record, hop, tokens) + SLOW_SECONDS + nbytes / SLOW_LINE
-    return record.throughput > 0 and seconds > due
-
-
-@dataclass
-class _Pace:
-    average: float = 0.0  # seconds of a token in a block, of exchanges with few tokens; the newest count most
-    measured: int = 0  # such exchanges
-    in_a_row: int = 0  # exchanges that took far too long
-    factor: float = 1.0  # how many times slower than announced, in the least slow of them
-    until: float = float("-inf")  # seconds; counts as slow so long
-
-
-@dataclass
-class Paces:
-    """How fast servers were found to be; moments and durations are passed in, in seconds."""
-
-    _of: dict[str, _Pace] = field(default_factory=lambda: defaultdict(_Pace))
-
-    def took(
-        self, record: ServerRecord, hop: Hop, tokens: int, nbytes: int, seconds: float, now: float
-    ) -> None:
-        """Note an exchange of `tokens` (rows × tokens) and `nbytes` with a server."""
-        pace = self._of[hop.peer_id]
-        if tokens <= FEW_TOKENS and seconds > 0:
-            one = seconds / (tokens * (hop.end - hop.start))
-            pace.measured += 1
-            pace.average += max(NEWEST, 1 / pace.measured) * (one - pace.average)
-        if not is_too_slow(record, hop, tokens, nbytes, seconds):
-            pace.in_a_row, pace.until = 0, float("-inf")
-            return
-        factor = seconds / announced_seconds(record, hop, tokens)
-        pace.factor = min(factor, pace.factor) if pace.in_a_row else factor
-        pace.in_a_row += 1
-        if pace.in_a_row >= SLOW_IN_A_ROW:
-            pace.until = now + SLOW_MEMORY_SECONDS
-
-    def is_slow(self, peer_id: str, now: float) -> bool:
-        """Whether the peer was found slow lately."""
-        return peer_id in self._of and self._of[peer_id].until > now
-
-    def seen(self, records: Sequence[ServerRecord], now: float) -> list[ServerRecord]:
-        """The records, with the throughput that is believed: within `BELIEF` of what was found."""
-        return [self._believed(one, now) if one.peer_id in self._of else one for one in records]
-
-    def _believed(self, record: ServerRecord, now: float) -> ServerRecord:
-        pace, seconds = self._of[record.peer_id], block_seconds(record)
-        if self.is_slow(record.peer_id, now):
-            seconds *= pace.factor
-        elif pace.measured >= ENOUGH:
-            seconds = min(max(seconds, pace.average / BELIEF), pace.average * BELIEF)
-        return msgspec.structs.replace(record, throughput=1.0 / (seconds * max(1, record.end - record.start)))
 
 
 # Kinds of arithmetic in which a server may compute, the more exact ones before those that say less of a number.

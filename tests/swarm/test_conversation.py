@@ -7,7 +7,10 @@ from typing import get_args
 import pytest
 
 from corolla.errors import ProtocolError
+from corolla.swarm.channel import Conversation, following
 from corolla.wire.messages import (
+    CLIENT_TURN,
+    TRANSITIONS,
     Alive,
     Backward,
     CacheContents,
@@ -28,10 +31,10 @@ from corolla.wire.messages import (
     ReadCache,
     ServerMessage,
     ServerStatus,
+    State,
     Step,
     Steps,
 )
-from corolla.wire.session import CLIENT_TURN, TRANSITIONS, Conversation, State, following
 
 OPEN = OpenSession(model="m", start=0, end=1, rows=1, max_tokens=1)
 STEP, CLOSE, PING = Step(position=0), CloseSession(), Ping()

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.server.world import Blocker
 
-from corolla.server.scheduler.accounting import KNOWN_SECONDS, MOST_REMEMBERED, PeerHistory, Shares, Speed
-from corolla.server.scheduler.engine import Engine, Kind
+from corolla.server.scheduler.engine import KNOWN_SECONDS, MOST_REMEMBERED, Engine, PeerHistory, Shares
+from corolla.server.scheduler.execution import Kind, Speed
 
 JOB_SECONDS = 0.002
 
