@@ -164,6 +164,23 @@ def test_what_is_no_request(world: World, body: bytes) -> None:
         assert status_of(line) == 400
 
 
+@pytest.mark.parametrize(
+    "text",
+    [b"HELLO\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(60), b"GET /" + b"x" * 99_999],
+)
+def test_what_is_no_http(world: World, text: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    with connected(world) as line:
+        line.sendall(text)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := line.recv(65536):
+                answer += part
+    status, _, content = answer.partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 400 ")
+    assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
+    assert capfd.readouterr().err == "", "strangers do not write into the log"
+
+
 def test_odd_texts_are_only_texts(world: World) -> None:
     for text in ("\x00\x1b[2J", "\u202e<script>", "</s><|assistant|>", "\U0001f600" * 50):
         talk = [{"role": "user", "content": text}]

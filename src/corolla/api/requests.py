@@ -218,7 +218,7 @@ _NOTHING: tuple[Any, ...] = (None,)
 Refusals = dict[str, tuple[tuple[Any, ...], str]]
 _REFUSED: Refusals = {
     "audio": (_NOTHING, "the model says texts only"),
-    "best_of": ((None, 1), "ask for as many replies as you want with n"),
+    "best_of": ((None, 1), "as many replies are computed as n says, and given"),
     "function_call": ((None, "none", "auto"), "it has become tool_choice"),
     "functions": ((None, []), "they have become tools"),
     "metadata": ((None, {}), "nothing is stored here"),

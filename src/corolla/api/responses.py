@@ -31,7 +31,7 @@ from corolla.api.requests import (
     check_supported,
 )
 from corolla.api.streaming import Answer, event
-from corolla.api.wishes import ChatWish, chat_wish, check_stream
+from corolla.api.wishes import ChatWish, chat_wish, check_stream, text_of
 
 
 class InputMessage(Open):
@@ -123,6 +123,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         for index, one in enumerate(request.input):
             if one.model_extra and set(one.model_extra) - {"id", "status", "phase"}:
                 raise unsupported(f"input[{index}]", "an item is a message with a role and content here")
+            text_of(one.content, f"input[{index}]")
             messages.append(Message(role=one.role, content=one.content))
     shared = {name: getattr(request, name) for name in Sampled.model_fields}
     if len(messages) > MOST_MESSAGES:
@@ -149,7 +150,12 @@ def ask_responses(
 ) -> tuple[list[Wish], Callable[[Run], Answer]]:
     """What is to be computed, and the answer from it. Raises `ApiFailure`."""
     chat = as_chat(request)
-    wish = chat_wish(chat, partner, user)
+    try:
+        wish = chat_wish(chat, partner, user)
+    except ApiFailure as error:
+        if error.param == "messages":  # as the chat has it
+            error.param = "input"
+        raise
     return [wish.wish], lambda run: ResponsesAnswer(request, chat, wish, run)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from corolla.api.failures import wrong
 from corolla.errors import UsageError
 
 HEADER_SECONDS = 30.0  # for a new connection's first request
@@ -23,7 +26,8 @@ BACKLOG = 2048
 
 
 class PatientProtocol(H11Protocol):
-    """As uvicorn's, but that a connection which asks for nothing is closed after a while."""
+    """As uvicorn's, but that a connection which asks for nothing is closed after a while, and that what is no HTTP
+    is refused in the form of all refusals."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -33,6 +37,22 @@ class PatientProtocol(H11Protocol):
         silent = getattr(self, "cycle", None) is None
         if silent and not self.transport.is_closing():
             self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what cannot be read as a request."""
+        content = json.dumps(wrong("This is no HTTP request that can be read.").body()).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(data=content),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -88,6 +108,7 @@ async def serve(
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="error",  # what strangers send is no news: their connections' answers say it
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
