@@ -147,6 +147,7 @@ REFUSED = [
     ),
     ("responses", {"text": {"verbosity": "low"}}, "text.verbosity", ""),
     ("responses", {"parallel_tool_calls": "x"}, "parallel_tool_calls", "boolean"),
+    ("responses", {"parallel_tool_calls": False}, "parallel_tool_calls", "tools"),
     ("responses", {"prompt_cache_key": 5}, "prompt_cache_key", "string"),
     ("responses", {"reasoning": {"effort": "low"}}, "reasoning", ""),
     ("responses", {"input": [{"role": "tool", "content": "x"}]}, "input[0].role", ""),

@@ -91,6 +91,7 @@ _REFUSED: Refusals = {
     "max_tool_calls": ((None,), "tools are for /v1/chat/completions here"),
     "metadata": ((None, {}), "nothing is stored here"),
     "n": ((None, 1), "one reply is given here; /v1/chat/completions gives more"),
+    "parallel_tool_calls": ((None, True), "tools are for /v1/chat/completions here"),
     "previous_response_id": ((None,), "nothing is stored here: send all messages"),
     "prompt": ((None,), "prompts are not stored here"),
     "reasoning": (
