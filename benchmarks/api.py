@@ -222,8 +222,8 @@ async def first_tokens(url: str, name: str, tokenizer: Any, sentences: int) -> F
         news = usage["prompt_tokens"] - known
         assert known > BEHIND
         goes_on.append(seconds)
-        # Nothing of it is known, but for the tokens with which all chats begin.
-        start = f"{chr(ord('A') + turn)}{turn} {SENTENCE * 20}"
+        # Nothing of it is known, not from other turns either, but for the tokens with which all chats begin.
+        start = f"{chr(ord('A') + turn + TURNS * sentences)}{turn} {SENTENCE * 20}"
         fresh = [{"role": "user", "content": clipped(tokenizer, start, news - 6)}]
         seconds, _, usage = await stream(url, name, fresh, 4)
         own = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]

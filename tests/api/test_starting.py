@@ -221,8 +221,8 @@ def test_the_button_comes_after_the_examples(served: World, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def training(worlds: Worlds) -> Iterator[World]:
-    world = worlds.make("training", tune=tune(worlds.folder))
+def training(worlds: Worlds, request: pytest.FixtureRequest) -> Iterator[World]:
+    world = worlds.make(request.node.name, tune=tune(worlds.folder))
     yield world
     for name in world.api.starter.names() if world.api.starter else ():
         if world.api.starter and world.api.starter.running(name):
