@@ -117,6 +117,13 @@ def test_a_run_that_cannot_begin_says_why_and_can_be_asked_again(served: World) 
     assert asked(served, "/v1/models")[1]["data"][1:] == []  # what lies beside the bundles is none of them
 
 
+def test_a_frame_is_no_word(served: World, tmp_path: Path) -> None:
+    starter = Starter(tmp_path, [], served.api.partners.base, environment={})
+    (tmp_path / ".started/framed").mkdir(parents=True)
+    (tmp_path / ".started/framed/log.txt").write_text("╭──╮\n│ hi │\n╰──╯\n\n", encoding="utf-8")
+    assert starter.last_words("framed") == "│ hi │"
+
+
 def test_a_run_that_cannot_be_noted_is_ended_and_refused(served: World) -> None:
     (served.bundles / ".started/drama/process.json/odd").mkdir(parents=True)
     status, found, _ = asked(served, "/api/runs", method="POST", body=asking("drama"))

@@ -164,7 +164,7 @@ async def _let_go(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
     until = asyncio.get_running_loop().time() + LET_GO_SECONDS
     while not serving.done():
         for connection in list(server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         if asyncio.get_running_loop().time() > until:
             serving.cancel()
         await asyncio.wait([serving], timeout=LOOK_SECONDS)

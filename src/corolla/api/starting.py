@@ -252,7 +252,7 @@ class Starter:
         return user if isinstance(user, str) else None
 
     def last_words(self, name: str) -> str:
-        """The last line that it has said."""
+        """The last line that it has said, but for those that only frame others."""
         assert self._folder is not None
         try:
             with (self._folder / FOLDER / name / "log.txt").open("rb") as file:
@@ -260,7 +260,8 @@ class Starter:
                 lines = file.read().decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return one_line(lines[-1], characters=500) if lines else ""
+        said = [line for line in lines if any(sign.isalnum() for sign in line)]
+        return one_line(said[-1], characters=500) if said else ""
 
     def _about(self, name: str) -> dict[str, Any]:
         if self._folder is None or name not in self.names():
