@@ -1,13 +1,13 @@
 """What the API costs, over a swarm of two server processes with SmolLM2-135M on this machine.
 
-    python -m benchmarks.api [--streams 8 32] [--repeats 3] [--llama PYTHON] [--first] [--wide]
+    python -m benchmarks.api [--streams 8 32] [--repeats 3] [--llama PYTHON] [--first]
 
 --streams: total tokens/s of so many streams of the API, beside what the same sessions get from one Python client on
 that swarm, in turns; the replies must be the same, token by token. --llama: beside llama.cpp's own server on the same
 GGUF too, by a Python that has llama-cpp-python[server]. --first: the time to the first token of a conversation that
 goes on with 2,000 tokens behind it, beside that of a new one with as many new tokens, of a short message and of a
 longer one. It says how much arithmetic there is behind the 2,000 tokens beside that of the new ones alone: in a narrow
-model attention is much of it. --wide: the same of blocks as wide as Llama-3.2-1B's, with random weights.
+model attention is much of it.
 """
 
 from __future__ import annotations
@@ -41,30 +41,18 @@ TOKENS = 32  # of a reply
 BEHIND, TURNS = 2000, 7  # tokens of the conversation that goes on, and how often each is measured
 LENGTHS = {"a short message": 0, "a longer one": 1}  # in sentences
 SENTENCE = "The harbour lies in the rain, and nobody is there but the lamp. "
-# As wide as Llama-3.2-1B, and as many blocks as two cores read in a minute.
-WIDE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 49_152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 MAIN = "from corolla.cli.main import main; main()"
 
 
 @contextlib.contextmanager
-def api(peers: Sequence[str], model: str) -> Iterator[str]:
+def api(peers: Sequence[str]) -> Iterator[str]:
     """The URL of an API over that swarm, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         kept = ("--ready-file", str(ready), "--conversations", str(Path(folder) / "kept.sqlite3"))
         joined = [word for peer in peers for word in ("--peers", peer)]
         command = [sys.executable, "-c", MAIN, "api", "--port", "0", *joined, *kept, "--die-with-parent"]
-        process = subprocess.Popen([*command, model], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, MODEL], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         try:
             while not ready.exists():
                 assert process.poll() is None
@@ -208,16 +196,16 @@ class Firsts:
     news: int  # of a turn
 
 
-async def first_tokens(url: str, name: str, tokenizer: Any, sentences: int) -> Firsts:
+async def first_tokens(url: str, model: str, tokenizer: Any, sentences: int) -> Firsts:
     """Of turns of so many sentences."""
     talk: list[dict[str, str]] = [{"role": "user", "content": SENTENCE * (BEHIND // 15)}]
-    _, said, usage = await stream(url, name, talk, 4)
+    _, said, usage = await stream(url, model, talk, 4)
     assert usage["prompt_tokens"] > BEHIND
     goes_on, new, news, known = [], [], 0, 0
     for turn in range(TURNS):
         asked = f"{turn}: {SENTENCE * sentences}" if sentences else f"Why {turn}?"
         talk += [{"role": "assistant", "content": said}, {"role": "user", "content": asked}]
-        seconds, said, usage = await stream(url, name, talk, 4)
+        seconds, said, usage = await stream(url, model, talk, 4)
         known = usage["prompt_tokens_details"]["cached_tokens"]
         news = usage["prompt_tokens"] - known
         assert known > BEHIND
@@ -225,7 +213,7 @@ async def first_tokens(url: str, name: str, tokenizer: Any, sentences: int) -> F
         # Nothing of it is known, not from other turns either, but for the tokens with which all chats begin.
         start = f"{chr(ord('A') + turn + TURNS * sentences)}{turn} {SENTENCE * 20}"
         fresh = [{"role": "user", "content": clipped(tokenizer, start, news - 6)}]
-        seconds, _, usage = await stream(url, name, fresh, 4)
+        seconds, _, usage = await stream(url, model, fresh, 4)
         own = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
         if turn:  # all of the first one is new
             assert abs(own - news) <= 3, (own, news)
@@ -242,10 +230,10 @@ def arithmetic(config: Any, news: int, behind: int) -> float:
     return float(config.num_hidden_layers * news * (products + attention))
 
 
-def compare_firsts(url: str, name: str, model: Any, tokenizer: Any) -> None:
+def compare_firsts(url: str, model: Any, tokenizer: Any) -> None:
     """Print the times."""
     for what, sentences in LENGTHS.items():
-        found = asyncio.run(first_tokens(url, name, tokenizer, sentences))
+        found = asyncio.run(first_tokens(url, MODEL, tokenizer, sentences))
         behind, alone = median(found.goes_on), median(found.new)
         # What stands before every chat is behind the new one too.
         work, own = (arithmetic(model.config, found.news, known) for known in (found.known, 24))
@@ -294,33 +282,14 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, nargs="*", default=[])
     parser.add_argument("--first", action="store_true")
-    parser.add_argument("--wide", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--llama", metavar="PYTHON", help="one that has llama-cpp-python[server]")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        name = wide(Path(folder)) if chosen.wide else MODEL
-        measure(chosen, name)
-
-
-def wide(folder: Path) -> str:
-    """Write a model of `WIDE` blocks with SmolLM2's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **WIDE)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    load_tokenizer(MODEL).save_pretrained(folder)
-    return str(folder)
-
-
-def measure(chosen: argparse.Namespace, name: str) -> None:
-    """Print what was asked for."""
-    with local_swarm(name) as swarm, api(swarm.peers, name) as url:
-        if chosen.first or chosen.wide:
+    with local_swarm(MODEL) as swarm, api(swarm.peers) as url:
+        if chosen.first:
             peers = list(swarm.peers)
-            with AutoDistributedModelForCausalLM.from_pretrained(name, initial_peers=peers) as model:
-                compare_firsts(url, name, model, load_tokenizer(name))
+            with AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=peers) as model:
+                compare_firsts(url, model, load_tokenizer(MODEL))
         if chosen.streams:
             with contextlib.ExitStack() as stack:
                 beside = stack.enter_context(llama_server(chosen.llama)) if chosen.llama else None

@@ -172,6 +172,12 @@ ANSWERED = [
     ("chat", messages(CALLED, role="tool", tool_call_id="c1", content=[{"type": "text", "text": "5"}])),
     ("chat", messages(CALLED | {"tool_calls": [CALL | {"index": 0}]})),
     ("chat", messages(role="assistant", content="x", refusal=None, annotations=[], audio=None)),
+    (
+        "chat",
+        {"max_tokens": 2.0, "n": 1.0, "seed": -3.0, "top_k": 0.0, "logprobs": True, "top_logprobs": 1.0},
+    ),
+    ("completions", {"max_tokens": 2.0, "prompt": [5.0, 6.0]}),
+    ("responses", {"max_output_tokens": 2.0}),
     ("chat", {"stop": [], "logit_bias": None, "tool_choice": "auto", "parallel_tool_calls": True}),
     ("chat", {"max_tokens": 1, "top_p": 0, "top_k": -1, "seed": -5, "n": None}),
     ("completions", {"prompt": [""], "best_of": 1, "suffix": ""}),

@@ -16,6 +16,7 @@ from corolla.api.partners import Partner
 from corolla.api.requests import (
     MOST_MESSAGES,
     MOST_TOKENS,
+    WHOLE,
     ChatRequest,
     Content,
     FunctionName,
@@ -64,7 +65,7 @@ class ResponsesRequest(Sampled):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     text: TextConfig | None = None
     # What asks for nothing, or is refused.
     background: Any = None

@@ -21,7 +21,7 @@ from pydantic import Field, StringConstraints
 
 from corolla.api.failures import ApiFailure, wrong
 from corolla.api.partners import Partner
-from corolla.api.requests import Strict
+from corolla.api.requests import WHOLE, Strict
 from corolla.config import TuningMode
 from corolla.data.render import Example, RenderSettings
 from corolla.data.sources import load_conversations
@@ -52,11 +52,11 @@ class NewRun(Strict):
     file: Annotated[str, StringConstraints(max_length=300)]  # its name, which says how to read it
     content: Annotated[str, StringConstraints(min_length=1)]
     mode: TuningMode = "ptune"
-    prompt_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16  # of all modes but lora
-    rank: Annotated[int, Field(ge=1, le=10_000)] = 8  # of lora
-    steps: Annotated[int, Field(ge=1, le=10**7)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
-    max_length: Annotated[int, Field(ge=2, le=10**6)] = 256
+    prompt_tokens: Annotated[int, Field(ge=1, le=100_000), WHOLE] = 16  # of all modes but lora
+    rank: Annotated[int, Field(ge=1, le=10_000), WHOLE] = 8  # of lora
+    steps: Annotated[int, Field(ge=1, le=10**7), WHOLE] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1024), WHOLE] = 8
+    max_length: Annotated[int, Field(ge=2, le=10**6), WHOLE] = 256
     learning_rate: Annotated[float, Field(gt=0)] | None = None
 
     def settings(self) -> TuneSettings:
