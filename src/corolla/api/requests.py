@@ -33,6 +33,8 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")]
+# Pydantic itself does not say of the pattern that other names are refused.
+Biases = Annotated[dict[TokenName, Bias], Field(json_schema_extra={"additionalProperties": False})]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -162,7 +164,7 @@ class Sampled(Strict):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
-    logit_bias: dict[TokenName, Bias] | None = None
+    logit_bias: Biases | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES), WHOLE] | None = None
     stream: bool | None = None
