@@ -5,7 +5,9 @@
 --streams: total tokens/s of so many streams of the API, beside what the same sessions get from one Python client on
 that swarm, in turns; the replies must be the same, token by token. --llama: beside llama.cpp's own server on the same
 GGUF too, by a Python that has llama-cpp-python[server]. --first: the time to the first token of a conversation that
-goes on with 2,000 tokens behind it, beside that of a new one with as many new tokens.
+goes on with 2,000 tokens behind it, beside that of a new one with as many new tokens, of a short message and of a
+longer one. It says how much arithmetic there is behind the 2,000 tokens beside that of the new ones alone: in a narrow
+model attention is much of it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,9 +39,8 @@ from corolla.models.checkpoints.gguf import embedded_gguf
 MODEL = "smollm2"
 TOKENS = 32  # of a reply
 BEHIND, TURNS = 2000, 7  # tokens of the conversation that goes on, and how often each is measured
-LONG = (
-    1  # sentences of a new message; the more there are, the more of the time is attention to what lies behind
-)
+LENGTHS = {"a short message": 0, "a longer one": 1}  # in sentences
+SENTENCE = "The harbour lies in the rain, and nobody is there but the lamp. "
 MAIN = "from corolla.cli.main import main; main()"
 
 
@@ -184,33 +186,65 @@ def compare_streams(
                 )
 
 
-async def first_tokens(url: str) -> tuple[list[float], list[float], int]:
-    """Seconds to the first token of turns that go on, of new chats of as many new tokens, and how many those are."""
-    words = "The harbour lies in the rain, and nobody is there but the lamp. "
-    talk: list[dict[str, str]] = [{"role": "user", "content": words * (BEHIND // 15)}]
-    _, said, usage = await stream(url, MODEL, talk, 4)
+@dataclass(frozen=True)
+class Firsts:
+    """Seconds to the first token, and how many tokens were new, of turns that go on and of new chats."""
+
+    goes_on: list[float]
+    new: list[float]
+    known: int  # tokens of the conversation at the end
+    news: int  # of a turn
+
+
+async def first_tokens(url: str, model: str, tokenizer: Any, sentences: int) -> Firsts:
+    """Of turns of so many sentences."""
+    talk: list[dict[str, str]] = [{"role": "user", "content": SENTENCE * (BEHIND // 15)}]
+    _, said, usage = await stream(url, model, talk, 4)
     assert usage["prompt_tokens"] > BEHIND
-    tokenizer = load_tokenizer(MODEL)
-    goes_on, new, news = [], [], 0
+    goes_on, new, news, known = [], [], 0, 0
     for turn in range(TURNS):
-        talk += [
-            {"role": "assistant", "content": said},
-            {"role": "user", "content": f"{turn}: {words * LONG}"},
-        ]
-        seconds, said, usage = await stream(url, MODEL, talk, 4)
+        asked = f"{turn}: {SENTENCE * sentences}" if sentences else f"Why {turn}?"
+        talk += [{"role": "assistant", "content": said}, {"role": "user", "content": asked}]
+        seconds, said, usage = await stream(url, model, talk, 4)
         known = usage["prompt_tokens_details"]["cached_tokens"]
         news = usage["prompt_tokens"] - known
         assert known > BEHIND
         goes_on.append(seconds)
-        # Nothing of it is known, but for the few tokens with which all chats begin.
-        start = f"{chr(ord('A') + turn)}{turn} {words * 20}"
+        # Nothing of it is known, not from other turns either, but for the tokens with which all chats begin.
+        start = f"{chr(ord('A') + turn + TURNS * sentences)}{turn} {SENTENCE * 20}"
         fresh = [{"role": "user", "content": clipped(tokenizer, start, news - 6)}]
-        seconds, _, usage = await stream(url, MODEL, fresh, 4)
+        seconds, _, usage = await stream(url, model, fresh, 4)
         own = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
         if turn:  # all of the first one is new
-            assert abs(own - news) <= 4, (own, news)
+            assert abs(own - news) <= 3, (own, news)
         new.append(seconds)
-    return goes_on[1:], new[1:], news
+    return Firsts(goes_on[1:], new[1:], known, news)
+
+
+def arithmetic(config: Any, news: int, behind: int) -> float:
+    """Multiply-adds of `news` tokens behind `behind` others in all blocks."""
+    width = config.head_dim * config.num_attention_heads
+    kept = config.head_dim * config.num_key_value_heads
+    products = config.hidden_size * (2 * width + 2 * kept + 3 * config.intermediate_size)
+    attention = 2 * width * (behind + (news + 1) / 2)
+    return float(config.num_hidden_layers * news * (products + attention))
+
+
+def compare_firsts(url: str, model: Any, tokenizer: Any) -> None:
+    """Print the times."""
+    for what, sentences in LENGTHS.items():
+        found = asyncio.run(first_tokens(url, MODEL, tokenizer, sentences))
+        behind, alone = median(found.goes_on), median(found.new)
+        # What stands before every chat is behind the new one too.
+        work, own = (arithmetic(model.config, found.news, known) for known in (found.known, 24))
+        print(
+            f"first token, {what} ({found.news} new tokens), {found.known} behind: {behind:.3f} s; a new chat "
+            f"of as many {alone:.3f} s: {behind / alone:.2f} (bar 1.3). Arithmetic {2 * work / 1e9:.1f} and "
+            f"{2 * own / 1e9:.1f} G: {work / own:.2f}",
+            flush=True,
+        )
+        behind, alone = python_first(model, found.news)
+        print(f"  the same from Python: {behind:.3f} s and {alone:.3f} s: {behind / alone:.2f}", flush=True)
 
 
 @torch.no_grad()
@@ -253,19 +287,9 @@ def main() -> None:
     chosen = parser.parse_args()
     with local_swarm(MODEL) as swarm, api(swarm.peers) as url:
         if chosen.first:
-            goes_on, new, news = asyncio.run(first_tokens(url))
-            print(
-                f"first token, {BEHIND} tokens behind: {median(goes_on):.3f} s; a new chat of as many new tokens "
-                f"({news}) {median(new):.3f} s: {median(goes_on) / median(new):.2f} (bar 1.3)",
-                flush=True,
-            )
-            with AutoDistributedModelForCausalLM.from_pretrained(
-                MODEL, initial_peers=list(swarm.peers)
-            ) as model:
-                behind, alone = python_first(model, news)
-            print(
-                f"  the same from Python: {behind:.3f} s and {alone:.3f} s: {behind / alone:.2f}", flush=True
-            )
+            peers = list(swarm.peers)
+            with AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=peers) as model:
+                compare_firsts(url, model, load_tokenizer(MODEL))
         if chosen.streams:
             with contextlib.ExitStack() as stack:
                 beside = stack.enter_context(llama_server(chosen.llama)) if chosen.llama else None

@@ -40,6 +40,15 @@ def status_of(line: socket.socket) -> int:
     return int(found.split()[1])
 
 
+def is_cut_off(line: socket.socket) -> bool:
+    """Whether a stream ends before its end; waits for that."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := line.recv(65536):
+            found += part
+    return b"[DONE]" not in found and not found.endswith(b"0\r\n\r\n")
+
+
 def others_are_served(world: World) -> None:
     reply = world.client().chat.completions.create(model=BASE, messages=ASK, temperature=0, max_tokens=4)
     assert reply.choices[0].message.content == world.text(world.greedy(world.prompt(ASK), 4))
@@ -126,8 +135,8 @@ def test_a_body_that_does_not_come(worlds: Worlds) -> None:
     others_are_served(world)
 
 
-def test_a_stream_that_nobody_reads(worlds: Worlds) -> None:
-    world = worlds.make("unread", limits={"send_seconds": 0.3}, send_buffer=8192)
+def test_a_stream_that_nobody_reads(worlds: Worlds, caplog: pytest.LogCaptureFixture) -> None:
+    world = worlds.make("unread", send_seconds=0.3, send_buffer=8192)
     # Far more than the sockets hold: twenty likely tokens for each token.
     body = {"stream": True, "max_tokens": 300, "logprobs": True, "top_logprobs": 20, "n": 2}
     with socket.socket() as line:
@@ -139,7 +148,9 @@ def test_a_stream_that_nobody_reads(worlds: Worlds) -> None:
         (run,) = (one for one in world.api.generator.runs if one.count == 2)
         assert run.done.wait(60)
         assert run.cancelled, "it was given up"
+        assert is_cut_off(line), "so that its socket is free"
     others_are_served(world)
+    assert not caplog.records, "it is no mistake of ours"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +173,23 @@ def test_what_is_no_request(world: World, body: bytes) -> None:
     with connected(world) as line:
         line.sendall(head(len(body)) + body)
         assert status_of(line) == 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"HELLO\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(60), b"GET /" + b"x" * 99_999],
+)
+def test_what_is_no_http(world: World, text: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    with connected(world) as line:
+        line.sendall(text)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := line.recv(65536):
+                answer += part
+    status, _, content = answer.partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 400 ")
+    assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
+    assert capfd.readouterr().err == "", "strangers do not write into the log"
 
 
 def test_odd_texts_are_only_texts(world: World) -> None:

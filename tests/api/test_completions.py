@@ -27,6 +27,14 @@ def test_sixteen_tokens_unless_more_are_asked_for(world: World) -> None:
     assert reply.choices[0].text == world.text(world.greedy(world.tokenizer("Once").input_ids, 16))
 
 
+def test_the_best_two_of_two(world: World) -> None:
+    reply = world.client().completions.create(
+        model=BASE, prompt=TEXT, n=2, best_of=2, temperature=0, max_tokens=4
+    )
+    said = world.text(world.greedy(world.tokenizer(TEXT).input_ids, 4))
+    assert [choice.text for choice in reply.choices] == [said, said]
+
+
 def test_several_prompts_and_a_stream_of_them(world: World) -> None:
     prompts = ["One", "Two and three", "Four"]
     expected = [world.text(world.greedy(world.tokenizer(one).input_ids, 8)) for one in prompts]
@@ -105,7 +113,9 @@ def test_an_echo_without_probabilitys(world: World) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"logprobs": True}, "logprobs"),
-        ({"prompt": "x" * 5000}, "messages"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": True, "n": 1}, "best_of"),
+        ({"prompt": "x" * 5000}, "prompt"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,8 +196,11 @@ def test_lm_eval(world: World) -> None:
 def test_schemathesis(world: World, tmp_path: Path) -> None:
     """Thousands of requests after our own OpenAPI document: nothing fails, no answer is of another form."""
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    command = Path(sys.executable).with_name("schemathesis")
+    command = shutil.which(
+        "schemathesis", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    assert command is not None
     options = ("--checks", "all", "--max-examples", "25", "--seed", "1", "--continue-on-failure")
     endless = ("--exclude-path", "/api/swarm/events")
-    text = run(str(command), "run", f"{world.url}/openapi.json", *endless, *options, folder=tmp_path)
+    text = run(command, "run", f"{world.url}/openapi.json", *endless, *options, folder=tmp_path)
     assert "Tested: 9" in text

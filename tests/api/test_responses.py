@@ -75,7 +75,11 @@ def test_json_of_a_schema(world: World) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"store": True}, "store"),
         ({"truncation": "auto"}, "truncation"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content",
+        ),
+        ({"input": "x" * 5000}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, None),
     ],
     ids=lambda value: str(value)[:40],

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -19,7 +19,8 @@ from tests.tuning.tiny_setup import conversations
 
 from corolla.api.access import Keys
 from corolla.api.failures import ApiFailure
-from corolla.api.starting import Starter
+from corolla.api.starting import NewRun, Starter
+from corolla.config import TuningMode
 from corolla.tuning.bundle import load_bundle
 
 TALKS = "".join(
@@ -88,7 +89,8 @@ def test_what_a_run_would_learn_is_shown_first(served: World) -> None:
         ({"prompt_tokens": 0}, "prompt_tokens"),
         ({"prompt_tokens": 5000}, "1024"),
         ({"learning_rate": -1.0}, "learning_rate"),
-        ({"mode": "lora"}, "mode"),
+        ({"mode": "qlora"}, "mode"),
+        ({"mode": "lora", "rank": 0}, "rank"),
         ({"content": "\udcff"}, "unicode"),
         ({"more": 1}, "more"),
     ],
@@ -113,6 +115,13 @@ def test_a_run_that_cannot_begin_says_why_and_can_be_asked_again(served: World) 
     assert asked(served, "/api/runs/novel/stop", method="POST")[0] == 404
     assert asked(served, "/api/runs/none/resume", method="POST")[0] == 404
     assert asked(served, "/v1/models")[1]["data"][1:] == []  # what lies beside the bundles is none of them
+
+
+def test_a_frame_is_no_word(served: World, tmp_path: Path) -> None:
+    starter = Starter(tmp_path, [], served.api.partners.base, environment={})
+    (tmp_path / ".started/framed").mkdir(parents=True)
+    (tmp_path / ".started/framed/log.txt").write_text("╭──╮\n│ hi │\n╰──╯\n\n", encoding="utf-8")
+    assert starter.last_words("framed") == "│ hi │"
 
 
 def test_a_run_that_cannot_be_noted_is_ended_and_refused(served: World) -> None:
@@ -205,6 +214,12 @@ def test_the_button_comes_after_the_examples(served: World, tmp_path: Path) -> N
         page.run("document.querySelector('#train button').focus()")
         page.press("Enter")
         page.wait("!start.disabled")
+        assert page.run("rank.offsetParent === null && prompt_tokens.offsetParent !== null")
+        page.run("mode.value = 'lora'; mode.dispatchEvent(new Event('input', {bubbles: true}))")
+        assert page.run("rank.offsetParent !== null && prompt_tokens.offsetParent === null && start.disabled")
+        page.run("document.querySelector('#train button').focus()")
+        page.press("Enter")
+        page.wait("!start.disabled")
         page.run("start.focus()")
         page.press("Enter")
         page.wait("about.textContent.includes('sonnet has begun')")
@@ -213,13 +228,36 @@ def test_the_button_comes_after_the_examples(served: World, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def training(worlds: Worlds) -> Iterator[World]:
-    world = worlds.make("training", tune=tune(worlds.folder))
+def training(worlds: Worlds, request: pytest.FixtureRequest) -> Iterator[World]:
+    world = worlds.make(request.node.name, tune=tune(worlds.folder))
     yield world
     for name in world.api.starter.names() if world.api.starter else ():
         if world.api.starter and world.api.starter.running(name):
             world.api.starter.stop(name)
             until(lambda name=name: not world.api.starter.running(name))
+
+
+@pytest.mark.parametrize("mode", get_args(TuningMode))
+def test_every_mode_of_the_command_can_be_asked_for(mode: TuningMode) -> None:
+    made = NewRun(name="x", file="x.json", content="x", mode=mode, prompt_tokens=5, rank=3)
+    words = made.words()
+    assert words[:2] == ["--mode", mode]
+    sized = ["--rank", "3"] if mode == "lora" else ["--prompt-tokens", "5"]
+    assert words[2:4] == sized
+    assert len({"--rank", "--prompt-tokens"} & set(words)) == 1
+
+
+@pytest.mark.nightly
+def test_an_adapter_is_trained_and_served(training: World) -> None:
+    body = asking("adapter", mode="lora", rank=2)
+    assert asked(training, "/api/runs", method="POST", body=body)[0] == 200
+    until(lambda: not training.api.starter or not training.api.starter.running("adapter"))
+    assert (training.bundles / "adapter").is_dir(), run_of(training, "adapter")
+    reply = training.client().chat.completions.create(
+        model="adapter", messages=[{"role": "user", "content": "Hi"}], temperature=0, max_tokens=4
+    )
+    assert reply.choices[0].message.content is not None
+    assert load_bundle(training.bundles / "adapter").mode == "lora"
 
 
 @pytest.mark.nightly

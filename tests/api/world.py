@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from corolla.api.access import Keys
 from corolla.api.app import Api, create_app
 from corolla.api.generation import Generator
 from corolla.api.partners import Partners
-from corolla.api.serving import listening, serve, url_of
+from corolla.api.serving import SEND_SECONDS, listening, serve, url_of
 from corolla.api.sessions import SessionPool
 from corolla.api.starting import Starter
 from corolla.client.model.loading import load_tokenizer
@@ -156,8 +157,9 @@ class World:
 class Running:
     """A server of `api` on a thread, until `close()`."""
 
-    def __init__(self, api: Api, send_buffer: int | None = None) -> None:
-        """`send_buffer`: bytes that the system holds of an answer which is not read."""
+    def __init__(self, api: Api, send_buffer: int | None = None, send_seconds: float = SEND_SECONDS) -> None:
+        """`send_buffer`: bytes that the system holds of an answer which is not read; `send_seconds`: see `serve`."""
+        self._send_seconds = send_seconds
         self.listener: socket.socket = listening("127.0.0.1", 0)
         if send_buffer is not None:
             self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -169,18 +171,36 @@ class Running:
 
     async def _main(self, api: Api) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        await serve(create_app(api), self.listener, self._stop, ready=self._ready.set, stopping=api.drain)
+        serving = serve(
+            create_app(api),
+            self.listener,
+            self._stop,
+            ready=self._ready.set,
+            stopping=api.drain,
+            send_seconds=self._send_seconds,
+        )
+        self._serving = asyncio.ensure_future(serving)
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
 
     def stop(self) -> None:
         """Tell it to end."""
         self._loop.call_soon_threadsafe(self._stop.set)
 
+    def stop_at_once(self) -> None:
+        """As a second Ctrl-C does."""
+        self._loop.call_soon_threadsafe(self._serving.cancel)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
     def close(self) -> None:
         """End it."""
         if self._thread.is_alive():
             self.stop()
-        self._thread.join(60)
-        assert not self._thread.is_alive()
+        self.wait()
         self.listener.close()
 
 
@@ -207,6 +227,7 @@ class Worlds:
         limits: dict[str, Any] | None = None,
         patience: float = 20.0,
         send_buffer: int | None = None,
+        send_seconds: float = SEND_SECONDS,
         tune: Sequence[str] | None = None,
     ) -> World:
         """A swarm and an API over it; `tune` is the command by which its page starts runs."""
@@ -228,7 +249,7 @@ class Worlds:
         if tune is not None:
             starter = Starter(bundles, tune, partners.base, environment=environment())
         api = Api(partners, generator, keys or Keys({}), starter=starter, limits=limits or {})
-        running = Running(api, send_buffer)
+        running = Running(api, send_buffer, send_seconds)
         self._ends.append(running)
         world = World(swarm, self.folder, bundles, api, running, self.local, self.tokenizer)
         self._ends.append(world)

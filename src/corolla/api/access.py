@@ -1,8 +1,7 @@
 """Who may ask, for how much, and what of a request is read at all.
 
 Invariant: without a key nothing but this machine's own programs is served: neither other machines nor a web page
-that somebody here looks at. A body that is too large, or comes too slowly, is refused while others are served; a
-client that reads nothing is let go of.
+that somebody here looks at. A body that is too large, or comes too slowly, is refused while others are served.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from corolla.text import one_line
 MOST_BODY = 8 * 2**20
 MOST_DRAINED = 128 * 2**20  # of a body that is refused, so that the client gets to read why
 BODY_SECONDS = 30.0
-SEND_SECONDS = 60.0
 DAY, MINUTE = 86_400.0, 60.0
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/swarm", "/runs", "/favicon.ico"})
 ENDLESS = frozenset({"/api/swarm/events"})
@@ -187,12 +185,11 @@ class Gate:
         origins: Sequence[str] = (),
         most_body: int = MOST_BODY,
         body_seconds: float = BODY_SECONDS,
-        send_seconds: float = SEND_SECONDS,
         answered: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
         """`origins` are web pages that may ask from a browser; `answered(path, status)` is told of every answer."""
         self._app, self._keys, self._origins = app, keys, frozenset(origins)
-        self._most_body, self._body_seconds, self._send_seconds = most_body, body_seconds, send_seconds
+        self._most_body, self._body_seconds = most_body, body_seconds
         self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -202,21 +199,20 @@ class Gate:
         status = 0
         scope = _plain(scope)
 
-        async def send_in_time(message: Message) -> None:
+        async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            async with asyncio.timeout(self._send_seconds):
-                await send(message)
+            await send(message)
 
         try:
             self._check(scope)
             body = await self._body(scope, receive)
             _check_kind(scope, body)
         except ApiFailure as failure:
-            await refused(failure)(scope, receive, send_in_time)
+            await refused(failure)(scope, receive, noting)
         else:
-            await self._app(scope, _given(body, receive), send_in_time)
+            await self._app(scope, _given(body, receive), noting)
         finally:
             route = scope.get("route")
             self._answered(getattr(route, "path", "other"), status)

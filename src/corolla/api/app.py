@@ -23,7 +23,7 @@ from corolla.api.access import Gate, Keys, User
 from corolla.api.chat import ask_chat
 from corolla.api.completions import ask_completions
 from corolla.api.conversations import Conversations
-from corolla.api.failures import ApiFailure
+from corolla.api.failures import ApiFailure, wrong
 from corolla.api.generation import Generator, Run, Wish
 from corolla.api.metrics import Metrics
 from corolla.api.pages import add_pages
@@ -144,6 +144,8 @@ def _explain_failures(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # nested too deeply, a number of too many digits, no UTF-8
+            return refused(wrong("The request is no JSON that can be read.", code="invalid_value"))
         words = f"{error.detail}: see /openapi.json for what there is, all under /v1."
         found = ApiFailure(error.status_code, words, headers=dict(error.headers or {}))
         return refused(found)

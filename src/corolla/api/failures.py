@@ -63,13 +63,13 @@ def unsupported(param: str, why: str) -> ApiFailure:
     return wrong(f"{param} is not supported: {why}", param, "unsupported_parameter")
 
 
-def too_long(prompt: int, room: int, wanted: int | None) -> ApiFailure:
+def too_long(prompt: int, room: int, wanted: int | None, param: str) -> ApiFailure:
     """The prompt, or what was asked for behind it, does not fit the model's context of `room` tokens."""
     asked = "" if wanted is None else f" and {wanted} for the reply"
     return wrong(
         f"This model reads {room} tokens, and the request has {prompt} in its prompt{asked}: shorten the prompt"
         + (" or the reply." if wanted is not None else "."),
-        "messages",
+        param,
         "context_length_exceeded",
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from corolla.api.failures import unsupported
 
@@ -20,12 +20,21 @@ MOST_PROMPTS = 256
 MOST_TOKENS = 2**31 - 1  # far more than any model reads
 MOST_SEED = 9_223_372_036_854_776_000  # as OpenAI writes 64 bits
 
+
+def _whole(value: Any) -> Any:
+    """A whole number as such: to JSON 2.0 is one, and so some languages write all their numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")]
+# Pydantic itself does not say of the pattern that other names are refused.
+Biases = Annotated[dict[TokenName, Bias], Field(json_schema_extra={"additionalProperties": False})]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -149,15 +158,15 @@ class Sampled(Strict):
     model: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS), WHOLE] | None = None
     min_p: Probability | None = None
-    seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), WHOLE] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
-    logit_bias: dict[TokenName, Bias] | None = None
+    logit_bias: Biases | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_REPLIES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # They ask for nothing here.
@@ -171,10 +180,10 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -206,8 +215,8 @@ class CompletionRequest(Sampled):
             list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
         ]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
     best_of: Any = None
     suffix: Any = None
@@ -218,7 +227,7 @@ _NOTHING: tuple[Any, ...] = (None,)
 Refusals = dict[str, tuple[tuple[Any, ...], str]]
 _REFUSED: Refusals = {
     "audio": (_NOTHING, "the model says texts only"),
-    "best_of": ((None, 1), "ask for as many replies as you want with n"),
+    "best_of": ((None, 1), "as many replies are computed as n says, and given"),
     "function_call": ((None, "none", "auto"), "it has become tool_choice"),
     "functions": ((None, []), "they have become tools"),
     "metadata": ((None, {}), "nothing is stored here"),

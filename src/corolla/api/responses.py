@@ -16,6 +16,7 @@ from corolla.api.partners import Partner
 from corolla.api.requests import (
     MOST_MESSAGES,
     MOST_TOKENS,
+    WHOLE,
     ChatRequest,
     Content,
     FunctionName,
@@ -31,7 +32,7 @@ from corolla.api.requests import (
     check_supported,
 )
 from corolla.api.streaming import Answer, event
-from corolla.api.wishes import ChatWish, chat_wish, check_stream
+from corolla.api.wishes import ChatWish, chat_wish, check_stream, text_of
 
 
 class InputMessage(Open):
@@ -64,7 +65,7 @@ class ResponsesRequest(Sampled):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     text: TextConfig | None = None
     # What asks for nothing, or is refused.
     background: Any = None
@@ -91,6 +92,7 @@ _REFUSED: Refusals = {
     "max_tool_calls": ((None,), "tools are for /v1/chat/completions here"),
     "metadata": ((None, {}), "nothing is stored here"),
     "n": ((None, 1), "one reply is given here; /v1/chat/completions gives more"),
+    "parallel_tool_calls": ((None, True), "tools are for /v1/chat/completions here"),
     "previous_response_id": ((None,), "nothing is stored here: send all messages"),
     "prompt": ((None,), "prompts are not stored here"),
     "reasoning": (
@@ -123,6 +125,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         for index, one in enumerate(request.input):
             if one.model_extra and set(one.model_extra) - {"id", "status", "phase"}:
                 raise unsupported(f"input[{index}]", "an item is a message with a role and content here")
+            text_of(one.content, f"input[{index}]")
             messages.append(Message(role=one.role, content=one.content))
     shared = {name: getattr(request, name) for name in Sampled.model_fields}
     if len(messages) > MOST_MESSAGES:
@@ -149,7 +152,12 @@ def ask_responses(
 ) -> tuple[list[Wish], Callable[[Run], Answer]]:
     """What is to be computed, and the answer from it. Raises `ApiFailure`."""
     chat = as_chat(request)
-    wish = chat_wish(chat, partner, user)
+    try:
+        wish = chat_wish(chat, partner, user)
+    except ApiFailure as error:
+        if error.param == "messages":  # as the chat has it
+            error.param = "input"
+        raise
     return [wish.wish], lambda run: ResponsesAnswer(request, chat, wish, run)
 
 

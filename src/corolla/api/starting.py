@@ -14,14 +14,15 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import psutil
 from pydantic import Field, StringConstraints
 
 from corolla.api.failures import ApiFailure, wrong
 from corolla.api.partners import Partner
-from corolla.api.requests import Strict
+from corolla.api.requests import WHOLE, Strict
+from corolla.config import TuningMode
 from corolla.data.render import Example, RenderSettings
 from corolla.data.sources import load_conversations
 from corolla.errors import CorollaError
@@ -50,11 +51,12 @@ class NewRun(Strict):
     name: Name
     file: Annotated[str, StringConstraints(max_length=300)]  # its name, which says how to read it
     content: Annotated[str, StringConstraints(min_length=1)]
-    mode: Literal["ptune", "deep_ptune", "prefix"] = "ptune"
-    prompt_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
-    steps: Annotated[int, Field(ge=1, le=10**7)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
-    max_length: Annotated[int, Field(ge=2, le=10**6)] = 256
+    mode: TuningMode = "ptune"
+    prompt_tokens: Annotated[int, Field(ge=1, le=100_000), WHOLE] = 16  # of all modes but lora
+    rank: Annotated[int, Field(ge=1, le=10_000), WHOLE] = 8  # of lora
+    steps: Annotated[int, Field(ge=1, le=10**7), WHOLE] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1024), WHOLE] = 8
+    max_length: Annotated[int, Field(ge=2, le=10**6), WHOLE] = 256
     learning_rate: Annotated[float, Field(gt=0)] | None = None
 
     def settings(self) -> TuneSettings:
@@ -66,11 +68,17 @@ class NewRun(Strict):
             rendering=RenderSettings(style="auto", max_length=self.max_length),
         )
 
+    @property
+    def tokens(self) -> int:
+        """That stand before the texts."""
+        return 0 if self.mode == "lora" else self.prompt_tokens
+
     def words(self) -> list[str]:
         """The same as options of the command."""
         said = {
             "--mode": self.mode,
-            "--prompt-tokens": self.prompt_tokens,
+            "--prompt-tokens": self.tokens or None,
+            "--rank": self.rank if self.mode == "lora" else None,
             "--batch-size": self.batch_size,
             "--max-length": self.max_length,
             "--steps": self.steps,
@@ -104,7 +112,7 @@ class Starter:
             if self._tokenizer is None:
                 self._tokenizer = copy.deepcopy(self._base.tokenizer)
             config, settings = self._base.model.config, asked.settings()
-            check_length(config, asked.prompt_tokens, asked.max_length, name)
+            check_length(config, asked.tokens, asked.max_length, name)
             path = scratch / f"data{_kind(asked.file)}"
             path.write_bytes(asked.content.encode(errors="surrogatepass"))
             try:
@@ -244,7 +252,7 @@ class Starter:
         return user if isinstance(user, str) else None
 
     def last_words(self, name: str) -> str:
-        """The last line that it has said."""
+        """The last line that it has said, but for those that only frame others."""
         assert self._folder is not None
         try:
             with (self._folder / FOLDER / name / "log.txt").open("rb") as file:
@@ -252,7 +260,8 @@ class Starter:
                 lines = file.read().decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return one_line(lines[-1], characters=500) if lines else ""
+        said = [line for line in lines if any(sign.isalnum() for sign in line)]
+        return one_line(said[-1], characters=500) if said else ""
 
     def _about(self, name: str) -> dict[str, Any]:
         if self._folder is None or name not in self.names():

@@ -79,7 +79,9 @@ def chat_wish(request: ChatRequest, partner: Partner, user: str) -> ChatWish:
         user=user,
         partner=partner,
         ids=ids,
-        max_tokens=_room(partner, ids, _chat_limit(request), partner.sampling.get("max_new_tokens")),
+        max_tokens=_room(
+            partner, ids, _chat_limit(request), partner.sampling.get("max_new_tokens"), "messages"
+        ),
         sampling=sampling_of(request, partner, top),
         reader=reader,
         count=request.n or 1,
@@ -216,6 +218,8 @@ def format_grammar(wanted: ResponseFormat | None, partner: Partner) -> str | Non
 
 def completion_wishes(request: CompletionRequest, partner: Partner, user: str) -> list[tuple[Wish, str]]:
     """What is to come behind each prompt, and the prompt's text. Raises `ApiFailure`."""
+    if request.best_of == request.n and type(request.best_of) is int:  # all of them are the best ones
+        request = request.model_copy(update={"best_of": None})
     check_supported(request)
     check_stream(request)
     prompts = [_prompt(one, partner) for one in _each(request.prompt)]
@@ -237,7 +241,7 @@ def completion_wishes(request: CompletionRequest, partner: Partner, user: str) -
             user=user,
             partner=partner,
             ids=ids,
-            max_tokens=_room(partner, ids, request.max_tokens, usual),
+            max_tokens=_room(partner, ids, request.max_tokens, usual, "prompt"),
             sampling=sampling_of(request, partner, request.logprobs),
             reader=reader,
             count=request.n or 1,
@@ -273,11 +277,11 @@ def _prompt(prompt: str | Sequence[int], partner: Partner) -> tuple[list[int], s
     return ids, text
 
 
-def _room(partner: Partner, ids: Sequence[int], wanted: int | None, usual: int | None) -> int:
-    """How many tokens the reply may have. Raises `ApiFailure` where it does not fit."""
+def _room(partner: Partner, ids: Sequence[int], wanted: int | None, usual: int | None, param: str) -> int:
+    """How many tokens the reply may have. Raises `ApiFailure`, which names `param`, where it does not fit."""
     left = partner.max_context - len(ids)
     if left < (1 if wanted is None else wanted):
-        raise too_long(len(ids), partner.max_context, wanted)
+        raise too_long(len(ids), partner.max_context, wanted, param)
     return min(left, usual) if wanted is None and usual else left if wanted is None else wanted
 
 

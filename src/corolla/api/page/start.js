@@ -2,7 +2,7 @@
 import { send } from "/page/talk.js";
 
 const $ = (id) => document.getElementById(id);
-const NUMBERS = ["prompt_tokens", "steps", "batch_size", "max_length", "learning_rate"];
+const NUMBERS = ["prompt_tokens", "rank", "steps", "batch_size", "max_length", "learning_rate"];
 
 const MOST_BYTES = 8 * 2 ** 20; // that the server takes
 
@@ -20,7 +20,7 @@ async function read(file) {
 async function asked() {
   const file = $("file").files[0];
   const found = { name: $("name").value, file: file.name, content: await read(file), mode: $("mode").value };
-  for (const name of NUMBERS) if ($(name).value !== "") found[name] = Number($(name).value);
+  for (const name of NUMBERS) if ($(name).value !== "" && !$(name).disabled) found[name] = Number($(name).value);
   return found;
 }
 
@@ -49,6 +49,14 @@ let shown = null; // what was looked at, and can be started
 function changed() {
   shown = null;
   $("start").disabled = true;
+}
+
+// An adapter has a rank, all else so many tokens in front.
+function fitting() {
+  const adapter = $("mode").value === "lora";
+  for (const [name, field, there] of [["rank", "rank_field", adapter], ["prompt_tokens", "prompt_field", !adapter]]) {
+    $(field).hidden = $(name).disabled = !there;
+  }
 }
 
 async function look(event) {
@@ -84,5 +92,7 @@ async function start(after) {
 export function prepare(after) {
   $("train").addEventListener("submit", look);
   $("train").addEventListener("input", changed);
+  $("mode").addEventListener("input", fitting);
+  fitting(); // a browser may have kept the choice
   $("start").addEventListener("click", () => start(after));
 }
