@@ -222,9 +222,8 @@ def test_bits_depend_neither_on_the_company_nor_on_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
-    assert (
-        error(found[2], found[0][:3]) < 1e-6
-    )  # two rows of a product are added up in another order than many
+    # Few rows of a product are added up in another order than many.
+    assert error(found[2], found[0][:3]) < 1e-5
 
 
 def test_deep_prompts_gradients_and_long_steps_go_through_the_familys_code(
