@@ -274,6 +274,40 @@ async def test_a_step_waits_for_those_that_are_due(monkeypatch: pytest.MonkeyPat
     assert line.sent[-1] == [A, B]
 
 
+@in_virtual_time
+async def test_those_that_have_begun_apart_meet_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 0.1 s from one answer to its next step, and they have begun 0.05 s apart."""
+    line = Line(monkeypatch)
+
+    async def talk(name: str, begin: float) -> None:
+        await asyncio.sleep(begin)
+        for _ in range(12):
+            await line.step(name)
+            await asyncio.sleep(0.1)
+
+    await asyncio.gather(talk(A, 0.0), talk(B, 0.05))
+    assert line.sent[0] == [A]
+    assert [sorted(names) for names in line.sent[-8:-1]] == [[A, B]] * 7
+
+
+@in_virtual_time
+async def test_those_of_another_pace_are_waited_for_now_and_then_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = Line(monkeypatch)
+    began, ends = asyncio.get_running_loop().time(), dict[str, float]()
+
+    async def talk(name: str, pace: float, count: int) -> None:
+        for _ in range(count):
+            await line.step(name)
+            await asyncio.sleep(pace)
+        ends[name] = asyncio.get_running_loop().time() - began
+
+    await asyncio.gather(talk(A, 0.1, 64), talk(B, 0.17, 40))
+    assert ends[A] < 1.25 * 64 * 0.1
+    assert ends[B] < 1.25 * 40 * 0.17
+
+
 async def test_nobody_waits_for_a_session_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(monkeypatch)
     monkeypatch.setattr(step_batcher, "GATHER_SECONDS", 3600.0)

@@ -27,6 +27,9 @@ TOGETHER = 8
 # What a step waits at most for those of others: so long, and so much of the time from one token to the next.
 GATHER_SECONDS = 0.03
 GATHER_SHARE = 0.33
+# Sessions that have begun apart stay apart, since each comes again when its own token is done. So once in so many
+# messages a step waits for the others for as long as a token takes; those that go together then come back together.
+MEET_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class StepBatcher:
         self._under_way: set[asyncio.Task[None]] = set()
         self._sending: asyncio.Handle | None = None
         self._until: float | None = None  # how long those that wait do so for others
+        self._apart = MEET_EVERY  # messages since steps have waited for as long as a token takes
         self._arrivals = ArrivalTracker()
 
     def enter(self, name: str) -> None:
@@ -57,6 +61,10 @@ class StepBatcher:
         """It has none any more."""
         self.members.discard(name)
         self._arrivals.forget(name)
+
+    def went_alone(self, name: str) -> None:
+        """A member sends a step of one token by itself: it will be back when others are."""
+        self._arrivals.arrived(name, asyncio.get_running_loop().time())
 
     async def step(self, part: Part, hidden: Tensor) -> Tensor:
         """The outputs [R, 1, H] of a member's step. Raises `RemoteError`."""
@@ -86,7 +94,7 @@ class StepBatcher:
         loop = asyncio.get_running_loop()
         waiting, now = {one.part.name for one in self._waiting}, loop.time()
         if self._until is None:
-            self._until = now + min(GATHER_SECONDS, GATHER_SHARE * self._arrivals.shortest_period(waiting))
+            self._until = now + self._patience(now, waiting)
         if self._sending is not None:
             self._sending.cancel()
         if len(waiting) < TOGETHER and self._arrivals.others_due(now, self._until, waiting):
@@ -94,8 +102,17 @@ class StepBatcher:
         else:
             self._sending = loop.call_soon(self._send)
 
+    def _patience(self, now: float, waiting: set[str]) -> float:
+        """Seconds that those which wait do so for others at most."""
+        period = self._arrivals.shortest_period(waiting)
+        if self._apart >= MEET_EVERY and self._arrivals.others_due(now, now + period, waiting):
+            self._apart = 0
+            return period
+        return min(GATHER_SECONDS, GATHER_SHARE * period)
+
     def _send(self) -> None:
         self._sending = self._until = None
+        self._apart += 1
         wanted = [one for one in self._waiting if not one.done.done()]  # the rest was given up
         together, self._waiting = _alike(wanted)
         if together:
