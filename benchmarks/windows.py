@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from corolla.models.attention.packing import PackedBatch, segments_of
-from corolla.models.attention.pages import PAGE, CachedSequence, Layout, PagePool, pages_for
+from corolla.models.attention.pages import PAGE, CachedSequence, PageLayout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.selfcheck import check_family
@@ -68,7 +68,7 @@ def span_of(family: str) -> Span:
     return span
 
 
-def run(span: Span, layout: Layout, context: int) -> Kept:
+def run(span: Span, layout: PageLayout, context: int) -> Kept:
     """A prompt of `context` tokens in pieces, then tokens one by one."""
     tokens, blocks = context + DECODED, span.end - span.start
     pool = PagePool(layout.tables * pages_for(tokens), dtype=span.dtype, device=span.device, layout=layout)
@@ -96,7 +96,7 @@ def main() -> None:
     for family, sizes in MODELS.items():
         span = span_of(family)
         for context in CONTEXTS:
-            whole, windows = run(span, Layout(), context), run(span, layout_of(span), context)
+            whole, windows = run(span, PageLayout(), context), run(span, layout_of(span), context)
             print(
                 f"| {family}, {sizes['num_hidden_layers']} blocks, window {sizes['sliding_window']:,} "
                 f"| {context:,} | {whole.bytes / 2**20:.1f} MiB | {windows.bytes / 2**20:.1f} MiB "

@@ -32,7 +32,7 @@ def plain() -> Any:
 
     from corolla.models.checkpoints.checkpoint import open_checkpoint
 
-    folder = open_checkpoint(MODEL).tokenizer_source
+    folder = open_checkpoint(MODEL).source.location
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -147,7 +147,7 @@ def cut(blocks: int, folder: str) -> None:
 
     from corolla.models.checkpoints.checkpoint import open_checkpoint
 
-    whole = open_checkpoint(MODEL).tokenizer_source
+    whole = open_checkpoint(MODEL).source.location
     model = AutoModelForCausalLM.from_pretrained(whole, num_hidden_layers=blocks, dtype=torch.float32)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(whole).save_pretrained(folder)

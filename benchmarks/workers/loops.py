@@ -32,7 +32,7 @@ def demo_batches(count: int) -> list[dict[str, Tensor]]:
         held_out_samples=DEMO.held_out,
         rendering=RenderSettings(max_length=DEMO.max_length),
     )
-    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint("smollm2").tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint("smollm2").source.location)
     prepared = prepare(tokenizer, settings, load_conversations("chitchat")[0])
     order = random.Random(0).sample(prepared.train, len(prepared.train))
     return [prepared.batches(order[i * DEMO.batch : (i + 1) * DEMO.batch]) for i in range(count)]
