@@ -189,7 +189,7 @@ def compared(
     newest = None
     if what == "step":  # an audit of a step sees the newest token only
         newest = torch.arange(given["hidden"].shape[1]) == given["hidden"].shape[1] - 1
-    answer = Answer(hop, what, given, claimed, newest)  # type: ignore[arg-type]
+    answer = Answer(hop, what, given, claimed, newest)
     return answer, auditor.answer(given, "backward" if what == "backward" else "forward")
 
 

@@ -65,7 +65,7 @@ def main() -> None:
             for at in range(BEFORE, BEFORE + REPLY):
                 cache.remember(turn=at == BEFORE)
                 span.forward(hidden[:, at : at + 1], cache=cache)
-            back = seconds(lambda at=length, kept=cache: span.go_back(kept, at))  # type: ignore[misc]
+            back = seconds(lambda at=length, kept=cache: span.go_back(kept, at))
             print(f"{name} of {REPLY} taken back: {1000 * back:.1f} ms, {anew / back:.0f}x less")
         token, states = span.cache_bytes
         print(f"bytes of a token {token}, of its states {states}, which is {states / token:.0f} tokens")

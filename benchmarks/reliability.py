@@ -197,7 +197,7 @@ def failures(lines: Lines) -> str:
     """Standing still and the published experiment, as `benchmarks.failures` writes them."""
     from benchmarks.failures import page
 
-    return page(dict(lines))  # type: ignore[arg-type]
+    return page(dict(lines))
 
 
 SECTIONS: dict[str, Callable[[Lines], str]] = {
