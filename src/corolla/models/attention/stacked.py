@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
@@ -24,8 +23,10 @@ from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.packing import TableSegment, attend_latents, attend_one
 from corolla.models.attention.span_cache import SpanCache
 
+# Of blocks that keep nothing; older releases have no such kind.
+_NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 # Kinds of layers that are understood; no others, nor kinds that are made of these.
-KINDS = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
+KINDS = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, _NOTHING)
 
 
 class StackedCaches(Cache):  # type: ignore[misc]
@@ -144,7 +145,7 @@ def _stacked(layers: Sequence[Any]) -> Any:
     """The states of some caches' layers, of one block, in one layer."""
     first = layers[0]
     if not isinstance(first, LinearAttentionLayer):
-        return DummyLayer() if isinstance(first, DummyLayer) else DynamicLayer()
+        return type(first)() if type(first) is _NOTHING else DynamicLayer()
     made = type(first)(first.number_of_states)
     made.conv_states = _joined([one.conv_states for one in layers])
     made.recurrent_states = _joined([one.recurrent_states for one in layers])
