@@ -80,9 +80,8 @@ class Records:
         """`moved` hears of a peer that has come back with other blocks."""
         self.known: list[ServerRecord] = []  # those that compute in numerics that there are
         self.by_numerics: dict[str, list[ServerRecord]] = {}  # in the order of `routing.KINDS`
-        self.announced: dict[
-            str, float
-        ] = {}  # seconds of a token in a block, of peers that say how fast they are
+        # Seconds of a token in a block, of peers that say how fast they are.
+        self.announced: dict[str, float] = {}
         self.untrusted = 0  # servers of the model that the user has left out
         self.cut_short = False  # the directory was not read to its end: there may be others
         self._directory = directory

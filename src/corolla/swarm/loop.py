@@ -155,11 +155,8 @@ class _Work(Generic[T]):
         if error is None:
             return self._results.pop()
         try:
-            if isinstance(
-                error, asyncio.CancelledError
-            ):  # which in other threads means that they are cancelled
-                raise CancelledError
-            raise error
+            # asyncio's own would mean that whoever waits is cancelled.
+            raise CancelledError if isinstance(error, asyncio.CancelledError) else error
         finally:
             del error  # whose traceback holds this frame
 

@@ -290,7 +290,7 @@ class SpanSession:
                 self._batchable = False
         assert self.channel is not None
         if self._batcher is not None and hidden.shape[1] == 1:
-            self._batcher.went_alone(self.name)
+            self._batcher.arrived(self.name)
         reply = await request(self.channel, Packet(step, tensors))
         self._reserved = step.reserve
         return self._output_of(reply, hidden, self.hop)

@@ -50,7 +50,7 @@ class StepBatcher:
         self._under_way: set[asyncio.Task[None]] = set()
         self._sending: asyncio.Handle | None = None
         self._until: float | None = None  # how long those that wait do so for others
-        self._apart = MEET_EVERY  # messages since steps have waited for as long as a token takes
+        self._messages = MEET_EVERY  # since steps have waited for as long as a token takes
         self._arrivals = ArrivalTracker()
 
     def enter(self, name: str) -> None:
@@ -62,16 +62,15 @@ class StepBatcher:
         self.members.discard(name)
         self._arrivals.forget(name)
 
-    def went_alone(self, name: str) -> None:
-        """A member sends a step of one token by itself: it will be back when others are."""
+    def arrived(self, name: str) -> None:
+        """A member has a step of one token, which may also go by itself."""
         self._arrivals.arrived(name, asyncio.get_running_loop().time())
 
     async def step(self, part: Part, hidden: Tensor) -> Tensor:
         """The outputs [R, 1, H] of a member's step. Raises `RemoteError`."""
-        loop = asyncio.get_running_loop()
-        one = _Step(part, hidden, loop.create_future())
+        one = _Step(part, hidden, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
-        self._arrivals.arrived(part.name, loop.time())
+        self.arrived(part.name)
         self._send_soon()
         return await one.done
 
@@ -105,14 +104,14 @@ class StepBatcher:
     def _patience(self, now: float, waiting: set[str]) -> float:
         """Seconds that those which wait do so for others at most."""
         period = self._arrivals.shortest_period(waiting)
-        if self._apart >= MEET_EVERY and self._arrivals.others_due(now, now + period, waiting):
-            self._apart = 0
+        if self._messages >= MEET_EVERY and self._arrivals.others_due(now, now + period, waiting):
+            self._messages = 0
             return period
         return min(GATHER_SECONDS, GATHER_SHARE * period)
 
     def _send(self) -> None:
         self._sending = self._until = None
-        self._apart += 1
+        self._messages += 1
         wanted = [one for one in self._waiting if not one.done.done()]  # the rest was given up
         together, self._waiting = _alike(wanted)
         if together:

@@ -27,6 +27,7 @@ from corolla.models.attention.span_cache import SpanCache
 _NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 # Kinds of layers that are understood; no others, nor kinds that are made of these.
 KINDS = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, _NOTHING)
+STATES = ("conv_states", "recurrent_states")  # of a layer that has some, by their number
 
 
 class StackedCaches(Cache):  # type: ignore[misc]
@@ -122,14 +123,18 @@ class StackedCaches(Cache):  # type: ignore[misc]
             for layer, (keys, values) in zip(layers, self._new.get(block, ()), strict=False):
                 layer.keys, layer.values = keys, values
             if isinstance(stacked, LinearAttentionLayer):
-                for name in ("conv_states", "recurrent_states"):
-                    for at, whole in getattr(stacked, name).items():
-                        parts = () if whole is None else self._of_caches(whole)
-                        for layer, part in zip(layers, parts, strict=False):
-                            getattr(layer, name)[at].copy_(part)
+                for name in STATES:
+                    self._hand_out(getattr(stacked, name), [getattr(layer, name) for layer in layers])
         for cache, own, places in zip(self._caches, hidden, positions, strict=True):
             cache.record(own, places)
         return self._of_caches(output)
+
+    def _hand_out(self, stacked: dict[int, Tensor | None], own: Sequence[dict[int, Tensor]]) -> None:
+        """Copy states of all rows into each cache's."""
+        for at, whole in stacked.items():
+            if whole is not None:
+                for states, part in zip(own, self._of_caches(whole), strict=True):
+                    states[at].copy_(part)
 
 
 def can_be_stacked(cache: SpanCache) -> bool:
@@ -147,8 +152,8 @@ def _stacked(layers: Sequence[Any]) -> Any:
     if not isinstance(first, LinearAttentionLayer):
         return type(first)() if type(first) is _NOTHING else DynamicLayer()
     made = type(first)(first.number_of_states)
-    made.conv_states = _joined([one.conv_states for one in layers])
-    made.recurrent_states = _joined([one.recurrent_states for one in layers])
+    for name in STATES:
+        setattr(made, name, _joined([getattr(one, name) for one in layers]))
     for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"):
         setattr(made, name, dict(getattr(first, name)))
     made.conv_kernel_size = dict(first.conv_kernel_size)

@@ -232,7 +232,8 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
             small.qk_nope_head_dim = max(1, small.qk_rope_head_dim * config.qk_nope_head_dim // rotated)
         # The width that rotary tables are made for, of which they take all or a part.
         wide = getattr(config, "head_dim", None)
-        if rotated in {int(share * (wide or 0)) for share in _rotary_shares(config)}:
+        shares = [_rotary_share(part) for part in _rotary_parts(config).values()] or [1.0]
+        if rotated in {int(share * (wide or 0)) for share in shares}:
             small.head_dim = small.qk_rope_head_dim * wide // rotated
     elif not hasattr(config, "num_attention_heads"):
         return
@@ -241,23 +242,25 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
         small.head_dim = SMALL["head_dim"] * (1 if together else 2)
 
 
-def _rotary_shares(config: PretrainedConfig) -> set[float]:
-    """Of a head's width, how much is rotated, by each kind of layers."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = list(rope.values()) if rope and all(isinstance(one, dict) for one in rope.values()) else [rope]
-    return {part.get("partial_rotary_factor") or 1.0 for part in parts}
+def _rotary_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """Parameters of rotary embeddings by the kind of layers, by no name where they are of all; none without any."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return {}
+    return rope if all(isinstance(one, dict) for one in rope.values()) else {"": rope}
+
+
+def _rotary_share(part: dict[str, Any]) -> float:
+    """Of a head's width, how much is rotated."""
+    return float(part.get("partial_rotary_factor") or 1.0)
 
 
 def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
     """As many factors as the miniature has frequencies; and the edge where they change, at `EDGE`."""
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict):
-        return
-    nested = all(isinstance(one, dict) for one in rope.values())
-    parts = copy.deepcopy(rope if nested else {"": rope})
+    parts = copy.deepcopy(_rotary_parts(config))
     width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
     for part in parts.values():
-        keep = int(width * (part.get("partial_rotary_factor") or 1.0)) // 2
+        keep = int(width * _rotary_share(part)) // 2
         part |= {
             name: (value * keep)[:keep]
             for name, value in part.items()
@@ -269,7 +272,8 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
             if hasattr(config, "original_max_position_embeddings"):
                 small.original_max_position_embeddings = EDGE
             small.max_position_embeddings = EDGE if part["rope_type"] == "dynamic" else 4 * EDGE
-    small.rope_parameters = parts if nested else parts[""]
+    if parts:
+        small.rope_parameters = parts.get("", parts)
 
 
 def random_model(causal_lm: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

@@ -214,8 +214,7 @@ class NarrowLinear(FrozenLinear):
         value = value.contiguous()
         result = value.new_empty(*value.shape[:-1], self.out_features)
         assert self._kernel is not None
-        bias = None if self.bias is None else self.bias.data_ptr()
-        given = bias, value.data_ptr(), result.data_ptr(), rows, torch.get_num_threads()
+        given = pointer(self.bias), value.data_ptr(), result.data_ptr(), rows, torch.get_num_threads()
         self._kernel(*self._described, *given)
         return result
 

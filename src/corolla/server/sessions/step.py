@@ -62,8 +62,8 @@ class StepRequest(Request):
         """
         self.rows, self.count = int(hidden.shape[0]), int(hidden.shape[1])
         super().__init__(Kind.DECODE if self.count <= DECODE_TOKENS else Kind.PREFILL, session.peer, session)
-        alone = mask is not None and not bool(mask.all())
-        stacks = session.span.stackable and self.count == 1 and not alone and session.stacks_from(position)
+        stacks = session.span.stackable and self.count == 1 and session.stacks_from(position)
+        stacks = stacks and (mask is None or bool(mask.all()))
         # Of families that cannot be packed, steps of one token may be stacked; nothing else shares a pass.
         self.group = session.span if session.span.packable or stacks else None
         self.room = max(reserve, position + self.count)
@@ -264,9 +264,8 @@ class StepRequest(Request):
         """Its new tokens [R, 1, H] and their position ids [R, 1], for a pass over steps of one token."""
         span = self.session.span
         self.begin_plain()
-        hidden = self._hidden.to(
-            span.device, span.dtype, copy=True
-        )  # which is kept; a message holds others' too
+        # A copy, since it is kept, and a message holds others' too.
+        hidden = self._hidden.to(span.device, span.dtype, copy=True)
         return hidden, self._ids.view(self.rows, 1).to(span.device)
 
     def store_stacked(self, output: Tensor) -> None:
@@ -317,12 +316,12 @@ def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
     """The next tokens of steps of one span through it, together where the family allows it."""
     session = parts[0][0].session
     span, pool = session.span, session.pool
-    if not span.packable and len(parts) > 1:
-        _run_stacked(span, [step for step, _ in parts])
-        return
     if not span.packable:
-        step, count = parts[0]
-        step.run_plain(count)
+        if len(parts) > 1:
+            _run_stacked(span, [step for step, _ in parts])
+        else:
+            step, count = parts[0]
+            step.run_plain(count)
         return
     loaded, total = [], 0
     for step, count in parts:
