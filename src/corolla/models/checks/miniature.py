@@ -257,7 +257,8 @@ def _rotary_share(part: dict[str, Any]) -> float:
 
 def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
     """As many factors as the miniature has frequencies; and the edge where they change, at `EDGE`."""
-    parts = copy.deepcopy(_rotary_parts(config))
+    if not (parts := copy.deepcopy(_rotary_parts(config))):
+        return
     width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
     for part in parts.values():
         keep = int(width * _rotary_share(part)) // 2
@@ -272,8 +273,7 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
             if hasattr(config, "original_max_position_embeddings"):
                 small.original_max_position_embeddings = EDGE
             small.max_position_embeddings = EDGE if part["rope_type"] == "dynamic" else 4 * EDGE
-    if parts:
-        small.rope_parameters = parts.get("", parts)
+    small.rope_parameters = parts.get("", parts)
 
 
 def random_model(causal_lm: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
