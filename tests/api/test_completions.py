@@ -7,57 +7,58 @@ from typing import Any
 import pytest
 import torch
 from openai import BadRequestError
-from tests.api.world import BASE, World
+from tests.api.deployed import Deployed
+from tests.api.world import BASE
 
 TEXT = "The moon is "
 
 
-def test_a_completion_is_what_generate_gives(world: World) -> None:
-    ids = world.tokenizer(TEXT).input_ids
-    said = world.greedy(ids, 12)
+def test_a_completion_is_what_generate_gives(real: Deployed) -> None:
+    ids = real.tokenizer(TEXT).input_ids
+    said = real.greedy(ids, 12)
     for prompt in (TEXT, ids, [TEXT], [ids]):
-        reply = world.client().completions.create(model=BASE, prompt=prompt, temperature=0, max_tokens=12)
-        assert reply.choices[0].text == world.text(said)
+        reply = real.client().completions.create(model=BASE, prompt=prompt, temperature=0, max_tokens=12)
+        assert reply.choices[0].text == real.text(said)
         assert reply.usage is not None
         assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(said))
 
 
-def test_sixteen_tokens_unless_more_are_asked_for(world: World) -> None:
-    reply = world.client().completions.create(model=BASE, prompt="Once", temperature=0)
-    assert reply.choices[0].text == world.text(world.greedy(world.tokenizer("Once").input_ids, 16))
+def test_sixteen_tokens_unless_more_are_asked_for(real: Deployed) -> None:
+    reply = real.client().completions.create(model=BASE, prompt="Once", temperature=0)
+    assert reply.choices[0].text == real.text(real.greedy(real.tokenizer("Once").input_ids, 16))
 
 
-def test_the_best_two_of_two(world: World) -> None:
-    reply = world.client().completions.create(
+def test_the_best_two_of_two(real: Deployed) -> None:
+    reply = real.client().completions.create(
         model=BASE, prompt=TEXT, n=2, best_of=2, temperature=0, max_tokens=4
     )
-    said = world.text(world.greedy(world.tokenizer(TEXT).input_ids, 4))
+    said = real.text(real.greedy(real.tokenizer(TEXT).input_ids, 4))
     assert [choice.text for choice in reply.choices] == [said, said]
 
 
-def test_several_prompts_and_a_stream_of_them(world: World) -> None:
+def test_several_prompts_and_a_stream_of_them(real: Deployed) -> None:
     prompts = ["One", "Two and three", "Four"]
-    expected = [world.text(world.greedy(world.tokenizer(one).input_ids, 8)) for one in prompts]
+    expected = [real.text(real.greedy(real.tokenizer(one).input_ids, 8)) for one in prompts]
     how: dict[str, Any] = {"model": BASE, "prompt": prompts, "temperature": 0, "max_tokens": 8}
-    whole = world.client().completions.create(**how)
+    whole = real.client().completions.create(**how)
     assert [choice.text for choice in whole.choices] == expected
     texts = ["", "", ""]
-    for chunk in world.client().completions.create(**how, stream=True):
+    for chunk in real.client().completions.create(**how, stream=True):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == expected
 
 
 @pytest.mark.parametrize("most", [0, 1, 4])
-def test_an_echo_tells_how_likely_every_token_of_a_text_is(world: World, most: int) -> None:
+def test_an_echo_tells_how_likely_every_token_of_a_text_is(real: Deployed, most: int) -> None:
     text = "It rains on the river, and the lamp is lit."
-    ids = world.tokenizer(text).input_ids
-    reply = world.client().completions.create(
+    ids = real.tokenizer(text).input_ids
+    reply = real.client().completions.create(
         model=BASE, prompt=[ids], temperature=0, max_tokens=most, logprobs=2, echo=True, seed=1234
     )
-    said = [token for token in world.greedy(ids, most) if token != 2] if most else []
+    said = [token for token in real.greedy(ids, most) if token != 2] if most else []
     with torch.no_grad():
-        probabilities = world.local(torch.tensor([[*ids, *said]])).logits[0].log_softmax(-1)
+        probabilities = real.local(torch.tensor([[*ids, *said]])).logits[0].log_softmax(-1)
     found = reply.choices[0].logprobs
     assert found is not None
     assert found.token_logprobs is not None
@@ -74,16 +75,16 @@ def test_an_echo_tells_how_likely_every_token_of_a_text_is(world: World, most: i
     greedy = [name == max(row, key=row.__getitem__) for name, row in rows]
     best = [token == int(probabilities[place].argmax()) for place, token in enumerate([*ids, *said][1:])]
     assert greedy == best, "whether a token is the likeliest can be told by its name"
-    assert reply.choices[0].text == text + world.text(said)
+    assert reply.choices[0].text == text + real.text(said)
     assert "".join(found.tokens[: len(ids)]) == text
     assert found.text_offset[: len(ids)] == list(range(len(ids)))
     assert reply.usage is not None
     assert reply.usage.prompt_tokens == len(ids)
 
 
-def test_tokens_stand_where_their_character_does(world: World) -> None:
+def test_tokens_stand_where_their_character_does(real: Deployed) -> None:
     text = "a\U0001f327b\u00e9c"
-    reply = world.client().completions.create(
+    reply = real.client().completions.create(
         model=BASE, prompt=text, temperature=0, max_tokens=0, logprobs=0, echo=True
     )
     found = reply.choices[0].logprobs
@@ -93,10 +94,10 @@ def test_tokens_stand_where_their_character_does(world: World) -> None:
     assert own == [place for place, one in enumerate(text) for _ in one.encode()]
 
 
-def test_an_echo_without_probabilitys(world: World) -> None:
-    reply = world.client().completions.create(model=BASE, prompt=TEXT, temperature=0, max_tokens=5, echo=True)
-    said = world.greedy(world.tokenizer(TEXT).input_ids, 5)
-    assert reply.choices[0].text == TEXT + world.text(said)
+def test_an_echo_without_probabilitys(real: Deployed) -> None:
+    reply = real.client().completions.create(model=BASE, prompt=TEXT, temperature=0, max_tokens=5, echo=True)
+    said = real.greedy(real.tokenizer(TEXT).input_ids, 5)
+    assert reply.choices[0].text == TEXT + real.text(said)
     assert reply.choices[0].logprobs is None
 
 
@@ -119,9 +120,9 @@ def test_an_echo_without_probabilitys(world: World) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_done_is_refused(world: World, changes: dict[str, Any], param: str | None) -> None:
+def test_what_cannot_be_done_is_refused(real: Deployed, changes: dict[str, Any], param: str | None) -> None:
     body = {"prompt": TEXT, **changes}
     with pytest.raises(BadRequestError) as caught:
-        world.client().completions.create(model=BASE, prompt=body.pop("prompt"), extra_body=body)
+        real.client().completions.create(model=BASE, prompt=body.pop("prompt"), extra_body=body)
     if param is not None:
         assert caught.value.param == param

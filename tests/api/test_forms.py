@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError
-from tests.api.world import BASE, World
+from tests.api.deployed import Deployed
+from tests.api.world import BASE
 from tests.chat.tokenizers import merging_tokenizer, spacing_tokenizer
 from tests.covering import covering
 
@@ -34,9 +35,9 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_reply_is_json_of_the_schema(world: World, stream: bool, seed: int) -> None:
+def test_a_reply_is_json_of_the_schema(real: Deployed, stream: bool, seed: int) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA, "strict": True}}
-    reply: Any = world.client().chat.completions.create(
+    reply: Any = real.client().chat.completions.create(
         model=BASE, messages=ASK, seed=seed, max_tokens=80, response_format=form, stream=stream
     )
     if stream:
@@ -51,8 +52,8 @@ def test_a_reply_is_json_of_the_schema(world: World, stream: bool, seed: int) ->
     assert reason == "stop"
 
 
-def test_a_reply_is_an_object_or_was_cut_short(world: World) -> None:
-    reply = world.client().chat.completions.create(
+def test_a_reply_is_an_object_or_was_cut_short(real: Deployed) -> None:
+    reply = real.client().chat.completions.create(
         model=BASE, messages=ASK, temperature=0, max_tokens=40, response_format={"type": "json_object"}
     )
     text = reply.choices[0].message.content
@@ -70,8 +71,8 @@ def test_a_reply_is_an_object_or_was_cut_short(world: World) -> None:
         together=1,
     ),
 )
-def test_a_tool_is_called(world: World, choice: Any, stream: bool) -> None:
-    reply: Any = world.client().chat.completions.create(
+def test_a_tool_is_called(real: Deployed, choice: Any, stream: bool) -> None:
+    reply: Any = real.client().chat.completions.create(
         model=BASE,
         messages=ASK,
         seed=3,
@@ -96,8 +97,8 @@ def test_a_tool_is_called(world: World, choice: Any, stream: bool) -> None:
     assert reason == "tool_calls"
 
 
-def test_what_a_tool_said_goes_on(world: World) -> None:
-    first = world.client().chat.completions.create(
+def test_what_a_tool_said_goes_on(real: Deployed) -> None:
+    first = real.client().chat.completions.create(
         model=BASE,
         messages=ASK,
         seed=3,
@@ -114,7 +115,7 @@ def test_what_a_tool_said_goes_on(world: World) -> None:
         message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"},
     ]
-    reply = world.client().chat.completions.create(
+    reply = real.client().chat.completions.create(
         model=BASE, messages=talk, temperature=0, max_tokens=8, tools=[WEATHER], tool_choice="none"
     )
     arguments = json.loads(call.function.arguments)
@@ -122,14 +123,14 @@ def test_what_a_tool_said_goes_on(world: World) -> None:
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": calling}]}
     plain = [*ASK, called]
     plain += [{"role": "tool", "content": "12 degrees"}]
-    assert reply.choices[0].message.content == world.text(world.greedy(world.prompt(plain), 8))
+    assert reply.choices[0].message.content == real.text(real.greedy(real.prompt(plain), 8))
 
 
-def test_a_model_may_say_something_instead(world: World) -> None:
-    reply = world.client().chat.completions.create(
+def test_a_model_may_say_something_instead(real: Deployed) -> None:
+    reply = real.client().chat.completions.create(
         model=BASE, messages=ASK, temperature=0, max_tokens=12, tools=[WEATHER, CLOCK]
     )
-    ids = world.prompt(ASK, tools=[WEATHER, CLOCK])
+    ids = real.prompt(ASK, tools=[WEATHER, CLOCK])
     message = reply.choices[0].message
     assert message.tool_calls is None
     assert reply.usage is not None
@@ -157,10 +158,10 @@ def test_a_model_may_say_something_instead(world: World) -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_is_wrong_with_tools_is_said(world: World, changes: dict[str, Any]) -> None:
+def test_what_is_wrong_with_tools_is_said(real: Deployed, changes: dict[str, Any]) -> None:
     body = {"messages": ASK, "max_tokens": 4, **changes}
     with pytest.raises(BadRequestError):
-        world.client().chat.completions.create(model=BASE, messages=body.pop("messages"), extra_body=body)
+        real.client().chat.completions.create(model=BASE, messages=body.pop("messages"), extra_body=body)
 
 
 TEMPLATES = {

@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 import torch
-from tests.api.world import BASE, World
+from tests.api.deployed import Deployed
+from tests.api.world import BASE
 
 ASK = "What of the moon?"
 WEATHER_SCHEMA = {
@@ -26,9 +27,9 @@ WEATHER_SCHEMA = {
 others = pytest.mark.filterwarnings("ignore")
 
 
-def expected(world: World, most: int, *talk: dict[str, str]) -> str:
+def expected(real: Deployed, most: int, *talk: dict[str, str]) -> str:
     messages = talk or ({"role": "user", "content": ASK},)
-    return world.text(world.greedy(world.prompt(messages), most))
+    return real.text(real.greedy(real.prompt(messages), most))
 
 
 def run(*command: str, folder: Path | None = None, **environment: str) -> str:
@@ -47,7 +48,7 @@ def run(*command: str, folder: Path | None = None, **environment: str) -> str:
 
 
 @pytest.fixture
-def open_webui(world: World) -> Iterator[httpx.Client]:
+def open_webui(real: Deployed) -> Iterator[httpx.Client]:
     """A client with the headers that Open WebUI's backend sends."""
     headers = {
         "Authorization": "Bearer none",
@@ -56,11 +57,11 @@ def open_webui(world: World) -> Iterator[httpx.Client]:
         "X-OpenWebUI-User-Email": "ann@example.org",
         "X-OpenWebUI-User-Role": "admin",
     }
-    with httpx.Client(base_url=f"{world.url}/v1", headers=headers, timeout=60) as client:
+    with httpx.Client(base_url=f"{real.url}/v1", headers=headers, timeout=60) as client:
         yield client
 
 
-def test_what_open_webui_s_backend_asks(world: World, open_webui: httpx.Client) -> None:
+def test_what_open_webui_s_backend_asks(real: Deployed, open_webui: httpx.Client) -> None:
     """Its connection test, a chat with the settings of its page, and the titles that it asks for."""
     models = open_webui.get("/models").json()
     assert [one["id"] for one in models["data"]] == [BASE]
@@ -74,7 +75,7 @@ def test_what_open_webui_s_backend_asks(world: World, open_webui: httpx.Client) 
     assert lines.pop() == "[DONE]"
     chunks = [json.loads(line) for line in lines]
     text = "".join(one["choices"][0]["delta"].get("content") or "" for one in chunks if one["choices"])
-    assert text == expected(world, 12, *talk)
+    assert text == expected(real, 12, *talk)
     assert chunks[-1]["usage"]["total_tokens"] > 12
     title = [{"role": "user", "content": f"### Task: a title for <chat_history>{ASK}</chat_history>"}]
     answer = open_webui.post(
@@ -87,22 +88,22 @@ def test_what_open_webui_s_backend_asks(world: World, open_webui: httpx.Client) 
             "temperature": 0,
         },
     )
-    assert answer.json()["choices"][0]["message"]["content"] == expected(world, 8, *title)
+    assert answer.json()["choices"][0]["message"]["content"] == expected(real, 8, *title)
 
 
 @others
 @pytest.mark.nightly
-def test_langchain(world: World) -> None:
+def test_langchain(real: Deployed) -> None:
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-    how = {"model": BASE, "base_url": f"{world.url}/v1", "api_key": "none"}
+    how = {"model": BASE, "base_url": f"{real.url}/v1", "api_key": "none"}
     chat = langchain.ChatOpenAI(**how, temperature=0, max_tokens=12)
-    whole = expected(world, 12)
+    whole = expected(real, 12)
     assert chat.invoke(ASK).content == whole
     assert "".join(chunk.content for chunk in chat.stream(ASK)) == whole
     assert [one.content for one in chat.batch([ASK, ASK])] == [whole, whole]
     talk = [("system", "Be brief."), ("human", [{"type": "text", "text": ASK}])]
     plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK}]
-    assert chat.invoke(talk).content == expected(world, 12, *plain)
+    assert chat.invoke(talk).content == expected(real, 12, *plain)
 
     async def stream() -> str:
         return "".join([chunk.content async for chunk in chat.astream(ASK)])
@@ -133,10 +134,10 @@ def test_langchain(world: World) -> None:
 
 @others
 @pytest.mark.nightly
-def test_llm(world: World, tmp_path: Path) -> None:
+def test_llm(real: Deployed, tmp_path: Path) -> None:
     pytest.importorskip("llm", reason="llm is not installed")
     (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- {{model_id: ours, model_name: {BASE}, api_base: '{world.url}/v1', supports_schema: true}}\n"
+        f"- {{model_id: ours, model_name: {BASE}, api_base: '{real.url}/v1', supports_schema: true}}\n"
     )
 
     def llm(*words: str) -> str:
@@ -144,11 +145,11 @@ def test_llm(world: World, tmp_path: Path) -> None:
         return run(*command, LLM_USER_PATH=str(tmp_path), OPENAI_API_KEY="none").rstrip("\n")
 
     how = ("-m", "ours", "-o", "temperature", "0", "-o", "max_tokens", "12")
-    whole = expected(world, 12)
+    whole = expected(real, 12)
     assert llm(*how, ASK) == whole.rstrip("\n")
     assert llm(*how, "--no-stream", ASK) == whole.rstrip("\n")
     talk = [("user", ASK), ("assistant", whole), ("user", "And then?")]
-    further = expected(world, 12, *({"role": role, "content": text} for role, text in talk))
+    further = expected(real, 12, *({"role": role, "content": text} for role, text in talk))
     assert llm(*how, "-c", "And then?") == further.rstrip("\n")
     schema = (
         "-m",
@@ -167,13 +168,13 @@ def test_llm(world: World, tmp_path: Path) -> None:
 
 @others
 @pytest.mark.nightly
-def test_lm_eval(world: World) -> None:
+def test_lm_eval(real: Deployed) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     model = LocalCompletionsAPI(
-        model=BASE, base_url=f"{world.url}/v1/completions", tokenizer=str(world.folder), num_concurrent=2
+        model=BASE, base_url=f"{real.url}/v1/completions", tokenizer=str(real.folder), num_concurrent=2
     )
     pairs = [("The moon is", " a stone"), ("Rain falls", " down"), ("x", "yz")]
     asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
@@ -182,18 +183,18 @@ def test_lm_eval(world: World) -> None:
         ids = model.tok_encode(before + after)
         known = len(model.tok_encode(before))
         with torch.no_grad():
-            rows = world.local(torch.tensor([ids])).logits[0].log_softmax(-1)[known - 1 : -1]
+            rows = real.local(torch.tensor([ids])).logits[0].log_softmax(-1)[known - 1 : -1]
         following = torch.tensor(ids[known:])
         assert abs(probability - float(rows.gather(1, following[:, None]).sum())) < 1e-3
         assert greedy == bool((rows.argmax(-1) == following).all())
     until = Instance("generate_until", {}, ("Rain falls", {"until": ["\n\n"], "max_gen_toks": 8}), 0)
     (said,) = model.generate_until([until], disable_tqdm=True)
-    assert said == world.text(world.greedy(model.tok_encode("Rain falls"), 8))
+    assert said == real.text(real.greedy(model.tok_encode("Rain falls"), 8))
 
 
 @others
 @pytest.mark.nightly
-def test_schemathesis(world: World, tmp_path: Path) -> None:
+def test_schemathesis(real: Deployed, tmp_path: Path) -> None:
     """Thousands of requests after our own OpenAPI document: nothing fails, no answer is of another form."""
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     command = shutil.which(
@@ -202,5 +203,5 @@ def test_schemathesis(world: World, tmp_path: Path) -> None:
     assert command is not None
     options = ("--checks", "all", "--max-examples", "25", "--seed", "1", "--continue-on-failure")
     endless = ("--exclude-path", "/api/swarm/events")
-    text = run(command, "run", f"{world.url}/openapi.json", *endless, *options, folder=tmp_path)
+    text = run(command, "run", f"{real.url}/openapi.json", *endless, *options, folder=tmp_path)
     assert "Tested: 9" in text

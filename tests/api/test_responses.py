@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError
-from tests.api.world import BASE, World
+from tests.api.deployed import Deployed
+from tests.api.world import BASE
 
 TALK: list[Any] = [
     {"role": "user", "content": "What of the rain?"},
@@ -22,44 +23,44 @@ PLAIN = [
 ]
 
 
-def test_a_response_is_the_chat_s_reply(world: World) -> None:
-    found = world.client().responses.create(
+def test_a_response_is_the_chat_s_reply(real: Deployed) -> None:
+    found = real.client().responses.create(
         model=BASE, input=TALK, instructions="Be brief.", temperature=0, max_output_tokens=10
     )
-    ids = world.prompt(PLAIN)
-    said = world.greedy(ids, 10)
-    assert found.output_text == world.text(said)
+    ids = real.prompt(PLAIN)
+    said = real.greedy(ids, 10)
+    assert found.output_text == real.text(said)
     assert found.usage is not None
     assert (found.usage.input_tokens, found.usage.output_tokens) == (len(ids), len(said))
     cut = len(said) == 10 and said[-1] != 2
     assert found.status == ("incomplete" if cut else "completed")
-    alone = world.client().responses.create(model=BASE, input="Hi", temperature=0, max_output_tokens=5)
-    assert alone.output_text == world.text(world.greedy(world.prompt([{"role": "user", "content": "Hi"}]), 5))
+    alone = real.client().responses.create(model=BASE, input="Hi", temperature=0, max_output_tokens=5)
+    assert alone.output_text == real.text(real.greedy(real.prompt([{"role": "user", "content": "Hi"}]), 5))
 
 
-def test_a_stream_of_it(world: World) -> None:
+def test_a_stream_of_it(real: Deployed) -> None:
     events = list(
-        world.client().responses.create(
+        real.client().responses.create(
             model=BASE, input=TALK, instructions="Be brief.", temperature=0, max_output_tokens=10, stream=True
         )
     )
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert events[0].type == "response.created"
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
-    assert text == world.text(world.greedy(world.prompt(PLAIN), 10))
+    assert text == real.text(real.greedy(real.prompt(PLAIN), 10))
     last = events[-1]
     assert last.type in ("response.completed", "response.incomplete")
     assert last.response.output_text == text
 
 
-def test_json_of_a_schema(world: World) -> None:
+def test_json_of_a_schema(real: Deployed) -> None:
     schema = {
         "type": "object",
         "properties": {"yes": {"type": "boolean"}},
         "required": ["yes"],
         "additionalProperties": False,
     }
-    found = world.client().responses.create(
+    found = real.client().responses.create(
         model=BASE,
         input="Is it so?",
         max_output_tokens=30,
@@ -84,9 +85,9 @@ def test_json_of_a_schema(world: World) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_not_done_is_refused(world: World, changes: dict[str, Any], param: str | None) -> None:
+def test_what_is_not_done_is_refused(real: Deployed, changes: dict[str, Any], param: str | None) -> None:
     body = {"input": "Hi", **changes}
     with pytest.raises(BadRequestError) as caught:
-        world.client().responses.create(model=BASE, input=body.pop("input"), extra_body=body)
+        real.client().responses.create(model=BASE, input=body.pop("input"), extra_body=body)
     if param is not None:
         assert caught.value.param == param

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.api.world import BASE, World
+from tests.api.deployed import Deployed
+from tests.api.world import BASE
 
 ASK = [{"role": "user", "content": "Hi"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -26,8 +27,8 @@ BODIES: dict[str, dict[str, Any]] = {
 class Line:
     """One connection that is kept alive."""
 
-    def __init__(self, world: World) -> None:
-        self._connection = http.client.HTTPConnection(*world.address, timeout=60)
+    def __init__(self, real: Deployed) -> None:
+        self._connection = http.client.HTTPConnection(*real.address, timeout=60)
 
     def ask(
         self, method: str, path: str, body: Any = None, **headers: str
@@ -46,8 +47,8 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def line(world: World) -> Iterator[Line]:
-    made = Line(world)
+def line(real: Deployed) -> Iterator[Line]:
+    made = Line(real)
     yield made
     made.close()
 
@@ -156,15 +157,15 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "changes", "param", "words"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_named(
-    world: World, line: Line, kind: str, changes: dict[str, Any], param: str, words: str
+    real: Deployed, line: Line, kind: str, changes: dict[str, Any], param: str, words: str
 ) -> None:
-    before = world.counted()
+    before = real.counted()
     status, about, _ = line.ask("POST", PATHS[kind], BODIES[kind] | changes)
     assert status == 400, about
     assert set(about["error"]) == {"message", "type", "param", "code"}
     assert about["error"]["param"] == param, about
     assert words in about["error"]["message"]
-    assert world.counted() == before, "nothing was computed"
+    assert real.counted() == before, "nothing was computed"
 
 
 ANSWERED = [

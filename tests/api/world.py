@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,22 +86,14 @@ def write_bundle(
 
 
 @dataclass
-class World:
-    """A running API."""
+class Served:
+    """An API that runs somewhere, and the local model that it must equal."""
 
-    swarm: MemorySwarm
+    url: str
     folder: Path  # the checkpoint
-    bundles: Path
-    api: Api
-    running: Running
     local: Any
     tokenizer: Any
-    clients: dict[str, OpenAI] = field(default_factory=dict)
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        return self.running.url
+    clients: dict[str, OpenAI] = field(default_factory=dict, kw_only=True)
 
     def client(self, api_key: str = "none") -> OpenAI:
         """OpenAI's own; closed with the world."""
@@ -149,9 +142,29 @@ class World:
         """What tokens say."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    @abstractmethod
+    def counted(self) -> int:
+        """Rows × tokens that the server has computed which has computed the most."""
+
+
+@dataclass
+class World(Served):
+    """A running API in this process."""
+
+    swarm: MemorySwarm
+    bundles: Path
+    api: Api
+    running: Running
+
     def counted(self) -> int:
         """Rows × tokens that the first server has computed."""
         return max(self.swarm.counted().values())
+
+
+def local_of(folder: Path) -> tuple[Any, Any]:
+    """The local model, and the tokenizer."""
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return local, AutoTokenizer.from_pretrained(folder)
 
 
 class Running:
@@ -210,8 +223,7 @@ class Worlds:
     def __init__(self, root: Path, family: str = "llama") -> None:
         self.root = root
         self.folder = write_model(root / "model", family)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.local = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.local, self.tokenizer = local_of(self.folder)
         self._ends: list[Any] = []
 
     def make(
@@ -251,7 +263,7 @@ class Worlds:
         api = Api(partners, generator, keys or Keys({}), starter=starter, limits=limits or {})
         running = Running(api, send_buffer, send_seconds)
         self._ends.append(running)
-        world = World(swarm, self.folder, bundles, api, running, self.local, self.tokenizer)
+        world = World(running.url, self.folder, self.local, self.tokenizer, swarm, bundles, api, running)
         self._ends.append(world)
         return world
 

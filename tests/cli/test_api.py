@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
@@ -12,12 +13,11 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-import torch
-from openai import OpenAI
-from tests.api.world import write_bundle, write_model
+from tests.api.deployed import Deployed, computed, deploy
+from tests.api.talking import converse
+from tests.api.world import BASE, write_bundle, write_model
 from tests.e2e.processes import Process, Processes, corolla, environment, processes
 from tests.e2e.warm import warm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corolla.api.serving import listening
 from corolla.cli.api import ApiOptions
@@ -32,50 +32,49 @@ def started(tmp_path: Path) -> Iterator[Processes]:
 
 
 def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
+    folder = write_model(tmp_path / BASE)
     bundles = tmp_path / "bundles"
     bundles.mkdir()
     write_bundle(bundles / "poet", folder, open_checkpoint(str(folder)).identity)
-    address, servers = started.swarm(folder, ["0:2", "2:4", "0:4"], "--dtype", "float32", "--metrics", "0")
-    watching = Watching(address, tmp_path / "watch.log")
-    started.started.append(watching)
-    arguments = ("api", "--peers", address, "--port", "0", "--bundles", str(bundles), "--dtype", "float32")
-    server = started.start("api", *arguments, str(folder)).wait_ready()
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    talk = [{"role": "user", "content": "Tell me of the river, at length."}]
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
-    said = local.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-    expected = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
-    with OpenAI(base_url=f"{server.about['url']}/v1", api_key="none", max_retries=0) as client:
-        assert [one.id for one in client.models.list()] == ["model", "poet"]
-        stream = client.chat.completions.create(
-            model="model", messages=talk, temperature=0, max_tokens=40, stream=True
-        )
-        found = ""
-        for number, chunk in enumerate(stream):
-            found += chunk.choices[0].delta.content or ""
-            if number == 3:
-                servers[0].popen.send_signal(signal.SIGKILL)
-        assert found == expected
-        reply = client.chat.completions.create(model="poet", messages=talk, max_tokens=5)
+    world = deploy(started, folder, ("0:2", "2:4", "0:4"), "--bundles", str(bundles))
+    with contextlib.closing(world):
+        watching = Watching(world.servers[0].address, tmp_path / "watch.log")
+        started.started.append(watching)
+        assert [one.id for one in world.client().models.list()] == [BASE, "poet"]
+        conversations_while_a_server_is_killed(world)
+        talk = [{"role": "user", "content": "Tell me of the river, at length."}]
+        reply = world.client().chat.completions.create(model="poet", messages=talk, max_tokens=5)
         assert reply.choices[0].message.content is not None
-        figures = urlopen(f"{server.about['url']}/metrics").read().decode()
-        long = client.chat.completions.create(
-            model="model", messages=talk, temperature=0, max_tokens=40, stream=True
+        figures = urlopen(f"{world.url}/metrics").read().decode()
+        assert 'corolla_api_servers{state="serving"} ' in figures
+        assert re.search(r"\ncorolla_api_retries_total\{.*\} [1-9]", figures), "a loss has been noticed"
+        watching.see("3 servers, complete")
+        watching.stop()
+        check_figures(next(one for one in world.servers if one.popen.poll() is None))
+        stream = world.client().chat.completions.create(
+            model=BASE, messages=talk, temperature=0, max_tokens=40, stream=True
         )
-        first = next(iter(long))
-        assert first.id
-        stop(server)  # what is under way is brought to its end
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in long) == expected
-    assert 'corolla_api_servers{state="serving"} ' in figures
-    assert "corolla_api_retries_total " in figures
-    watching.see("3 servers, complete")
-    watching.stop()
-    check_figures(servers[2])
-    assert server.popen.wait(30) == 0
-    assert not server.ready_path.exists()
+        assert next(iter(stream)).id
+        world.api.popen.send_signal(signal.SIGINT)  # what is under way is brought to its end
+        found = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert found == world.text(world.greedy(world.prompt(talk), 40))
+    assert world.api.popen.wait(30) == 0
+    assert not world.api.ready_path.exists()
+
+
+def conversations_while_a_server_is_killed(world: Deployed) -> None:
+    """Eight at once, every other one streamed: in the middle of it the server is lost that does the most."""
+    heard = 0
+
+    def hear() -> None:
+        nonlocal heard
+        heard += 1
+        if heard == 30:
+            busiest = max((one for one in world.servers), key=computed)
+            busiest.popen.send_signal(signal.SIGKILL)
+
+    converse(world, 8, at_once=8, streamed=lambda number: number % 2 == 0, heard=hear, replied=lambda: None)
+    assert heard > 60
 
 
 class Watching(Process):
@@ -108,13 +107,9 @@ def check_figures(server: Process) -> None:
     assert found is not None
     text = urlopen(found[0]).read().decode()
     assert re.search(r'corolla_server_tokens_total\{kind="inference"\} [1-9]', text), text
-    assert 'corolla_server_info{blocks="0:4"' in text
+    assert 'corolla_server_info{blocks="' in text
     for name in ("sessions", "cache_free_tokens", "requests_waiting", "draining"):
         assert f"\ncorolla_server_{name} " in text
-
-
-def stop(server: Process) -> None:
-    server.popen.send_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
