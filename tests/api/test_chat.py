@@ -11,6 +11,8 @@ from openai import BadRequestError, NotFoundError
 from tests.api.deployed import Deployed
 from tests.api.world import BASE
 
+from corolla.api.reading import TextReader
+
 HELLO = [{"role": "user", "content": "What of the moon?"}]
 
 
@@ -177,6 +179,35 @@ def test_a_stop_text_ends_a_reply_before_it(real: Deployed, stream: bool) -> Non
     else:
         text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
     assert (text, reason) == (said[:6], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_tokens_of_a_stop_text_are_told_of_no_more_than_it_is(real: Deployed, stream: bool) -> None:
+    """It may begin some tokens before it is whole, or in the middle of one."""
+    said = real.text(real.greedy(real.prompt(HELLO), 24))
+    how: dict[str, Any] = {"model": BASE, "messages": HELLO, "temperature": 0, "max_tokens": 24}
+    for size in (1, 3, 6):
+        stop = said[5 : 5 + size]
+        found = real.client().chat.completions.create(**how, stop=[stop], logprobs=True, stream=stream)
+        choices = [chunk.choices[0] for chunk in found] if stream else [found.choices[0]]
+        rows = [row for one in choices if one.logprobs for row in one.logprobs.content or []]
+        text = b"".join(bytes(row.bytes or []) for row in rows).decode(errors="replace")
+        for special in real.tokenizer.all_special_tokens:
+            text = text.replace(special, "")
+        assert text == said[: said.index(stop)]
+
+
+def test_bytes_that_are_no_text_hold_nothing_up(real: Deployed) -> None:
+    half = next(token for token in range(3, 259) if real.text([token]) == "\ufffd")
+    how: dict[str, Any] = {"model": BASE, "messages": HELLO, "temperature": 0, "max_tokens": 30}
+    chunks = list(real.client().chat.completions.create(**how, logit_bias={str(half): 100}, stream=True))
+    pieces = [text for chunk in chunks if (text := chunk.choices[0].delta.content)]
+    assert "".join(pieces) == real.text([half] * 30)
+    assert len(pieces) > 20
+    read = TextReader(real.tokenizer)
+    text = "\u20ac\U0001f327 and \u00e9"
+    ids = [half] * 9 + real.tokenizer(text, add_special_tokens=False).input_ids + [half]
+    assert "".join([*(read.push(token) for token in ids), read.finish()]) == real.text(ids)
 
 
 def test_probabilitys_are_those_of_the_local_model(real: Deployed) -> None:

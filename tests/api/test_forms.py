@@ -84,17 +84,42 @@ def test_a_tool_is_called(real: Deployed, choice: Any, stream: bool) -> None:
     )
     if stream:
         chunks = list(reply)
-        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        (first, *more) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        arguments = "".join(part.function.arguments for part in (first, *more))
         reason = chunks[-1].choices[0].finish_reason
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""
     else:
-        calls, reason = reply.choices[0].message.tool_calls, reply.choices[0].finish_reason
+        (first,), reason = reply.choices[0].message.tool_calls, reply.choices[0].finish_reason
+        arguments = first.function.arguments
         assert reply.choices[0].message.content is None
-    (call,) = calls
-    assert call.function.name == "weather"
-    assert json.loads(call.function.arguments)["town"] in ("Oslo", "Rome")
-    assert call.id
+    assert first.function.name == "weather"
+    assert json.loads(arguments)["town"] in ("Oslo", "Rome")
+    assert first.id
     assert reason == "tool_calls"
+
+
+@pytest.mark.parametrize("most", [20, 60, 150])
+def test_a_call_comes_in_parts_as_far_as_it_goes(real: Deployed, most: int) -> None:
+    how: dict[str, Any] = {"model": BASE, "messages": ASK, "seed": 3, "max_tokens": most, "tools": [WEATHER]}
+    how |= {"tool_choice": "required", "parallel_tool_calls": False}
+    whole = real.client().chat.completions.create(**how).choices[0]
+    choices = [chunk.choices[0] for chunk in real.client().chat.completions.create(**how, stream=True)]
+    parts = [call for one in choices for call in one.delta.tool_calls or []]
+    assert not any(one.delta.content for one in choices), "what is around a call is no text"
+    assert choices[-1].finish_reason == whole.finish_reason == ("tool_calls" if most == 150 else "length")
+    if most == 20:  # cut before it says whom it calls
+        assert not parts
+        assert (whole.message.content, whole.message.tool_calls) == ("", None)
+        return
+    assert whole.message.content is None
+    assert whole.message.tool_calls
+    (call,) = whole.message.tool_calls
+    assert [part.index for part in parts] == [0] * len(parts)
+    assert [(part.id is None, part.function.name) for part in parts[:2]] == [(False, "weather"), (True, None)]
+    assert "".join(part.function.arguments for part in parts) == call.function.arguments
+    assert len(parts) > 5
+    assert call.function.arguments.startswith('{"town": "')
+    assert call.function.arguments.endswith("}") == (most == 150)
 
 
 def test_what_a_tool_said_goes_on(real: Deployed) -> None:

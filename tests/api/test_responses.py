@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 from tests.api.deployed import Deployed
-from tests.api.world import BASE
+from tests.api.world import BASE, Worlds
 
 TALK: list[Any] = [
     {"role": "user", "content": "What of the rain?"},
@@ -51,6 +51,23 @@ def test_a_stream_of_it(real: Deployed) -> None:
     last = events[-1]
     assert last.type in ("response.completed", "response.incomplete")
     assert last.response.output_text == text
+
+
+def test_what_goes_wrong_on_the_way_is_an_event_too(worlds: Worlds) -> None:
+    world = worlds.make("lost", patience=0.5)
+    how: dict[str, Any] = {"model": BASE, "input": "Hi", "temperature": 0, "max_output_tokens": 800}
+    stream = world.client().responses.create(**how, stream=True, extra_body={"logit_bias": {"2": -100}})
+    events = []
+    for one in stream:
+        events.append(one)
+        if one.type == "response.content_part.added":
+            for peer in list(world.swarm.servers):
+                world.swarm.kill(peer)
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    last = events[-1]
+    assert last.type == "error"
+    assert (last.code, last.param) == ("swarm_unavailable", None)
+    assert last.message
 
 
 def test_json_of_a_schema(real: Deployed) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from corolla.api.generation import Ended, Piece, Run, Wish
 from corolla.api.partners import Partner
-from corolla.api.requests import ChatRequest
+from corolla.api.requests import ChatRequest, Sampled
 from corolla.api.sampling import TokenProbability
 from corolla.api.streaming import DONE, Answer, event, failed
+from corolla.api.tools import ToolCall
 from corolla.api.wishes import ChatWish, chat_wish
 
 
@@ -26,6 +27,12 @@ def usage_of(run: Run) -> dict[str, Any]:
         "total_tokens": prompt + said,
         "prompt_tokens_details": {"cached_tokens": min(run.timing.cached, prompt)},
     }
+
+
+def tells_usage(request: Sampled) -> bool:
+    """Whether a stream ends with its usage."""
+    options = request.stream_options
+    return options is not None and bool(options.include_usage)
 
 
 def ask_chat(request: ChatRequest, partner: Partner, user: str) -> tuple[list[Wish], Callable[[Run], Answer]]:
@@ -69,16 +76,17 @@ class ChatAnswer:
                 text, probabilities = choice.take(one)
                 if text or probabilities:
                     yield self._chunk(one.index, {"content": text}, logprobs=choice.logprobs(probabilities))
+                for delta in choice.call_news():
+                    yield self._chunk(one.index, {"tool_calls": [delta]})
             elif isinstance(one, Ended):
                 choice = self._choices[one.index]
                 rest = choice.end(one)
                 if rest or choice.fresh:
                     yield self._chunk(one.index, {"content": rest}, logprobs=choice.logprobs(choice.news()))
-                for number, call in enumerate(choice.calls):
-                    yield self._chunk(one.index, {"tool_calls": [{"index": number, **call.to_dict()}]})
+                for delta in choice.call_news():
+                    yield self._chunk(one.index, {"tool_calls": [delta]})
                 yield self._chunk(one.index, {}, reason=choice.reason)
-        options = self._request.stream_options
-        if options is not None and options.include_usage:
+        if tells_usage(self._request):
             yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage_of(self._run)})
         yield DONE
 
@@ -87,7 +95,7 @@ class ChatAnswer:
     ) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         content = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        if self._request.stream_options is not None and self._request.stream_options.include_usage:
+        if tells_usage(self._request):
             content["usage"] = None
         return event(content)
 
@@ -111,15 +119,14 @@ class _Choice:
     shown: int = 0  # characters that were given out
     probabilities: list[TokenProbability] = field(default_factory=list)
     fresh: list[TokenProbability] = field(default_factory=list)  # that were not given out yet
-    calls: list[Any] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)  # as far as they were given out
     reason: str = ""
 
     def take(self, piece: Piece) -> tuple[str, list[TokenProbability]]:
         """What of the reply can be given out now."""
         self.text += piece.text
-        if piece.probability is not None:
-            self.probabilities.append(piece.probability)
-            self.fresh.append(piece.probability)
+        self.probabilities += piece.probabilities
+        self.fresh += piece.probabilities
         return self._show(self._certain()), self.news()
 
     def news(self) -> list[TokenProbability]:
@@ -139,12 +146,28 @@ class _Choice:
     def end(self, ended: Ended) -> str:
         """The reply is whole; gives what was held back of its text."""
         self.reason = ended.reason
+        until = len(self.text)
         if self.wish.tools is not None:
-            text, self.calls = self.wish.tools.read(self.text)
-            if self.calls:
-                self.text = text
-                self.reason = "tool_calls" if ended.reason == "stop" else ended.reason
-        return self._show(len(self.text))
+            text, calls = self.wish.tools.read(self.text)
+            until = len(text)
+            if calls and ended.reason == "stop":
+                self.reason = "tool_calls"
+        return self._show(until)
+
+    def call_news(self) -> list[dict[str, Any]]:
+        """What was not given out yet of the calls of tools, in OpenAI's form."""
+        tools, found = self.wish.tools, list[dict[str, Any]]()
+        if tools is None or tools.begins_in(self.text) == len(self.text):
+            return found
+        for number, call in enumerate(tools.read(self.text)[1]):
+            if number == len(self.calls):
+                self.calls.append(replace(call, arguments=""))
+                found.append({"index": number, **self.calls[number].to_dict()})
+            known = self.calls[number]
+            if more := call.arguments[len(known.arguments) :]:
+                self.calls[number] = replace(known, arguments=call.arguments)
+                found.append({"index": number, "function": {"arguments": more}})
+        return found
 
     def logprobs(self, probabilities: list[TokenProbability]) -> dict[str, Any] | None:
         """In OpenAI's form; None where nobody asked."""
@@ -163,9 +186,11 @@ class _Choice:
 
     def to_dict(self, index: int) -> dict[str, Any]:
         """The whole reply."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
+        self.call_news()
+        text = self.text[: self.shown]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self.calls:
-            message["content"] = self.text or None
+            message["content"] = text or None
             message["tool_calls"] = [call.to_dict() for call in self.calls]
         return {
             "index": index,

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from corolla.api.chat import usage_of
+from corolla.api.chat import tells_usage, usage_of
 from corolla.api.generation import Ended, Event, Piece, Run, Scored, Wish
 from corolla.api.partners import Partner
 from corolla.api.requests import CompletionRequest
@@ -59,6 +59,7 @@ class CompletionAnswer:
 
     async def events(self) -> AsyncGenerator[str]:
         """As it comes."""
+        told = tells_usage(self._request)
         async for one in self._run.events():
             choice = self._choices[one.index]
             choice.take(one)
@@ -66,9 +67,9 @@ class CompletionAnswer:
                 text, logprobs = choice.take_news()
                 about = {"index": one.index, "text": text, "logprobs": logprobs}
                 reason = one.reason if isinstance(one, Ended) else None
-                yield event({**self._head(), "choices": [{**about, "finish_reason": reason}]})
-        options = self._request.stream_options
-        if options is not None and options.include_usage:
+                chunk = {**self._head(), "choices": [{**about, "finish_reason": reason}]}
+                yield event({**chunk, "usage": None} if told else chunk)
+        if told:
             yield event({**self._head(), "choices": [], "usage": usage_of(self._run)})
         yield DONE
 
@@ -114,8 +115,8 @@ class _Choice:
                 self._add(token, probability)
         elif isinstance(one, Piece):
             self.text += one.text
-            if one.probability is not None:
-                self._add(one.probability.token, one.probability)
+            for probability in one.probabilities:
+                self._add(probability.token, probability)
         else:
             self.reason = one.reason
 

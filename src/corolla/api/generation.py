@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -53,11 +54,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token has added to the reply of this index: text, maybe none, and its probability if asked for."""
+    """What is certain now of the reply of this index: text, and where that was asked for, the tokens it is of."""
 
     index: int
     text: str
-    probability: TokenProbability | None = None
+    probabilities: tuple[TokenProbability, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,24 @@ class Timing:
     tokens: int = 0
     cached: int = 0  # of the prompts' tokens, those that were known
     gaps: list[float] = field(default_factory=list)  # between tokens of one reply
+
+
+class _Held:
+    """Tokens whose text is not certain yet, since it may belong to a stop text: nobody is told of them either."""
+
+    def __init__(self) -> None:
+        self._tokens: deque[tuple[int, TokenProbability]] = deque()
+
+    def add(self, position: int, token: TokenProbability) -> None:
+        """A token whose text begins at this character of the reply."""
+        self._tokens.append((position, token))
+
+    def certain(self, shown: int | None) -> tuple[TokenProbability, ...]:
+        """Those of the first `shown` characters that were not given out yet; None: all."""
+        found = []
+        while self._tokens and (shown is None or self._tokens[0][0] < shown):
+            found.append(self._tokens.popleft()[1])
+        return tuple(found)
 
 
 class Run:
@@ -239,18 +258,16 @@ class Run:
         chooser = TokenChooser(sampling, matcher)
         reader = wish.reader()
         latest: list[float] = []
-        said = 0
+        held = _Held()
 
         def take(_row: int, token: int) -> bool:
-            nonlocal said
-            said += 1
             self._note_token(latest)
+            if chooser.probabilities:
+                held.add(reader.position, chooser.probabilities[-1])
             text = reader.push(token)
-            probability = chooser.probabilities[-1] if chooser.probabilities else None
-            if reader.ended and (not text or reader.is_end(token)):
-                probability = None  # what ends a reply is none of its tokens
-            if (text or probability is not None) and not self.cancelled:
-                self._tell(Piece(index, text, probability))
+            certain = held.certain(reader.shown)
+            if (text or certain) and not self.cancelled:
+                self._tell(Piece(index, text, certain))
             return reader.ended or self.cancelled or (matcher is not None and matcher.over)
 
         new = wish.ids[int(session.position) :]
@@ -260,8 +277,11 @@ class Run:
         if self.cancelled:
             raise CancelledError
         rest = reader.finish()
+        # Of a reply that goes no further, what has no text is a part; what ends one is not.
+        certain = held.certain(reader.shown if reader.ended else None)
         ended = reader.ended or (matcher is not None and matcher.over)
-        return [*([Piece(index, rest)] if rest else []), Ended(index, "stop" if ended else "length")]
+        last = [Piece(index, rest, certain)] if rest or certain else []
+        return [*last, Ended(index, "stop" if ended else "length")]
 
     def _generate(
         self,

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 NOT_YET = "\ufffd"  # what some bytes of a character decode to
+MOST_TOKENS = 4  # of a character, a byte each: what is no text after more of them will never be any
+MOST_MISSING = 3  # bytes of a character whose last one has not come, each as NOT_YET at most
 
 
 class TextReader:
@@ -38,24 +40,27 @@ class TextReader:
         self._ids = list(before)
         self._from = 0  # tokens before it are not looked at any more
         self._read = len(self._ids)  # those before it have been read
+        self._given = 0  # characters of tokens behind those, where what they are will never be text
         self._waiting = ""  # text that may be the beginning of a stop text
         self.ended = False
-
-    def is_end(self, token: int) -> bool:
-        """Whether the token ends a reply, and so is none of it."""
-        return token in self._ends
+        self.position = 0  # characters that all tokens so far have come to: where the next one's begin
+        self.shown = 0  # of them, those that were given out
 
     def push(self, token: int) -> str:
         """Take the next token; gives the text that is certain now."""
-        if self.is_end(token):
-            self.ended = True
-            return self._last(self._rest())
+        if token in self._ends:
+            return self._out(self._last(self._rest()))
         self._ids.append(token)
-        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
-        if now.endswith(NOT_YET):
+        new = self._new()
+        if not new.endswith(NOT_YET):
+            self._from, self._read, self._given = self._read, len(self._ids), 0
+            return self._out(self._show(new))
+        if len(self._ids) - self._read <= MOST_TOKENS:
             return ""
-        self._from, self._read = self._read, len(self._ids)
-        return self._show(now[len(before) :])
+        missing = min(len(new) - len(new.rstrip(NOT_YET)), MOST_MISSING)
+        new = new[: len(new) - missing]
+        self._given += len(new)
+        return self._out(self._show(new))
 
     def finish(self) -> str:
         """No token will come any more: gives what was held back."""
@@ -63,17 +68,25 @@ class TextReader:
             return ""
         piece = self._show(self._rest())
         rest, self._waiting = self._waiting, ""
-        return piece if self.ended else piece + rest
+        return self._out(piece if self.ended else piece + rest)
+
+    def _out(self, piece: str) -> str:
+        self.shown += len(piece)
+        return piece
+
+    def _new(self) -> str:
+        """The text of tokens that were not read, but for what was given out of it; whole characters or not."""
+        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
+        return now[len(before) + self._given :]
 
     def _rest(self) -> str:
-        """The text of tokens that were not read, whole characters or not."""
-        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
-        self._from = self._read = len(self._ids)
-        return now[len(before) :]
+        """The same, and they are read now."""
+        new = self._new()
+        self._from, self._read, self._given = len(self._ids), len(self._ids), 0
+        return new
 
     def _last(self, text: str) -> str:
         """An end token has come: all that was held back, but for a stop text and the tail."""
-        self.ended = False
         piece = self._show(text)
         if self.ended:  # a stop text was in it
             return piece
@@ -82,6 +95,7 @@ class TextReader:
         return piece + (rest.removesuffix(self._tail) if self._tail else rest)
 
     def _show(self, text: str) -> str:
+        self.position += len(text)
         text = self._waiting + text
         places = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if places:

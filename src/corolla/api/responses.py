@@ -170,6 +170,7 @@ class ResponsesAnswer:
         self._chat = ChatAnswer(chat, wish, run)
         self._partner, self._sampling = wish.wish.partner, wish.wish.sampling
         self._created = int(time.time())
+        self._told = 0  # events
 
     async def whole(self) -> dict[str, Any]:
         """All of it."""
@@ -178,13 +179,7 @@ class ResponsesAnswer:
 
     async def events(self) -> AsyncGenerator[str]:
         """As it comes."""
-        number = 0
-
-        def told(kind: str, **about: Any) -> str:
-            nonlocal number
-            number += 1
-            return event({"type": kind, "sequence_number": number - 1, **about}, kind)
-
+        told = self._event
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
         text, reason, begun = "", "stop", False
         async for one in self._run.events():
@@ -207,11 +202,13 @@ class ResponsesAnswer:
         kind = "response.completed" if reason == "stop" else "response.incomplete"
         yield told(kind, response=response)
 
-    @staticmethod
-    def failed(found: ApiFailure) -> str:
+    def failed(self, found: ApiFailure) -> str:
         """What goes wrong on the way, as an event."""
-        about = found.body()["error"]
-        return event({"type": "error", "sequence_number": 0, **about}, "error")
+        return self._event("error", code=found.code, message=str(found), param=found.param)
+
+    def _event(self, kind: str, **about: Any) -> str:
+        self._told += 1
+        return event({"type": kind, "sequence_number": self._told - 1, **about}, kind)
 
     def _message(self, text: str, status: str) -> dict[str, Any]:
         about = {"id": self._item, "type": "message", "role": "assistant", "status": status}

@@ -10,7 +10,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.api.grammar import json_rule
@@ -37,11 +37,11 @@ Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any] | None, bool], str
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model has made; `arguments` is JSON."""
+    """A call that the model has made; `arguments` is JSON, or the beginning of it where the reply was cut short."""
 
-    id: str
     name: str
     arguments: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
     def to_dict(self) -> dict[str, Any]:
         """As OpenAI writes it."""
@@ -130,24 +130,24 @@ class ToolFormat:
         return "\n".join(lines) + "\n"
 
     def read(self, text: str) -> tuple[str, list[ToolCall]]:
-        """The text before the first call, and the calls that are whole."""
+        """The text before the first call, and the calls that have a name; the last one may be cut in its arguments."""
         place, lead = self.begins_in(text), self.before.lstrip()
+        said = text[place:]
+        if not said.startswith(lead):
+            cut = said.startswith(self.mark) and lead.startswith(said)  # before the name
+            return text[:place] if cut else text, []
         found: list[ToolCall] = []
-        if not text.startswith(lead, place):
-            return text, found
-        rest = text[place + len(lead) :]
-        while rest:
-            name, cut, behind = rest.partition(self.between)
-            if not cut:
-                break
+        rest = said[len(lead) :]
+        while self.between in rest:
+            name, _, rest = rest.partition(self.between)
             try:
-                end = end_of_value(behind)
-            except JsonError:
+                end = end_of_value(rest)
+            except JsonError:  # it goes on
+                end = len(rest)
+            found.append(ToolCall(name.strip(), rest[:end]))
+            if self.next is None or not rest[end:].startswith(self.next):
                 break
-            found.append(ToolCall(f"call_{uuid.uuid4().hex[:24]}", name.strip(), behind[:end]))
-            if self.next is None or not behind[end:].startswith(self.next):
-                break
-            rest = behind[end + len(self.next) :]
+            rest = rest[end + len(self.next) :]
         return text[:place], found
 
 
