@@ -74,6 +74,7 @@ bench-avx2: setup ## the same as on a CPU with AVX2 and nothing newer; printed, 
 	$(AVX2) $(BIN)/python benchmarks/cpu_kernels.py --sets
 
 nightly: setup $(OLDEST)/.installed  ## the tests that take longer; what they found goes into docs/reliability.md and models.md
+	$(INSTALL) --constraint constraints.txt --editable '.[clients]'
 	$(PYTEST) -m nightly --record benchmarks/results/nightly.jsonl
 	$(AVX2) $(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m 'not nightly'

@@ -360,8 +360,11 @@ static void attend_tiles(const Attention *a, const float *keys, const float *val
         const float *key[BLOCK], *value[BLOCK];
         for (int64_t k = 0; k < BLOCK; k++) { /* nothing behind the last token is read */
             int64_t token = at + k < end ? at + k : end - 1;
+            int64_t later = token + BLOCK < end ? token + BLOCK : token; /* comes while this block is computed */
             key[k] = place_of(a, keys, pages, token, kv, a->dim);
             value[k] = place_of(a, values, pages, token, kv, a->width);
+            ask_for(place_of(a, keys, pages, later, kv, a->dim), a->dim);
+            ask_for(place_of(a, values, pages, later, kv, a->width), a->width);
         }
         for (int t = 0; t < count; t++) {
             if (at > tiles[t].last) continue;
