@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "places": {"errors"},
     "files": {"errors"},
-    "json_files": {"errors"},
+    "json_files": {"errors", "files"},
     "wire": BASE,
     "models": BASE,
     "swarm": BASE | {"wire"},

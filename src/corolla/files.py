@@ -7,6 +7,8 @@ after the content has reached the disk, and taken by a rename, before anything u
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from filelock import FileLock
 from corolla.errors import CheckpointError, UsageError
 
 OWNER_ONLY = 0o600
+MOST_BYTES = 64 * 2**20  # of a file that is read whole; an index of the largest checkpoints has a few
 _RANDOM = "[a-z0-9_]{8}"  # what `tempfile` puts behind a prefix
 
 
@@ -44,6 +47,20 @@ def exit_at_once(code: int) -> NoReturn:
     for path in list(_scratch):
         shutil.rmtree(path, ignore_errors=True)
     os._exit(code)
+
+
+def read_bounded(path: Path) -> bytes:
+    """All of a file that is not too large; a device that never ends is. Raises `OSError`."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {MOST_BYTES // 2**20} MiB", str(path))
+    return content
+
+
+def read_bounded_text(path: Path) -> str:
+    """The same as text in UTF-8, its lines ended by line feeds. Raises `OSError`, `UnicodeDecodeError`."""
+    return io.TextIOWrapper(io.BytesIO(read_bounded(path)), encoding="utf-8").read()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from corolla.errors import CorollaError
+from corolla.files import read_bounded
 
-MOST_BYTES = 64 * 2**20  # an index of the largest checkpoints has a few
 MOST_DEPTH = 100
 
 
@@ -52,18 +52,9 @@ def _decoded(decode: Callable[[], Any]) -> Any:
     return content
 
 
-def read_bytes(path: Path) -> bytes:
-    """All of a file that is not too large. Raises `JsonError`, `OSError`."""
-    with path.open("rb") as file:
-        raw = file.read(MOST_BYTES + 1)
-    if len(raw) > MOST_BYTES:
-        raise JsonError(f"is larger than {MOST_BYTES // 2**20} MiB")
-    return raw
-
-
 def load_object(path: Path) -> dict[str, Any]:
     """The one JSON object in a file. Raises `JsonError`, `OSError`."""
-    return parse_object(read_bytes(path))
+    return parse_object(read_bounded(path))
 
 
 def read_object(path: Path, kind: type[CorollaError], remedy: str) -> dict[str, Any]:

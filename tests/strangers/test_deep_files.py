@@ -10,11 +10,13 @@ import lzma
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 
 import corolla.json_files
+from corolla.api.access import Keys
 from corolla.chat.transcript import read_chat
 from corolla.cli.defaults import read_defaults
 from corolla.cli.partner import find_partner
@@ -24,7 +26,8 @@ from corolla.errors import BundleError, CorollaError, DataError, NotAdmitted, Tr
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checkpoints.pretrained import load_generation_config, load_tokenizer
 from corolla.swarm.access.invitations import read_invitation
-from corolla.swarm.access.membership import read_certificates
+from corolla.swarm.access.membership import PeerFile, read_certificates
+from corolla.swarm.transport.identity import Identity
 from corolla.tuning.bundle import load_bundle
 from corolla.tuning.checkpoints import RunFolder
 from tests.tiny_models import write_tiny
@@ -213,6 +216,20 @@ def test_a_file_without_an_end_is_not_taken_into_memory(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(TranscriptError, match="is larger than 64 MiB"):
         read_chat(tmp_path / "chat.jsonl")
+
+
+@pytest.mark.parametrize("path", [Path("/dev/zero"), Path("/dev/full")], ids=lambda path: path.name)
+def test_a_device_without_an_end_is_not_taken_into_memory(path: Path) -> None:
+    peers: list[Callable[[], Any]] = [
+        lambda: Identity.read(path),
+        lambda: PeerFile(path),
+        lambda: Keys.read([], path),
+    ]
+    for read in peers:
+        with pytest.raises(UsageError, match="is larger than 64 MiB"):
+            read()
+    with pytest.raises(DataError, match="There is no file"):
+        load_conversations(str(path))
 
 
 @pytest.mark.parametrize(

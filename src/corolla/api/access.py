@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from corolla.api.failures import ApiFailure
 from corolla.api.streaming import refused
 from corolla.errors import UsageError
+from corolla.files import read_bounded_text
 from corolla.text import one_line
 
 MOST_BODY = 8 * 2**20
@@ -149,7 +150,7 @@ def _unauthorized(message: str) -> ApiFailure:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded_text(path))
     except OSError as error:
         raise UsageError(f"The file of keys {path} cannot be read: {error.strerror or 'no file'}.") from error
     except (ValueError, RecursionError) as error:

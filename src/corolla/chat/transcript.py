@@ -25,8 +25,8 @@ import msgspec
 
 from corolla.chat.window import Exchange
 from corolla.errors import TranscriptError
-from corolla.files import write_atomically
-from corolla.json_files import JsonError, parse_object, read_bytes
+from corolla.files import read_bounded, write_atomically
+from corolla.json_files import JsonError, parse_object
 from corolla.models.checkpoints.prompt_files import DEEP_WEIGHTS, PEFT_WEIGHTS
 from corolla.places import data_root
 from corolla.text import one_line
@@ -227,10 +227,9 @@ def latest_chat() -> Path:
 def read_chat(path: Path) -> SavedChat:
     """Read a transcript. Raises `TranscriptError`; a last line that was cut off is left out."""
     try:
-        content = read_bytes(path)
-    except (OSError, JsonError) as error:
-        reason = getattr(error, "strerror", None) or f"it {error}"
-        raise TranscriptError(f"The chat in {path} cannot be read ({reason}).") from error
+        content = read_bounded(path)
+    except OSError as error:
+        raise TranscriptError(f"The chat in {path} cannot be read ({error.strerror or error}).") from error
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.splitlines(keepends=True)
     cut_off = len(whole) < len(content)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.errors import UsageError
+from corolla.files import read_bounded_text
 from corolla.places import config_file
 from corolla.text import one_line
 
@@ -42,7 +43,7 @@ def read_defaults(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded_text(path))
     except FileNotFoundError as error:
         if os.environ.get("COROLLA_CONFIG"):
             raise UsageError(f"There is no file {path}, which COROLLA_CONFIG names.") from error

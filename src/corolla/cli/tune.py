@@ -32,6 +32,7 @@ from corolla.cli.training import (
 from corolla.config import SwarmConfig, TuningMode
 from corolla.data.render import NO_LOSS, Example, RenderSettings
 from corolla.errors import UsageError
+from corolla.files import read_bounded_text
 from corolla.text import printable
 from corolla.tuning.settings import TuneSettings
 
@@ -98,7 +99,7 @@ class TuneJob(TrainJob, DataOptions):
         if self.prompt_text is None or not _is_file(self.prompt_text):
             return self.prompt_text
         try:
-            return Path(self.prompt_text).read_text(encoding="utf-8")
+            return read_bounded_text(Path(self.prompt_text))
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.prompt_text} cannot be read as text (UTF-8).") from error
 

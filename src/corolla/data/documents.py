@@ -15,7 +15,7 @@ from typing import Any
 
 from corolla.data.cuts import all_ids
 from corolla.errors import UsageError
-from corolla.json_files import JsonError, read_bytes
+from corolla.files import read_bounded
 
 KINDS = (".txt", ".md", ".markdown")
 ENDS = ".!?\\n\u3002\uff01\uff1f"  # the last three of Chinese and Japanese
@@ -54,11 +54,9 @@ def _read(path: Path) -> Document:
     if path.suffix.lower() not in KINDS:
         raise UsageError(f"{path} is not .txt or .md: turn it into plain text first, and study that.")
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        text = read_bounded(path).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except JsonError as error:
-        raise UsageError(f"{path} {error}: study a part of it.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not text in UTF-8: save it as that first.") from error
     if "\0" in text:

@@ -47,6 +47,9 @@ def test_listen_addresses(text: str, expected: str) -> None:
         "/ip4/1.2.3.4/tcp/70000",
         "/dns/example.org/tcp/1",
         "1.2.3.4",
+        "/ip4/1.2.3.4/tcp/1/nonsense",
+        "/ip4/1.2.3.4/tcp/1/p2p/Qm",
+        "/ip4/1.2.3.4/tcp/1/p2p/QmXXmzXr867UwrKLdepRzy6zCfKGVzajvQEdzocjj1AKFZ",
     ],
 )
 def test_wrong_listen_addresses_are_named(text: str) -> None:

@@ -17,7 +17,7 @@ from cachetools import TLRUCache
 from filelock import FileLock
 
 from corolla.errors import NotAdmitted, UsageError
-from corolla.files import write_private
+from corolla.files import read_bounded_text, write_private
 from corolla.json_files import load_object
 from corolla.swarm.access.invitations import LEEWAY, check_certificate, check_invitation, sign_certificate
 from corolla.swarm.transport.identity import Identity, is_peer_id
@@ -67,7 +67,7 @@ class PeerFile:
 
     def _read(self) -> frozenset[str]:
         try:
-            return _parse_peers(self._path.read_text(encoding="utf-8"), self._path)
+            return _parse_peers(read_bounded_text(self._path), self._path)
         except FileNotFoundError:
             raise UsageError(f"The file {self._path} does not exist.") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -145,13 +145,14 @@ def revoke(identity: Path, peer_id: str) -> bool:
     path = beside(identity, "revoked")
     try:
         with FileLock(f"{path}.lock"):
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            text = read_bounded_text(path) if path.exists() else ""
             if peer_id in _parse_peers(text, path):
                 return False
             text += f"{'' if not text or text.endswith(chr(10)) else chr(10)}{peer_id}\n"
             write_private(path, text.encode())
-    except OSError as error:
-        raise UsageError(f"The file {path} cannot be written: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UsageError(f"The file {path} cannot be written: {reason}.") from error
     return True
 
 
@@ -167,7 +168,7 @@ def write_addresses(identity: Path, addresses: Sequence[str]) -> None:
 def read_addresses(identity: Path) -> list[str]:
     """What `write_addresses` wrote; nothing when the peer never ran."""
     try:
-        return beside(identity, "addresses").read_text(encoding="utf-8").split()
+        return read_bounded_text(beside(identity, "addresses")).split()
     except (OSError, UnicodeDecodeError):
         return []
 

@@ -27,7 +27,7 @@ def listen_multiaddr(text: str) -> str:
     if match is not None:
         _checked_ip(match[2], text)
         _checked_port(match[4], text)
-        return text
+        return _parsed(text)
     host, separator, port = text.rpartition(":")
     if not separator or text.startswith("/"):
         raise UsageError(
@@ -35,6 +35,20 @@ def listen_multiaddr(text: str) -> str:
         )
     ip = _checked_ip("127.0.0.1" if host == "localhost" else host.strip("[]"), text)
     return f"/ip{ip.version}/{ip}/tcp/{_checked_port(port, text)}"
+
+
+def _parsed(text: str) -> str:
+    from hivemind.utils.multiaddr import Multiaddr  # slow to import, and few write multiaddresses
+
+    try:
+        names_peer = "p2p" in (each.name for each in Multiaddr(text).protocols())
+    except ValueError as error:
+        raise UsageError(
+            f"{text!r} is not a multiaddress; write it as HOST:PORT, like 0.0.0.0:31330."
+        ) from error
+    if names_peer:
+        raise UsageError(f"{text!r} names a peer: give the address alone, up to the port.")
+    return text
 
 
 def join_multiaddr(text: str) -> str:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from corolla.errors import UsageError
-from corolla.files import write_private
+from corolla.files import read_bounded, write_private
 from corolla.text import get_logger
 
 log = get_logger(__name__)
@@ -71,7 +71,7 @@ class Identity:
     def read(cls, path: Path) -> Identity:
         """The key in `path`, whose permissions are tightened. Raises `UsageError`."""
         try:
-            data = path.read_bytes()
+            data = read_bounded(path)
         except OSError as error:
             raise UsageError(f"The identity file {path} cannot be used: {error.strerror}.") from error
         try:
