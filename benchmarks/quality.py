@@ -59,6 +59,7 @@ from corolla.tuning.settings import RATES, TuneSettings
 from corolla.tuning.trainer import training_arguments
 
 SLOW_LINE = 100e6 / 8  # bytes a second
+BOTTLENECK = 128  # of a reparametrized prompt
 RANK = 8  # of LoRA, with twice that as alpha
 OWN_TENSORS = ("prefix", "prompts", "lora")  # what a prompt adds to the line
 # Pairs of runs whose difference is told: the second minus the first.
@@ -70,6 +71,7 @@ PAIRS = (
     ("prompt_vocab", "ptune"),
     ("prompt_vocab", "prefix"),
     ("prompt_random", "prefix"),
+    ("prompt_vocab", "residual"),
     ("prefix_tuning", "prefix"),
     ("base", "lora"),
     ("prefix", "lora"),
@@ -188,6 +190,31 @@ def from_vocabulary(encoder: Any, base: Any, task: Task) -> None:
     encoder.embedding.weight.data.copy_(vectors)
 
 
+class ResidualEmbedding(nn.Module):
+    """A prompt's vectors, each plus what a bottleneck makes of it: at first nothing (arXiv 2305.03937, shared MLP)."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """`embedding` holds vectors [P, hidden]."""
+        super().__init__()
+        width = embedding.embedding_dim
+        self.embedding = embedding
+        self.change = nn.Sequential(
+            nn.Linear(width, BOTTLENECK), nn.ReLU(), nn.Linear(BOTTLENECK, width), nn.LayerNorm(width)
+        )
+        nn.init.zeros_(self.change[3].weight)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Vectors [..., hidden] of indices [...]."""
+        vectors = self.embedding(indices)
+        return vectors + self.change(vectors)
+
+
+def from_vocabulary_reparametrized(encoder: Any, base: Any, task: Task) -> None:
+    """The same, trained together with a small network that they go through."""
+    from_vocabulary(encoder, base, task)
+    encoder.embedding = ResidualEmbedding(encoder.embedding)
+
+
 def from_text(encoder: Any, base: Any, task: Task) -> None:
     """What the whole model's own caches hold of the text."""
     ids = task.prepared.renderer.tokenizer(task.text, return_tensors="pt").input_ids
@@ -302,6 +329,15 @@ RUNS = {
         "peft PROMPT_TUNING, vocabulary",
         "ptune",
         _peft(PromptTuningConfig, from_vocabulary, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB),
+    ),
+    "residual": Run(
+        "the same, residual network",
+        "ptune",
+        _peft(
+            PromptTuningConfig,
+            from_vocabulary_reparametrized,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        ),
     ),
     "prompt_random": Run("peft PROMPT_TUNING, defaults", "ptune", _peft(PromptTuningConfig)),
     "prefix_tuning": Run("peft PREFIX_TUNING", "prefix", _peft(PrefixTuningConfig)),

@@ -88,7 +88,13 @@ class NodeOptions:
     ready_file: Annotated[Path | None, "JSON file that is there while the process is ready."] = None
 
     def config(self, peers: Sequence[str] | None) -> NodeConfig:
-        """Checked. Raises `UsageError`, also for what is no peer id or no such file."""
+        """Checked. Raises `UsageError`, also for what is no address, no peer id or no such file."""
+        from corolla.swarm.directory.addresses import join_multiaddr, listen_multiaddr
+
+        for address in peers or ():
+            join_multiaddr(address)
+        for address in (*(self.listen or ()), *(self.announce or ())):
+            listen_multiaddr(address)
         return NodeConfig(
             tuple(peers or ()),
             tuple(self.listen or ()),
