@@ -24,6 +24,7 @@ from corolla.errors import UsageError
 WireFormat = Literal["compute", "float16", "int8"]
 # What a client trains beside the frozen model (docs/tuning.md).
 TuningMode = Literal["ptune", "deep_ptune", "prefix", "lora"]
+LORA_RANK = 8  # where none is given
 # How a client keeps its embedding and head: as they are, or in fewer bits.
 ClientQuantization = Literal["none", "bfloat16", "int8"]
 

@@ -105,6 +105,7 @@ def test_a_model_or_data_that_cannot_be_used_is_one_sentence(
     assert "empty" in refused("tune", str(tiny), "--data", "empty.jsonl", "--out", "new")
     assert "--overwrite" in refused("tune", str(tiny), *data)
     assert "--held-out" in refused("tune", str(tiny), *data, "--out", "new", "--held-out", "24")
+    assert "--rank" in refused("tune", str(tiny), *data, "--out", "new", "--rank", "4")
     wrong = [str(tiny), *data, "--out", "new", "--held-out", "5", "--peers", "nonsense"]
     assert "nonsense" in refused("tune", *wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "empty.jsonl", "folder"]

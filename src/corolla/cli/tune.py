@@ -29,7 +29,7 @@ from corolla.cli.training import (
     stopped_by_ctrl_c,
     trained,
 )
-from corolla.config import SwarmConfig, TuningMode
+from corolla.config import LORA_RANK, SwarmConfig, TuningMode
 from corolla.data.render import NO_LOSS, Example, RenderSettings
 from corolla.errors import UsageError
 from corolla.files import read_bounded_text
@@ -55,7 +55,9 @@ class TuneJob(TrainJob, DataOptions):
         "ptune, deep_ptune (a prompt for each block besides), prefix (keys and values for each block) or lora.",
     ] = "ptune"
     prompt_tokens: Annotated[int, "Trainable prompt tokens."] = 16
-    rank: Annotated[int, "Of lora: numbers that each changed layer goes through."] = 8
+    rank: Annotated[
+        int | None, f"Of lora: numbers that each changed layer goes through (default: {LORA_RANK})."
+    ] = None
     prompt_init: Annotated[
         str | None,
         "Start from vocab, text, random or conversations (default: vocab, of a prefix conversations).",
@@ -71,8 +73,10 @@ class TuneJob(TrainJob, DataOptions):
             raise UsageError(f"--mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         if self.prompt_tokens < 1:
             raise UsageError(f"--prompt-tokens is {self.prompt_tokens}; a prompt needs at least 1 token.")
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank is {self.rank}; an adapter has a rank of at least 1.")
+        if self.rank is not None and self.mode != "lora":
+            raise UsageError(f"--rank is of adapters, and --mode {self.mode} has none: leave it out.")
         if self.prompt_init not in (None, *INITS):
             raise UsageError(f"--prompt-init is {self.prompt_init!r}; it must be one of {', '.join(INITS)}.")
         if self.prompt_init is not None and (self.prompt_init == "text") != bool(self.prompt_text):
@@ -90,7 +94,7 @@ class TuneJob(TrainJob, DataOptions):
     @property
     def size(self) -> str:
         """See `TrainJob.size`."""
-        return f"rank {self.rank}" if self.mode == "lora" else super().size
+        return f"rank {self.rank or LORA_RANK}" if self.mode == "lora" else super().size
 
     def first_text(self, prepared: Prepared, seed: int) -> str | None:
         """The text that the prompt is started from, if it is a text. Raises `UsageError`."""

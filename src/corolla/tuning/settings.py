@@ -21,6 +21,7 @@ RATES = {"ptune": 1e-2, "deep_ptune": 1e-2, "prefix": 3e-2, "lora": 1e-3}
 KEEP = ("best", "last")
 EVALUATIONS = 10  # in a run, where nothing else is said
 FEWEST_STEPS = 20  # between two of them
+MOST = 2**31  # of anything that is counted
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 # What may differ between a run and its continuation, since no loss depends on it.
 FREE_ON_RESUME = frozenset({"save_every", "report_to", "allow_empty"})
@@ -88,7 +89,9 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_option(name)} is {value}; it must be at least 1.")
-        if self.held_out is not None and self.held_out <= 0:
+            if value is not None and value >= MOST:
+                raise UsageError(f"{_option(name)} is {value}; it must be below {MOST}.")
+        if self.held_out is not None and not 0 < self.held_out < MOST:
             raise UsageError(
                 f"--held-out is {self.held_out}; give a share below 1, such as 0.1, or a number of conversations."
             )

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import torch
 
-from corolla.config import SwarmConfig, TuningMode, check_kinds
+from corolla.config import LORA_RANK, SwarmConfig, TuningMode, check_kinds
 from corolla.errors import UnexpectedArgument, UsageError
 from corolla.models.numerics import DTYPES
 
@@ -110,7 +110,7 @@ class LoadRequest:
     cache_dir: str | Path | None
     # Fields of the checkpoint's config that are the client's own affair.
     config_changes: Mapping[str, Any] = field(default_factory=dict)
-    lora_rank: int = 8
+    lora_rank: int = LORA_RANK
     lora_alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
 
@@ -161,7 +161,7 @@ def from_pretrained(
     initial_peers: str | Collection[str] | None = (),
     tuning_mode: str | None = None,
     pre_seq_len: int | None = 16,
-    lora_rank: int | None = 8,
+    lora_rank: int | None = LORA_RANK,
     lora_alpha: float | None = None,
     target_modules: str | Collection[str] | None = None,
     prompt_init: str | None = "vocab",
@@ -240,7 +240,7 @@ def from_pretrained(
         ),
         tuning_mode=tuning_mode,
         pre_seq_len=16 if pre_seq_len is None else pre_seq_len,
-        lora_rank=8 if lora_rank is None else lora_rank,
+        lora_rank=LORA_RANK if lora_rank is None else lora_rank,
         lora_alpha=lora_alpha,
         target_modules=_target_modules(target_modules),
         prompt_init="vocab" if prompt_init is None else prompt_init,
