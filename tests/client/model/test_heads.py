@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +33,7 @@ from corolla.models.kernels.autotune import Autotuner
 from corolla.models.kernels.int8 import has_int8
 
 PairOf = Callable[..., Pair]
+ROOT = Path(__file__).resolve().parents[3]
 WAIT = 30.0  # seconds after which a test that hangs is given up
 WIDTH, WORDS = 16, 40
 WIDE = 32  # of the tiny models
@@ -205,31 +210,54 @@ def test_ctrl_c_in_the_thread_that_computes_hurts_no_other(number: int) -> None:
     crowd.end()
 
 
-def test_ctrl_c_in_a_thread_that_waits_hurts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interrupt comes where a thread stands that has just been asked to lead."""
-    product = Product()
-    crowd = Crowd(product)
-    first = crowd.call(rows_of(0))
-    assert product.begun[0].wait(WAIT)
-    plain = threading.Event.wait
-    interrupted: list[threading.Event] = []
+OFTEN = """
+import random, signal, sys, threading
+import torch
+from corolla.client.model.row_queue import RowQueue
 
-    def wait(self: threading.Event, timeout: float | None = None) -> bool:
-        done = plain(self, timeout)
-        if self in interrupted:
-            raise KeyboardInterrupt
-        return done
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-4)
+queue, draw, row, met = RowQueue(), random.Random(1), torch.ones(1, 4), 0
+done = [threading.Semaphore(0) for _ in range(3)]
 
-    monkeypatch.setattr(threading.Event, "wait", wait)
-    second = crowd.call(rows_of(1))
-    third = crowd.call(rows_of(2))
-    interrupted.append(crowd.queue._waiting[1].woken)
-    product.let_go[0].set()
-    assert isinstance(second.exception(WAIT), KeyboardInterrupt)
-    for seed, future in ((0, first), (2, third)):
-        torch.testing.assert_close(future.result(WAIT), rows_of(seed) @ product.weight.T, atol=1e-5, rtol=0.0)
-    assert product.sizes == [1, 1]
-    crowd.end()
+def others(mine):
+    while True:
+        queue.run(row, torch.exp)
+        mine.release()
+
+def ring(*_):
+    raise KeyboardInterrupt
+
+for mine in done:
+    threading.Thread(target=others, args=(mine,), daemon=True).start()
+signal.signal(signal.SIGALRM, ring)
+while met < 500:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 2e-3))
+        for _ in range(50):
+            queue.run(row, torch.exp)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        met += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+for mine in done:
+    while mine.acquire(blocking=False):
+        pass
+    assert mine.acquire(timeout=20)
+print("well", flush=True)
+"""
+
+
+def test_ctrl_c_at_any_instant_keeps_no_other_thread_waiting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OFTEN],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "well", done.stderr
 
 
 def test_gradients_and_inference_mode_stay_with_their_thread() -> None:

@@ -19,6 +19,23 @@ LONGEST_WAIT = 0.5  # seconds, whatever the last product took
 Product = Callable[[Tensor], Tensor]
 
 
+def _held() -> threading.Lock:
+    """To wait for, with `acquire`, until `_wake`.
+
+    An interrupt within `threading.Event` or `Condition`, whose methods are Python, may leave their own lock held for
+    ever; a bare lock's are not.
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _wake(waiting: threading.Lock) -> None:
+    """End the wait for it, now or to come; under the queue's lock, since it may be so already."""
+    if waiting.locked():
+        waiting.release()
+
+
 class _Call:
     """One caller's rows, and what becomes of them."""
 
@@ -28,7 +45,7 @@ class _Call:
         self.away = -math.inf  # seconds since that thread's last call
         self.result: Tensor | None = None
         self.error: Exception | None = None
-        self.woken = threading.Event()  # served, or to lead
+        self.woken = _held()  # until it is served, or is to lead
 
     @property
     def served(self) -> bool:
@@ -49,7 +66,7 @@ class RowQueue:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._came = threading.Condition(self._lock)
+        self._came: threading.Lock | None = None  # what a leader waits for, until anybody comes
         self._waiting: list[_Call] = []  # all that are not served, the leader among them
         self._leader: _Call | None = None
         self._away: dict[int, float] = {}  # by thread, since when its last call is served; oldest first
@@ -78,21 +95,26 @@ class RowQueue:
                 call.away = time.perf_counter() - self._away.pop(call.thread, math.inf)
                 self._waiting.append(call)
                 self._leader = self._leader or call
-                self._came.notify()
+                if self._came is not None:
+                    _wake(self._came)
             if self._leader is not call:
-                call.woken.wait()
+                call.woken.acquire()
             if not call.served:
                 self._lead(call, product)
         finally:
-            self._leave(call)
+            try:
+                self._leave(call)
+            except BaseException:  # an interrupt: what is left undone would keep the others waiting for ever
+                self._leave(call)
+                raise
         if call.error is not None:
             raise call.error
         assert call.result is not None
         return call.result
 
     def _lead(self, call: _Call, product: Product) -> None:
+        self._wait(call)
         with self._lock:
-            self._wait(call)
             batch = self._batch_of(call)
         started = time.perf_counter()
         try:
@@ -108,11 +130,21 @@ class RowQueue:
     def _wait(self, leader: _Call) -> None:
         """Let others gather that are likely to come soon."""
         most, here = min(self._patience * self._seconds, LONGEST_WAIT), len(self._waiting)
-        if not self._is_due(leader, most):
+        until, waited = time.perf_counter() + most, False
+        while came := self._to_wait_for(leader, most, until):
+            came.acquire(timeout=max(0.0, until - time.perf_counter()))
+            waited = True
+        if not waited:
             return
-        self._came.wait_for(lambda: not self._is_due(leader, most), most)
         change = 2.0 if len(self._waiting) > here else 0.5
         self._patience = min(max(self._patience * change, PATIENCE[1]), PATIENCE[0])
+
+    def _to_wait_for(self, leader: _Call, soon: float, until: float) -> threading.Lock | None:
+        """Held until somebody comes; None where that is not likely any more, or it is time."""
+        with self._lock:
+            due = time.perf_counter() < until and self._is_due(leader, soon)
+            self._came = _held() if due else None
+            return self._came
 
     def _is_due(self, leader: _Call, soon: float) -> bool:
         """Whether a thread that stays away for as long as the leader's has would come `soon`, or just have come."""
@@ -129,10 +161,11 @@ class RowQueue:
         return batch
 
     def _leave(self, call: _Call) -> None:
+        """Put things in order; done twice it does no harm."""
         with self._lock:
             for other in self._waiting:
                 if other.served:
-                    other.woken.set()
+                    _wake(other.woken)
             self._waiting = [other for other in self._waiting if other is not call and not other.served]
             self._away[call.thread] = time.perf_counter()
             while len(self._away) > MOST_ROWS:
@@ -140,7 +173,7 @@ class RowQueue:
             if self._leader is call:
                 self._leader = self._waiting[0] if self._waiting else None
             if self._leader is not None:
-                self._leader.woken.set()
+                _wake(self._leader.woken)
 
 
 def _multiply(parts: list[Tensor], product: Product) -> list[Tensor]:
