@@ -179,6 +179,7 @@ ANSWERED = [
     ),
     ("completions", {"max_tokens": 2.0, "prompt": [5.0, 6.0]}),
     ("responses", {"max_output_tokens": 2.0}),
+    ("chat", {"max_tokens": 2, "temperature": 2, "repetition_penalty": 1e-4}),
     ("chat", {"stop": [], "logit_bias": None, "tool_choice": "auto", "parallel_tool_calls": True}),
     ("chat", {"max_tokens": 1, "top_p": 0, "top_k": -1, "seed": -5, "n": None}),
     ("completions", {"prompt": [""], "best_of": 1, "suffix": ""}),

@@ -16,11 +16,15 @@ from corolla.errors import BundleError, UsageError
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e-39),
+        ("temperature", 1e308),
+        ("repetition_penalty", 1e-320),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("repetition_penalty", 0.0),
         ("max_new_tokens", 0),
+        ("seed", 2**64),
     ],
 )
 def test_a_value_that_means_nothing_is_refused_by_its_flag(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from corolla.api.failures import unsupported
+from corolla.chat.sampling import LEAST
 
 MOST_MESSAGES = 2048
 MOST_REPLIES = 32
@@ -163,7 +164,7 @@ class Sampled(Strict):
     seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), WHOLE] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST, le=10, allow_inf_nan=False)] | None = None
     logit_bias: Biases | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES), WHOLE] | None = None

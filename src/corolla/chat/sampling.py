@@ -6,13 +6,14 @@ choice: what a checkpoint's own generation config says about it does not show th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from corolla.config import check_kinds
 from corolla.errors import BundleError, UsageError
+
+LEAST, MOST = 1e-4, 1e4  # of what scores are divided by: float32 has no room for much smaller or larger ones
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,23 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        if self.temperature != 0 and not LEAST <= self.temperature <= MOST:
+            raise UsageError(
+                f"--temperature is {self.temperature}; it must be 0 (greedy), or from {LEAST} to {MOST}."
+            )
         if self.top_k < 0:
             raise UsageError(f"--top-k is {self.top_k}; it must be 0 (all tokens) or more.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p is {self.top_p}; it must be above 0 and at most 1.")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not LEAST <= self.repetition_penalty <= MOST:
             raise UsageError(
-                f"--repetition-penalty is {self.repetition_penalty}; it must be above 0 (1 changes nothing)."
+                f"--repetition-penalty is {self.repetition_penalty}; it must be from {LEAST} to {MOST} (1 changes "
+                "nothing)."
             )
         if self.max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {self.max_new_tokens}; a reply needs at least 1.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:  # torch takes no other
+            raise UsageError(f"--seed is {self.seed}; it must be from {-(2**63)} to {2**64 - 1}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingSettings:
