@@ -32,6 +32,8 @@ INNER_OUTPUTS: Mapping[str, str] = {
     "output_router_logits": "router logits",
 }
 
+USE_ANOTHER = "use a text-only decoder such as llama, qwen3 or bloom"
+
 _inspected: dict[type[PretrainedConfig], Structure] = {}
 
 
@@ -188,10 +190,8 @@ def _inspect(config: PretrainedConfig) -> Structure:
         with torch.device("meta"):
             model: Any = causal_class(slice_config(config, 0, 1))
     except Exception as error:  # whatever the family's own code makes of the config
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UnsupportedFamily(
-            f"This config of type {config.model_type} describes no model that can be built ({reason:.200})."
-        ) from error
+        refuse_encoder_and_decoder(config)
+        raise _not_buildable(config, error) from error
     base_name = str(causal_class.base_model_prefix)
     prefix = f"{base_name}." if hasattr(model, base_name) else ""
     lists = _lists_of(getattr(model, base_name, model), 1)
@@ -209,7 +209,7 @@ def _inspect(config: PretrainedConfig) -> Structure:
     if not isinstance(holder, PreTrainedModel):
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be split: their blocks are run by a part of the model "
-            f"({type(holder).__name__}), not by a model; use a text-only decoder such as llama, qwen3 or bloom."
+            f"({type(holder).__name__}), not by a model; {USE_ANOTHER}."
         )
     return Structure(
         causal_lm=causal_class,
@@ -220,18 +220,61 @@ def _inspect(config: PretrainedConfig) -> Structure:
     )
 
 
+def _not_buildable(config: PretrainedConfig, error: Exception) -> UnsupportedFamily:
+    missing = "it lacks " if isinstance(error, KeyError) else ""
+    reason = missing + " ".join(str(error).split()).rstrip(".")
+    return UnsupportedFamily(
+        f"This config of type {config.model_type} describes no model that can be built ({reason:.200})."
+    )
+
+
+def refuse_what_cannot_be_split(config: PretrainedConfig) -> None:
+    """Raises `UnsupportedFamily` for a config of no model, and for blocks that have weights in common.
+
+    Looks at the whole model, without its numbers: for when a part of it, or a miniature, has failed.
+    """
+    found = structure(config)
+    try:
+        with torch.device("meta"):
+            model: Any = found.causal_lm(slice_config(config, 0, config.num_hidden_layers))
+    except Exception as error:  # as above
+        raise _not_buildable(config, error) from error
+    holder = model.get_submodule(found.prefix.rpartition(".")[0])
+    tied = getattr(holder, "_tied_weights_keys", None) or ()
+    if any(name.startswith(f"{found.blocks}.") for name in tied):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be split yet: some of their blocks have weights in common, "
+            "which a checkpoint holds once, in one of them."
+        )
+
+
 def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     mapping = AutoModelForCausalLM._model_mapping
-    # A config that contains a model's describes one that also takes images or sound, or has an encoder.
-    contained = [getattr(config, name, None) for name in type(config).sub_configs]
-    if type(config) not in mapping or any(hasattr(one, "hidden_size") for one in contained):
+    if type(config) not in mapping:
         raise UnsupportedFamily(
             f"Models of type {config.model_type} are not causal language models that Corolla can split; "
-            "use a text-only decoder such as llama, qwen3 or bloom."
+            f"{USE_ANOTHER}."
         )
     found = mapping[type(config)]
     causal_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    parts = type(config).sub_configs
+    if causal_class.config_class in parts.values() or not hasattr(config, "num_hidden_layers"):
+        refuse_encoder_and_decoder(config)
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} have no blocks of their own, and those of the models in them "
+            f"({', '.join(parts)}) are not split; {USE_ANOTHER}."
+        )
     return causal_class
+
+
+def refuse_encoder_and_decoder(config: PretrainedConfig) -> None:
+    """Raises `UnsupportedFamily` for what is both: the reason of most failures, where it is so."""
+    # A causal model of such a family says of its own config that it is none.
+    if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} are an encoder and a decoder, which Corolla does not split; "
+            f"{USE_ANOTHER}."
+        )
 
 
 def _lists_of(base: nn.Module, depth: int) -> list[str]:

@@ -1,6 +1,6 @@
 """What a checkpoint's tensors are called in the model of the family, and which part of a checkpoint that is.
 
-Invariant: names are those that the family's own loader gives. Of a checkpoint that also takes images the text part is
+Invariant: names are those that the family's own loader gives. Of a checkpoint that also takes images or sound the text part is
 used: its config is one of a causal model, and its tensors stand below `language_model`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 TEXT, BASE, HEAD = "language_model.", "model.", "lm_head."
 
@@ -22,11 +22,11 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
     text: Any = config.get_text_config(decoder=True)
     if (
         text is config
-        or config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        or config.model_type not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
         or type(text) not in AutoModelForCausalLM._model_mapping
     ):
         return config
-    text.tie_word_embeddings = config.tie_word_embeddings
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     text.dtype = text.dtype or config.dtype
     return text
 

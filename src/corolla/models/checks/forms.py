@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any, get_args
 
 import torch
-from transformers import PretrainedConfig
+from transformers import Cache, PretrainedConfig
 
 from corolla.errors import UnsupportedFamily
+from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import Arguments, arguments_of, measured
 from corolla.models.cut_layout import CutLayout, TokenLayout
-from corolla.models.families import structure
+from corolla.models.families import refuse_what_cannot_be_split, structure
 
 _seen: dict[bytes, tuple[Arguments, int]] = {}
 _cuts: dict[bytes, CutLayout] = {}
@@ -53,13 +56,31 @@ def left_out(config: PretrainedConfig) -> tuple[str, ...]:
 def _look(config: PretrainedConfig) -> tuple[Arguments, int]:
     """Seen in a miniature at work, once a process and config."""
     found = structure(config)
-    with refusing(config, "used: a miniature of this one does not run"):
+    _check_cache(config, found.holder.forward)
+    with refusing(config, "used: a miniature of this one does not run", refuse_what_cannot_be_split):
         small = miniature(config)
         key = canonical_config(small.to_dict())
         if key not in _seen:
             with undisturbed():
                 _seen[key] = arguments_of(random_model(found.causal_lm, small))
     return _seen[key]
+
+
+def _check_cache(config: PretrainedConfig, forward: Callable[..., Any]) -> None:
+    """Raises `UnsupportedFamily` where the family's code keeps no cache that a session can hold."""
+    taken = signature(forward).parameters.get(cache_argument(forward))
+    if taken is None:
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be served: transformers keeps no cache of keys and values for "
+            "them, which sessions are made of."
+        )
+    kinds = [one for one in get_args(taken.annotation) or (taken.annotation,) if isinstance(one, type)]
+    foreign = [one.__name__ for one in kinds if one is not type(None) and not issubclass(one, Cache)]
+    if foreign and len(foreign) == len([one for one in kinds if one is not type(None)]):
+        raise UnsupportedFamily(
+            f"Models of type {config.model_type} cannot be served: transformers keeps what they know of a sequence in "
+            f"a {foreign[0]}, which is no kind of cache that sessions are made of."
+        )
 
 
 @contextmanager

@@ -73,12 +73,20 @@ SMALL: dict[str, int] = {
     "state_size": 16,
     "n_groups": 2,
     "time_step_rank": 8,
+    "ngram_vocab_size_base": 64,
+    "split_ngram_parts": 1,
+    "n_input_layers": 2,
+    "n_recurrent_layers": 2,
+    "n_output_layers": 2,
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
 }
 # Of those, what is left as it is where it is smaller: few heads of an indexer give many equal scores.
-AT_MOST = ("num_experts_per_tok", "index_n_heads")
+AT_MOST = ("num_experts_per_tok", "index_n_heads", "moe_top_k")
 # How many tokens something reaches, by whatever name a family has for it: the check's sequences go beyond.
 REACH = re.compile(r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent)$")
 REACHED = 4
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 # Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
 RECURRENT = {
     "mamba_n_heads": "mamba_d_head",
@@ -122,17 +130,19 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
         config = copy.deepcopy(config)
         config.per_layer_config = None
     ratio = _heads_per_key(config)
-    for name, size in SMALL.items():
-        if _is_size(config, name):
-            setattr(small, name, min(size, getattr(config, name)) if name in AT_MOST else size)
+    for whole, part in [(config, small), *_parts(config, small)]:
+        for name, size in SMALL.items():
+            if _is_size(whole, name):
+                setattr(part, name, min(size, getattr(whole, name)) if name in AT_MOST else size)
     for name in vars(config):
         if REACH.search(name) and _is_size(config, name):
             setattr(small, name, min(REACHED, getattr(config, name)))
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
-    for name in ("num_key_value_heads", "num_kv_heads"):
-        if getattr(config, name, None) is not None:
-            setattr(small, name, max(1, small.num_attention_heads // ratio))
+    for whole, part in [(config, small), *_parts(config, small)]:
+        for name in KEY_HEADS:
+            if getattr(whole, name, None) is not None:
+                setattr(part, name, max(1, small.num_attention_heads // ratio))
     if isinstance(sizes := getattr(small, "intermediate_size", None), list):
         small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
@@ -174,6 +184,12 @@ def _by_kind(config: PretrainedConfig, small: PretrainedConfig) -> dict[int, dic
         part = max(1, shared * depth // config.num_hidden_layers)
         small.num_kv_shared_layers = min(part, depth - len(last_first))
     return {at: of_kind[kind] for at, kind in enumerate(small.layer_types) if of_kind[kind]}
+
+
+def _parts(config: PretrainedConfig, small: PretrainedConfig) -> list[tuple[Any, Any]]:
+    """Configs inside of both, some of which describe parts of blocks."""
+    pairs = [(getattr(config, name, None), getattr(small, name, None)) for name in type(config).sub_configs]
+    return [pair for pair in pairs if isinstance(pair[1], PretrainedConfig)]
 
 
 def _is_size(config: PretrainedConfig, name: str) -> bool:
@@ -232,7 +248,7 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
             small.qk_nope_head_dim = max(1, small.qk_rope_head_dim * config.qk_nope_head_dim // rotated)
         # The width that rotary tables are made for, of which they take all or a part.
         wide = getattr(config, "head_dim", None)
-        shares = [_rotary_share(part) for part in _rotary_parts(config).values()] or [1.0]
+        shares = [_rotary_share(part) for part in rotary_parts(config).values()] or [1.0]
         if rotated in {int(share * (wide or 0)) for share in shares}:
             small.head_dim = small.qk_rope_head_dim * wide // rotated
     elif not hasattr(config, "num_attention_heads"):
@@ -242,12 +258,15 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
         small.head_dim = SMALL["head_dim"] * (1 if together else 2)
 
 
-def _rotary_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
-    """Parameters of rotary embeddings by the kind of layers, by no name where they are of all; none without any."""
+def rotary_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """Parameters of rotary embeddings by the kind of layers that have them, by no name where they are of all; none
+    without any."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return {}
-    return rope if all(isinstance(one, dict) for one in rope.values()) else {"": rope}
+    if all(one is None or isinstance(one, dict) for one in rope.values()):
+        return {kind: part for kind, part in rope.items() if part is not None}
+    return {"": rope}
 
 
 def _rotary_share(part: dict[str, Any]) -> float:
@@ -257,7 +276,8 @@ def _rotary_share(part: dict[str, Any]) -> float:
 
 def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
     """As many factors as the miniature has frequencies; and the edge where they change, at `EDGE`."""
-    if not (parts := copy.deepcopy(_rotary_parts(config))):
+    small.rope_parameters = copy.deepcopy(getattr(config, "rope_parameters", None))
+    if not (parts := rotary_parts(small)):
         return
     width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
     for part in parts.values():
@@ -273,7 +293,6 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
             if hasattr(config, "original_max_position_embeddings"):
                 small.original_max_position_embeddings = EDGE
             small.max_position_embeddings = EDGE if part["rope_type"] == "dynamic" else 4 * EDGE
-    small.rope_parameters = parts.get("", parts)
 
 
 def random_model(causal_lm: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

@@ -34,7 +34,7 @@ from corolla.models.checks.forms import left_out, refusing, values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.cut_layout import CutLayout
-from corolla.models.families import blocks_prefix, structure
+from corolla.models.families import blocks_prefix, refuse_encoder_and_decoder, refuse_what_cannot_be_split, structure
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, load_span
 from corolla.text import get_logger
@@ -111,17 +111,13 @@ def _compare(config: PretrainedConfig, difference: str | None) -> None:
 
 def _refuse_what_is_left_out(config: PretrainedConfig) -> None:
     """The reason of most failures, where there is such a thing."""
-    # A causal model of such a family says of its own config that it is none.
-    if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):
-        raise UnsupportedFamily(
-            f"Models of type {config.model_type} are an encoder and a decoder, which Corolla does not split; use a "
-            "text-only decoder such as llama, qwen3 or bloom."
-        )
+    refuse_encoder_and_decoder(config)
     if names := left_out(config):
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be split yet: besides hidden states their blocks take "
             f"{' and '.join(names)}, which no server is sent."
         )
+    refuse_what_cannot_be_split(config)
 
 
 def _spans(folder: Path, depth: int, device: torch.device) -> list[Span]:

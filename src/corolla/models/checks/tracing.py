@@ -21,6 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from corolla.errors import UnsupportedFamily
+from corolla.models.checks.miniature import BY_LENGTH, rotary_parts
 from corolla.models.cut_layout import CutLayout, SharedTensor, SideInput, TokenLayout
 from corolla.models.families import blocks_prefix, structure
 
@@ -159,7 +161,7 @@ def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
         if name in stores:
             continue
         values = [call.given.get(name) for call in first]
-        if name in later or not all(isinstance(one, Tensor) and one.is_floating_point() for one in values):
+        if name in later or not _same_form(values):
             if not _same(first[-1].output, _without(model, ids, name)):
                 left_out.append(name)
             continue
@@ -175,6 +177,11 @@ def _calls(model: PreTrainedModel, ids: Tensor, *, noise: bool = False) -> list[
     blocks: Any = twin.get_submodule(blocks_prefix(model.config))
     with torch.no_grad(), watched(blocks, noise=noise) as (calls, _):
         twin(input_ids=ids, use_cache=False)
+    if len(calls) != len(blocks):
+        raise UnsupportedFamily(
+            f"Models of type {model.config.model_type} cannot be split: their blocks do not run once each in a pass, "
+            "one behind the other."
+        )
     return calls
 
 
@@ -216,6 +223,13 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
 
+def _same_form(values: Sequence[Any]) -> bool:
+    """Whether all blocks are given numbers with a point, as many of them."""
+    return all(
+        isinstance(one, Tensor) and one.is_floating_point() and one.shape == values[0].shape for one in values
+    )
+
+
 def _kept(value: Any) -> Any:
     """As it is now."""
     if isinstance(value, Tensor):
@@ -236,6 +250,9 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
     found = structure(config)
     config = copy.deepcopy(config)
     config._attn_implementation = MEASURED
+    for part in rotary_parts(config).values():
+        if part.get("rope_type") in BY_LENGTH:  # which looks at positions; as wide as any other kind
+            part["rope_type"] = "default"
     config._experts_implementation = "batched_mm"  # the others ask for a router's values, or for 16 bits
     config.return_dict = True
     passes = []
