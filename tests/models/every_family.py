@@ -23,7 +23,7 @@ import torch
 import transformers
 from tests.swarm_fixture import MemorySwarm
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corolla.errors import UnsupportedFamily, UsageError
@@ -114,16 +114,27 @@ GIVEN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 5, "layer_types": CONVOLVED},
     "cohere_compass_text": {
         "num_hidden_layers": 5,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": None,
+        },
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 0.5}},
     "qwen4_exp_text": {
-        "indexer_n_heads": 16,
+        "head_dim": 12,
+        "eos_token_id": 2,
+        "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
-        "indexer_head_dim": 128,
-        "indexer_budget": 2048,
-        "indexer_compress_ratio": 4,
+        "indexer_head_dim": 32,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
         "ple_layer_ids": [2],
         "ngram_vocab_size_base": 64,
         "split_ngram_parts": 1,
@@ -139,8 +150,8 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-# Of the part of a model that looks at images, which is never used.
-VISION: dict[str, int] = {
+# Of the parts of a model that look at images or hear, which are never used.
+OTHER_PARTS: dict[str, int] = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
     "depth": 1,
@@ -150,6 +161,10 @@ VISION: dict[str, int] = {
     "image_size": 28,
     "patch_size": 14,
     "out_hidden_size": UNEQUAL["hidden_size"],
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
 }
 
 
@@ -165,17 +180,28 @@ def tiny(family: str) -> PretrainedConfig:
     parts: dict[str, Any] = {"text_config": _small(text).to_dict()}
     marks = [name for name in config.to_dict() if name.endswith(("token_id", "token_index"))]
     parts |= {name: at % 3 for at, name in enumerate(marks)}  # tokens that no text has
-    if getattr(config, "vision_config", None) is not None:
-        vision = config.vision_config.to_dict()
-        vision.pop("per_layer_config", None)  # of layers that it does not have any more
-        parts["vision_config"] = vision | {name: size for name, size in VISION.items() if name in vision}
+    parts |= _other_parts(config)
     try:
         return type(config)(**parts)
     except Exception:  # as above
         return config
 
 
+def _other_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in ("vision_config", "audio_config"):
+        if getattr(config, name, None) is not None:
+            part = getattr(config, name).to_dict()
+            part.pop("per_layer_config", None)  # of layers that it does not have any more
+            found[name] = part | {one: size for one, size in OTHER_PARTS.items() if one in part}
+    return found
+
+
 def _small(config: PretrainedConfig) -> PretrainedConfig:
+    try:
+        structure(config)
+    except UnsupportedFamily:
+        return config
     for make in (_unequal, miniature):
         try:
             small = make(config)
@@ -215,6 +241,7 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
         given["per_layer_config"] = overrides(config, given)
     if getattr(config, "num_kv_shared_layers", None):
         given["num_kv_shared_layers"] = SHARED
+    given |= _other_parts(config)
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
     return type(config)(**given)
 
@@ -284,7 +311,7 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         text = text_part(config)
-        loader = AutoModelForCausalLM if text is config else AutoModelForImageTextToText
+        loader = AutoModelForCausalLM if text is config else AutoModelForMultimodalLM
         try:
             whole = random_model(loader.from_config, config)
         except ImportError as error:
@@ -376,7 +403,7 @@ tiny random model of each ({layers} layers in three uneven spans; head widths, e
 logits with padding on either side, gradients, a batch of greedy replies and of beams, a chat of two turns, and one
 that was set back. *Packed* families share a server's passes, others are computed request by request, but for steps of
 one token of those with recurrences or convolutions (qwen3_next, falcon_h1, lfm2, …), which share passes too. Of models
-that also take images, the part that reads and writes text is used, from the checkpoint as it lies on the hub.
+that also take images or sound, the part that reads and writes text is used, from the checkpoint as it lies on the hub.
 
 The last column is what the family's own cache holds of one sequence of {context} tokens in 16 bits, at the size that
 its config has by default: keys and values, latents, states. That is what a session takes on the servers together;

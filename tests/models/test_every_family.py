@@ -20,15 +20,24 @@ from corolla.models.checks.selfcheck import check_family
 # of earlier tokens.
 EXACT = (
     "gptj", "codegen", "olmo", "nanochat", "mpt", "gpt_neox_japanese", "biogpt", "deepseek_v3", "lfm2", "jamba",
-    "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba"
+    "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba", "dbrx", "diffllama",
+    "cohere_compass_text",
 )  # fmt: skip
-# Of those that also take images, the part that reads and writes text.
-TEXT = ("gemma3", "mistral3", "qwen3_5")
+# Of those that also take images or sound, the part that reads and writes text.
+TEXT = ("gemma3", "mistral3", "qwen3_5", "phi4_multimodal", "voxtral", "moss_transcribe_diarize")
 REFUSED = {
     "bert": "run by a part of the model",
-    "doge": "without the padding that it was given",
-    "moshi": "not causal language models",
+    "doge": "choose among equal scores",
+    "emu3": r"no blocks of their own, and those of the models in them \(vq_config, text_config\) are not split",
+    "prophetnet": "an encoder and a decoder",
     "xlm": "not one list of layers",
+    "longcat_flash": "one of their blocks is several of the layers",
+    "dory": "do not run once each",
+    "inkling2_text": "besides hidden states their blocks take block_states",
+    "zamba": "some of their blocks have weights in common",
+    "zamba2": "some of their blocks have weights in common",
+    "openai-gpt": "keeps no cache of keys and values",
+    "xlstm": "a cache of their own kind",
 }
 
 

@@ -195,10 +195,18 @@ def _inspect(config: PretrainedConfig) -> Structure:
     base_name = str(causal_class.base_model_prefix)
     prefix = f"{base_name}." if hasattr(model, base_name) else ""
     lists = _lists_of(getattr(model, base_name, model), 1)
-    if len(lists) > 1:  # that have one part here; the blocks are those of which a deeper model has more
+    if (
+        len(lists) != 1
+    ):  # of lists that have one part here the blocks are those of which a deeper model has more
         with torch.device("meta"):
             deeper: Any = causal_class(slice_config(config, 0, 2))
-        lists = [one for one in lists if one in _lists_of(getattr(deeper, base_name, deeper), 2)]
+        longer = _lists_of(getattr(deeper, base_name, deeper), 2)
+        if not lists and longer:
+            raise UnsupportedFamily(
+                f"Models of type {config.model_type} cannot be split yet: one of their blocks is several of the layers "
+                "that their config counts."
+            )
+        lists = [one for one in lists if one in longer]
     if len(lists) != 1:
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be split: their blocks are not one list of layers."

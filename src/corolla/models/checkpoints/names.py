@@ -1,7 +1,7 @@
 """What a checkpoint's tensors are called in the model of the family, and which part of a checkpoint that is.
 
-Invariant: names are those that the family's own loader gives. Of a checkpoint that also takes images or sound the text part is
-used: its config is one of a causal model, and its tensors stand below `language_model`.
+Invariant: names are those that the family's own loader gives. Of a checkpoint that also takes images or sound the text
+part is used: its config is one of a causal model, and its tensors stand below `language_model`.
 """
 
 from __future__ import annotations

@@ -74,12 +74,12 @@ def _check_cache(config: PretrainedConfig, forward: Callable[..., Any]) -> None:
             f"Models of type {config.model_type} cannot be served: transformers keeps no cache of keys and values for "
             "them, which sessions are made of."
         )
-    kinds = [one for one in get_args(taken.annotation) or (taken.annotation,) if isinstance(one, type)]
-    foreign = [one.__name__ for one in kinds if one is not type(None) and not issubclass(one, Cache)]
-    if foreign and len(foreign) == len([one for one in kinds if one is not type(None)]):
+    named = [one for one in get_args(taken.annotation) or (taken.annotation,) if isinstance(one, type)]
+    kinds = [one for one in named if one is not type(None)]
+    if kinds and not any(issubclass(one, Cache) for one in kinds):
         raise UnsupportedFamily(
             f"Models of type {config.model_type} cannot be served: transformers keeps what they know of a sequence in "
-            f"a {foreign[0]}, which is no kind of cache that sessions are made of."
+            f"a cache of their own kind ({kinds[0].__name__}), which no session can hold."
         )
 
 

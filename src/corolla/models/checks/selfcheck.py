@@ -34,7 +34,12 @@ from corolla.models.checks.forms import left_out, refusing, values_returned
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.cut_layout import CutLayout
-from corolla.models.families import blocks_prefix, refuse_encoder_and_decoder, refuse_what_cannot_be_split, structure
+from corolla.models.families import (
+    blocks_prefix,
+    refuse_encoder_and_decoder,
+    refuse_what_cannot_be_split,
+    structure,
+)
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
 from corolla.models.span import Span, load_span
 from corolla.text import get_logger
@@ -45,6 +50,15 @@ log = get_logger(__name__)
 ROWS, CACHED, TOKENS, PROMPT = 2, EDGE, EDGE + 3, 3
 STEPS = 5  # of one token
 PIECES = ((0, CACHED - 3), (CACHED - 3, CACHED - 2), (CACHED - 2, CACHED))  # in which cached tokens come
+
+
+# Differences that are none between the whole and its parts, but between calls of the whole.
+PADDING, EQUALS = "padding", "equals"
+OF_THEIR_OWN = {
+    PADDING: "with this config padding changes what transformers itself computes of a row, and servers are sent none",
+    EQUALS: "with this config their blocks choose among equal scores (of tokens that are repeated), and what they "
+    "choose depends on the padding in transformers itself",
+}
 
 
 @dataclass(frozen=True)
@@ -103,9 +117,9 @@ def split_miniature(
 def _compare(config: PretrainedConfig, difference: str | None) -> None:
     if difference is not None:
         _refuse_what_is_left_out(config)
+        reason = f"split, a miniature of this one computes something else than whole ({difference})"
         raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be served: split, a miniature of this one computes "
-            f"something else than whole ({difference})."
+            f"Models of type {config.model_type} cannot be served: {OF_THEIR_OWN.get(difference, reason)}."
         )
 
 
@@ -190,8 +204,9 @@ def _first_difference(whole: PreTrainedModel, spans: list[Span]) -> str | None:
             return "cut elsewhere"
         if not _same_whole_pass(copy.deepcopy(whole), spans, ids[:, :CACHED], None):
             return "after a longer request"
-        if not _same_without_padding(copy.deepcopy(whole), spans, ids):
-            return "without the padding that it was given"
+        if not _same_without_padding(copy.deepcopy(whole), spans, ids % 3 + 3):
+            distinct = (torch.randperm(ids.numel()) + 3).reshape(ids.shape).to(ids.device)
+            return EQUALS if _same_without_padding(copy.deepcopy(whole), spans, distinct) else PADDING
         if not _same_cached_steps(copy.deepcopy(whole), spans, ids, left_padded):
             return "in cached steps"
         for mask in (None, left_padded[:, :CACHED]):
@@ -229,9 +244,9 @@ def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mas
 def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor) -> bool:
     """Rows are sent without their padding, here one on the left and one on the right; on one side of the edge.
 
-    Their tokens are often the same, so that a choice among equals, which may fall otherwise, is noticed.
+    Where tokens are often the same, a choice among equals, which may fall otherwise, is noticed.
     """
-    ids = ids[:, :CACHED] % 3 + 3
+    ids = ids[:, :CACHED]
     mask = torch.ones_like(ids)
     mask[0, :PROMPT] = mask[1, -PROMPT:] = 0
     with watched(whole, spans[0].cuts) as seen:
