@@ -203,8 +203,8 @@ def _inspect(config: PretrainedConfig) -> Structure:
         longer = _lists_of(getattr(deeper, base_name, deeper), 2)
         if not lists and longer:
             raise UnsupportedFamily(
-                f"Models of type {config.model_type} cannot be split yet: one of their blocks is several of the layers "
-                "that their config counts."
+                f"Models of type {config.model_type} cannot be split yet: one of their blocks is several of the "
+                "layers that their config counts."
             )
         lists = [one for one in lists if one in longer]
     if len(lists) != 1:
