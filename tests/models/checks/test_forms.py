@@ -31,3 +31,11 @@ def test_an_argument_that_no_block_reads_is_none_that_is_left_out() -> None:
     """Each block of the former chooses its own tokens, some of the latter take the choice of the block before."""
     assert forms.left_out(tiny("glm_moe_dsa")) == ()
     assert forms.left_out(tiny("hy_v4")) == ("prev_topk_indices",)
+
+
+def test_cuts_are_measured_where_rotary_embeddings_change_with_the_length() -> None:
+    config = tiny("gemma4_text")
+    plain = forms.cuts_of(config)
+    config.max_position_embeddings = 64
+    config.rope_parameters["sliding_attention"] |= {"rope_type": "dynamic", "factor": 2.0}
+    assert forms.cuts_of(config) == plain
