@@ -23,7 +23,7 @@ from tests.server.world import (
 from tests.virtual_time import SimulatedEngine, in_virtual_time
 from torch import Tensor
 
-from corolla.errors import RequestRefused
+from corolla.errors import PeerDisconnected, RequestRefused
 from corolla.models.span import Span
 from corolla.server.sessions import step as step_module
 from corolla.swarm.channel import Channel, request
@@ -174,10 +174,35 @@ async def test_the_wrong_number_of_rows_or_width(world: OneServer) -> None:
 async def test_what_would_have_to_wait_for_room_is_told_to_come_alone(world: OneServer) -> None:
     peer = Peer(world)
     one, two = await peer.open(1, 1)
-    reply = await peer.step((one, two), reserve=500)
-    assert set(codes(reply).values()) == {"not_batchable"}
+    before = world.budget.reserved
+    reply = await peer.step((one, two), reserve=5000)
+    assert codes(reply) == dict.fromkeys((one.name, two.name), "not_batchable")
+    assert {failure.field for _, failure in reply.failures} == {"reserve"}
+    assert world.budget.reserved == before
     for session in (one, two):
         await session.step()
+        session.assert_right(world)
+
+
+async def test_room_that_is_free_is_given_on_the_way(world: OneServer) -> None:
+    """As far as it goes; and nobody gets past those who wait in line."""
+    peer = Peer(world)
+    one, two = await peer.open(1, 1)
+    own, tokens = world.server.sessions.opened("peer", one.name), 100
+    assert own is not None
+    while own.pages_needed(1, tokens, one.at, None) - own.pages <= world.budget.free // 2:
+        tokens += 16
+    assert codes(await peer.step((one, two), reserve=tokens)) == {two.name: "not_batchable"}
+    late, message = await peer.channel(), opening(tokens=tokens, name="a newcomer's name")
+    waiting = asyncio.create_task(request(late, Packet(message)))
+    await until(lambda: world.budget.waiting == 1)
+    assert codes(await peer.step((one, two), reserve=tokens // 2)) == {two.name: "not_batchable"}
+    await late.close()
+    with pytest.raises(PeerDisconnected):
+        await waiting
+    await until(lambda: not world.budget.waiting)
+    assert not (await peer.step((one, two), reserve=tokens // 2)).failures
+    for session in (one, two):
         session.assert_right(world)
 
 

@@ -33,9 +33,13 @@ class ArrivalTracker:
         """The shortest period of those; 0 while none is known."""
         return min((self._periods[who] for who in those if who in self._periods), default=0.0)
 
+    def since(self, moment: float) -> set[Hashable]:
+        """Those whose last arrival was after that moment."""
+        return {who for who, at in self._last.items() if at > moment}
+
     def others_arrived(self, since: float, but: Collection[Hashable]) -> bool:
         """Whether anybody else came after that moment."""
-        return any(at > since for who, at in self._last.items() if who not in but)
+        return not self.since(since) <= set(but)
 
     def others_due(self, now: float, until: float, but: Collection[Hashable]) -> bool:
         """Whether anybody else is due by `until`; one that is late by a whole period is no longer awaited."""

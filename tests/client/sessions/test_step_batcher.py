@@ -18,6 +18,7 @@ from torch import Tensor
 from corolla.client.sessions import step_batcher
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.errors import PeerSilent, ProtocolError, RequestRefused
+from corolla.server.sessions.kv_cache import CacheBudget
 from corolla.swarm.channel import Channel, ChannelPool
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Step, Steps
@@ -120,6 +121,51 @@ def test_a_family_that_takes_no_batches(pair_of: PairOf, sent: list[int]) -> Non
     assert_equal(replies(model, prompts), local_replies(pair, model, prompts))
     refused = sum(count for count in sent if count > 1)
     assert refused <= 2 * COUNT
+
+
+def test_steps_that_ask_for_more_room_travel_together_too(
+    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of each call does."""
+    pair, alone = pair_of("llama"), list[int]()
+    model, prompts, own = pair.model(), prompts_of(3), Channel.send
+    ready, over = threading.Barrier(len(prompts)), threading.Barrier(len(prompts))
+
+    async def send(channel: Channel, packet: Packet) -> None:
+        if isinstance(packet.message, Step):
+            alone.append(int(packet.tensors["hidden"].shape[1]))
+        await own(channel, packet)
+
+    def reply(ids: Tensor) -> None:
+        with model.inference_session() as session:
+            model.generate(ids, max_new_tokens=1, session=session, **GREEDY)
+            ready.wait(60)
+            model.generate(None, max_new_tokens=40, session=session, **GREEDY)
+            over.wait(60)
+
+    monkeypatch.setattr(Channel, "send", send)
+    threads = [threading.Thread(target=reply, args=(ids,)) for ids in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(set(alone)) == [3, 4, 5]  # the prompts
+
+
+def test_where_more_room_is_not_free_a_step_goes_by_itself_and_later_ones_together(
+    pair_of: PairOf, sent: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, refused = pair_of("llama"), list[int]()
+
+    def never(_budget: CacheBudget, _holder: Any, pages: int) -> bool:
+        refused.append(pages)
+        return False
+
+    model, prompts = pair.model(), prompts_of(3)
+    monkeypatch.setattr(CacheBudget, "reserve_now", never)
+    assert_equal(replies(model, prompts), local_replies(pair, model, prompts))
+    assert refused
+    assert max(sent) > 1
 
 
 @pytest.mark.parametrize("wire", ["float16", "int8"])
@@ -288,6 +334,56 @@ async def test_those_that_have_begun_apart_meet_and_stay_together(monkeypatch: p
     await asyncio.gather(talk(A, 0.0), talk(B, 0.05))
     assert line.sent[0] == [A]
     assert [sorted(names) for names in line.sent[-8:-1]] == [[A, B]] * 7
+
+
+@in_virtual_time
+async def test_those_of_one_message_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One comes back later each time, by more than what is waited for anybody else."""
+    line = Line(monkeypatch)
+    later = 1.5 * step_batcher.GATHER_SECONDS
+
+    async def talk(name: str, late: float) -> None:
+        for turn in range(8):
+            await line.step(name)
+            await asyncio.sleep(0.3 + late * (turn % 2))
+
+    await asyncio.gather(talk(A, 0.0), talk(B, later))
+    assert [sorted(names) for names in line.sent] == [[A, B]] * 8
+
+
+@in_virtual_time
+async def test_one_that_does_not_come_back_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line(monkeypatch)
+    loop = asyncio.get_running_loop()
+    for _ in range(3):
+        await asyncio.gather(line.step(A), line.step(B))
+        await asyncio.sleep(0.1)
+    monkeypatch.setattr(step_batcher, "MEET_EVERY", 100)
+    waited = []
+    for _ in range(3):
+        began = loop.time()
+        await line.step(A)
+        waited.append(loop.time() - began)
+        await asyncio.sleep(0.1)
+    assert waited[0] <= 0.1 * step_batcher.GATHER_SHARE + 0.001
+    assert waited[1:] == [0.0, 0.0]
+
+
+@in_virtual_time
+async def test_whoever_begins_is_met_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One begins while another is in the middle of a reply, half a token apart."""
+    line = Line(monkeypatch)
+
+    async def talk(name: str, begin: float) -> None:
+        await asyncio.sleep(begin)
+        for _ in range(6):
+            await line.step(name)
+            await asyncio.sleep(0.1)
+
+    monkeypatch.setattr(step_batcher, "MEET_EVERY", 1000)
+    await asyncio.gather(talk(A, 0.0), talk(B, 0.25))
+    first = line.sent.index([B])
+    assert [sorted(names) for names in line.sent[first + 1 : first + 3]] == [[A, B]] * 2
 
 
 @in_virtual_time

@@ -162,7 +162,6 @@ class SpanSession:
         self.name = secrets.token_hex(16)  # by which the server knows this part of the session
         self._batcher: StepBatcher | None = None  # of this client's sessions at the same server
         self._batchable = True  # whether the server takes steps of this session among others'
-        self._reserved = 0  # tokens a row that the server was asked to have room for
         self._prefilled: PromptOutputs | None = None  # what the server holds before the first step
 
     def origin(self, tokens: int) -> Origin | None:
@@ -287,12 +286,11 @@ class SpanSession:
             except RequestRefused as refusal:
                 if meaning(refusal).remedy is not Remedy.SEND_MORE:
                     raise
-                self._batchable = False
+                self._batchable = refusal.field == "reserve"  # the next may need no more room
         assert self.channel is not None
-        if self._batcher is not None and hidden.shape[1] == 1:
-            self._batcher.arrived(self.name)
+        if batcher is None and self._batcher is not None:
+            self._batcher.went_alone(self.name, int(hidden.shape[1]))
         reply = await request(self.channel, Packet(step, tensors))
-        self._reserved = step.reserve
         return self._output_of(reply, hidden, self.hop)
 
     def _batcher_for(self, step: Step, tensors: dict[str, Tensor]) -> StepBatcher | None:
@@ -301,7 +299,7 @@ class SpanSession:
         if batcher is None or len(batcher.members) < 2 or not self._batchable:
             return None
         plain = tensors["hidden"].shape[1] == 1 and len(tensors) == 1
-        return batcher if plain and step.reserve <= self._reserved else None
+        return batcher if plain else None
 
     async def drop(self) -> None:
         """Give the server's cache up (it is freed when the stream ends); the history stays."""

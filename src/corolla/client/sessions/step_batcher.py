@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from corolla.errors import CorollaError, RequestRefused
-from corolla.swarm.arrivals import ArrivalTracker
+from corolla.swarm.arrivals import LONGEST_PERIOD, ArrivalTracker
 from corolla.swarm.channel import checked, refused
 from corolla.wire.frames import Packet
 from corolla.wire.messages import Outputs, Part, Steps
@@ -28,7 +28,8 @@ TOGETHER = 8
 GATHER_SECONDS = 0.03
 GATHER_SHARE = 0.33
 # Sessions that have begun apart stay apart, since each comes again when its own token is done. So once in so many
-# messages a step waits for the others for as long as a token takes; those that go together then come back together.
+# messages, and when somebody has begun, a step waits for the others for as long as a token takes. Those that go
+# together come back together, as fast as this process lets their threads, and wait for each other.
 MEET_EVERY = 8
 
 
@@ -50,8 +51,10 @@ class StepBatcher:
         self._under_way: set[asyncio.Task[None]] = set()
         self._sending: asyncio.Handle | None = None
         self._until: float | None = None  # how long those that wait do so for others
+        self._meeting: set[str] = set()  # whom they wait for whatever their pace
         self._messages = MEET_EVERY  # since steps have waited for as long as a token takes
         self._arrivals = ArrivalTracker()
+        self._company: dict[str, frozenset[str]] = {}  # who went in each one's last message
 
     def enter(self, name: str) -> None:
         """A session of that name has a cache at the server."""
@@ -61,16 +64,25 @@ class StepBatcher:
         """It has none any more."""
         self.members.discard(name)
         self._arrivals.forget(name)
+        self._company.pop(name, None)
 
-    def arrived(self, name: str) -> None:
-        """A member has a step of one token, which may also go by itself."""
-        self._arrivals.arrived(name, asyncio.get_running_loop().time())
+    def went_alone(self, name: str, tokens: int) -> None:
+        """A member has a step of so many tokens that goes by itself: nobody waits for it."""
+        self._company.pop(name, None)
+        if tokens == 1:
+            self._arrived(name)
+
+    def _arrived(self, name: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if name not in self._arrivals.since(now - LONGEST_PERIOD):
+            self._messages = MEET_EVERY
+        self._arrivals.arrived(name, now)
 
     async def step(self, part: Part, hidden: Tensor) -> Tensor:
         """The outputs [R, 1, H] of a member's step. Raises `RemoteError`."""
         one = _Step(part, hidden, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
-        self.arrived(part.name)
+        self._arrived(part.name)
         self._send_soon()
         return await one.done
 
@@ -96,7 +108,7 @@ class StepBatcher:
             self._until = now + self._patience(now, waiting)
         if self._sending is not None:
             self._sending.cancel()
-        if len(waiting) < TOGETHER and self._arrivals.others_due(now, self._until, waiting):
+        if len(waiting) < TOGETHER and self._others_due(now, self._until, waiting):
             self._sending = loop.call_at(self._until, self._send)
         else:
             self._sending = loop.call_soon(self._send)
@@ -104,17 +116,35 @@ class StepBatcher:
     def _patience(self, now: float, waiting: set[str]) -> float:
         """Seconds that those which wait do so for others at most."""
         period = self._arrivals.shortest_period(waiting)
-        if self._messages >= MEET_EVERY and self._arrivals.others_due(now, now + period, waiting):
-            self._messages = 0
-            return period
-        return min(GATHER_SECONDS, GATHER_SHARE * period)
+        if self._messages >= MEET_EVERY:
+            self._meeting = (self.members & self._arrivals.since(now - 2 * period)) - waiting
+            if self._meeting:
+                self._messages = 0
+                return period
+        patience = GATHER_SHARE * period
+        return patience if self._missing(waiting) else min(GATHER_SECONDS, patience)
+
+    def _others_due(self, now: float, until: float, waiting: set[str]) -> bool:
+        """Whether any have not come who are waited for: for a meeting, as of the same message, or by their pace."""
+        if (self._meeting - waiting) & self.members or self._missing(waiting):
+            return until > now
+        return self._arrivals.others_due(now, until, waiting)
+
+    def _missing(self, waiting: set[str]) -> set[str]:
+        """Those that went in the same message as one that waits, and have not come again."""
+        of_those = [self._company[name] for name in waiting if name in self._company]
+        gone = {name for one in of_those for name in one if self._company.get(name) is one}
+        return gone - waiting
 
     def _send(self) -> None:
         self._sending = self._until = None
+        self._meeting.clear()
         self._messages += 1
         wanted = [one for one in self._waiting if not one.done.done()]  # the rest was given up
         together, self._waiting = _alike(wanted)
         if together:
+            company = frozenset(one.part.name for one in together)
+            self._company |= dict.fromkeys(company & self.members, company)
             task = asyncio.create_task(self._exchange(together))
             self._under_way.add(task)
             task.add_done_callback(self._over)

@@ -99,9 +99,13 @@ class CacheBudget:
                 code="too_large",
                 field=field,
             )
-        if not self._line and self._grown(holder, pages):
+        if self.reserve_now(holder, pages):
             return
         await self._stand_in_line(holder, pages, field)
+
+    def reserve_now(self, holder: CacheHolder, pages: int) -> bool:
+        """The same where nobody waits in line and there is room, or can be made; False, and nothing changes, else."""
+        return pages <= self.capacity and not self._line and self._grown(holder, pages)
 
     async def _stand_in_line(self, holder: CacheHolder, pages: int, field: str) -> None:
         self._line.append(holder)

@@ -126,6 +126,11 @@ class Session:
         if pages > self.pages:
             await self._budget.reserve(self, pages, field)
 
+    def reserve_now(self, rows: int, tokens: int, *, position: int, order: Tensor | None) -> bool:
+        """The same where that needs no waiting; False, and nothing changes, where it does."""
+        pages = self.pages_needed(rows, tokens, position, order)
+        return pages <= self.pages or self._budget.reserve_now(self, pages)
+
     def pages_needed(self, rows: int, tokens: int, position: int, order: Tensor | None) -> int:
         """At most so many distinct pages: what all rows have in common counts once.
 

@@ -129,11 +129,9 @@ class StepRequest(Request):
                 field="position",
             )
 
-    @property
-    def fits_reservation(self) -> bool:
-        """Whether the session has room for it already."""
-        needed = self.session.pages_needed(self.rows, self.room, self._position, self._order)
-        return needed <= self.session.pages
+    def reserve_now(self) -> bool:
+        """Whether the session has room for it, or was given it without waiting."""
+        return self.session.reserve_now(self.rows, self.room, position=self._position, order=self._order)
 
     async def run(self) -> Packet:
         """The outputs."""

@@ -77,8 +77,14 @@ class StepsRequest:
         step = StepRequest(self._server, session, hidden, position=part.position, reserve=part.reserve)
         try:
             step.check()
-            if step.group is None or not session.span.cuts.plain or not step.fits_reservation:
+            if step.group is None or not session.span.cuts.plain:
                 raise RequestRefused("Send this step by itself.", code="not_batchable")
+            if not step.reserve_now():
+                raise RequestRefused(
+                    "Send this step by itself: it needs room that is not free.",
+                    code="not_batchable",
+                    field="reserve",
+                )
         except RequestRefused as refusal:
             if meaning(refusal).session_lost:
                 session.give_up()
