@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from corolla.client.model.heads import FEW_ROWS, SharedHead, share_head, use_head_kernel
 from corolla.client.model.losses import summed_cross_entropy
-from corolla.client.model.row_queue import MOST_ROWS, RowQueue
+from corolla.client.model.row_queue import MOST_ROWS, RowQueue, _Call
 from corolla.errors import UsageError
 from corolla.models.kernels.apply import exact_linear
 from corolla.models.kernels.autotune import Autotuner
@@ -258,6 +258,22 @@ def test_ctrl_c_at_any_instant_keeps_no_other_thread_waiting() -> None:
         check=False,
     )
     assert done.stdout.strip() == "well", done.stderr
+
+
+def test_who_is_served_while_another_leaves_is_woken_too() -> None:
+    class ServedMeanwhile(_Call):
+        asked = 0
+
+        @property
+        def served(self) -> bool:
+            self.asked += 1
+            return self.asked > 1
+
+    queue, late = RowQueue(), ServedMeanwhile(rows_of(0))
+    queue._waiting = [late]
+    for seed in (1, 2):  # one that leaves now, and one that does so afterwards
+        queue._leave(_Call(rows_of(seed)))
+    assert not late.woken.locked()
 
 
 def test_gradients_and_inference_mode_stay_with_their_thread() -> None:

@@ -163,10 +163,14 @@ class RowQueue:
     def _leave(self, call: _Call) -> None:
         """Put things in order; done twice it does no harm."""
         with self._lock:
+            # Asked once of each: a leader serves others meanwhile, and who leaves the list is to be woken.
+            left = []
             for other in self._waiting:
                 if other.served:
                     _wake(other.woken)
-            self._waiting = [other for other in self._waiting if other is not call and not other.served]
+                elif other is not call:
+                    left.append(other)
+            self._waiting = left
             self._away[call.thread] = time.perf_counter()
             while len(self._away) > MOST_ROWS:
                 del self._away[next(iter(self._away))]
