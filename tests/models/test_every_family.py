@@ -20,7 +20,7 @@ from corolla.models.checks.selfcheck import check_family
 # of earlier tokens.
 EXACT = (
     "gptj", "codegen", "olmo", "nanochat", "mpt", "gpt_neox_japanese", "biogpt", "deepseek_v3", "lfm2", "jamba",
-    "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba", "dbrx", "diffllama",
+    "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba", "dbrx",
     "cohere_compass_text",
 )  # fmt: skip
 # Of those that also take images or sound, the part that reads and writes text.

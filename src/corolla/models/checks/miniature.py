@@ -141,9 +141,8 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
     for whole, part in [(config, small), *_parts(config, small)]:
         for name in KEY_HEADS:
-            if (keys := getattr(whole, name, None)) is not None:
-                several = min(2, keys)  # one head for all is a kind of its own
-                setattr(part, name, max(several, small.num_attention_heads // ratio))
+            if getattr(whole, name, None) is not None:
+                setattr(part, name, max(1, small.num_attention_heads // ratio))
     if isinstance(sizes := getattr(small, "intermediate_size", None), list):
         small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
