@@ -16,7 +16,7 @@ import pytest
 # Seconds of one worker that each folder of tests may take of the forty minutes that two workers have together in the
 # twenty minutes of `make check test`; the rest is for the set-up, for collecting, and for other releases and CPUs.
 SHARES = {
-    "api": 60, "benchmarks": 10, "chat": 90, "cli": 150, "client": 400, "data": 40, "e2e": 160, "fuzz": 30,
+    "api": 120, "benchmarks": 10, "chat": 90, "cli": 150, "client": 400, "data": 40, "e2e": 160, "fuzz": 30,
     "models": 300, "schedules": 60, "server": 110, "strangers": 60, "swarm": 80, "tuning": 110, "wire": 20,
 }  # fmt: skip
 Values = Sequence[dict[str, Any]]

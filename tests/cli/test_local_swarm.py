@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,15 +21,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny("llama", tmp_path_factory.mktemp("model")))
 
 
-def left_behind() -> tuple[list[psutil.Process], list[Path]]:
+LeftBehind = Callable[[], tuple[set[psutil.Process], set[Path]]]
+
+
+def present() -> tuple[set[psutil.Process], set[Path]]:
     """Our children, and the folders in which their sockets and ready files are."""
     folders = Path(tempfile.gettempdir()).glob("corolla-*")
     children = psutil.Process().children(recursive=True)
-    return [one for one in children if "tests.e2e.warm" not in one.cmdline()], list(folders)
+    return {one for one in children if "tests.e2e.warm" not in one.cmdline()}, set(folders)
+
+
+@pytest.fixture
+def left_behind() -> LeftBehind:
+    """What is there beside what stood before the test: other tests of this process may share a swarm."""
+    before = present()
+    return lambda: (present()[0] - before[0], present()[1] - before[1])
 
 
 @contextlib.contextmanager
-def swarm_of_two(tiny: str, said: list[str]) -> Iterator[LocalSwarm]:
+def swarm_of_two(tiny: str, said: list[str], left_behind: LeftBehind) -> Iterator[LocalSwarm]:
     """Looks at a swarm that is up, then fails."""
     with local_swarm(tiny, options=["--cache-tokens", "64"], say=said.append) as swarm:
         yield swarm
@@ -42,14 +52,14 @@ def swarm_of_two(tiny: str, said: list[str]) -> Iterator[LocalSwarm]:
         raise ZeroDivisionError
 
 
-def test_it_comes_up_and_goes(tiny: str) -> None:
+def test_it_comes_up_and_goes(tiny: str, left_behind: LeftBehind) -> None:
     said: list[str] = []
     found: list[LocalSwarm] = []
     with pytest.raises(ZeroDivisionError), contextlib.ExitStack() as stack:  # an error inside ends it as well
-        found.append(stack.enter_context(swarm_of_two(tiny, said)))
+        found.append(stack.enter_context(swarm_of_two(tiny, said, left_behind)))
     (swarm,) = found
     assert [child.process.returncode for child in swarm.servers] == [0, 0]
-    assert left_behind() == ([], [])
+    assert left_behind() == (set(), set())
     assert "bootstrap" in said[0]
     assert sorted(line.split(" is ready")[0] for line in said[1:]) == [
         "The server of blocks 0:2",
@@ -57,13 +67,15 @@ def test_it_comes_up_and_goes(tiny: str) -> None:
     ]
 
 
-def test_a_server_that_does_not_start_ends_the_others_and_is_quoted(tiny: str) -> None:
+def test_a_server_that_does_not_start_ends_the_others_and_is_quoted(
+    tiny: str, left_behind: LeftBehind
+) -> None:
     with (
         pytest.raises(UsageError, match="float7"),
         local_swarm(tiny, servers=1, options=["--dtype", "float7"]),
     ):
         pytest.fail("the swarm came up")
-    assert left_behind() == ([], [])
+    assert left_behind() == (set(), set())
 
 
 def test_a_wrong_name_is_found_before_anything_starts(tmp_path: Path) -> None:
