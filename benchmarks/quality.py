@@ -14,7 +14,6 @@ of the lines.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 import warnings
@@ -41,6 +40,8 @@ from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 
+from benchmarks.quality_lines import Lines, Outcome, loss_of, pooled
+from benchmarks.residual import ResidualEmbedding
 from corolla import AutoDistributedModelForCausalLM
 from corolla.cli.common import set_up_libraries
 from corolla.cli.local_swarm import local_swarm
@@ -59,13 +60,16 @@ from corolla.tuning.settings import RATES, TuneSettings
 from corolla.tuning.trainer import training_arguments
 
 SLOW_LINE = 100e6 / 8  # bytes a second
-BOTTLENECK = 128  # of a reparametrized prompt
 RANK = 8  # of LoRA, with twice that as alpha
 OWN_TENSORS = ("prefix", "prompts", "lora")  # what a prompt adds to the line
 # Pairs of runs whose difference is told: the second minus the first.
 PAIRS = (
     ("base", "ptune"),
     ("base", "prefix"),
+    ("base", "lora"),
+    ("base", "prompt_vocab"),
+    ("base", "prompt_random"),
+    ("base", "prefix_tuning"),
     ("ptune", "prefix"),
     ("cartridge", "prefix"),
     ("prompt_vocab", "ptune"),
@@ -73,7 +77,6 @@ PAIRS = (
     ("prompt_random", "prefix"),
     ("prompt_vocab", "residual"),
     ("prefix_tuning", "prefix"),
-    ("base", "lora"),
     ("prefix", "lora"),
     ("peft_lora", "lora"),
 )
@@ -92,16 +95,6 @@ class Task:
     def text(self) -> str:
         """What prefixes begin with."""
         return conversations_text(self.prepared, self.prompt_tokens, self.settings.seed)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Held-out losses after training, seconds a step, numbers trained, bytes a step by the tensors' names."""
-
-    after: Evaluation
-    step_seconds: float
-    numbers: int
-    traffic: dict[str, int]
 
 
 class Kept(nn.Module):
@@ -190,29 +183,10 @@ def from_vocabulary(encoder: Any, base: Any, task: Task) -> None:
     encoder.embedding.weight.data.copy_(vectors)
 
 
-class ResidualEmbedding(nn.Module):
-    """A prompt's vectors, each plus what a bottleneck makes of it: at first nothing (arXiv 2305.03937, shared MLP)."""
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        """`embedding` holds vectors [P, hidden]."""
-        super().__init__()
-        width = embedding.embedding_dim
-        self.embedding = embedding
-        self.change = nn.Sequential(
-            nn.Linear(width, BOTTLENECK), nn.ReLU(), nn.Linear(BOTTLENECK, width), nn.LayerNorm(width)
-        )
-        nn.init.zeros_(self.change[3].weight)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """Vectors [..., hidden] of indices [...]."""
-        vectors = self.embedding(indices)
-        return vectors + self.change(vectors)
-
-
 def from_vocabulary_reparametrized(encoder: Any, base: Any, task: Task) -> None:
     """The same, trained together with a small network that they go through."""
     from_vocabulary(encoder, base, task)
-    encoder.embedding = ResidualEmbedding(encoder.embedding)
+    encoder.embedding = ResidualEmbedding(encoder.embedding.weight.data)
 
 
 def from_text(encoder: Any, base: Any, task: Task) -> None:
@@ -344,58 +318,6 @@ RUNS = {
     "lora": Run("lora, two servers", "lora", lambda task, swarms: with_corolla(task, "lora", swarms)),
     "peft_lora": Run("peft LORA, same start", "lora", with_peft_lora),
 }
-
-
-class Lines:
-    """Finished runs, each a line of a JSON file; runs of other settings in it are passed over."""
-
-    def __init__(self, path: Path, shared: dict[str, Any]) -> None:
-        """`shared` is what all runs of a table have in common."""
-        self._path, self._shared = path, shared
-        self._found: dict[tuple[str, int], dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if entry["shared"] == shared:
-                self._found[entry["run"], entry["seed"]] = entry
-
-    def __contains__(self, run: tuple[str, int]) -> bool:
-        return run in self._found
-
-    def add(self, name: str, seed: int, outcome: Outcome) -> None:
-        """One more run, in the file at once."""
-        entry = {
-            "run": name,
-            "seed": seed,
-            "shared": self._shared,
-            "sums": outcome.after.sums,
-            "step_seconds": outcome.step_seconds,
-            "numbers": outcome.numbers,
-            "traffic": outcome.traffic,
-        }
-        self._found[name, seed] = entry
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def all(self, name: str) -> dict[int, dict[str, Any]]:
-        """A run's lines by seed."""
-        return {seed: entry for (run, seed), entry in self._found.items() if run == name}
-
-
-def loss_of(entry: dict[str, Any]) -> float:
-    """Held-out loss of a run's replies, nats a token."""
-    return Evaluation.from_dict(entry["sums"]).reply_loss
-
-
-def pooled(entries: Sequence[dict[str, Any]]) -> Evaluation:
-    """All seeds' losses as one evaluation: a conversation that several seeds held out stays one."""
-    sums: dict[str, dict[str, tuple[float, int]]] = {}
-    for entry in entries:
-        for kind, by_name in Evaluation.from_dict(entry["sums"]).sums.items():
-            into = sums.setdefault(kind, {})
-            for name, (nats, tokens) in by_name.items():
-                earlier = into.get(name, (0.0, 0))
-                into[name] = (earlier[0] + nats, earlier[1] + tokens)
-    return Evaluation(sums)
 
 
 def table(lines: Lines) -> Iterator[str]:
