@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "examples").rglob("*")),
+    *sorted(path for path in (ROOT / "examples").rglob("*") if "__pycache__" not in path.parts),
 ]
 ERRORS = {
     name for name, one in vars(errors).items() if isinstance(one, type) and one.__module__ == errors.__name__
