@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.interrupts import interrupt_often
 
 from corolla.errors import UsageError
 from corolla.swarm.loop import EventLoopThread
@@ -140,44 +141,28 @@ except KeyboardInterrupt:
 
 
 OFTEN = """
-import asyncio, random, signal
+import asyncio
 from corolla.swarm.loop import EventLoopThread
 
-loop, draw, met = EventLoopThread(), random.Random(1), 0
+loop = EventLoopThread()
 
 async def answer():
     await asyncio.sleep(0)
     return 42
 
-def ring(*_):
-    raise KeyboardInterrupt
+def work():
+    for _ in range(3):
+        loop.run(answer())
 
-signal.signal(signal.SIGALRM, ring)
-while met < 8000:
-    try:
-        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 400e-6))
-        for _ in range(3):
-            loop.run(answer())
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        met += 1
-    signal.setitimer(signal.ITIMER_REAL, 0)
+def check():
     assert loop.run(answer(), timeout=20) == 42
-loop.close()
-print("well")
+
+end = loop.close
 """
 
 
 def test_ctrl_c_at_any_instant_leaves_the_loop_as_it_was() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", OFTEN],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout.strip() == "well", done.stderr
+    interrupt_often(OFTEN, times=8000, longest=400e-6)
 
 
 def test_ctrl_c_cancels_the_work() -> None:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
+from tests.interrupts import interrupt_often
 from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
@@ -33,7 +30,6 @@ from corolla.models.kernels.autotune import Autotuner
 from corolla.models.kernels.int8 import has_int8
 
 PairOf = Callable[..., Pair]
-ROOT = Path(__file__).resolve().parents[3]
 WAIT = 30.0  # seconds after which a test that hangs is given up
 WIDTH, WORDS = 16, 40
 WIDE = 32  # of the tiny models
@@ -211,13 +207,13 @@ def test_ctrl_c_in_the_thread_that_computes_hurts_no_other(number: int) -> None:
 
 
 OFTEN = """
-import random, signal, sys, threading
+import sys, threading
 import torch
 from corolla.client.model.row_queue import RowQueue
 
 torch.set_num_threads(1)
 sys.setswitchinterval(1e-4)
-queue, draw, row, met = RowQueue(), random.Random(1), torch.ones(1, 4), 0
+queue, row = RowQueue(), torch.ones(1, 4)
 done = [threading.Semaphore(0) for _ in range(3)]
 
 def others(mine):
@@ -225,39 +221,26 @@ def others(mine):
         queue.run(row, torch.exp)
         mine.release()
 
-def ring(*_):
-    raise KeyboardInterrupt
-
 for mine in done:
     threading.Thread(target=others, args=(mine,), daemon=True).start()
-signal.signal(signal.SIGALRM, ring)
-while met < 500:
-    try:
-        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 2e-3))
-        for _ in range(50):
-            queue.run(row, torch.exp)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        met += 1
-    signal.setitimer(signal.ITIMER_REAL, 0)
-for mine in done:
-    while mine.acquire(blocking=False):
-        pass
-    assert mine.acquire(timeout=20)
-print("well", flush=True)
+
+def work():
+    for _ in range(50):
+        queue.run(row, torch.exp)
+
+def check():
+    pass
+
+def end():
+    for mine in done:
+        while mine.acquire(blocking=False):
+            pass
+        assert mine.acquire(timeout=20)
 """
 
 
 def test_ctrl_c_at_any_instant_keeps_no_other_thread_waiting() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", OFTEN],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout.strip() == "well", done.stderr
+    interrupt_often(OFTEN, times=500, longest=2e-3)
 
 
 def test_who_is_served_while_another_leaves_is_woken_too() -> None:

@@ -134,15 +134,14 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
         for name, size in SMALL.items():
             if _is_size(whole, name):
                 setattr(part, name, min(size, getattr(whole, name)) if name in AT_MOST else size)
+        for name in KEY_HEADS:
+            if getattr(whole, name, None) is not None:
+                setattr(part, name, max(1, small.num_attention_heads // ratio))
     for name in vars(config):
         if REACH.search(name) and _is_size(config, name):
             setattr(small, name, min(REACHED, getattr(config, name)))
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         small.word_embed_proj_dim = SMALL["word_embed_proj_dim"] // 2
-    for whole, part in [(config, small), *_parts(config, small)]:
-        for name in KEY_HEADS:
-            if getattr(whole, name, None) is not None:
-                setattr(part, name, max(1, small.num_attention_heads // ratio))
     if isinstance(sizes := getattr(small, "intermediate_size", None), list):
         small.intermediate_size = [SMALL["intermediate_size"] * one // max(sizes) for one in sizes]
     small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2

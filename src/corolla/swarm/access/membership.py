@@ -71,8 +71,11 @@ class PeerFile:
         except FileNotFoundError:
             raise UsageError(f"The file {self._path} does not exist.") from None
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise UsageError(f"The file {self._path} cannot be read: {reason}.") from error
+            raise UsageError(f"The file {self._path} cannot be read: {_reason(error)}.") from error
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return str(error.strerror) if isinstance(error, OSError) else "it is not text"
 
 
 def _parse_peers(text: str, path: Path) -> frozenset[str]:
@@ -151,8 +154,7 @@ def revoke(identity: Path, peer_id: str) -> bool:
             text += f"{'' if not text or text.endswith(chr(10)) else chr(10)}{peer_id}\n"
             write_private(path, text.encode())
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UsageError(f"The file {path} cannot be written: {reason}.") from error
+        raise UsageError(f"The file {path} cannot be written: {_reason(error)}.") from error
     return True
 
 
