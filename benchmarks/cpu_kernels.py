@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+from corolla.models.attention.one_sequence import attend_one
 from corolla.models.attention.one_token_rows import Rules, attend_stretch
-from corolla.models.attention.packing import PackedBatch, attend_one, segments_of
+from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.client import HalfLinear

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from corolla.models.attention import packing
+from corolla.models.attention.one_sequence import TableSegment, attend_one
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, can_attend
-from corolla.models.attention.packing import PackedBatch, TableSegment, attend_one, segments_of
+from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
 from corolla.models.kernels.native import library
 

@@ -257,7 +257,7 @@ def test_a_long_sequence_in_pieces_equals_itself(family: str, monkeypatch: pytes
         return [output.detach(), torch.autograd.grad(output, leaf, grad)[0], torch.cat(steps)]
 
     whole = computed()
-    monkeypatch.setattr("corolla.models.attention.packing.QUERY_TOKENS", 5)
+    monkeypatch.setattr("corolla.models.attention.one_sequence.FEW_KEYS_TOKENS", 5)
     for one, other in zip(computed(), whole, strict=True):
         assert_same(one, other)
 

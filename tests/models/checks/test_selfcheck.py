@@ -17,8 +17,8 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
+from corolla.models.attention.one_sequence import TableSegment, attend_one
 from corolla.models.attention.one_token_rows import Rules
-from corolla.models.attention.packing import TableSegment, attend_one
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import EDGE, LAYERS, miniature, random_model

@@ -1,6 +1,6 @@
 """Attention by a kernel, in one call: of sequences that have been given one token each, or of one with several.
 
-Invariant: what the kernels compute is what `packing.attend_one` does, for the same rules.
+Invariant: what the kernels compute is what `one_sequence.attend_one` does, for the same rules.
 """
 
 from __future__ import annotations

@@ -16,75 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
 from corolla.models.attention.latent import absorbed
+from corolla.models.attention.one_sequence import TableSegment, attend_one, torch_knows
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, attend_stretch, can_attend
-from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
+from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
 FEWEST_ROWS = 16  # queries that share keys, from which our kernel for several tokens is quicker than torch's
-QUERY_TOKENS = 1024  # of one sequence, whose attention is computed at once
-
-
-@dataclass
-class TableSegment:
-    """New tokens of one sequence as blocks that share pages see them, behind the `past` ones of their table."""
-
-    begin: int
-    count: int
-    table: BlockTable | None = None
-    past: int = 0
-    slots: Tensor | None = None
-    _pages: Tensor | None = None  # int32, of all its tokens
-    _first: int | None = None
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """The packed token behind the last one."""
-        return self.begin + self.count
-
-    def grow(self, table: BlockTable, room: int) -> TableSegment:
-        """Take slots for the new tokens in that table."""
-        self.table, self.past = table, table.length
-        self.slots = table.grow(self.count, room)
-        self._first = table.contiguous_from()
-        return self
-
-    @property
-    def pages(self) -> Tensor:
-        """Where all its tokens lie, int32."""
-        if self._pages is None:
-            assert self.table is not None
-            self._pages = torch.tensor(
-                self.table.pages[: pages_for(self.past + self.count)], dtype=torch.int32
-            )
-        return self._pages
-
-    def cached(self, turned: Tensor) -> Tensor:
-        """All tokens of the table, past and new, [1, heads, past + count, D], of a block's [1, heads, slots, D]."""
-        total = self.past + self.count
-        if self._first is not None:
-            return turned.narrow(2, self._first * PAGE, total)
-        store = turned[0].transpose(0, 1)
-        paged = store.view(-1, PAGE, *store.shape[1:])
-        found = paged.index_select(0, self.pages.to(store.device)).flatten(0, 1)[:total]
-        return found.transpose(0, 1).unsqueeze(0)
-
-    def visible(self, window: int | None, device: torch.device) -> Tensor:
-        """bool [count, past + count]: which cached token each new one sees."""
-        if window not in self._masks:
-            total = self.past + self.count
-            seen = torch.ones(self.count, total, dtype=torch.bool, device=device).tril_(self.past)
-            if window is not None:
-                seen = seen.triu_(self.past - window + 1)
-            self._masks[window] = seen
-        return self._masks[window]
 
 
 @dataclass
@@ -199,10 +142,8 @@ class PackedBatch:
         if self.pool is not None:
             latents, rotary = (side.transpose(0, 1).unsqueeze(0) for side in (latents, rotary))
             return [(one, one.cached(latents), one.cached(rotary)) for one in table.parts]
-        both = [
-            (one, latents.narrow(2, one.begin, one.count), rotary.narrow(2, one.begin, one.count))
-            for one in table.parts
-        ]
+        sides = _by_segment(table.parts, latents, rotary)
+        both = [(one, new, turned) for one, (new, turned) in zip(table.parts, sides, strict=True)]
         if self._prefix is None:
             return both
         first, second = KeyValueForm.of(latents, rotary).split(self._prefix[block].to(latents.dtype))
@@ -213,12 +154,7 @@ class PackedBatch:
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """Attention of `query` [1, heads, N, D] over `key` and `value` [1, kv_heads, N, D]: [1, N, heads, D]."""
         if self.pool is None:
-            before = None
-            if self._prefix is not None:
-                before = KeyValueForm.of(key, value).split(self._prefix[block].to(key.dtype))
-            return side_by_side(
-                [_attend_new(one, query, key, value, rules, before) for one in self._tables[0].parts]
-            )
+            return self._attend_new(block, query, key, value, rules)
         index, place = self.pool.layout.place(block, rules.window)
         table, cache = self._tables[index], self.pool.store(place, key, value)
         if not table.ones or not can_attend(query, cache):
@@ -247,18 +183,34 @@ class PackedBatch:
             found = table.rows().attend(short.queries(own), (latents, latents), rules, None, rotary)
             return short.outputs(found.transpose(1, 2)).transpose(1, 2)
 
+        together = bool(self.pool and table.ones) and can_attend(query, (latents, rotary))
+        if together and len(table.ones) == len(table.parts):
+            return ones(query)
+        held = self.held(block)
+        sides = _by_segment(table.parts, query, *new)
+
         def alone(at: int) -> Tensor:
             one, own, turned = held[at]
             if one.past == 0:  # all that there is to see is new
-                return _attend_new(one, query, *new, rules, None)
-            return attend_latents(attention, query, rules, one, own, turned)
+                mine, keys, values = sides[at]
+                return attend_one(mine, keys, values, one, rules)
+            return attend_latents(attention, sides[at][0], rules, one, own, turned)
 
-        held = self.held(block)
-        if self.pool is None or not table.ones or not can_attend(query, (latents, rotary)):
+        if not together:
             return side_by_side([alone(at) for at in range(len(held))])
-        if len(table.ones) == len(table.parts):
-            return ones(query)
         return _attend_mixed(table, query, ones, lambda one: alone(table.parts.index(one)))
+
+    def _attend_new(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+        """Every sequence over its own new tokens, and over the prefix."""
+        before = None
+        if self._prefix is not None:
+            before = KeyValueForm.of(key, value).split(self._prefix[block].to(key.dtype))
+        parts, found = self._tables[0].parts, []
+        for one, (own, keys, values) in zip(parts, _by_segment(parts, query, key, value), strict=True):
+            if before is not None:
+                keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+            found.append(attend_one(own, keys, values, one, rules))
+        return side_by_side(found)
 
 
 _batch: ContextVar[PackedBatch | None] = ContextVar("corolla_packed_batch", default=None)
@@ -305,8 +257,7 @@ def packed_attention(
 def attend_latents(
     attention: Any, query: Tensor, rules: Rules, one: TableSegment, latents: Tensor, rotary: Tensor
 ) -> Tensor:
-    """A segment over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
-    query = query.narrow(2, one.begin, one.count)
+    """A segment's `query` over latents [1, 1, S, L] and rotary parts; in the form that is fewer products."""
     short = absorbed(attention, latents, rotary)
     if not short.pays(one.count, int(latents.shape[2])):
         keys, values = attention.expand_kv(latents, rotary)
@@ -324,32 +275,23 @@ def _write(table: _Table, cache: tuple[Tensor, Tensor], new: tuple[Tensor, Tenso
         side.index_copy_(0, slots, one[0].transpose(0, 1))
 
 
+def _by_segment(parts: Sequence[TableSegment], *packed: Tensor) -> list[tuple[Tensor, ...]]:
+    """What each segment has of packed [1, heads, N, D]; all at once, so that a gradient is put together once."""
+    counts = [one.count for one in parts]
+    return list(zip(*(torch.split(side, counts, dim=2) for side in packed), strict=True))
+
+
 def side_by_side(parts: list[Tensor]) -> Tensor:
     """[1, heads, T, D] each, in order, to [1, N, heads, D]."""
     turned = [part.transpose(1, 2) for part in parts]
     return turned[0].contiguous() if len(turned) == 1 else torch.cat(turned, dim=1)
 
 
-def _attend_new(
-    one: TableSegment,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rules: Rules,
-    before: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """A segment over its own new tokens, and what is before them."""
-    query, key, value = (tensor.narrow(2, one.begin, one.count) for tensor in (query, key, value))
-    if before is not None:
-        key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
-    return attend_one(query, key, value, one, rules)
-
-
 def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """A segment over what its table holds, its new tokens included."""
     sharing = one.count * query.shape[1] // cache[0].shape[1]
     # With nothing behind them they are computed as tokens that nobody caches: a bundle has the bits of a session.
-    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not _torch_knows(rules))
+    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not torch_knows(rules))
     if quick and one.count > 1 and can_attend(query, cache):
         own = query.narrow(2, one.begin, one.count)
         return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
@@ -372,73 +314,6 @@ def _attend_mixed(
         if one.count > 1:
             result[:, one.begin : one.end] = alone(one).transpose(1, 2)
     return result
-
-
-def attend_one(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
-    """One sequence's attention: `query` [1, heads, T, D] at the end of `keys` [1, kv_heads, S, D]."""
-    if one.count > QUERY_TOKENS:
-        return _attend_in_pieces(query, keys, values, one, rules)
-    window, total = rules.window, int(keys.shape[2])
-    if window is not None and total <= window:
-        window = None
-    if not _torch_knows(rules):
-        return _attend_plainly(query, keys, values, one, rules, window)
-    if (more := query.shape[-1] - values.shape[-1]) > 0 and one.count > 1 and query.device.type == "cpu":
-        # torch's fused kernel for CPUs takes heads of one width only.
-        return attend_one(query, keys, pad(values, (0, more)), one, rules)[..., :-more]
-    grouped = query.shape[1] != keys.shape[1]
-    if one.count == 1:  # sees everything, or the newest of it
-        if window is not None:
-            keys, values = keys[:, :, -window:], values[:, :, -window:]
-        return scaled_dot_product_attention(query, keys, values, scale=rules.scale, enable_gqa=grouped)
-    if one.past == 0 and window is None:
-        return scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=rules.scale, enable_gqa=grouped
-        )
-    mask = one.visible(window, query.device)
-    return scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=grouped
-    )
-
-
-def _torch_knows(rules: Rules) -> bool:
-    """Whether torch's own attention, in one call, does all that they say."""
-    return rules.softcap is None and rules.sinks is None and rules.slopes is None
-
-
-def _attend_in_pieces(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
-    """A long sequence, some new tokens after the other: no operator takes long, and scores that are written out are
-    fewer at a time."""
-    parts = []
-    for begin in range(0, one.count, QUERY_TOKENS):
-        end = min(begin + QUERY_TOKENS, one.count)
-        seen = one.past + end
-        piece = TableSegment(0, end - begin, past=one.past + begin)
-        parts.append(attend_one(query[:, :, begin:end], keys[:, :, :seen], values[:, :, :seen], piece, rules))
-    return torch.cat(parts, dim=2)
-
-
-def _attend_plainly(
-    query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules, window: int | None
-) -> Tensor:
-    """With the scores written out; softmax in float32 at least, as the families' own eager code does."""
-    groups = query.shape[1] // keys.shape[1]
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if rules.scale is None else rules.scale
-    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
-    if rules.slopes is not None:
-        places = torch.arange(keys.shape[2], device=scores.device)
-        scores = scores + (rules.slopes[:, None, None] * places).to(scores.dtype)
-    if rules.softcap is not None:
-        scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    scores = scores.masked_fill(~one.visible(window, scores.device), torch.finfo(scores.dtype).min)
-    if rules.sinks is not None:
-        sinks = rules.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], dim=-1)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=wide).to(values.dtype)
-    return torch.matmul(weights[..., : keys.shape[2]], values)
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

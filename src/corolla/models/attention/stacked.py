@@ -19,8 +19,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from corolla.models.attention.one_sequence import TableSegment, attend_one
 from corolla.models.attention.one_token_rows import Rules
-from corolla.models.attention.packing import TableSegment, attend_latents, attend_one
+from corolla.models.attention.packing import attend_latents
 from corolla.models.attention.span_cache import SpanCache
 
 # Of blocks that keep nothing; older releases have no such kind.
