@@ -33,6 +33,8 @@ from corolla.wire.frames import Packet
 from corolla.wire.messages import Backward, Forward, Message
 
 MICRO_BATCH_TOKENS = 512  # small enough that two servers work at the same time on an ordinary batch
+# What one may hold rather than be cut in two, of which each would read, and widen, all weights for few tokens.
+MOST_MICRO_BATCH_TOKENS = 640
 MOST_IN_FLIGHT = 8
 
 T = TypeVar("T")
@@ -92,7 +94,7 @@ def _groups(lengths: list[int]) -> list[list[int]]:
     rows = sum(length > 0 for length in lengths)
     for number in range(-(-sum(lengths) // MICRO_BATCH_TOKENS), rows):
         groups = _even(lengths, number)
-        if all(sum(lengths[row] for row in group) <= MICRO_BATCH_TOKENS for group in groups):
+        if all(sum(lengths[row] for row in group) <= MOST_MICRO_BATCH_TOKENS for group in groups):
             return groups
     return _even(lengths, rows)
 
