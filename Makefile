@@ -11,7 +11,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations 30
 WAYS   := tests/client/test_ways_in.py tests/client/model/test_startcheck.py
 # What depends on the CPU, and which variables make this one look as if it had AVX2 and nothing newer: to our C, torch,
 # oneDNN, MKL and fbgemm.
-KERNELS := tests/models/kernels tests/models/compiled tests/models/attention/test_one_token_rows.py tests/models/checks/test_forms.py
+KERNELS := tests/models/kernels tests/models/compiled tests/models/attention/test_one_token_rows.py tests/models/attention/test_one_sequence.py tests/models/checks/test_forms.py
 AVX2   := COROLLA_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 SOME   := startcheck or ((none-llama or deep_ptune-llama) and not Trainers)
 
