@@ -18,8 +18,9 @@ from corolla.models.checks.miniature import random_model
 from corolla.models.families import blocks_prefix, structure
 from corolla.models.prompts import add_deep
 
-# Inputs of each block, keys and values that are shared; besides, several streams.
-FAMILIES = ("gemma4_text", "gemma3n_text")
+# Inputs of each block, keys and values that are shared; besides, several streams; token ids; what the block before has
+# returned; first embeddings in blocks with weights in common.
+FAMILIES = ("gemma4_text", "gemma3n_text", "deepseek_v4", "zaya", "zamba")
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
 PROMPT = 3
 
@@ -37,12 +38,13 @@ def local(request: pytest.FixtureRequest) -> Any:
 def swarm(local: Any, tmp_path: Path) -> Iterator[MemorySwarm]:
     """Two fast servers, and slower replicas that are cut differently."""
     local.save_pretrained(tmp_path)
+    depth = local.config.num_hidden_layers
     with MemorySwarm(tmp_path, []) as made:
         for start, end, name, throughput in (
             (0, 2, "a", 1000),
-            (2, 5, "b", 1000),
+            (2, depth, "b", 1000),
             (0, 4, "c", 10),
-            (3, 5, "d", 10),
+            (3, depth, "d", 10),
         ):
             made.add(start, end, name, throughput=throughput)
         yield made
@@ -55,7 +57,7 @@ def client(swarm: MemorySwarm, **options: Any) -> Any:
 
 
 def random_ids(rows: int, tokens: int) -> Tensor:
-    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(2))
+    return torch.randint(3, 64, (rows, tokens), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize(("local", "victim"), covering(FAMILIES, "ab", together=1), indirect=["local"])
@@ -95,25 +97,27 @@ def with_prompt(local: Any, prompts: Any, ids: Tensor) -> Tensor:
     """The local model's logits; a prompt's token ids are those of padding, where the family needs some."""
     embedded = local.get_input_embeddings()(ids)
     rows = torch.cat([prompts.input.expand(len(ids), -1, -1), embedded], 1)
-    more = {}
-    if local.config.model_type == "gemma4_text":
-        padded = torch.cat([torch.zeros(len(ids), PROMPT, dtype=torch.long), ids], 1)
-        more["per_layer_inputs"] = local.model.get_per_layer_inputs(padded)
+    more: dict[str, Any] = {"inputs_embeds": rows}
     handles = []
+    padded = torch.cat([torch.zeros(len(ids), PROMPT, dtype=torch.long), ids], 1)
+    if local.config.model_type == "gemma4_text":
+        more["per_layer_inputs"] = local.model.get_per_layer_inputs(padded)
+    if local.config.model_type == "deepseek_v4":
+        more = {"input_ids": padded}
+        handles.append(local.get_input_embeddings().register_forward_hook(lambda *_: rows))
     for block, deep in zip(local.get_submodule(blocks_prefix(local.config)), prompts.deep, strict=True):
 
         def add(_block: Any, args: tuple[Any, ...], deep: Tensor = deep) -> tuple[Any, ...]:
             hidden = args[0]
-            streams = (
-                [add_deep(one, deep, 0) for one in hidden]
-                if hidden.ndim == 4
-                else [add_deep(hidden, deep, 0)]
-            )
-            return (torch.stack(streams) if hidden.ndim == 4 else streams[0], *args[1:])
+            if hidden.ndim == 3:
+                return (add_deep(hidden, deep, 0), *args[1:])
+            at = 2 if local.config.model_type == "deepseek_v4" else 0  # where the streams are
+            streams = [add_deep(one, deep, 0) for one in hidden.unbind(at)]
+            return (torch.stack(streams, at), *args[1:])
 
         handles.append(block.register_forward_pre_hook(add))
     try:
-        logits: Tensor = local(inputs_embeds=rows, use_cache=False, **more).logits[:, PROMPT:]
+        logits: Tensor = local(use_cache=False, **more).logits[:, PROMPT:]
     finally:
         for handle in handles:
             handle.remove()
@@ -124,7 +128,7 @@ def test_prompts_and_their_gradients(swarm: MemorySwarm, local: Any) -> None:
     model = client(swarm, tuning_mode="deep_ptune", pre_seq_len=PROMPT)
     model.prompts.deep.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     ids = random_ids(2, 6)
-    weight = torch.randn(2, 6, 96, generator=torch.Generator().manual_seed(4))
+    weight = torch.randn(2, 6, local.config.vocab_size, generator=torch.Generator().manual_seed(4))
     found, wanted = model(ids, use_cache=False).logits, with_prompt(local, model.prompts, ids)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     parts = [model.prompts.input, model.prompts.deep]
@@ -136,7 +140,22 @@ def test_prompts_and_their_gradients(swarm: MemorySwarm, local: Any) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("local", ["deepseek_v4"], indirect=True)
+def test_token_ids_are_sent_in_no_8_bits_and_behind_no_padding(swarm: MemorySwarm, local: Any) -> None:
+    with pytest.raises(UsageError, match="token ids beside hidden states"):
+        client(swarm, wire="int8")
+    model, ids = client(swarm, wire="float16"), random_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with pytest.raises(UsageError, match="Padding before a row's tokens"):
+        model.generate(ids, attention_mask=mask, **GREEDY)
+    found = model(ids, attention_mask=mask.flip(1)).logits[:, :4]
+    torch.testing.assert_close(
+        found, local(ids, attention_mask=mask.flip(1)).logits[:, :4], atol=3e-2, rtol=3e-2
+    )
+
+
 def test_blocks_alone_say_how_wide_their_inputs_are(swarm: MemorySwarm, local: Any) -> None:
     model = client(swarm)
     with pytest.raises(UsageError, match="numbers a token"):
-        model.blocks[0:2](torch.randn(1, 3, local.config.hidden_size))
+        model.blocks[1:2](torch.randn(1, 3, local.config.hidden_size))

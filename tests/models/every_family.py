@@ -19,6 +19,7 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tests.swarm_fixture import MemorySwarm
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models.cache import take_cache
 from corolla.models.checkpoints.names import text_part
+from corolla.models.checks.forms import takes_padding_in_front
 from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.checks.tracing import MEASURED
@@ -339,6 +341,10 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
     masks = torch.ones(3, *ids.shape, dtype=torch.long)
     masks[1, 0, :PADDED] = 0
     masks[2, 0, -PADDED:] = 0
+    if not takes_padding_in_front(text_part(local.config)):
+        with pytest.raises(UsageError, match="Padding before a row's tokens"):
+            model(ids, attention_mask=masks[1])
+        masks[1] = 1
     for mask in masks:
         with torch.no_grad():
             found, wanted = (one(ids, attention_mask=mask, use_cache=False).logits for one in (model, local))
@@ -355,16 +361,22 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
 
 def _gradient(model: Any, ids: Tensor, mask: Tensor, labels: Tensor, noise: float) -> Tensor:
     """Of the loss, for embeddings that are changed by so much of themselves."""
-    embeddings = model.get_input_embeddings()(ids).detach()
-    drawn = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
-    embeddings = (embeddings * (1 + noise * drawn)).requires_grad_()
-    loss = model(inputs_embeds=embeddings.clone(), attention_mask=mask, labels=labels, use_cache=False).loss
-    return torch.autograd.grad(loss, [embeddings])[0]
+    seen: list[Tensor] = []
+
+    def changed(_embedding: Any, _args: Any, output: Tensor) -> Tensor:
+        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        seen.append((output.detach() * (1 + noise * drawn)).requires_grad_())
+        return seen[-1].clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(changed)  # some blocks are given the ids too
+    loss = model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    handle.remove()
+    return torch.autograd.grad(loss, [seen[0]])[0]
 
 
 def same_replies(model: Any, local: Any, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
-    mask[0, :PADDED] = 0
+    mask[0, : PADDED * takes_padding_in_front(text_part(local.config))] = 0
     for options in ({"num_beams": 1}, {"num_beams": 2}):
         options |= {"max_new_tokens": 5, "do_sample": False}
         try:

@@ -14,7 +14,7 @@ from tests.models.every_family import tiny
 from corolla.models.blocks_pass import WideBlocksPass
 from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import split_miniature
-from corolla.models.cut_layout import CutLayout, SharedTensor, SideInput, TokenLayout
+from corolla.models.cut_layout import CutLayout, PassedOn, SharedTensor, SideInput, TokenLayout
 from corolla.models.span import Span
 
 SIDE = SideInput("side", 1, TokenLayout(0, 1, (2,)), each=True)
@@ -43,6 +43,23 @@ def test_what_is_joined_is_what_was_split() -> None:
     assert all(torch.equal(value, given[side.name]) for side, value in later.of_block(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_whole_numbers_are_the_same_in_any_arithmetic(dtype: torch.dtype) -> None:
+    ids = SideInput("ids", 1, TokenLayout(0, 1, (), below=150_000), each=False)
+    cuts = CutLayout(TokenLayout(0, 1, (5,)), 2, (ids,))
+    given = torch.tensor([[0, 1, 255, 256], [257, 65_535, 149_998, 149_999]])
+    entering = cuts.collect(torch.randn(2, 4, 5, dtype=dtype), [{"ids": given}])
+    assert entering.dtype == dtype
+    assert entering.shape == (2, 4, cuts.width(0)) == (2, 4, 8)
+    assert torch.equal(dict(cuts.split(entering, 0).of_block(0))[ids], given)
+
+
+def test_what_a_peer_sends_in_the_place_of_whole_numbers_is_in_their_range() -> None:
+    layout = TokenLayout(0, 1, (), below=300)
+    sent = torch.tensor([[[-5.0, 3.0], [float("nan"), 0.0], [float("inf"), 1e9], [43.0, 1.0]]])
+    assert layout.shaped(sent).tolist() == [[299, 0, 299, 299]]
+
+
 def test_streams_are_rows_to_whoever_adds_prompts() -> None:
     streams = torch.randn(3, 2, 7, 5)
     rows = FULL.hidden.as_rows(streams, 5)
@@ -64,6 +81,18 @@ def test_what_crosses_is_found_by_watching(family: str, sides: int, streams: tup
     assert len(found.shared) == (4 if sides else 0)
 
 
+def test_what_blocks_return_for_the_next_one_and_token_ids_are_found_by_watching() -> None:
+    zaya, zamba, deepseek = (cuts_of(tiny(family)) for family in ("zaya", "zamba", "deepseek_v4"))
+    assert [(one.name, one.index) for one in zaya.passed] == [("prev_router_hidden_states", 1)]
+    assert [zaya.width(cut) - zaya.width(0) for cut in (1, 4, 5)] == [zaya.passed[0].layout.width] * 2 + [0]
+    assert [(one.name, one.layout.below) for one in zamba.sides] == [("original_hidden_states", 0)]
+    assert zamba.counted == ("layer_idx", 2)
+    assert not zaya.counted
+    assert [(one.name, one.layout.below) for one in deepseek.sides] == [("input_ids", 96)]
+    assert deepseek.has_whole_numbers
+    assert not zamba.has_whole_numbers
+
+
 def chained(spans: list[Span], entering: torch.Tensor) -> torch.Tensor:
     for span in spans:
         entering = span.forward(entering)
@@ -80,12 +109,12 @@ def wrong_block(one_pass: Any, index: int, *rest: Any) -> Any:
     return give(one_pass, min(index + 1, one_pass._cuts.depth - 1), *rest)
 
 
-def left_out(cuts: CutLayout, cut: int) -> list[SharedTensor]:
-    return shared_at(cuts, cut)[:0]
+def left_out(cuts: CutLayout, cut: int) -> list[SharedTensor | PassedOn]:
+    return handed_at(cuts, cut)[:0]
 
 
 give = WideBlocksPass._give
-shared_at = CutLayout._shared_at
+handed_at = CutLayout._handed_at
 
 
 def test_every_part_of_it_matters(spans: list[Span], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +128,8 @@ def test_every_part_of_it_matters(spans: list[Span], monkeypatch: pytest.MonkeyP
     left = first.forward(entering)
     for cut, span in ((first.end, rest[0]), (rest[0].end, rest[-1])):
         parts = span.cuts.split(left, cut)
-        for one in parts.shared:
-            moved = replace(parts, shared=parts.shared | {one: parts.shared[one].roll(1, 1)})
+        for one in parts.handed:
+            moved = replace(parts, handed=parts.handed | {one: parts.handed[one].roll(1, 1)})
             tail = rest if cut == first.end else rest[1:]
             assert not torch.allclose(chained(tail, span.cuts.join(moved, cut)), wanted, atol=1e-3)
         left = span.forward(left) if cut == first.end else left

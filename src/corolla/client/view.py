@@ -28,6 +28,7 @@ from corolla.errors import (
     PeerSilent,
     RemoteError,
     RequestRefused,
+    UsageError,
 )
 from corolla.models.cut_layout import CutLayout, TokenLayout
 from corolla.swarm.access.admission import Introductions
@@ -84,6 +85,11 @@ class SwarmView:
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
         self.cuts = cuts or CutLayout(TokenLayout(0, 1, ()), num_blocks)
         self.wire = config.wire_format
+        if self.wire == "int8" and self.cuts.has_whole_numbers:
+            raise UsageError(
+                f"Blocks of {model_name} are given token ids beside hidden states, which 8 bits would change: choose "
+                "wire='float16'."
+            )
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)
         self.records = Records(directory, model, config, self.now, self.health.forgive)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.checks.tracing import replaced
-from corolla.models.cut_layout import CutLayout, CutTensors
+from corolla.models.cut_layout import CutLayout, CutTensors, PassedOn, SharedTensor
 from corolla.models.lora import Hook
 from corolla.models.prompts import BlockHook
 
@@ -117,6 +117,12 @@ class _NoEmbedding(nn.Module):
 class _Nothing(nn.Module):
     """Stands in for another module with weights outside of the blocks: a norm, a projection."""
 
+    def __init__(self, child: nn.Module) -> None:
+        """Its weights are of the child's, none of their numbers: code around the blocks may ask for their dtype."""
+        super().__init__()
+        for name, weight in child.named_parameters(recurse=False):
+            self.register_buffer(name, torch.empty(0, dtype=weight.dtype), persistent=False)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first tensor that is no index, as it is."""
         given = (*args, *kwargs.values())
@@ -145,11 +151,11 @@ class _Zeros(nn.Module):
 def stand_in(child: nn.Module, cuts: CutLayout, count: int) -> nn.Module:
     """For a part with weights outside of the `count` blocks that are kept."""
     if cuts.plain:
-        return _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing()
+        return _NoEmbedding() if isinstance(child, nn.Embedding) else _Nothing(child)
     if isinstance(child, nn.ModuleList):
         return nn.ModuleList([stand_in(one, cuts, count) for one in child])
     if not isinstance(child, nn.Embedding | nn.Linear):
-        return _Nothing()
+        return _Nothing(child)
     width = child.embedding_dim if isinstance(child, nn.Embedding) else child.out_features
     # What gives every block its own part gives it to these blocks only.
     each = any(one.each and width == cuts.depth * one.layout.width for one in cuts.sides)
@@ -183,6 +189,12 @@ class WideBlocksPass(BlocksPass):
         self._crossed = crossed
         self._cache = cache
         self._store: Any = None
+        self._returned: Any = None  # by the last block
+
+    def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        super()._leave(block, args, output)
+        if _running.get() is self:
+            self._returned = output
 
     def _only_here(self, hook: BlockHook) -> BlockHook:
         """A hook sees all streams, as so many rows."""
@@ -216,6 +228,12 @@ class WideBlocksPass(BlocksPass):
             return None
         for side, value in self._crossed.of_block(index):
             args, kwargs = replaced(args, kwargs, side.name, side.place, value)
+        if self._cuts.counted is not None:  # the family's loop counts from the first block that it is given
+            args, kwargs = replaced(args, kwargs, *self._cuts.counted, index)
+        if index == self._crossed.cut:
+            for one, flat in self._crossed.handed.items():
+                if isinstance(one, PassedOn):
+                    args, kwargs = replaced(args, kwargs, one.name, one.place, one.layout.shaped(flat))
         if self._cuts.store is not None and self._store is None:
             name, place = self._cuts.store
             self._store = args[place] if place < len(args) else kwargs[name]
@@ -225,7 +243,9 @@ class WideBlocksPass(BlocksPass):
     def _fill(self) -> None:
         """What earlier blocks have put into the dictionary, as those behind them find it there."""
         shared: dict[Any, list[Tensor]] = defaultdict(list)
-        for one, flat in self._crossed.shared.items():
+        for one, flat in self._crossed.handed.items():
+            if isinstance(one, PassedOn):
+                continue
             value = one.layout.shaped(flat)
             if self._cache is not None:
                 value = self._cache.keep_shared(one, value)
@@ -236,15 +256,16 @@ class WideBlocksPass(BlocksPass):
     def join(self, end: int) -> Tensor:
         """What crosses the cut behind the last block, [R, T, W]."""
         assert self.left is not None
+        handed = {one: self._handed(one) for one in self._cuts.handed if one.crosses(end)}
+        return self._cuts.join(replace(self._crossed, hidden=self.left, handed=handed), end)
+
+    def _handed(self, one: SharedTensor | PassedOn) -> Tensor:
+        """What these blocks, or earlier ones, hand to those behind them, [R, T, width]."""
+        if isinstance(one, PassedOn):
+            return one.layout.flat(self._returned[one.index])
+        if one.made_by < self._crossed.cut:
+            return self._crossed.handed[one]
         tokens = self._crossed.hidden.shape[self._cuts.hidden.tokens]
-        shared = {}
-        for one in self._cuts.shared:
-            if not one.crosses(end):
-                continue
-            if one.made_by < self._crossed.cut:
-                shared[one] = self._crossed.shared[one]
-            else:
-                value = self._store[one.key][one.index]
-                newest = value.narrow(one.layout.tokens, value.shape[one.layout.tokens] - tokens, tokens)
-                shared[one] = one.layout.flat(newest)
-        return self._cuts.join(replace(self._crossed, hidden=self.left, shared=shared), end)
+        value = self._store[one.key][one.index]
+        newest = value.narrow(one.layout.tokens, value.shape[one.layout.tokens] - tokens, tokens)
+        return one.layout.flat(newest)

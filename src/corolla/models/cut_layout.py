@@ -1,9 +1,10 @@
 """What crosses a cut between two blocks, as one tensor [R, T, W] of everything that the blocks behind it need.
 
 Mostly that is a hidden state a token, and nothing is done to it. Some families have several streams of hidden states;
-or side inputs, made of the tokens before the first block; or tensors that blocks share, such as keys and values that
-later ones take from an earlier one. All of it lies beside the hidden states of its token: so histories, replays,
-micro-batches, audits and gradients carry it without knowing, and W depends on the cut alone.
+or side inputs, made of the tokens before the first block, or the token ids themselves; or tensors that blocks share,
+such as keys and values that later ones take from an earlier one, and what a block returns for the next one beside
+hidden states. All of it lies beside the hidden states of its token: so histories, replays, micro-batches, audits and
+gradients carry it without knowing, and W depends on the cut alone.
 
 Invariant: nothing is rounded on the way; what a span is given is what the family's own loop would have given its
 blocks.
@@ -28,19 +29,32 @@ class TokenLayout:
     rows: int
     tokens: int
     size: tuple[int, ...]
+    below: int = 0  # of whole numbers: what all of them are less than; 0 for numbers with a point
 
     @property
     def width(self) -> int:
         """Numbers of a token."""
-        return prod(self.size)
+        return prod(self.size) * max(1, self._digits)
+
+    @property
+    def _digits(self) -> int:
+        """Of a whole number, to the base of 256: any arithmetic has all of these, but not all larger ones."""
+        return -(-max(1, self.below - 1).bit_length() // 8) if self.below else 0
 
     def flat(self, tensor: Tensor) -> Tensor:
         """Such a tensor as [R, T, width]."""
         turned = tensor.movedim((self.rows, self.tokens), (0, 1))
+        if self.below:
+            turned = torch.stack([turned >> 8 * at & 255 for at in range(self._digits)], -1).to(torch.uint8)
         return turned.reshape(*turned.shape[:2], self.width)
 
     def shaped(self, flat: Tensor) -> Tensor:
-        """[R, T, width] as such a tensor."""
+        """[R, T, width] as such a tensor. Whatever a peer has sent, whole numbers are such that there can be."""
+        if self.below:
+            digits = flat.nan_to_num().clamp(0, 255).round().long()
+            digits = digits.reshape(*flat.shape[:-1], -1, self._digits)
+            places = torch.tensor([256**at for at in range(self._digits)], device=flat.device)
+            flat = (digits * places).sum(-1).clamp(max=self.below - 1)
         apart = flat.reshape(*flat.shape[:2], *self.size)
         return apart.movedim((0, 1), (self.rows, self.tokens))
 
@@ -58,7 +72,7 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class SideInput:
-    """An argument of the blocks that is made before the first one, of the tokens."""
+    """An argument of the blocks that is made before the first one, of the tokens, or is their ids."""
 
     name: str
     place: int  # among the block's arguments, hidden states being 0
@@ -82,6 +96,21 @@ class SharedTensor:
 
 
 @dataclass(frozen=True)
+class PassedOn:
+    """An argument of the blocks that is what the one before has returned beside hidden states."""
+
+    name: str
+    place: int  # among the block's arguments, hidden states being 0
+    index: int  # of the tuple that blocks return
+    depth: int
+    layout: TokenLayout
+
+    def crosses(self, cut: int) -> bool:
+        """Whether there are blocks on both sides of this cut."""
+        return 0 < cut < self.depth
+
+
+@dataclass(frozen=True)
 class CutLayout:
     """Of a model of `depth` blocks. A cut is the index of the block behind it."""
 
@@ -90,11 +119,24 @@ class CutLayout:
     sides: tuple[SideInput, ...] = ()
     store: tuple[str, int] | None = None  # name and place of the argument that is the dictionary
     shared: tuple[SharedTensor, ...] = ()
+    passed: tuple[PassedOn, ...] = ()
+    counted: tuple[str, int] | None = None  # name and place of the argument that is the block's own index
 
     @cached_property
     def plain(self) -> bool:
         """Whether it is one hidden state a token, and nothing else."""
-        return not (self.sides or self.shared) and (self.hidden.rows, self.hidden.tokens) == (0, 1)
+        more = self.sides or self.shared or self.passed
+        return not more and (self.hidden.rows, self.hidden.tokens) == (0, 1)
+
+    @property
+    def has_whole_numbers(self) -> bool:
+        """Whether some of it is nothing any more where it is rounded."""
+        return any(one.layout.below for one in self.sides)
+
+    @property
+    def handed(self) -> tuple[SharedTensor | PassedOn, ...]:
+        """What blocks hand to others behind them."""
+        return (*self.shared, *self.passed)
 
     def width(self, cut: int) -> int:
         """W, of what crosses there."""
@@ -103,10 +145,10 @@ class CutLayout:
     def _widths(self, cut: int) -> list[int]:
         left = self.depth - cut
         sides = [one.layout.width * (left if one.each else 1) for one in self.sides] if left else []
-        return [self.hidden.width, *(one.layout.width for one in self._shared_at(cut)), *sides]
+        return [self.hidden.width, *(one.layout.width for one in self._handed_at(cut)), *sides]
 
-    def _shared_at(self, cut: int) -> list[SharedTensor]:
-        return [one for one in self.shared if one.crosses(cut)]
+    def _handed_at(self, cut: int) -> list[SharedTensor | PassedOn]:
+        return [one for one in self.handed if one.crosses(cut)]
 
     def leaving(self, entering: Tensor, start: int, end: int) -> Tensor:
         """A tensor of the form that leaves blocks [start, end), given what enters them; of no meaning."""
@@ -117,18 +159,18 @@ class CutLayout:
     def split(self, tensor: Tensor, cut: int) -> CutTensors:
         """[R, T, W] taken apart."""
         hidden, *rest = torch.split(tensor, self._widths(cut), dim=-1)
-        shared = self._shared_at(cut)
+        handed = self._handed_at(cut)
         return CutTensors(
             self.hidden.shaped(hidden),
-            dict(zip(shared, rest[: len(shared)], strict=True)),
-            dict(zip(self.sides, rest[len(shared) :], strict=bool(rest[len(shared) :]))),
+            dict(zip(handed, rest[: len(handed)], strict=True)),
+            dict(zip(self.sides, rest[len(handed) :], strict=bool(rest[len(handed) :]))),
             cut,
         )
 
     def join(self, crossed: CutTensors, cut: int) -> Tensor:
         """[R, T, W] of what was split at an earlier cut, with what has become of it since."""
         flat = [self.hidden.flat(crossed.hidden)]
-        flat += [crossed.shared[one] for one in self._shared_at(cut)]
+        flat += [crossed.handed[one] for one in self._handed_at(cut)]
         if cut < self.depth:
             flat += [crossed.behind(one, cut) for one in self.sides]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
@@ -147,7 +189,7 @@ class CutTensors:
     """What crossed a cut: hidden states in the family's form; the rest flat, [R, T, width]."""
 
     hidden: Tensor
-    shared: dict[SharedTensor, Tensor]
+    handed: dict[SharedTensor | PassedOn, Tensor]  # by blocks before the cut to those behind it
     sides: dict[SideInput, Tensor]  # those of all blocks behind the cut, side by side
     cut: int
 

@@ -34,7 +34,10 @@ INNER_OUTPUTS: Mapping[str, str] = {
 
 USE_ANOTHER = "use a text-only decoder such as llama, qwen3 or bloom"
 
+TIES = "_tied_weights_keys"  # a model's attribute: which of its weights are others
+
 _inspected: dict[type[PretrainedConfig], Structure] = {}
+_tied: dict[str, Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Structure:
     blocks: str  # the holder's attribute that is the ModuleList of blocks, e.g. "layers", "h"
     prefix: str  # path of the blocks in the state dict of the causal LM, e.g. "model.layers"
     optional_prefix: str  # what a checkpoint of the base model alone leaves out, e.g. "model."
+    outside: frozenset[str]  # names of all weights that are in no block
+    may_tie: bool  # whether each model says for itself which weights its blocks have in common
 
 
 def structure(config: PretrainedConfig) -> Structure:
@@ -225,35 +230,61 @@ def _inspect(config: PretrainedConfig) -> Structure:
         blocks=attribute,
         prefix=path,
         optional_prefix=prefix,
+        outside=frozenset(name for name in model.state_dict() if not name.startswith(f"{path}.")),
+        may_tie=TIES in vars(holder),
     )
 
 
 def _not_buildable(config: PretrainedConfig, error: Exception) -> UnsupportedFamily:
     missing = "it lacks " if isinstance(error, KeyError) else ""
+    if isinstance(error, TypeError) and "NoneType" in str(error):
+        error = TypeError("a value that it leaves out is computed with")
     reason = missing + " ".join(str(error).split()).rstrip(".")
     return UnsupportedFamily(
         f"This config of type {config.model_type} describes no model that can be built ({reason:.200})."
     )
 
 
-def refuse_what_cannot_be_split(config: PretrainedConfig) -> None:
-    """Raises `UnsupportedFamily` for a config of no model, and for blocks that have weights in common.
+def refuse_what_cannot_be_built(config: PretrainedConfig) -> None:
+    """Raises `UnsupportedFamily` for a config of no model.
 
     Looks at the whole model, without its numbers: for when a part of it, or a miniature, has failed.
     """
     found = structure(config)
     try:
         with torch.device("meta"):
-            model: Any = found.causal_lm(slice_config(config, 0, config.num_hidden_layers))
+            found.causal_lm(slice_config(config, 0, config.num_hidden_layers))
     except Exception as error:  # as above
         raise _not_buildable(config, error) from error
-    holder = model.get_submodule(found.prefix.rpartition(".")[0])
-    tied = getattr(holder, "_tied_weights_keys", None) or ()
-    if any(name.startswith(f"{found.blocks}.") for name in tied):
-        raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be split yet: some of their blocks have weights in common, "
-            "which a checkpoint holds once, in one of them."
-        )
+
+
+def tied_weights(config: PretrainedConfig) -> Mapping[str, str]:
+    """Of weights that blocks have in common and a checkpoint holds once: each block's names with those that it holds.
+
+    Names are a block's index and what follows, as in "7.shared.weight".
+    """
+    found = structure(config)
+    if not found.may_tie:
+        return {}
+    key = config.to_json_string(use_diff=False)
+    if key not in _tied:
+        with torch.device("meta"):
+            whole: Any = found.holder(copy.deepcopy(config))
+        _tied[key] = names_of_blocks(whole.all_tied_weights_keys, found.blocks)
+    return _tied[key]
+
+
+def names_of_blocks(ties: Mapping[str, str], blocks: str) -> dict[str, str]:
+    """Of names of a model's weights those that are in its list `blocks`, without the list's own."""
+    prefix = f"{blocks}."
+    pairs = ((target, source) for target, source in ties.items() if target.startswith(prefix))
+    return {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in pairs}
+
+
+def keep_ties(model: Any, ties: Mapping[str, str]) -> None:
+    """Have the loader know these of a model's tied weights, and no others."""
+    setattr(model, TIES, dict(ties))
+    model.all_tied_weights_keys = dict(ties)
 
 
 def _causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -6,14 +6,15 @@ then cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.models.blocks_pass import stand_in
 from corolla.models.cut_layout import CutLayout
-from corolla.models.families import Structure, slice_config
+from corolla.models.families import TIES, Structure, keep_ties, names_of_blocks, slice_config
 from corolla.models.shell import BlocksLayer, replace_blocks
 
 
@@ -41,11 +42,32 @@ def cut_to_blocks(model: PreTrainedModel, blocks: str, start: int, end: int, cut
             continue
         if name != blocks and any(True for _ in child.parameters()):
             setattr(model, name, stand_in(child, cuts, end - start))
+    for name, weight in list(
+        model.named_parameters(recurse=False)
+    ):  # used before the first block, or behind the last
+        delattr(model, name)
+        model.register_buffer(name, torch.zeros_like(weight, requires_grad=False), persistent=False)
     setattr(model, blocks, nn.ModuleList(kept))
+    if TIES in vars(model):
+        ties = names_of_blocks(model.all_tied_weights_keys, blocks)
+        keep_ties(model, {f"{blocks}.{one}": f"{blocks}.{other}" for one, other in _within(ties, start, end)})
     model.whole_config = model.config
     # Blocks keep the whole model's config, by which they know their own place; the model that runs them
     # counts its blocks from 0.
     model.config = slice_config(model.config, start, end)
+
+
+def _within(ties: Mapping[str, str], start: int, end: int) -> Iterator[tuple[str, str]]:
+    """Of weights that blocks have in common, by names that begin with a block's index, those that several of blocks
+    [start, end) have: of each but the first such block, and the first's; blocks are counted from `start`."""
+    first: dict[str, str] = {}
+    for name in sorted({*ties, *ties.values()}, key=lambda name: int(name.partition(".")[0])):
+        index, _, rest = name.partition(".")
+        if start <= int(index) < end:
+            own = f"{int(index) - start}.{rest}"
+            known = first.setdefault(ties.get(name, name), own)
+            if known != own:
+                yield own, known
 
 
 def front_class(found: Structure, blocks: BlocksLayer) -> type[PreTrainedModel]:

@@ -37,6 +37,7 @@ from corolla.models.cache import (
     take_cache,
 )
 from corolla.models.cut_layout import CutLayout
+from corolla.models.families import TIES, keep_ties
 from corolla.models.prompts import (
     Prompt,
     SoftPrompt,
@@ -206,6 +207,7 @@ class BaseModelHooks:
         prompts: Callable[[], Prompt | None],
         caches: Caches | None,
         reads_flat_rows: Callable[[], bool] = lambda: False,
+        takes_padding_in_front: Callable[[], bool] = lambda: True,
         needs_ids: bool = False,
     ) -> None:
         """Without `caches` no call has one; the rest says what `models/checks/forms.py` finds."""
@@ -214,6 +216,7 @@ class BaseModelHooks:
             stands_in_front(base.get_input_embeddings())
         self._prompts = prompts
         self._reads_flat_rows = reads_flat_rows
+        self._takes_padding_in_front = takes_padding_in_front
         self._caches = caches
         self._names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
         self._cache_name, self._own_cache = cache_argument(base.forward), own_cache(base.forward)
@@ -236,6 +239,7 @@ class BaseModelHooks:
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
             flat.split_call(named)
+        guard.check_front(named.get("attention_mask"), self._takes_padding_in_front)
         prompt = self._prompts()
         self._check_tokens(base, named, cache, prompt)
         ids, users_mask = named.get("input_ids"), named.get("attention_mask")
@@ -381,6 +385,11 @@ def replace_blocks(model: PreTrainedModel, prefix: str, layer: BlocksLayer) -> P
     for block, stand_in in zip(getattr(holder, name), stand_ins, strict=False):
         _look_alike(block, stand_in)
     setattr(holder, name, stand_ins)
+    if TIES in vars(holder):
+        keep_ties(holder, {})
+        all_tied: Any = model.all_tied_weights_keys
+        for one in [one for one in all_tied if one.startswith(f"{prefix}.")]:
+            del all_tied[one]
     layer.stand_in(holder)
     # Some families initialise their blocks with the model that runs them; others, what no checkpoint has of it.
     holder._is_hf_initialized = not holder._non_persistent_buffers_set

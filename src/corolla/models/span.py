@@ -26,13 +26,14 @@ from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.attention.stacked import StackedCaches
 from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, attention_named, narrow_stand_ins
 from corolla.models.cache import cache_argument
+from corolla.models.checkpoints.block_tensors import tensors_of_blocks
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.forms import cuts_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.cut_layout import CutLayout
-from corolla.models.families import Structure, block_key_pattern, largest, slice_config, structure
+from corolla.models.families import Structure, largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.lora import Adapter, AdapterRows, Hook, linear_layers, of_all
 from corolla.models.parts import span_class
@@ -405,17 +406,10 @@ def load_span(
             f"Blocks {start}:{end} do not exist; {checkpoint.name} has blocks 0:{checkpoint.num_blocks}."
         )
     found = structure(checkpoint.config)
-    pattern = block_key_pattern(checkpoint.config)
-
-    def wanted(key: str) -> bool:
-        match = pattern.match(key)
-        return match is not None and start <= int(match["index"]) < end
-
-    state: dict[str, Tensor] = {}
-    for key, tensor in checkpoint.tensors(wanted, widen_to=dtype).items():
-        match = pattern.match(key)
-        if match is not None:
-            state[f"{found.blocks}.{int(match['index']) - start}.{match['rest']}"] = tensor
+    state = {
+        f"{found.blocks}.{name}": one
+        for name, one in tensors_of_blocks(checkpoint, start, end, dtype).items()
+    }
     cuts = cuts_of(checkpoint.config)
     model = _load_blocks(checkpoint, found, cuts, start, end, state, dtype)
     model = model.to(torch.device(device))

@@ -9,6 +9,7 @@ from tests.models.every_family import tiny
 from tests.tiny_models import FAMILIES, write_tiny
 from transformers import AutoConfig
 
+from corolla.errors import UnsupportedFamily
 from corolla.models.checks import forms
 
 ONE_SEQUENCE = {
@@ -29,8 +30,15 @@ def test_sequences_of_one_row_are_told_apart_by_most(
 
 def test_an_argument_that_no_block_reads_is_none_that_is_left_out() -> None:
     """Each block of the former chooses its own tokens, some of the latter take the choice of the block before."""
-    assert forms.left_out(tiny("glm_moe_dsa")) == ()
-    assert forms.left_out(tiny("hy_v4")) == ("prev_topk_indices",)
+    forms.refuse_what_is_left_out(tiny("glm_moe_dsa"))
+    with pytest.raises(UnsupportedFamily, match="what earlier blocks have made"):
+        forms.refuse_what_is_left_out(tiny("hy_v4"))
+
+
+def test_padding_in_front_is_asked_of_transformers_itself() -> None:
+    """deepseek_v4 puts tokens together by their places; opt counts places without padding."""
+    families = ("llama", "opt", "bloom", "deepseek_v4")
+    assert [forms.takes_padding_in_front(tiny(family)) for family in families] == [True, True, True, False]
 
 
 def test_cuts_are_measured_where_rotary_embeddings_change_with_the_length() -> None:

@@ -19,10 +19,14 @@ from corolla.errors import UnsupportedFamily
 from corolla.models.attention import packing
 from corolla.models.attention.one_sequence import TableSegment, attend_one
 from corolla.models.attention.one_token_rows import Rules
+from corolla.models.blocks_pass import WideBlocksPass
+from corolla.models.checkpoints import block_tensors
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks import selfcheck
 from corolla.models.checks.miniature import EDGE, LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_family
+from corolla.models.cut_layout import CutLayout, CutTensors
+from corolla.models.families import tied_weights
 from corolla.models.kernels.apply import supported, use_kernels
 from corolla.models.span import load_span
 
@@ -121,6 +125,50 @@ def test_attention_in_chunks_is_not_packed_however_long_they_are() -> None:
     config = tiny("llama4_text")
     config.attention_chunk_size = 8192
     assert not check_family(config)
+
+
+def ids_of_the_token_before(crossed: CutTensors, block: int) -> Any:
+    return ((side, value.roll(1, 1)) for side, value in of_block(crossed, block))
+
+
+def what_another_token_returned(one_pass: WideBlocksPass, one: Any) -> Tensor:
+    return handed(one_pass, one).roll(1, 1)
+
+
+def index_in_the_span(cuts: CutLayout) -> None:
+    return None
+
+
+def of_another_block(config: Any) -> dict[str, str]:
+    ties = tied_weights(config)
+    return {name: source.replace("shared_transf", "linear") for name, source in ties.items()}
+
+
+of_block, handed = CutTensors.of_block, WideBlocksPass._handed
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "mistake"),
+    [
+        ("deepseek_v4", (CutTensors, "of_block"), ids_of_the_token_before),
+        ("zamba", (CutTensors, "of_block"), ids_of_the_token_before),
+        ("zaya", (WideBlocksPass, "_handed"), what_another_token_returned),
+        ("zamba", (CutLayout, "counted"), property(index_in_the_span)),
+        ("zamba", (block_tensors, "tied_weights"), of_another_block),
+    ],
+)
+def test_what_crosses_a_cut_wrongly_is_noticed(
+    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "_passed", {})
+    monkeypatch.setattr(*place, mistake)
+    with pytest.raises(UnsupportedFamily):
+        check_family(tiny(family))
+
+
+def test_only_what_pairs_heads_of_keys_keeps_two_of_them() -> None:
+    """One head of keys and values is what tells a snapshot of the wrong token from the right one (qwen3_next)."""
+    assert [miniature(tiny(family)).num_key_value_heads for family in ("diffllama", "qwen3_next")] == [2, 1]
 
 
 def test_few_heads_of_an_indexer_stay_few() -> None:

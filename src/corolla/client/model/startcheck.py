@@ -27,6 +27,7 @@ from corolla.errors import UnsupportedFamily
 from corolla.models.cache import cache_argument, take_cache
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.pretrained import load_parts
+from corolla.models.checks.forms import takes_padding_in_front
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.families import block_key_pattern, structure
 from corolla.models.span import load_span
@@ -35,6 +36,7 @@ from corolla.models.span import load_span
 TESTED = "transformers>=5.20,<5.25"
 # A conversation of two turns stays within what a miniature's sessions may hold (`miniature.EDGE`).
 ROWS, TOKENS, NEW, MORE, PADDED = 2, 4, 2, 1, 2
+OWN_STEPS = "transformers itself makes something else of tokens one by one than of several at once"
 _passed: set[bytes] = set()
 
 T = TypeVar("T")
@@ -89,8 +91,8 @@ def _check(
 
 def _different_outputs(whole: Any, model: Any) -> str | None:
     ids = torch.randint(3, 64, (ROWS, TOKENS))
-    mask = torch.ones_like(ids)
-    ids[0, :PADDED] = mask[0, :PADDED] = 0
+    mask = _padded(ids, whole)
+    ids[0, ~mask[0].bool()] = 0
     outputs: list[Tensor] = []
     for one in (whole, model):
         found = one(input_ids=ids, attention_mask=mask, use_cache=False)[0]
@@ -98,6 +100,13 @@ def _different_outputs(whole: Any, model: Any) -> str | None:
     if not close(outputs[1], outputs[0]):
         return "in a batch with padding"
     return _different_gradients(whole, model, ids, mask)
+
+
+def _padded(ids: Tensor, whole: Any) -> Tensor:
+    """A mask with padding in the first row's front, where such padding is taken."""
+    mask = torch.ones_like(ids)
+    mask[0, : PADDED * takes_padding_in_front(whole.config)] = 0
+    return mask
 
 
 def _other_release() -> str:
@@ -113,8 +122,7 @@ def _different_replies(whole: Any, model: Any) -> str | None:
     for one in (whole, model):
         one.generation_config.update(eos_token_id=None, pad_token_id=0)
     ids = torch.randint(3, 64, (ROWS, TOKENS))
-    mask = torch.ones_like(ids)
-    mask[0, :PADDED] = 0
+    mask = _padded(ids, whole)
     if not _same(model.generate(ids, attention_mask=mask, **_greedy()), whole, ids, mask):
         return "in a batch with padding"
     row, more = ids[1:], ids[1:, :MORE]
@@ -128,8 +136,21 @@ def _different_replies(whole: Any, model: Any) -> str | None:
     both = torch.cat([first.sequences, more], 1)
     # Without a mask it would be guessed from tokens that were said.
     if not _same(second, whole, both, torch.ones_like(both)):
-        return "in a session's second turn"
+        return OWN_STEPS if _gives_other_steps(whole, both) else "in a session's second turn"
     return _different_cache(whole, model, ids, mask) or _different_gradients(whole, model, ids, mask)
+
+
+@torch.no_grad()
+def _gives_other_steps(whole: Any, ids: Tensor) -> bool:
+    """Whether the whole itself makes something else of tokens that come one by one."""
+    cache: Any = None
+    for at in range(ids.shape[1]):
+        arguments: dict[str, Any] = {cache_argument(whole.forward): cache, "use_cache": True}
+        if "position_ids" in signature(whole.forward).parameters:
+            arguments["position_ids"] = torch.tensor([[at]])
+        step = whole(input_ids=ids[:, at : at + 1], **arguments)
+        cache = take_cache(dict(step))
+    return not close(step.logits, whole(input_ids=ids, use_cache=False).logits[:, -1:])
 
 
 @torch.no_grad()
@@ -170,14 +191,29 @@ def _different_gradients(whole: Any, model: Any, ids: Tensor, mask: Tensor) -> s
     gradients: list[Tensor] = []
     weight = real = mask.bool()
     for one in (whole, model):
-        embeddings = one.get_input_embeddings()(ids).detach().requires_grad_()
-        outputs = one(inputs_embeds=embeddings.clone(), attention_mask=mask, use_cache=False)[0]
+        outputs, embeddings = _of_embeddings(one, ids, mask)
         if not gradients:
             weight = torch.randn_like(outputs)
             if outputs.ndim == 3:  # a number for each token, also of padding
                 weight *= real.unsqueeze(-1)
         gradients += torch.autograd.grad((outputs * weight).sum(), [embeddings])
     return None if close(gradients[1][real], gradients[0][real]) else "in gradients"
+
+
+def _of_embeddings(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A model's outputs, and its embeddings of the tokens, of which they are differentiable."""
+    seen: list[Tensor] = []
+
+    def keep(_embedding: Any, _args: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1].clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)  # some blocks are given the ids as well
+    try:
+        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    finally:
+        handle.remove()
+    return outputs, seen[0]
 
 
 def _greedy() -> dict[str, Any]:

@@ -30,6 +30,8 @@ from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
 from corolla.models.cut_layout import SharedTensor
 
+ENDLESS = 2**62  # tokens
+
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
     """Of blocks [start, end), addressed by the blocks' indices in the whole model."""
@@ -216,6 +218,8 @@ def _without_window(layer: Any) -> Any:
         return DynamicLayer()
     if isinstance(layer, LinearAttentionCacheLayerMixin) and isinstance(layer, DynamicSlidingWindowLayer):
         return LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    if isinstance(layer, DynamicSlidingWindowLayer):  # a family's own, which keeps something else besides
+        layer.sliding_window = ENDLESS
     return layer
 
 

@@ -14,6 +14,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
+from corolla.models.families import structure
+
 TEXT, BASE, HEAD = "language_model.", "model.", "lm_head."
 
 
@@ -36,6 +38,7 @@ def names_of(config: PretrainedConfig) -> Callable[[str], str | None]:
     text = text_part(config)
     known: list[Any] = get_checkpoint_conversion_mapping(text.model_type) or []
     renamings = [one for one in known if isinstance(one, WeightRenaming)]
+    outside = structure(text).outside if renamings else frozenset()
 
     def name_of(key: str) -> str | None:
         if text is not config and not key.startswith(HEAD):
@@ -43,8 +46,10 @@ def names_of(config: PretrainedConfig) -> Callable[[str], str | None]:
             if not found:
                 return None
             key = key if key.startswith((BASE, HEAD)) else BASE + key
+        name = key
         for one in renamings:
-            key, _ = one.rename_source_key(key)
-        return key
+            name, _ = one.rename_source_key(name)
+        # As the loader does: what a checkpoint already calls as the model does keeps its name.
+        return key if key in outside and name not in outside else name
 
     return name_of

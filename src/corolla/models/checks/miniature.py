@@ -11,14 +11,21 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from corolla.models.families import layer_overrides, slice_config
+from corolla.models.families import (
+    largest,
+    layer_overrides,
+    slice_config,
+    structure,
+    tied_weights,
+)
 
 LAYERS = 6
 EDGE = 9  # tokens a sequence, after which the miniature's rotary embeddings change, if they do
@@ -28,6 +35,7 @@ TOLERANCE = 1e-4  # of the largest value, where a row is computed in another arr
 # The miniature's sizes, for those of these attributes that a config has.
 SMALL: dict[str, int] = {
     "hidden_size": 64,
+    "attention_hidden_size": 128,
     "num_attention_heads": 4,
     "head_dim": 16,
     "intermediate_size": 96,
@@ -122,6 +130,27 @@ def undisturbed() -> Iterator[None]:
 
 def miniature(config: PretrainedConfig) -> PretrainedConfig:
     """The same family with few and narrow layers that keep the original's kinds of layers and ratios."""
+    small = _shrunk_to(config, 1)
+    if _has_one_key(small) and not _has_one_key(config) and not _can_be_made(small):
+        return _shrunk_to(config, 2)  # a family's code may pair heads of keys and values
+    return small
+
+
+def _has_one_key(config: PretrainedConfig) -> bool:
+    return any(largest(config, name) == 1 for name in KEY_HEADS)
+
+
+def _can_be_made(small: PretrainedConfig) -> bool:
+    try:
+        with torch.device("meta"):
+            structure(small).causal_lm(copy.deepcopy(small))
+    except ValueError:  # a family's own word that a size does not fit; whatever else goes wrong shows later
+        return False
+    return True
+
+
+def _shrunk_to(config: PretrainedConfig, least_keys: int) -> PretrainedConfig:
+    """With so many heads of keys and values at least."""
     first = _most_varied_stretch(config, min(LAYERS, config.num_hidden_layers))
     small = slice_config(config, first, first + min(LAYERS, config.num_hidden_layers))
     overrides = _by_kind(config, small)
@@ -136,7 +165,7 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
                 setattr(part, name, min(size, getattr(whole, name)) if name in AT_MOST else size)
         for name in KEY_HEADS:
             if getattr(whole, name, None) is not None:
-                setattr(part, name, max(1, small.num_attention_heads // ratio))
+                setattr(part, name, max(least_keys, small.num_attention_heads // ratio))
     for name in vars(config):
         if REACH.search(name) and _is_size(config, name):
             setattr(small, name, min(REACHED, getattr(config, name)))
@@ -151,7 +180,22 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     if overrides:
         small.per_layer_config = {at: _shrunk(config, small, own) for at, own in overrides.items()}
     small.dtype = torch.float32
+    _compute_again(small)
     return small
+
+
+def _compute_again(small: PretrainedConfig) -> None:
+    """Lists that a config's class makes of the values that it is given: indices of layers."""
+    given = {one.name for one in fields(cast(Any, type(small)))}
+    made = [name for name, value in vars(small).items() if isinstance(value, list) and name not in given]
+    if not (made := [name for name in made if not name.startswith("_")]):
+        return
+    try:
+        again = type(small)(**{name: value for name, value in small.to_dict().items() if name in given})
+    except Exception:  # some classes take nothing but what they have made themselves
+        return
+    for name in made:
+        setattr(small, name, vars(again).get(name))
 
 
 def _shrunk(config: PretrainedConfig, small: PretrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
@@ -167,12 +211,13 @@ def _shrunk(config: PretrainedConfig, small: PretrainedConfig, own: dict[str, An
 def _by_kind(config: PretrainedConfig, small: PretrainedConfig) -> dict[int, dict[str, Any]]:
     """What the miniature's layers have of their own.
 
-    Where layers have that by their kind, or the last ones take keys and values from earlier ones, the kinds of layers
-    take turns in the miniature, so that each is among those that share and among the others.
+    Where layers have that by their kind, or the last ones take keys and values from earlier ones, or some have weights
+    in common, the kinds of layers take turns in the miniature, so that each is among those that share and among the
+    others.
     """
     own, shared = layer_overrides(config), getattr(config, "num_kv_shared_layers", None)
     kinds = getattr(config, "layer_types", None)
-    if not kinds or not (own or shared):
+    if not kinds or not (own or shared or tied_weights(config)):
         return layer_overrides(small)
     of_kind = {kind: own.get(at, {}) for at, kind in enumerate(kinds)}
     if any(own.get(at, {}) != of_kind[kind] for at, kind in enumerate(kinds)):
@@ -295,12 +340,18 @@ def _fit_rotary(config: PretrainedConfig, small: PretrainedConfig) -> None:
 
 
 def random_model(causal_lm: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """With every parameter drawn anew, from the generator's present state."""
+    """With every parameter drawn anew, from the generator's present state, and every table of whole numbers that only
+    a checkpoint fills (which experts a token is given, by its id)."""
     model = causal_lm(config)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 1.0 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.1
             parameter.add_(torch.randn(parameter.shape) * scale)
+        stored = model.state_dict()
+        for name, table in model.named_buffers():
+            empty = table.dtype == torch.long and table.ndim > 1 and name in stored and not bool(table.any())
+            if empty:
+                table.copy_(torch.randint(2, table.shape))
     return model.eval().requires_grad_(False)
 
 

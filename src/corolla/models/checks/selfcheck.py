@@ -30,14 +30,20 @@ from corolla.models.cache import BlocksCall, cache_argument, take_cache
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.source import LocalFolder
-from corolla.models.checks.forms import left_out, refusing, values_returned
+from corolla.models.checks.forms import (
+    refuse_states_in_blocks,
+    refuse_what_is_left_out,
+    refusing,
+    takes_padding_in_front,
+    values_returned,
+)
 from corolla.models.checks.miniature import EDGE, close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.cut_layout import CutLayout
 from corolla.models.families import (
     blocks_prefix,
     refuse_encoder_and_decoder,
-    refuse_what_cannot_be_split,
+    refuse_what_cannot_be_built,
     structure,
 )
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks
@@ -126,12 +132,9 @@ def _compare(config: PretrainedConfig, difference: str | None) -> None:
 def _refuse_what_is_left_out(config: PretrainedConfig) -> None:
     """The reason of most failures, where there is such a thing."""
     refuse_encoder_and_decoder(config)
-    if names := left_out(config):
-        raise UnsupportedFamily(
-            f"Models of type {config.model_type} cannot be split yet: besides hidden states their blocks take "
-            f"{' and '.join(names)}, which no server is sent."
-        )
-    refuse_what_cannot_be_split(config)
+    refuse_what_is_left_out(config)
+    refuse_states_in_blocks(config)
+    refuse_what_cannot_be_built(config)
 
 
 def _spans(folder: Path, depth: int, device: torch.device) -> list[Span]:
@@ -168,7 +171,7 @@ def watched(whole: PreTrainedModel, cuts: CutLayout, *, grad: bool = False) -> I
         given: dict[str, Tensor] = {}
         for name, place in from_outside if not seen.given else from_outside[1:]:
             value = args[place] if place < len(args) else kwargs[name]
-            if grad:
+            if grad and value.is_floating_point():
                 again = name in shared and seen.given
                 value = seen.given[0][name] if again else value.detach().requires_grad_()
                 args, kwargs = replaced(args, kwargs, name, place, value)
@@ -204,11 +207,13 @@ def _first_difference(whole: PreTrainedModel, spans: list[Span]) -> str | None:
             return "cut elsewhere"
         if not _same_whole_pass(copy.deepcopy(whole), spans, ids[:, :CACHED], None):
             return "after a longer request"
-        if not _same_without_padding(copy.deepcopy(whole), spans, ids % 3 + 3):
+        front = takes_padding_in_front(whole.config)
+        if not _same_without_padding(copy.deepcopy(whole), spans, ids % 3 + 3, front=front):
             distinct = (torch.randperm(ids.numel()) + 3).reshape(ids.shape).to(ids.device)
-            return EQUALS if _same_without_padding(copy.deepcopy(whole), spans, distinct) else PADDING
+            same = _same_without_padding(copy.deepcopy(whole), spans, distinct, front=front)
+            return EQUALS if same else PADDING
         if not _same_cached_steps(copy.deepcopy(whole), spans, ids, left_padded):
-            return "in cached steps"
+            return "in cached steps" if front else PADDING
         for mask in (None, left_padded[:, :CACHED]):
             if not _same_at_a_client(whole, spans, ids[:, :CACHED], mask):
                 return "at a client"
@@ -241,14 +246,15 @@ def _same_whole_pass(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mas
     return torch.equal(found, wanted) if found.device.type == "cpu" else close(found, wanted)
 
 
-def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor) -> bool:
-    """Rows are sent without their padding, here one on the left and one on the right; on one side of the edge.
+def _same_without_padding(whole: PreTrainedModel, spans: list[Span], ids: Tensor, *, front: bool) -> bool:
+    """Rows are sent without their padding, here one on the right, and one on the left, in `front`, but where that
+    changes what transformers itself computes, so that clients refuse it; on one side of the edge.
 
     Where tokens are often the same, a choice among equals, which may fall otherwise, is noticed.
     """
     ids = ids[:, :CACHED]
     mask = torch.ones_like(ids)
-    mask[0, :PROMPT] = mask[1, -PROMPT:] = 0
+    mask[0, : PROMPT * front] = mask[1, -PROMPT:] = 0
     with watched(whole, spans[0].cuts) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, real in enumerate(mask.bool()):
@@ -316,10 +322,13 @@ def _same_gradients(whole: PreTrainedModel, spans: list[Span], ids: Tensor, mask
     with watched(whole, cuts, grad=True) as seen:
         whole(input_ids=ids, attention_mask=mask, use_cache=False)
     weight = mask.unsqueeze(-1) * torch.randn(seen.left[0].shape).to(mask.device)
-    distinct = {id(one): one for given in seen.given for one in given.values()}
+    distinct = {id(one): one for given in seen.given for one in given.values() if one.is_floating_point()}
     grads = torch.autograd.grad((seen.left[0] * weight).sum(), list(distinct.values()))
     of = dict(zip(distinct, grads, strict=True))
-    given = [{name: of[id(one)] for name, one in each.items()} for each in seen.given]
+    given = [
+        {name: of[id(one)] if id(one) in of else torch.zeros_like(one) for name, one in each.items()}
+        for each in seen.given
+    ]
     expected = cuts.collect(next(iter(given[0].values())), given)
     hidden = seen.entered[0].detach().requires_grad_()
     (gradient,) = torch.autograd.grad((_chain(spans, hidden, mask=mask) * weight).sum(), [hidden])

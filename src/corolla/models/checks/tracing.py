@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UnsupportedFamily
 from corolla.models.checks.miniature import BY_LENGTH, rotary_parts
-from corolla.models.cut_layout import CutLayout, SharedTensor, SideInput, TokenLayout
+from corolla.models.cut_layout import CutLayout, PassedOn, SharedTensor, SideInput, TokenLayout
 from corolla.models.families import blocks_prefix, structure
 
 MEASURED = "corolla_measured"  # attention of which only the shapes are of interest
@@ -35,9 +35,13 @@ def _shape_only(_module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, 
 
 
 ALL_ATTENTION_FUNCTIONS.register(MEASURED, _shape_only)
-ALL_MASK_ATTENTION_FUNCTIONS.register(
-    MEASURED, lambda *_args, **_kwargs: torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")
-)
+
+
+def _mask_shape(batch_size: int, q_length: int, kv_length: int, *_: Any, **__: Any) -> Tensor:
+    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.register(MEASURED, _mask_shape)
 
 
 @dataclass
@@ -55,13 +59,17 @@ class Arguments:
 
     sides: tuple[tuple[str, bool], ...] = ()  # and whether each block has its own
     store: str | None = None
+    passed: tuple[
+        tuple[str, int], ...
+    ] = ()  # those that the block before has returned, and which of its values
+    counted: str | None = None  # the one that is the block's own index
     left_out: tuple[str, ...] = ()  # those that blocks need and that cannot be sent
     stream: bool = True  # one hidden state a token passes from block to block
 
     @property
     def plain(self) -> bool:
         """Whether blocks are given hidden states and nothing else that is made of the tokens."""
-        return self.stream and not self.sides and self.store is None
+        return self.stream and not self.sides and not self.passed and self.store is None
 
 
 @dataclass
@@ -156,19 +164,48 @@ def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
         return Arguments(stream=stream), returned
     later = _differing(first, _calls(model, ids, noise=True))
     stores = [name for name in changing if isinstance(first[0].given[name], Mapping)]
-    sides, left_out = [], []
+    sides, passed, left_out = [], [], []
     for name in changing:
         if name in stores:
             continue
         values = [call.given.get(name) for call in first]
-        if name in later or not _same_form(values):
+        index = _returned_before(first, name)
+        if index is not None:
+            passed.append((name, index))
+            continue
+        if name in later or not (_same_form(values) or all(_same(value, ids) for value in values)):
             if not _same(first[-1].output, _without(model, ids, name)):
                 left_out.append(name)
             continue
         sides.append((name, not all(_same(value, values[0]) for value in values)))
     return Arguments(
-        tuple(sides), stores[0] if stores else None, tuple(left_out + stores[1:]), stream
+        tuple(sides),
+        stores[0] if stores else None,
+        tuple(passed),
+        next((name for name in first[0].given if _counts(first, name)), None),
+        tuple(left_out + stores[1:]),
+        stream,
     ), returned
+
+
+def _returned_before(calls: Sequence[Call], name: str) -> int | None:
+    """Which of the values that a block returns the next one is given by this name, if that is so of all."""
+    given = [call.given.get(name) for call in calls]
+    if given[0] is not None or not all(
+        isinstance(one, Tensor) and one.is_floating_point() for one in given[1:]
+    ):
+        return None
+    returned = min(len(call.output) if isinstance(call.output, tuple) else 0 for call in calls)
+    for index in range(1, returned):
+        if all(_same(one, call.output[index]) for one, call in zip(given[1:], calls, strict=False)):
+            return index
+    return None
+
+
+def _counts(calls: Sequence[Call], name: str) -> bool:
+    """Whether each block is given its own index by this name."""
+    given = [call.given.get(name) for call in calls]
+    return all(type(one) is int for one in given) and given == list(range(len(calls))) and len(calls) > 1
 
 
 def _calls(model: PreTrainedModel, ids: Tensor, *, noise: bool = False) -> list[Call]:
@@ -267,8 +304,17 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
     names = argument_names(blocks[0])
     first = [calls[0] for calls, _ in passes]
     sides = [
-        SideInput(name, names.index(name), _layout([call.given[name] for call in first]), each)
+        SideInput(
+            name, names.index(name), _layout([call.given[name] for call in first], config.vocab_size), each
+        )
         for name, each in arguments.sides
+    ]
+    passed = [
+        PassedOn(
+            name, names.index(name), at, len(blocks), _layout([calls[1].given[name] for calls, _ in passes])
+        )
+        for name, at in arguments.passed
+        if len(blocks) > 1
     ]
     shared = [
         SharedTensor(one.key, index, one.made_by, one.last_read_by, _layout([tensor, other.tensors[index]]))
@@ -276,9 +322,17 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
         for index, tensor in enumerate(one.tensors)
         if one.last_read_by > one.made_by
     ]
-    store = None if arguments.store is None else (arguments.store, names.index(arguments.store))
+    store, counted = (
+        None if name is None else (name, names.index(name)) for name in (arguments.store, arguments.counted)
+    )
     return CutLayout(
-        _layout([call.hidden for call in first]), len(blocks), tuple(sides), store, tuple(shared)
+        _layout([call.hidden for call in first]),
+        len(blocks),
+        tuple(sides),
+        store,
+        tuple(shared),
+        tuple(passed),
+        counted,
     )
 
 
@@ -294,9 +348,9 @@ def _unchecked_distributions() -> Iterator[None]:
         kind.set_default_validate_args(before)
 
 
-def _layout(tensors: Sequence[Tensor]) -> TokenLayout:
-    """How a tensor lies, given one of each of `SHAPES`."""
+def _layout(tensors: Sequence[Tensor], below: int = 0) -> TokenLayout:
+    """How a tensor lies, given one of each of `SHAPES`; whole numbers are less than `below`."""
     sizes = list(zip(*(tensor.shape for tensor in tensors), strict=True))
     rows, tokens = (sizes.index(one) for one in zip(*SHAPES, strict=True))
     rest = tuple(size for at, (size, _) in enumerate(sizes) if at not in (rows, tokens))
-    return TokenLayout(rows, tokens, rest)
+    return TokenLayout(rows, tokens, rest, 0 if tensors[0].is_floating_point() else below)
