@@ -1,7 +1,7 @@
 """The same schedules over families whose sequences are more than keys and values, or whose cuts more than a stream.
 
 A state that is remembered and replayed; latents; keys and values that later blocks take from earlier ones, and several
-streams with inputs of each block.
+streams with inputs of each block; weights that blocks have in common, and first embeddings in each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.schedules.run import Outcome, WrongOutcome, run_schedule
 from tests.schedules.workloads import Workload
 from tests.schedules.world import ServerPlan
 
-FAMILIES = ("qwen3_5_text", "minicpm3", "gemma3n_text")
+FAMILIES = ("qwen3_5_text", "minicpm3", "gemma3n_text", "zamba")
 FIRST, EACH, NIGHTLY = 7_000, 1, 60
 
 
@@ -32,10 +32,10 @@ def of_family(family: str, seed: int) -> Schedule:
     """The schedule of a seed, with other clients.
 
     Prompts are in front of the tokens only, and there are none where a family makes more of ids than of embeddings,
-    which are all that the reference gives it.
+    which are all that the reference gives it, or generates from none.
     """
     found = plan(seed)
-    mode = None if family == "gemma3n_text" else "ptune"
+    mode = None if family in ("gemma3n_text", "zamba") else "ptune"
     clients = tuple(
         replace(one, family=family, mode=None if one.mode is None else mode) for one in found.clients
     )
@@ -117,10 +117,15 @@ def a_stream_that_is_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CutLayout, "join", without_the_last)
 
 
+def an_index_that_is_the_span_s_own(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CutLayout, "counted", None)
+
+
 MISTAKES = {
     "qwen3_5_text": [a_snapshot_of_an_earlier_token],
     "minicpm3": [a_latent_that_is_not_rotated],
     "gemma3n_text": [side_inputs_of_the_wrong_blocks, a_stream_that_is_dropped],
+    "zamba": [an_index_that_is_the_span_s_own],
 }
 PLANTED = [(family, mistake) for family, mistakes in MISTAKES.items() for mistake in mistakes]
 

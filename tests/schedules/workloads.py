@@ -23,7 +23,7 @@ from tests.tiny_models import VOCABULARY
 
 PROMPT = 3
 # Families that compute their states, or some of their norms, in float32, whatever the model's dtype is.
-ROUNDED = {"qwen3_5_text": 1e-4, "gemma3n_text": 1e-6}
+ROUNDED = {"qwen3_5_text": 1e-4, "gemma3n_text": 1e-6, "zamba": 1e-4}
 WORKLOADS = ("greedy", "sampled", "beams", "rollback", "fork", "training")
 MODES = (None, "ptune", "deep_ptune", "prefix")
 VARIANTS = 6  # of each workload: references are computed once a process
