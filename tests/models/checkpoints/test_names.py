@@ -25,6 +25,11 @@ NAMES = {
     },
     "exaone": {"transformer.h.3.attn.attention.q_proj.weight": "model.layers.3.self_attn.q_proj.weight"},
     "mixtral": {"model.layers.1.block_sparse_moe.gate.weight": "model.layers.1.mlp.gate.weight"},
+    "deepseek_v4": {
+        "model.norm.weight": "model.norm.weight",  # one of its renamings would take it for that of a block
+        "model.layers.1.attn.norm.weight": "model.layers.1.self_attn.kv_norm.weight",
+        "head.weight": "lm_head.weight",
+    },
     "llama": {"model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"},
 }
 

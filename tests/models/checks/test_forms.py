@@ -35,6 +35,11 @@ def test_an_argument_that_no_block_reads_is_none_that_is_left_out() -> None:
         forms.refuse_what_is_left_out(tiny("hy_v4"))
 
 
+@pytest.mark.parametrize("family", ["trocr", "whisper"])
+def test_a_cache_of_which_the_family_s_code_does_not_say_the_kind_is_any(family: str) -> None:
+    assert forms.cuts_of(tiny(family)).plain
+
+
 def test_padding_in_front_is_asked_of_transformers_itself() -> None:
     """deepseek_v4 puts tokens together by their places; opt counts places without padding."""
     families = ("llama", "opt", "bloom", "deepseek_v4")
