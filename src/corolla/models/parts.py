@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.errors import CheckpointError
+from corolla.models.attention.packed_bloom import pack_bloom
+from corolla.models.attention.rotary import by_length
 from corolla.models.blocks_pass import stand_in
+from corolla.models.checkpoints.checkpoint import Checkpoint
+from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.cut_layout import CutLayout
 from corolla.models.families import TIES, Structure, keep_ties, names_of_blocks, slice_config
 from corolla.models.shell import BlocksLayer, replace_blocks
@@ -89,3 +94,30 @@ def _built_by(holder: type[PreTrainedModel], build: Callable[..., None]) -> type
     # The loader looks conversions of weights up by the class's name and refuses them to classes that are not
     # transformers' own; so the class carries the family's name and module.
     return type(holder.__name__, (holder,), {"__init__": build, "__module__": holder.__module__})
+
+
+def load_blocks(
+    checkpoint: Checkpoint,
+    found: Structure,
+    cuts: CutLayout,
+    start: int,
+    end: int,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
+    model, info = load_parts(span_class(found, start, end, cuts), checkpoint, state, dtype)
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise CheckpointError(
+            f"{checkpoint.name} lacks tensors of blocks {start}:{end}, among them {first} (counted from "
+            f"block {start})."
+        )
+    model.requires_grad_(False)
+    if checkpoint.config.model_type == "bloom":
+        pack_bloom(getattr(model, found.blocks))
+    by_length(model)
+    # The family's code asks the model for its dtype and device, which it reads off the first parameter; frozen
+    # layers have none, nor have some norms.
+    model.register_parameter("_like", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+    return model.eval()

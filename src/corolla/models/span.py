@@ -18,25 +18,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.errors import CheckpointError, UsageError
 from corolla.models.attention.latent import LatentPages, latent_blocks
-from corolla.models.attention.packed_bloom import pack_bloom
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
-from corolla.models.attention.rotary import by_length, padded
+from corolla.models.attention.rotary import padded
 from corolla.models.attention.span_cache import SpanCache, span_cache_class
 from corolla.models.attention.stacked import StackedCaches
 from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, attention_named, narrow_stand_ins
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.block_tensors import tensors_of_blocks
 from corolla.models.checkpoints.checkpoint import Checkpoint
-from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.forms import cuts_of
 from corolla.models.compiled.compile import MOST_ROWS, compile_blocks
 from corolla.models.compiled.program import Program
 from corolla.models.cut_layout import CutLayout
-from corolla.models.families import Structure, largest, slice_config, structure
+from corolla.models.families import largest, slice_config, structure
 from corolla.models.kernels.apply import weight_bytes
 from corolla.models.lora import Adapter, AdapterRows, Hook, linear_layers, of_all
-from corolla.models.parts import span_class
+from corolla.models.parts import load_blocks
 from corolla.models.prompts import (
     BlockHook,
     DeepRows,
@@ -101,7 +99,7 @@ class Span:
             (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
         )
         self._configs: tuple[Any, Any] = (model.config, block_config)
-        self._latent = latent_blocks(self.blocks)
+        self.latent_blocks = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
         self._whole = self  # of which this is a view
@@ -327,8 +325,8 @@ class Span:
         """What `forward_packed` gives, always by the family's own code."""
         hooks: list[list[BlockHook]] = [] if deep is None else packed_hooks(deep)
         arguments: dict[str, Any] = {"position_ids": positions.unsqueeze(0), "use_cache": False}
-        if self._latent and batch.goes_on:
-            arguments |= {"use_cache": True, self.cache_name: LatentPages(self._latent, batch.keep)}
+        if self.latent_blocks and batch.goes_on:
+            arguments |= {"use_cache": True, self.cache_name: LatentPages(self.latent_blocks, batch.keep)}
         with attention_named(PACKED, self._configs), packed(batch):
             return self.run(hidden.unsqueeze(0), hooks, arguments, adapters).squeeze(0)
 
@@ -340,11 +338,18 @@ class Span:
         `positions` are int64 [R, 1]. For families that `selfcheck` found to be stackable, caches that hold tokens, and
         what is given no vectors. A pass that fails leaves all caches as they were.
         """
-        stacked = StackedCaches(caches, self._latent)
-        arguments = {"use_cache": True, self.cache_name: stacked, "position_ids": torch.cat(list(positions))}
+        stacked = StackedCaches(caches, self.latent_blocks)
+        given, places = torch.cat(list(hidden)), torch.cat(list(positions))
+        program = None if torch.is_grad_enabled() else self.compile()
+        fits = program is not None and program.takes(len(given), stacked.states)
+        run = program.run_stacked if program is not None and fits else self.run_stacked
+        return stacked.commit(run(given, stacked, positions=places), hidden, positions)
+
+    def run_stacked(self, hidden: Tensor, stacked: StackedCaches, *, positions: Tensor) -> Tensor:
+        """[R, 1, W] to [R, 1, W'] of the stacked rows, by the family's own code."""
+        arguments = {"use_cache": True, self.cache_name: stacked, "position_ids": positions}
         with attention_named(PACKED, self._configs), packed(stacked):
-            output = self.run(torch.cat(list(hidden)), [], arguments)
-        return stacked.commit(output, hidden, positions)
+            return self.run(hidden, [], arguments)
 
     def run(
         self,
@@ -411,33 +416,6 @@ def load_span(
         for name, one in tensors_of_blocks(checkpoint, start, end, dtype).items()
     }
     cuts = cuts_of(checkpoint.config)
-    model = _load_blocks(checkpoint, found, cuts, start, end, state, dtype)
+    model = load_blocks(checkpoint, found, cuts, start, end, state, dtype)
     model = model.to(torch.device(device))
     return Span(model, found.blocks, start, end, cuts=cuts, packable=packable, stackable=stackable)
-
-
-def _load_blocks(
-    checkpoint: Checkpoint,
-    found: Structure,
-    cuts: CutLayout,
-    start: int,
-    end: int,
-    state: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    """The family's own loader, on the span's class; it also converts layouts (mixtures of experts)."""
-    model, info = load_parts(span_class(found, start, end, cuts), checkpoint, state, dtype)
-    if info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
-        raise CheckpointError(
-            f"{checkpoint.name} lacks tensors of blocks {start}:{end}, among them {first} (counted from "
-            f"block {start})."
-        )
-    model.requires_grad_(False)
-    if checkpoint.config.model_type == "bloom":
-        pack_bloom(getattr(model, found.blocks))
-    by_length(model)
-    # The family's code asks the model for its dtype and device, which it reads off the first parameter; frozen
-    # layers have none, nor have some norms.
-    model.register_parameter("_like", nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
-    return model.eval()

@@ -90,8 +90,13 @@ def span_of(family: str, folder: Path) -> Span:
     return load_span(open_checkpoint(str(folder)), 0, 5, dtype=torch.float32, stackable=True)
 
 
-def test_a_pass_that_fails_changes_no_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_pass_that_fails_changes_no_cache(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     span = span_of("falcon_h1", tmp_path)
+    monkeypatch.setattr(span, "_compiled", None if compiled else (None,))
+    assert (span.compile() is not None) == compiled
     hidden = [torch.randn(1, length, span.width) for length in (7, 4)]
     caches = [span.new_cache() for _ in hidden]
 
@@ -105,10 +110,10 @@ def test_a_pass_that_fails_changes_no_cache(tmp_path: Path) -> None:
         for own, cache in zip(hidden, caches, strict=True):
             span.forward(own[:, :3], cache=cache)
         twins = [cache.fork() for cache in caches]
-        handle = span.blocks[-1].register_forward_hook(fail)
+        monkeypatch.setattr(stacked, "attend_one", fail)
         with pytest.raises(MemoryError):
             span.forward_stacked([one[:, 3:4] for one in hidden], caches, [torch.tensor([[3]])] * 2)
-        handle.remove()
+        monkeypatch.undo()
         for own, cache, twin in zip(hidden, caches, twins, strict=True):
             assert cache.tokens == 3
             assert torch.equal(step(cache, own, 3), step(twin, own, 3))

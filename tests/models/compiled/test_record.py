@@ -87,7 +87,38 @@ def put_together(hidden: Tensor, _positions: Tensor) -> Tensor:
     return torch.empty_like(result).copy_(result)
 
 
+def remembered(hidden: Tensor, _positions: Tensor) -> Tensor:
+    """As the delta rule reads and writes a state."""
+    keys, values = (hidden / 4).view(-1, 2, 4, 5).unbind(1)
+    state = keys.unsqueeze(-1) * values.unsqueeze(-2)
+    read = (state * keys.unsqueeze(-1)).sum(dim=-2)
+    state = state + keys.unsqueeze(-1) * (values - read).unsqueeze(-2)
+    return torch.cat([read, (state * values.unsqueeze(-1)).sum(2, keepdim=True).squeeze(2)], 1).flatten(1)
+
+
+def convolved(hidden: Tensor, _positions: Tensor) -> Tensor:
+    """Each channel by itself, with a bias and without."""
+    value = hidden.view(-1, 8, 5)
+    weight = MATRIX[:8, :4].unsqueeze(1)
+    once = functional.conv1d(value, weight, MATRIX[1, :8], groups=8)
+    other = functional.conv1d(value, MATRIX[:8, None, :3], groups=8)
+    return torch.cat([once, other], -1).flatten(1)
+
+
+def multiplied(hidden: Tensor, _positions: Tensor) -> Tensor:
+    """Matrices of each row's own."""
+    one, other = hidden.view(-1, 2, 4, 5).unbind(1)
+    return torch.cat([torch.bmm(one, other.transpose(1, 2)).flatten(1), hidden[:, 16:]], 1)
+
+
 OPERATIONS: dict[str, Run] = {
+    "a state that is read and written": remembered,
+    "a convolution": convolved,
+    "matrices by matrices": multiplied,
+    "a sum of products that lie apart": lambda h, p: torch.cat(
+        [(h.view(-1, 4, 10).transpose(1, 2) * WEIGHT[:4]).sum(-1)] * 4, 1
+    ),
+    "softplus": lambda h, p: functional.softplus(10 * h),
     "rotary": rotated,
     "interleaved": interleaved,
     "rms norm": normalized,

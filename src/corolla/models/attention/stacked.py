@@ -67,6 +67,17 @@ class StackedCaches(Cache):  # type: ignore[misc]
         ]
         return key_states, value_states
 
+    @property
+    def states(self) -> list[Tensor]:
+        """Those of all rows and blocks, always in the same order."""
+        own = [
+            getattr(one, name)
+            for one in self.layers
+            if isinstance(one, LinearAttentionLayer)
+            for name in STATES
+        ]
+        return [one for states in own for one in states.values() if one is not None]
+
     def _of_caches(self, rows: Tensor) -> Sequence[Tensor]:
         return torch.split(rows, [one.rows for one in self._caches])
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import PAGE, CachedSequence, PagePool
+from corolla.models.compiled.compile_stacked import StackableBlocks, same_steps, stacked_program
+from corolla.models.compiled.operators import Recording
 from corolla.models.compiled.program import Program
-from corolla.models.compiled.record import Recording, record
+from corolla.models.compiled.record import record
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.native import library
 from corolla.text import get_logger
@@ -29,13 +31,17 @@ PAST = 21  # tokens a row before those that are compared: more than a page
 TOLERANCE, TOLERANCE_INT8 = 1e-4, 5e-2
 
 
-class PackedBlocks(Protocol):
+class CompiledBlocks(StackableBlocks, Protocol):
     """What is asked of the span whose blocks are compiled (`models/span.py: Span`)."""
 
     start: int
     end: int
     dtype: torch.dtype
     packable: bool
+    stackable: bool
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]: ...
 
     @property
     def blocks(self) -> nn.ModuleList: ...
@@ -49,14 +55,24 @@ class PackedBlocks(Protocol):
     def run_packed(self, hidden: Tensor, batch: PackedBatch, *, positions: Tensor) -> Tensor: ...
 
 
-def compile_blocks(span: PackedBlocks) -> Program | None:
+def compile_blocks(span: CompiledBlocks) -> Program | None:
     """The program of passes over up to `MOST_ROWS` rows that generate, or None where there is none."""
-    if library() is None or span.dtype != torch.float32 or span.device.type != "cpu" or not span.packable:
+    if library() is None or span.dtype != torch.float32 or span.device.type != "cpu":
         return None
+    if not span.packable and not span.stackable:
+        return None
+    rounded = any(isinstance(one, Int8Linear) for one in span.blocks.modules())
+    tolerance = TOLERANCE_INT8 if rounded else TOLERANCE
     try:
-        program = Program([_record(span, rows) for rows in RECORDED], RECORDED, most=MOST_ROWS)
+        if span.packable:
+            program = Program([_record(span, rows) for rows in RECORDED], RECORDED, most=MOST_ROWS)
+        else:
+            program = stacked_program(span, MOST_ROWS)
         with torch.inference_mode():
-            same = all(_is_same(span, program, rows) for rows in COMPARED)
+            if span.packable:
+                same = all(_is_same(span, program, rows, tolerance) for rows in COMPARED)
+            else:
+                same = same_steps(span, program, tolerance)
     except Exception as reason:  # mostly `NotCompilable`; else what the family's code makes of being watched
         log.info("Blocks %d:%d are not compiled: %s", span.start, span.end, reason)
         return None
@@ -65,7 +81,7 @@ def compile_blocks(span: PackedBlocks) -> Program | None:
     return program if same else None
 
 
-def _record(span: PackedBlocks, rows: int) -> Recording:
+def _record(span: CompiledBlocks, rows: int) -> Recording:
     hidden, positions = _inputs(span, rows)
     return record(
         lambda hidden, positions, batch: span.run_packed(hidden, batch, positions=positions),
@@ -74,12 +90,12 @@ def _record(span: PackedBlocks, rows: int) -> Recording:
     )
 
 
-def _inputs(span: PackedBlocks, tokens: int) -> tuple[Tensor, Tensor]:
+def _inputs(span: CompiledBlocks, tokens: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     return torch.randn(tokens, span.hidden_size, generator=generator), torch.arange(PAST, PAST + tokens)
 
 
-def _is_same(span: PackedBlocks, program: Program, rows: int) -> bool:
+def _is_same(span: CompiledBlocks, program: Program, rows: int, tolerance: float) -> bool:
     """Whether `rows` rows, each with a past of its own, get the same next token's outputs in both ways."""
     pool = PagePool(2 * rows * (PAST // PAGE + 2), dtype=span.dtype, device=span.device)
     cached = [CachedSequence(pool) for _ in range(rows)]
@@ -93,6 +109,4 @@ def _is_same(span: PackedBlocks, program: Program, rows: int) -> bool:
     twins = [row.fork() for row in cached]
     wanted = span.run_packed(hidden, PackedBatch(segments_of([1] * rows, twins), pool), positions=positions)
     found = program.run(hidden, positions, PackedBatch(segments_of([1] * rows, cached), pool))
-    rounded = any(isinstance(one, Int8Linear) for one in span.blocks.modules())
-    tolerance = TOLERANCE_INT8 if rounded else TOLERANCE
     return bool((found - wanted).norm() <= tolerance * wanted.norm())

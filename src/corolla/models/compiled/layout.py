@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from corolla.models.compiled.record import HIDDEN, NotCompilable, Op, View
+from corolla.models.compiled.operators import HIDDEN, NotCompilable, Op, View
 
 # Operators over whole lines, a tensor's last dimension; and those that give a line.
 BY_LINE, LINES = (
@@ -21,6 +21,7 @@ PRODUCTS = ("product", "experts")
 BY_ROWS = (*PRODUCTS, "route", "pick", "combine")  # whose tensors all lie together
 DIMS = 4  # of an operator, once neighbours that lie together are one
 ALIGNED = 16  # floats
+LONGEST = 2**12  # a line, where it can be cut
 
 Pairs = Sequence[tuple[Op, Any]]
 
@@ -105,6 +106,8 @@ def dimensions(op: Op) -> tuple[list[int], list[list[int]]]:
         return _pairs(op), []
     if op.kind in BY_LINE:
         return _lines(op)
+    if op.kind == "dot":
+        return _sums(op)
     if op.kind == "scatter":
         sizes = op.inputs[1].sizes
         strides = [op.output.strides, [0] * len(sizes), op.inputs[1].strides]
@@ -119,6 +122,19 @@ def _pairs(op: Op) -> list[int]:
     pairs = prod(op.inputs[0].sizes) if op.kind == "route" else op.inputs[1].sizes[0] - int(op.number) - 1
     tokens = prod((op.inputs[0] if op.kind == "pick" else op.output).sizes[:-1])
     return [pairs, int(op.number), op.output.sizes[-1], pairs // tokens]
+
+
+def _sums(op: Op) -> tuple[list[int], list[list[int]]]:
+    """The last two dimensions are sums that stand side by side, which best lie together, and what each adds up."""
+    sizes, count = op.output.sizes, op.inputs[0].sizes[-1]
+    strides = [list(op.output.strides), *(_spread(one, (*sizes, count)) for one in op.inputs)]
+    beside = max(range(len(sizes)), key=lambda at: (strides[0][at] == strides[1][at] == 1, sizes[at]))
+    outer = [at for at in range(len(sizes)) if at != beside]
+    loop, joined = _joined(
+        [sizes[at] for at in outer], [[one[at] for at in outer] for one in strides], DIMS - 2
+    )
+    last = [[strides[0][beside], 0], *([one[beside], one[-1]] for one in strides[1:])]
+    return [*loop, sizes[beside], count], [[*one, *own] for one, own in zip(joined, last, strict=True)]
 
 
 def _lines(op: Op) -> tuple[list[int], list[list[int]]]:
@@ -159,5 +175,8 @@ def _joined(
             loop.append((size, own))
     if len(loop) > dims:
         raise NotCompilable(f"a tensor of more than {dims} dimensions that do not lie together")
+    if len(loop) < dims and loop and loop[-1][0] > LONGEST and not loop[-1][0] % LONGEST:
+        size, own = loop.pop()  # threads share lines
+        loop += [(size // LONGEST, [one * LONGEST for one in own]), (LONGEST, own)]
     loop = [(1, [0] * len(strides))] * (dims - len(loop)) + loop
     return [size for size, _ in loop], [[own[at] for _, own in loop] for at in range(len(strides))]

@@ -7,6 +7,7 @@ recordings, and a pass of which it is not true is refused.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -18,8 +19,17 @@ from torch import Tensor
 from corolla.models.attention.one_token_rows import LANES, THREADED, OneTokenRows, kernel_rules
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.pages import PAGE, PagePool
+from corolla.models.attention.stacked import StackedCaches
 from corolla.models.compiled.layout import DIMS, PRODUCTS, Pairs, dimensions, places_of, with_copies
-from corolla.models.compiled.record import HIDDEN, POSITIONS, UNKNOWN, NotCompilable, Op, Recording, View
+from corolla.models.compiled.operators import (
+    HIDDEN,
+    POSITIONS,
+    UNKNOWN,
+    NotCompilable,
+    Op,
+    Recording,
+    View,
+)
 from corolla.models.kernels.linear import FrozenLinear
 from corolla.models.kernels.native import Layer, kernels, pointer
 
@@ -27,7 +37,8 @@ KINDS = (
     "product", "attend", "mean", "layer_norm", "from_int", "add", "sub", "mul", "div", "maximum", "minimum", "copy",
     "neg", "abs", "square", "cube", "rsqrt", "sqrt", "reciprocal", "relu", "silu", "sigmoid", "tanh", "gelu_tanh",
     "gelu", "exp", "sin", "cos", "floor", "log", "expm1", "nonzero", "greater", "where", "sum", "softmax", "top",
-    "gather", "scatter", "route", "pick", "experts", "combine"
+    "gather", "scatter", "route", "pick", "experts", "combine",
+    "softplus", "mul_add", "dot"
 )  # fmt: skip  # by their numbers in native_program.c
 
 
@@ -89,6 +100,14 @@ class Program:
         tables = [batch.rows(at) for at in range(pool.layout.tables)]
         return self.for_rows(len(hidden)).run(hidden, positions, tables)
 
+    def run_stacked(self, hidden: Tensor, stacked: StackedCaches, *, positions: Tensor) -> Tensor:
+        """See `Span.run_stacked`: [R, 1, H] with position ids [R, 1]; the states of `stacked` become the next ones."""
+        return self.for_rows(len(hidden)).run(hidden, positions, (), stacked)
+
+    def takes(self, rows: int, states: Sequence[Tensor]) -> bool:
+        """Whether it is for so many rows, with states like these."""
+        return rows <= self._most and len(states) == len(self._first.states)
+
     def for_rows(self, rows: int) -> SizedProgram:
         """The program for one number of rows, made when it is first asked for."""
         if rows not in self._sized:
@@ -132,7 +151,8 @@ class Program:
         lengths = [self._at(rows, *own) if at in used else 0 for at, own in enumerate(both)]
         output = self._view(self._first.output, self._second.output, rows)
         whole = self._first.whole
-        return SizedProgram(ops, lengths, whole, self._first.constants, output, partial(self._take, rows))
+        states, constants = self._first.states, self._first.constants
+        return SizedProgram(ops, lengths, whole, constants, states, output, partial(self._take, rows))
 
     def _take(self, rows: int, length: int) -> Tensor:
         """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
@@ -174,19 +194,23 @@ class SizedProgram:
         lengths: list[int],
         whole: set[int],
         constants: dict[int, Tensor],
+        states: Sequence[int],
         output: View,
         take: Callable[[int], Tensor],
     ) -> None:
         """`ops` with what the kernel is told about each; `lengths` are those of all storages, in elements.
 
-        `whole` are the storages of int64.
+        `whole` are the storages of int64, `states` those that each pass brings with it.
 
         `take` gives at least so many float32 of memory, which nobody else uses while this runs.
         """
         ops = with_copies(ops, lengths, whole)
         floats = [length * (2 if at in whole else 1) for at, length in enumerate(lengths)]
         places, size = places_of(
-            [op for op, _ in ops], floats, fixed={POSITIONS, *constants}, kept={HIDDEN, output.storage}
+            [op for op, _ in ops],
+            floats,
+            fixed={POSITIONS, *constants, *states},
+            kept={HIDDEN, output.storage},
         )
         inputs = [op.inputs[0] for op, _ in ops if op.kind in PRODUCTS]
         widest = max((prod(one.sizes) for one in inputs), default=0)  # activations in 8 bits, one a byte
@@ -199,28 +223,90 @@ class SizedProgram:
         begins = {storage: arena.data_ptr() + at * arena.itemsize for storage, at in places.items()}
         outside = {POSITIONS: self._positions} | constants
         begins |= {storage: one.untyped_storage().data_ptr() for storage, one in outside.items()}
-        self._ops = (_NativeOp * len(ops))(*(_native(op, what, begins, whole) for op, what in ops))
+        begins |= dict.fromkeys(states, 0)
+        self._pieces = [_Piece(own, begins, whole, states, arena, places) for own in _pieces(ops)]
         self._result = arena.as_strided(output.sizes, output.strides, places[output.storage] + output.offset)
         heads = [(op.inputs[0].sizes[1], op.inputs[1].sizes[1]) for op, _ in ops if op.kind == "attend"]
         self._sharing = max((own // kv for own, kv in heads), default=0)  # heads with the same keys
         self._run = kernels().run_program
 
-    def run(self, hidden: Tensor, positions: Tensor, tables: Sequence[OneTokenRows]) -> Tensor:
-        """Hidden states [N, H] behind the last block."""
+    def run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        tables: Sequence[OneTokenRows],
+        stacked: StackedCaches | None = None,
+    ) -> Tensor:
+        """Hidden states, like `hidden`, behind the last block; `stacked` are caches where blocks have states."""
         self._hidden.copy_(hidden.reshape(-1))
-        self._positions.copy_(positions)
+        self._positions.copy_(positions.reshape(-1))
         threads = torch.get_num_threads()
         rows = (_Rows * len(tables))(*(_Rows(*one.described()) for one in tables))
         scores = self._scores(tables, threads)
-        self._run(
-            *(self._ops, len(self._ops), rows, scores.data_ptr()),
-            *(self._codes.data_ptr(), self._steps.data_ptr(), threads),
-        )
+        scratch = rows, scores.data_ptr(), self._codes.data_ptr(), self._steps.data_ptr(), threads
+        states = [] if stacked is None else [one.data_ptr() for one in stacked.states]
+        for piece in self._pieces:
+            piece.begin_with(states)
+            self._run(piece.ops, len(piece.ops), *scratch)
+            if piece.attention is not None and stacked is not None:
+                piece.attend(stacked)
         return self._result.clone().view(hidden.shape)
 
     def _scores(self, tables: Sequence[OneTokenRows], threads: int) -> Tensor:
         """Scratch for any block's attention, whichever of the pool's tables it reads."""
         return torch.empty(threads * self._sharing * max((one.room for one in tables), default=0))
+
+
+class _Piece:
+    """Operators that are carried out in one call, and attention behind them that is computed cache by cache."""
+
+    def __init__(
+        self,
+        ops: Pairs,
+        begins: dict[int, int],
+        whole: set[int],
+        states: Sequence[int],
+        arena: Tensor,
+        places: dict[int, int],
+    ) -> None:
+        """`begins` is where each storage does, 0 for `states`; those of the attention lie at `places` of `arena`."""
+        self.attention = ops[-1][0] if ops and ops[-1][0].kind == "attend_each" else None
+        native = ops[:-1] if self.attention is not None else ops
+        self.ops = (_NativeOp * len(native))(*(_native(op, what, begins, whole) for op, what in native))
+        # Operator, which of its tensors, which state, and where in it.
+        self._of_states = [
+            (self.ops[number], at, states.index(view.storage), 4 * view.offset)
+            for number, (op, _) in enumerate(native)
+            for at, view in enumerate((op.output, *op.inputs))
+            if view.storage in states
+        ]
+        views = () if self.attention is None else (self.attention.output, *self.attention.inputs)
+        self._views = [
+            arena.as_strided(one.sizes, one.strides, places[one.storage] + one.offset) for one in views
+        ]
+
+    def begin_with(self, states: Sequence[int]) -> None:
+        """States begin there in this pass."""
+        for op, at, state, offset in self._of_states:
+            if at:
+                op.inputs[at - 1] = states[state] + offset
+            else:
+                op.out = states[state] + offset
+
+    def attend(self, stacked: StackedCaches) -> None:
+        """The attention behind the operators, as the family's code would have it."""
+        assert self.attention is not None
+        output, query, key, value = self._views
+        block, rules = self.attention.what
+        # Copies, since they are kept.
+        kept = stacked.update(key.clone(), value.clone(), block)
+        output.copy_(stacked.attend(block, query, *kept, rules))
+
+
+def _pieces(ops: Pairs) -> list[Pairs]:
+    """Cut behind each attention that is computed cache by cache."""
+    ends = [at + 1 for at, (op, _) in enumerate(ops) if op.kind == "attend_each"]
+    return [ops[begin:end] for begin, end in itertools.pairwise([0, *ends, len(ops)])]
 
 
 def _native(op: Op, what: Any, begins: dict[int, int], whole: set[int]) -> _NativeOp:
@@ -257,10 +343,10 @@ def _check_alike(first: Recording, second: Recording, needed: Sequence[int]) -> 
 def _needed(recording: Recording) -> list[int]:
     """The operators on which the result or the cache depends, in order. Raises `NotCompilable`."""
     assert recording.output is not None
-    wanted, found = {recording.output.storage}, []
+    wanted, found = {recording.output.storage, *recording.states}, []
     for at in reversed(range(len(recording.ops))):
         op = recording.ops[at]
-        if op.kind == "attend" or op.output.storage in wanted:
+        if op.kind in ("attend", "attend_each") or op.output.storage in wanted:
             if op.kind == UNKNOWN:
                 raise NotCompilable(op.what)
             found.append(at)

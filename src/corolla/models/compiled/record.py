@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,19 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from corolla.models.attention.latent import absorbed
 from corolla.models.attention.one_token_rows import Rules
+from corolla.models.compiled.operators import UNKNOWN, NotCompilable, Op, Recording, View
+from corolla.models.compiled.products import sum_of_products
 from corolla.models.kernels.experts import Experts
 from corolla.models.kernels.fused import FusedPart
 from corolla.models.kernels.int8 import Int8Linear
 from corolla.models.kernels.linear import FrozenLinear, NarrowLinear
 from corolla.models.kernels.narrow import as_it_is
 
-UNKNOWN = "unknown"  # an operator that is not understood; `what` says why
-HIDDEN, POSITIONS = 0, 1  # storages of what goes in
-
 # Of aten's operators, without the underscore of those that write in place.
 UNARY = (
     "abs", "cos", "exp", "expm1", "floor", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "silu", "sin",
-    "sqrt", "tanh"
+    "softplus", "sqrt", "tanh"
 )  # fmt: skip
 BINARY = ("add", "div", "maximum", "minimum", "mul", "sub")
 # Operators that read or write whole numbers.
@@ -44,56 +43,27 @@ WHOLE = ("from_int", "top", "gather", "scatter", "route", "pick", "experts", "co
 LOGIC = ("nonzero", "greater", "where", "copy", "sub")
 FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
 SMALL = 2**14  # weights that are multiplied one by one where no kernel takes them
+SOFTPLUS = [1, 20]  # its beta and its threshold, where they are given
 POWERS = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 
 
-class NotCompilable(Exception):
-    """The blocks do something that cannot be recorded; they are run by the family's code alone."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor as it lies in a storage, in elements."""
-
-    storage: int
-    offset: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operator. `number` and `what` are its own: an epsilon, a frozen layer or several, a block and its rules."""
-
-    kind: str
-    output: View
-    inputs: tuple[View, ...]
-    number: float = 0.0
-    what: Any = None
-
-
-@dataclass
-class Recording:
-    """The operators of one pass over some rows."""
-
-    ops: list[Op] = field(default_factory=list)
-    # By storage: weights, and what came of them alone.
-    constants: dict[int, Tensor] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)  # of each storage, in elements
-    whole: set[int] = field(default_factory=set)  # storages of int64; all others are float32
-    output: View | None = None
-
-
-def record(run: Callable[[Tensor, Tensor, Any], Tensor], hidden: Tensor, positions: Tensor) -> Recording:
+def record(
+    run: Callable[[Tensor, Tensor, Any], Tensor],
+    hidden: Tensor,
+    positions: Tensor,
+    states: Callable[[], Sequence[Tensor]] = tuple,
+) -> Recording:
     """The pass `run(hidden [N, H], positions int64 [N], batch)`, where `batch` takes the place of a `PackedBatch`.
 
-    What `run` computes is of no meaning. Raises `NotCompilable`.
+    `states` are those of the rows, before the pass and after it. What `run` computes is of no meaning. Raises
+    `NotCompilable`.
     """
     recorder = _Recorder()
-    recorder.begin(hidden, positions)
+    before = states()
+    recorder.begin(hidden, positions, before)
     with torch.inference_mode(), recorder.watching_products(), recorder:
         output = run(hidden, positions, recorder)
-    recorder.found.output = recorder.view(output)
+    recorder.end(output, before, states())
     return recorder.found
 
 
@@ -108,10 +78,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._latents: dict[int, tuple[Tensor, Tensor]] = {}  # the new tokens', by block
         self._inside = 0  # a product or attention, whose own operators are not ours
 
-    def begin(self, hidden: Tensor, positions: Tensor) -> None:
+    def begin(self, hidden: Tensor, positions: Tensor, states: Sequence[Tensor]) -> None:
         """These are what goes in."""
         for tensor in (hidden, positions):
             self._new(tensor)
+        self.found.states = [self._new(one) for one in states]
+
+    def end(self, output: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """What has come out; states are to lie where they did."""
+        self.found.output = self.view(output)
+        for was, now in zip(before, after, strict=True):
+            if now is not was:
+                self._add("copy", was, [now])
 
     def view(self, tensor: Tensor) -> View:
         """How a tensor lies; one that nothing has computed is a constant."""
@@ -121,6 +99,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return View(
             self._storages[key], int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
         )
+
+    def made(self, tensor: Tensor) -> View:
+        """How a tensor lies that an operator gives."""
+        if tensor.untyped_storage()._cdata not in self._storages:
+            self._new(tensor)
+        return self.view(tensor)
 
     def _new(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -169,6 +153,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         batch, heads, rows, _ = query.shape
         result = self._fresh(batch, rows, heads, value.shape[-1])
         self._add("attend", result, [query, key, value], what=(block, rules, False))
+        return result
+
+    def attend_each(self, block: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+        """See `StackedCaches.attend`, which does it; `key` and `value` are what was kept."""
+        rows, heads, tokens, _ = query.shape
+        result = self._fresh(rows, tokens, heads, value.shape[-1])
+        self._add("attend_each", result, [query, key, value], what=(block, rules))
         return result
 
     # Of blocks whose attention keeps latents.
@@ -292,14 +283,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """An operator that must turn out not to be needed."""
         views = tuple(map(self.view, inputs))
         for one in outputs:
-            if one.untyped_storage()._cdata not in self._storages:
-                self._new(one)
-            self.found.ops.append(Op(UNKNOWN, self.view(one), views, what=reason))
+            self.found.ops.append(Op(UNKNOWN, self.made(one), views, what=reason))
 
     def _understood(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if name == "_to_copy":
             self._converted(args[0], result)
-        elif name in UNARY:
+        elif name in UNARY and list(args[1:]) in ([], SOFTPLUS) and not kwargs:
             self._add(name, result, [args[0]])
         elif name == "clone":
             self._add("copy", result, [args[0]])
@@ -308,6 +297,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name == "gelu":
             kind = "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else "gelu"
             self._add(kind, result, [args[0]])
+        elif parts := sum_of_products(name, args, kwargs, result, self, self.found.ops):
+            self._sum(result, *parts)
         elif name in BINARY and len(args) == 2 and not kwargs:
             self._add(name, result, [self._tensor(one, result.dtype) for one in args])
         elif name in ("gt", "lt"):
@@ -379,9 +370,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(one.dtype == torch.bool and self._is_constant(one) for one in inputs):
             raise NotCompilable(f"{kind} of what is true or false from the start")
         views = tuple(map(self.view, inputs))
-        if output.untyped_storage()._cdata not in self._storages:
-            self._new(output)
-        self.found.ops.append(Op(kind, self.view(output), views, number, what))
+        self.found.ops.append(Op(kind, self.made(output), views, number, what))
+
+    def _sum(self, result: Tensor, op: Op, bias: Tensor | None) -> None:
+        """Products that were added up, and what is added to each sum."""
+        self.found.ops.append(op)
+        if bias is not None:
+            self._add("add", result, [result, bias])
 
     def _converted(self, given: Tensor, result: Tensor) -> None:
         if given.dtype == torch.int64 and result.dtype == torch.float32:

@@ -10,7 +10,7 @@
 enum { /* layout.py: KINDS */
     PRODUCT, ATTEND, MEAN, LAYER_NORM, FROM_INT, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, COPY, NEG, ABS, SQUARE,
     CUBE, RSQRT, SQRT, RECIPROCAL, RELU, SILU, SIGMOID, TANH, GELU_TANH, GELU, EXP, SIN, COS, FLOOR, LOG, EXPM1, NONZERO, GREATER, WHERE,
-    SUM, SOFTMAX, TOP, GATHER, SCATTER, ROUTE, PICK, EXPERTS, COMBINE
+    SUM, SOFTMAX, TOP, GATHER, SCATTER, ROUTE, PICK, EXPERTS, COMBINE, SOFTPLUS, MUL_ADD, DOT
 };
 
 typedef struct {
@@ -181,20 +181,24 @@ INLINE float number_of(int kind, float x) {
     case FLOOR: return floorf(x);
     case LOG: return logf(x);
     case EXPM1: return expm1f(x);
+    case SOFTPLUS: return x > 20 ? x : log1pf(expf(x));
     case NONZERO: return x != 0; /* what is true is 1, what is false is 0 */
     default: return x; /* COPY */
     }
 }
 
-/* Kinds of `lanes_of`, for lines that lie together; the last, incomplete lanes go by way of a copy. */
-INLINE void line_of_lanes(int kind, float *to, const float *from, int64_t count) {
+/* Kinds of `lanes_of`; what does not lie together, and the last, incomplete lanes, go by way of a copy. */
+INLINE void line_of_lanes(int kind, float *to, int64_t step, const float *from, int64_t own, int64_t count) {
     int64_t at = 0;
-    for (; at + LANES <= count; at += LANES) store(to + at, lanes_of(kind, load(from + at)));
-    if (at == count) return;
-    float rest[LANES] = {0};
-    for (int64_t i = at; i < count; i++) rest[i - at] = from[i];
-    store(rest, lanes_of(kind, load(rest)));
-    for (int64_t i = at; i < count; i++) to[i] = rest[i - at];
+    if (step == 1 && own == 1)
+        for (; at + LANES <= count; at += LANES) store(to + at, lanes_of(kind, load(from + at)));
+    for (; at < count; at += LANES) {
+        int64_t most = count - at < LANES ? count - at : LANES;
+        float some[LANES] = {0};
+        for (int64_t i = 0; i < most; i++) some[i] = from[(at + i) * own];
+        store(some, lanes_of(kind, load(some)));
+        for (int64_t i = 0; i < most; i++) to[(at + i) * step] = some[i];
+    }
 }
 
 INLINE void line_of_numbers(int kind, float *to, int64_t step, const float *from, int64_t own, int64_t count) {
@@ -206,15 +210,11 @@ INLINE void line_of_numbers(int kind, float *to, int64_t step, const float *from
 
 static void line_of_one(int kind, float *to, int64_t step, const float *from, int64_t own, int64_t count) {
 #define CASE(KIND) case KIND: line_of_numbers(KIND, to, step, from, own, count); break;
-#define LANES_CASE(KIND)                                                             \
-    case KIND:                                                                       \
-        if (step == 1 && own == 1) line_of_lanes(KIND, to, from, count);             \
-        else for (int64_t i = 0; i < count; i++) line_of_lanes(KIND, to + i * step, from + i * own, 1); \
-        break;
+#define LANES_CASE(KIND) case KIND: line_of_lanes(KIND, to, step, from, own, count); break;
     switch (kind) {
         CASE(COPY) CASE(NEG) CASE(ABS) CASE(SQUARE) CASE(CUBE) CASE(RSQRT) CASE(SQRT) CASE(RECIPROCAL) CASE(RELU)
         CASE(GELU) CASE(EXP) CASE(SIN) CASE(COS) CASE(FLOOR) CASE(LOG) CASE(EXPM1)
-        CASE(NONZERO)
+        CASE(NONZERO) CASE(SOFTPLUS)
         LANES_CASE(SILU) LANES_CASE(SIGMOID) LANES_CASE(TANH) LANES_CASE(GELU_TANH)
     }
 #undef CASE
@@ -243,6 +243,39 @@ static void line_of_two(int kind, float *to, int64_t step, const float *a, int64
     }
 #undef CASE
 #undef LINE
+}
+
+/* a b + c */
+static void line_of_three(float *to, int64_t step, const float *a, int64_t of_a, const float *b, int64_t of_b,
+                          const float *c, int64_t of_c, int64_t count) {
+#define LINE(STEP, A, B, C) \
+    for (int64_t i = 0; i < count; i++) to[i * (STEP)] = a[i * (A)] * b[i * (B)] + c[i * (C)];
+    if (step == 1 && of_a == 0 && of_b == 1 && of_c == 1) LINE(1, 0, 1, 1)
+    else if (step == 1 && of_a == 1 && of_b == 0 && of_c == 1) LINE(1, 1, 0, 1)
+    else if (step == 1 && of_a == 1 && of_b == 1 && of_c == 1) LINE(1, 1, 1, 1)
+    else LINE(step, of_a, of_b, of_c)
+#undef LINE
+}
+
+/* Sums of products side by side. */
+static void sums_of_products(const Op *op, float *to, const float *a, const float *b) {
+    int64_t sums = op->size[2], count = op->size[3];
+    const int64_t *out = op->stride[0], *of_a = op->stride[1], *of_b = op->stride[2];
+    if (out[2] == 1 && of_a[2] == 1 && of_b[2] == 0) {
+        for (int64_t i = 0; i < sums; i++) to[i] = a[i] * *b;
+        for (int64_t k = 1; k < count; k++)
+            for (int64_t i = 0; i < sums; i++) to[i] += a[k * of_a[3] + i] * b[k * of_b[3]];
+        return;
+    }
+#define SUMS(COUNT)                                                                                             \
+    for (int64_t i = 0; i < sums; i++) {                                                                        \
+        float sum = 0;                                                                                          \
+        for (int64_t k = 0; k < (COUNT); k++) sum += a[i * of_a[2] + k * of_a[3]] * b[i * of_b[2] + k * of_b[3]]; \
+        to[i * out[2]] = sum;                                                                                   \
+    }
+    if (count == 4) SUMS(4) /* of most convolutions */
+    else SUMS(count)
+#undef SUMS
 }
 
 /* --- whole lines ---------------------------------------------------------------------------------------- */
@@ -290,13 +323,9 @@ static void find_top(int64_t *to, const float *from, int64_t count, int64_t most
     }
 }
 
-static void line(const Op *op, int64_t number) {
-    int64_t at[4] = {0}, count = op->size[3];
-    for (int dim = 2; dim >= 0; dim--) {
-        int64_t index = number % op->size[dim];
-        number /= op->size[dim];
-        for (int one = 0; one < 4; one++) at[one] += index * op->stride[one][dim];
-    }
+/* `at` is where the line begins in the output and the inputs. */
+static void line(const Op *op, const int64_t *at) {
+    int64_t count = op->size[3];
     float *to = op->out + at[0];
     const float *a = (const float *)op->in[0] + at[1];
     switch (op->kind) {
@@ -327,14 +356,35 @@ static void line(const Op *op, int64_t number) {
         line_of_two((int)op->kind, to, op->stride[0][3], a, op->stride[1][3], (const float *)op->in[1] + at[2],
                     op->stride[2][3], count);
         break;
+    case MUL_ADD:
+        line_of_three(to, op->stride[0][3], a, op->stride[1][3], (const float *)op->in[1] + at[2], op->stride[2][3],
+                      (const float *)op->in[2] + at[3], op->stride[3][3], count);
+        break;
+    case DOT: sums_of_products(op, to, a, (const float *)op->in[1] + at[2]); break;
     default: line_of_one((int)op->kind, to, op->stride[0][3], a, op->stride[1][3], count);
     }
 }
 
+/* Lines from one number to another. */
+static void some_lines(const Op *op, int64_t from, int64_t until) {
+    int64_t index[3], rest = from, at[4];
+    int64_t size = op->kind == DOT ? 1 : op->size[2]; /* which has two dimensions in a line */
+    index[2] = rest % size, rest /= size, index[1] = rest % op->size[1], index[0] = rest / op->size[1];
+    for (int64_t number = from; number < until; number++) {
+        for (int one = 0; one < 4; one++)
+            at[one] = index[0] * op->stride[one][0] + index[1] * op->stride[one][1] + index[2] * op->stride[one][2];
+        line(op, at);
+        if (++index[2] < size) continue;
+        index[2] = 0;
+        if (++index[1] < op->size[1]) continue;
+        index[1] = 0, index[0]++;
+    }
+}
+
 static void lines(const Op *op, int threads) {
-    int64_t count = op->size[0] * op->size[1] * op->size[2];
-    if (threads == 1 || count == 1 || count * op->size[3] < SHARED) {
-        for (int64_t number = 0; number < count; number++) line(op, number);
+    int64_t all = op->size[0] * op->size[1] * op->size[2], count = op->kind == DOT ? all / op->size[2] : all;
+    if (threads == 1 || count == 1 || all * op->size[3] < SHARED) {
+        some_lines(op, 0, count);
         return;
     }
     int cpu = this_cpu();
@@ -342,7 +392,8 @@ static void lines(const Op *op, int threads) {
     {
         keep_apart(cpu);
 #pragma omp for schedule(static)
-        for (int64_t number = 0; number < count; number++) line(op, number);
+        for (int64_t part = 0; part < threads; part++)
+            some_lines(op, count * part / threads, count * (part + 1) / threads);
     }
 }
 

@@ -315,10 +315,10 @@ def _run(parts: Sequence[tuple[StepRequest, int]]) -> None:
     session = parts[0][0].session
     span, pool = session.span, session.pool
     if not span.packable:
-        if len(parts) > 1:
+        step, count = parts[0]
+        if len(parts) > 1 or (step.group is not None and span.compile() is not None):
             _run_stacked(span, [step for step, _ in parts])
         else:
-            step, count = parts[0]
             step.run_plain(count)
         return
     loaded, total = [], 0
