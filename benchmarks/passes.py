@@ -1,6 +1,6 @@
 """What a generation pass takes by the family's own code, and as one call (`corolla.models.compiled`), in turns.
 
-    python -m benchmarks.passes [--shape gemma3 | qwen3 | moe] [--dtype bfloat16] [--threads N]
+    python -m benchmarks.passes [--shape gemma3 | qwen3 | moe | mla | hybrid] [--dtype bfloat16] [--threads N]
                                 [--quantization none | int8] [--rows 1 2 8 32 64]
 
 All blocks of a shape of `sizes.SHAPES`, with random weights, or the first half of SmolLM2's; every row with 60 tokens
@@ -26,8 +26,9 @@ from benchmarks.workers.local import stream, write
 from corolla.cli.common import set_up_libraries
 from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
+from corolla.models.attention.stacked import StackedCaches
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.selfcheck import check_family, steps_stack
 from corolla.models.kernels.apply import exact_linear, pack_linears, weight_bytes
 from corolla.models.kernels.autotune import Autotuner
 from corolla.models.span import Span, load_span
@@ -48,6 +49,29 @@ def in_turns(works: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def passes(span: Span, rows: int) -> dict[str, float]:
     """Seconds of a pass by the family's code, and as one call."""
+    return packed(span, rows) if span.packable else stacked(span, rows)
+
+
+def stacked(span: Span, rows: int) -> dict[str, float]:
+    """Of blocks that keep states: sessions' steps side by side, their states put together and handed out again."""
+    caches = [span.new_cache() for _ in range(rows)]
+    for cache in caches:
+        span.forward(torch.randn(1, PAST, span.width), cache=cache)
+    hidden = [torch.randn(1, 1, span.width) for _ in caches]
+    program = span.compile()
+
+    def one(run: Callable[..., Tensor]) -> None:
+        together = StackedCaches(caches, span.latent_blocks)
+        places = [torch.full((1, 1), caches[0].get_seq_length())] * rows
+        output = run(torch.cat(hidden), together, positions=torch.cat(places))
+        together.commit(output, hidden, places)
+
+    quicker = span.run_stacked if program is None else program.run_stacked
+    return in_turns({"plain": partial(one, span.run_stacked), "compiled": partial(one, quicker)})
+
+
+def packed(span: Span, rows: int) -> dict[str, float]:
+    """Of blocks that keep keys and values only."""
     pool = PagePool(rows * pages_for(PAST + 2 * PASSES), dtype=span.dtype, device=span.device)
     cached = [CachedSequence(pool) for _ in range(rows)]
     past = torch.randn(rows * PAST, span.width)
@@ -83,9 +107,9 @@ def read_bytes(span: Span) -> int:
 
 def report(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    packable = check_family(checkpoint.config)
+    packable, stackable = check_family(checkpoint.config), steps_stack(checkpoint.config)
     blocks = checkpoint.num_blocks if arguments.shape else checkpoint.num_blocks // 2
-    span = load_span(checkpoint, 0, blocks, dtype=torch.float32, packable=packable)
+    span = load_span(checkpoint, 0, blocks, dtype=torch.float32, packable=packable, stackable=stackable)
     pack_linears(span.model, quantization=arguments.quantization)
     if span.compile() is None:
         print("These blocks are not compiled here.")

@@ -17,6 +17,7 @@ from tests.server.world import (
     assert_serves_exactly,
     noise,
     opening,
+    span_of,
     until,
     until_waiting,
 )
@@ -24,6 +25,8 @@ from tests.virtual_time import SimulatedEngine, in_virtual_time
 from torch import Tensor
 
 from corolla.errors import PeerDisconnected, RequestRefused
+from corolla.models.compiled.program import Program
+from corolla.models.kernels.native import library
 from corolla.models.span import Span
 from corolla.server.sessions import step as step_module
 from corolla.swarm.channel import Channel, request
@@ -233,6 +236,28 @@ async def test_states_are_stacked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
         assert companies == [2, 0, 2, 1]
         for session in (one, two, three):
             session.assert_right(world)
+    finally:
+        await world.close()
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler here")
+async def test_a_step_with_states_is_compiled_without_company_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, companies = OneServer(span=span_of("qwen3_5_text", torch.float32), capacity=60), []
+    assert world.span.compile() is not None
+    own = Program.run_stacked
+
+    def run_stacked(program: Program, hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+        companies.append(len(hidden))
+        return own(program, hidden, *more, **named)
+
+    monkeypatch.setattr(Program, "run_stacked", run_stacked)
+    await world.start()
+    try:
+        peer = Peer(world)
+        one, two = await peer.open(1, 1)
+        for company in ((one,), (one, two), (two,)):
+            assert not (await peer.step(company)).failures
+        assert companies == [1, 2, 1]
     finally:
         await world.close()
 

@@ -17,7 +17,7 @@ from corolla.models.checks.miniature import random_model
 from corolla.models.compiled import program as programs
 from corolla.models.compiled.program import Program
 from corolla.models.families import structure
-from corolla.models.kernels.apply import pack_linears
+from corolla.models.kernels.apply import Quantization, pack_linears
 from corolla.models.kernels.native import library
 from corolla.models.span import Span, load_span
 
@@ -25,19 +25,33 @@ pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compile
 
 # The delta rule, Mamba's second kind beside attention and within one block, convolutions without a recurrence.
 COMPILED = ("qwen3_5_text", "olmo_hybrid", "bamba", "falcon_h1", "mamba2", "lfm2")
+# Widths that the kernel for 8 bits has.
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_attention_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
 LEFT_ALONE = ("kimi_linear",)  # attention over latents
 LENGTHS = (3, 9, 5)
-CLOSE = 1e-4  # normalizing a short vector makes a rounding large
+# Normalizing a short vector makes a rounding large.
+CLOSE: dict[Quantization, float] = {"none": 1e-4, "int8": 0.05}
 COMPANIES = ([0, 1, 2], [2, 0], [1], [0, 1, 2], [2, 1], [0])
 
 
-def span_of(family: str, folder: Path) -> Span:
+def span_of(family: str, folder: Path, quantization: Quantization = "none") -> Span:
     config = tiny(family)
+    for name, value in (SHAPE if quantization == "int8" else {}).items():
+        setattr(config, name, value)
     torch.manual_seed(0)
     random_model(structure(config).causal_lm, config).save_pretrained(folder)
     checkpoint = open_checkpoint(str(folder))
     span = load_span(checkpoint, 0, checkpoint.num_blocks, dtype=torch.float32, stackable=True)
-    pack_linears(span.model)
+    pack_linears(span.model, quantization=quantization)
     return span
 
 
@@ -58,9 +72,13 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("family", COMPILED)
-def test_steps_are_compiled_and_compute_the_same(family: str, tmp_path: Path) -> None:
-    span = span_of(family, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "quantization"), [*((family, "none") for family in COMPILED), (COMPILED[0], "int8")]
+)
+def test_steps_are_compiled_and_compute_the_same(
+    family: str, quantization: Quantization, tmp_path: Path
+) -> None:
+    span, close = span_of(family, tmp_path, quantization), CLOSE[quantization]
     assert span.compile() is not None
     with torch.inference_mode():
         caches = begun(span)
@@ -69,10 +87,10 @@ def test_steps_are_compiled_and_compute_the_same(family: str, tmp_path: Path) ->
             hidden = [torch.randn(1, 1, span.hidden_size) for _ in company]
             found = stepped(span, caches, company, hidden)
             wanted = [span.forward(own, cache=twins[at]) for at, own in zip(company, hidden, strict=True)]
-            assert error(found, torch.cat(wanted)) < CLOSE
+            assert error(found, torch.cat(wanted)) < close
         for one, other in zip(caches, twins, strict=True):
             both = [StackedCaches([own], span.latent_blocks).states for own in (one, other)]
-            assert all(error(*pair) < CLOSE for pair in zip(*both, strict=True))
+            assert all(error(*pair) < close for pair in zip(*both, strict=True))
 
 
 @pytest.mark.parametrize("family", COMPILED[:1])
