@@ -50,7 +50,8 @@ def stacked_program(span: StackableBlocks, most: int) -> Program:
 
 def same_steps(span: StackableBlocks, program: Program, tolerance: float) -> bool:
     """Whether steps of rows, each behind a past of another length, give the same in both ways."""
-    return all(_is_same(span, program, rows, tolerance) for rows in COMPARED)
+    caches = [_begun(span, PAST + 3 * row) for row in range(max(COMPARED))]
+    return all(_is_same(span, program, caches[:rows], tolerance) for rows in COMPARED)
 
 
 class _Watched(StackedCaches):
@@ -78,7 +79,8 @@ class _Watched(StackedCaches):
 
 def _record(span: StackableBlocks, rows: int) -> Recording:
     with torch.inference_mode():
-        watched = _Watched(_caches(span, [PAST] * rows), span.latent_blocks)
+        begun = _begun(span, PAST)
+        watched = _Watched([begun.fork() for _ in range(rows)], span.latent_blocks)
 
     def run(hidden: Tensor, positions: Tensor, recorder: Any) -> Tensor:
         watched.recorder = recorder
@@ -89,10 +91,9 @@ def _record(span: StackableBlocks, rows: int) -> Recording:
     )
 
 
-def _is_same(span: StackableBlocks, program: Program, rows: int, tolerance: float) -> bool:
-    pasts = [PAST + 3 * row for row in range(rows)]
-    caches = _caches(span, pasts)
-    twins = [one.fork() for one in caches]
+def _is_same(span: StackableBlocks, program: Program, begun: Sequence[SpanCache], tolerance: float) -> bool:
+    rows, pasts = len(begun), [one.tokens for one in begun]
+    caches, twins = ([one.fork() for one in begun] for _ in range(2))
     for step in range(STEPS):
         hidden = _noise(span, rows, 1 + step)[:, -1:]
         places = [torch.tensor([[past + step]]) for past in pasts]
@@ -109,11 +110,10 @@ def _is_same(span: StackableBlocks, program: Program, rows: int, tolerance: floa
     return True
 
 
-def _caches(span: StackableBlocks, lengths: Sequence[int]) -> list[SpanCache]:
-    caches = [span.new_cache() for _ in lengths]
-    for length, cache in zip(lengths, caches, strict=True):
-        span.forward(_noise(span, 1, length), cache=cache)
-    return caches
+def _begun(span: StackableBlocks, length: int) -> SpanCache:
+    cache = span.new_cache()
+    span.forward(_noise(span, 1, length), cache=cache)
+    return cache
 
 
 def _noise(span: StackableBlocks, rows: int, tokens: int) -> Tensor:
