@@ -39,6 +39,7 @@ SIZES: dict[str, tuple[int | None, ...]] = {
     "num_experts_per_tok": (1, 2, 3),
     "n_shared_experts": (1, 2),
     "sliding_window": (3, 4, 6),
+    "window_size": (3, 4, 6),
     "attention_chunk_size": (3, 4, 6, 16),
     "q_lora_rank": (None, 20, 28),
     "kv_lora_rank": (12, 20, 24),
@@ -97,6 +98,7 @@ FIXED = (
     "kernels",
     "heterogeneous",
     "torchscript",
+    "rescale_prenorm",  # with which transformers itself changes weights that it loads
 )
 NO_SCALES = (
     "drop",
@@ -204,6 +206,12 @@ def _draw_heads(config: PretrainedConfig, given: dict[str, Any], draw: random.Ra
     if isinstance(experts, int) and isinstance(given.get("n_group"), int):
         given["n_group"] = draw.choice([one for one in (1, 2, 3) if experts % one == 0 and experts > one])
         given["topk_group"] = draw.randint(1, given["n_group"])
+    times = given.get("expand") or given.get("mamba_expand") or 1
+    inner = given.get("mamba_d_ssm") or times * given.get("hidden_size", 0)
+    for count, width in (("num_heads", "head_dim"), ("mamba_n_heads", "mamba_d_head")):
+        if inner and isinstance(given.get(count), int) and isinstance(given.get(width), int):
+            given[width] = draw.choice([one for one in (4, 6, 8, 12, 16) if inner % one == 0])
+            given[count] = inner // given[width]
     if "attn_layer_indices" in given:
         given["attn_layer_indices"] = sorted(draw.sample(range(LAYERS), 2))
 

@@ -13,7 +13,7 @@ from tests.models.every_family import tiny
 
 from corolla.models.blocks_pass import WideBlocksPass
 from corolla.models.checks.forms import cuts_of
-from corolla.models.checks.selfcheck import split_miniature
+from corolla.models.checks.splitting import split_miniature
 from corolla.models.cut_layout import CutLayout, PassedOn, SharedTensor, SideInput, TokenLayout
 from corolla.models.span import Span
 

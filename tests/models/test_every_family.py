@@ -28,7 +28,7 @@ EXACT = (
 TEXT = ("gemma3", "mistral3", "qwen3_5", "phi4_multimodal", "voxtral", "moss_transcribe_diarize")
 REFUSED = {
     "bert": "run by a part of the model",
-    "doge": "choose among equal scores",
+    "doge": "choose among tokens with equal scores",
     "emu3": r"no blocks of their own, and those of the models in them \(vq_config, text_config\) are not split",
     "prophetnet": "an encoder and a decoder",
     "xlm": "not one list of layers",

@@ -8,6 +8,7 @@ back to the device that they came from.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,13 +37,15 @@ class RemoteBlocks:
         start: int,
         end: int,
         local: LocalBlocks | None = None,
+        padding_changes_rows: Callable[..., bool] = lambda **_where: False,
     ) -> None:
         """`cuts` is what crosses the cuts between the model's blocks; `local` are the first ones, where this
-        client runs them itself."""
+        client runs them itself; the rest says what `models/checks/padding.py` finds."""
         self.connection = connection
         self.cuts = cuts
         self.start, self.end = start, end
         self.local = local
+        self._padding_changes_rows = padding_changes_rows
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -56,7 +59,8 @@ class RemoteBlocks:
             raise UsageError(
                 f"Blocks are taken as a range such as blocks[0:{len(self)}], in order and not empty."
             )
-        return RemoteBlocks(self.connection, self.cuts, self.start + start, self.start + stop, self.local)
+        start, end = self.start + start, self.start + stop
+        return RemoteBlocks(self.connection, self.cuts, start, end, self.local, self._padding_changes_rows)
 
     @property
     def remote_start(self) -> int:
@@ -110,8 +114,9 @@ class RemoteBlocks:
             hidden.requires_grad or (call.vectors is not None and call.vectors.requires_grad)
         )
         if call.cache is None:
-            return self._run_whole(hidden, call, wanted)
-        if call.start == 0 and (wanted or call.cache.lazy):
+            apart = not wanted and self._needs_padding(call)
+            return self._run_apart(hidden, call) if apart else self._run_whole(hidden, call, wanted)
+        if call.start == 0 and (wanted or (call.cache.lazy and not self._needs_padding(call))):
             output = self._run_whole(hidden, call, wanted)
             vectors = None if call.vectors is None else call.vectors.kept()  # training goes on with it
             call.cache.deferred = DeferredPass(hidden.detach(), replace(call, cache=None, vectors=vectors))
@@ -128,10 +133,25 @@ class RemoteBlocks:
             hidden = self.local.run(hidden, call, self.start, self.remote_start, None)
             if self.remote_start == self.end:
                 return hidden
+        if wanted and self._needs_padding(call):
+            guard.refuse_padding()
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
             hidden, None if call.vectors is None else call.vectors.values, self, call, wanted
         )
         return output
+
+    def _needs_padding(self, call: BlocksCall) -> bool:
+        """Whether blocks must be told of the padding, as by a session's step; a pass without a cache is sent none."""
+        before, between = guard.padding_before_tokens(call.mask)
+        return (before or between) and self._padding_changes_rows(before=before, between=between)
+
+    def _run_apart(self, hidden: Tensor, call: BlocksCall) -> Tensor:
+        """A pass as a session's only step."""
+        chain = self.open_chain(call.vectors)
+        try:
+            return chain.step(hidden, call)
+        finally:
+            close_soon(self.connection, chain)
 
     @torch.no_grad()
     def _step(self, hidden: Tensor, call: BlocksCall) -> Tensor:

@@ -21,7 +21,7 @@ from corolla.models.attention.latent import LatentPages, latent_blocks
 from corolla.models.attention.packing import PACKED, PackedBatch, packed
 from corolla.models.attention.prefixes import KeyValueForm
 from corolla.models.attention.rotary import padded
-from corolla.models.attention.span_cache import SpanCache, span_cache_class
+from corolla.models.attention.span_cache import SpanCache, keeps_states, span_cache_class
 from corolla.models.attention.stacked import StackedCaches
 from corolla.models.blocks_pass import BlocksPass, WideBlocksPass, attention_named, narrow_stand_ins
 from corolla.models.cache import cache_argument
@@ -93,6 +93,8 @@ class Span:
         self.heads = largest(model.config, "num_attention_heads") or 1
         self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
+        # Whether the whole model has blocks with states, of which this span may have none.
+        self._family_has_states = keeps_states(model.forward, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         block_config = next(
@@ -257,8 +259,8 @@ class Span:
                 place = None if positions is None else positions[:, at : at + 1]
                 steps.append(again(hidden[:, at : at + 1], mask=seen, positions=place))
             return torch.cat(steps, dim=1)
-        if past and positions is None and (mask is None or not self._empty_cache.keeps_everything):
-            # Not every family's code counts what is cached; some others count the mask's ones.
+        if past and positions is None and (mask is None or self._family_has_states):
+            # Not every family's code counts what is cached; some others, none with states, count the mask's ones.
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         arguments: dict[str, Any] = {"use_cache": cache is not None, self.cache_name: cache}
         if mask is not None:

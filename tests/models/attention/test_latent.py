@@ -18,7 +18,8 @@ from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.attention.prefixes import put
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks.selfcheck import can_pack, split_miniature
+from corolla.models.checks.splitting import split_miniature
+from corolla.models.checks.together import can_pack
 from corolla.models.families import structure
 from corolla.models.span import Span, load_span
 from corolla.server import block_server

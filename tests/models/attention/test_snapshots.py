@@ -13,7 +13,7 @@ from torch import Tensor
 from corolla.models.attention import snapshots
 from corolla.models.attention.snapshots import OTHERS, SPACING, TURNS, Snapshots
 from corolla.models.attention.span_cache import SpanCache
-from corolla.models.checks.selfcheck import split_miniature
+from corolla.models.checks.splitting import split_miniature
 from corolla.models.span import Span
 
 # Recurrences beside attention, in the same block and one token at a time; convolutions; a cache of the family's own.

@@ -11,7 +11,7 @@ from tests.models.every_family import tiny
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from corolla.models.checks.selfcheck import split_miniature
+from corolla.models.checks.splitting import split_miniature
 from corolla.models.span import Span
 
 TOKENS = 9

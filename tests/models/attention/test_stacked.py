@@ -14,7 +14,7 @@ from corolla.models.attention import stacked
 from corolla.models.attention.snapshots import copied
 from corolla.models.attention.stacked import StackedCaches
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks import selfcheck
+from corolla.models.checks import selfcheck, together
 from corolla.models.checks.miniature import random_model
 from corolla.models.checks.selfcheck import check_family, steps_stack
 from corolla.models.families import structure
@@ -76,7 +76,7 @@ def test_a_family_that_stacks_wrongly_comes_alone(
     family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(selfcheck.log, "info", lambda words, *_: said.append(words))
+    monkeypatch.setattr(together.log, "info", lambda words, *_: said.append(words))
     monkeypatch.setattr(selfcheck, "_passed", {})
     monkeypatch.setattr(*place, mistake(getattr(*place)))
     assert not steps_stack(tiny(family))

@@ -175,8 +175,18 @@ def test_few_heads_of_an_indexer_stay_few() -> None:
     config = tiny("deepseek_v32")
     assert miniature(config).index_n_heads == 16
     config.index_n_heads = 2
-    with pytest.raises(UnsupportedFamily, match="padding changes what transformers itself"):
+    with pytest.raises(UnsupportedFamily, match="choose among tokens with equal scores"):
         check_family(config)
+    config.index_n_heads = 4  # not every row shows it
+    with pytest.raises(UnsupportedFamily, match="choose among tokens with equal scores"):
+        check_family(config)
+
+
+def test_a_span_without_states_in_a_family_that_has_some() -> None:
+    """Positions are counted as the whole model's code wants it, in cached steps of its attention too."""
+    config = tiny("bamba")
+    config.attn_layer_indices = [0, 3]
+    assert not check_family(config)
 
 
 def test_families_that_cannot_be_split_at_all_are_refused() -> None:

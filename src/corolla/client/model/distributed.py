@@ -35,13 +35,8 @@ from corolla.client.sessions.session import ActiveSession, InferenceSession, for
 from corolla.errors import UsageError
 from corolla.models import families, guard
 from corolla.models.cache import RemoteCache, cache_argument
-from corolla.models.checks.forms import (
-    cuts_of,
-    needs_ids,
-    reads_flat_rows,
-    takes_padding_in_front,
-    values_returned,
-)
+from corolla.models.checks.forms import cuts_of, needs_ids, reads_flat_rows, values_returned
+from corolla.models.checks.padding import known_in_front, padding_changes_rows
 from corolla.models.prompts import Prompt, prefix_length, sent_length
 from corolla.models.shell import BaseModelHooks, BlocksLayer, replace_blocks, what_enters
 
@@ -96,7 +91,12 @@ def in_swarm(family: Any) -> Any:
             self._changes = ChangeTracker()
             self._revision: str | None = None
             self._blocks = RemoteBlocks(
-                connection.connection, cuts_of(config), 0, config.num_hidden_layers, connection.local
+                connection.connection,
+                cuts_of(config),
+                0,
+                config.num_hidden_layers,
+                connection.local,
+                partial(padding_changes_rows, config),
             )
             self._active_session: ContextVar[InferenceSession | None] = ContextVar("session", default=None)
             self.cache_name = cache_argument(self.forward)
@@ -109,7 +109,7 @@ def in_swarm(family: Any) -> Any:
                 prompts=self._get_prompts,
                 caches=caches,
                 reads_flat_rows=lambda: reads_flat_rows(config),
-                takes_padding_in_front=lambda: takes_padding_in_front(config),
+                takes_padding_in_front=lambda: known_in_front(config),
                 needs_ids=needs_ids(config),
             )
             self.session_caches = caches

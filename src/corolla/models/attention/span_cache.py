@@ -207,6 +207,11 @@ def span_cache_class(forward: Callable[..., Any]) -> type[SpanCache]:
     return SpanCache if own is None else _joined(cast(Any, own))
 
 
+def keeps_states(forward: Callable[..., Any], config: PretrainedConfig) -> bool:
+    """Whether any blocks of a whole model keep more than keys and values of all tokens."""
+    return not span_cache_class(forward)(0, int(config.num_hidden_layers), config).keeps_everything
+
+
 @lru_cache
 def _joined(own: Any) -> type[SpanCache]:
     return type("SpanCache", (SpanCache, own), {"of_its_own": True})

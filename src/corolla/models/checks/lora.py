@@ -17,7 +17,8 @@ from corolla.models.attention.packing import PackedBatch, segments_of
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.forms import refusing
 from corolla.models.checks.miniature import close, miniature
-from corolla.models.checks.selfcheck import check_family, split_miniature, watched
+from corolla.models.checks.selfcheck import check_family
+from corolla.models.checks.splitting import split_miniature, watched
 from corolla.models.families import blocks_prefix
 from corolla.models.lora import Adapter, AdapterRows, pieces, places, width
 from corolla.models.prompts import as_tensor

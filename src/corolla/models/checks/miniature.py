@@ -66,6 +66,7 @@ SMALL: dict[str, int] = {
     "vocab_size_per_layer_input": 64,
     "laurel_rank": 8,
     "router_hidden_size": 32,
+    "lru_width": 64,
     "adapter_rank": 16,
     "index_n_heads": 16,
     "index_head_dim": 32,

@@ -16,7 +16,7 @@ from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.forms import refusing
 from corolla.models.checks.miniature import close, miniature
-from corolla.models.checks.selfcheck import split_miniature, watched
+from corolla.models.checks.splitting import split_miniature, watched
 from corolla.models.span import Span
 
 ROWS, TOKENS, PREFIX = 2, 5, 4
