@@ -93,14 +93,11 @@ class Span:
         self.heads = largest(model.config, "num_attention_heads") or 1
         self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
-        # Whether the whole model has blocks with states, of which this span may have none.
-        self._family_has_states = keeps_states(model.forward, model.whole_config)
+        self._has_states = keeps_states(model.forward, model.whole_config)  # the model, if not this span of it
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
-        block_config = next(
-            (one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config
-        )
-        self._configs: tuple[Any, Any] = (model.config, block_config)
+        own = next((one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config)
+        self._configs: tuple[Any, Any] = (model.config, own)
         self.latent_blocks = latent_blocks(self.blocks)
         self._views: dict[tuple[int, int], Span] = {(start, end): self}
         self._compiled: tuple[Program | None] | None = None  # None: not yet asked for
@@ -259,7 +256,7 @@ class Span:
                 place = None if positions is None else positions[:, at : at + 1]
                 steps.append(again(hidden[:, at : at + 1], mask=seen, positions=place))
             return torch.cat(steps, dim=1)
-        if past and positions is None and (mask is None or self._family_has_states):
+        if past and positions is None and (mask is None or self._has_states):
             # Not every family's code counts what is cached; some others, none with states, count the mask's ones.
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         arguments: dict[str, Any] = {"use_cache": cache is not None, self.cache_name: cache}
