@@ -82,8 +82,7 @@ class Span:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
         self.cuts = cuts
-        self.start = start
-        self.end = end
+        self.start, self.end = start, end
         self.packable = packable
         self.stackable = stackable and cuts.plain
         self._blocks = blocks

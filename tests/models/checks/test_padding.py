@@ -30,6 +30,14 @@ def test_padding_between_a_prompt_and_a_text(family: str, changed: bool) -> None
     assert padding_changes_rows(tiny(family), before=False, between=True) == changed
 
 
+@pytest.mark.parametrize("length", [2, 3, 4, 100])
+def test_padding_as_long_as_chunks_are(length: int) -> None:
+    config = tiny("llama4_text")
+    config.attention_chunk_size = length
+    config.layer_types = ["chunked_attention"] * config.num_hidden_layers
+    assert padding_changes_rows(config, before=False, between=True)
+
+
 def test_a_cache_that_does_not_know_its_length() -> None:
     config = tiny("minimax")
     assert generates_with_padding(config)

@@ -182,6 +182,13 @@ def test_few_heads_of_an_indexer_stay_few() -> None:
         check_family(config)
 
 
+def test_widths_whose_ratio_is_no_whole_number() -> None:
+    config = tiny("deepseek_v2")
+    config.qk_rope_head_dim = config.head_dim = 12
+    config.qk_nope_head_dim = 16
+    assert check_family(config)
+
+
 def test_a_span_without_states_in_a_family_that_has_some() -> None:
     """Positions are counted as the whole model's code wants it, in cached steps of its attention too."""
     config = tiny("bamba")

@@ -290,7 +290,9 @@ def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
     """Heads together are as wide as the hidden states only where they are so in the original."""
     if (rotated := getattr(config, "qk_rope_head_dim", None)) is not None:
         if _is_size(config, "qk_nope_head_dim"):
-            small.qk_nope_head_dim = max(1, small.qk_rope_head_dim * config.qk_nope_head_dim // rotated)
+            # Even, as some code views what is rotated behind it as complex numbers.
+            pairs = small.qk_rope_head_dim * config.qk_nope_head_dim // (2 * rotated)
+            small.qk_nope_head_dim = 2 * max(1, pairs)
         # The width that rotary tables are made for, of which they take all or a part.
         wide = getattr(config, "head_dim", None)
         shares = [_rotary_share(part) for part in rotary_parts(config).values()] or [1.0]
