@@ -16,6 +16,7 @@ FAMILIES = (
     "qwen3_5_moe_text", "gemma3n_text", "gemma4_text", "llama4_text", "minimax", "mimo_v2_flash", "lfm2", "falcon_h1",
     "jamba", "nemotron_h", "bamba", "granitemoehybrid", "minicpm3", "youtu", "olmo", "mpt", "gptj", "codegen",
     "gpt_neo", "gpt_bigcode", "xglm", "biogpt", "mistral4", "cohere2", "gpt_oss", "phimoe", "ernie4_5_moe",
+    "mamba", "mamba2", "falcon_mamba",
 )  # fmt: skip
 SEEDS = 3
 
