@@ -21,7 +21,7 @@ from corolla.client.local_blocks import LocalBlocks, LocalSession
 from corolla.client.sessions.chain import SessionChain
 from corolla.client.training import TrainingPass
 from corolla.errors import UsageError
-from corolla.models import guard
+from corolla.models import guard, padded_rows
 from corolla.models.cache import BlocksCall, DeferredPass, RemoteCache, on_cpu
 from corolla.models.cut_layout import CutLayout
 from corolla.models.prompts import BlockVectors
@@ -134,7 +134,7 @@ class RemoteBlocks:
             if self.remote_start == self.end:
                 return hidden
         if wanted and self._needs_padding(call):
-            guard.refuse_padding()
+            padded_rows.refuse_padding()
         output: Tensor = _RemoteForward.apply(  # type: ignore[no-untyped-call]
             hidden, None if call.vectors is None else call.vectors.values, self, call, wanted
         )
@@ -142,7 +142,7 @@ class RemoteBlocks:
 
     def _needs_padding(self, call: BlocksCall) -> bool:
         """Whether blocks must be told of the padding, as by a session's step; a pass without a cache is sent none."""
-        before, between = guard.padding_before_tokens(call.mask)
+        before, between = padded_rows.padding_before_tokens(call.mask)
         return (before or between) and self._padding_changes_rows(before=before, between=between)
 
     def _run_apart(self, hidden: Tensor, call: BlocksCall) -> Tensor:

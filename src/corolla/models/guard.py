@@ -134,15 +134,6 @@ def check_beams(forward: Callable[..., Any], generation_config: Any, config: Pre
         )
 
 
-def check_cached_padding(mask: Tensor | None, exact: Callable[[], bool], config: PretrainedConfig) -> None:
-    """Raises `UsageError` for padding in the mask [R, N] with which generation goes wrong in transformers itself."""
-    if mask is not None and not bool(mask.all()) and not exact():
-        raise UsageError(
-            f"With padding transformers itself goes on wrongly from the cache of this {config.model_type} model: "
-            "generate with rows of one length, or one by one."
-        )
-
-
 def check_ends(mask: Tensor | None) -> None:
     """Raises `UsageError` where a row of the mask [R, N] of all tokens before generation ends in padding."""
     if mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
@@ -376,23 +367,6 @@ def real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         return None
     mask = mask.bool()
     return None if bool(mask.all()) and positions is None else mask
-
-
-def padding_before_tokens(mask: Tensor | None) -> tuple[bool, bool]:
-    """Whether a row of the mask [R, T] has padding before all of its tokens, and between them."""
-    if mask is None:
-        return False, False
-    real = mask.bool()
-    earlier, later = real.cumsum(1) > 0, real.flip(1).cumsum(1).flip(1) > 0
-    return bool((~earlier & later).any()), bool((earlier & ~real & later).any())
-
-
-def refuse_padding() -> NoReturn:
-    """Raises `UsageError`: gradients are wanted of rows with padding that changes them."""
-    raise UsageError(
-        "With padding in front of a row's tokens (or between a prompt and them) transformers itself computes the row "
-        "otherwise than alone, and where gradients are wanted servers are sent no padding: pad on the right."
-    )
 
 
 def check_gaps(mask: Tensor | None, positions: Tensor | None, config: Any) -> None:

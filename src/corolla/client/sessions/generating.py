@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from corolla.client.sessions.session import InferenceSession, sequences_of
 from corolla.errors import UsageError
-from corolla.models import guard
+from corolla.models import guard, padded_rows
 from corolla.models.cache import RemoteCache, take_cache
 from corolla.models.checks.padding import generates_with_padding
 from corolla.models.shell import check_cached_length
@@ -151,7 +151,7 @@ def prepare_room(
     if ends is not None:
         ends.given_mask = mask
     guard.check_beams(model.blocks_holder[0].forward, generation_config, model.config)
-    guard.check_cached_padding(mask, lambda: generates_with_padding(model.config), model.config)
+    padded_rows.check_cached_padding(mask, lambda: generates_with_padding(model.config), model.config)
     generation_config.cache_implementation = None  # some checkpoints ask for a local kind
     if isinstance(cache, RemoteCache):
         if cache.counted_twice and mode == GenerationMode.ASSISTED_GENERATION:
