@@ -30,8 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from corolla.errors import UnsupportedFamily, UsageError
 from corolla.models.cache import take_cache
 from corolla.models.checkpoints.names import text_part
-from corolla.models.checks.forms import takes_padding_in_front
 from corolla.models.checks.miniature import miniature, random_model
+from corolla.models.checks.padding import known_in_front
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.checks.tracing import MEASURED
 from corolla.models.families import is_per_layer, layer_overrides, structure
@@ -341,7 +341,7 @@ def same_passes(model: Any, local: Any, ids: Tensor) -> None:
     masks = torch.ones(3, *ids.shape, dtype=torch.long)
     masks[1, 0, :PADDED] = 0
     masks[2, 0, -PADDED:] = 0
-    if not takes_padding_in_front(text_part(local.config)):
+    if not known_in_front(text_part(local.config)):
         with pytest.raises(UsageError, match="Padding before a row's tokens"):
             model(ids, attention_mask=masks[1])
         masks[1] = 1
@@ -376,7 +376,7 @@ def _gradient(model: Any, ids: Tensor, mask: Tensor, labels: Tensor, noise: floa
 
 def same_replies(model: Any, local: Any, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
-    mask[0, : PADDED * takes_padding_in_front(text_part(local.config))] = 0
+    mask[0, : PADDED * known_in_front(text_part(local.config))] = 0
     for options in ({"num_beams": 1}, {"num_beams": 2}):
         options |= {"max_new_tokens": 5, "do_sample": False}
         try:

@@ -36,7 +36,6 @@ from corolla.models.span import load_span
 TESTED = "transformers>=5.20,<5.25"
 # A conversation of two turns stays within what a miniature's sessions may hold (`miniature.EDGE`).
 ROWS, TOKENS, NEW, MORE, PADDED = 2, 4, 2, 1, 2
-OWN_STEPS = "transformers itself makes something else of tokens one by one than of several at once"
 _passed: set[bytes] = set()
 
 T = TypeVar("T")
@@ -140,21 +139,8 @@ def _different_replies(whole: Any, model: Any) -> str | None:
     both = torch.cat([first.sequences, more], 1)
     # Without a mask it would be guessed from tokens that were said.
     if not _same(second, whole, both, torch.ones_like(both)) and not _goes_on_so(second, whole, row, more):
-        return OWN_STEPS if _gives_other_steps(whole, both) else "in a session's second turn"
+        return "in a session's second turn"
     return _different_cache(whole, model, ids, mask) or _different_gradients(whole, model, ids, mask)
-
-
-@torch.no_grad()
-def _gives_other_steps(whole: Any, ids: Tensor) -> bool:
-    """Whether the whole itself makes something else of tokens that come one by one."""
-    cache: Any = None
-    for at in range(ids.shape[1]):
-        arguments: dict[str, Any] = {cache_argument(whole.forward): cache, "use_cache": True}
-        if "position_ids" in signature(whole.forward).parameters:
-            arguments["position_ids"] = torch.tensor([[at]])
-        step = whole(input_ids=ids[:, at : at + 1], **arguments)
-        cache = take_cache(dict(step))
-    return not close(step.logits, whole(input_ids=ids, use_cache=False).logits[:, -1:])
 
 
 @torch.no_grad()
