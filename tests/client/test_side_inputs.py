@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.covering import covering
+from tests.covering import covering, every_time
 from tests.models.every_family import tiny
 from tests.swarm_fixture import MemorySwarm
 from torch import Tensor
@@ -25,7 +25,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
 PROMPT = 3
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=every_time(FAMILIES[:3], FAMILIES))
 def local(request: pytest.FixtureRequest) -> Any:
     config = tiny(request.param)
     torch.manual_seed(5)
