@@ -25,7 +25,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
 PROMPT = 3
 
 
-@pytest.fixture(scope="module", params=every_time(FAMILIES[:3], FAMILIES))
+@pytest.fixture(scope="module", params=every_time(FAMILIES[:2], FAMILIES))
 def local(request: pytest.FixtureRequest) -> Any:
     config = tiny(request.param)
     torch.manual_seed(5)
