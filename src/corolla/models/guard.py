@@ -391,20 +391,6 @@ def check_gaps(mask: Tensor | None, positions: Tensor | None, config: Any) -> No
         )
 
 
-def check_front(mask: Tensor | None, takes_padding_in_front: Callable[[], bool]) -> None:
-    """Raises `UsageError` for padding before a row's tokens [R, S], where it changes what transformers computes."""
-    if (
-        mask is None
-        or not bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
-        or takes_padding_in_front()
-    ):
-        return
-    raise UsageError(
-        "Padding before a row's tokens changes what transformers itself computes of them with this model, and servers "
-        "are sent none: pad on the right, and generate for one row at a time, or for rows of one length."
-    )
-
-
 def position_limit(holder: nn.Module, embedding: nn.Module | None, config: Any) -> int | None:
     """How many tokens a row may have where positions have embeddings of their own (gpt2, opt); None elsewhere."""
     tables = [

@@ -23,6 +23,20 @@ def padding_before_tokens(mask: Tensor | None) -> tuple[bool, bool]:
     return bool((~earlier & later).any()), bool((earlier & ~real & later).any())
 
 
+def check_front(mask: Tensor | None, takes_padding_in_front: Callable[[], bool]) -> None:
+    """Raises `UsageError` for padding before a row's tokens [R, S], where it changes what transformers computes."""
+    if (
+        mask is None
+        or not bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
+        or takes_padding_in_front()
+    ):
+        return
+    raise UsageError(
+        "Padding before a row's tokens changes what transformers itself computes of them with this model, and servers "
+        "are sent none: pad on the right, and generate for one row at a time, or for rows of one length."
+    )
+
+
 def refuse_padding() -> NoReturn:
     """Raises `UsageError`: gradients are wanted of rows with padding that changes them."""
     raise UsageError(

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corolla.errors import UsageError
-from corolla.models import guard
+from corolla.models import guard, padded_rows
 from corolla.models.attention.padding_free import FlatRows
 from corolla.models.attention.rotary import LengthThreshold, length_threshold
 from corolla.models.cache import (
@@ -239,7 +239,7 @@ class BaseModelHooks:
         flat = self._flat_rows(named, rows, cache)
         if flat is not None:
             flat.split_call(named)
-        guard.check_front(named.get("attention_mask"), self._takes_padding_in_front)
+        padded_rows.check_front(named.get("attention_mask"), self._takes_padding_in_front)
         prompt = self._prompts()
         self._check_tokens(base, named, cache, prompt)
         ids, users_mask = named.get("input_ids"), named.get("attention_mask")
