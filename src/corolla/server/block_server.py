@@ -96,7 +96,7 @@ class BlockServer:
         self.usage = UsageLog()
         self.draining = False
         self._open_requests = 0
-        self._untidy = True
+        self.untidy = True  # Freed memory is still the process's own.
         self._last_request = -float("inf")
         self._idle = asyncio.Event()
         self._idle.set()
@@ -161,15 +161,14 @@ class BlockServer:
         """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
         self.kept.expire()
-        if self._untidy:
+        if self.untidy:
             _return_freed_memory()
-        self._untidy = False
+        self.untidy = False
 
     @contextlib.contextmanager
     def request_open(self) -> Iterator[None]:
         """Counts a request while it is being answered."""
         self._open_requests += 1
-        self._untidy = True
         self._idle.clear()
         try:
             yield
