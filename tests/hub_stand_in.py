@@ -89,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, send: bool) -> None:
         if self.path.startswith(f"/api/models/{REPOSITORY}"):
-            answer = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": []}).encode()
+            files = [{"rfilename": path.name} for path in sorted(self.server.folder.iterdir())]
+            answer = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": files}).encode()
             self._send(200, answer, {"Content-Type": "application/json"}, send)
             return
         match = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([\w.-]+)", self.path)

@@ -125,36 +125,35 @@ def leftovers(folder: Path, name: str) -> list[Path]:
     return sorted(path for path in folder.glob(".*") if left.fullmatch(path.name))
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder` of the cache, filled by `make` unless it is there already.
+def made_once(target: Path, make: Callable[[Path], None], *, file: bool = False) -> Path:
+    """A folder of the cache, filled by `make` unless it is there already; or a `file` of it.
 
-    `make` gets an empty folder beside it, which is renamed when it returns and removed when it raises.
-    Others that want the same folder wait; the lock ends with its process. Raises `CheckpointError` when
-    nothing can be written there.
+    `make` gets an empty folder beside it, which becomes the target, or into which it writes a file of the target's
+    name. What it leaves is renamed when it returns and removed when it raises. Others that want the same wait; the
+    lock ends with its process. Raises `CheckpointError` when nothing can be written there.
     """
-    if folder.is_dir():
-        return folder
+    if target.exists():
+        return target
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
         raise CheckpointError(
-            f"The cache folder {folder.parent} cannot be written ({error.strerror or error}): give another "
+            f"The cache folder {target.parent} cannot be written ({error.strerror or error}): give another "
             "place with --cache-dir or COROLLA_CACHE."
         ) from error
-    with FileLock(folder.parent / f".{folder.name}.lock"):
-        if not folder.is_dir():
-            for cut_off in leftovers(folder.parent, folder.name):  # nobody else is at it: we hold the lock
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if not target.exists():
+            for cut_off in leftovers(target.parent, target.name):  # nobody else is at it: we hold the lock
                 shutil.rmtree(cut_off, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 make(work)
-                work.rename(folder)
-            except BaseException:
+                (work / target.name if file else work).rename(target)
+            finally:
                 shutil.rmtree(work, ignore_errors=True)
-                raise
-    return folder
+    return target
 
 
 @contextlib.contextmanager

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 @with_fields
 def serve(
     *,
-    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub name, folder, .gguf file (here or on the hub), or smollm2.")
+    ],
     blocks: Annotated[
         str | None, typer.Option(help="First block and the one after the last, as 0:15.")
     ] = None,

@@ -52,7 +52,7 @@ class StudyJob(TrainJob):
     out: Annotated[Path, "Where the bundle goes; the questions go beside it, as OUT.questions.jsonl."] = Path(
         "my-notes"
     )
-    model: Annotated[str, "Hub name, folder, .gguf file or smollm2."] = "smollm2"
+    model: Annotated[str, "Hub name, folder, .gguf file (here or on the hub) or smollm2."] = "smollm2"
     prompt_tokens: Annotated[int, "Tokens of the prefix."] = 128
     facts: Annotated[
         Path | None, "Questions and answers, as for corolla tune --data, to measure what is recalled."

@@ -117,7 +117,9 @@ class TuneJob(TrainJob, DataOptions):
 @with_fields
 def tune(
     *,
-    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file or smollm2.")] = "smollm2",
+    model: Annotated[
+        str, typer.Argument(help="Hub name, folder, .gguf file (here or on the hub) or smollm2.")
+    ] = "smollm2",
     job: Annotated[dict[str, Any], Fields(TuneJob)],
     max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 256,
     style: Annotated[

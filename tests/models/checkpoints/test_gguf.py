@@ -60,7 +60,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     broken.write_bytes(embedded_gguf().read_bytes()[:200_000])
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(str(broken), cache_dir=tmp_path / "cache")
-    assert str(error.value) == f"{broken} cannot be read as a GGUF model; it may be truncated."
+    assert str(error.value) == f"{broken.name} cannot be read as a GGUF model; it may be truncated."
     assert not [path for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir()]
 
 

@@ -169,6 +169,6 @@ def test_every_loader_is_told_to_run_nothing() -> None:
         if isinstance(node, ast.Call) and (given := ast.unparse(node)).startswith("Auto")
     ]
     loaders = [given for given in loaders if ".from_pretrained(" in given]
-    assert len(loaders) == 5
+    assert len(loaders) == 6
     for given in loaders:
         assert "trust_remote_code=False" in given or "**arguments" in given

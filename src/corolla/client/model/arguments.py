@@ -188,7 +188,7 @@ def from_pretrained(
     """A causal language model whose blocks run in the swarm. None stands for an argument's default.
 
     Args:
-        name: A hub name, a local folder, a .gguf file, or `smollm2`.
+        name: A hub name, a local folder, a .gguf file (on the hub: `owner/repository/file.gguf`), or `smollm2`.
         initial_peers: The addresses to join through, which `corolla bootstrap` and `corolla serve` print.
         tuning_mode: None, "ptune" (a prompt before the input), "deep_ptune" (and one before each block), "prefix"
             (keys and values before those of each block, started from what the swarm computes for a text) or "lora".

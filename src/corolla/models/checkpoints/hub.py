@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP client's
     EntryNotFoundError,
     GatedRepoError,
@@ -34,8 +42,10 @@ from corolla.models.checkpoints.remote import NoSuchFile, NotInParts, RemoteFile
 from corolla.models.checkpoints.shards import ReadRange, TensorEntry, local_reader, read_entries
 from corolla.models.checkpoints.source import INDEX_FILE, SINGLE_FILE, Source, no_safetensors, parse_index
 from corolla.places import cache_root
+from corolla.text import one_line
 
 PETALS_SUFFIX = "-petals"  # Petals published copies cut into blocks; the originals hold the same weights
+CONFIG_FILE = "config.json"
 REACH_SECONDS = 5.0
 NEARLY_ALL = 0.9  # of a file: then it is fetched whole
 HEADER_STARTS = (0, 8)  # where the two reads begin that a safetensors file's header takes
@@ -58,10 +68,12 @@ class HubRepo(Source):
         cache_dir: str | Path | None,
         endpoint: str | None = None,
         piece_bytes: int = PIECE_BYTES,
+        model_file: str | None = None,
     ) -> None:
         """Finds the commit. Raises `UnknownModel` when there is no such model, or no way to ask.
 
-        `endpoint` is where the hub is, if not where its client thinks.
+        `endpoint` is where the hub is, if not where its client thinks. `model_file` is the one that is all of the
+        model (a GGUF file), where there need not be a config.
         """
         self.location = original_name(name)
         self._revision = revision
@@ -70,9 +82,11 @@ class HubRepo(Source):
         self._endpoint = endpoint
         self._piece_bytes = piece_bytes
         self._online = hub_answers(endpoint)
-        self._config = self._download("config.json")
-        # Files lie in the hub's cache under snapshots/<commit>; from here on that commit is meant.
-        self._revision = self.commit = self._config.parent.name
+        if model_file is not None:
+            self._revision = self.commit = self._commit_of(model_file)
+        else:
+            # Files lie in the hub's cache under snapshots/<commit>; from here on that commit is meant.
+            self._revision = self.commit = self.config_path().parent.name
         self._pieces_root = (
             cache_root(cache_dir) / "pieces" / f"{self.location.replace('/', '--')}@{self.commit}"
         )
@@ -80,7 +94,28 @@ class HubRepo(Source):
         self._whole_only: set[str] = set()  # files that the server does not send in parts
 
     def config_path(self) -> Path:
-        return self._config
+        return self._download(CONFIG_FILE)
+
+    def _commit_of(self, file: str) -> str:
+        """The commit that is meant, noted for when there is no network."""
+        noted = (
+            cache_root(self._cache_dir)
+            / "pieces"
+            / f"{self.location.replace('/', '--')}@{self._revision or 'main'}.commit"
+        )
+        if not self._online:
+            with contextlib.suppress(OSError):
+                return noted.read_text()
+            raise _unreachable(f"{self.location}/{file}")
+        url = hf_hub_url(self.location, file, revision=self._revision, endpoint=self._endpoint)
+        try:
+            found = get_hf_file_metadata(url, token=self._token)
+        except (HfHubHTTPError, HTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+            raise self._explained(error, file) from error
+        if found.commit_hash is None:
+            raise CheckpointError(f"The hub does not say which commit of {self.location} holds {file}.")
+        _note(noted, found.commit_hash.encode())
+        return found.commit_hash
 
     def weight_map(self) -> dict[str, str]:
         try:
@@ -95,6 +130,17 @@ class HubRepo(Source):
     def reader(self, file: str) -> ReadRange:
         cached = self._cached(file)
         return self._read_there(file) if cached is None else local_reader(cached)
+
+    def size(self, file: str) -> int:
+        """The file's size, noted when it was first asked for. Raises `NotInParts`."""
+        noted = self._pieces_root / file / "size"
+        with contextlib.suppress(OSError, ValueError):
+            return int(noted.read_text())
+        if not self._online:
+            raise _unreachable(self.location)
+        size = self._remote_file(file).size()
+        _note(noted, str(size).encode())
+        return size
 
     def bring(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> Mapping[str, ReadRange]:
         readers: dict[str, ReadRange] = {}
@@ -122,24 +168,13 @@ class HubRepo(Source):
         if self._cached(file) is not None:
             return None, []
         try:
-            size = self._size(file)
+            size = self.size(file)
         except NotInParts:
             return None, []
         fetch = self._remote_file(file).read if self._online else self._away
         pieces = Pieces(self._pieces_root / file, size, fetch, self._piece_bytes)
         missing = pieces.missing((entry.offset, entry.size) for entry in entries)
         return (None, []) if pieces.nbytes(missing) >= NEARLY_ALL * size else (pieces, missing)
-
-    def _size(self, file: str) -> int:
-        """The file's size, noted when it was first asked for. Raises `NotInParts`."""
-        noted = self._pieces_root / file / "size"
-        with contextlib.suppress(OSError, ValueError):
-            return int(noted.read_text())
-        if not self._online:
-            raise _unreachable(self.location)
-        size = self._remote_file(file).size()
-        _note(noted, str(size).encode())
-        return size
 
     def _cached(self, file: str) -> Path | None:
         """The whole file, if the hub's own cache has it."""
@@ -208,7 +243,7 @@ class HubRepo(Source):
                 local_files_only=not self._online,
                 endpoint=self._endpoint,
                 # The library's own is silent where transformers' is.
-                tqdm_class=_Bar if file.endswith(".safetensors") else None,
+                tqdm_class=_Bar if file.endswith((".safetensors", ".gguf")) else None,
             )
         except (HfHubHTTPError, HTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
             raise self._explained(error, file) from error
@@ -237,12 +272,25 @@ class HubRepo(Source):
                 return NoSuchFile(f"{self.location} has no file {file} on this machine.")
             case LocalEntryNotFoundError():
                 return _unreachable(self.location)
-            case EntryNotFoundError() if file == "config.json":
-                return UnknownModel(f"{self.location} on the hub has no config.json, so it is not a model.")
+            case EntryNotFoundError() if file == CONFIG_FILE:
+                return UnknownModel(
+                    f"{self.location} on the hub has no config.json, so it is not a model{self._of_gguf_files()}."
+                )
             case EntryNotFoundError():
                 return NoSuchFile(f"{self.location} has no file {file}.")
             case _:
                 return CheckpointError(f"{self.location}/{file} cannot be fetched from the hub: {error}.")
+
+    def _of_gguf_files(self) -> str:
+        """What else the repository holds, for people."""
+        with contextlib.suppress(HfHubHTTPError, HTTPError, OSError):
+            found = HfApi(self._endpoint, token=self._token).model_info(
+                self.location, revision=self._revision
+            )
+            files = sorted(one.rfilename for one in found.siblings or () if one.rfilename.endswith(".gguf"))
+            if files:
+                return f" by itself: name one of its files, as {self.location}/{one_line(files[0])}"
+        return ""
 
 
 class _Bar(tqdm):  # type: ignore[misc]

@@ -6,16 +6,18 @@ without the repository's own code is refused in one sentence, and so is whatever
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from corolla.errors import CheckpointError, UnsupportedFamily
-from corolla.files import scratch_folder
 from corolla.json_files import read_object
 from corolla.models.checkpoints.source import Source
 from corolla.text import one_line
@@ -161,35 +163,71 @@ def load_parts(
     return model, info
 
 
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A GGUF file's tokenizer and its model in float32; nothing beside the file is looked at.
+def load_gguf_about(path: Path) -> tuple[PretrainedConfig, Any]:
+    """What a GGUF file says of its model: the config and the tokenizer; of its tensors the names only are looked at.
 
     Raises `CheckpointError`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    arguments: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+
+    def load() -> tuple[PretrainedConfig, Any]:
+        config = AutoConfig.from_pretrained(path.parent, **arguments)
+        return config, AutoTokenizer.from_pretrained(path.parent, **arguments)
+
+    try:
+        return _read(load)
+    except _Unreadable as error:
+        raise CheckpointError(
+            f"transformers cannot read {path.name} as a GGUF model ({error}): use a safetensors copy of the model."
+        ) from error.__cause__
+
+
+def load_gguf_tensors(
+    path: Path, config: PretrainedConfig, name: str
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The tensors of a small GGUF file in float32, as transformers has them, and names that it lacks.
+
+    `config` describes the model that it holds a part of; `name` is for messages. Raises `CheckpointError`.
+    """
+    from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    with scratch_folder() as alone:
-        Path(alone, path.name).symlink_to(path.resolve())
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
 
-        def load() -> tuple[Any, Any]:
-            arguments: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-            return (
-                AutoTokenizer.from_pretrained(alone, **arguments),
-                AutoModelForCausalLM.from_pretrained(
-                    alone,
-                    quantization_config=GgufConfig(dequantize=True),
-                    dtype=torch.float32,
-                    **arguments,
-                ),
-            )
+    try:
+        with torch.random.fork_rng(devices=[]), _silent():
+            model, info = _read(load)
+    except _Unreadable as error:
+        raise CheckpointError(
+            f"transformers cannot read the tensors of {name} ({error}): use a safetensors copy of the model."
+        ) from error.__cause__
+    return model.state_dict(), set(info["missing_keys"])
 
-        try:
-            return _read(load)
-        except _Unreadable as error:
-            raise CheckpointError(
-                f"{path} cannot be read as a GGUF model; it may be truncated."
-            ) from error.__cause__
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without a bar for each part, and without reports on what parts lack."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing else keeps from showing
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 class _Unreadable(Exception):

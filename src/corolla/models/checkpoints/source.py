@@ -7,7 +7,7 @@ checkpoint are refused.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,17 @@ class Source(ABC):
     @abstractmethod
     def reader(self, file: str) -> ReadRange:
         """Reads of parts of one file, without fetching it."""
+
+    @abstractmethod
+    def size(self, file: str) -> int:
+        """How many bytes one file has."""
+
+    def entries(self, file: str) -> dict[str, TensorEntry]:
+        """The tensors of one file, by name, without fetching it."""
+        return read_entries(self.reader(file), f"{self.location}/{file}")
+
+    def prepare(self, files: Collection[str]) -> None:  # noqa: B027  # most places have nothing to make
+        """Make what has to be made before tensors of these files are read."""
 
     def bring(self, wanted: Mapping[str, Sequence[TensorEntry]]) -> Mapping[str, ReadRange]:
         """Reads of these tensors' bytes, by file; what is elsewhere is brought here first."""
@@ -77,6 +88,9 @@ class LocalFolder(Source):
 
     def reader(self, file: str) -> ReadRange:
         return local_reader(self.fetch(file))
+
+    def size(self, file: str) -> int:
+        return self.fetch(file).stat().st_size
 
     def fetch(self, file: str) -> Path:
         path = self.folder / file

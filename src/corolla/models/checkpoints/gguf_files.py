@@ -1,0 +1,129 @@
+"""What a GGUF file holds, and small GGUF files of parts of it, which transformers reads as it does whole ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corolla.errors import CheckpointError
+from corolla.models.checkpoints.shards import ReadRange, TensorEntry
+from corolla.models.checkpoints.source import Source
+
+FIRST_BYTES = 2**24  # that are looked at for the header; more where that is longer
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_OTHER = ("GGUF.", "tokenizer.", "split.")  # what a part's metadata leaves out
+_ARCHITECTURE = "general.architecture"
+
+
+class GgufTensor(NamedTuple):
+    """One tensor of a file: its type by ggml's number, its shape in torch's order, where it lies."""
+
+    name: str
+    type: int
+    shape: Sequence[int]
+    offset: int
+    nbytes: int
+
+    @property
+    def block(self) -> int | None:
+        """The block that it belongs to, if any."""
+        at = _BLOCK.match(self.name)
+        return int(at[1]) if at else None
+
+
+def about(folder: Path, raw: Source, file: str, metadata: Path) -> Path:
+    """A copy in `folder` of what `file` of `raw` says of itself, with holes in place of the tensors.
+
+    What is said besides the tokenizer goes into a file without tensors, `metadata`. Raises `CheckpointError`.
+    """
+    size, known = raw.size(file), FIRST_BYTES
+    while True:
+        known = min(known, size)
+        path = folder / Path(file).name
+        read = raw.bring({file: [TensorEntry("the header", "", (), 0, known)]})[file]
+        with path.open("wb") as copy:
+            copy.write(read(0, known))
+            copy.truncate(size)
+        reader = _opened(path)
+        if reader is not None and reader.data_offset <= known:
+            _write(metadata, reader, {}, [], read)
+            return path
+        if known == size:
+            raise CheckpointError(f"{file} cannot be read as a GGUF model; it may be truncated.")
+        known *= 4
+
+
+def tensors_in(path: Path, size: int) -> list[GgufTensor]:
+    """The tensors of a file of `size` bytes, of which `path` has the header. Raises `CheckpointError`."""
+    reader = _opened(path)
+    assert reader is not None  # `about` has seen it
+    found = [
+        GgufTensor(
+            str(one.name),
+            int(one.tensor_type),
+            [int(length) for length in reversed(one.shape)],
+            int(one.data_offset),
+            int(one.n_bytes),
+        )
+        for one in reader.tensors
+    ]
+    if any(one.offset + one.nbytes > size for one in found):
+        raise CheckpointError(f"{path.name} cannot be read as a GGUF model; it may be truncated.")
+    return found
+
+
+def part_file(
+    folder: Path, metadata: Path, tensors: Sequence[GgufTensor], read: ReadRange, depth: int, first: int
+) -> Path:
+    """A GGUF file in `folder` of a model of one block, the `first` of `depth`, and of its tensors these."""
+    reader = _opened(metadata)
+    assert reader is not None  # we wrote it
+    changes: dict[str, Any] = {}
+    for key, field in reader.fields.items():
+        value = field.contents()
+        if key.endswith(".block_count"):
+            changes[key] = 1
+        elif isinstance(value, list) and len(value) == depth and not key.startswith("general."):
+            changes[key] = value[first : first + 1]
+    path = folder / "part.gguf"
+    _write(path, reader, changes, tensors, read)
+    return path
+
+
+def _opened(path: Path) -> Any | None:
+    """A reader of a file's header; None for one that is none, or that is longer than what is there of it."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError):
+        return None
+
+
+def _write(
+    path: Path, metadata: Any, changes: dict[str, Any], tensors: Sequence[GgufTensor], read: ReadRange
+) -> None:
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(path, metadata.fields[_ARCHITECTURE].contents())
+    for key, field in metadata.fields.items():
+        if key == _ARCHITECTURE or key.startswith(_OTHER):
+            continue
+        kind, inner = field.types[0], field.types[-1]
+        value = changes.get(key, field.contents())
+        if value != []:  # for which the format's own writer has no type
+            writer.add_key_value(key, value, kind, inner if kind == GGUFValueType.ARRAY else None)
+    for one in tensors:
+        content = np.frombuffer(read(one.offset, one.nbytes), dtype=np.uint8)
+        name = _BLOCK.sub("blk.0.", one.name)
+        writer.add_tensor(
+            name, content.reshape(*one.shape[:-1], -1), raw_dtype=GGMLQuantizationType(one.type)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
