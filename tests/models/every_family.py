@@ -34,7 +34,7 @@ from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.padding import known_in_front
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.checks.tracing import MEASURED
-from corolla.models.families import is_per_layer, layer_overrides, structure
+from corolla.models.families import depth_of, is_per_layer, layer_overrides, layers_of_block, structure
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 GOOD = {"exact", "refused", "not compared"}
@@ -80,6 +80,8 @@ UNEQUAL: dict[str, int] = {
     "kv_lora_rank": 20,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 12,
+    "qk_head_dim": 20,
+    "zero_expert_num": 3,
     "v_head_dim": 10,
     "index_n_heads": 16,
     "index_head_dim": 24,
@@ -238,7 +240,7 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
         if is_per_layer(config, name, value):
             kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
             given[name] = list(islice(cycle(kinds), LAYERS))
-    given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS
+    given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS * layers_of_block(config)
     if layer_overrides(config):
         given["per_layer_config"] = overrides(config, given)
     if getattr(config, "num_kv_shared_layers", None):
@@ -325,7 +327,7 @@ def compare(config: PretrainedConfig, folder: Path) -> None:
         local(ids)
     except Exception as error:
         raise OwnFailure(f"transformers' own model fails: {error}") from error
-    last = int(text.num_hidden_layers)
+    last = depth_of(text)
     cuts = sorted({0, 1, min(3, last), last})
     with MemorySwarm(folder, list(pairwise(cuts))) as swarm:
         model = swarm.model()

@@ -34,6 +34,7 @@ INNER_OUTPUTS: Mapping[str, str] = {
 
 USE_ANOTHER = "use a text-only decoder such as llama, qwen3 or bloom"
 
+MOST_OF_BLOCK = 8  # layers
 TIES = "_tied_weights_keys"  # a model's attribute: which of its weights are others
 
 _inspected: dict[type[PretrainedConfig], Structure] = {}
@@ -114,10 +115,29 @@ def has_experts(config: PretrainedConfig) -> bool:
     )
 
 
+def depth_of(config: PretrainedConfig) -> int:
+    """How many blocks the model of this config has."""
+    return int(config.num_hidden_layers) // layers_of_block(config)
+
+
+def layers_of_block(config: PretrainedConfig) -> int:
+    """How many of the layers that a config counts, each with a cache of its own, one block is: the fewest that it can
+    count."""
+    if not isinstance(getattr(type(config), "num_hidden_layers", None), property):
+        return 1
+    tried = copy.copy(config)
+    for count in range(1, MOST_OF_BLOCK + 1):
+        tried.num_hidden_layers = count
+        if tried.num_hidden_layers:
+            return count
+    return 1
+
+
 def slice_config(config: PretrainedConfig, start: int, end: int) -> PretrainedConfig:
     """A copy for blocks [start, end): fewer layers, and its per-layer lists cut accordingly."""
     sliced = copy.deepcopy(config)
-    depth = config.num_hidden_layers
+    depth, of_block = config.num_hidden_layers, layers_of_block(config)
+    start, end = start * of_block, end * of_block
     overrides = layer_overrides(config)
     for name, value in list(vars(sliced).items()):
         if is_per_layer(config, name, value):
@@ -206,11 +226,6 @@ def _inspect(config: PretrainedConfig) -> Structure:
         with torch.device("meta"):
             deeper: Any = causal_class(slice_config(config, 0, 2))
         longer = _lists_of(getattr(deeper, base_name, deeper), 2)
-        if not lists and longer:
-            raise UnsupportedFamily(
-                f"Models of type {config.model_type} cannot be split yet: one of their blocks is several of the "
-                "layers that their config counts."
-            )
         lists = [one for one in lists if one in longer]
     if len(lists) != 1:
         raise UnsupportedFamily(
@@ -253,7 +268,7 @@ def refuse_what_cannot_be_built(config: PretrainedConfig) -> None:
     found = structure(config)
     try:
         with torch.device("meta"):
-            found.causal_lm(slice_config(config, 0, config.num_hidden_layers))
+            found.causal_lm(slice_config(config, 0, depth_of(config)))
     except Exception as error:  # as above
         raise _not_buildable(config, error) from error
 

@@ -94,7 +94,7 @@ def in_swarm(family: Any) -> Any:
                 connection.connection,
                 cuts_of(config),
                 0,
-                config.num_hidden_layers,
+                families.depth_of(config),
                 connection.local,
                 partial(padding_changes_rows, config),
             )

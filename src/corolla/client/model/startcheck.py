@@ -29,7 +29,7 @@ from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checkpoints.pretrained import load_parts
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.checks.padding import generates_with_padding, known_in_front
-from corolla.models.families import block_key_pattern, structure
+from corolla.models.families import block_key_pattern, depth_of, structure
 from corolla.models.span import load_span
 
 # What Corolla's own tests have run with; pyproject.toml says the same.
@@ -249,7 +249,7 @@ class _InMemory:
 
     def __init__(self, whole: PreTrainedModel) -> None:
         self.config = whole.config
-        self.num_blocks = int(whole.config.num_hidden_layers)
+        self.num_blocks = depth_of(whole.config)
         self._state = whole.state_dict()
 
     def tensors(

@@ -29,12 +29,13 @@ from corolla.models.attention.prefixes import KeyValueForm, as_prefix
 from corolla.models.attention.snapshots import Snapshot, Snapshots, copied
 from corolla.models.cache import own_cache
 from corolla.models.cut_layout import SharedTensor
+from corolla.models.families import depth_of, layers_of_block
 
 ENDLESS = 2**62  # tokens
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
-    """Of blocks [start, end), addressed by the blocks' indices in the whole model."""
+    """Of blocks [start, end), addressed by the indices that their layers have in the whole model."""
 
     of_its_own = False  # a family's own kind of cache, which keeps a state in no layer
 
@@ -45,9 +46,10 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
             super().__init__()  # it makes layers as they are needed
         else:
             super().__init__(config=config)
-        own = [_without_window(layer) for layer in self.layers[start:end]]
-        self.layers = [*(DynamicLayer() for _ in range(start)), *own]  # the former stay empty
-        self._start = start
+        self._of_block = layers_of_block(config)
+        self._start = first = start * self._of_block
+        own = [_without_window(layer) for layer in self.layers[first : end * self._of_block]]
+        self.layers = [*(DynamicLayer() for _ in range(first)), *own]  # the former stay empty
         self.rows = 0
         self._length = 0
         self.prefix_length = 0  # positions before all tokens
@@ -79,9 +81,9 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def form(self) -> KeyValueForm | None:
-        """Of what is cached, where that is keys and values of one form and nothing else."""
+        """Of what is cached, where that is keys and values of one form and nothing else, once a block."""
         own = self.layers[self._start :]
-        if self.of_its_own or self._shared or any(type(one) is not DynamicLayer for one in own):
+        if self._of_block > 1 or self.of_its_own or self._shared or any(type(one) is not DynamicLayer for one in own):
             return None
         forms = {KeyValueForm.of(one.keys, one.values) for one in own if one.is_initialized}
         return forms.pop() if len(forms) == 1 and all(one.is_initialized for one in own) else None
@@ -209,7 +211,7 @@ def span_cache_class(forward: Callable[..., Any]) -> type[SpanCache]:
 
 def keeps_states(forward: Callable[..., Any], config: PretrainedConfig) -> bool:
     """Whether any blocks of a whole model keep more than keys and values of all tokens."""
-    return not span_cache_class(forward)(0, int(config.num_hidden_layers), config).keeps_everything
+    return not span_cache_class(forward)(0, depth_of(config), config).keeps_everything
 
 
 @lru_cache

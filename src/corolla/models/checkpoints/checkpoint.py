@@ -39,7 +39,7 @@ from corolla.models.checkpoints.shards import (
 from corolla.models.checkpoints.source import LocalFolder, Source, read_json
 from corolla.models.checkpoints.stored.methods import CHANGED_LAYERS, Method, method_of, without_method
 from corolla.models.checkpoints.stored.recipe import AS_IT_IS, Entries, Recipe, Unfit, recipes
-from corolla.models.families import slice_config, structure
+from corolla.models.families import depth_of, slice_config, structure
 from corolla.models.numerics import DTYPES
 from corolla.places import cache_root
 
@@ -93,7 +93,7 @@ class Checkpoint:
     @property
     def num_blocks(self) -> int:
         """The number of transformer blocks of the whole model."""
-        return int(self.config.num_hidden_layers)
+        return depth_of(self.config)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -26,6 +26,7 @@ from corolla.files import write_atomically, write_json
 from corolla.json_files import load_object
 from corolla.models.checkpoints.lora_files import lora_of, peft_files
 from corolla.models.checkpoints.source import read_json
+from corolla.models.families import depth_of
 from corolla.models.prompts import KeyValuePrefix, LoraAdapter, Prompt, SoftPrompt
 
 PROMPT_FILE = "prompt.json"
@@ -177,7 +178,7 @@ def _frozen_tokens(about: dict[str, Any]) -> int:
 
 
 def _load_peft_prompt(folder: Path, model_name: str, config: PretrainedConfig, *, with_head: bool) -> Prompt:
-    about, blocks = _peft_info(folder), int(config.num_hidden_layers)
+    about, blocks = _peft_info(folder), depth_of(config)
     width = getattr(config, "word_embed_proj_dim", config.hidden_size)
     kind, parts = about["peft_type"], about.get("num_transformer_submodules") or 1
     if kind not in MODES or parts != 1:
@@ -252,7 +253,7 @@ def _peft_config(
     about |= {
         "num_virtual_tokens": prompt.length,
         "num_transformer_submodules": 1,
-        "num_layers": config.num_hidden_layers,
+        "num_layers": depth_of(config),
     }
     if isinstance(prompt, SoftPrompt):
         return about | {

@@ -18,7 +18,7 @@ from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import Arguments, arguments_of, measured
 from corolla.models.cut_layout import CutLayout, TokenLayout
-from corolla.models.families import blocks_prefix, refuse_what_cannot_be_built, structure
+from corolla.models.families import blocks_prefix, depth_of, refuse_what_cannot_be_built, structure
 
 _seen: dict[bytes, tuple[Arguments, int]] = {}
 _cuts: dict[bytes, CutLayout] = {}
@@ -40,7 +40,7 @@ def cuts_of(config: PretrainedConfig) -> CutLayout:
     """What crosses the cuts between the blocks. Raises as `values_returned`."""
     arguments, _ = _look(config)
     if arguments.plain:
-        return CutLayout(TokenLayout(0, 1, (int(config.hidden_size),)), int(config.num_hidden_layers))
+        return CutLayout(TokenLayout(0, 1, (int(config.hidden_size),)), depth_of(config))
     refuse_what_is_left_out(config)
     key = canonical_config(config.to_dict())
     if key not in _cuts:

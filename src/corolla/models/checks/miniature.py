@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from corolla.models.families import (
+    depth_of,
     largest,
     layer_overrides,
     slice_config,
@@ -89,6 +90,7 @@ SMALL: dict[str, int] = {
     "n_output_layers": 2,
     "moe_num_experts": 4,
     "moe_top_k": 2,
+    "zero_expert_num": 2,
 }
 # Of those, what is left as it is where it is smaller: few heads of an indexer give many equal scores.
 AT_MOST = ("num_experts_per_tok", "index_n_heads", "moe_top_k")
@@ -152,8 +154,9 @@ def _can_be_made(small: PretrainedConfig) -> bool:
 
 def _shrunk_to(config: PretrainedConfig, least_keys: int) -> PretrainedConfig:
     """With so many heads of keys and values at least."""
-    first = _most_varied_stretch(config, min(LAYERS, config.num_hidden_layers))
-    small = slice_config(config, first, first + min(LAYERS, config.num_hidden_layers))
+    depth = min(LAYERS, depth_of(config))
+    first = _most_varied_stretch(config, depth)
+    small = slice_config(config, first, first + depth)
     overrides = _by_kind(config, small)
     if overrides:
         small.per_layer_config = None

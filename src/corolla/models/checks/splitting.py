@@ -20,7 +20,7 @@ from corolla.models.checkpoints.source import LocalFolder
 from corolla.models.checks.miniature import miniature, random_model, undisturbed
 from corolla.models.checks.tracing import argument_names, replaced
 from corolla.models.cut_layout import CutLayout
-from corolla.models.families import blocks_prefix, structure
+from corolla.models.families import blocks_prefix, depth_of, structure
 from corolla.models.span import Span, load_span
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def split_miniature(
         whole = random_model(structure(config).causal_lm, small)
         whole.save_pretrained(folder)
         moved: Any = whole
-        yield moved.to(device), _spans(folder, small.num_hidden_layers, device)
+        yield moved.to(device), _spans(folder, depth_of(small), device)
 
 
 def _spans(folder: Path, depth: int, device: torch.device) -> list[Span]:

@@ -20,6 +20,7 @@ from corolla.models.attention.packing import PackedBatch, Segment
 from corolla.models.attention.pages import CachedSequence, PagePool
 from corolla.models.checkpoints.checkpoint import Checkpoint
 from corolla.models.checkpoints.prompt_files import load_prompt
+from corolla.models.families import depth_of
 from corolla.models.front import entering
 from corolla.models.kernels.apply import use_kernels
 from corolla.models.prompts import BlockVectors, DeepRows, Prompt, SoftPrompt, digest
@@ -89,14 +90,14 @@ def read_bundles(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Prompt
 def _fits(prompt: Prompt, config: PretrainedConfig) -> bool:
     if not isinstance(prompt, SoftPrompt):
         # Its width is looked at with the blocks.
-        return prompt.blocks.values.shape[0] == int(config.num_hidden_layers)
+        return prompt.blocks.values.shape[0] == depth_of(config)
     size, width = config.hidden_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
     longest = getattr(config, "max_position_embeddings", None) or prompt.length
     deep = None if prompt.deep is None else prompt.deep.shape
     return (
         0 < prompt.length <= longest
         and prompt.input.shape[1] == width
-        and deep in (None, (config.num_hidden_layers, prompt.length, size))
+        and deep in (None, (depth_of(config), prompt.length, size))
     )
 
 
