@@ -188,6 +188,7 @@ class WideBlocksPass(BlocksPass):
         self._cuts = cuts
         self._crossed = crossed
         self._cache = cache
+        self._past = 0 if cache is None else cache.get_seq_length()
         self._store: Any = None
         self._returned: Any = None  # by the last block
 
@@ -233,7 +234,7 @@ class WideBlocksPass(BlocksPass):
         if index == self._crossed.cut:
             for one, flat in self._crossed.handed.items():
                 if isinstance(one, PassedOn):
-                    args, kwargs = replaced(args, kwargs, one.name, one.place, one.layout.shaped(flat))
+                    args, kwargs = replaced(args, kwargs, one.name, one.place, one.shaped(flat, self._past))
         if self._cuts.store is not None and self._store is None:
             name, place = self._cuts.store
             self._store = args[place] if place < len(args) else kwargs[name]
@@ -262,7 +263,7 @@ class WideBlocksPass(BlocksPass):
     def _handed(self, one: SharedTensor | PassedOn) -> Tensor:
         """What these blocks, or earlier ones, hand to those behind them, [R, T, width]."""
         if isinstance(one, PassedOn):
-            return one.layout.flat(self._returned[one.index])
+            return one.flat(self._returned[one.index], self._past)
         if one.made_by < self._crossed.cut:
             return self._crossed.handed[one]
         tokens = self._crossed.hidden.shape[self._cuts.hidden.tokens]

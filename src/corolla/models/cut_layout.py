@@ -97,7 +97,12 @@ class SharedTensor:
 
 @dataclass(frozen=True)
 class PassedOn:
-    """An argument of the blocks that is what the one before has returned beside hidden states."""
+    """An argument of the blocks that is what the one before has returned beside hidden states.
+
+    Whole numbers are the places of tokens that were chosen for a token, in any order. Where there is less to choose
+    from, its own place stands for what is missing, as it does for places behind it, which it does not see: where one
+    of these was chosen, all that it sees were.
+    """
 
     name: str
     place: int  # among the block's arguments, hidden states being 0
@@ -108,6 +113,24 @@ class PassedOn:
     def crosses(self, cut: int) -> bool:
         """Whether there are blocks on both sides of this cut."""
         return 0 < cut < self.depth
+
+    def flat(self, value: Tensor, past: int) -> Tensor:
+        """Such an argument as [R, T, width], of tokens behind `past` others."""
+        if self.layout.below:
+            own = _places(value, past)
+            missing = self.layout.size[0] - value.shape[-1]
+            value = torch.cat([value.minimum(own), own.expand(*value.shape[:-1], missing)], -1).sort(-1).values
+        return self.layout.flat(value)
+
+    def shaped(self, flat: Tensor, past: int) -> Tensor:
+        """[R, T, width] as such an argument; whatever a peer has sent, places are such that there are."""
+        value = self.layout.shaped(flat)
+        return value.minimum(_places(value, past)) if self.layout.below else value
+
+
+def _places(value: Tensor, past: int) -> Tensor:
+    """Those of the tokens of [R, T, …] behind `past` others, [T, 1]."""
+    return torch.arange(past, past + value.shape[1], dtype=value.dtype, device=value.device)[:, None]
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,7 @@ class CutLayout:
     @property
     def has_whole_numbers(self) -> bool:
         """Whether some of it is nothing any more where it is rounded."""
-        return any(one.layout.below for one in self.sides)
+        return any(one.layout.below for one in (*self.sides, *self.passed))
 
     @property
     def handed(self) -> tuple[SharedTensor | PassedOn, ...]:

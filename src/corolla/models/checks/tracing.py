@@ -25,6 +25,7 @@ from corolla.errors import UnsupportedFamily
 from corolla.models.checks.miniature import BY_LENGTH, rotary_parts
 from corolla.models.cut_layout import CutLayout, PassedOn, SharedTensor, SideInput, TokenLayout
 from corolla.models.families import blocks_prefix, structure
+from corolla.models.limits import UNLIMITED_CONTEXT
 
 MEASURED = "corolla_measured"  # attention of which only the shapes are of interest
 SHAPES = ((2, 5), (3, 7))  # rows and tokens
@@ -170,14 +171,14 @@ def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
             continue
         values = [call.given.get(name) for call in first]
         index = _returned_before(first, name)
-        if index is not None:
+        if name not in later and (_same_form(values) or all(_same(value, ids) for value in values)):
+            sides.append((name, not all(_same(value, values[0]) for value in values)))
+        elif _same(first[-1].output, _without(model, ids, name)):
+            continue
+        elif index is not None:
             passed.append((name, index))
-            continue
-        if name in later or not (_same_form(values) or all(_same(value, ids) for value in values)):
-            if not _same(first[-1].output, _without(model, ids, name)):
-                left_out.append(name)
-            continue
-        sides.append((name, not all(_same(value, values[0]) for value in values)))
+        else:
+            left_out.append(name)
     return Arguments(
         tuple(sides),
         stores[0] if stores else None,
@@ -190,9 +191,9 @@ def arguments_of(model: PreTrainedModel) -> tuple[Arguments, int]:
 
 def _returned_before(calls: Sequence[Call], name: str) -> int | None:
     """Which of the values that a block returns the next one is given by this name, if that is so of all."""
-    given = [call.given.get(name) for call in calls]
+    given, tokens = [call.given.get(name) for call in calls], calls[0].hidden.shape[1]
     if given[0] is not None or not all(
-        isinstance(one, Tensor) and one.is_floating_point() for one in given[1:]
+        isinstance(one, Tensor) and (one.is_floating_point() or _are_places(one, tokens)) for one in given[1:]
     ):
         return None
     returned = min(len(call.output) if isinstance(call.output, tuple) else 0 for call in calls)
@@ -200,6 +201,12 @@ def _returned_before(calls: Sequence[Call], name: str) -> int | None:
         if all(_same(one, call.output[index]) for one, call in zip(given[1:], calls, strict=False)):
             return index
     return None
+
+
+def _are_places(value: Tensor, tokens: int) -> bool:
+    """Whether these are whole numbers that say of each token which of all tokens were chosen for it."""
+    whole = value.ndim == 3 and value.dtype in (torch.int32, torch.int64)
+    return whole and value.shape[1] == tokens and 0 <= int(value.min()) and int(value.max()) < tokens
 
 
 def _counts(calls: Sequence[Call], name: str) -> bool:
@@ -292,15 +299,10 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
             part["rope_type"] = "default"
     config._experts_implementation = "batched_mm"  # the others ask for a router's values, or for 16 bits
     config.return_dict = True
-    passes = []
-    with torch.device("meta"), torch.no_grad(), _unchecked_distributions():
+    with torch.device("meta"):
         holder: Any = found.holder(config)
-        blocks: Any = getattr(holder, found.blocks)
-        for shape in SHAPES:
-            with watched(blocks, store=arguments.store) as (calls, stores):
-                # With a cache nobody looks for several sequences in a row, which takes values.
-                holder(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=True)
-            passes.append((calls, stores[0].found if stores else []))
+    blocks: Any = getattr(holder, found.blocks)
+    passes = [_measured_pass(holder, blocks, shape, arguments.store) for shape in SHAPES]
     names = argument_names(blocks[0])
     first = [calls[0] for calls, _ in passes]
     sides = [
@@ -309,13 +311,15 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
         )
         for name, each in arguments.sides
     ]
-    passed = [
-        PassedOn(
-            name, names.index(name), at, len(blocks), _layout([calls[1].given[name] for calls, _ in passes])
-        )
-        for name, at in arguments.passed
-        if len(blocks) > 1
-    ]
+    longest = int(getattr(config, "max_position_embeddings", None) or UNLIMITED_CONTEXT)
+    passed = []
+    for name, at in arguments.passed if len(blocks) > 1 else ():
+        values = [calls[1].given[name] for calls, _ in passes]
+        layout = _layout(values)
+        if not values[0].is_floating_point():  # of a few tokens, fewer can be chosen
+            calls, _ = _measured_pass(holder, blocks, (1, longest), arguments.store)
+            layout = TokenLayout(0, 1, (int(calls[1].given[name].shape[-1]),), longest)
+        passed.append(PassedOn(name, names.index(name), at, len(blocks), layout))
     shared = [
         SharedTensor(one.key, index, one.made_by, one.last_read_by, _layout([tensor, other.tensors[index]]))
         for one, other in zip(*(puts for _, puts in passes), strict=True)
@@ -334,6 +338,17 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
         tuple(passed),
         counted,
     )
+
+
+def _measured_pass(
+    holder: Any, blocks: nn.ModuleList, shape: tuple[int, int], store: str | None
+) -> tuple[list[Call], list[_Put]]:
+    """The calls of all blocks for so many rows of so many tokens, and what they put into the dictionary."""
+    with torch.device("meta"), torch.no_grad(), _unchecked_distributions():
+        with watched(blocks, store=store) as (calls, stores):
+            # With a cache nobody looks for several sequences in a row, which takes values.
+            holder(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=True)
+    return calls, stores[0].found if stores else []
 
 
 @contextmanager
