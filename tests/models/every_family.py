@@ -33,7 +33,7 @@ from corolla.models.checkpoints.names import text_part
 from corolla.models.checks.miniature import miniature, random_model
 from corolla.models.checks.padding import known_in_front
 from corolla.models.checks.selfcheck import check_family
-from corolla.models.checks.tracing import MEASURED
+from corolla.models.checks.tracing import MEASURED, without_values
 from corolla.models.families import depth_of, is_per_layer, layer_overrides, layers_of_block, structure
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -86,6 +86,14 @@ UNEQUAL: dict[str, int] = {
     "index_n_heads": 16,
     "index_head_dim": 24,
     "index_topk": 5,
+    "indexer_n_heads": 16,
+    "indexer_head_dim": 24,
+    "indexer_budget": 6,
+    "indexer_compress_ratio": 3,
+    "ple_embed_dim": 48,
+    "ngram_vocab_size_base": 96,
+    "split_ngram_parts": 1,
+    "hc_lowrank": 20,
     "linear_num_heads": 3,
     "linear_head_dim": 12,
     "linear_num_key_heads": 3,
@@ -108,6 +116,16 @@ UNEQUAL: dict[str, int] = {
 }
 HYBRID = ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"]
 CONVOLVED = [kind.replace("linear_attention", "conv") for kind in HYBRID]
+QWEN4: dict[str, Any] = {
+    "eos_token_id": 2,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 16,
+    "ple_layer_ids": [1, 3],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+}
 # What a family's config does not have by itself, although every checkpoint of it does.
 GIVEN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -131,18 +149,8 @@ GIVEN: dict[str, dict[str, Any]] = {
         },
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 0.5}},
-    "qwen4_exp_text": {
-        "head_dim": 12,
-        "eos_token_id": 2,
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 32,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-        "ple_layer_ids": [2],
-        "ngram_vocab_size_base": 64,
-        "split_ngram_parts": 1,
-    },
+    "qwen4_exp_text": QWEN4,
+    "qwen4_exp": {"text_config": QWEN4},
     "reformer": {"is_decoder": True},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -436,7 +444,7 @@ families that are computed by request take up to four more copies of their state
 def session_memory(family: str) -> str:
     """Megabytes of a sequence of `CONTEXT` tokens in 16 bits, at the published size; nothing where that fails."""
     try:
-        with _limited(SECONDS_OF_MEMORY), torch.device("meta"), torch.no_grad():
+        with _limited(SECONDS_OF_MEMORY), torch.device("meta"), torch.no_grad(), without_values():
             config = text_part(AutoConfig.for_model(family, **GIVEN.get(family, {})))
             config._attn_implementation = MEASURED
             config._experts_implementation = "batched_mm"  # which asks no values of a router

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicIndexedLayer
 
 from corolla.errors import SessionLimit, UsageError
 from corolla.models.prompts import BlockVectors
@@ -107,6 +108,13 @@ def own_cache(forward: Callable[..., Any]) -> type[DynamicCache] | None:
     return None
 
 
+class _NoLayers(list[Any]):
+    """None is here: a family's code that asks for one of them finds an empty one, of the kind that has most."""
+
+    def __getitem__(self, _index: Any) -> Any:
+        return DynamicIndexedLayer()
+
+
 class _OneGrowingLayer(Cache):  # type: ignore[misc]
     """A cache without layers of its own, which says of itself what a `DynamicCache` of full attention says."""
 
@@ -118,7 +126,7 @@ class _OneGrowingLayer(Cache):  # type: ignore[misc]
     max_cache_len = -1  # no end
 
     def __init__(self) -> None:
-        Cache.__init__(self, layers=[])
+        Cache.__init__(self, layers=_NoLayers())
 
     def __bool__(self) -> bool:
         return True  # as a local cache, which `cache or …` goes on with, though no layer of it is here

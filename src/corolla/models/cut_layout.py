@@ -144,12 +144,13 @@ class CutLayout:
     shared: tuple[SharedTensor, ...] = ()
     passed: tuple[PassedOn, ...] = ()
     counted: tuple[str, int] | None = None  # name and place of the argument that is the block's own index
+    streams: int = 1  # of hidden states a token
 
     @cached_property
     def plain(self) -> bool:
         """Whether it is one hidden state a token, and nothing else."""
         more = self.sides or self.shared or self.passed
-        return not more and (self.hidden.rows, self.hidden.tokens) == (0, 1)
+        return not more and self.streams == 1 and (self.hidden.rows, self.hidden.tokens) == (0, 1)
 
     @property
     def has_whole_numbers(self) -> bool:

@@ -265,7 +265,8 @@ class Span:
             new = past and self._masks_new_tokens
             arguments["attention_mask"] = (mask[:, past:] if new else mask).to(torch.long)
         if positions is not None:
-            arguments["position_ids"] = positions
+            # There is code that looks for each row's own.
+            arguments["position_ids"] = positions.expand(len(hidden), -1)
         hooks: list[list[BlockHook]] = (
             [] if prompts is None else [[PromptAdder(one, past)] for one in prompts]
         )

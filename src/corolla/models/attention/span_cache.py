@@ -32,6 +32,9 @@ from corolla.models.cut_layout import SharedTensor
 from corolla.models.families import depth_of, layers_of_block
 
 ENDLESS = 2**62  # tokens
+# An attribute of one layer: position ids [kinds, R, T] of all tokens. A family's loop, which counts the layers of its
+# own blocks only, keeps them where it finds the first of a kind.
+PLACES = "indexer_position_ids"
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
@@ -50,6 +53,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._start = first = start * self._of_block
         own = [_without_window(layer) for layer in self.layers[first : end * self._of_block]]
         self.layers = [*(DynamicLayer() for _ in range(first)), *own]  # the former stay empty
+        for layer in self.layers:
+            vars(layer).setdefault(PLACES, None)
         self.rows = 0
         self._length = 0
         self.prefix_length = 0  # positions before all tokens
@@ -153,6 +158,10 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._cut(last.length)
         return again
 
+    def _places(self) -> list[tuple[Any, Tensor]]:
+        found = ((layer, getattr(layer, PLACES)) for layer in self.layers)
+        return [(layer, places) for layer, places in found if places is not None]
+
     def fork(self) -> SpanCache:
         """Another cache that goes on from here."""
         return copy.deepcopy(self, {id(self._snapshots): self._snapshots.copy()})
@@ -166,7 +175,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         """Everything that blocks keep but keys and values, which can be cut off."""
         lists = {name: one for name, one in vars(self).items() if isinstance(one, list) and name != "layers"}
         layers = [vars(one) if "conv_states" in vars(one) else {} for one in self.layers[self._start :]]
-        rest = [{name: one for name, one in own.items() if name not in ("keys", "values")} for own in layers]
+        rest = [{name: one for name, one in own.items() if name not in ("keys", "values", PLACES)} for own in layers]
         return [lists, *rest] if self.of_its_own else rest
 
     def _cut(self, length: int) -> None:
@@ -177,6 +186,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
                 layer.crop(-surplus)
             elif isinstance(layer, DynamicLayer):
                 DynamicLayer.crop(layer, -surplus)
+        for layer, places in self._places():
+            setattr(layer, PLACES, places[..., :length])
         for one, whole in self._shared.items():
             self._shared[one] = whole.narrow(one.layout.tokens, 0, length)
         self._length = length
@@ -188,6 +199,9 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue what was row `beam_idx[i]` (int64 [R'], R' may differ from the R cached so far)."""
+        for layer, places in self._places():
+            if not isinstance(layer, DynamicIndexedLayer):  # which does it by itself
+                setattr(layer, PLACES, places.index_select(1, beam_idx.to(places.device)))
         super().reorder_cache(beam_idx)
         if self.of_its_own:
             self._reorder_own(beam_idx)

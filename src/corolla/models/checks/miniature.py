@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from typing import Any, cast
 
 import torch
@@ -91,12 +91,21 @@ SMALL: dict[str, int] = {
     "moe_num_experts": 4,
     "moe_top_k": 2,
     "zero_expert_num": 2,
+    "hc_lowrank": 32,
+    "heads_per_ngram": 4,
+    "ple_embed_dim": 240,  # which many numbers of heads divide
+    "indexer_n_heads": 16,
+    "indexer_head_dim": 32,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
 }
 # Of those, what is left as it is where it is smaller: few heads of an indexer give many equal scores.
-AT_MOST = ("num_experts_per_tok", "index_n_heads", "moe_top_k")
+AT_MOST = ("num_experts_per_tok", "index_n_heads", "indexer_n_heads", "indexer_compress_ratio", "moe_top_k")
 # How many tokens something reaches, by whatever name a family has for it: the check's sequences go beyond.
 REACH = re.compile(r"(^|_)(window|window_size|chunk_size|block_size|local_attention|extent)$")
 REACHED = 4
+# Lists of layers that have something of their own, by their numbers, from 1.
+NUMBERED = re.compile(r"(^|_)layer_ids$")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 # Heads of recurrences and their width; together they are `expand` times as wide as the hidden states.
 RECURRENT = {
@@ -157,6 +166,8 @@ def _shrunk_to(config: PretrainedConfig, least_keys: int) -> PretrainedConfig:
     depth = min(LAYERS, depth_of(config))
     first = _most_varied_stretch(config, depth)
     small = slice_config(config, first, first + depth)
+    for name, numbers in _numbered(config).items():
+        setattr(small, name, [one - first for one in numbers if first < one <= first + depth])
     overrides = _by_kind(config, small)
     if overrides:
         small.per_layer_config = None
@@ -277,16 +288,24 @@ def _fit_recurrent(config: PretrainedConfig, small: PretrainedConfig) -> None:
 
 
 def _most_varied_stretch(config: PretrainedConfig, length: int) -> int:
-    """Where `length` layers start that change their kind most often, by `layer_types` if there are any."""
+    """Where `length` layers start that are of most kinds, and change them most often, by `layer_types` if there are any."""
     # Those that are computed begin with the first layer.
     kinds = vars(config).get("layer_types") or vars(config).get("layers_block_type")
     if not kinds:
         return 0
 
-    def changes(start: int) -> int:
-        return sum(kinds[at] != kinds[at + 1] for at in range(start, start + length - 1))
+    numbered = _numbered(config).values()
+    kinds = [(kind, *(at in numbers for numbers in numbered)) for at, kind in enumerate(kinds, 1)]
 
-    return max(range(len(kinds) - length + 1), key=changes)
+    def variety(start: int) -> tuple[int, int]:
+        own = kinds[start : start + length]
+        return len(set(own)), sum(one != other for one, other in pairwise(own))
+
+    return max(range(len(kinds) - length + 1), key=variety)
+
+
+def _numbered(config: PretrainedConfig) -> dict[str, list[int]]:
+    return {name: value for name, value in vars(config).items() if NUMBERED.search(name) and value}
 
 
 def _fit_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -329,14 +330,16 @@ def measured(config: PretrainedConfig, arguments: Arguments) -> CutLayout:
     store, counted = (
         None if name is None else (name, names.index(name)) for name in (arguments.store, arguments.counted)
     )
+    hidden = _layout([call.hidden for call in first])
     return CutLayout(
-        _layout([call.hidden for call in first]),
+        hidden,
         len(blocks),
         tuple(sides),
         store,
         tuple(shared),
         tuple(passed),
         counted,
+        hidden.width // config.hidden_size,
     )
 
 
@@ -344,7 +347,7 @@ def _measured_pass(
     holder: Any, blocks: nn.ModuleList, shape: tuple[int, int], store: str | None
 ) -> tuple[list[Call], list[_Put]]:
     """The calls of all blocks for so many rows of so many tokens, and what they put into the dictionary."""
-    with torch.device("meta"), torch.no_grad(), _unchecked_distributions():
+    with torch.device("meta"), torch.no_grad(), without_values():
         with watched(blocks, store=store) as (calls, stores):
             # With a cache nobody looks for several sequences in a row, which takes values.
             holder(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=True)
@@ -352,13 +355,14 @@ def _measured_pass(
 
 
 @contextmanager
-def _unchecked_distributions() -> Iterator[None]:
-    """torch's distributions look at no values inside: there are none."""
+def without_values() -> Iterator[None]:
+    """Nobody looks at values inside, since there are none: none is zero, and distributions check none."""
     kind: Any = torch.distributions.Distribution
     before = kind._validate_args
     kind.set_default_validate_args(False)
     try:
-        yield
+        with fx_config.patch(meta_nonzero_assume_all_nonzero=True):
+            yield
     finally:
         kind.set_default_validate_args(before)
 
