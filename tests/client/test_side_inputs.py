@@ -19,8 +19,9 @@ from corolla.models.families import blocks_prefix, structure
 from corolla.models.prompts import add_deep
 
 # Inputs of each block, keys and values that are shared; besides, several streams; token ids; what the block before has
-# returned; first embeddings in blocks with weights in common.
-FAMILIES = ("gemma4_text", "gemma3n_text", "deepseek_v4", "zaya", "zamba")
+# returned; first embeddings in blocks with weights in common; which tokens an earlier block has chosen; streams side by
+# side.
+FAMILIES = ("gemma4_text", "gemma3n_text", "deepseek_v4", "zaya", "zamba", "hy_v4", "qwen4_exp_text")
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
 PROMPT = 3
 
@@ -102,7 +103,7 @@ def with_prompt(local: Any, prompts: Any, ids: Tensor) -> Tensor:
     padded = torch.cat([torch.zeros(len(ids), PROMPT, dtype=torch.long), ids], 1)
     if local.config.model_type == "gemma4_text":
         more["per_layer_inputs"] = local.model.get_per_layer_inputs(padded)
-    if local.config.model_type == "deepseek_v4":
+    if local.config.model_type in ("deepseek_v4", "qwen4_exp_text"):
         more = {"input_ids": padded}
         handles.append(local.get_input_embeddings().register_forward_hook(lambda *_: rows))
     for block, deep in zip(local.get_submodule(blocks_prefix(local.config)), prompts.deep, strict=True):
@@ -110,8 +111,9 @@ def with_prompt(local: Any, prompts: Any, ids: Tensor) -> Tensor:
         def add(_block: Any, args: tuple[Any, ...], deep: Tensor = deep) -> tuple[Any, ...]:
             hidden = args[0]
             if hidden.ndim == 3:
-                return (add_deep(hidden, deep, 0), *args[1:])
-            at = 2 if local.config.model_type == "deepseek_v4" else 0  # where the streams are
+                streams = hidden.split(local.config.hidden_size, -1)
+                return (torch.cat([add_deep(one, deep, 0) for one in streams], -1), *args[1:])
+            at = 0 if local.config.model_type == "gemma3n_text" else 2  # where the streams are
             streams = [add_deep(one, deep, 0) for one in hidden.unbind(at)]
             return (torch.stack(streams, at), *args[1:])
 
@@ -140,9 +142,9 @@ def test_prompts_and_their_gradients(swarm: MemorySwarm, local: Any) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("local", ["deepseek_v4"], indirect=True)
-def test_token_ids_are_sent_in_no_8_bits(swarm: MemorySwarm, local: Any) -> None:
-    with pytest.raises(UsageError, match="token ids beside hidden states"):
+@pytest.mark.parametrize("local", every_time(["deepseek_v4"], ["deepseek_v4", "hy_v4"]), indirect=True)
+def test_whole_numbers_are_sent_in_no_8_bits(swarm: MemorySwarm, local: Any) -> None:
+    with pytest.raises(UsageError, match="beside hidden states, which 8 bits would change"):
         client(swarm, wire="int8")
     model, ids = client(swarm, wire="float16"), random_ids(2, 6)
     mask = torch.ones_like(ids)

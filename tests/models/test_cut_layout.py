@@ -60,6 +60,23 @@ def test_what_a_peer_sends_in_the_place_of_whole_numbers_is_in_their_range() -> 
     assert layout.shaped(sent).tolist() == [[299, 0, 299, 299]]
 
 
+CHOSEN = PassedOn("chosen", 1, 1, 2, TokenLayout(0, 1, (3,), below=300))
+
+
+def test_of_tokens_that_were_chosen_those_count_that_a_token_sees() -> None:
+    """In any order; its own place stands for those behind it, and for what there was not to choose."""
+    behind = 270
+    given = torch.tensor([[[271, 2], [0, 271]]], dtype=torch.int32)
+    found = CHOSEN.shaped(CHOSEN.flat(given, behind), behind)
+    assert found.tolist() == [[[2, 270, 270], [0, 271, 271]]]
+
+
+def test_places_that_a_peer_sends_are_those_of_tokens() -> None:
+    sent = torch.full((1, 2, CHOSEN.layout.width), float("nan"))
+    sent[0, 1] = 255.0
+    assert CHOSEN.shaped(sent, 5).tolist() == [[[0, 0, 0], [6, 6, 6]]]
+
+
 def test_streams_are_rows_to_whoever_adds_prompts() -> None:
     streams = torch.randn(3, 2, 7, 5)
     rows = FULL.hidden.as_rows(streams, 5)
@@ -91,6 +108,23 @@ def test_what_blocks_return_for_the_next_one_and_token_ids_are_found_by_watching
     assert [(one.name, one.layout.below) for one in deepseek.sides] == [("input_ids", 96)]
     assert deepseek.has_whole_numbers
     assert not zamba.has_whole_numbers
+
+
+def test_tokens_that_blocks_choose_for_later_ones_are_found_by_watching() -> None:
+    config = tiny("hy_v4")
+    config.index_topk = 40  # more than there are tokens where it is watched
+    found = cuts_of(config)
+    assert [(one.name, one.layout.size) for one in found.passed] == [("prev_topk_indices", (40,))]
+    assert found.has_whole_numbers
+    assert (found.hidden.size, found.streams) == ((4, config.hidden_size), 4)
+
+
+def test_streams_side_by_side_are_not_one_stream() -> None:
+    config = tiny("qwen4_exp_text")
+    assert [(one.name, one.layout.below) for one in cuts_of(config).sides] == [("ple_input_ids", 96)]
+    config.ple_layer_ids = []
+    found = cuts_of(config)
+    assert (found.sides, found.streams, found.plain) == ((), 4, False)
 
 
 def chained(spans: list[Span], entering: torch.Tensor) -> torch.Tensor:

@@ -18,25 +18,25 @@ from corolla.models.checks.selfcheck import check_family
 # one token at a time only, blocks with both, a choice of tokens that is cached; inputs of each block made of the token
 # ids, keys and values that later blocks take from earlier ones, several streams; recurrences alone, which know no mask
 # of earlier tokens; token ids themselves, and padding that changes what stands behind it; what the block before has
-# returned; blocks with weights in common, and first embeddings in each; pairs of heads of keys and values.
+# returned; blocks with weights in common, and first embeddings in each; pairs of heads of keys and values; blocks of two
+# layers each; tokens that an earlier block has chosen; embeddings of several tokens within blocks.
 EXACT = (
     "gptj", "codegen", "olmo", "nanochat", "mpt", "gpt_neox_japanese", "biogpt", "deepseek_v3", "lfm2", "jamba",
     "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba", "dbrx",
-    "cohere_compass_text", "deepseek_v4", "zaya", "zamba", "zamba2", "diffllama",
+    "cohere_compass_text", "deepseek_v4", "zaya", "zamba", "zamba2", "diffllama", "longcat_flash", "hy_v4",
+    "qwen4_exp_text",
 )  # fmt: skip
 # Of those that also take images or sound, the part that reads and writes text.
-TEXT = ("gemma3", "mistral3", "qwen3_5", "phi4_multimodal", "voxtral", "moss_transcribe_diarize")
+TEXT = ("gemma3", "mistral3", "qwen3_5", "qwen4_exp", "phi4_multimodal", "voxtral", "moss_transcribe_diarize")
 REFUSED = {
     "bert": "run by a part of the model",
     "doge": "choose among tokens with equal scores",
     "emu3": r"no blocks of their own, and those of the models in them \(vq_config, text_config\) are not split",
     "prophetnet": "an encoder and a decoder",
     "xlm": "not one list of layers",
-    "longcat_flash": "one of their blocks is several of the layers",
     "dory": "do not run once each",
     "inkling2_text": "besides hidden states their blocks take what earlier blocks have made",
     "recurrent_gemma": "keep what they know of a sequence in themselves",
-    "qwen4_exp_text": "the small config that is made of this one is none",
     "openai-gpt": "keeps no cache of keys and values",
     "xlstm": "a cache of their own kind",
 }
@@ -45,7 +45,7 @@ REFUSED = {
 # What the others of both lists show besides, another one shows too, or a test of its own.
 OFTEN = (
     "gptj", "olmo", "nanochat", "mpt", "biogpt", "lfm2", "falcon_h1", "qwen3_next", "deepseek_v32", "gemma3n_text",
-    "mamba", "gemma3", "zamba2",
+    "mamba", "gemma3", "zamba2", "longcat_flash", "hy_v4",
 )  # fmt: skip
 
 

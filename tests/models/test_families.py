@@ -18,9 +18,11 @@ from transformers import (
 from corolla.errors import UnsupportedFamily
 from corolla.models import families
 from corolla.models.checks.forms import values_returned
+from corolla.models.checks.miniature import miniature
 from corolla.models.families import (
     block_key_pattern,
     blocks_prefix,
+    depth_of,
     slice_config,
     structure,
 )
@@ -74,6 +76,24 @@ def test_slicing_a_config_cuts_its_lists() -> None:
     assert sliced.layer_types == config.layer_types[1:3]
     assert config.num_hidden_layers == 4  # the original is untouched
     assert len(config.no_rope_layers) == 4
+
+
+def test_a_block_may_be_several_of_the_layers_that_a_config_counts() -> None:
+    config = AutoConfig.for_model("longcat_flash", num_layers=5)
+    assert (config.num_hidden_layers, depth_of(config)) == (10, 5)
+    sliced = slice_config(config, 1, 3)
+    assert (sliced.num_hidden_layers, sliced.num_layers, depth_of(sliced)) == (4, 2, 2)
+    assert depth_of(AutoConfig.for_model("nemotron_h")) == AutoConfig.for_model("nemotron_h").num_hidden_layers
+
+
+def test_layers_that_are_named_by_their_numbers_are_in_the_miniature() -> None:
+    given = {"indexer_head_dim": 256, "indexer_kv_heads": 1, "indexer_n_heads": 4, "eos_token_id": 2}
+    sizes = {"indexer_budget": 64, "indexer_compress_ratio": 4}
+    config = AutoConfig.for_model("qwen4_exp_text", ple_layer_ids=[21], **given, **sizes)
+    small = miniature(config)
+    assert [small.layer_types[at - 1] for at in small.ple_layer_ids] == ["linear_attention"]
+    assert "indexed_attention" in small.layer_types
+    type(small)(**small.to_dict())
 
 
 @pytest.mark.parametrize("config", [T5Config(), Gemma3Config()], ids=lambda config: config.model_type)

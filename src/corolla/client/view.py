@@ -87,8 +87,8 @@ class SwarmView:
         self.wire = config.wire_format
         if self.wire == "int8" and self.cuts.has_whole_numbers:
             raise UsageError(
-                f"Blocks of {model_name} are given token ids beside hidden states, which 8 bits would change: choose "
-                "wire='float16'."
+                f"Blocks of {model_name} are given token ids, or tokens' places, beside hidden states, which 8 bits "
+                "would change: choose wire='float16'."
             )
         self.now: Clock = clock or (lambda: asyncio.get_running_loop().time())
         self.health = Health(self.now)

@@ -83,6 +83,23 @@ def test_keys_and_values_are_set_back_and_states_are_not() -> None:
         assert cache.rows == 2
 
 
+def test_position_ids_that_a_loop_keeps_go_back_with_the_tokens() -> None:
+    """Where the family's code keeps them depends on the kinds of the span's blocks, not on where these are."""
+    span = span_of("qwen4_exp_text")
+    hidden = torch.randn(2, TOKENS, span.width, generator=torch.Generator().manual_seed(1))
+    hidden[..., span.cuts.hidden.width :] = 3  # digits of token ids
+    places = torch.arange(TOKENS) + torch.tensor([[0], [40]])
+    cache, order = span.new_cache(), torch.tensor([1, 0])
+    with torch.inference_mode():
+        for at in range(TOKENS):
+            cache.remember(turn=at == 3)
+            span.forward(hidden[:, at : at + 1], positions=places[:, at : at + 1], cache=cache)
+        cache.reorder_cache(order)
+        span.go_back(cache, 6)
+        (own,) = [one.indexer_position_ids for one in cache.layers if one.indexer_position_ids is not None]
+    assert torch.equal(own[0], places[order, :6])
+
+
 def test_what_a_sequence_costs() -> None:
     """Keys and values cost by the token, states once."""
     token, states = span_of("llama").cache_bytes
