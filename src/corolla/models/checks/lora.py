@@ -54,7 +54,7 @@ def check_adapter(config: PretrainedConfig, targets: tuple[str, ...] | None) -> 
             what = (
                 f"{lacking or 'Nothing'} is none of the linear layers"
                 if here
-                else "There are no linear layers"
+                else "There are no linear layers, outside of lists,"
             )
             raise UnsupportedFamily(
                 f"{what} in blocks of {config.model_type} models that see each token once, and only those can have an "
