@@ -19,8 +19,8 @@ from corolla.models.families import blocks_prefix, structure
 from corolla.models.prompts import add_deep
 
 # Inputs of each block, keys and values that are shared; besides, several streams; token ids; what the block before has
-# returned; first embeddings in blocks with weights in common; which tokens an earlier block has chosen; streams side by
-# side.
+# returned; first embeddings in blocks with weights in common; which tokens an earlier block has chosen; streams side
+# by side.
 FAMILIES = ("gemma4_text", "gemma3n_text", "deepseek_v4", "zaya", "zamba", "hy_v4", "qwen4_exp_text")
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
 PROMPT = 3

@@ -172,12 +172,14 @@ OTHER_PARTS: dict[str, int] = {
     "intermediate_size": 24,
     "image_size": 28,
     "patch_size": 14,
-    "out_hidden_size": UNEQUAL["hidden_size"],
     "d_model": 16,
     "encoder_layers": 1,
     "encoder_attention_heads": 2,
     "encoder_ffn_dim": 24,
+    "adapter_in_dim": 16,
+    "adapter_input_size": 16,
 }
+OUT_OF_THEM = ("out_hidden_size", "adapter_out_dim")  # as wide as text
 
 
 def tiny(family: str) -> PretrainedConfig:
@@ -189,23 +191,25 @@ def tiny(family: str) -> PretrainedConfig:
     text = text_part(config)
     if text is config:
         return _small(config)
-    parts: dict[str, Any] = {"text_config": _small(text).to_dict()}
+    small = _small(text)
+    parts: dict[str, Any] = {"text_config": small.to_dict()}
     marks = [name for name in config.to_dict() if name.endswith(("token_id", "token_index"))]
     parts |= {name: at % 3 for at, name in enumerate(marks)}  # tokens that no text has
-    parts |= _other_parts(config)
+    parts |= _other_parts(config, small.hidden_size)
     try:
         return type(config)(**parts)
     except Exception:  # as above
         return config
 
 
-def _other_parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+def _other_parts(config: PretrainedConfig, width: int) -> dict[str, dict[str, Any]]:
     found = {}
     for name in ("vision_config", "audio_config"):
         if getattr(config, name, None) is not None:
             part = getattr(config, name).to_dict()
             part.pop("per_layer_config", None)  # of layers that it does not have any more
-            found[name] = part | {one: size for one, size in OTHER_PARTS.items() if one in part}
+            sizes = OTHER_PARTS | dict.fromkeys(OUT_OF_THEM, width)
+            found[name] = part | {one: size for one, size in sizes.items() if one in part}
     return found
 
 
@@ -248,12 +252,14 @@ def _unequal(config: PretrainedConfig) -> PretrainedConfig:
         if is_per_layer(config, name, value):
             kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
             given[name] = list(islice(cycle(kinds), LAYERS))
-    given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS * layers_of_block(config)
+    given[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = LAYERS * layers_of_block(
+        config
+    )
     if layer_overrides(config):
         given["per_layer_config"] = overrides(config, given)
     if getattr(config, "num_kv_shared_layers", None):
         given["num_kv_shared_layers"] = SHARED
-    given |= _other_parts(config)
+    given |= _other_parts(config, UNEQUAL["hidden_size"])
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
     return type(config)(**given)
 

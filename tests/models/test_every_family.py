@@ -18,8 +18,8 @@ from corolla.models.checks.selfcheck import check_family
 # one token at a time only, blocks with both, a choice of tokens that is cached; inputs of each block made of the token
 # ids, keys and values that later blocks take from earlier ones, several streams; recurrences alone, which know no mask
 # of earlier tokens; token ids themselves, and padding that changes what stands behind it; what the block before has
-# returned; blocks with weights in common, and first embeddings in each; pairs of heads of keys and values; blocks of two
-# layers each; tokens that an earlier block has chosen; embeddings of several tokens within blocks.
+# returned; blocks with weights in common, and first embeddings in each; pairs of heads of keys and values; blocks of
+# two layers each; tokens that an earlier block has chosen; embeddings of several tokens within blocks.
 EXACT = (
     "gptj", "codegen", "olmo", "nanochat", "mpt", "gpt_neox_japanese", "biogpt", "deepseek_v3", "lfm2", "jamba",
     "falcon_h1", "qwen3_next", "deepseek_v32", "gemma4_text", "gemma3n_text", "mamba", "dbrx",
@@ -27,7 +27,10 @@ EXACT = (
     "qwen4_exp_text",
 )  # fmt: skip
 # Of those that also take images or sound, the part that reads and writes text.
-TEXT = ("gemma3", "mistral3", "qwen3_5", "qwen4_exp", "phi4_multimodal", "voxtral", "moss_transcribe_diarize")
+TEXT = (
+    "gemma3", "mistral3", "qwen3_5", "qwen4_exp", "phi4_multimodal", "voxtral", "dots3_note",
+    "moss_transcribe_diarize",
+)  # fmt: skip
 REFUSED = {
     "bert": "run by a part of the model",
     "doge": "choose among tokens with equal scores",

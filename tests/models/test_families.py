@@ -83,7 +83,9 @@ def test_a_block_may_be_several_of_the_layers_that_a_config_counts() -> None:
     assert (config.num_hidden_layers, depth_of(config)) == (10, 5)
     sliced = slice_config(config, 1, 3)
     assert (sliced.num_hidden_layers, sliced.num_layers, depth_of(sliced)) == (4, 2, 2)
-    assert depth_of(AutoConfig.for_model("nemotron_h")) == AutoConfig.for_model("nemotron_h").num_hidden_layers
+    assert (
+        depth_of(AutoConfig.for_model("nemotron_h")) == AutoConfig.for_model("nemotron_h").num_hidden_layers
+    )
 
 
 def test_layers_that_are_named_by_their_numbers_are_in_the_miniature() -> None:

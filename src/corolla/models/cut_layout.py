@@ -119,7 +119,9 @@ class PassedOn:
         if self.layout.below:
             own = _places(value, past)
             missing = self.layout.size[0] - value.shape[-1]
-            value = torch.cat([value.minimum(own), own.expand(*value.shape[:-1], missing)], -1).sort(-1).values
+            value = (
+                torch.cat([value.minimum(own), own.expand(*value.shape[:-1], missing)], -1).sort(-1).values
+            )
         return self.layout.flat(value)
 
     def shaped(self, flat: Tensor, past: int) -> Tensor:
@@ -155,7 +157,7 @@ class CutLayout:
     @property
     def has_whole_numbers(self) -> bool:
         """Whether some of it is nothing any more where it is rounded."""
-        return any(one.layout.below for one in (*self.sides, *self.passed))
+        return any(one.layout.below for one in self.sides) or any(one.layout.below for one in self.passed)
 
     @property
     def handed(self) -> tuple[SharedTensor | PassedOn, ...]:

@@ -23,6 +23,13 @@ NAMES = {
         "lm_head.weight": "lm_head.weight",
         "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight": None,
     },
+    "dots3_note": {  # whose text part is called as the model of text alone
+        "model.layers.3.self_attn.o_proj.weight": "model.layers.3.self_attn.o_proj.weight",
+        "model.embed_tokens.weight": "model.embed_tokens.weight",
+        "lm_head.weight": "lm_head.weight",
+        "vision_encoder.patch_embed.proj.weight": None,
+        "audio_encoder.layers.3.fc1.weight": None,
+    },
     "exaone": {"transformer.h.3.attn.attention.q_proj.weight": "model.layers.3.self_attn.q_proj.weight"},
     "mixtral": {"model.layers.1.block_sparse_moe.gate.weight": "model.layers.1.mlp.gate.weight"},
     "deepseek_v4": {

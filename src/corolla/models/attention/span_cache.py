@@ -88,7 +88,12 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     def form(self) -> KeyValueForm | None:
         """Of what is cached, where that is keys and values of one form and nothing else, once a block."""
         own = self.layers[self._start :]
-        if self._of_block > 1 or self.of_its_own or self._shared or any(type(one) is not DynamicLayer for one in own):
+        if (
+            self._of_block > 1
+            or self.of_its_own
+            or self._shared
+            or any(type(one) is not DynamicLayer for one in own)
+        ):
             return None
         forms = {KeyValueForm.of(one.keys, one.values) for one in own if one.is_initialized}
         return forms.pop() if len(forms) == 1 and all(one.is_initialized for one in own) else None
@@ -159,7 +164,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         return again
 
     def _places(self) -> list[tuple[Any, Tensor]]:
-        found = ((layer, getattr(layer, PLACES)) for layer in self.layers)
+        found = ((layer, getattr(layer, PLACES, None)) for layer in self.layers)
         return [(layer, places) for layer, places in found if places is not None]
 
     def fork(self) -> SpanCache:
@@ -175,7 +180,10 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         """Everything that blocks keep but keys and values, which can be cut off."""
         lists = {name: one for name, one in vars(self).items() if isinstance(one, list) and name != "layers"}
         layers = [vars(one) if "conv_states" in vars(one) else {} for one in self.layers[self._start :]]
-        rest = [{name: one for name, one in own.items() if name not in ("keys", "values", PLACES)} for own in layers]
+        rest = [
+            {name: one for name, one in own.items() if name not in ("keys", "values", PLACES)}
+            for own in layers
+        ]
         return [lists, *rest] if self.of_its_own else rest
 
     def _cut(self, length: int) -> None:

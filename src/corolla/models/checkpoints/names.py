@@ -1,7 +1,8 @@
 """What a checkpoint's tensors are called in the model of the family, and which part of a checkpoint that is.
 
 Invariant: names are those that the family's own loader gives. Of a checkpoint that also takes images or sound the text
-part is used: its config is one of a causal model, and its tensors stand below `language_model`.
+part is used: its config is one of a causal model, and its tensors stand below `language_model`, or are called as those
+of the causal model alone.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def names_of(config: PretrainedConfig) -> Callable[[str], str | None]:
     text = text_part(config)
     known: list[Any] = get_checkpoint_conversion_mapping(text.model_type) or []
     renamings = [one for one in known if isinstance(one, WeightRenaming)]
-    outside = structure(text).outside if renamings else frozenset()
+    outside, blocks = frozenset[str](), ""
+    if renamings or text is not config:
+        outside, blocks = structure(text).outside, f"{structure(text).prefix}."
 
     def name_of(key: str) -> str | None:
-        if text is not config and not key.startswith(HEAD):
-            _, found, key = key.partition(TEXT)
-            if not found:
-                return None
+        if text is not config and TEXT in key:
+            key = key.partition(TEXT)[2]
             key = key if key.startswith((BASE, HEAD)) else BASE + key
+        elif text is not config and not key.startswith((HEAD, blocks)) and key not in outside:
+            return None
         name = key
         for one in renamings:
             name, _ = one.rename_source_key(name)

@@ -288,7 +288,7 @@ def _fit_recurrent(config: PretrainedConfig, small: PretrainedConfig) -> None:
 
 
 def _most_varied_stretch(config: PretrainedConfig, length: int) -> int:
-    """Where `length` layers start that are of most kinds, and change them most often, by `layer_types` if there are any."""
+    """Where `length` layers start that are of most kinds (`layer_types`), and change them most often."""
     # Those that are computed begin with the first layer.
     kinds = vars(config).get("layer_types") or vars(config).get("layers_block_type")
     if not kinds:

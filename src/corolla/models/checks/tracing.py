@@ -207,7 +207,7 @@ def _returned_before(calls: Sequence[Call], name: str) -> int | None:
 def _are_places(value: Tensor, tokens: int) -> bool:
     """Whether these are whole numbers that say of each token which of all tokens were chosen for it."""
     whole = value.ndim == 3 and value.dtype in (torch.int32, torch.int64)
-    return whole and value.shape[1] == tokens and 0 <= int(value.min()) and int(value.max()) < tokens
+    return whole and value.shape[1] == tokens and int(value.min()) >= 0 and int(value.max()) < tokens
 
 
 def _counts(calls: Sequence[Call], name: str) -> bool:
@@ -347,10 +347,14 @@ def _measured_pass(
     holder: Any, blocks: nn.ModuleList, shape: tuple[int, int], store: str | None
 ) -> tuple[list[Call], list[_Put]]:
     """The calls of all blocks for so many rows of so many tokens, and what they put into the dictionary."""
-    with torch.device("meta"), torch.no_grad(), without_values():
-        with watched(blocks, store=store) as (calls, stores):
-            # With a cache nobody looks for several sequences in a row, which takes values.
-            holder(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=True)
+    with (
+        torch.device("meta"),
+        torch.no_grad(),
+        without_values(),
+        watched(blocks, store=store) as (calls, stores),
+    ):
+        # With a cache nobody looks for several sequences in a row, which takes values.
+        holder(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=True)
     return calls, stores[0].found if stores else []
 
 
@@ -358,10 +362,11 @@ def _measured_pass(
 def without_values() -> Iterator[None]:
     """Nobody looks at values inside, since there are none: none is zero, and distributions check none."""
     kind: Any = torch.distributions.Distribution
+    fakes: Any = fx_config
     before = kind._validate_args
     kind.set_default_validate_args(False)
     try:
-        with fx_config.patch(meta_nonzero_assume_all_nonzero=True):
+        with fakes.patch(meta_nonzero_assume_all_nonzero=True):
             yield
     finally:
         kind.set_default_validate_args(before)
