@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from corolla.models.families import blocks_prefix, structure
 from corolla.models.limits import UNLIMITED_CONTEXT
 
 MEASURED = "corolla_measured"  # attention of which only the shapes are of interest
+ALL_NONZERO = "meta_nonzero_assume_all_nonzero"  # of torch, for tensors without values
 SHAPES = ((2, 5), (3, 7))  # rows and tokens
 
 
@@ -366,7 +367,8 @@ def without_values() -> Iterator[None]:
     before = kind._validate_args
     kind.set_default_validate_args(False)
     try:
-        with fakes.patch(meta_nonzero_assume_all_nonzero=True):
+        known = hasattr(fakes, ALL_NONZERO)  # not in the oldest torch
+        with fakes.patch({ALL_NONZERO: True}) if known else nullcontext():
             yield
     finally:
         kind.set_default_validate_args(before)
