@@ -22,12 +22,13 @@ from corolla.errors import UsageError
 from corolla.models.attention.latent import absorbed
 from corolla.models.attention.one_sequence import TableSegment, attend_one, torch_knows
 from corolla.models.attention.one_token_rows import OneTokenRows, Rules, attend_stretch, can_attend
-from corolla.models.attention.pages import CachedSequence, PagePool
+from corolla.models.attention.pages import CachedSequence, PagePool, pages_for
 from corolla.models.attention.prefixes import KeyValueForm
 
 # No mask function belongs to this name, so the family's code builds no masks: each sequence has its own here.
 PACKED = "corolla_packed"
 FEWEST_ROWS = 16  # queries that share keys, from which our kernel for several tokens is quicker than torch's
+AT_ONCE = 256  # tokens that it is given in training, where others are let in between
 
 
 @dataclass
@@ -209,7 +210,7 @@ class PackedBatch:
         for one, (own, keys, values) in zip(parts, _by_segment(parts, query, key, value), strict=True):
             if before is not None:
                 keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
-            found.append(attend_one(own, keys, values, one, rules))
+            found.append(_attend_new(own, keys, values, one, rules))
         return side_by_side(found)
 
 
@@ -289,14 +290,31 @@ def side_by_side(parts: list[Tensor]) -> Tensor:
 
 def _attend_cached(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> Tensor:
     """A segment over what its table holds, its new tokens included."""
-    sharing = one.count * query.shape[1] // cache[0].shape[1]
-    # With nothing behind them they are computed as tokens that nobody caches: a bundle has the bits of a session.
-    quick = one.past > 0 and (sharing >= FEWEST_ROWS or not torch_knows(rules))
-    if quick and one.count > 1 and can_attend(query, cache):
-        own = query.narrow(2, one.begin, one.count)
+    own = query.narrow(2, one.begin, one.count)
+    if _is_stretch(one, query, cache, rules):
         return attend_stretch(own, cache, one.pages, one.past, rules).transpose(1, 2)
     keys, values = (one.cached(side.transpose(0, 1).unsqueeze(0)) for side in cache)
-    return attend_one(query.narrow(2, one.begin, one.count), keys, values, one, rules)
+    return attend_one(own, keys, values, one, rules)
+
+
+def _attend_new(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, rules: Rules) -> Tensor:
+    """The same over keys and values [1, kv_heads, S, D] that nobody caches: a bundle has the bits of a session."""
+    turned = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+    if torch.is_grad_enabled() or not _is_stretch(one, query, turned, rules):
+        return attend_one(query, keys, values, one, rules)
+    cache = turned[0].contiguous(), turned[1].contiguous()
+    pages, found = torch.arange(pages_for(int(keys.shape[2])), dtype=torch.int32), []
+    for begin in range(0, one.count, AT_ONCE):
+        some = query[:, :, begin : begin + AT_ONCE]
+        found.append(attend_stretch(some, cache, pages, one.past + begin, rules))
+    return torch.cat(found, 1).transpose(1, 2)
+
+
+def _is_stretch(one: TableSegment, query: Tensor, cache: tuple[Tensor, Tensor], rules: Rules) -> bool:
+    """Whether several tokens' attention over a cache [slots, kv_heads, D] is left to our kernel."""
+    sharing = one.count * query.shape[1] // cache[0].shape[1]
+    quick = one.count > 1 and (sharing >= FEWEST_ROWS or not torch_knows(rules))
+    return quick and can_attend(query, cache)
 
 
 def _attend_mixed(
