@@ -251,3 +251,25 @@ def test_how_a_prompt_is_cut_changes_no_bit() -> None:
         whole, _ = went_on(rules, 100, 60, (HEADS, KV_HEADS, DIM), DIM)
         first, _ = went_on(rules, 100, 7, (HEADS, KV_HEADS, DIM), DIM)
         assert torch.equal(whole[:, :7], first)
+
+
+@pytest.mark.parametrize("name", ["plain", "window and sinks"])
+def test_a_prompt_has_the_same_bits_in_one_pass_in_two_and_without_a_cache(name: str) -> None:
+    """With nothing behind its first tokens, too: a bundle's, which nobody caches, is what a session's would be."""
+    pool = PagePool(128, dtype=torch.float32, device=torch.device("cpu"))
+    count, rules = packing.AT_ONCE + 44, RULES[name]
+    sides = [noise(1, heads, count, DIM, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    rows = [CachedSequence(pool) for _ in range(2)]
+
+    def attended(begin: int, end: int, row: CachedSequence | None) -> Tensor:
+        segments = segments_of([end - begin], None if row is None else [row])
+        batch = PackedBatch(segments, None if row is None else pool)
+        return batch.attend(0, *(side[:, :, begin:end] for side in sides), rules)
+
+    with torch.no_grad():
+        whole, apart = attended(0, count, rows[0]), attended(0, count, None)
+        parts = [attended(0, 90, rows[1]), attended(90, count, rows[1])]
+    assert torch.equal(whole, torch.cat(parts, 1))
+    assert torch.equal(whole, apart)
+    with torch.enable_grad():  # by torch, which has a gradient
+        torch.testing.assert_close(whole, attended(0, count, None), atol=2e-6, rtol=1e-5)
