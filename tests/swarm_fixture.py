@@ -23,6 +23,7 @@ from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import open_checkpoint
 from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import check_family, steps_stack
+from corolla.models.checks.steps import steps_differ
 from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import load_span
 from corolla.server.block_server import BlockServer
@@ -74,9 +75,14 @@ class MemorySwarm:
     ) -> str:
         """Start a server, which computes the prompts of `bundles` by itself; gives its peer id."""
         config = self.checkpoint.config
-        packable, stackable = check_family(config), steps_stack(config)
         span = load_span(
-            self.checkpoint, start, end, dtype=self.dtype, packable=packable, stackable=stackable
+            self.checkpoint,
+            start,
+            end,
+            dtype=self.dtype,
+            packable=check_family(config),
+            stackable=steps_stack(config),
+            steps_differ=steps_differ(config),
         )
         if quantization != "none" or bundles:  # a prompt's earlier blocks are always computed with them
             use_kernels(span.model, quantization, span.device)
@@ -148,6 +154,7 @@ class MemorySwarm:
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
             cuts=cuts_of(self.checkpoint.config),
+            steps_differ=steps_differ(self.checkpoint.config),
             observe=observe,
             owns_loop=False,
         )

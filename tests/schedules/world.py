@@ -21,6 +21,7 @@ from corolla.errors import SwarmUnavailable
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.selfcheck import check_family, steps_stack
+from corolla.models.checks.steps import steps_differ
 from corolla.models.families import slice_config
 from corolla.models.prompts import BlockVectors
 from corolla.models.span import Span, load_span
@@ -92,8 +93,16 @@ class _Spans:
         free = self._free[checkpoint.name, start, end]
         if free:
             return free.pop()
-        packable, stackable = check_family(checkpoint.config), steps_stack(checkpoint.config)
-        return load_span(checkpoint, start, end, dtype=DTYPE, packable=packable, stackable=stackable)
+        config = checkpoint.config
+        return load_span(
+            checkpoint,
+            start,
+            end,
+            dtype=DTYPE,
+            packable=check_family(config),
+            stackable=steps_stack(config),
+            steps_differ=steps_differ(config),
+        )
 
     def give(self, checkpoint: Checkpoint, span: Span) -> None:
         self._free[checkpoint.name, span.start, span.end].append(span)
@@ -166,6 +175,7 @@ class SimulatedSwarm:
             model_name=self.checkpoint.name,
             num_blocks=self.checkpoint.num_blocks,
             cuts=cuts_of(self.checkpoint.config),
+            steps_differ=steps_differ(self.checkpoint.config),
             owns_loop=False,
         )
         self._connections.append(connection)

@@ -35,10 +35,12 @@ class SwarmConnection:
         model_name: str,
         num_blocks: int,
         cuts: CutLayout | None = None,
+        steps_differ: bool = False,
         observe: Callable[[SwarmView], Observer] | None = None,
         owns_loop: bool = True,
     ) -> None:
-        """`model` is the checkpoint's identity, `model_name` what people call it; for `cuts` see `SwarmView`.
+        """`model` is the checkpoint's identity, `model_name` what people call it; for `cuts` and
+        `steps_differ` see `SwarmView`.
 
         `observe` makes what is told of every answer, if anything.
         """
@@ -56,6 +58,7 @@ class SwarmConnection:
             model_name=model_name,
             num_blocks=num_blocks,
             cuts=cuts,
+            steps_differ=steps_differ,
             introductions=node.introductions,
         )
         self.retry = Retry(self.view, patience=self.config.patience)

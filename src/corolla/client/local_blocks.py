@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from corolla.client.sessions.span_session import History, order_of
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import Checkpoint
+from corolla.models.checks.steps import steps_differ
 from corolla.models.kernels.apply import use_kernels
 from corolla.models.span import Span, load_span
 
@@ -48,6 +48,16 @@ class LocalBlocks:
                 hidden, mask=call.mask, positions=positions, cache=cache, **given
             )
 
+    def run_again(self, history: History, call: BlocksCall, start: int, end: int, cache: SpanCache) -> None:
+        """Have an empty cache of blocks [start, end) hold what the history says, which comes before `call`."""
+        inputs = history.inputs()
+        assert inputs is not None
+        mask = None if call.mask is None else call.mask[:, : call.start]
+        given = {} if call.vectors is None else call.vectors.of(start, end)
+        with self._lock:
+            span = self._span.view(start, end)
+            span.forward_again(*inputs, history.lengths(), cache, mask=mask, given=given)
+
 
 class LocalSession:
     """The cache of one session over some of the local blocks."""
@@ -72,7 +82,7 @@ class LocalSession:
             self._go_back(call.start)
             self._arrange(int(hidden.shape[0]))
             if self._cache.tokens < call.start:
-                self._replay(call)
+                self._blocks.run_again(self.entered, call, self._start, self._end, self._cache)
             self.entered.append(hidden.detach(), call.positions)
             return self._blocks.run(hidden, call, self._start, self._end, self._cache)
 
@@ -82,14 +92,6 @@ class LocalSession:
             self._cache.truncate(tokens)
         else:
             self._cache = self._blocks.new_cache(self._start, self._end)
-
-    def _replay(self, call: BlocksCall) -> None:
-        """Compute anew what came before `call`."""
-        inputs = self.entered.inputs()
-        assert inputs is not None
-        mask = None if call.mask is None else call.mask[:, : call.start]
-        past = replace(call, mask=mask, positions=inputs[1])
-        self._blocks.run(inputs[0], past, self._start, self._end, self._cache)
 
     def _arrange(self, rows: int) -> None:
         """Bring the cached rows into order."""
@@ -125,6 +127,6 @@ def load_local(checkpoint: Checkpoint, count: int, dtype: torch.dtype) -> LocalB
     """The first `count` blocks; None for none. Raises `CheckpointError`."""
     if not count:
         return None
-    span = load_span(checkpoint, 0, count, dtype=dtype)
+    span = load_span(checkpoint, 0, count, dtype=dtype, steps_differ=steps_differ(checkpoint.config))
     use_kernels(span.model, "none", span.device)
     return LocalBlocks(span)

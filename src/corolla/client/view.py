@@ -74,16 +74,19 @@ class SwarmView:
         model_name: str,
         num_blocks: int,
         cuts: CutLayout | None = None,
+        steps_differ: bool = False,
         introductions: Introductions | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`model` is the checkpoint's identity, `model_name` what people call it; `cuts` is what crosses the cuts
-        between its blocks, None for a hidden state a token. `introductions` presents this
-        client where it is not let in; `clock` gives seconds, by default the event loop's."""
+        between its blocks, None for a hidden state a token; `steps_differ` is what `models/checks/steps.py` says of
+        them. `introductions` presents this client where it is not let in; `clock` gives seconds, by
+        default the event loop's."""
         config = config or SwarmConfig()
         self.peer_id = transport.peer_id  # this client's own
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
         self.cuts = cuts or CutLayout(TokenLayout(0, 1, ()), num_blocks)
+        self.steps_differ = steps_differ
         self.wire = config.wire_format
         if self.wire == "int8" and self.cuts.has_whole_numbers:
             raise UsageError(

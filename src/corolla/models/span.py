@@ -62,6 +62,9 @@ class Span:
     model: PreTrainedModel  # the family's own, holding these blocks only
     packable: bool  # whether `forward_packed` may be used, as `selfcheck` found for the family
     stackable: bool  # the same of `forward_stacked`
+    steps_differ: (
+        bool  # whether a token by itself is computed otherwise than among others (`checks/steps.py`)
+    )
     hidden_size: int  # H, the width of the hidden states
     width: int  # W, of what enters the first block: H, and what else blocks need (`models/cut_layout.py`)
     width_behind: int  # W', of what leaves the last block
@@ -78,6 +81,7 @@ class Span:
         cuts: CutLayout,
         packable: bool,
         stackable: bool = False,
+        steps_differ: bool = False,
     ) -> None:
         """`blocks` is the model's attribute that is the list of blocks; use `load_span` to make a span."""
         self.model = model
@@ -85,6 +89,7 @@ class Span:
         self.start, self.end = start, end
         self.packable = packable
         self.stackable = stackable and cuts.plain
+        self.steps_differ = steps_differ
         self._blocks = blocks
         self.hidden_size = int(model.config.hidden_size)
         self.width, self.width_behind = cuts.width(start), cuts.width(end)
@@ -147,7 +152,14 @@ class Span:
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
         view = Span(
-            model, self._blocks, start, end, cuts=self.cuts, packable=self.packable, stackable=self.stackable
+            model,
+            self._blocks,
+            start,
+            end,
+            cuts=self.cuts,
+            packable=self.packable,
+            stackable=self.stackable,
+            steps_differ=self.steps_differ,
         )
         view._whole = self._whole
         return view
@@ -158,7 +170,9 @@ class Span:
 
     def new_cache(self) -> SpanCache:
         """An empty cache for these blocks."""
-        return copy.deepcopy(self._empty_cache)
+        cache = copy.deepcopy(self._empty_cache)
+        cache.steps_differ = self.steps_differ
+        return cache
 
     @cached_property
     def _one_by_one(self) -> bool:
@@ -186,7 +200,24 @@ class Span:
         for `forward`."""
         if (again := cache.go_back(length)) is not None:
             seen = None if mask is None else mask[:, :length].to(self.device)
-            self.forward(again[0], mask=seen, positions=again[1], cache=cache, **given)
+            self.forward_again(*again, cache, mask=seen, given=given)
+
+    def forward_again(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        lengths: Sequence[int],
+        cache: SpanCache,
+        *,
+        mask: Tensor | None = None,
+        given: Mapping[str, Tensor | None] = EMPTY,
+    ) -> None:
+        """Extend the cache by what it held once, which came in passes of `lengths`: as such, if that matters."""
+        parts, past = list(lengths) if self.steps_differ else [int(hidden.shape[1])], cache.tokens
+        for one, ids in zip(torch.split(hidden, parts, 1), torch.split(positions, parts, 1), strict=True):
+            past += int(one.shape[1])
+            seen = None if mask is None else mask[:, :past]
+            self.forward(one, mask=seen, positions=ids, cache=cache, **given)
 
     @cached_property
     def key_values(self) -> KeyValueForm | None:
@@ -399,10 +430,12 @@ def load_span(
     device: torch.device | str = "cpu",
     packable: bool = False,
     stackable: bool = False,
+    steps_differ: bool = False,
 ) -> Span:
     """Read blocks [start, end) of a checkpoint, and nothing else of it.
 
-    `packable` is what `check_family` says of the family, `stackable` what `steps_stack` does.
+    `packable` is what `check_family` says of the family, `stackable` what `steps_stack` does, `steps_differ` what
+    `checks/steps.py` does.
 
     Raises `UsageError` for blocks that the model does not have, `CheckpointError` when a tensor is missing or
     has another shape than the config says.
@@ -419,4 +452,13 @@ def load_span(
     cuts = cuts_of(checkpoint.config)
     model = load_blocks(checkpoint, found, cuts, start, end, state, dtype)
     model = model.to(torch.device(device))
-    return Span(model, found.blocks, start, end, cuts=cuts, packable=packable, stackable=stackable)
+    return Span(
+        model,
+        found.blocks,
+        start,
+        end,
+        cuts=cuts,
+        packable=packable,
+        stackable=stackable,
+        steps_differ=steps_differ,
+    )

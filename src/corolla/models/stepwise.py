@@ -29,15 +29,16 @@ def load_prepared(
     device: torch.device | str = "cpu",
     packable: bool = False,
     stackable: bool = False,
+    steps_differ: bool = False,
     prepare: Callable[[PreTrainedModel], object],
     step_bytes: int = STEP_BYTES,
 ) -> Span:
     """`load_span`, with `prepare` done to the blocks before many more are read; raises what both raise."""
 
+    kind = {"packable": packable, "stackable": stackable, "steps_differ": steps_differ}
+
     def read(first: int, last: int) -> Span:
-        span = load_span(
-            checkpoint, first, last, dtype=dtype, device=device, packable=packable, stackable=stackable
-        )
+        span = load_span(checkpoint, first, last, dtype=dtype, device=device, **kind)
         prepare(span.model)
         return span
 
@@ -50,7 +51,7 @@ def load_prepared(
         _append(model, read(first, last).model, blocks)
     model.config = slice_config(model.whole_config, start, end)
     cuts = cuts_of(checkpoint.config)
-    return Span(model, blocks, start, end, cuts=cuts, packable=packable, stackable=stackable)
+    return Span(model, blocks, start, end, cuts=cuts, **kind)
 
 
 def _bounds(checkpoint: Checkpoint, start: int, end: int, most: int) -> list[int]:

@@ -230,6 +230,15 @@ def check_hidden(hidden: Tensor, span: Span) -> None:
         raise malformed("hidden", f"Hidden states are {span.width} wide here, not {hidden.shape[2]}.")
 
 
+def check_lengths(lengths: Tensor, total: int) -> list[int]:
+    """As numbers, which cover so many tokens exactly. Raises `RequestRefused`."""
+    # Compared as Python numbers, which do not overflow.
+    found: list[int] = lengths.tolist()
+    if min(found) < 1 or sum(found) != total:
+        raise malformed("lengths", f"The lengths must be at least 1 and add up to the {total} tokens.")
+    return found
+
+
 def check_given(
     tensors: Mapping[str, Tensor],
     span: Span,

@@ -28,6 +28,7 @@ from corolla.models.attention.pages import PAGE
 from corolla.models.attention.windows import layout_of
 from corolla.models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from corolla.models.checks.selfcheck import check_family, steps_stack
+from corolla.models.checks.steps import steps_differ
 from corolla.models.families import block_key_pattern
 from corolla.models.kernels.apply import check_quantization, use_kernels
 from corolla.models.kernels.helpers import give_up_helpers
@@ -161,6 +162,7 @@ class OpenedModel:
     device: torch.device
     packable: bool
     stackable: bool
+    steps_differ: bool
     quantization: str
     prompts: list[Prompt] = field(default_factory=list)  # of the bundles
 
@@ -192,7 +194,16 @@ def open_model(config: ServerConfig, say: Callable[[str], None]) -> OpenedModel:
             f"Caches of {checkpoint.config.model_type} models cannot be shared between clients: leave --bundle out."
         )
     return OpenedModel(
-        checkpoint, start, end, dtype, device, packable, stackable, config.quantization, prompts
+        checkpoint,
+        start,
+        end,
+        dtype,
+        device,
+        packable,
+        stackable,
+        steps_differ(checkpoint.config),
+        config.quantization,
+        prompts,
     )
 
 
@@ -209,6 +220,7 @@ def load_blocks(opened: OpenedModel, say: Callable[[str], None]) -> Span:
         device=opened.device,
         packable=opened.packable,
         stackable=opened.stackable,
+        steps_differ=opened.steps_differ,
         prepare=lambda model: use_kernels(model, opened.quantization, opened.device),
     )
     if opened.checkpoint.stored_as is not None:

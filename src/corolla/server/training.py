@@ -26,6 +26,7 @@ from corolla.server.block_server import (
     BlockServer,
     check_given,
     check_hidden,
+    check_lengths,
     check_memory,
     malformed,
     working_bytes,
@@ -346,12 +347,7 @@ def backward_of(lease: Lease, grad: Tensor, prompt_gradient: bool) -> dict[str, 
 
 def _checked_lengths(tensors: dict[str, Tensor]) -> list[int]:
     """The sequences' lengths, which must cover the packed tokens exactly. Raises `RequestRefused`."""
-    hidden, lengths = tensors["hidden"], tensors["lengths"]
-    total = int(hidden.shape[1])
-    # Compared as Python numbers, which do not overflow.
-    found: list[int] = lengths.tolist()
-    if hidden.shape[0] != 1 or min(found) < 1 or sum(found) != total:
-        raise malformed(
-            "lengths", f"The lengths must be at least 1 and add up to the {total} packed tokens of one row."
-        )
-    return found
+    hidden = tensors["hidden"]
+    if hidden.shape[0] != 1:
+        raise malformed("lengths", "Sequences are packed into one row.")
+    return check_lengths(tensors["lengths"], int(hidden.shape[1]))

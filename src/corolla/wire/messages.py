@@ -7,8 +7,9 @@ server in all other states, until ENDED, where nobody does.
 Tensors do not live in messages: a frame carries them beside the message, by name (`wire/frames.py`).
 Names of the tensors that each message takes stand in `TENSORS`, with shapes in terms of
 R rows (sequences of a batch), T new tokens, S tokens so far including the new ones, D the hidden size, H and W
-widths of what crosses a cut, mostly the hidden size, P prompt tokens, N blocks and K packed sequences; Q positions of
-a prefix, and E numbers that it has for each; A the rank of an adapter, F what it has of each block, C bytes of names.
+widths of what crosses a cut, mostly the hidden size, P prompt tokens, N blocks and K packed sequences or passes; Q
+positions of a prefix, and E numbers that it has for each; A the rank of an adapter, F what it has of each block, C
+bytes of names.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Step(Message, frozen=True):
     What the cache holds from `position` on is forgotten first (a rollback costs no round trip); with the
     tensor `rows` the cached sequences are reordered (beam search) or repeated before that; their number
     may change. `reserve` is the total number of tokens a row may reach in the present call: the server grows
-    the session's reservation to that, or refuses with "busy" before it computes anything.
+    the session's reservation to that, or refuses with "busy" before it computes anything. Tokens of a replay may have
+    come in several passes; `lengths` says in which, where that makes a difference to what is computed.
     """
 
     position: Count
@@ -261,7 +263,8 @@ SILENCE_SECONDS = 4.0  # a peer that says nothing for so long while a request is
 #   positions  int64 position ids; left out when they are start, start+1, …
 #   rows       int64 [R], which cached row each row continues
 #   …_scales   float32, of a compressed tensor, B a token (`frames.compress`)
-#   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens
+#   lengths    int64 [K], of the sequences that are packed into one row (R = 1) of T tokens; of a `Step`, of the passes
+#              in which its T tokens came first
 #   prompts    float32 deep prompts, added to positions 0…P-1 before each of the N blocks
 #   prefix     float32 keys and values of Q positions before all tokens, for each of the N blocks (models/prompts.py)
 #   lora       float32 adapter of the N blocks (models/lora.py), of the layers that `targets` names
@@ -280,6 +283,7 @@ TENSORS: dict[type[Message], dict[str, tuple[str, bool]]] = {
         "mask": ("R S", False),
         "positions": ("R T", False),
         "rows": ("R", False),
+        "lengths": ("K", False),
     },
     Steps: {"hidden": ("R T H", True), "hidden_scales": ("R T B", False)},
     Forward: {

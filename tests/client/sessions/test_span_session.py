@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla.client.sessions.span_session import History
+from corolla.models.attention.passes import LEAST, in_groups
 
 OPERATIONS = st.lists(
     st.one_of(
@@ -85,3 +86,33 @@ def test_what_its_server_held_before_the_first_step_is_taken_back_or_gone_on_wit
         history.held = 3
         history.append(torch.zeros(1, 5, 1), None, known=known)
         assert (history.held, history.length, history.epoch) == (5, 5, epoch)
+
+
+def test_the_passes_in_which_tokens_came() -> None:
+    history = History()
+    for count in (4, 1, 1):
+        history.append(torch.zeros(1, count, 1), None)
+    history.append(torch.zeros(1, 5, 1), None, lengths=[3, 1, 1])
+    assert (history.lengths(), history.at_once) == ([4, 1, 1, 3, 1, 1], 4)
+    twin = history.copy(8)
+    assert twin.lengths() == [4, 1, 1, 2]
+    twin.truncate(7)
+    assert twin.lengths() == [4, 1, 1, 1]
+    twin.append(torch.zeros(1, 3, 1), None)
+    twin.append(torch.zeros(1, 3, 1), None)
+    twin.truncate(11)
+    assert twin.lengths() == [4, 1, 1, 1, 4]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 12))
+def test_passes_in_groups_are_cut_where_nobody_is_left_alone(lengths: list[int], most: int) -> None:
+    groups = list(in_groups(lengths, most))
+    assert all(sum(group) <= max(most, LEAST) for group in groups)
+    pieces = iter([one for group in groups for one in group])
+    for length in lengths:
+        found: list[int] = []
+        while sum(found) < length:
+            found.append(next(pieces))
+        assert sum(found) == length
+        assert length == 1 or min(found) > 1
+    assert next(pieces, None) is None

@@ -14,16 +14,20 @@ from corolla.models.attention import snapshots
 from corolla.models.attention.snapshots import OTHERS, SPACING, TURNS, Snapshots
 from corolla.models.attention.span_cache import SpanCache
 from corolla.models.checks.splitting import split_miniature
+from corolla.models.checks.steps import steps_differ
 from corolla.models.span import Span
 
-# Recurrences beside attention, in the same block and one token at a time; convolutions; a cache of the family's own.
-FAMILIES = ("qwen3_next", "falcon_h1", "lfm2", "minimax")
+# Recurrences beside attention, in the same block and one token at a time; convolutions; a cache of the family's own;
+# blocks that keep nothing.
+FAMILIES = ("qwen3_next", "falcon_h1", "lfm2", "minimax", "nemotron_h")
 TOKENS, ROWS = 12, 3
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def span(request: pytest.FixtureRequest) -> Iterator[Span]:
-    with split_miniature(tiny(request.param)) as (_, spans):
+    config = tiny(request.param)
+    with split_miniature(config) as (_, spans):
+        spans[-1].steps_differ = steps_differ(config)
         yield spans[-1]
 
 
@@ -41,10 +45,10 @@ def went_back(span: Span, hidden: Tensor, to: int) -> tuple[Tensor, Tensor]:
         assert cache.reaches(to)
         span.go_back(cache, to)
         assert cache.get_seq_length() == to
-        found = span.forward(hidden[order][:, to:], cache=cache)
-        span.forward(hidden[order][:, :4], cache=other)
-        wanted = [span.forward(hidden[order][:, at : at + 1], cache=other) for at in range(4, TOKENS)]
-    return found, torch.cat(wanted, 1)[:, to - 4 :]
+        found = [span.forward(hidden[order][:, at : at + 1], cache=cache) for at in range(to, TOKENS)]
+        span.forward(hidden[order][:, :3], cache=other)
+        wanted = [span.forward(hidden[order][:, at : at + 1], cache=other) for at in range(3, TOKENS)]
+    return torch.cat(found, 1), torch.cat(wanted, 1)[:, to - 3 :]
 
 
 def inputs(span: Span) -> Tensor:

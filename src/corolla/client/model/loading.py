@@ -31,6 +31,7 @@ from corolla.models.checkpoints.pretrained import load_generation_config, load_p
 from corolla.models.checks.forms import cuts_of
 from corolla.models.checks.lora import check_adapter
 from corolla.models.checks.prefixes import check_prefix
+from corolla.models.checks.steps import steps_differ
 from corolla.models.guard import check_reach, position_limit, switch_off_outputs
 from corolla.models.limits import check_tokens
 from corolla.models.lora import initial
@@ -69,6 +70,7 @@ def connect(checkpoint: Checkpoint, config: SwarmConfig, dtype: torch.dtype) -> 
         model_name=checkpoint.name,
         num_blocks=checkpoint.num_blocks,
         cuts=cuts_of(checkpoint.config),
+        steps_differ=steps_differ(checkpoint.config),
         observe=auditing(checkpoint, config.audit, dtype),
     )
 

@@ -276,7 +276,7 @@ class _NoSwarm:
 
     def __init__(self) -> None:
         self.prefix_cache = PrefixCache()
-        self.view = SimpleNamespace(wire="compute")
+        self.view = SimpleNamespace(wire="compute", steps_differ=False)
         self.retry = self.audits = None
         self.is_open = True
 

@@ -229,7 +229,7 @@ class SessionChain:
             else:
                 output = await self._step(span, progress)
             self._note_author(span.hop)
-            if self._audits is not None:
+            if self._audits is not None and not self._has_steps_that_differ(span.history):
                 past = span.history.copy(span.history.length)  # the session goes on
                 self._audits.saw(partial(step_answer, span.hop, past, progress.mask, self._vectors, output))
             progress.value = output
@@ -245,6 +245,20 @@ class SessionChain:
         tokens = int(output.shape[0] * output.shape[1])
         self._view.answered(span.hop, tokens, 2 * output.nbytes, self._view.now() - began)
         return output
+
+    def _has_steps_that_differ(self, history: History) -> bool:
+        """Whether not all of it is what a pass over the whole would give, to which answers are compared."""
+        return self._view.steps_differ and history.at_once < history.length
+
+    @property
+    def at_once(self) -> int:
+        """Of the first columns, those that are what a pass over all of them would give."""
+        history = (
+            self._front.entered if self._front is not None else self.spans[0].history if self.spans else None
+        )
+        if history is None:
+            return 0
+        return history.at_once if self._view.steps_differ else history.length
 
     def _is_lost(self, span: SpanSession) -> bool:
         """Whether another server must be found: this one has no cache, or asked to be left alone.

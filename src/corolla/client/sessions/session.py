@@ -217,11 +217,13 @@ class InferenceSession:
             self.cache.record(ids[:, :tokens], 1, tokens, None)
 
     def prefix(self) -> CachedPrefix | None:
-        """What others may begin with: the tokens of a single row without padding that the servers have seen."""
+        """What others may begin with: the tokens of a single row without padding that the servers have seen, and
+        computed as if all at once."""
         version, ids = self._chain.version, self.cache.ids
         if ids is None or ids.shape[0] != 1 or self.cache.mask is not None or bool((ids < 0).any()):
             return None
-        return CachedPrefix(ids[0], self._chain, self._prompt_key, version)
+        begun = max(0, self._chain.at_once - self.cache.prompt_length)
+        return CachedPrefix(ids[0][:begun], self._chain, self._prompt_key, version)
 
     def fork(self) -> InferenceSession:
         """Another session that goes on from here by itself; what is cached so far is shared, not copied."""

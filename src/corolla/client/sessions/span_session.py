@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from corolla.client.sessions.named_prompt import NamedPrompt, PromptOutputs, ask
 from corolla.client.sessions.step_batcher import StepBatcher
 from corolla.client.view import SwarmView
 from corolla.errors import ProtocolError, RemoteError, RequestRefused, UsageError
+from corolla.models.attention.passes import in_groups, lengths_of
 from corolla.models.prompts import BlockVectors
 from corolla.swarm.channel import Channel, request
 from corolla.swarm.directory.routing import Hop
@@ -44,6 +47,7 @@ class _StepInputs:
     hidden: Tensor  # [r, T, H]
     positions: Tensor | None  # int64 [r, T]
     rows: Tensor | None = None  # int64 [R]
+    cut: bool = False  # whether more tokens came in the same pass
 
     @property
     def length(self) -> int:
@@ -51,7 +55,7 @@ class _StepInputs:
 
     def first(self, count: int) -> _StepInputs:
         positions = None if self.positions is None else self.positions[:, :count]
-        return replace(self, hidden=self.hidden[:, :count], positions=positions)
+        return replace(self, hidden=self.hidden[:, :count], positions=positions, cut=True)
 
     def select(self, rows: Tensor) -> _StepInputs:
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
@@ -99,13 +103,21 @@ class History:
         twin.truncate(length)
         return twin
 
-    def append(self, hidden: Tensor, positions: Tensor | None, known: int = 0) -> None:
+    def append(
+        self,
+        hidden: Tensor,
+        positions: Tensor | None,
+        known: int = 0,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         """A step has been taken, its inputs are [R, T, H]; `positions` None means that they follow on from `length`.
 
-        The server held the first `known` of its tokens already.
+        The server held the first `known` of its tokens already. Of a replay, they came in passes of `lengths`.
         """
         self.epoch += self.held > 0 and (self.length + known < self.held or self.order is not None)
-        self._steps.append(_StepInputs(hidden, positions))
+        parts = [int(hidden.shape[1])] if lengths is None else list(lengths)
+        ids = [None] * len(parts) if positions is None else torch.split(positions, parts, 1)
+        self._steps += map(_StepInputs, torch.split(hidden, parts, 1), ids)
         self.length += int(hidden.shape[1])
         self.rows, self.held, self.order = int(hidden.shape[0]), self.length, None
 
@@ -128,6 +140,15 @@ class History:
     def last(self) -> Tensor:
         """The input of the newest token, [R, 1, H]; there is one."""
         return self._steps[-1].tensors(0)[0][:, -1:]
+
+    def lengths(self) -> list[int]:
+        """In passes of how many tokens the inputs came."""
+        return lengths_of((one.length, one.cut) for one in self._steps)
+
+    @property
+    def at_once(self) -> int:
+        """Tokens a row that came before the first step of one token."""
+        return sum(takewhile(lambda length: length > 1, self.lengths()))
 
     def inputs(self) -> tuple[Tensor, Tensor] | None:
         """Inputs [R, length, H] and position ids [R, length]; None when there are none."""
@@ -207,18 +228,28 @@ class SpanSession:
         self.channel = channel
         self._output_of = view.output_of
         self._batchable = view.cuts.plain
+        self._steps_differ = view.steps_differ
         self._batcher = view.batcher(self.hop.peer_id)
         self._batcher.enter(self.name)
         self.history.held = reply.message.position if isinstance(reply.message, Opened) else 0
         return origin is not None and self.history.held == origin.tokens
 
-    async def step(self, hidden: Tensor, step: Step, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    async def step(
+        self,
+        hidden: Tensor,
+        step: Step,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Outputs [R, T, H] of this span for `hidden` [R, T, H] from the history's end on, which is noted there.
 
-        `mask` is bool [R, position + T], `positions` int64 [R, T]. After an error the server's cache is given up,
-        unless the refusal says that it is as it was before the step.
+        `mask` is bool [R, position + T], `positions` int64 [R, T], `lengths` as in `History.append`. After an error
+        the server's cache is given up, unless the refusal says that it is as it was before the step.
         """
         optional = {"mask": mask, "positions": positions, "rows": self.history.order}
+        if lengths is not None and len(lengths) > 1 and self._steps_differ:
+            optional["lengths"] = torch.tensor(lengths)
         tensors = {"hidden": hidden} | {name: one for name, one in optional.items() if one is not None}
         prefilled = self._prefilled
         if prefilled is not None and not prefilled.begins(step, hidden):
@@ -232,7 +263,8 @@ class SpanSession:
                 await self.drop()
             raise
         self._prefilled = None
-        self.history.append(hidden, positions, known=0 if prefilled is None else prefilled.columns)
+        known = 0 if prefilled is None else prefilled.columns
+        self.history.append(hidden, positions, known, lengths)
         return output if prefilled is None else prefilled.with_outputs(output)
 
     async def replay(self, history: History, rest: History, progress: Progress, reserve: int) -> None:
@@ -244,15 +276,16 @@ class SpanSession:
         if past is None:
             return
         hidden, positions = past
-        width = max(1, REPLAY_TOKENS // hidden.shape[0])
-        for start in range(0, hidden.shape[1], width):
-            stop = min(start + width, hidden.shape[1])
+        width, start = max(1, REPLAY_TOKENS // hidden.shape[0]), 0
+        for lengths in in_groups(history.lengths(), width):
+            stop = start + sum(lengths)
             ids = positions[:, start:stop]
             covered = None if mask is None else mask[:, :stop]
             message = Step(position=start, reserve=reserve)
-            value = await self.step(hidden[:, start:stop], message, covered, ids)
-            rest.append(value, ids)
+            value = await self.step(hidden[:, start:stop], message, covered, ids, lengths)
+            rest.append(value, ids, lengths=lengths)
             progress.replayed_up_to(stop)
+            start = stop
 
     async def read(self, tokens: int) -> Tensor:
         """What the server's caches hold of the first `tokens` tokens, as a prefix fp32 [blocks, tokens, D].

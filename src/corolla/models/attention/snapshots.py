@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.models.attention.passes import lengths_of
+
 SPACING = 64  # tokens between snapshots while a reply is generated
 TURNS, OTHERS = 2, 2  # snapshots of either kind that are kept
 SNAPSHOTS = TURNS + OTHERS
@@ -105,24 +107,37 @@ class Snapshots:
         if self.taken:
             self.passed.append(Passed(hidden.detach(), positions, start))
 
-    def before(self, length: int) -> Snapshot | None:
-        """The last one from which a sequence of so many tokens is reached."""
-        return next((one for one in reversed(self.taken) if one.length <= length), None)
+    def before(self, length: int, *, steps_differ: bool) -> Snapshot | None:
+        """The last one from which a sequence of so many tokens is reached.
 
-    def go_back(self, length: int, last: Snapshot) -> tuple[Tensor, Tensor] | None:
+        Where a token by itself is computed otherwise, not one from which one token of several would be left.
+        """
+        return next(
+            (
+                one
+                for one in reversed(self.taken)
+                if one.length <= length and not (steps_differ and self._leaves_one(one.length, length))
+            ),
+            None,
+        )
+
+    def _leaves_one(self, start: int, length: int) -> bool:
+        return start + 1 == length and any(one.start <= start and one.end > length for one in self.passed)
+
+    def go_back(self, length: int, last: Snapshot) -> tuple[Tensor, Tensor, list[int]] | None:
         """Forget what is behind `length` tokens; gives inputs [R, T, W] and position ids of what is to be computed
-        again from `last`, which is before it."""
+        again from `last`, which is before it, and in passes of how many tokens that came."""
         self.taken = [one for one in self.taken if one.length <= length]
-        again = [
-            one.part(last.length, length)
-            for one in self.passed
-            if last.length < one.end and one.start < length
-        ]
+        touched = [one for one in self.passed if last.length < one.end and one.start < length]
+        again = [one.part(last.length, length) for one in touched]
+        lengths = lengths_of(
+            (one.end - one.start, one.end < whole.end) for one, whole in zip(again, touched, strict=True)
+        )
         self.passed = [one.part(0, last.length) for one in self.passed if one.start < last.length]
         if not again:
             return None
         hidden, ids = zip(*(one.of_today() for one in again), strict=True)
-        return torch.cat(hidden, 1), torch.cat(ids, 1)
+        return torch.cat(hidden, 1), torch.cat(ids, 1), lengths
 
     def select_rows(self, rows: Tensor) -> None:
         """The rows are now those that int64 [R'] names."""

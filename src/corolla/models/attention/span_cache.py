@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
@@ -35,12 +35,15 @@ ENDLESS = 2**62  # tokens
 # An attribute of one layer: position ids [kinds, R, T] of all tokens. A family's loop, which counts the layers of its
 # own blocks only, keeps them where it finds the first of a kind.
 PLACES = "indexer_position_ids"
+# The layers of blocks that keep nothing; older releases have no such kind.
+NOTHING: Any = getattr(cache_utils, "DummyLayer", type(None))
 
 
 class SpanCache(DynamicCache):  # type: ignore[misc]
     """Of blocks [start, end), addressed by the indices that their layers have in the whole model."""
 
     of_its_own = False  # a family's own kind of cache, which keeps a state in no layer
+    steps_differ = False  # see `Span`
 
     def __init__(self, start: int, end: int, config: PretrainedConfig) -> None:
         """`config` is the whole model's, by which the blocks are of different kinds."""
@@ -133,12 +136,12 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         """Whether the cache can go on from its first `length` tokens."""
         if not 0 < length < self.tokens or self.keeps_everything:
             return True
-        return self._snapshots.before(length) is not None
+        return self._snapshots.before(length, steps_differ=self.steps_differ) is not None
 
     @property
     def has_known_states(self) -> bool:
         """Whether there are states, in layers of kinds that `remember` knows."""
-        known = (LinearAttentionLayer, DynamicLayer, DynamicIndexedLayer)
+        known = (LinearAttentionLayer, DynamicLayer, DynamicIndexedLayer, NOTHING)
         return not self.keeps_everything and all(
             isinstance(one, known) and not isinstance(one, DynamicSlidingWindowLayer) for one in self.layers
         )
@@ -148,12 +151,15 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         if not self.keeps_everything and self._snapshots.is_due(self._length, turn=turn):
             self._snapshots.add(Snapshot(self._length, turn, copied(self._states())))
 
-    def go_back(self, length: int) -> tuple[Tensor, Tensor] | None:
+    def go_back(self, length: int) -> tuple[Tensor, Tensor, list[int]] | None:
         """Hold the first `length` tokens, which is not 0, or the beginning of them.
 
-        Then gives inputs [R, T, W] and position ids [R, T] of the others, which are to be computed again.
+        Then gives inputs [R, T, W] and position ids [R, T] of the others, which are to be computed again, and in
+        passes of how many tokens they came.
         """
-        last = None if self.keeps_everything else self._snapshots.before(length)
+        last = (
+            None if self.keeps_everything else self._snapshots.before(length, steps_differ=self.steps_differ)
+        )
         if last is None or length >= self._length:
             self.truncate(length)
             return None

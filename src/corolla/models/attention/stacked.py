@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, cache_utils
+from transformers import Cache
 from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -22,12 +22,10 @@ from transformers.cache_utils import (
 from corolla.models.attention.one_sequence import TableSegment, attend_one
 from corolla.models.attention.one_token_rows import Rules
 from corolla.models.attention.packing import attend_latents
-from corolla.models.attention.span_cache import SpanCache
+from corolla.models.attention.span_cache import NOTHING, SpanCache
 
-# Of blocks that keep nothing; older releases have no such kind.
-_NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 # Kinds of layers that are understood; no others, nor kinds that are made of these.
-KINDS = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, _NOTHING)
+KINDS = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, NOTHING)
 STATES = ("conv_states", "recurrent_states")  # of a layer that has some, by their number
 
 
@@ -162,7 +160,7 @@ def _stacked(layers: Sequence[Any]) -> Any:
     """The states of some caches' layers, of one block, in one layer."""
     first = layers[0]
     if not isinstance(first, LinearAttentionLayer):
-        return type(first)() if type(first) is _NOTHING else DynamicLayer()
+        return type(first)() if type(first) is NOTHING else DynamicLayer()
     made = type(first)(first.number_of_states)
     for name in STATES:
         setattr(made, name, _joined([getattr(one, name) for one in layers]))

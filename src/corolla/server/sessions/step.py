@@ -16,10 +16,18 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused
 from corolla.models.attention.packing import PackedBatch, Segment
+from corolla.models.attention.passes import piece_of
 from corolla.models.lora import AdapterRows
 from corolla.models.prompts import DeepRows
 from corolla.models.span import Span
-from corolla.server.block_server import BlockServer, check_hidden, check_memory, malformed, working_bytes
+from corolla.server.block_server import (
+    BlockServer,
+    check_hidden,
+    check_lengths,
+    check_memory,
+    malformed,
+    working_bytes,
+)
 from corolla.server.scheduler.execution import PASS_TOKENS, Kind, Request
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
@@ -55,8 +63,10 @@ class StepRequest(Request):
         order: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> None:
-        """`hidden` [R, T, H] stands at column `position`; `mask` bool [R, position + T], `positions` [R, T].
+        """`hidden` [R, T, H] stands at column `position`; `mask` bool [R, position + T], `positions` [R, T];
+        `lengths` as in `Step`.
 
         The cached rows are continued in `order`; `reserve` is how many tokens a row may reach in the present call.
         """
@@ -74,6 +84,7 @@ class StepRequest(Request):
         self._order = order
         self._mask = mask
         self._positions = positions
+        self._lengths = lengths
         self._arranged = False
         self._at = 0  # tokens that have been through the blocks
 
@@ -91,6 +102,7 @@ class StepRequest(Request):
             order=tensors.get("rows"),
             mask=tensors.get("mask"),
             positions=tensors.get("positions"),
+            lengths=tensors.get("lengths"),
         )
 
     def check(self) -> None:
@@ -105,6 +117,8 @@ class StepRequest(Request):
     def _check_fits(self) -> None:
         """Everything that depends on the session's state. Raises `RequestRefused`."""
         session, position, order, mask = self.session, self._position, self._order, self._mask
+        if self._lengths is not None:
+            check_lengths(self._lengths, self.count)
         if position > session.length:
             raise malformed(
                 "position", f"The session holds {session.length} tokens; a step cannot begin at {position}."
@@ -253,10 +267,21 @@ class StepRequest(Request):
             if one.sequence is not None:
                 one.sequence.trim()
 
+    @cached_property
+    def _pass_ends(self) -> list[int]:
+        """The columns at which passes end that are to be computed by themselves."""
+        if self._lengths is None or not self.session.span.steps_differ:
+            return [self.count]
+        ends: list[int] = self._lengths.cumsum(0).tolist()
+        return ends
+
     def begin_plain(self) -> None:
         """`begin`, and a snapshot where one is due, for a family that cannot be packed."""
         self.begin()
-        self.session.remember(self.rows, turn=not self._at and self.count > 1)
+        column = self._at // self.rows
+        # Where steps differ, whoever goes back to one token behind a snapshot must see whether a pass begins there.
+        if not (column and self.session.span.steps_differ) or column in self._pass_ends:
+            self.session.remember(self.rows, turn=not column and self.count > 1)
 
     def load_stacked(self) -> tuple[Tensor, Tensor]:
         """Its new tokens [R, 1, H] and their position ids [R, 1], for a pass over steps of one token."""
@@ -276,7 +301,8 @@ class StepRequest(Request):
         self.begin_plain()
         session, device = self.session, self.session.span.device
         begin = self._at // self.rows
-        end = min(begin + _columns(tokens, self.rows), self.count)
+        left = next(end for end in self._pass_ends if end > begin) - begin
+        end = begin + piece_of(left, _columns(tokens, self.rows))
         mask, positions = self._mask, self._positions
         with torch.inference_mode():
             output = session.span.forward(
