@@ -36,7 +36,7 @@ from corolla.swarm.node import Node
 from corolla.swarm.transport.memory import MemoryNetwork
 from corolla.wire.messages import PROTOCOL_NAME
 from tests.models.every_family import tiny
-from tests.schedules.workloads import Workload, prompt_of
+from tests.schedules.workloads import Workload, prompt_of, with_experts_in_64_bits
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model, write_tiny
 from tests.virtual_time import SimulatedEngine, VirtualLoopThread
 
@@ -94,7 +94,7 @@ class _Spans:
         if free:
             return free.pop()
         config = checkpoint.config
-        return load_span(
+        span = load_span(
             checkpoint,
             start,
             end,
@@ -103,6 +103,8 @@ class _Spans:
             stackable=steps_stack(config),
             steps_differ=steps_differ(config),
         )
+        with_experts_in_64_bits(span.model)
+        return span
 
     def give(self, checkpoint: Checkpoint, span: Span) -> None:
         self._free[checkpoint.name, span.start, span.end].append(span)

@@ -151,16 +151,8 @@ class Span:
         setattr(model, self._blocks, nn.ModuleList(self.blocks[first:last]))
         narrow_stand_ins(model, last - first)
         model.config = slice_config(self.config, first, last)
-        view = Span(
-            model,
-            self._blocks,
-            start,
-            end,
-            cuts=self.cuts,
-            packable=self.packable,
-            stackable=self.stackable,
-            steps_differ=self.steps_differ,
-        )
+        kind = {name: getattr(self, name) for name in ("packable", "stackable", "steps_differ")}
+        view = Span(model, self._blocks, start, end, cuts=self.cuts, **kind)
         view._whole = self._whole
         return view
 
@@ -452,13 +444,5 @@ def load_span(
     cuts = cuts_of(checkpoint.config)
     model = load_blocks(checkpoint, found, cuts, start, end, state, dtype)
     model = model.to(torch.device(device))
-    return Span(
-        model,
-        found.blocks,
-        start,
-        end,
-        cuts=cuts,
-        packable=packable,
-        stackable=stackable,
-        steps_differ=steps_differ,
-    )
+    kind = {"packable": packable, "stackable": stackable, "steps_differ": steps_differ}
+    return Span(model, found.blocks, start, end, cuts=cuts, **kind)
