@@ -172,7 +172,7 @@ class RemoteCache(_OneGrowingLayer):
         # Of the `generate` call that goes on with this cache: how many tokens it was given in all, 0 without one; how
         # many of them it was given both as ids and as embeddings.
         self.whole = self.counted_twice = 0
-        self._by_ids = False
+        self._by_ids = self.in_session = False
         self.announced: int | None = None  # tokens that its next forward should bring
         # Something else than the user's tokens was put in front of them (peft's prompts).
         self.foreign = False
@@ -283,8 +283,12 @@ class RemoteCache(_OneGrowingLayer):
         self.ids = new if past is None else torch.cat([past, new], dim=1)
         self.length += count
 
-    def begin_call(self, ids: Tensor | None, embeddings: Tensor | None) -> None:
-        """A `generate` call begins that is given the whole conversation, as `ids` [R, n] or `embeddings` [R, N, H]."""
+    def begin_call(self, ids: Tensor | None, embeddings: Tensor | None, *, in_session: bool = False) -> None:
+        """A `generate` call begins that is given the whole conversation, as `ids` [R, n] or `embeddings` [R, N, H].
+
+        In a session of the caller's rows are as if alone, whatever padding has come between their tokens.
+        """
+        self.in_session = in_session
         given, known = (0 if part is None else int(part.shape[1]) for part in (embeddings, ids))
         self.whole = given or known
         self.counted_twice = known if given and known != given else 0
@@ -293,7 +297,7 @@ class RemoteCache(_OneGrowingLayer):
     def end_call(self) -> None:
         """That call is over."""
         self.whole = self.counted_twice = 0
-        self._by_ids = False
+        self._by_ids = self.in_session = False
         self.announced = None
 
     def new_of(self, ids: Tensor, embeddings: Tensor | None) -> int | None:

@@ -369,28 +369,6 @@ def real_mask(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
     return None if bool(mask.all()) and positions is None else mask
 
 
-def check_gaps(mask: Tensor | None, positions: Tensor | None, config: Any) -> None:
-    """Raises `UsageError` for padding between a row's tokens [R, S] where a sliding window reaches over it.
-
-    That is also padding between a prompt and a text. A local model's window counts the padding, a server's does not.
-    With position ids that count tokens only, a row is as if alone.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if mask is None or positions is not None or not isinstance(window, int) or mask.shape[1] <= window:
-        return
-    if kinds is not None and not any("sliding" in kind for kind in kinds):
-        return
-    real = mask.bool()
-    within = (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
-    if bool((within & ~real).any()):
-        raise UsageError(
-            f"Padding stands between tokens (or between a prompt and its text), and this model's window of {window} "
-            "tokens would lie otherwise than a local model's: pad on the right, or give position_ids that count "
-            "tokens only (attention_mask.cumsum(1) - 1)."
-        )
-
-
 def position_limit(holder: nn.Module, embedding: nn.Module | None, config: Any) -> int | None:
     """How many tokens a row may have where positions have embeddings of their own (gpt2, opt); None elsewhere."""
     tables = [

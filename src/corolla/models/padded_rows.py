@@ -6,8 +6,9 @@ Invariant: such a row is computed by blocks that are told of the padding, or ref
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -51,4 +52,34 @@ def check_cached_padding(mask: Tensor | None, exact: Callable[[], bool], config:
         raise UsageError(
             f"With padding transformers itself goes on wrongly from the cache of this {config.model_type} model: "
             "generate with rows of one length, or one by one."
+        )
+
+
+def check_windows(
+    mask: Tensor | None,
+    config: Any,
+    *,
+    more: tuple[int, int] = (0, 0),
+    as_alone: Callable[[], bool] = lambda: True,
+) -> None:
+    """Raises `UsageError` where a sliding window reaches over padding between tokens (or between a prompt and a text).
+
+    `mask` [R, N] says which columns are tokens; `more` of them stand before it and behind. A local model's window
+    counts columns, whatever their positions; a server's, where rows come out `as_alone`, tokens.
+    """
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if mask is None or not isinstance(window, int) or mask.shape[1] + sum(more) <= window:
+        return
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return
+    real = F.pad(mask.bool(), more, value=True)
+    before = real.cumsum(1)
+    left = F.pad(before, (window, 0))[
+        :, : before.shape[1]
+    ]  # behind, by the window that ends with each column
+    if bool((real & (before - left < before.clamp(max=window))).any()) and as_alone():
+        raise UsageError(
+            f"Padding stands between tokens (or between a prompt and its text), and this model's window of {window} "
+            "tokens reaches over it, which counts in a local model: pad on the right, or give one row at a time, or "
+            "rows of one length."
         )

@@ -249,7 +249,9 @@ class BaseModelHooks:
             place_prompt_by_ids(named, prompt, getattr(base.config, "pad_token_id", None) or 0)
         elif prompt is not None:
             place_prompt(base, named, prompt, in_front=first)
-        guard.check_gaps(named.get("attention_mask"), named.get("position_ids"), base.config)
+        # `generate` has looked ahead, but does not know of prompts that peft puts in front.
+        if cache is None or not (cache.in_session or (cache.whole and prompt is not None)):
+            padded_rows.check_windows(named.get("attention_mask"), base.config)
         before = 0 if prompt is None else prefix_length(prompt)
         view = PromptedView(None, before) if before else None
         if cache is not None:

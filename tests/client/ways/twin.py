@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def _with_prompt(prompted: Prompted | Prefixed) -> None:
     ) -> Any:
         if input_ids is None:
             return plain(attention_mask=attention_mask, position_ids=position_ids, **options)
-        flat = position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
+        # bloom has none, and reads such rows as one sequence.
+        known = position_ids is not None and "position_ids" in signature(plain).parameters
+        flat = known and bool((position_ids.diff(dim=-1) != 1).any())
         parts = _sequences(input_ids, position_ids) if flat else (input_ids,)
         mask = None if flat else attention_mask
         masks = [torch.ones_like(part) if mask is None else mask for part in parts]

@@ -22,7 +22,7 @@ from corolla.client.sessions.session import InferenceSession, sequences_of
 from corolla.errors import UsageError
 from corolla.models import guard, padded_rows
 from corolla.models.cache import RemoteCache, take_cache
-from corolla.models.checks.padding import generates_with_padding
+from corolla.models.checks.padding import generates_with_padding, padding_changes_rows
 from corolla.models.shell import check_cached_length
 
 _row_ends: ContextVar[RowEnds | None] = ContextVar("corolla_row_ends", default=None)
@@ -73,7 +73,7 @@ class GenerateCall:
             if given is not None:
                 return self._with_cache(given, inputs)
             if session is not None:
-                return self._in_session(session, inputs)
+                return self._in_session(session, inputs, callers=True)
             embedded = self._kwargs.get("inputs_embeds") is not None  # whose cache transformers insists on
             if self._kwargs.get("use_cache") is False and not embedded:
                 return self._plain(inputs, *self._args, **self._kwargs)
@@ -101,7 +101,7 @@ class GenerateCall:
             session.close()
         return result  # its cache goes with it, to be passed on
 
-    def _in_session(self, session: InferenceSession, inputs: Tensor | None) -> Any:
+    def _in_session(self, session: InferenceSession, inputs: Tensor | None, *, callers: bool = False) -> Any:
         model, kwargs = self._model, self._kwargs
         whole = session.begin(
             inputs,
@@ -115,7 +115,7 @@ class GenerateCall:
         if whole.embeddings is not None:
             kwargs["inputs_embeds"] = whole.embeddings
         kwargs.setdefault("use_cache", True)  # a session is a cache, whatever the checkpoint's settings say
-        session.cache.begin_call(whole.ids, whole.embeddings)
+        session.cache.begin_call(whole.ids, whole.embeddings, in_session=callers)
         ends = RowEnds()
         try:
             with _noting(ends):
@@ -166,6 +166,13 @@ def prepare_room(
     padding = 0 if mask is None else int((mask == 0).sum(1).min())
     prompt = 0 if model.prompts is None else model.prompts.length
     holder = model.blocks_holder[0]
+    if not (isinstance(cache, RemoteCache) and cache.in_session):
+        padded_rows.check_windows(
+            mask,
+            holder.config,
+            more=(prompt, 0 if mask is None else max(0, max_cache_length - int(mask.shape[1]))),
+            as_alone=lambda: not padding_changes_rows(model.config, before=False, between=True),
+        )
     limit = guard.position_limit(holder, model.get_input_embeddings(), model.config)
     guard.check_reach(prompt + max_cache_length - padding, limit)
     if not isinstance(cache, RemoteCache):

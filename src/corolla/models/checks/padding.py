@@ -49,7 +49,7 @@ def padding_changes_rows(config: PretrainedConfig, *, before: bool, between: boo
     """Whether padding before all of a row's tokens, or between them, makes transformers compute another thing of it
     than of the row alone. Raises whatever the family's code makes of its miniature.
 
-    Windows of families that can be packed are no reason: `guard.check_gaps` knows of these.
+    Windows of families that can be packed are no reason: `padded_rows.check_windows` knows of these.
     """
     # Of a family without states `selfcheck` serves none that padding in front changes.
     tried = [(BEFORE, before and has_states(config)), (BETWEEN, between)]
