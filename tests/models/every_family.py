@@ -433,9 +433,10 @@ that was set back. *Packed* families share a server's passes, others are compute
 one token of those with recurrences or convolutions (qwen3_next, falcon_h1, lfm2, …), which share passes too. Of models
 that also take images or sound, the part that reads and writes text is used, from the checkpoint as it lies on the hub.
 
-Where padding before a row's tokens changes what transformers itself computes of them (deepseek_v4, forms of lfm2, mamba
-and other families with states), logits and replies are what it gives with that padding; a loss with it is refused: pad
-on the right. Blocks of deepseek_v4 and qwen4_exp are given token ids, hy_v4's places of tokens, so `wire` is not `int8`.
+Where padding before a row's tokens changes what transformers itself computes of them (deepseek_v4, forms of lfm2,
+mamba and other families with states), logits and replies are what it gives with that padding; a loss with it is
+refused: pad on the right. Blocks of deepseek_v4 and qwen4_exp are given token ids, hy_v4's places of tokens, so `wire`
+is not `int8`.
 
 The last column is what the family's own cache holds of one sequence of {context} tokens in 16 bits, at the size that
 its config has by default: keys and values, latents, states. That is what a session takes on the servers together;

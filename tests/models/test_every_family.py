@@ -48,7 +48,7 @@ REFUSED = {
 # What the others of both lists show besides, another one shows too, or a test of its own.
 OFTEN = (
     "gptj", "olmo", "nanochat", "mpt", "biogpt", "lfm2", "falcon_h1", "qwen3_next", "deepseek_v32", "gemma3n_text",
-    "mamba", "gemma3", "zamba2", "longcat_flash", "hy_v4",
+    "mamba", "gemma3", "hy_v4",
 )  # fmt: skip
 
 

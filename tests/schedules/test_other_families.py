@@ -27,7 +27,7 @@ from tests.schedules.world import ServerPlan
 
 FAMILIES = ("qwen3_5_text", "minicpm3", "gemma3n_text", "zamba", "zaya", "deepseek_v4", "diffllama", "zamba2")
 WITHOUT_PROMPTS = ("gemma3n_text", "zamba", "zaya", "deepseek_v4", "zamba2")
-SLOW = "deepseek_v4"  # tried at night only
+SLOW = ("deepseek_v4", "zamba2")  # tried at night only
 FIRST, EACH, NIGHTLY = 7_000, 1, 60
 
 
@@ -54,7 +54,7 @@ def of_family(family: str, seed: int) -> Schedule:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(one, marks=[pytest.mark.nightly] if one == SLOW else []) for one in FAMILIES],
+    [pytest.param(one, marks=[pytest.mark.nightly] if one in SLOW else []) for one in FAMILIES],
 )
 def test_schedules_end_as_if_nothing_had_failed(family: str, root: Path) -> None:
     for seed in range(FIRST, FIRST + EACH):

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from corolla.errors import CheckpointError, UnknownModel
 from corolla.files import made_once, scratch_folder
-from corolla.models.checkpoints.gguf_files import GgufTensor, about, part_file, tensors_in
+from corolla.models.checkpoints.gguf_files import GgufTensor, about, part_file
 from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.names import text_part
 from corolla.models.checkpoints.pretrained import load_config, load_gguf_about, load_gguf_tensors
@@ -225,9 +225,8 @@ def _refuse_one_of_several(name: str) -> None:
 def _begin(work: Path, raw: Source, file: str) -> None:
     """Make all of the folder but the weights."""
     with scratch_folder() as folder:
-        beginning = about(folder, raw, file, work / METADATA)
+        beginning, tensors = about(folder, raw, file, work / METADATA)
         config, tokenizer = load_gguf_about(beginning)
-        tensors = tensors_in(beginning, raw.size(file))
     family = structure(text_part(config)).causal_lm
     config.architectures = [family.__name__]
     config.dtype = torch.float32

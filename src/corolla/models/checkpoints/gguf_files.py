@@ -35,45 +35,39 @@ class GgufTensor(NamedTuple):
         return int(at[1]) if at else None
 
 
-def about(folder: Path, raw: Source, file: str, metadata: Path) -> Path:
-    """A copy in `folder` of what `file` of `raw` says of itself, with holes in place of the tensors.
+def about(folder: Path, raw: Source, file: str, metadata: Path) -> tuple[Path, list[GgufTensor]]:
+    """A copy in `folder` of what `file` of `raw` says of itself, with holes in place of the tensors; and these.
 
     What is said besides the tokenizer goes into a file without tensors, `metadata`. Raises `CheckpointError`.
     """
     size, known = raw.size(file), FIRST_BYTES
+    path = folder / Path(file).name
     while True:
         known = min(known, size)
-        path = folder / Path(file).name
         read = raw.bring({file: [TensorEntry("the header", "", (), 0, known)]})[file]
         with path.open("wb") as copy:
             copy.write(read(0, known))
             copy.truncate(size)
         reader = _opened(path)
         if reader is not None and reader.data_offset <= known:
-            _write(metadata, reader, {}, [], read)
-            return path
+            break
         if known == size:
-            raise CheckpointError(f"{file} cannot be read as a GGUF model; it may be truncated.")
+            raise _truncated(file)
         known *= 4
+    tensors = [_tensor(one) for one in reader.tensors]
+    if any(one.offset + one.nbytes > size for one in tensors):
+        raise _truncated(file)
+    _write(metadata, reader, {}, [], read)
+    return path, tensors
 
 
-def tensors_in(path: Path, size: int) -> list[GgufTensor]:
-    """The tensors of a file of `size` bytes, of which `path` has the header. Raises `CheckpointError`."""
-    reader = _opened(path)
-    assert reader is not None  # `about` has seen it
-    found = [
-        GgufTensor(
-            str(one.name),
-            int(one.tensor_type),
-            [int(length) for length in reversed(one.shape)],
-            int(one.data_offset),
-            int(one.n_bytes),
-        )
-        for one in reader.tensors
-    ]
-    if any(one.offset + one.nbytes > size for one in found):
-        raise CheckpointError(f"{path.name} cannot be read as a GGUF model; it may be truncated.")
-    return found
+def _tensor(one: Any) -> GgufTensor:
+    shape = [int(length) for length in reversed(one.shape)]
+    return GgufTensor(str(one.name), int(one.tensor_type), shape, int(one.data_offset), int(one.n_bytes))
+
+
+def _truncated(file: str) -> CheckpointError:
+    return CheckpointError(f"{file} cannot be read as a GGUF model; it may be truncated.")
 
 
 def part_file(
