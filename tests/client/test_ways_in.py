@@ -110,8 +110,8 @@ def marks(one: Way, column: Column, family: str) -> list[Any]:
     return [] if is_for_every_run(one, column, family) else [pytest.mark.nightly]
 
 
-# bloom has no position ids: what is given as such changes nothing, locally either.
-POSITIONS = "the same by position ids"
+# bloom has no position ids and no router: what is given, or asked for, as such changes nothing, locally either.
+IGNORED = ("the same by position ids", "the same where a cache may be wanted", "`output_router_logits=True`")
 CELLS = [
     pytest.param(
         one,
