@@ -15,11 +15,18 @@ HEAD, INNER = 128, 768  # whatever a file says, transformers builds heads, and e
 
 
 def write_gguf(
-    path: Path, *, experts: bool = False, layers: int = 3, lacking: str = "", seed: int = 0
+    path: Path,
+    *,
+    experts: bool = False,
+    layers: int = 3,
+    lacking: str = "",
+    seed: int = 0,
+    alignment: int = 32,
 ) -> Path:
     """A file of a qwen3 or qwen3_moe model with random weights: 16 and 8 bits, norms in 32."""
     kind = "qwen3moe" if experts else "qwen3"
     writer = gguf.GGUFWriter(path, kind)
+    writer.add_custom_alignment(alignment)
     writer.add_block_count(layers)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)

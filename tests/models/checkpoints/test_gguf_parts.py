@@ -96,6 +96,32 @@ def test_a_small_file_becomes_a_folder_for_other_programs(
     assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items())
 
 
+def test_where_tensors_begin_is_the_files_own_matter(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", alignment=8)
+    expected = as_transformers_reads(path)
+    found = open_checkpoint(str(path), cache_dir=tmp_path / "cache").tensors(lambda _: True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(one, expected[name]) for name, one in found.items())
+
+
+def test_a_name_in_capitals_is_a_files_too(on_the_hub: Hub, tmp_path: Path) -> None:
+    path = write_gguf(on_the_hub.folder / "TINY.GGUF")
+    here = open_checkpoint(str(path), cache_dir=tmp_path / "cache")
+    there = open_checkpoint(f"{REPOSITORY}/TINY.GGUF", cache_dir=tmp_path / "other")
+    assert here.identity == there.identity
+    found = block(there, 1)
+    assert all(torch.equal(one, found[name]) for name, one in block(here, 1).items())
+
+
+def test_nothing_is_made_of_a_file_that_took_anothers_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(str(path), cache_dir=tmp_path / "cache")
+    write_gguf(tmp_path / "new.gguf", seed=1).rename(path)
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf has been replaced by another file"):
+        block(checkpoint, 1)
+    assert made(checkpoint) == []
+
+
 def test_of_a_file_on_the_hub_the_blocks_bytes_are_fetched(on_the_hub: Hub, tmp_path: Path) -> None:
     path = write_gguf(on_the_hub.folder / "tiny.gguf", layers=6)
     size = path.stat().st_size
@@ -135,6 +161,9 @@ def test_what_cannot_be_read_is_one_sentence(on_the_hub: Hub, tmp_path: Path) ->
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(path.read_bytes()[:-100])
     assert refused(cut) == "cut.gguf cannot be read as a GGUF model; it may be truncated."
+    empty = tmp_path / "empty.gguf"
+    empty.write_bytes(b"GGUF\x03" + bytes(2**16))
+    assert refused(empty) == "empty.gguf cannot be read as a GGUF model; it may be truncated."
     assert "llama-gguf-split --merge" in refused(tmp_path / "model-00001-of-00003.gguf")
     assert refused(f"{REPOSITORY}/other.gguf") == f"{REPOSITORY} has no file other.gguf."
     with pytest.raises(

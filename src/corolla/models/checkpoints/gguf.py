@@ -48,8 +48,8 @@ METADATA = "metadata.gguf"
 OUTSIDE = "outside-of-blocks.safetensors"
 WHOLE_BYTES = 4e9  # a model up to this size is made whole at once, so that other programs can load the folder
 ANY_VOCABULARY = 8  # words of a model of which only a block is wanted
-_ON_THE_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)/(?P<file>[^\\]+\.gguf)")
-_ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_ON_THE_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)/(?P<file>[^\\]+\.gguf)", re.IGNORECASE)
+_ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _BLOCK_FILE = "block-{:05d}.safetensors"
 
 
@@ -118,13 +118,22 @@ class GgufModel(LocalFolder):
             cut.vocab_size, cut.pad_token_id = ANY_VOCABULARY, None
         with scratch_folder() as folder:
             part = part_file(folder, self.folder / METADATA, self._stored(index), read, depth, first)
+            self._refuse_another()
             tensors, lacking = load_gguf_tensors(part, cut, self._file)
         found = _named(tensors, config, first, index)
         if absent := [name for name in wanted if name not in found or found[name] in lacking]:
             raise CheckpointError(
-                f"{self._file} lacks what {absent[0]} is made of; download or copy it again."
+                f"{self._file} lacks what {absent[0]} is made of, or transformers does not see it: "
+                "download or copy it again, or use a safetensors copy of the model."
             )
         save_file({name: tensors[found[name]].contiguous() for name in wanted}, work / file, {"format": "pt"})
+
+    def _refuse_another(self) -> None:
+        """What has just been read is of the file that was opened: under its name there may be another by now."""
+        if self._raw.commit is None and _identity(self._raw, self._file) != self.identity:
+            raise CheckpointError(
+                f"{self._file} has been replaced by another file since it was opened: start again."
+            )
 
     def _stored(self, index: int | None) -> list[GgufTensor]:
         """What the file has of a block, or of none."""
@@ -144,7 +153,7 @@ def open_gguf(
     """
     if name == EMBEDDED_ALIAS:
         path = embedded_gguf()
-    elif name.endswith(".gguf"):
+    elif name.lower().endswith(".gguf"):
         path = Path(name)
     else:
         return None

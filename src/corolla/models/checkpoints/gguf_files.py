@@ -15,7 +15,8 @@ from corolla.models.checkpoints.source import Source
 
 FIRST_BYTES = 2**24  # that are looked at for the header; more where that is longer
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_OTHER = ("GGUF.", "tokenizer.", "split.")  # what a part's metadata leaves out
+# What a part's metadata leaves out; how tensors are aligned is the writer's own in each file.
+_OTHER = ("GGUF.", "tokenizer.", "split.", "general.alignment")
 _ARCHITECTURE = "general.architecture"
 
 
@@ -41,7 +42,7 @@ def about(folder: Path, raw: Source, file: str, metadata: Path) -> tuple[Path, l
     What is said besides the tokenizer goes into a file without tensors, `metadata`. Raises `CheckpointError`.
     """
     size, known = raw.size(file), FIRST_BYTES
-    path = folder / Path(file).name
+    path = folder / Path(file).with_suffix(".gguf").name  # which transformers wants in lower case
     while True:
         known = min(known, size)
         read = raw.bring({file: [TensorEntry("the header", "", (), 0, known)]})[file]
@@ -55,7 +56,7 @@ def about(folder: Path, raw: Source, file: str, metadata: Path) -> tuple[Path, l
             raise _truncated(file)
         known *= 4
     tensors = [_tensor(one) for one in reader.tensors]
-    if any(one.offset + one.nbytes > size for one in tensors):
+    if _ARCHITECTURE not in reader.fields or any(one.offset + one.nbytes > size for one in tensors):
         raise _truncated(file)
     _write(metadata, reader, {}, [], read)
     return path, tensors

@@ -287,7 +287,9 @@ class HubRepo(Source):
             found = HfApi(self._endpoint, token=self._token).model_info(
                 self.location, revision=self._revision
             )
-            files = sorted(one.rfilename for one in found.siblings or () if one.rfilename.endswith(".gguf"))
+            files = sorted(
+                one.rfilename for one in found.siblings or () if one.rfilename.lower().endswith(".gguf")
+            )
             if files:
                 return f" by itself: name one of its files, as {self.location}/{one_line(files[0])}"
         return ""
