@@ -113,6 +113,15 @@ def test_a_name_in_capitals_is_a_files_too(on_the_hub: Hub, tmp_path: Path) -> N
     assert all(torch.equal(one, found[name]) for name, one in block(here, 1).items())
 
 
+@pytest.mark.parametrize("file", [gguf.METADATA, gguf.CONTENTS])
+def test_a_damaged_copy_is_to_be_deleted(tmp_path: Path, file: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    folder = Path(open_checkpoint(str(path), cache_dir=tmp_path / "cache").source.location)
+    (folder / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"is damaged: delete {folder}, which is then made again"):
+        block(open_checkpoint(str(path), cache_dir=tmp_path / "cache"), 1)
+
+
 def test_nothing_is_made_of_a_file_that_took_anothers_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
     checkpoint = open_checkpoint(str(path), cache_dir=tmp_path / "cache")

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from corolla.errors import CheckpointError, UnknownModel
 from corolla.files import made_once, scratch_folder
-from corolla.models.checkpoints.gguf_files import GgufTensor, about, part_file
+from corolla.models.checkpoints.gguf_files import GgufTensor, about, damaged, part_file
 from corolla.models.checkpoints.hub import HubRepo
 from corolla.models.checkpoints.names import text_part
 from corolla.models.checkpoints.pretrained import load_config, load_gguf_about, load_gguf_tensors
@@ -62,6 +62,8 @@ class GgufModel(LocalFolder):
         self._raw = raw
         self._file = file
         contents = read_json(folder / CONTENTS)
+        if not {"tensors", "shapes"} <= contents.keys():
+            raise damaged(folder / CONTENTS)
         self._tensors = [GgufTensor(*one) for one in contents["tensors"]]
         self._shapes: dict[str, list[int]] = contents["shapes"]
 

@@ -71,12 +71,18 @@ def _truncated(file: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read as a GGUF model; it may be truncated.")
 
 
+def damaged(made: Path) -> CheckpointError:
+    """The error for a file of ours in the folder that was made of a GGUF file."""
+    return CheckpointError(f"{made} is damaged: delete {made.parent}, which is then made again.")
+
+
 def part_file(
     folder: Path, metadata: Path, tensors: Sequence[GgufTensor], read: ReadRange, depth: int, first: int
 ) -> Path:
     """A GGUF file in `folder` of a model of one block, the `first` of `depth`, and of its tensors these."""
-    reader = _opened(metadata)
-    assert reader is not None  # we wrote it
+    reader = _opened(metadata) if metadata.is_file() else None
+    if reader is None:
+        raise damaged(metadata)
     changes: dict[str, Any] = {}
     for key, field in reader.fields.items():
         value = field.contents()
