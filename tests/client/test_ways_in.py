@@ -123,7 +123,7 @@ CELLS = [
     for one in WAYS
     for column in COLUMNS
     for family in FAMILIES
-    if one.sentence(column) != "" and not (family == "bloom" and one.name == POSITIONS and column == "none")
+    if one.sentence(column) != "" and not (family == "bloom" and one.name in IGNORED)
 ]
 
 
