@@ -25,6 +25,7 @@ from torch import Tensor
 from corolla.errors import RequestRefused
 from corolla.models.lora import width
 from corolla.models.prompts import as_tensor
+from corolla.server import block_server
 from corolla.server.block_server import working_bytes
 from corolla.server.peers import LEASE_SECONDS, Lease, Leases
 from corolla.server.training import Saved, Sequences
@@ -257,3 +258,29 @@ async def test_the_gradients_for_prompts_may_be_left_out(world: OneServer) -> No
     reply = await request(channel, Packet(backward(lease=NAME), {"grad": grad}))
     assert set(reply.tensors) == {"grad"}
     assert relative(reply.tensors["grad"], (await gradients(channel, None))["grad"]) < 1e-6
+
+
+# --- memory that was freed ---------------------------------------------------------------------------------
+
+
+async def test_it_is_given_back_a_rest_after_training(
+    world: OneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(block_server, "_return_freed_memory", lambda: given_back.append(True))
+    client, server = await world.raw(), world.server
+
+    def after_a_rest() -> int:
+        if server._trained is not None:
+            server._trained -= 1 + block_server.REST_SECONDS
+        server._tidy_up()
+        return len(given_back)
+
+    assert after_a_rest() == 1  # weights were loaded
+    assert after_a_rest() == 1
+    await client.ask(forward(lease=NAME), **packed(HIDDENS))
+    server._tidy_up()
+    assert len(given_back) == 1  # the next step may come
+    assert after_a_rest() == 2
+    await client.ask(forward(), **packed(HIDDENS))
+    assert after_a_rest() == 3

@@ -38,6 +38,7 @@ WORKING_BYTES = 4 * 2**30
 LEASE_BYTES = 2 * 2**30
 MOST_TARGET_BYTES = 2**13
 KEPT_BYTES = 2**28  # of what peers need not send again
+REST_SECONDS = 30.0  # after training, until freed memory is given back
 
 
 @dataclass
@@ -96,7 +97,9 @@ class BlockServer:
         self.usage = UsageLog()
         self.draining = False
         self._open_requests = 0
-        self.untidy = True  # Freed memory is still the process's own.
+        self._trained: float | None = (
+            time.monotonic()
+        )  # since when freed memory may still be the process's own
         self._last_request = -float("inf")
         self._idle = asyncio.Event()
         self._idle.set()
@@ -161,9 +164,16 @@ class BlockServer:
         """Let go of what is not needed; on the compute thread, when nobody trains."""
         self.leases.expire()
         self.kept.expire()
-        if self.untidy:
+        if self._trained is not None and time.monotonic() - self._trained > REST_SECONDS:
             _return_freed_memory()
-        self.untidy = False
+            self._trained = None
+
+    def note_training(self) -> None:
+        """Memory is freed that is given back after a rest: the next step, and the next prompt, would ask for it again.
+
+        Page by page, which takes longer than computing with a small model.
+        """
+        self._trained = time.monotonic()
 
     @contextlib.contextmanager
     def request_open(self) -> Iterator[None]:

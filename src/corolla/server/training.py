@@ -93,8 +93,7 @@ class TrainingRequest(Request):
 
     def result(self) -> Any:
         """See `Request`. What does not take long is not cut: that costs every operator a call."""
-        # Prompts do not say so: after each rest the next one would ask for the same pages again, one by one.
-        self._server.untidy = True
+        self._server.note_training()
         short = self._server.engine.seconds_of(self.work) < SHORT_SECONDS
         with self._server.cpus.used(), nullcontext() if short else Preemptible(self._server.yield_to_others):
             return self.compute()
