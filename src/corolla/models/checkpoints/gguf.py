@@ -54,18 +54,20 @@ _BLOCK_FILE = "block-{:05d}.safetensors"
 
 
 class GgufModel(LocalFolder):
-    """The folder of safetensors that is made of a GGUF file; `file` of `raw` is that."""
+    """The folder of safetensors that is made of a GGUF file, `model_file` of `raw`."""
 
-    def __init__(self, folder: Path, raw: Source, file: str, identity: str) -> None:
+    def __init__(self, folder: Path, raw: Source, model_file: str, identity: str) -> None:
         super().__init__(folder)
         self.identity = identity
         self._raw = raw
-        self._file = file
+        self._file = model_file
         contents = read_json(folder / CONTENTS)
         if not {"tensors", "shapes"} <= contents.keys():
             raise damaged(folder / CONTENTS)
         self._tensors = [GgufTensor(*one) for one in contents["tensors"]]
-        self._shapes: dict[str, list[int]] = contents["shapes"]
+        self._shapes: dict[str, dict[str, list[int]]] = {}  # by the files that are made
+        for name, file in self.weight_map().items():
+            self._shapes.setdefault(file, {})[name] = contents["shapes"][name]
 
     def entries(self, file: str) -> dict[str, TensorEntry]:
         """What is not made yet has sizes, but no places."""
@@ -73,7 +75,7 @@ class GgufModel(LocalFolder):
             return super().entries(file)
         return {
             name: TensorEntry(name, "F32", tuple(shape), 0, 4 * prod(shape))
-            for name, shape in self._shapes_in(file).items()
+            for name, shape in self._shapes[file].items()
         }
 
     def prepare(self, files: Collection[str]) -> None:
@@ -86,13 +88,14 @@ class GgufModel(LocalFolder):
             made_once(self.folder / file, partial(self._make, file=file, read=read), file=True)
 
     def fetch(self, file: str) -> Path:
-        if file in self.weight_map().values():
+        if file in self._shapes:
             self.prepare([file])
         return super().fetch(file)
 
-    def nbytes(self) -> int:
-        """Of the whole model in float32."""
-        return sum(4 * prod(shape) for shape in self._shapes.values())
+    def nbytes(self, files: Collection[str] | None = None) -> int:
+        """Of these files in float32, or of the whole model."""
+        chosen = self._shapes if files is None else files
+        return sum(4 * prod(shape) for file in chosen for shape in self._shapes[file].values())
 
     def _bring(self, files: Collection[str]) -> ReadRange:
         entries = [
@@ -103,7 +106,7 @@ class GgufModel(LocalFolder):
         return self._raw.bring({self._file: entries})[self._file]
 
     def _check_room(self, files: Collection[str]) -> None:
-        needed = sum(4 * prod(shape) for file in files for shape in self._shapes_in(file).values())
+        needed = self.nbytes(files)
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise CheckpointError(
                 f"The disk is full where {self.folder} is ({needed / 2**20:,.0f} MiB more are needed and "
@@ -113,7 +116,7 @@ class GgufModel(LocalFolder):
     def _make(self, work: Path, *, file: str, read: ReadRange) -> None:
         config = text_part(load_config(self._file, self.config_path(), {}))
         depth = int(config.num_hidden_layers)
-        index, wanted = _block_of(file), self._shapes_in(file)
+        index, wanted = _block_of(file), self._shapes[file]
         first = index or 0
         cut = slice_config(config, first, first + 1)
         if index is not None:
@@ -140,10 +143,6 @@ class GgufModel(LocalFolder):
     def _stored(self, index: int | None) -> list[GgufTensor]:
         """What the file has of a block, or of none."""
         return [one for one in self._tensors if one.block == index]
-
-    def _shapes_in(self, file: str) -> dict[str, list[int]]:
-        """What a file that is made holds."""
-        return {name: self._shapes[name] for name, place in self.weight_map().items() if place == file}
 
 
 def open_gguf(
