@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 from tests.server.world import Blocker, Clock, until
 
 from corolla.errors import RequestRefused
@@ -192,6 +193,24 @@ async def test_jobs_never_run_beside_each_other(engine: Engine) -> None:
 
     seen = await asyncio.gather(*(engine.submit(Kind(number % 3), job) for number in range(60)))
     assert set(seen) == {1}
+
+
+async def test_what_is_nearly_nothing_is_nothing_with_any_number_of_threads(engine: Engine) -> None:
+    least = torch.full((2**20,), 1e-20)
+
+    def products() -> list[bool]:
+        found = []
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            found.append(bool((least * least).any()))
+        return found
+
+    before = torch.get_num_threads()
+    try:
+        assert await engine.submit(Kind.PREFILL, products) == [False, False]
+    finally:
+        torch.set_num_threads(before)
+    assert (least * least).all()  # other threads of the process compute as they did
 
 
 async def test_closing_ends_the_job_at_hand_and_gives_up_the_rest(engine: Engine) -> None:

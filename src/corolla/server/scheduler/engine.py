@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from corolla.errors import RequestRefused
+from corolla.models.kernels.helpers import flush_denormals
 from corolla.server.scheduler.execution import (
     PASS_TOKENS,
     WHOLE_PROMPT,
@@ -206,6 +207,7 @@ class Engine:
     # --- on the compute thread ------------------------------------------------------------------------------
 
     def _compute(self) -> None:
+        flush_denormals()
         while True:
             if not self._receive(wait=not self._ready):
                 return
