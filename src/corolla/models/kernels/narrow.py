@@ -104,9 +104,11 @@ def narrow_form(weight: Tensor) -> Narrow | None:
     weight = weight.detach().contiguous()
     sample = weight[:: -(-rows // SAMPLED_ROWS)].contiguous()
     for dtype, form in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
-        if torch.equal(weight.to(dtype).float(), weight):
+        if all(torch.equal(one.to(dtype).float(), one) for one in (sample, weight)):
             return _scaled(weight, sample) or Narrow(form, weight.to(dtype))  # type: ignore[arg-type]
     for group in GROUPS:
+        if not _has_steps(sample[0].view(-1, group)):
+            continue
         for fit in (_around_zero, _by_ends, _by_gaps):
             if _affine(sample, group, fit) is not None:
                 return _affine(weight, group, fit)
@@ -167,22 +169,42 @@ def _halved(steps: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return halves if same else (steps, offsets)
 
 
+def _has_steps(groups: Tensor) -> bool:
+    """Whether for each of a few groups any of the steps that are tried is right: all are, in one go."""
+    gap = _smallest_gap(groups)
+    steps = torch.stack([_part_of_largest(groups), _part_of_span(groups), *(gap / one for one in DIVISORS)])
+    return bool(_fitted(groups, steps).right.any(0).all())
+
+
 def _around_zero(groups: Tensor) -> _Lattice:
     """Steps of which the largest weight is 127 (Q8_0)."""
-    return _fitted(groups, groups.abs().amax(-1, keepdim=True) / 127)
+    return _fitted(groups, _part_of_largest(groups))
+
+
+def _part_of_largest(groups: Tensor) -> Tensor:
+    return groups.abs().amax(-1, keepdim=True) / 127
 
 
 def _by_ends(groups: Tensor) -> _Lattice:
     """Steps of which a group's weights span 15 (Q4_1)."""
-    return _fitted(groups, (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15)
+    return _fitted(groups, _part_of_span(groups))
+
+
+def _part_of_span(groups: Tensor) -> Tensor:
+    return (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+
+
+def _smallest_gap(groups: Tensor) -> Tensor:
+    """Between two weights of each group that are not the same."""
+    gaps = groups.sort(-1).values.diff()
+    largest = groups.abs().amax(-1, keepdim=True)
+    gap = gaps.masked_fill_(gaps <= SAME * largest, torch.inf).amin(-1, keepdim=True)
+    return torch.where(gap.isinf(), largest, gap)  # all the same
 
 
 def _by_gaps(groups: Tensor) -> _Lattice:
     """Steps found from the smallest gap between a group's weights (the other formats of fewer bits)."""
-    gaps = groups.sort(-1).values.diff()
-    largest = groups.abs().amax(-1, keepdim=True)
-    gap = gaps.masked_fill_(gaps <= SAME * largest, torch.inf).amin(-1, keepdim=True)
-    gap = torch.where(gap.isinf(), largest, gap)  # all the same
+    gap = _smallest_gap(groups)
     found = _fitted(groups, gap)
     for divisor in DIVISORS[1:]:
         wrong = (~found.right).nonzero().squeeze(-1)
@@ -193,7 +215,7 @@ def _by_gaps(groups: Tensor) -> _Lattice:
 
 
 def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
-    """The lattice of about this step that reaches from each group's least to its greatest weight."""
+    """The lattice of about this step [..., n, 1] that reaches from each group's least to its greatest weight."""
     least, greatest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     error = ROUNDING * torch.maximum(least.abs(), greatest.abs())
     step = step.clamp_min(torch.finfo(torch.float32).tiny)
@@ -247,8 +269,10 @@ def _searched(groups: Tensor) -> Tensor:
     exact = groups.abs().amax(-1, keepdim=True) / torch.tensor(TOPS)
     found = torch.ones(len(groups), 1)
     for beside in (0, 1, -1):  # float32 numbers, since the weights were rounded
-        for step in torch.split((exact.view(torch.int32) + beside).view(torch.float32), 1, dim=1):
-            found = torch.where(_in_float8(groups, step)[:, None], step, found)
+        steps = (exact.view(torch.int32) + beside).view(torch.float32)
+        right = _in_float8(groups[:, None], steps[..., None])
+        last = (right * torch.arange(len(TOPS))).amax(1, keepdim=True)
+        found = torch.where(right.any(1, keepdim=True), steps.gather(1, last), found)
     return found
 
 
