@@ -16,13 +16,11 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
-import torch
 
 from corolla.swarm.transport.runtime_dir import remove_abandoned
 from tests import covered
 from tests.e2e.warm import close_warm
 
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
 hypothesis.settings.register_profile(
     "every time", hypothesis.settings.get_profile("corolla"), max_examples=50
@@ -32,6 +30,7 @@ hypothesis.settings.load_profile("corolla")
 MARKER = "COROLLA_TEST_RUN"
 # What is slow to make (the converted model, compiled kernels) is kept here from run to run, for all workers.
 CACHE = Path(__file__).parents[1] / ".test-cache"
+FULL_COLLECTION = 50  # in place of 10: once in so many collections of the middle generation
 GRACE_SECONDS = 15.0  # a daemon notices within seconds that its killed parent is gone
 
 
@@ -111,10 +110,29 @@ def _restore(saved: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Nearly all that is made while modules are imported stays to the end: nobody looks for garbage among it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
-    """What libraries made on import stays to the end: a full collection, as Trainer does many, need not walk it."""
+    """Only those that run tests come here: the process that hands them out need not wait for torch.
+
+    What libraries made on import a full collection, as Trainer does many, need not walk; nor is a tenth of all time
+    spent on collections of what later imports and kept models made.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, FULL_COLLECTION)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,7 @@ from corolla.models.families import blocks_prefix, depth_of, refuse_what_cannot_
 _seen: dict[bytes, tuple[Arguments, int]] = {}
 _cuts: dict[bytes, CutLayout] = {}
 _flat_rows: dict[type[PretrainedConfig], bool] = {}
+_needing_ids: dict[bytes, bool] = {}
 _padded_in_front: dict[bytes, bool] = {}
 
 IN_FRONT = 3  # tokens of padding
@@ -149,8 +150,15 @@ def needs_ids(config: PretrainedConfig) -> bool:
     if not cuts_of(config).sides:
         return False
     small = miniature(config)
+    key = canonical_config(small.to_dict())
+    if key not in _needing_ids:
+        _needing_ids[key] = _fails_without_ids(small)
+    return _needing_ids[key]
+
+
+def _fails_without_ids(small: PretrainedConfig) -> bool:
     with undisturbed(), torch.no_grad():
-        whole = random_model(structure(config).causal_lm, small)
+        whole = random_model(structure(small).causal_lm, small)
         try:
             whole(inputs_embeds=torch.randn(1, 2, small.hidden_size), use_cache=False)
         except Exception:  # whatever the family's own code makes of ids that are not there

@@ -10,7 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from itertools import cycle, islice, pairwise
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.families import (
     depth_of,
     largest,
@@ -116,6 +117,8 @@ RECURRENT = {
 # Of the kinds of rotary embeddings, those that change with the length of a sequence.
 BY_LENGTH = ("dynamic", "longrope")
 
+_made: dict[tuple[bytes, str | None], PretrainedConfig] = {}
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
@@ -128,7 +131,7 @@ def undisturbed() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     try:
         with (
-            torch.device("cpu"),
+            _on_the_cpu(),
             torch.random.fork_rng(devices=[]),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -140,8 +143,24 @@ def undisturbed() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _on_the_cpu() -> AbstractContextManager[object]:
+    """Nothing, where tensors are made there anyway: every operation takes longer within."""
+    cpu = torch.device("cpu")
+    return nullcontext() if torch.empty(0).device == cpu else cpu
+
+
 def miniature(config: PretrainedConfig) -> PretrainedConfig:
-    """The same family with few and narrow layers that keep the original's kinds of layers and ratios."""
+    """The same family with few and narrow layers that keep the original's kinds of layers and ratios.
+
+    Made once a process and config, as each check asks for it anew; the caller's is a copy.
+    """
+    key = canonical_config(config.to_dict()), config._attn_implementation
+    if key not in _made:
+        _made[key] = _in_small(config)
+    return copy.deepcopy(_made[key])
+
+
+def _in_small(config: PretrainedConfig) -> PretrainedConfig:
     small = _shrunk_to(config, 1)
     if _has_one_key(small) and not _has_one_key(config) and not _can_be_made(small):
         return _shrunk_to(config, 2)  # a family's code may pair heads of keys and values
