@@ -6,6 +6,7 @@ other does. Where the start itself is tried, or another interpreter is, tests st
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -190,10 +191,15 @@ def _stream(number: int, before: Any) -> TextIO:
 
 
 def _import_all() -> None:
+    """Kept out of every collection in what is forked, which would walk and so copy all of it again and again."""
+    gc.disable()
     import corolla.chat.engine
     import corolla.cli.main
     import corolla.client.model.causal_lm
     import corolla.server.serve  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 if __name__ == "__main__":
