@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,10 @@ MARKER = "COROLLA_TEST_RUN"
 # What is slow to make (the converted model, compiled kernels) is kept here from run to run, for all workers.
 CACHE = Path(__file__).parents[1] / ".test-cache"
 FULL_COLLECTION = 50  # in place of 10: once in so many collections of the middle generation
+MANY_MODULES = 100
 GRACE_SECONDS = 15.0  # a daemon notices within seconds that its killed parent is gone
+
+_modules = 0  # were imported when all that was there was set aside
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -129,10 +133,22 @@ def pytest_collection_finish() -> None:
     import torch
 
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
+    _set_aside()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, FULL_COLLECTION)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Families and trainers are imported by the first test that uses them."""
+    if len(sys.modules) > _modules + MANY_MODULES:
+        _set_aside()
+
+
+def _set_aside() -> None:
+    global _modules
+    gc.collect()
+    gc.freeze()
+    _modules = len(sys.modules)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
