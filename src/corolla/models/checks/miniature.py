@@ -117,7 +117,7 @@ RECURRENT = {
 # Of the kinds of rotary embeddings, those that change with the length of a sequence.
 BY_LENGTH = ("dynamic", "longrope")
 
-_made: dict[tuple[bytes, str | None], PretrainedConfig] = {}
+_made: dict[tuple[type[PretrainedConfig], bytes, str | None], PretrainedConfig] = {}
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
 
     Made once a process and config, as each check asks for it anew; the caller's is a copy.
     """
-    key = canonical_config(config.to_dict()), config._attn_implementation
+    key = type(config), canonical_config(config.to_dict()), config._attn_implementation
     if key not in _made:
         _made[key] = _in_small(config)
     return copy.deepcopy(_made[key])
