@@ -19,6 +19,7 @@ from torch import Tensor
 
 from corolla.errors import RequestRefused, UsageError
 from corolla.models.attention.latent import MOST_EXPANDED
+from corolla.models.attention.one_sequence import QUERY_TOKENS
 from corolla.models.attention.pages import PageLayout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
 from corolla.models.lora import named_parts, names_in, width
@@ -362,16 +363,19 @@ def working_bytes(
     """About what a computation takes beyond weights and cache; an estimate on the high side.
 
     Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
-    are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, fused code only
-    a mask. `copied` are numbers of a prefix that each block puts before its sequences; code that cannot be packed has
-    them in a cache, of all blocks at once. `adapted` are numbers that an adapter makes in a block.
+    are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, or as many as
+    there are of the queries that are computed at once (`one_sequence.py`), fused code only a mask. `copied` are numbers
+    of a prefix that each block puts before its sequences; code that cannot be packed has them in a cache, of all blocks
+    at once. `adapted` are numbers that an adapter makes in a block.
     """
     size = span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
     activations = rows * tokens * (7 * span.hidden_size + span.width + 3 * span.feed_forward_size) * size
     if getattr(span.config, "_attn_implementation", "eager") == "eager":
-        # The products, and their softmax, which is computed in float32 at least.
-        attention = rows * span.heads * tokens * total * (size + max(4, size))
+        # The products, masked ones, and their softmax, which is computed in float32 at least.
+        in_parts = span.packable and not with_gradients
+        queries, copies = (min(tokens, QUERY_TOKENS), 2) if in_parts else (tokens, 1)
+        attention = rows * span.heads * queries * total * (copies * size + max(4, size))
     else:
         attention = rows * tokens * total * size
     holding = blocks if span.packable else span.end - span.start + 1
