@@ -364,9 +364,9 @@ def working_bytes(
 
     Gradients keep every block's activations, and those of a backward come on top; otherwise one block's at a time
     are there. Attention code that writes its weights out takes rows x heads x tokens x total of them, or as many as
-    there are of the queries that are computed at once (`one_sequence.py`), fused code only a mask. `copied` are numbers
-    of a prefix that each block puts before its sequences; code that cannot be packed has them in a cache, of all blocks
-    at once. `adapted` are numbers that an adapter makes in a block.
+    there are of the queries that are computed at once (`one_sequence.py`), fused code only a mask. `copied` are
+    numbers of a prefix that each block puts before its sequences; code that cannot be packed has them in a cache, of
+    all blocks at once. `adapted` are numbers that an adapter makes in a block.
     """
     size = span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
