@@ -16,7 +16,7 @@ import pytest
 from tests.interrupts import interrupt_often
 
 from corolla.errors import UsageError
-from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.loop import AWAKE_SECONDS, EventLoopThread, _Work
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,24 @@ def test_a_timeout_cancels_the_work(loop: EventLoopThread) -> None:
     assert ended.wait(5)
 
 
+def test_the_main_thread_looks_up_from_a_wait() -> None:
+    """Ctrl-C between its last look for one and falling asleep does not wake it."""
+    work = _Work(forever(threading.Event(), threading.Event()))
+    lock, waits = work._done, []
+
+    class Lock:
+        def acquire(self, timeout: float) -> bool:
+            waits.append(timeout)
+            return lock.acquire(timeout=timeout)
+
+    work._done = Lock()  # type: ignore[assignment]
+    with pytest.raises(TimeoutError):
+        work.wait(4 * AWAKE_SECONDS)
+    assert len(waits) >= 4
+    assert max(waits) <= AWAKE_SECONDS
+    work.call_off()
+
+
 def test_close_cancels_what_runs(loop: EventLoopThread) -> None:
     started, ended = threading.Event(), threading.Event()
     loop.run_soon(forever(started, ended))
@@ -119,7 +137,7 @@ def test_a_forked_worker_is_told(loop: EventLoopThread) -> None:
 
 INTERRUPTED = """
 import asyncio, os, signal, threading
-from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.loop import AWAKE_SECONDS, EventLoopThread, _Work
 
 loop = EventLoopThread()
 ended = threading.Event()
@@ -142,7 +160,7 @@ except KeyboardInterrupt:
 
 OFTEN = """
 import asyncio
-from corolla.swarm.loop import EventLoopThread
+from corolla.swarm.loop import AWAKE_SECONDS, EventLoopThread, _Work
 
 loop = EventLoopThread()
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, Generic, TypeVar
 
 from corolla.errors import UsageError
+
+AWAKE_SECONDS = 0.1  # after which the main thread, which Ctrl-C is for, looks up from a wait
 
 T = TypeVar("T")
 
@@ -149,8 +153,7 @@ class _Work(Generic[T]):
 
     def wait(self, timeout: float | None) -> T:
         """What comes of it, on another thread. Raises its error, and `TimeoutError` after so many seconds."""
-        if not self._done.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
-            raise TimeoutError
+        self._await_done(timeout)
         error, self._error = self._error, None
         if error is None:
             return self._results.pop()
@@ -159,6 +162,18 @@ class _Work(Generic[T]):
             raise CancelledError if isinstance(error, asyncio.CancelledError) else error
         finally:
             del error  # whose traceback holds this frame
+
+    def _await_done(self, timeout: float | None) -> None:
+        """Raises `TimeoutError` after so many seconds."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        # Ctrl-C that comes just before the main thread falls asleep does not wake it; it is seen when it wakes.
+        longest = AWAKE_SECONDS if threading.current_thread() is threading.main_thread() else math.inf
+        while True:
+            left = min(longest, max(0.0, end - time.monotonic()))
+            if self._done.acquire(timeout=-1 if left == math.inf else left):
+                return
+            if time.monotonic() >= end:
+                raise TimeoutError
 
     def call_off(self) -> None:
         """Cancel it, or keep it from beginning. Runs on the loop's thread, or when there is no loop."""
