@@ -137,7 +137,7 @@ def test_a_forked_worker_is_told(loop: EventLoopThread) -> None:
 
 INTERRUPTED = """
 import asyncio, os, signal, threading
-from corolla.swarm.loop import AWAKE_SECONDS, EventLoopThread, _Work
+from corolla.swarm.loop import EventLoopThread
 
 loop = EventLoopThread()
 ended = threading.Event()
@@ -160,7 +160,7 @@ except KeyboardInterrupt:
 
 OFTEN = """
 import asyncio
-from corolla.swarm.loop import AWAKE_SECONDS, EventLoopThread, _Work
+from corolla.swarm.loop import EventLoopThread
 
 loop = EventLoopThread()
 
