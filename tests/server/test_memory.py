@@ -15,7 +15,8 @@ from pathlib import Path
 from tests.server.world import HIDDEN, span_of
 from corolla.server.block_server import working_bytes
 from corolla.server.training import Sequences
-family, with_gradients, tokens = sys.argv[1], sys.argv[2] == "backward", 2500
+family, with_gradients = sys.argv[1], sys.argv[2] == "backward"
+tokens = 10_000 if (family, with_gradients) == ("gpt_oss", False) else 2500  # more than a heap leaves unused
 span = span_of(family, torch.float32)
 def peak():  # of this program alone: `getrusage` counts what started it as well
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -48,6 +49,4 @@ def test_the_estimate_of_memory_is_not_too_low(family: str, kind: str) -> None:
         [sys.executable, "-c", PROGRAM, family, kind], cwd=root, capture_output=True, text=True, check=True
     )
     taken, estimate = map(int, done.stdout.split()[-2:])
-    assert taken < estimate
-    if (family, kind) != ("gpt_oss", "forward"):  # whose weights only machines without our kernel write out
-        assert estimate < 5 * taken
+    assert taken < estimate < 5 * taken

@@ -107,12 +107,14 @@ def kernel_rules(rules: Rules, dim: int) -> tuple[tuple[float, float, int], Tens
 
 def can_attend(query: Tensor, cache: tuple[Tensor, Tensor]) -> bool:
     """Whether the kernel computes attention of this kind here."""
-    return (
-        query.dtype == cache[0].dtype == torch.float32
-        and query.device.type == "cpu"
-        and not any(one.shape[-1] % LANES for one in cache)
-        and library() is not None
-    )
+    same = query.dtype == cache[0].dtype
+    return same and kernel_attends(query.dtype, query.device, *(one.shape[-1] for one in cache))
+
+
+def kernel_attends(dtype: torch.dtype, device: torch.device, *widths: int) -> bool:
+    """The same of heads whose keys and values are `widths` wide."""
+    plain = dtype == torch.float32 and device.type == "cpu"
+    return plain and not any(width % LANES for width in widths) and library() is not None
 
 
 def _strided(tokens: Tensor) -> Tensor:
