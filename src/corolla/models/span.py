@@ -95,6 +95,8 @@ class Span:
         self.width, self.width_behind = cuts.width(start), cuts.width(end)
         self.feed_forward_size = largest(model.config, "intermediate_size") or 4 * self.hidden_size
         self.heads = largest(model.config, "num_attention_heads") or 1
+        self.head_size = largest(model.config, "head_dim") or self.hidden_size // self.heads
+        self.experts = largest(model.config, "num_experts_per_tok") or 1  # that a token is sent to
         self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
         self._has_states = keeps_states(

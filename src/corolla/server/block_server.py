@@ -23,7 +23,6 @@ from corolla.models.attention.one_sequence import QUERY_TOKENS
 from corolla.models.attention.one_token_rows import kernel_attends
 from corolla.models.attention.pages import PageLayout, PagePool, pages_for
 from corolla.models.attention.windows import layout_of
-from corolla.models.families import largest
 from corolla.models.lora import named_parts, names_in, width
 from corolla.models.prompts import GIVEN, BlockVectors
 from corolla.models.span import Span
@@ -372,9 +371,8 @@ def working_bytes(
     """
     size = span.dtype.itemsize
     blocks = span.end - span.start + 1 if with_gradients else 1
-    experts = largest(span.config, "num_experts_per_tok") or 1
-    numbers = 7 * max(span.hidden_size, span.heads * _head(span)) + span.width
-    activations = rows * tokens * (numbers + 3 * experts * span.feed_forward_size) * size
+    numbers = 7 * max(span.hidden_size, span.heads * span.head_size) + span.width
+    activations = rows * tokens * (numbers + 3 * span.experts * span.feed_forward_size) * size
     attention = _attention(span, rows, tokens, total, with_gradients)
     holding = blocks if span.packable else span.end - span.start + 1
     expanded = blocks * _expanded(span, tokens, total, copied, with_gradients) * size
@@ -385,19 +383,13 @@ def working_bytes(
 def _attention(span: Span, rows: int, tokens: int, total: int, with_gradients: bool) -> int:
     """Bytes that one block's scores and weights take, or a mask, or the copies that our kernel is given and makes."""
     size, in_parts = span.dtype.itemsize, span.packable and not with_gradients
-    head = _head(span)
-    if in_parts and not span.latent_blocks and kernel_attends(span.dtype, span.device, head):
-        return rows * span.heads * (total + 6 * tokens * head) * size
+    if in_parts and not span.latent_blocks and kernel_attends(span.dtype, span.device, span.head_size):
+        return rows * span.heads * (total + 6 * tokens * span.head_size) * size
     if getattr(span.config, "_attn_implementation", "eager") != "eager":
         return rows * tokens * total * size
     # The products, masked ones, and their softmax, which is computed in float32 at least.
     queries, copies = (min(tokens, QUERY_TOKENS), 2) if in_parts else (tokens, 1)
     return rows * span.heads * queries * total * (copies * size + max(4, size))
-
-
-def _head(span: Span) -> int:
-    """Numbers of a query of one head."""
-    return largest(span.config, "head_dim") or span.hidden_size // span.heads
 
 
 def _expanded(span: Span, tokens: int, total: int, copied: int, with_gradients: bool) -> int:
