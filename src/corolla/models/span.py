@@ -99,9 +99,8 @@ class Span:
         self.experts = largest(model.config, "num_experts_per_tok") or 1  # that a token is sent to
         self.cache_name = cache_argument(model.forward)
         self._empty_cache = span_cache_class(model.forward)(start, end, model.whole_config)
-        self._has_states = keeps_states(
-            model.forward, model.whole_config
-        )  # the model, if not this span of it
+        # The model, if not this span of it.
+        self._has_states = keeps_states(model.forward, model.whole_config)
         self.dtype: torch.dtype = model.dtype  # what it computes in
         # The whole model's config, which all blocks share and by which their attention code is chosen.
         own = next((one.config for one in self.blocks.modules() if hasattr(one, "config")), model.config)
