@@ -24,7 +24,7 @@ from tests.server.world import (
 )
 
 from corolla.errors import RequestRefused
-from corolla.server.block_server import check_memory, working_bytes
+from corolla.server.memory import check_memory, working_bytes
 from corolla.server.scheduler import engine, execution
 from corolla.server.scheduler.execution import Kind
 from corolla.server.sessions import step

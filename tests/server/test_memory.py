@@ -13,7 +13,7 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 from tests.server.world import HIDDEN, span_of
-from corolla.server.block_server import working_bytes
+from corolla.server.memory import working_bytes
 from corolla.server.training import Sequences
 family, with_gradients = sys.argv[1], sys.argv[2] == "backward"
 tokens = 10_000 if (family, with_gradients) == ("gpt_oss", False) else 2500  # more than a heap leaves unused

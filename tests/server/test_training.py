@@ -26,7 +26,7 @@ from corolla.errors import RequestRefused
 from corolla.models.lora import width
 from corolla.models.prompts import as_tensor
 from corolla.server import block_server
-from corolla.server.block_server import working_bytes
+from corolla.server.memory import working_bytes
 from corolla.server.peers import LEASE_SECONDS, Lease, Leases
 from corolla.server.training import Saved, Sequences
 from corolla.swarm.channel import Channel, request

@@ -27,10 +27,9 @@ from corolla.server.block_server import (
     check_given,
     check_hidden,
     check_lengths,
-    check_memory,
     malformed,
-    working_bytes,
 )
+from corolla.server.memory import check_memory, working_bytes
 from corolla.server.peers import Lease
 from corolla.server.scheduler.execution import Kind, Preemptible, Request
 from corolla.server.sessions.session import Client
@@ -196,7 +195,7 @@ class Sequences:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What their computation's memory depends on, as `block_server.working_bytes` takes it."""
+        """What their computation's memory depends on, as `memory.working_bytes` takes it."""
         longest = max(self.lengths) + self._before
         form = self._span.key_values if self._before else None
         copied = 0 if form is None else len(self.lengths) * longest * form.width

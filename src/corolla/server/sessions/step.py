@@ -24,10 +24,9 @@ from corolla.server.block_server import (
     BlockServer,
     check_hidden,
     check_lengths,
-    check_memory,
     malformed,
-    working_bytes,
 )
+from corolla.server.memory import check_memory, working_bytes
 from corolla.server.scheduler.execution import PASS_TOKENS, Kind, Request
 from corolla.server.sessions.session import Client, Session
 from corolla.wire.frames import Packet
