@@ -22,8 +22,8 @@ from corolla.models.checks.splitting import split_miniature
 from corolla.models.checks.together import can_pack
 from corolla.models.families import structure
 from corolla.models.span import Span, load_span
-from corolla.server import block_server
-from corolla.server.block_server import working_bytes
+from corolla.server import memory
+from corolla.server.memory import working_bytes
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu")
 LENGTHS, PREFIX = (11, 6), 3
@@ -91,7 +91,7 @@ def test_what_is_made_of_latents_at_once_is_bounded_and_reckoned(
     assert not short.pays(10**6, 10**3)
     monkeypatch.setattr(latent, "MOST_EXPANDED", 10**3)
     assert short.pays(10**6, 10**3)
-    monkeypatch.setattr(block_server, "MOST_EXPANDED", 0)
+    monkeypatch.setattr(memory, "MOST_EXPANDED", 0)
     after = working_bytes(spans[-1], rows=1, tokens=tokens, total=tokens, with_gradients=False)
     assert before - after == form.expanded * tokens * spans[-1].dtype.itemsize
 
