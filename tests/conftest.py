@@ -21,6 +21,7 @@ import pytest
 from corolla.swarm.transport.runtime_dir import remove_abandoned
 from tests import covered
 from tests.e2e.warm import close_warm
+from tests.mutants import Mistakes
 
 hypothesis.settings.register_profile("corolla", derandomize=True, deadline=None)
 hypothesis.settings.register_profile(
@@ -166,6 +167,15 @@ def pytest_terminal_summary(
     if (file := config.getoption("--record")) is not None:
         passed = exitstatus == pytest.ExitCode.OK
         covered.record(terminalreporter, file, scale=config.getoption("--scale"), passed=passed)
+
+
+@pytest.fixture
+def mistakes(caplog: pytest.LogCaptureFixture) -> Iterator[Mistakes]:
+    """To plant mistakes with; none of them may only raise."""
+    with pytest.MonkeyPatch.context() as patch:
+        planted = Mistakes(patch)
+        yield planted
+    planted.assert_none_raised(caplog.get_records("call"))
 
 
 @pytest.fixture

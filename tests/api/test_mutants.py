@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tests.api.world import BASE, World, Worlds
-from tests.mutants import passes
+from tests.mutants import Mistakes, Plant, passes
 
 from corolla.api import reading, sampling, scoring, sessions, wishes
 from corolla.api.access import Keys, User
 from corolla.api.generation import Run
 from corolla.api.sessions import SessionPool
+from corolla.client.sessions.prefix_cache import common_length
 
-Plant = Callable[[pytest.MonkeyPatch], None]
 HELLO = [{"role": "user", "content": "What of the moon, and what of the rain?"}]
 
 
@@ -95,13 +95,13 @@ def counts_are_exact(world: World) -> bool:
     return (usage.prompt_tokens, usage.completion_tokens) == (len(ids), len(world.greedy(ids, 12)))
 
 
-def session_of_another_key(patch: pytest.MonkeyPatch) -> None:
+def session_of_another_key(patch: Mistakes) -> None:
     give, take = SessionPool.give, SessionPool.take
     patch.setattr(SessionPool, "give", lambda self, _user, *rest: give(self, "", *rest))
     patch.setattr(SessionPool, "take", lambda self, _user, *rest: take(self, "", *rest))
 
 
-def penalty_ignored(patch: pytest.MonkeyPatch) -> None:
+def penalty_ignored(patch: Mistakes) -> None:
     found = wishes.sampling_of
     patch.setattr(
         wishes,
@@ -110,23 +110,23 @@ def penalty_ignored(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def bias_ignored(patch: pytest.MonkeyPatch) -> None:
+def bias_ignored(patch: Mistakes) -> None:
     found = wishes.sampling_of
     patch.setattr(wishes, "sampling_of", lambda *given: replace(found(*given), logit_bias={}))
 
 
-def prefix_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    common = sessions.common_length
+def prefix_off_by_one(patch: Mistakes) -> None:
+    common = common_length
     patch.setattr(
         sessions, "common_length", lambda one, other: min(common(one, other) + 1, len(one), len(other))
     )
 
 
-def stop_missed_across_tokens(patch: pytest.MonkeyPatch) -> None:
+def stop_missed_across_tokens(patch: Mistakes) -> None:
     patch.setattr(reading, "_begun", lambda _text, _stop: 0)
 
 
-def probabilities_of_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
+def probabilities_of_the_wrong_place(patch: Mistakes) -> None:
     """The scores one place before."""
     for module in (sampling, scoring):
         of, before = module.probability_of, list[Any]()
@@ -138,14 +138,14 @@ def probabilities_of_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "probability_of", shifted)
 
 
-def one_seed_for_all(patch: pytest.MonkeyPatch) -> None:
+def one_seed_for_all(patch: Mistakes) -> None:
     reply = Run._reply
     patch.setattr(
         Run, "_reply", lambda self, wish, index, session, _number: reply(self, wish, index, session, 0)
     )
 
 
-def token_counted_twice(patch: pytest.MonkeyPatch) -> None:
+def token_counted_twice(patch: Mistakes) -> None:
     note = Run._note_token
 
     def twice(self: Run, latest: list[float]) -> None:
@@ -186,14 +186,13 @@ def test_without_a_mistake(guarded: World, check: Callable[[World], bool]) -> No
 
 @pytest.mark.parametrize(("plant", "check"), PLANTED, ids=lambda one: one.__name__)
 def test_a_mistake_is_noticed(
-    guarded: World, monkeypatch: pytest.MonkeyPatch, plant: Plant, check: Callable[[World], bool]
+    guarded: World, mistakes: Mistakes, plant: Plant, check: Callable[[World], bool]
 ) -> None:
     # Its own sessions: one that holds the whole request already may hide a mistake, and what a mistake has left there
     # is nobody else's.
     own = SessionPool(most=8, most_bytes=2**28)
-    with monkeypatch.context() as patch:
-        patch.setattr(guarded.api.generator, "pool", own)
-        plant(patch)
-        noticed = not passes(lambda: check(guarded), __file__)
+    mistakes.setattr(guarded.api.generator, "pool", own)
+    plant(mistakes)
+    noticed = not passes(lambda: check(guarded))
     own.close()
     assert noticed

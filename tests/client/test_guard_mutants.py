@@ -12,7 +12,7 @@ import torch
 from tests.client.conftest import Pair
 from tests.client.test_ways_in import assert_equal, case_of
 from tests.client.ways.table import WAYS, Column, Way
-from tests.mutants import assert_is_planted
+from tests.mutants import Mistakes, assert_is_planted
 
 from corolla.client import remote_blocks
 from corolla.client.sessions import session
@@ -43,7 +43,7 @@ def holds(pair: Pair, one: Way, column: Column, folder: Path) -> bool:
     except UsageError as error:
         return sentence is not None and sentence in str(error)
     except Exception as error:
-        assert_is_planted(error, __file__)
+        assert_is_planted(error)
         return False
     if sentence is not None:
         return False
@@ -99,11 +99,9 @@ MUTANTS: dict[str, tuple[Any, str, Any, str, Column]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mutant_is_noticed(
-    pair_of: PairOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str
-) -> None:
+def test_a_mutant_is_noticed(pair_of: PairOf, tmp_path: Path, mistakes: Mistakes, mutant: str) -> None:
     target, name, replacement, row, column = MUTANTS[mutant]
     pair, one = pair_of("llama"), way_named(row)
     assert holds(pair, one, column, tmp_path / "before")
-    monkeypatch.setattr(target, name, replacement)
+    mistakes.setattr(target, name, replacement)
     assert not holds(pair, one, column, tmp_path / "after")

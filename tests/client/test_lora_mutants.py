@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from tests.client.conftest import TWO, random_ids
 from tests.client.test_lora import adapted, greedy
 from tests.client.test_mutants import prompts_lost_in_a_replay
-from tests.mutants import assert_none_raised, failing
+from tests.mutants import Mistakes, Plant, failing, no_mistake
 from tests.reference import local_model, relative
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -24,14 +24,8 @@ from corolla.models.checkpoints import lora_files
 from corolla.models.lora import Adapter, AdapterRows, Layers
 from corolla.models.prompts import BlockVectors
 
-Plant = Callable[[pytest.MonkeyPatch], None]
 
-
-def no_mistake(_patch: pytest.MonkeyPatch) -> None:
-    """The checks pass on the code as it is."""
-
-
-def delta_on_the_wrong_slice(patch: pytest.MonkeyPatch) -> None:
+def delta_on_the_wrong_slice(patch: Mistakes) -> None:
     """What is for keys is added to values, which come from the same product."""
     whole = AdapterRows.hooks
 
@@ -42,20 +36,20 @@ def delta_on_the_wrong_slice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AdapterRows, "hooks", swapped)
 
 
-def scale_forgotten(patch: pytest.MonkeyPatch) -> None:
+def scale_forgotten(patch: Mistakes) -> None:
     patch.setattr(lora_files, "_scaling", lambda *_: 1.0)
 
 
-def stale_digest(patch: pytest.MonkeyPatch) -> None:
+def stale_digest(patch: Mistakes) -> None:
     """Every adapter goes by the same name."""
     patch.setattr(BlockVectors, "digest", "0" * 64)
 
 
-def on_everybodys_rows(patch: pytest.MonkeyPatch) -> None:
+def on_everybodys_rows(patch: Mistakes) -> None:
     patch.setattr(AdapterRows, "_tokens", lambda *_: None)
 
 
-def one_for_all(patch: pytest.MonkeyPatch) -> None:
+def one_for_all(patch: Mistakes) -> None:
     """Adapters are told apart by nothing."""
     patch.setattr(Adapter, "is_same", lambda *_: True)
 
@@ -137,9 +131,7 @@ NIGHTLY = (scale_forgotten, stale_digest, one_for_all)
     [pytest.param(one, marks=[pytest.mark.nightly] if one in NIGHTLY else []) for one in CAUGHT_BY],
     ids=lambda plant: plant.__name__,
 )
-def test_mutant(
-    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_mutant(plant: Plant, tmp_path: Path, mistakes: Mistakes) -> None:
     folder = write_tiny("llama", tmp_path / "model")
     local = local_model(folder)
     local.generation_config.eos_token_id, local.generation_config.pad_token_id = None, 0
@@ -149,10 +141,9 @@ def test_mutant(
         for span in TWO:
             swarm.add(*span, bundles=[tmp_path / "other"])  # with kernels: keys and values of one product
         swarm.model(prompts=tmp_path / "adapter")  # the family is proven before the mistake
-        plant(monkeypatch)
+        plant(mistakes)
         model = swarm.model(prompts=tmp_path / "adapter")
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         checks = Checks(swarm, model, local)
-        failed = failing(checks, CAUGHT_BY[plant], __file__)
+        failed = failing(checks, CAUGHT_BY[plant])
     assert failed == set(CAUGHT_BY[plant])
-    assert_none_raised(caplog, __file__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from tests.client.conftest import random_ids
-from tests.mutants import assert_none_raised, failing
+from tests.mutants import Mistakes, Plant, failing, no_mistake
 from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
@@ -34,14 +34,8 @@ from corolla.server.peers import Lease, Leases
 from corolla.server.sessions.session import Session
 from corolla.server.sessions.step import StepRequest
 
-Plant = Callable[[pytest.MonkeyPatch], None]
 
-
-def no_mistake(_patch: pytest.MonkeyPatch) -> None:
-    """The checks pass on the code as it is."""
-
-
-def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
+def position_off_by_one(patch: Mistakes) -> None:
     forward = Span.forward_packed
 
     def shifted(self: Span, hidden: torch.Tensor, batch: PackedBatch, **extra: Any) -> torch.Tensor:
@@ -52,7 +46,7 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Span, "forward_packed", shifted)
 
 
-def dropped_mask(patch: pytest.MonkeyPatch) -> None:
+def dropped_mask(patch: Mistakes) -> None:
     cut = training.micro_batches
 
     def unmasked(rows: int, tokens: int, mask: Any, positions: Any) -> Iterator[training.MicroBatch]:
@@ -61,7 +55,7 @@ def dropped_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(training, "micro_batches", unmasked)
 
 
-def padding_counted(patch: pytest.MonkeyPatch) -> None:
+def padding_counted(patch: Mistakes) -> None:
     """A padded row's tokens are cached like any others."""
     make = StepRequest.__init__
 
@@ -72,7 +66,7 @@ def padding_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Session, "same_past", lambda *_: True)
 
 
-def stranger_seen(patch: pytest.MonkeyPatch) -> None:
+def stranger_seen(patch: Mistakes) -> None:
     """A sequence reads another's first page for its own."""
     make = PackedBatch.__init__
 
@@ -87,11 +81,11 @@ def stranger_seen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PackedBatch, "__init__", mixed)
 
 
-def shared_page_written(patch: pytest.MonkeyPatch) -> None:
+def shared_page_written(patch: Mistakes) -> None:
     patch.setattr(BlockTable, "_copy_on_write", lambda _self, _index: None)
 
 
-def stale_lease(patch: pytest.MonkeyPatch) -> None:
+def stale_lease(patch: Mistakes) -> None:
     """A backward goes through the graph of another micro-batch."""
     take = Leases.take
 
@@ -102,7 +96,7 @@ def stale_lease(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Leases, "take", wrong)
 
 
-def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
+def prompts_lost_in_a_replay(patch: Mistakes) -> None:
     """A replacement is not given what blocks are given besides: deep prompts, or a prefix."""
     opened = SpanSession.open
 
@@ -114,7 +108,7 @@ def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SpanSession, "open", forgetful)
 
 
-def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
+def rollback_ignored(patch: Mistakes) -> None:
     rearrange = Session.rearrange
 
     def ignoring(self: Session, rows: int, position: int, order: torch.Tensor | None) -> None:
@@ -123,13 +117,13 @@ def rollback_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Session, "rearrange", ignoring)
 
 
-def rollback_ignored_in_the_history(patch: pytest.MonkeyPatch) -> None:
+def rollback_ignored_in_the_history(patch: Mistakes) -> None:
     from corolla.client.sessions.span_session import History
 
     patch.setattr(History, "truncate", lambda _self, _length: None)
 
 
-def reorder_ignored(patch: pytest.MonkeyPatch) -> None:
+def reorder_ignored(patch: Mistakes) -> None:
     take = SessionChain._take_order
 
     def identity(self: SessionChain, rows: int) -> torch.Tensor | None:
@@ -139,7 +133,7 @@ def reorder_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SessionChain, "_take_order", identity)
 
 
-def two_blocks_swapped(patch: pytest.MonkeyPatch) -> None:
+def two_blocks_swapped(patch: Mistakes) -> None:
     forward = Span.forward_packed
 
     def swapped(self: Span, hidden: torch.Tensor, batch: PackedBatch, **extra: Any) -> torch.Tensor:
@@ -155,7 +149,7 @@ def two_blocks_swapped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Span, "forward_packed", swapped)
 
 
-def gradient_of_one_span_lost(patch: pytest.MonkeyPatch) -> None:
+def gradient_of_one_span_lost(patch: Mistakes) -> None:
     hop_back = training.TrainingPass._backward_hop
 
     async def lossy(self: training.TrainingPass, micro: Any, stage: training.Stage, grad: Any) -> Any:
@@ -204,10 +198,10 @@ class Checks:
         ids = random_ids(rows, length)
         self.model.zero_grad()
         self.model(ids, labels=ids).loss.backward()
-        assert self.local.deep is not None
-        self.local.deep.grad = None
+        deep: Any = self.local.deep
+        deep.grad = None
         self.local.loss(ids, ids).backward()
-        found, expected = self.model.prompts.deep.grad, self.local.deep.grad
+        found, expected = self.model.prompts.deep.grad, deep.grad
         return bool((found - expected).norm() / expected.norm() < 1e-4)
 
     def micro_batches(self) -> bool:
@@ -282,9 +276,7 @@ class Checks:
 
 
 @pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
-def test_mutant(
-    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_mutant(plant: Plant, tmp_path: Path, mistakes: Mistakes) -> None:
     folder = write_tiny("llama", tmp_path)
     with MemorySwarm(folder, [(0, 2), (2, 4)]) as swarm:
         model = swarm.model(tuning_mode="deep_ptune", pre_seq_len=3)
@@ -294,7 +286,6 @@ def test_mutant(
         for settings in (model.generation_config, local.model.generation_config):
             settings.eos_token_id, settings.pad_token_id = None, 0
         checks = Checks(swarm, model, local)
-        plant(monkeypatch)
-        failed = failing(checks, CAUGHT_BY[plant], __file__)
+        plant(mistakes)
+        failed = failing(checks, CAUGHT_BY[plant])
     assert failed == set(CAUGHT_BY[plant])
-    assert_none_raised(caplog, __file__)

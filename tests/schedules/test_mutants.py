@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from corolla.client.sessions.chain import SessionChain
-from corolla.client.sessions.span_session import History, SpanSession
+from corolla.client.sessions.span_session import History, Progress, SpanSession
 from corolla.client.training import MicroBatch, Stage, TrainingPass
 from tests.faults import Fault
+from tests.mutants import Mistakes, Plant, assert_is_planted, no_mistake
 from tests.schedules.plan import Schedule
 from tests.schedules.run import WrongOutcome, run_schedule
 from tests.schedules.workloads import Workload
 from tests.schedules.world import ServerPlan
-
-Plant = Callable[[pytest.MonkeyPatch], None]
 
 SERVERS = (ServerPlan("main-0", 0, 1, 100.0), ServerPlan("main-1", 1, 4, 100.0))
 
@@ -42,11 +41,7 @@ TRAININGS = {
 SCHEDULES = CHATS | TRAININGS
 
 
-def no_mistake(_patch: pytest.MonkeyPatch) -> None:
-    """The schedules pass on the code as it is."""
-
-
-def position_off_by_one_in_a_replay(patch: pytest.MonkeyPatch) -> None:
+def position_off_by_one_in_a_replay(patch: Mistakes) -> None:
     inputs = History.inputs
 
     def shifted(self: History) -> Any:
@@ -56,7 +51,7 @@ def position_off_by_one_in_a_replay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(History, "inputs", shifted)
 
 
-def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
+def prompts_lost_in_a_replay(patch: Mistakes) -> None:
     opened, seen = SpanSession.open, set()
 
     async def forgetful(self: SpanSession, view: Any, **arguments: Any) -> bool:
@@ -68,11 +63,11 @@ def prompts_lost_in_a_replay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SpanSession, "open", forgetful)
 
 
-def rollback_ignored_in_a_replay(patch: pytest.MonkeyPatch) -> None:
+def rollback_ignored_in_a_replay(patch: Mistakes) -> None:
     patch.setattr(History, "truncate", lambda _self, _length: None)
 
 
-def reorder_ignored_in_a_replay(patch: pytest.MonkeyPatch) -> None:
+def reorder_ignored_in_a_replay(patch: Mistakes) -> None:
     select = History.select_rows
 
     def lazy(self: History, rows: torch.Tensor) -> None:
@@ -83,18 +78,19 @@ def reorder_ignored_in_a_replay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(History, "select_rows", lazy)
 
 
-def step_after_a_replay_reordered_twice(patch: pytest.MonkeyPatch) -> None:
+def step_after_a_replay_reordered_twice(patch: Mistakes) -> None:
     mend = SessionChain._mend
 
-    async def forgetful(self: SessionChain, progress: Any) -> None:
-        order = self._spans[progress.done].history.order
-        await mend(self, progress)
-        self._spans[progress.done].history.order = order
+    async def forgetful(self: SessionChain, progress: Progress) -> tuple[SpanSession, Tensor]:
+        order = self.spans[progress.done].history.order
+        span, output = await mend(self, progress)
+        span.history.order = order
+        return span, output
 
     patch.setattr(SessionChain, "_mend", forgetful)
 
 
-def wrong_stage_rerun_in_backward(patch: pytest.MonkeyPatch) -> None:
+def wrong_stage_rerun_in_backward(patch: Mistakes) -> None:
     reroute = TrainingPass._reroute
 
     async def confused(self: TrainingPass, micro: MicroBatch, stage: Stage) -> list[Stage]:
@@ -116,8 +112,8 @@ CAUGHT_BY: dict[Plant, str] = {
 
 
 @pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
-def test_mutant(plant: Plant, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
+def test_mutant(plant: Plant, root: Path, mistakes: Mistakes) -> None:
+    plant(mistakes)
     due = CAUGHT_BY[plant]
     failed = set()
     for name, one in SCHEDULES.items():
@@ -125,6 +121,7 @@ def test_mutant(plant: Plant, root: Path, monkeypatch: pytest.MonkeyPatch) -> No
             continue
         try:
             assert run_schedule(one, root).hits
-        except WrongOutcome:
+        except WrongOutcome as wrong:
+            assert_is_planted(wrong)
             failed.add(name)
     assert bool(failed) is bool(due), f"failed: {sorted(failed)}"

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from corolla.models import blocks_pass
 from corolla.models.attention.packing import PackedBatch
 from corolla.models.attention.snapshots import copied
 from corolla.models.attention.span_cache import SpanCache
+from corolla.models.checks.tracing import replaced
 from corolla.models.cut_layout import CutLayout, CutTensors
 from tests.faults import Fault
+from tests.mutants import Mistakes, Plant, assert_is_planted
 from tests.schedules.plan import Schedule, plan
 from tests.schedules.run import Outcome, WrongOutcome, run_schedule
 from tests.schedules.workloads import Workload
@@ -86,12 +89,13 @@ def passes(family: str, root: Path) -> bool:
         for faults in ((), restarts):
             try:
                 run_schedule(Schedule(0, SERVERS, (work,), faults, lost=False), root)
-            except WrongOutcome:
+            except WrongOutcome as wrong:
+                assert_is_planted(wrong)
                 return False
     return True
 
 
-def a_snapshot_of_an_earlier_token(patch: pytest.MonkeyPatch) -> None:
+def a_snapshot_of_an_earlier_token(patch: Mistakes) -> None:
     states, record = SpanCache._states, SpanCache.record
     seen: dict[int, list[Any]] = {}
 
@@ -103,7 +107,7 @@ def a_snapshot_of_an_earlier_token(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SpanCache, "_states", lambda self: seen.get(id(self), [states(self)])[0])
 
 
-def a_latent_that_is_not_rotated(patch: pytest.MonkeyPatch) -> None:
+def a_latent_that_is_not_rotated(patch: Mistakes) -> None:
     keep = PackedBatch.keep
     patch.setattr(
         PackedBatch,
@@ -112,12 +116,12 @@ def a_latent_that_is_not_rotated(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def side_inputs_of_the_wrong_blocks(patch: pytest.MonkeyPatch) -> None:
+def side_inputs_of_the_wrong_blocks(patch: Mistakes) -> None:
     of_block = CutTensors.of_block
     patch.setattr(CutTensors, "of_block", lambda self, block: of_block(self, max(self.cut, block - 1)))
 
 
-def a_stream_that_is_dropped(patch: pytest.MonkeyPatch) -> None:
+def a_stream_that_is_dropped(patch: Mistakes) -> None:
     join = CutLayout.join
 
     def without_the_last(self: CutLayout, crossed: CutTensors, cut: int) -> Tensor:
@@ -129,24 +133,26 @@ def a_stream_that_is_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CutLayout, "join", without_the_last)
 
 
-def an_index_that_is_the_span_s_own(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CutLayout, "counted", property(lambda _cuts: None))
+def an_index_of_another_block(patch: Mistakes) -> None:
+    # Of one like it, since kinds of blocks alternate.
+    def wrong(args: Any, kwargs: Any, name: str, place: int, value: Any) -> Any:
+        return replaced(args, kwargs, name, place, value % 2 if name == "layer_idx" else value)
+
+    patch.setattr(blocks_pass, "replaced", wrong)
 
 
 MISTAKES = {
     "qwen3_5_text": [a_snapshot_of_an_earlier_token],
     "minicpm3": [a_latent_that_is_not_rotated],
     "gemma3n_text": [side_inputs_of_the_wrong_blocks, a_stream_that_is_dropped],
-    "zamba": [an_index_that_is_the_span_s_own],
+    "zamba": [an_index_of_another_block],
 }
 PLANTED = [(family, mistake) for family, mistakes in MISTAKES.items() for mistake in mistakes]
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("family", "mistake"), PLANTED)
-def test_a_planted_mistake_is_noticed(
-    family: str, mistake: Callable[[pytest.MonkeyPatch], None], root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_mistake_is_noticed(family: str, mistake: Plant, root: Path, mistakes: Mistakes) -> None:
     assert passes(family, root)
-    mistake(monkeypatch)
+    mistake(mistakes)
     assert not passes(family, root)

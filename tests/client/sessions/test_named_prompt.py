@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import pytest
 import torch
 from tests.client.conftest import random_ids
 from tests.covering import covering
-from tests.mutants import assert_none_raised, passes
+from tests.mutants import Mistakes, Plant, no_mistake, passes
 from tests.reference import Prompted, local_model
 from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import write_tiny
 
 from corolla.client.sessions import named_prompt
+from corolla.models import prompts
 from corolla.models.attention.pages import PAGE, BlockTable, CachedSequence, PagePool, pages_for
 from corolla.models.cache import BlocksCall
 from corolla.models.checkpoints.checkpoint import open_checkpoint
@@ -249,7 +249,7 @@ def test_some_servers_have_it(tmp_path: Path, mode: str) -> None:
 
 def test_a_server_without_it_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deep prompts are sent to it at once from then on; those of another bundle are asked for again."""
-    asked, find = [], opening.find
+    asked, find = [], prefilled.find
 
     def noting(bundles: Any, named: Any) -> Any:
         asked.append(None if named is None else named.deep)
@@ -395,18 +395,12 @@ def test_audits_see_the_whole(tmp_path: Path) -> None:
 
 # --- planted mistakes --------------------------------------------------------------------------------------
 
-Plant = Callable[[pytest.MonkeyPatch], None]
 
-
-def no_mistake(_patch: pytest.MonkeyPatch) -> None:
-    """The checks pass on the code as it is."""
-
-
-def shared_page_written(patch: pytest.MonkeyPatch) -> None:
+def shared_page_written(patch: Mistakes) -> None:
     patch.setattr(BlockTable, "_copy_on_write", lambda _self, _index: None)
 
 
-def deep_prompts_forgotten_by_the_server(patch: pytest.MonkeyPatch) -> None:
+def deep_prompts_forgotten_by_the_server(patch: Mistakes) -> None:
     through = prefilled.EnteringPrompt.through
 
     def shallow(self: Any, span: Any, batch: Any) -> Any:
@@ -415,16 +409,16 @@ def deep_prompts_forgotten_by_the_server(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(prefilled.EnteringPrompt, "through", shallow)
 
 
-def blocks_before_the_span_left_out(patch: pytest.MonkeyPatch) -> None:
+def blocks_before_the_span_left_out(patch: Mistakes) -> None:
     before = prefilled.before_span
     patch.setattr("tests.swarm_fixture.before_span", lambda *args, **rest: before(*args[:2], 0, **rest))
 
 
-def outputs_of_another_block(patch: pytest.MonkeyPatch) -> None:
+def outputs_of_another_block(patch: Mistakes) -> None:
     patch.setattr(prefilled.PrefilledPrompt, "outputs_of", lambda self, _span: self.outputs[0])
 
 
-def one_column_too_few(patch: pytest.MonkeyPatch) -> None:
+def one_column_too_few(patch: Mistakes) -> None:
     prompt = named_prompt.PromptOutputs
     left = prompt.left_to_send
 
@@ -434,8 +428,8 @@ def one_column_too_few(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(prompt, "left_to_send", early)
 
 
-def deep_prompts_not_in_the_name(patch: pytest.MonkeyPatch) -> None:
-    digest = named_prompt.digest
+def deep_prompts_not_in_the_name(patch: Mistakes) -> None:
+    digest = prompts.digest
     for module in (named_prompt, prefilled):
         patch.setattr(module, "digest", lambda vectors, _deep, dtype: digest(vectors, None, dtype))
 
@@ -484,10 +478,8 @@ class Checks:
 
 
 @pytest.mark.parametrize("plant", CAUGHT_BY, ids=lambda plant: plant.__name__)
-def test_mutant(
-    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    plant(monkeypatch)
+def test_mutant(plant: Plant, tmp_path: Path, mistakes: Mistakes) -> None:
+    plant(mistakes)
     with Chats(tmp_path, mode="deep_ptune", length=3) as chats:
         chats.serve((0, 2), (2, 4), throughput=1000)
         chats.serve((2, 4), bundles=[], throughput=1)
@@ -495,6 +487,5 @@ def test_mutant(
         due = CAUGHT_BY[plant]
         names = ("by_itself", "beside_others", "trained", "failover")
         tried = [name for name in names if name in due or not due]
-        failed = {name for name in tried if not passes(getattr(checks, name), __file__)}
+        failed = {name for name in tried if not passes(getattr(checks, name))}
     assert failed == due
-    assert_none_raised(caplog, __file__)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models.every_family import tiny
+from tests.mutants import Mistakes
 from torch import Tensor
 from transformers import DeepseekV3Config
 
@@ -128,10 +129,8 @@ keep = PackedBatch.keep
 
 
 @pytest.mark.parametrize("mistake", [not_rotated, a_token_late])
-def test_a_planted_mistake_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, spans: list[Span], mistake: Any
-) -> None:
-    monkeypatch.setattr(PackedBatch, "keep", mistake)
+def test_a_planted_mistake_is_noticed(mistakes: Mistakes, spans: list[Span], mistake: Any) -> None:
+    mistakes.setattr(PackedBatch, "keep", mistake)
     hidden = inputs(spans[-1])
     assert not torch.allclose(in_packed_steps(spans[-1], hidden), alone(spans[-1], hidden), atol=1e-3)
     assert not can_pack(spans)

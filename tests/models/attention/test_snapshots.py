@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models.every_family import tiny
+from tests.mutants import Mistakes
 from torch import Tensor
 
 from corolla.models.attention import snapshots
@@ -104,12 +105,12 @@ PLANTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("mistake", PLANTED)
-def test_a_planted_mistake_is_noticed(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+def test_a_planted_mistake_is_noticed(mistakes: Mistakes, mistake: str) -> None:
     with split_miniature(tiny("qwen3_next")) as (_, spans):
         span = spans[-1]
         assert torch.allclose(*went_back(span, inputs(span), 9), atol=1e-3)
         where, name, wrong = PLANTED[mistake]
-        monkeypatch.setattr(where, name, wrong)
+        mistakes.setattr(where, name, wrong)
         assert not torch.allclose(*went_back(span, inputs(span), 9), atol=1e-3)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.models.every_family import tiny
+from tests.mutants import Mistakes
 from torch import Tensor
 
 from corolla.models.attention import stacked
@@ -73,14 +75,18 @@ def with_padding(own: Any) -> Any:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_family_that_stacks_wrongly_comes_alone(
-    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    place: tuple[Any, str],
+    mistake: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    mistakes: Mistakes,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(together.log, "info", lambda words, *_: said.append(words))
+    caplog.set_level(logging.INFO, logger=together.log.name)
     monkeypatch.setattr(selfcheck, "_passed", {})
-    monkeypatch.setattr(*place, mistake(getattr(*place)))
+    mistakes.setattr(*place, mistake(getattr(*place)))
     assert not steps_stack(tiny(family))
-    assert not said  # it has run, and given something else
+    assert "Stacked steps are not" not in caplog.text  # it has run, and given something else
 
 
 def span_of(family: str, folder: Path) -> Span:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tests.covering import every_time
 from tests.models.every_family import tiny
+from tests.mutants import Mistakes
 from tests.tiny_models import FAMILIES, tiny_config
 from torch import Tensor
 from transformers import AutoConfig, OlmoForCausalLM
@@ -22,7 +24,7 @@ from corolla.models.attention.one_token_rows import Rules
 from corolla.models.blocks_pass import WideBlocksPass
 from corolla.models.checkpoints import block_tensors
 from corolla.models.checkpoints.checkpoint import open_checkpoint
-from corolla.models.checks import selfcheck
+from corolla.models.checks import selfcheck, together
 from corolla.models.checks.miniature import EDGE, LAYERS, miniature, random_model
 from corolla.models.checks.selfcheck import check_family
 from corolla.models.cut_layout import CutLayout, CutTensors
@@ -80,12 +82,19 @@ def forgetful(query: Tensor, keys: Tensor, values: Tensor, one: TableSegment, ru
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_family_that_packs_wrongly_is_not_packed(
-    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    place: tuple[Any, str],
+    mistake: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    mistakes: Mistakes,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The family is served all the same, one request at a time."""
     monkeypatch.setattr(selfcheck, "_passed", {})
-    monkeypatch.setattr(*place, mistake)
+    caplog.set_level(logging.INFO, logger=together.log.name)
+    mistakes.setattr(*place, mistake)
     assert check_family(tiny_config(family)) is False
+    assert "Packed passes are not" not in caplog.text  # it has run, and given something else
 
 
 def test_the_miniature_keeps_the_kinds_of_layers() -> None:
@@ -139,9 +148,9 @@ def index_in_the_span(cuts: CutLayout) -> None:
     return None
 
 
-def of_another_block(config: Any) -> dict[str, str]:
+def of_another_layer(config: Any) -> dict[str, str]:
     ties = tied_weights(config)
-    return {name: source.replace("shared_transf", "linear") for name, source in ties.items()}
+    return {name: source.replace("gate_proj", "up_proj") for name, source in ties.items()}
 
 
 of_block, handed = CutTensors.of_block, WideBlocksPass._handed
@@ -153,17 +162,26 @@ of_block, handed = CutTensors.of_block, WideBlocksPass._handed
         ("deepseek_v4", (CutTensors, "of_block"), ids_of_the_token_before),
         ("zamba", (CutTensors, "of_block"), ids_of_the_token_before),
         ("zaya", (WideBlocksPass, "_handed"), what_another_token_returned),
-        ("zamba", (CutLayout, "counted"), property(index_in_the_span)),
-        ("zamba", (block_tensors, "tied_weights"), of_another_block),
+        ("zamba", (block_tensors, "tied_weights"), of_another_layer),
     ],
 )
 def test_what_crosses_a_cut_wrongly_is_noticed(
-    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, place: tuple[Any, str], mistake: Any, monkeypatch: pytest.MonkeyPatch, mistakes: Mistakes
 ) -> None:
     monkeypatch.setattr(selfcheck, "_passed", {})
-    monkeypatch.setattr(*place, mistake)
-    with pytest.raises(UnsupportedFamily):
+    mistakes.setattr(*place, mistake)
+    with pytest.raises(UnsupportedFamily, match="computes something else than whole"):
         check_family(tiny(family))
+
+
+def test_blocks_that_count_from_their_span_s_beginning_are_refused(
+    monkeypatch: pytest.MonkeyPatch, mistakes: Mistakes
+) -> None:
+    """Kinds of blocks alternate, so that one with keys and values takes the cache of one without."""
+    monkeypatch.setattr(selfcheck, "_passed", {})
+    mistakes.setattr(CutLayout, "counted", property(index_in_the_span))
+    with pytest.raises(UnsupportedFamily, match=r"AttributeError: .* object has no attribute 'update'"):
+        check_family(tiny("zamba"))
 
 
 def test_only_what_pairs_heads_of_keys_keeps_two_of_them() -> None:

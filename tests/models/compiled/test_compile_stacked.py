@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models.every_family import tiny
+from tests.mutants import Mistakes
 from torch import Tensor
 
 from corolla.models.attention.span_cache import SpanCache
@@ -114,7 +115,7 @@ def test_others_are_left_to_their_own_code(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mistake", ["old states", "what was before"])
 def test_a_program_that_computes_something_else_is_not_used(
-    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mistake: str, tmp_path: Path, mistakes: Mistakes, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Program.run_stacked
 
@@ -126,7 +127,8 @@ def test_a_program_that_computes_something_else_is_not_used(
         return found
 
     if mistake == "old states":
-        monkeypatch.setattr(Program, "run_stacked", forgetful)
+        mistakes.setattr(Program, "run_stacked", forgetful)
     else:
-        monkeypatch.setattr(programs._Piece, "attend", lambda self, _: self._views[0].zero_())
+        mistakes.setattr(programs._Piece, "attend", lambda self, _: self._views[0].zero_())
     assert span_of("qwen3_5_text", tmp_path).compile() is None
+    assert "would change their results" in caplog.text
