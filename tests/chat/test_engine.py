@@ -15,7 +15,7 @@ from tests.swarm_fixture import MemorySwarm
 from tests.tiny_models import tiny_config, write_tiny
 from transformers import GenerationConfig
 
-from corolla.chat.engine import ChatEngine, check_context
+from corolla.chat.engine import ChatEngine, Generation, check_context
 from corolla.chat.sampling import SamplingSettings
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.sources import load_conversations
@@ -129,17 +129,26 @@ def test_a_stopped_reply_keeps_what_was_said_and_the_chat_goes_on(
     assert len(engine.transcript()) == 4
 
 
-def test_a_turn_that_is_stopped_before_anything_was_said_is_forgotten(chat: Chat, swarm: MemorySwarm) -> None:
+def test_a_turn_that_is_stopped_before_anything_was_said_is_forgotten(
+    chat: Chat, swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = chat()
     said_by(engine, "one")
     before = engine.transcript(), engine.tokens
+    stopped, waited = threading.Event(), list[bool]()
+    stop = Generation.stop
+
+    def told(generation: Generation) -> None:
+        stop(generation)
+        stopped.set()
 
     def press(_module: Any, _args: Any) -> None:
         """Ctrl-C while the first token is computed, which goes on once the chat knows of it."""
         hook.remove()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        assert engine._turn.generation._stop.wait(60)
+        waited.append(stopped.wait(60))
 
+    monkeypatch.setattr(Generation, "stop", told)
     hook = engine._model.get_input_embeddings().register_forward_pre_hook(press)
     with pytest.raises(KeyboardInterrupt):
         said_by(engine, "two")
@@ -148,6 +157,7 @@ def test_a_turn_that_is_stopped_before_anything_was_said_is_forgotten(chat: Chat
     for text in ("one", "three"):
         said_by(fresh, text)
     said_by(engine, "three")
+    assert waited == [True]
     assert engine.tokens == fresh.tokens
 
 
