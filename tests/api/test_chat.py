@@ -171,7 +171,7 @@ def test_a_stop_text_ends_a_reply_before_it(real: Deployed, stream: bool) -> Non
     stop = said[6:9]
     assert said.index(stop) == 6
     how: dict[str, Any] = {"model": BASE, "messages": HELLO, "temperature": 0, "max_tokens": 24}
-    reply = real.client().chat.completions.create(**how, stop=["never-said", stop], stream=stream)
+    reply: Any = real.client().chat.completions.create(**how, stop=["never-said", stop], stream=stream)
     if stream:
         chunks = list(reply)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

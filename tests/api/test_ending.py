@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import time
+from typing import Any
 
 import pytest
 from tests.api.test_bad_clients import is_cut_off
@@ -19,7 +20,7 @@ def test_an_endless_stream_does_not_hold_up_the_end(worlds: Worlds) -> None:
     answer = line.getresponse()
     assert answer.readline().startswith(b"data: ")
     talk = [{"role": "user", "content": "At length, please."}]
-    stream = world.client().chat.completions.create(
+    stream: Any = world.client().chat.completions.create(
         model=BASE, messages=talk, temperature=0, max_tokens=30, stream=True
     )
     text = next(iter(stream)).choices[0].delta.content or ""

@@ -51,7 +51,7 @@ def test_an_api_over_a_swarm_of_processes(started: Processes, tmp_path: Path) ->
         watching.see("3 servers, complete")
         watching.stop()
         check_figures(next(one for one in world.servers if one.popen.poll() is None))
-        stream = world.client().chat.completions.create(
+        stream: Any = world.client().chat.completions.create(
             model=BASE, messages=talk, temperature=0, max_tokens=40, stream=True
         )
         assert next(iter(stream)).id

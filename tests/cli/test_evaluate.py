@@ -74,12 +74,12 @@ def test_a_bundle_is_evaluated_as_its_training_did(
         _, held_out_only = chosen_data(bundle, EvalJob(data=talks, out=tmp_path / "third.html"))
         assert held_out_only
         shared = replace(bundle, training=dict(bundle.training, data="talks.jsonl"))  # as on the hub
-        found, held_out_only = chosen_data(shared, EvalJob(data=talks, out=tmp_path / "third.html"))
-        assert (found.data, held_out_only) == (talks, True)
+        data, held_out_only = chosen_data(shared, EvalJob(data=talks, out=tmp_path / "third.html"))
+        assert (data.data, held_out_only) == (talks, True)
         # Another split of it was never seen.
         elsewhere = EvalJob(split="test", out=tmp_path / "fourth.html")
-        found, held_out_only = chosen_data(bundle, elsewhere)
-        assert (found.data, found.split, held_out_only) == (talks, "test", False)
+        data, held_out_only = chosen_data(bundle, elsewhere)
+        assert (data.data, data.split, held_out_only) == (talks, "test", False)
         assert chosen_data(bundle, EvalJob(split="train", out=tmp_path / "fourth.html"))[1]
         for part in ("train[10%:]", "test+train", "all"):
             with pytest.raises(UsageError, match="was trained on parts of"):

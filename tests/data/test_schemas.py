@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from corolla.data.conversation import Conversation, Turn
-from corolla.data.schemas import SCHEMAS, BadRow, chitchat_conversation
+from corolla.data.schemas import SCHEMAS, chitchat_conversation
+from corolla.data.turns import BadRow
 
 BY_NAME = {schema.name: schema for schema in SCHEMAS}
 ASKED = [("user", "How are you?"), ("assistant", "Well.")]

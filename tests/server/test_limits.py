@@ -358,6 +358,7 @@ async def test_a_request_that_takes_longer_than_silence_may_is_not_silence() -> 
         client, slow = await world.raw(), await world.raw()
         data = frame(forward(), **packed(noise(1, LARGE, HIDDEN)))
         await slow.stream.write([data[:-1]])
+        assert isinstance(world.engine, SimulatedEngine)
         world.engine.delay = 30.0
         assert (await client.ask(forward(), **packed(noise(1, 4, HIDDEN)))).message == Output()
         await slow.stream.write([data[-1:]])

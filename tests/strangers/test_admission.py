@@ -80,8 +80,9 @@ async def test_strangers_at_the_gate_keep_nobody_from_hearing_that_it_should_pre
     with pytest.raises(RequestRefused) as refused:
         await request(channel, Packet(Ping()))
     assert refused.value.code == "not_allowed"
-    for stream in [*held, channel]:
+    for stream in held:
         await stream.close()
+    await channel.close()
     for transport in [*crowd, server]:
         await transport.close()
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from tests.tuning.tiny_setup import ABOUT, conversations, local_model, settings
 
 from corolla.tuning.batches import prepare
-from corolla.tuning.bundle import draw_curve, smoothed
+from corolla.tuning.bundle import draw_curve
+from corolla.tuning.described import smoothed
 from corolla.tuning.tune import tune
 
 

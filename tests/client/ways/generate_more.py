@@ -202,12 +202,13 @@ def _continuous(case: Case) -> Outcome:
     return case.bare.generate_batch([random_ids(1, 5)[0].tolist()]), None
 
 
-for _name, _options in {
+_MOVED: dict[str, dict[str, Any]] = {
     "DoLa": {"dola_layers": "high"},
     "Contrastive Search": {"penalty_alpha": 0.6, "top_k": 4},
     "Group Beam Search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
     "Constrained Beam Search": {"num_beams": 4, "force_words_ids": [[7]]},
-}.items():
+}
+for _name, _options in _MOVED.items():
 
     @way(
         GENERATE,

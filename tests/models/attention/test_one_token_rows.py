@@ -264,7 +264,8 @@ def test_a_prompt_has_the_same_bits_in_one_pass_in_two_and_without_a_cache(name:
     def attended(begin: int, end: int, row: CachedSequence | None) -> Tensor:
         segments = segments_of([end - begin], None if row is None else [row])
         batch = PackedBatch(segments, None if row is None else pool)
-        return batch.attend(0, *(side[:, :, begin:end] for side in sides), rules)
+        query, key, value = (side[:, :, begin:end] for side in sides)
+        return batch.attend(0, query, key, value, rules)
 
     with torch.no_grad():
         whole, apart = attended(0, count, rows[0]), attended(0, count, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def test_a_full_disk_is_said_before_anything_is_made(tmp_path: Path, monkeypatch
     path = write_gguf(tmp_path / "tiny.gguf")
     checkpoint = open_checkpoint(str(path), cache_dir=tmp_path / "cache")
     full = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(CheckpointError, match="MiB more are needed and 0 are free"):
         block(checkpoint, 0)
     assert made(checkpoint) == []

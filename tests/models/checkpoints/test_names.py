@@ -15,7 +15,7 @@ from corolla.models.checkpoints.names import names_of, text_part
 from corolla.models.checks.miniature import random_model
 
 # As on the hub, and as transformers saves them.
-NAMES = {
+NAMES: dict[str, dict[str, str | None]] = {
     "gemma3": {
         "language_model.model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
         "model.language_model.norm.weight": "model.norm.weight",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from corolla.models.compiled.operators import NotCompilable
 from corolla.models.compiled.program import KINDS, Program
-from corolla.models.compiled.record import NotCompilable, record
+from corolla.models.compiled.record import record
 from corolla.models.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler here")

@@ -11,9 +11,10 @@ import torch
 from tests.tiny_models import tiny_config, tiny_model
 from torch import nn
 
+from corolla.config import ClientQuantization
 from corolla.errors import UsageError
 from corolla.models.kernels import client
-from corolla.models.kernels.client import ClientQuantization, HalfEmbedding, HalfLinear, quantize_client
+from corolla.models.kernels.client import HalfEmbedding, HalfLinear, quantize_client
 from corolla.models.kernels.int8 import has_int8
 from corolla.models.kernels.linear import is_packable
 

@@ -13,7 +13,6 @@ from corolla.errors import PeerDisconnected, SwarmUnavailable
 from corolla.swarm.directory import distributed
 from corolla.swarm.directory.distributed import (
     DIRECTORY_PROTOCOL,
-    NAME_BYTES,
     PAGE,
     Fetch,
     List,
@@ -22,6 +21,7 @@ from corolla.swarm.directory.distributed import (
     Records,
     Refused,
 )
+from corolla.swarm.directory.records import NAME_BYTES
 from corolla.swarm.short_messages import receive_short, send_short
 from corolla.swarm.transport.base import Stream
 

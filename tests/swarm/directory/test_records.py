@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from tests.strangers.crowd import identities, record_of, signed
 
+from corolla.swarm.access.invitations import LEEWAY
 from corolla.swarm.directory import records
 from corolla.swarm.directory.records import (
-    LEEWAY,
     MAX_TTL,
     NAME_BYTES,
     Entry,
