@@ -145,7 +145,15 @@ def check_ends(mask: Tensor | None) -> None:
 
 def starts_anew(positions: Tensor) -> bool:
     """Whether a row of position ids [R, T] holds more than one sequence, as `transformers` sees it."""
-    return bool((positions.diff(dim=-1) != 1).any())
+    return positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
+
+
+def counts_from(positions: Tensor, first: int) -> bool:
+    """Whether each row of position ids [R or 1, T] counts on from `first`."""
+    new = int(positions.shape[-1])
+    if new == 1:  # a token of a reply: numbers are compared sooner than tensors
+        return all(place == first for place in positions.flatten().tolist())
+    return bool((positions == torch.arange(first, first + new, device=positions.device)).all())
 
 
 def known_positions(positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -349,8 +357,7 @@ def _equal(given: Tensor, before: Tensor) -> bool:
 
 
 def _check_positions(positions: Tensor, past: int, new: int) -> None:
-    plain = torch.arange(past, past + new, device=positions.device)
-    if not bool((positions == plain).all()):
+    if not counts_from(positions, past):
         raise UsageError(
             f"The position ids begin at {int(positions.flatten()[0])}, but the session holds {past} tokens and this "
             f"call brings {new}: pass the tokens that come after the cached ones, with the positions from {past} on."

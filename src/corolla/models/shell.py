@@ -267,7 +267,7 @@ class BaseModelHooks:
             start=0 if view is None else view.past - before,
             prompt=prompt.input if prompt is not None and first else None,
         )
-        call = _without_plain_positions(call, guard.shape(named, may_be_empty=True)[1])
+        call = _without_plain_positions(call)
         entered = _Entered(_call.set(call), cache, ids, users_mask, rows, new_tokens, prepended, flat)
         self._entered.set((*self._entered.get(), entered))
         return (), named
@@ -343,12 +343,9 @@ class BaseModelHooks:
         return _users_view(output, entered)
 
 
-def _without_plain_positions(call: BlocksCall, count: int) -> BlocksCall:
+def _without_plain_positions(call: BlocksCall) -> BlocksCall:
     """Drop position ids (and then an all-ones mask) that say no more than the default."""
-    if call.positions is None:
-        return call
-    plain = torch.arange(call.start, call.start + count, device=call.positions.device)
-    if not bool((call.positions == plain).all()):
+    if call.positions is None or not guard.counts_from(call.positions, call.start):
         return call
     mask = None if call.mask is not None and bool(call.mask.all()) else call.mask
     return replace(call, mask=mask, positions=None)

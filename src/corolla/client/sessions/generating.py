@@ -224,6 +224,8 @@ class RowEnds:
 
     def note(self, done: Tensor, length: int) -> None:
         """Rows that are `done`, bool [R], have ended with that many tokens, unless they had ended before."""
+        if not bool(done.any()):  # nearly always
+            return
         ends = torch.zeros_like(done, dtype=torch.long) if self._ends is None else self._ends
         self._ends = torch.where((ends == 0) & done, length, ends)
 
