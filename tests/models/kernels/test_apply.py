@@ -237,4 +237,4 @@ def test_a_group_keeps_nothing_when_all_have_asked() -> None:
 def test_siblings_of_other_widths_are_packed_one_by_one() -> None:
     model = Attention(width=12).requires_grad_(False)
     assert pack_linears(model) == 3
-    assert type(model.q_proj) is NarrowLinear
+    assert isinstance(model.q_proj, NarrowLinear)

@@ -150,7 +150,7 @@ async def test_an_error_goes_to_whoever_awaits_it_and_the_loop_goes_on(
     results = asyncio.gather(
         engine.submit(Kind.DECODE, lambda: "before"), caught(), engine.submit(Kind.DECODE, lambda: "after")
     )
-    assert await asyncio.wait_for(results, 20) == ["before", seen, "after"]
+    assert [*await asyncio.wait_for(results, 20)] == ["before", seen, "after"]
 
 
 async def test_a_job_given_up_while_it_waits_never_runs(engine: Engine) -> None:
