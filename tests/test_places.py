@@ -61,6 +61,13 @@ def test_nobodys_home(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         places.data_root()
 
 
+@pytest.mark.parametrize("name", ["CACHE", "DATA", "CONFIG"])
+def test_somebody_elses_home_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"COROLLA_{name}", "~no-such-user/x")
+    with pytest.raises(UsageError, match=f"^COROLLA_{name} is ~no-such-user/x, .* give the whole path\\.$"):
+        found()
+
+
 def test_no_test_sees_the_users_own_folders() -> None:
     """Neither here nor in a process that a test starts."""
     program = "from corolla.places import *\nprint(cache_root(), data_root(), config_file(), Path.home())"

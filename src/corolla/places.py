@@ -37,7 +37,12 @@ def config_file() -> Path:
 
 def _named(variable: str) -> Path | None:
     value = os.environ.get(variable)
-    return Path(value).expanduser() if value else None
+    try:
+        return Path(value).expanduser() if value else None
+    except RuntimeError as error:
+        raise UsageError(
+            f"{variable} is {value}, but this machine names no home folder for that: give the whole path."
+        ) from error
 
 
 def _usual(kind: Literal["cache", "data", "config"]) -> Path:
