@@ -125,14 +125,21 @@ def leftovers(folder: Path, name: str) -> list[Path]:
     return sorted(path for path in folder.glob(".*") if left.fullmatch(path.name))
 
 
-def made_once(target: Path, make: Callable[[Path], None], *, file: bool = False) -> Path:
+def made_once(
+    target: Path,
+    make: Callable[[Path], None],
+    *,
+    file: bool = False,
+    whole: Callable[[Path], bool] = Path.exists,
+) -> Path:
     """A folder of the cache, filled by `make` unless it is there already; or a `file` of it.
 
     `make` gets an empty folder beside it, which becomes the target, or into which it writes a file of the target's
     name. What it leaves is renamed when it returns and removed when it raises. Others that want the same wait; the
-    lock ends with its process. Raises `CheckpointError` when nothing can be written there.
+    lock ends with its process. What is there but not `whole` is removed and made again. Raises `CheckpointError` when
+    nothing can be written there.
     """
-    if target.exists():
+    if whole(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +151,10 @@ def made_once(target: Path, make: Callable[[Path], None], *, file: bool = False)
             "place with --cache-dir or COROLLA_CACHE."
         ) from error
     with FileLock(target.parent / f".{target.name}.lock"):
-        if not target.exists():
-            for cut_off in leftovers(target.parent, target.name):  # nobody else is at it: we hold the lock
+        if not whole(target):  # nobody else is at it: we hold the lock
+            for cut_off in leftovers(target.parent, target.name):
                 shutil.rmtree(cut_off, ignore_errors=True)
+            _remove(target)
             work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 make(work)
@@ -154,6 +162,15 @@ def made_once(target: Path, make: Callable[[Path], None], *, file: bool = False)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _remove(target: Path) -> None:
+    """Take the name of what is there, if anything is, before anything under it is removed."""
+    if os.path.lexists(target):
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+        ) as aside:
+            target.rename(Path(aside, target.name))
 
 
 @contextlib.contextmanager

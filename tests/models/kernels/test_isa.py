@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from corolla.errors import UsageError
@@ -31,6 +33,17 @@ def said_of(cpu: str) -> str:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_sets_of_a_cpu(cpu: str) -> None:
     assert [one.name for one in runnable(said_of(cpu), NEWEST)] == CPUS[cpu][1]
+
+
+def test_odd_lines_say_nothing() -> None:
+    said = "#define \n#define\n\n# 1 \ufffd\n" + said_of("Apple M1")
+    assert [one.name for one in runnable(said, NEWEST)] == CPUS["Apple M1"][1]
+
+
+def test_what_a_compiler_says_need_not_be_utf_8(tmp_path: Path) -> None:
+    script = tmp_path / "cc"
+    script.write_text("printf '#define \\377 1\\n#define __AVX2__ 1\\n'\n")
+    assert isa.described(("sh", str(script))) == "#define \ufffd 1\n#define __AVX2__ 1\n"
 
 
 @pytest.mark.parametrize("limit", isa.NAMES)

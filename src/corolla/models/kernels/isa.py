@@ -61,13 +61,18 @@ def limit() -> str:
 
 
 @lru_cache(maxsize=8)
-def described(compiler: str) -> str:
-    """What a compiler says of itself and of this CPU, as macros; raises `subprocess.SubprocessError`."""
-    command = [compiler, NATIVE, "-dM", "-E", "-x", "c", os.devnull]
-    return subprocess.run(command, capture_output=True, check=True, text=True, timeout=ASK_SECONDS).stdout
+def described(compiler: tuple[str, ...]) -> str:
+    """What a compiler says of itself and of this CPU, as macros.
+
+    Raises `OSError` and `subprocess.SubprocessError`, whatever it is that was taken for a compiler.
+    """
+    command = [*compiler, NATIVE, "-dM", "-E", "-x", "c", os.devnull]
+    said = subprocess.run(command, capture_output=True, check=True, timeout=ASK_SECONDS).stdout
+    return said.decode(errors="replace")
 
 
 def runnable(described: str, limit: str) -> tuple[InstructionSet, ...]:
     """The sets within a limit that kernels can be built for and run with here, the newest last; never empty."""
-    macros = {line.split()[1] for line in described.splitlines() if line.startswith("#define ")}
+    lines = (line.split() for line in described.splitlines() if line.startswith("#define "))
+    macros = {word for line in lines for word in line[1:2]}
     return tuple(one for one in SETS[: NAMES.index(limit) + 1] if one.macros <= macros)

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from functools import lru_cache
@@ -29,6 +30,7 @@ from corolla.text import get_logger
 log = get_logger(__name__)
 
 NAME = "native.so"
+DIGEST = f"{NAME}.sha256"  # beside it: a library that was cut off would end the process that loads it
 SOURCES = (
     "lanes.h", "threads.h", "native.h", "native.c", "native_attention.c", "native_int8.c", "native_program.c"
 )  # fmt: skip
@@ -102,7 +104,7 @@ def kernels() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=8)
-def loaded(compiler: str, cache: Path, limit: str) -> ctypes.CDLL | None:
+def loaded(compiler: tuple[str, ...], cache: Path, limit: str) -> ctypes.CDLL | None:
     """The same for the newest instruction set within a limit, built by `compiler`; None if its results are wrong.
 
     Raises `OSError`, `subprocess.SubprocessError` and `CorollaError` where it cannot be built or kept in `cache`.
@@ -124,19 +126,25 @@ def instruction_sets() -> tuple[str, ...]:
         return ()
 
 
-def _compiler() -> str:
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
+def _compiler() -> tuple[str, ...]:
+    """The program, and what `CC` says is to be given to it first: `ccache gcc`, `gcc -m64`."""
+    try:
+        program, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise FileNotFoundError(f"CC cannot be read as a command ({error})") from error
+    found = shutil.which(program)
+    if found is None:
         raise FileNotFoundError("there is no C compiler; install gcc to have them")
-    return compiler
+    return found, *arguments
 
 
-def _built(compiler: str, cache: Path, limit: str) -> Path:
+def _built(compiler: tuple[str, ...], cache: Path, limit: str) -> Path:
     """The shared library, built if it is not in the cache."""
     described = isa.described(compiler)
     chosen = isa.runnable(described, limit)[-1]
     sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
-    flags = [*FLAGS, *isa.TUNED, *chosen.flags, macro(chosen)]
+    program, *first = compiler
+    flags = [*first, *FLAGS, *isa.TUNED, *chosen.flags, macro(chosen)]
     # A cache may be shared between machines, and what the compiler makes depends on the CPU too.
     parts = (" ".join(flags), described, cpu(), torch.__version__)
     name = hashlib.sha256(b"\0".join([*sources.values(), *(one.encode() for one in parts)])).hexdigest()[:16]
@@ -145,10 +153,23 @@ def _built(compiler: str, cache: Path, limit: str) -> Path:
         for file, source in sources.items():
             (folder / file).write_bytes(source)
         units = [file for file in SOURCES if file.endswith(".c")]
-        command = [compiler, *flags, "-o", NAME, *units, "-lm"]
+        command = [program, *flags, "-o", NAME, *units, "-lm"]
         subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=BUILD_SECONDS)
+        (folder / DIGEST).write_text(_digest(folder))
 
-    return made_once(cache / "kernels" / name, make) / NAME
+    return made_once(cache / "kernels" / name, make, whole=_whole) / NAME
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the library that was built is there as it was built."""
+    try:
+        return (folder / DIGEST).read_bytes() == _digest(folder).encode()
+    except OSError:
+        return False
 
 
 def macro(chosen: isa.InstructionSet) -> str:
@@ -176,7 +197,9 @@ def _load(path: Path) -> ctypes.CDLL:
     # torch has loaded its OpenMP by now, under the name that the library asks for: both use one pool of threads.
     found = ctypes.CDLL(str(path))
     for name, signature in _SIGNATURES.items():
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:
+            raise CorollaError(f"the compiler left {name} out")
         function.argtypes, function.restype = [_TYPES[one] for one in signature], None
     return found
 
