@@ -139,7 +139,7 @@ def limited(kind: int, amount: int, *arguments: str) -> subprocess.CompletedProc
         text=True,
         timeout=120,
         check=False,
-        env=environment(),
+        env=environment() | {"PYTHONDONTWRITEBYTECODE": "1"},  # else its cut-off bytecode is kept
         stdin=subprocess.DEVNULL,
         preexec_fn=lambda: resource.setrlimit(kind, (amount, amount)),
     )
