@@ -25,7 +25,7 @@ from corolla.cli.doctor import doctor
 from corolla.cli.evaluate import evaluate
 from corolla.cli.invite import invite
 from corolla.cli.join import join
-from corolla.cli.machine import allow_open_files, exhausted, unusable
+from corolla.cli.machine import allow_open_files, unusable
 from corolla.cli.revoke import revoke
 from corolla.cli.serve import serve
 from corolla.cli.status import status
@@ -42,6 +42,7 @@ from corolla.cli.terminal import (
 from corolla.cli.tune import tune
 from corolla.errors import CorollaError
 from corolla.files import exit_at_once
+from corolla.shortage import exhausted
 from corolla.text import get_logger
 from corolla.version import __version__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tests.models.every_family import tiny
 from tests.tiny_models import FAMILIES, write_tiny
 from transformers import AutoConfig
 
-from corolla.errors import UnsupportedFamily
+from corolla.errors import CorollaError, UnsupportedFamily
 from corolla.models.checks import forms
 
 ONE_SEQUENCE = {
@@ -34,6 +35,21 @@ def test_an_argument_that_no_block_reads_is_none_that_is_left_out() -> None:
     assert not forms.cuts_of(tiny("glm_moe_dsa")).passed
     with pytest.raises(UnsupportedFamily, match="what earlier blocks have made"):
         forms.refuse_what_is_left_out(tiny("inkling2_text"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EFBIG, "File too large"), ValueError("odd (os error 28)")])
+def test_a_full_disk_is_not_the_fault_of_a_family(error: Exception) -> None:
+    with (
+        pytest.raises(CorollaError, match=r"^The disk is full \(") as raised,
+        forms.refusing(tiny("llama"), ""),
+    ):
+        raise error
+    assert not isinstance(raised.value, UnsupportedFamily)
+
+
+def test_another_error_of_the_system_is() -> None:
+    with pytest.raises(UnsupportedFamily, match="cannot be served"), forms.refusing(tiny("llama"), "served"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "odd.json")
 
 
 @pytest.mark.parametrize("family", ["trocr", "whisper"])

@@ -12,13 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Cache, PretrainedConfig
 
-from corolla.errors import UnsupportedFamily
+from corolla.errors import CorollaError, UnsupportedFamily
 from corolla.models.cache import cache_argument
 from corolla.models.checkpoints.identity import canonical_config
 from corolla.models.checks.miniature import close, miniature, random_model, undisturbed
 from corolla.models.checks.tracing import Arguments, arguments_of, measured
 from corolla.models.cut_layout import CutLayout, TokenLayout
 from corolla.models.families import blocks_prefix, depth_of, refuse_what_cannot_be_built, structure
+from corolla.shortage import exhausted
 
 _seen: dict[bytes, tuple[Arguments, int]] = {}
 _cuts: dict[bytes, CutLayout] = {}
@@ -124,13 +125,16 @@ def refusing(
 ) -> Iterator[None]:
     """Whatever a family's code makes of its miniature is a reason not to serve it, and no more.
 
-    `words` say what cannot be done; `before` may raise a better sentence.
+    `words` say what cannot be done; `before` may raise a better sentence. Where the machine has run out of room, or of
+    open files, the family is not to blame, and a plain `CorollaError` says so.
     """
     try:
         yield
     except UnsupportedFamily:
         raise
     except Exception as error:
+        if shortage := exhausted(error):
+            raise CorollaError(shortage) from error
         if before is not None:
             before(config)
         reason = " ".join(str(error).split())
