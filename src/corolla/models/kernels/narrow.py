@@ -257,15 +257,15 @@ def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
 def _lattice(groups: Tensor, step: Tensor, first: Tensor) -> _Lattice:
     """The lattice of this very step whose number `first` is the least weight; without an offset where that is nan."""
     offset = (groups.amin(-1, keepdim=True) - first * step).nan_to_num(0.0)
-    values = ((groups - offset) / step).round()
-    back = values * step + offset
-    right = (_near(back, groups, offset) & (values >= -128) & (values <= 127)).all(-1)
-    several = (right & (offset != 0).squeeze(-1) & (back != groups).any(-1)).nonzero().squeeze(-1)
-    if len(several):
-        right[several] = _one_each(groups[several], values[several])
-    size = groups.abs()
-    if bool((small := size < SMALL * offset.abs()).any()):
-        right &= (small & (size > 0)).sum(-1) <= groups.shape[-1] // 2
+    values = (groups - offset).div_(step).round_()
+    back = (values * step).add_(offset)
+    right = (values.amin(-1) >= -128) & (values.amax(-1) <= 127)
+    inexact = (right & ~(back == groups).all(-1)).nonzero().squeeze(-1)  # few where the step is right
+    if len(inexact):
+        right[inexact] = _is_rounding(*(one[inexact] for one in (groups, back, values, offset)))
+    if bool(offset.any()):
+        size = groups.abs()
+        right &= ((size < SMALL * offset.abs()) & (size > 0)).sum(-1) <= groups.shape[-1] // 2
     return _Lattice(values, step, offset, right)
 
 
@@ -275,10 +275,15 @@ def _near(back: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     return (back - weight).abs() <= torch.minimum(ROUNDING * (size + offset.abs()), LOST * size)
 
 
-def _one_each(groups: Tensor, values: Tensor) -> Tensor:
-    """Whether in each group a whole number stands for one weight only, as it does in a file; bool [n]."""
-    ordered, order = groups.sort(-1)
-    return ~((ordered.diff() != 0) & (values.gather(-1, order).diff() == 0)).any(-1)
+def _is_rounding(groups: Tensor, back: Tensor, values: Tensor, offset: Tensor) -> Tensor:
+    """Whether that is all, and a whole number stands for one weight only, as it does in a file; bool [n]."""
+    near = _near(back, groups, offset).all(-1)
+    several = (near & (offset != 0).squeeze(-1)).nonzero().squeeze(-1)
+    if len(several):
+        ordered, order = groups[several].sort(-1)
+        taken = values[several].gather(-1, order)
+        near[several] = ~((ordered.diff() != 0) & (taken.diff() == 0)).any(-1)
+    return near
 
 
 def _of_few_bits(step: Tensor) -> Tensor:
