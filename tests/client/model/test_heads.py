@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.client.conftest import Pair, random_ids
@@ -21,7 +22,7 @@ from tests.interrupts import interrupt_often
 from tests.tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from corolla.client.model.heads import FEW_ROWS, SharedHead, share_head, use_head_kernel
+from corolla.client.model.heads import FEW_ROWS, ChangeTracker, SharedHead, share_head, use_head_kernel
 from corolla.client.model.losses import summed_cross_entropy
 from corolla.client.model.row_queue import MOST_ROWS, RowQueue, _Call
 from corolla.errors import UsageError
@@ -445,6 +446,22 @@ def as_peft_merges(model: Any, head: Any) -> None:
     head.weight.data += torch.ones_like(head.weight)
 
 
+def by_numpy(model: Any, head: Any) -> None:
+    if head.weight.dtype == torch.bfloat16:  # which NumPy does not know
+        return in_place(model, head)
+    head.weight.numpy()[:] *= 1.5
+
+
+def by_array(model: Any, head: Any) -> None:
+    if head.weight.dtype == torch.bfloat16:
+        return in_place(model, head)
+    np.asarray(head.weight)[:] *= 1.5
+
+
+def by_dlpack(model: Any, head: Any) -> None:
+    torch.from_dlpack(head.weight).mul_(1.5)  # type: ignore[attr-defined]
+
+
 def other_data(model: Any, head: Any) -> None:
     head.weight.data = head.weight.detach() * 1.5
 
@@ -459,6 +476,10 @@ def other_state(model: Any, head: Any) -> None:
 
 def assigned_state(model: Any, head: Any) -> None:
     head.load_state_dict({name: value * 1.5 for name, value in head.state_dict().items()}, assign=True)
+
+
+def swapped(model: Any, head: Any) -> None:
+    torch.utils.swap_tensors(head.weight, nn.Parameter(head.weight.detach() * 1.5, requires_grad=False))
 
 
 def trained(model: Any, head: Any) -> None:
@@ -482,10 +503,14 @@ CHANGES = [
     by_data,
     one_number,
     as_peft_merges,
+    by_numpy,
+    by_array,
+    by_dlpack,
     other_data,
     other_parameter,
     other_state,
     assigned_state,
+    swapped,
     trained,
     through_its_state,
 ]
@@ -549,6 +574,44 @@ def test_a_bias_that_is_changed_is_seen() -> None:
     torch.testing.assert_close(head(rows), before + 1)
     head.bias = nn.Parameter(head.bias + 1, requires_grad=False)
     torch.testing.assert_close(head(rows), before + 2)
+
+
+def test_a_bias_that_is_changed_by_numpy_is_seen() -> None:
+    head = SharedHead(4, 6).requires_grad_(False)
+    model = nn.Module()
+    model.get_output_embeddings = lambda: head  # type: ignore[assignment]
+    use_head_kernel(model, "none")
+    rows = torch.ones(1, 4)
+    before = head(rows)
+    numbers = head.bias.numpy()
+    assert head.kernel is None
+    numbers += 1
+    torch.testing.assert_close(head(rows), before + 1)
+
+
+@pytest.mark.parametrize(
+    "names", [["weight"], ["weight", "other"]], ids=["with a new one", "with each other"]
+)
+def test_parameters_that_are_swapped_have_changed(names: list[str]) -> None:
+    module = nn.Module()
+    for name in ("weight", "other"):
+        module.register_parameter(name, nn.Parameter(torch.randn(3, 4)))
+    changes = ChangeTracker()
+    changes.note(module)
+    assert not changes.changed(module)
+    other = module.other if len(names) > 1 else nn.Parameter(torch.randn(3, 4))
+    torch.utils.swap_tensors(module.weight, other)
+    assert [*changes.changed(module)] == names
+
+
+def test_a_parameter_in_the_place_of_one_that_is_gone_has_changed() -> None:
+    module = nn.Linear(3, 4, bias=False)
+    changes = ChangeTracker()
+    changes.note(module)
+    for _ in range(20):  # of which some get the old one's address
+        del module.weight
+        module.weight = nn.Parameter(torch.randn(4, 3))
+        assert [*changes.changed(module)] == ["weight"]
 
 
 @pytest.mark.parametrize("use", ["calls", "to", "state_dict", "frozen", "tied", "printed"])

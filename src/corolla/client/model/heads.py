@@ -3,15 +3,17 @@
 Invariant: a `SharedHead` is the family's `nn.Linear` to all who look at it (weight, bias, keys of the state
 dict, tied weights), and gives its logits. Two things differ, both unseen: rows that several threads bring at
 the same time are multiplied together (`row_queue.py`); and in training logits are lazy (`losses.py`).
-Whatever is done to a watched parameter from Python shows in its `state_of`: an edit in place (torch counts those),
-other memory, dtype or shape, and a look at `.data`, through which it can be edited uncounted ever after.
+What is done to a watched parameter from Python shows in its `state_of`: an edit in place (torch counts those),
+other memory, dtype or shape, and a look at `.data` or at the parameter by NumPy or DLPack, through which it can be
+edited uncounted ever after. Not seen is an edit in the memory of another tensor that was made of it
+(`weight.detach().numpy()`, `state_dict()["weight"].data`): to give the kernel up for every detached tensor would be
+to give it up for every saved model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,6 +85,7 @@ class WatchedParameter(nn.Parameter):
     """See the module. Made by `watch`."""
 
     _aliases: int  # how often somebody got hold of the numbers behind torch's back
+    _mark: object  # its own; `torch.utils.swap_tensors`, which refuses what has weak references, swaps it too
 
     @property
     def data(self) -> Tensor:
@@ -96,6 +99,19 @@ class WatchedParameter(nn.Parameter):
         if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype:
             self._aliases += 1
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As `Tensor.numpy`."""
+        self._aliases += 1
+        return super().numpy(force=force)
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        self._aliases += 1
+        return super().__array__(*args, **options)  # type: ignore[no-untyped-call]
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any:
+        self._aliases += 1
+        return super().__dlpack__(*args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -114,7 +130,7 @@ def watch(parameter: nn.Parameter) -> bool:
     """
     if type(parameter) is nn.Parameter:
         parameter.__class__ = WatchedParameter
-        parameter._aliases = 0  # type: ignore[attr-defined]
+        parameter._aliases, parameter._mark = 0, object()  # type: ignore[attr-defined]
     return isinstance(parameter, WatchedParameter) and not parameter.is_inference()
 
 
@@ -142,26 +158,26 @@ class ChangeTracker:
     """Which parameters of a model are still as they were when they were noted."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], State]] = {}
+        self._known: dict[int, State] = {}
 
     def note(self, model: nn.Module, but: Collection[str] = ()) -> None:
         """Take all parameters as they are now for unchanged, `but` for those of these names."""
         self._known = {}
         for name, one in model.named_parameters():
             if name not in but and watch(one):
-                self._known[id(one)] = (weakref.ref(one), _edits(one))
+                self._known[id(one)] = _edits(one)
 
     def changed(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The others, by name; a table that is tied under one of its names."""
         return {name: one for name, one in model.named_parameters() if not self._is_as_noted(one)}
 
     def _is_as_noted(self, one: nn.Parameter) -> bool:
-        known, edits = self._known.get(id(one), (None, None))
-        return (known is not None and known() is one and edits == _edits(one)) or one.is_inference()
+        return self._known.get(id(one)) == _edits(one) or one.is_inference()
 
 
 def _edits(parameter: nn.Parameter) -> State:
-    return None if parameter.is_inference() else parameter._version, getattr(parameter, "_aliases", 0)
+    version = None if parameter.is_inference() else parameter._version
+    return version, getattr(parameter, "_aliases", 0), getattr(parameter, "_mark", None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Invariant: nothing is rounded that was not rounded before. A weight that was published in bfloat16 or float16 is
 kept so, to the bit; one that was made from a quantized file (GGUF) is whole numbers with a step and an offset for
-every group of columns, and is kept as these when they give it back to float32's own rounding; one that was stored in
+every group of columns, and is kept as these when they give each number back to float32's own rounding of it (where
+there is an offset, of that too: a number near zero is the difference of two larger ones); one that was stored in
 8-bit floats (E4M3) with scales is kept as these, to the bit. Any other weight is kept as it is. Products are float32
 throughout: what is saved is memory, and the time to read it.
 """
@@ -21,8 +22,13 @@ from corolla.models.kernels.native import FORMS, kernels, library, pointer
 OUTPUTS = 4  # whose number has to be a multiple of this
 MOST_COLUMNS = 2**16  # four rows of so many lie on a thread's stack
 GROUPS = (32, 16)  # columns that share a step in the formats of GGUF
-ROUNDING = 2.0**-22  # of a group's largest weight: what float32 itself may have rounded
-SAME = 2.0**-18  # likewise: weights that lie closer are one and the same
+ROUNDING = 2.0**-22  # of a weight and of its offset: what float32 itself may have rounded
+LOST = 2.0**-8  # of a weight: more than this is never put down to the rounding of an offset
+SMALL = 2.0**-14  # of an offset: most weights of a group are larger or 0, or sums of products would lose them
+SAME = (
+    2.0**-18
+)  # of a group's largest weight: closer ones give no step to try; whether one is right is seen later
+STEP_BITS = 18  # of a step in GGUF at most: a float16 number times one of 7 bits
 DIVISORS = range(1, 9)  # the smallest gap between two weights of a group may be several steps
 SAMPLED_ROWS = 16  # most weights are no lattice, and that shows in a few rows
 CHUNK = 2**22  # weights that are looked at together
@@ -146,11 +152,13 @@ def _affine(weight: Tensor, group: int, fit: Fit) -> Narrow | None:
             return None
         found.append((lattice.values.to(torch.int8), lattice.step, lattice.offset))
     values, steps, offsets = (torch.cat(parts) for parts in zip(*found, strict=True))
-    least = values.amin(1, keepdim=True)
-    few = group == 32 and bool((values.amax(1, keepdim=True).short() - least <= 15).all())
+    first, greatest = _first_nibbles(values), values.amax(1, keepdim=True)
+    moved = first * steps  # must be exact, but for one weight alone it is no less than any product
+    exact = (moved.double() == first.double() * steps) | (greatest == first)
+    few = group == 32 and bool((exact & (greatest.short() - first <= 15)).all())
     if few:
-        offsets = offsets + least * steps
-        values -= least
+        offsets = offsets + moved
+        values -= first
         values = values[:, :16] | values[:, 16:] << 4
     shape = (rows, columns // group)
     steps, offsets = _halved(steps.view(shape), offsets.view(shape))
@@ -160,6 +168,13 @@ def _affine(weight: Tensor, group: int, fit: Fit) -> Narrow | None:
         steps,
         offsets if bool(offsets.any()) else None,
     )
+
+
+def _first_nibbles(values: Tensor) -> Tensor:
+    """Which of the whole numbers int8 [n, group] is kept as 0, [n, 1]: one whose product with the step is exact."""
+    least, greatest = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    first = torch.where((least >= -8) & (greatest <= 7), -8, least)
+    return torch.where((least >= 0) & (greatest <= 15), 0, first)
 
 
 def _halved(steps: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +188,8 @@ def _has_steps(groups: Tensor) -> bool:
     """Whether for each of a few groups any of the steps that are tried is right: all are, in one go."""
     gap = _smallest_gap(groups)
     steps = torch.stack([_part_of_largest(groups), _part_of_span(groups), *(gap / one for one in DIVISORS)])
-    return bool(_fitted(groups, steps).right.any(0).all())
+    every = groups.expand(len(steps), -1, -1).reshape(-1, groups.shape[-1])
+    return bool(_fitted(every, steps.view(-1, 1)).right.view(len(steps), -1).any(0).all())
 
 
 def _around_zero(groups: Tensor) -> _Lattice:
@@ -215,20 +231,65 @@ def _by_gaps(groups: Tensor) -> _Lattice:
 
 
 def _fitted(groups: Tensor, step: Tensor) -> _Lattice:
-    """The lattice of about this step [..., n, 1] that reaches from each group's least to its greatest weight."""
+    """The lattice of about this step [n, 1] that reaches from each group's least to its greatest weight."""
     least, greatest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    error = ROUNDING * torch.maximum(least.abs(), greatest.abs())
+    span = greatest - least
     step = step.clamp_min(torch.finfo(torch.float32).tiny)
-    count = ((greatest - least) / step).round()
-    step = torch.where(count > 0, (greatest - least) / count.clamp_min(1), step)
-    first = (least / step).round()  # where the lattice goes through zero
-    centred = (first * step - least).abs() > error
-    first = torch.where(centred, -(count / 2).round(), first)
-    offset = torch.where(centred, least - first * step, torch.zeros_like(step))
-    values = ((groups - offset) / step).round()
-    near = (values * step + offset - groups).abs() <= error
-    fits = (values >= -128) & (values <= 127)
-    return _Lattice(values, step, offset, (near & fits).all(-1))
+    count = (span / step).round()
+    ends = torch.cat((least, greatest), -1)
+    codes = (least / step).round() + torch.cat((torch.zeros_like(count), count), -1)
+    largest = ends.abs().argmax(-1, keepdim=True)
+    through = ends.gather(-1, largest) / codes.gather(-1, largest)  # the step, if there is no offset
+    is_through = _near(codes * through, ends, torch.zeros_like(ends)) & (codes >= -128) & (codes <= 127)
+    is_through = is_through.all(-1, keepdim=True)
+    between = torch.where(count > 0, span / count.clamp_min(1), step)
+    begin = torch.where(count <= 127, 0.0, -(count / 2).round())
+    found = _lattice(
+        groups, torch.where(is_through, through, between), torch.where(is_through, torch.nan, begin)
+    )
+    # Where there is an offset the ends were rounded, and the step between them is not all of what it was.
+    wrong = (~found.right & (~is_through & (count <= 255)).squeeze(-1)).nonzero().squeeze(-1)
+    if len(wrong):
+        found.replace(wrong, _lattice(groups[wrong], _of_few_bits(between[wrong]), begin[wrong]))
+    return found
+
+
+def _lattice(groups: Tensor, step: Tensor, first: Tensor) -> _Lattice:
+    """The lattice of this very step whose number `first` is the least weight; without an offset where that is nan."""
+    offset = (groups.amin(-1, keepdim=True) - first * step).nan_to_num(0.0)
+    values = (groups - offset).div_(step).round_()
+    back = (values * step).add_(offset)
+    right = (values.amin(-1) >= -128) & (values.amax(-1) <= 127)
+    inexact = (right & ~(back == groups).all(-1)).nonzero().squeeze(-1)  # few where the step is right
+    if len(inexact):
+        right[inexact] = _is_rounding(*(one[inexact] for one in (groups, back, values, offset)))
+    if bool(offset.any()):
+        size = groups.abs()
+        right &= ((size < SMALL * offset.abs()) & (size > 0)).sum(-1) <= groups.shape[-1] // 2
+    return _Lattice(values, step, offset, right)
+
+
+def _near(back: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Whether `back` differs from `weight` by rounding alone; what is not 0 never becomes 0."""
+    size = weight.abs()
+    return (back - weight).abs() <= torch.minimum(ROUNDING * (size + offset.abs()), LOST * size)
+
+
+def _is_rounding(groups: Tensor, back: Tensor, values: Tensor, offset: Tensor) -> Tensor:
+    """Whether that is all, and a whole number stands for one weight only, as it does in a file; bool [n]."""
+    near = _near(back, groups, offset).all(-1)
+    several = (near & (offset != 0).squeeze(-1)).nonzero().squeeze(-1)
+    if len(several):
+        ordered, order = groups[several].sort(-1)
+        taken = values[several].gather(-1, order)
+        near[several] = ~((ordered.diff() != 0) & (taken.diff() == 0)).any(-1)
+    return near
+
+
+def _of_few_bits(step: Tensor) -> Tensor:
+    """The nearest number of `STEP_BITS` bits."""
+    mantissa, exponent = torch.frexp(step)
+    return torch.ldexp((mantissa * 2**STEP_BITS).round(), exponent - STEP_BITS)
 
 
 def _scaled(weight: Tensor, sample: Tensor | None = None) -> Narrow | None:
