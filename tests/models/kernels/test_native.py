@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native.loaded.cache_clear()
     assert native.library() is not None
     assert [path.stat().st_mtime_ns for path in fresh.glob("kernels/*/native.so")] == [written]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_its_check_is_in_float32_whatever_torch_makes_tensors_in(
+    another_default: AbstractContextManager[None],
+) -> None:
+    native.library.cache_clear()
+    with another_default:
+        assert native.library() is not None
 
 
 def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
