@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -63,6 +64,24 @@ def nothing_left_behind() -> Iterator[None]:
         _restore(saved)
         tempfile.tempdir = None
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(params=["bfloat16", "float16", "float64"])
+def another_default(request: pytest.FixtureRequest) -> AbstractContextManager[None]:
+    """Within the block torch makes tensors in another dtype where none is named, as some users have it."""
+    return made_in(request.param)
+
+
+@contextmanager
+def made_in(name: str) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _processes_of(run: str) -> list[psutil.Process]:

@@ -99,7 +99,7 @@ def initial(
 ) -> LoraAdapter:
     """An adapter that changes nothing yet: A is drawn as peft draws it, uniform to 1/√in, and B is zero."""
     blocks, names = linear_layers_of(config), tuple(sorted(targets))
-    values = torch.zeros(len(blocks), rank, width(blocks, names))
+    values = torch.zeros(len(blocks), rank, width(blocks, names), dtype=torch.float32)
     scale, generator = torch.zeros_like(values), torch.Generator().manual_seed(seed)
     for index, layers in enumerate(blocks):
         order = places(layers, names)

@@ -158,7 +158,9 @@ class SoftPrompt(_Trained):
         self.input = nn.Parameter(input_vectors.detach().float().clone())
         if deep_blocks:
             length, hidden = input_vectors.shape
-            self.deep = nn.Parameter(torch.zeros(deep_blocks, length, deep_size or hidden))
+            self.deep = nn.Parameter(
+                torch.zeros(deep_blocks, length, deep_size or hidden, dtype=torch.float32)
+            )
         else:
             self.register_parameter("deep", None)
 
@@ -444,4 +446,4 @@ def initial_vectors(
 def random_vectors(length: int, hidden_size: int, *, std: float, seed: int = 0) -> Tensor:
     """Gaussian vectors [length, H] of the embeddings' own scale; N(0, 1) is ~20 times too large."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(length, hidden_size, generator=generator) * std
+    return torch.randn(length, hidden_size, generator=generator, dtype=torch.float32) * std

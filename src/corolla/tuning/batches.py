@@ -47,7 +47,7 @@ class TaughtCollator(Collator):
         if taught and len(taught) == len(examples):
             batch[TEACHER] = TopTokens(
                 torch.tensor([ids for one in taught for ids in one.top_ids]),
-                torch.tensor([row for one in taught for row in one.top_logprobs]),
+                torch.tensor([row for one in taught for row in one.top_logprobs], dtype=torch.float32),
             )
         return batch
 

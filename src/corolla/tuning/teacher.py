@@ -294,7 +294,7 @@ class _Drawn(LogitsProcessor):  # type: ignore[misc]
         self._generator = torch.Generator().manual_seed(number)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = -torch.empty(scores.shape).exponential_(generator=self._generator).log()
+        noise = -torch.empty(scores.shape, dtype=torch.float32).exponential_(generator=self._generator).log()
         least = scores.topk(min(DRAWN_FROM, scores.shape[-1])).values[:, -1:]
         return (scores / TEMPERATURE + noise.to(scores)).masked_fill(scores < least, -torch.inf)
 

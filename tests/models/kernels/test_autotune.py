@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def weight() -> Narrow:
     assert SHAPE[0] * SHAPE[1] >= LEAST
-    return as_it_is(torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)))
+    return as_it_is(torch.randn(SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float32))
 
 
 def times(**seconds: float) -> Times:
@@ -42,6 +43,16 @@ def times(**seconds: float) -> Times:
 
 def all_of(backend: Backend, back: Backend) -> Backends:
     return Backends((backend,) * CLASSES, back)
+
+
+@pytest.mark.usefixtures("cache")
+def test_others_are_tried_in_float32_whatever_torch_makes_tensors_in(
+    another_default: AbstractContextManager[None],
+) -> None:
+    """What is made for them in another dtype would have no room for what the kernels write."""
+    with another_default:
+        found = Autotuner(seconds=LONG, known={}).backends(weight())
+    assert len(found.forward) == CLASSES
 
 
 def test_the_quickest_is_taken_for_each_number_of_rows() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -122,6 +123,42 @@ def test_gradients(name: str, rows: int) -> None:
     outer = torch.randn(2, rows, OUT)
     (found,) = torch.autograd.grad(layer(value), value, outer)
     torch.testing.assert_close(found, outer @ weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_small_8_bit_floats_are_none_for_a_thread_that_flushes_subnormals(rows: int) -> None:
+    """As servers' do: E4M3's own subnormals, which are none of float32's."""
+    codes = torch.randint(-7, 8, (OUT, IN), generator=torch.Generator().manual_seed(rows)) / 512
+    codes[0, ::32] = 448.0  # by which the scale is found
+    weight, value = codes * 0.37, torch.randn(rows, IN)
+    found = narrow_form(weight)
+    assert found is not None
+    assert found.form == "float8"
+    wanted = F.linear(value, weight)[:, 1:]
+    torch.set_flush_denormal(True)
+    try:
+        products, widened = NarrowLinear(found)(value)[:, 1:], found.widened()
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(products, wanted, atol=1e-6, rtol=1e-5)
+    assert torch.equal(widened, weight)
+
+
+@each_weight
+def test_it_is_float32_whatever_torch_makes_tensors_in(
+    name: str, another_default: AbstractContextManager[None]
+) -> None:
+    make, form = WEIGHTS[name]
+    torch.manual_seed(7)
+    weight, value, gradient = make(), torch.randn(40, IN), torch.randn(40, OUT)
+    wanted = F.linear(value, weight), gradient @ weight
+    with another_default:
+        found = narrow_form(weight) or as_it_is(weight)
+        assert found.form == form
+        layer = NarrowLinear(found, backends=Backends(("torch",) * (len(BOUNDS) + 1), "torch"))
+        products = layer(value), layer.multiply_back(gradient)
+    for one, own in zip(products, wanted, strict=True):
+        torch.testing.assert_close(one, own, atol=1e-5, rtol=1e-5)
 
 
 @each_weight

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_what_is_not_whole_in_the_cache_is_built_once_more(
         again()
         assert len(made) == number
     assert native.library() is not None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_its_check_is_in_float32_whatever_torch_makes_tensors_in(
+    another_default: AbstractContextManager[None],
+) -> None:
+    native.library.cache_clear()
+    with another_default:
+        assert native.library() is not None
 
 
 def copies(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:

@@ -66,8 +66,8 @@ class OneTokenRows:
         heads, kv_heads, width = query.shape[1], cache[0].shape[1], cache[1].shape[-1]
         dim, extra = cache[0].shape[-1], 0 if beside is None else beside.shape[-1]
         threads = torch.get_num_threads() if self._total * heads >= THREADED else 1
-        scores = torch.empty(threads, heads // kv_heads, self.room)
-        result = torch.empty(1, self._count, heads, width)
+        scores = torch.empty(threads, heads // kv_heads, self.room, dtype=torch.float32)
+        result = torch.empty(1, self._count, heads, width, dtype=torch.float32)
         tokens = [_strided(one) for one in (query, *(new or ()))]
         numbers, sinks, slopes = kernel_rules(rules, dim + extra)
         kernels().attend_rows(
@@ -87,7 +87,7 @@ def attend_stretch(
     """[1, T, heads, V] for `query` [1, heads, T, D], the last tokens of a sequence on `pages`, int32, behind `past`
     others, all in a block's `cache` [slots, kv_heads, D] and [.., .., V]."""
     heads, count, dim, width = query.shape[1], query.shape[2], query.shape[3], cache[1].shape[-1]
-    result = torch.empty(1, count, heads, width)
+    result = torch.empty(1, count, heads, width, dtype=torch.float32)
     query = _strided(query)
     numbers, sinks, slopes = kernel_rules(rules, dim)
     kernels().attend_stretch(

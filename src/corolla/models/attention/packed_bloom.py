@@ -49,7 +49,7 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [base**power for power in range(1, nearest + 1)]
     finer = 2.0 ** -(4.0 / nearest)
     slopes += [finer**power for power in range(1, 2 * (heads - nearest), 2)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, dtype=torch.float32)
 
 
 def pack_bloom(blocks: nn.ModuleList) -> None:

@@ -65,7 +65,7 @@ def take(row: CachedSequence, blocks: range, first: int, last: int, form: KeyVal
 
     Zero where a window has passed over them: nobody who comes after the sequence's last token sees them.
     """
-    found = torch.zeros(len(blocks), last - first, form.width)
+    found = torch.zeros(len(blocks), last - first, form.width, dtype=torch.float32)
     for index, block in enumerate(blocks):
         table, place = _place(row.pool.layout, block)
         begin = max(first, row.begins[table])

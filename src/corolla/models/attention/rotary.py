@@ -160,7 +160,7 @@ def _threshold_of_kind(rotary: nn.Module, arguments: dict[str, Any]) -> LengthTh
 
     def at_length(tokens: int) -> Tensor:
         places = torch.tensor([[1, tokens - 1]], device=device)
-        given = _as_new(rotary)(torch.zeros(1, 2, 1, device=device), places, **arguments)
+        given = _as_new(rotary)(torch.zeros(1, 2, 1, dtype=torch.float32, device=device), places, **arguments)
         table: Tensor = given[0] if isinstance(given, tuple) else given
         return table[..., 0, :]
 

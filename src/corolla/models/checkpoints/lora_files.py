@@ -75,7 +75,7 @@ def lora_of(about: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Pre
     rank = max(len(pair["A"]) for own in halves for pair in own.values())
     if rank > config.hidden_size:
         raise BundleError(f"The adapter has rank {rank}, and servers take {config.hidden_size} at most.")
-    values = torch.zeros(len(blocks), rank, width(blocks, names))
+    values = torch.zeros(len(blocks), rank, width(blocks, names), dtype=torch.float32)
     scale = torch.zeros_like(values)
     prefix = structure(config).prefix
     for index, (layers, own) in enumerate(zip(blocks, halves, strict=True)):

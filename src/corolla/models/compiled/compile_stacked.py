@@ -118,4 +118,4 @@ def _begun(span: StackableBlocks, length: int) -> SpanCache:
 
 def _noise(span: StackableBlocks, rows: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(rows + tokens)
-    return torch.randn(rows, tokens, span.hidden_size, generator=generator)
+    return torch.randn(rows, tokens, span.hidden_size, generator=generator, dtype=torch.float32)

@@ -89,7 +89,9 @@ class Program:
         self._pool: PagePool | None = None
         self._sized: dict[int, SizedProgram] = {}
         self._most = most
-        self._arena = torch.empty(0)  # which all of these share, since one of them runs at a time
+        self._arena = torch.empty(
+            0, dtype=torch.float32
+        )  # which all of these share, since one of them runs at a time
 
     def run(self, hidden: Tensor, positions: Tensor, batch: PackedBatch) -> Tensor:
         """See `Span.forward_packed`; each of the batch's segments is one token that is cached in its pool."""
@@ -127,7 +129,7 @@ class Program:
         own.table, place = pool.layout.place(block, None if latents else rules.window)
         query, key, third = (one.sizes for one in op.inputs)
         own.heads, own.kv_heads, own.dim = query[1], key[1], key[3]
-        like = [torch.empty(1, own.kv_heads, 1, one[3]) for one in (key, third)]
+        like = [torch.empty(1, own.kv_heads, 1, one[3], dtype=torch.float32) for one in (key, third)]
         keys, others = pool.store(place, *like)
         if latents:  # keys and values at once; what of the keys is rotary lies beside
             own.width, own.extra = own.dim, third[3]
@@ -157,7 +159,7 @@ class Program:
     def _take(self, rows: int, length: int) -> Tensor:
         """At least `length` numbers for a pass of so many rows; as many as the largest pass will need."""
         if len(self._arena) < length:
-            self._arena = torch.empty(-(-length // rows) * max(rows, self._most))
+            self._arena = torch.empty(-(-length // rows) * max(rows, self._most), dtype=torch.float32)
         return self._arena
 
     def _op(self, at: int, rows: int) -> Op:
@@ -254,7 +256,9 @@ class SizedProgram:
 
     def _scores(self, tables: Sequence[OneTokenRows], threads: int) -> Tensor:
         """Scratch for any block's attention, whichever of the pool's tables it reads."""
-        return torch.empty(threads * self._sharing * max((one.room for one in tables), default=0))
+        return torch.empty(
+            threads * self._sharing * max((one.room for one in tables), default=0), dtype=torch.float32
+        )
 
 
 class _Piece:

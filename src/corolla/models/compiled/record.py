@@ -415,7 +415,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A layer norm's scale (0) or shift (1)."""
         if given is not None:
             return given
-        return torch.full(like.shape[-1:], 1.0 - plain)
+        return torch.full(like.shape[-1:], 1.0 - plain, dtype=torch.float32)
 
 
 def _is_ours(layer: nn.Module) -> bool:

@@ -121,15 +121,15 @@ def _tried(narrow: Narrow, until: float) -> Times | None:
     """The times of all backends, or None where the time was over before each had two rounds."""
     few, many = (_layers(_part(narrow, numbers)) for numbers in SAMPLES)
     times: Times = {backend: [[] for _ in range(len(TRIED) + 1)] for backend in few}
-    others = torch.zeros(CACHES // 4)
+    others = torch.zeros(CACHES // 4, dtype=torch.float32)
     works = []
     for at, rows in enumerate(TRIED):
-        value = torch.ones(rows, narrow.shape[1])
+        value = torch.ones(rows, narrow.shape[1], dtype=torch.float32)
         layers = few if rows <= FROM_MEMORY else many
         works += [(backend, at, partial(layer.multiply, value)) for backend, layer in layers.items()]
     for backend, layer in many.items():
         if backend != "own":
-            gradient = torch.ones(TRIED[-1], layer.out_features)
+            gradient = torch.ones(TRIED[-1], layer.out_features, dtype=torch.float32)
             works.append((backend, len(TRIED), partial(layer.multiply_back, gradient)))
     with torch.inference_mode():
         for done in range(-1, ROUNDS):  # in the first, memory is asked for and kernels are made

@@ -122,8 +122,8 @@ def _is_same(module: Any) -> bool:
     count = len(module.down_proj)
     width = _linear(module, WEIGHTS[0], 0)[0].shape[1]
     generator = torch.Generator().manual_seed(count)
-    rows = torch.randn(TRIED_ROWS, width, generator=generator)
-    chosen = torch.rand(TRIED_ROWS, count, generator=generator).topk(min(2, count))
+    rows = torch.randn(TRIED_ROWS, width, generator=generator, dtype=torch.float32)
+    chosen = torch.rand(TRIED_ROWS, count, generator=generator, dtype=torch.float32).topk(min(2, count))
 
     def expert(number: int, rows: Tensor) -> Tensor:
         up, down = (_linear(module, name, number) for name in WEIGHTS)

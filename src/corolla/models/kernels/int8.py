@@ -39,10 +39,11 @@ def activation_levels() -> int:
         return 0
     try:
         with torch.no_grad():
-            packed = _pack(torch.ones(16, 64))
+            packed = _pack(torch.ones(16, 64, dtype=torch.float32))
             for levels in (127, 63):
                 if torch.allclose(
-                    _multiply_rows(torch.ones(1, 64), packed, None, levels, 1), torch.tensor(64.0)
+                    _multiply_rows(torch.ones(1, 64, dtype=torch.float32), packed, None, levels, 1),
+                    torch.tensor(64.0, dtype=torch.float32),
                 ):
                     return levels
     except (RuntimeError, AttributeError):  # the operators left torch, or were not built for this machine

@@ -253,10 +253,13 @@ INLINE vi dot(vi sums, Bytes weights, int32_t codes) {
 
 INLINE vf bytes_at(const int8_t *from) { return __builtin_convertvector(whole_at(from), vf); }
 
-/* 8-bit floats, E4M3: their exponent is 120 less than float32's. None of them stands for what is not a number here. */
+/* 8-bit floats, E4M3: their exponent is 120 less than float32's. Those that are subnormal, whose exponent is 0, are as
+   far from 2^-6 as its fraction says: no number on the way is one that a thread which flushes subnormals takes for 0.
+   None of them stands for what is not a number here. */
 INLINE vf float8_at(const int8_t *from) {
     vi bits = whole_at(from);
-    vf size = (vf)((bits & 0x7f) << 20) * 0x1p120f;
+    vi subnormal = ((bits & 0x78) - 1) >> 31;
+    vf size = (vf)(((bits & 0x7f) << 20) + (120 << 23) + (subnormal & (1 << 23))) - (vf)(subnormal & (121 << 23));
     return (vf)((vi)size | (bits & INT32_MIN));
 }
 

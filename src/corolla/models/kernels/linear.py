@@ -154,7 +154,7 @@ class FrozenLinear(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
-        probe = fn(torch.empty(0))
+        probe = fn(torch.empty(0, dtype=torch.float32))
         if not isinstance(probe, Tensor) or probe.dtype != torch.float32 or probe.device.type != "cpu":
             raise UsageError(
                 "A packed layer stays in float32 on the CPU; choose dtype and device before packing."

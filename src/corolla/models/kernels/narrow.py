@@ -85,7 +85,7 @@ class Narrow:
         """The weight, float32 [out, in]: made anew, but for one that is kept as it is."""
         if self.form == "float32":
             return self.values
-        wide = torch.empty(self.shape)
+        wide = torch.empty(self.shape, dtype=torch.float32)
         kernels().narrow_widen(*self.described(), pointer(wide), torch.get_num_threads())
         return wide
 
@@ -299,7 +299,7 @@ def _scaled(weight: Tensor, sample: Tensor | None = None) -> Narrow | None:
     rows, columns = weight.shape
     group = next(one for one in SCALED if columns % one == 0)
     values = torch.empty(rows, columns, dtype=FLOAT8)
-    steps = torch.empty(rows, columns // group)
+    steps = torch.empty(rows, columns // group, dtype=torch.float32)
     for first in range(0, rows, SCALED[0]):
         part = weight[first : first + SCALED[0]].reshape(-1, columns // group, group)
         step = _steps_of(part)
@@ -327,8 +327,8 @@ def _steps_of(part: Tensor) -> Tensor | None:
 
 def _searched(groups: Tensor) -> Tensor:
     """A step [n, 1] for each of groups [n, group], found by its largest weight; 1 where none is right."""
-    exact = groups.abs().amax(-1, keepdim=True) / torch.tensor(TOPS)
-    found = torch.ones(len(groups), 1)
+    exact = groups.abs().amax(-1, keepdim=True) / torch.tensor(TOPS, dtype=torch.float32)
+    found = torch.ones(len(groups), 1, dtype=torch.float32)
     for beside in (0, 1, -1):  # float32 numbers, since the weights were rounded
         steps = (exact.view(torch.int32) + beside).view(torch.float32)
         right = _in_float8(groups[:, None], steps[..., None])

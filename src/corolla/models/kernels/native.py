@@ -207,11 +207,12 @@ def _load(path: Path) -> ctypes.CDLL:
 def _computes(found: ctypes.CDLL) -> bool:
     """Whether a product comes out right: a compiler, a CPU or a cache may be broken in ways that nobody foresees."""
     values = torch.arange(-128, 128, dtype=torch.int8).repeat(2).view(8, 64)
-    steps = torch.tensor([0.5, 0.25]).repeat(8, 1)
+    steps = torch.tensor([0.5, 0.25], dtype=torch.float32).repeat(8, 1)
     wanted = values.float() * steps.repeat_interleave(32, dim=1)
     weight = (FORMS["bytes"], pointer(values), pointer(steps), None, 0, 5, 64, 8)
     for rows in (1, 3):  # the weight is read in two ways
-        given, result = torch.linspace(-1, 1, rows * 64).view(rows, 64), torch.empty(rows, 8)
+        given = torch.linspace(-1, 1, rows * 64, dtype=torch.float32).view(rows, 64)
+        result = torch.empty(rows, 8, dtype=torch.float32)
         found.narrow_product(*weight, None, pointer(given), pointer(result), rows, 2)
         if not torch.allclose(result, given @ wanted.T, atol=1e-3):
             return False
@@ -222,10 +223,11 @@ def _multiplies_bytes(found: ctypes.CDLL) -> bool:
     """The same of a product in 8 bits: 48 outputs of 16 columns, all whole numbers."""
     weight = (torch.arange(48 * 16) % 255 - 127).to(torch.int8).view(48, 16)
     laid = weight.view(3, 16, 4, 4).transpose(1, 2).contiguous()
-    steps, sums = torch.ones(48), weight.sum(1, dtype=torch.int32) * 128
+    steps, sums = torch.ones(48, dtype=torch.float32), weight.sum(1, dtype=torch.int32) * 128
     given = torch.arange(9 * 16).remainder(255).sub(127).float().view(9, 16)
     given[:, 0] = 127.0
-    codes, scratch, result = torch.empty(9, 16, dtype=torch.uint8), torch.empty(9), torch.empty(9, 48)
+    codes = torch.empty(9, 16, dtype=torch.uint8)
+    scratch, result = (torch.empty(*shape, dtype=torch.float32) for shape in ((9,), (9, 48)))
     arguments = (pointer(laid), pointer(steps), pointer(sums), None, 16, 48, pointer(given), pointer(codes))
     found.int8_product(*arguments, pointer(scratch), pointer(result), 9, 127.0, 1e-30, 2)
     return torch.equal(result, given @ weight.float().T)

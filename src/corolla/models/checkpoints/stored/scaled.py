@@ -35,13 +35,13 @@ def as_scales(scale: Tensor) -> Tensor:
     """Scales as float32; bytes are E8M0, powers of two of which the last is no number."""
     if scale.dtype == torch.uint8:
         powers = [*(2.0 ** (byte - EXPONENT_BIAS) for byte in range(255)), float("nan")]
-        return torch.tensor(powers)[scale.int()]
+        return torch.tensor(powers, dtype=torch.float32)[scale.int()]
     return scale.float()
 
 
 def from_nibbles(stored: Tensor) -> Tensor:
     """E2M1 numbers, two a byte, the low half first: bytes [n, columns / 2] to float32 [n, columns]."""
-    one = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    one = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float32)
     pairs = torch.stack([one.repeat(16), one.repeat_interleave(16)], dim=-1)
     return pairs[stored.contiguous().view(torch.uint8).int()].flatten(-2)
 
