@@ -18,11 +18,8 @@ from typing import Any
 import pytest
 
 Plant = Callable[["Mistakes"], None]
-STALE = (
-    AttributeError,
-    NameError,
-    TypeError,
-)  # what is raised for a name or an argument that there is no longer
+# What is raised for a name or an argument that there is no longer.
+STALE = (AttributeError, NameError, TypeError)
 
 
 def no_mistake(_patch: Mistakes) -> None:

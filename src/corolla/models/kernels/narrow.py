@@ -25,9 +25,7 @@ GROUPS = (32, 16)  # columns that share a step in the formats of GGUF
 ROUNDING = 2.0**-22  # of a weight and of its offset: what float32 itself may have rounded
 LOST = 2.0**-8  # of a weight: more than this is never put down to the rounding of an offset
 SMALL = 2.0**-14  # of an offset: most weights of a group are larger or 0, or sums of products would lose them
-SAME = (
-    2.0**-18
-)  # of a group's largest weight: closer ones give no step to try; whether one is right is seen later
+SAME = 2.0**-18  # of a group's largest weight: weights that lie closer give no step to be tried
 STEP_BITS = 18  # of a step in GGUF at most: a float16 number times one of 7 bits
 DIVISORS = range(1, 9)  # the smallest gap between two weights of a group may be several steps
 SAMPLED_ROWS = 16  # most weights are no lattice, and that shows in a few rows
