@@ -130,8 +130,8 @@ def _compiler() -> tuple[str, ...]:
     """The program, and what `CC` says is to be given to it first: `ccache gcc`, `gcc -m64`."""
     try:
         program, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    except ValueError as error:
-        raise FileNotFoundError(f"CC cannot be read as a command ({error})") from error
+    except ValueError:
+        raise FileNotFoundError("CC cannot be read as a command; look at its quotes") from None
     found = shutil.which(program)
     if found is None:
         raise FileNotFoundError("there is no C compiler; install gcc to have them")
