@@ -119,7 +119,7 @@ def test_a_command_that_does_not_end(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "gcc '-m64")
-    assert fallen_back(caplog) == "CC cannot be read as a command (No closing quotation)"
+    assert fallen_back(caplog) == "CC cannot be read as a command; look at its quotes"
     assert native.instruction_sets() == ()
 
 
