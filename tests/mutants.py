@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from corolla.shortage import chain
+
 Plant = Callable[["Mistakes"], None]
 # What is raised for a name or an argument that there is no longer.
 STALE = (AttributeError, NameError, TypeError)
@@ -100,9 +102,5 @@ def assert_is_planted(error: BaseException) -> None:
     assert not _is_stale(error), f"the mistake only raises, instead of computing otherwise: {error!r}"
 
 
-def _is_stale(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, STALE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _is_stale(error: BaseException) -> bool:
+    return any(isinstance(link, STALE) for link in chain(error))

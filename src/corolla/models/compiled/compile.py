@@ -92,9 +92,8 @@ def _record(span: CompiledBlocks, rows: int) -> Recording:
 
 def _inputs(span: CompiledBlocks, tokens: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, span.hidden_size, generator=generator, dtype=torch.float32), torch.arange(
-        PAST, PAST + tokens
-    )
+    hidden = torch.randn(tokens, span.hidden_size, generator=generator, dtype=torch.float32)
+    return hidden, torch.arange(PAST, PAST + tokens)
 
 
 def _is_same(span: CompiledBlocks, program: Program, rows: int, tolerance: float) -> bool:

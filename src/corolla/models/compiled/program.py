@@ -89,9 +89,8 @@ class Program:
         self._pool: PagePool | None = None
         self._sized: dict[int, SizedProgram] = {}
         self._most = most
-        self._arena = torch.empty(
-            0, dtype=torch.float32
-        )  # which all of these share, since one of them runs at a time
+        # Those of all sizes share it, since one of them runs at a time.
+        self._arena = torch.empty(0, dtype=torch.float32)
 
     def run(self, hidden: Tensor, positions: Tensor, batch: PackedBatch) -> Tensor:
         """See `Span.forward_packed`; each of the batch's segments is one token that is cached in its pool."""
